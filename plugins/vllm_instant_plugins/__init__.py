@@ -1,0 +1,20 @@
+"""First-party plugins; they use the public API of ``vllm_instant`` and the entry-point group that everyone uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vllm_instant import Deployment, Plugin, hookimpl
+from vllm_instant_plugins import drafters, speculation, stock
+
+
+@hookimpl
+def instant_plugins() -> Iterable[Plugin]:
+    """Everything in this package, vLLM's own behaviour included."""
+    return [*speculation.PLUGINS, *drafters.PLUGINS, *stock.PLUGINS]
+
+
+@hookimpl
+def instant_check(deployment: Deployment) -> Iterable[str]:
+    """What these plugins say against a deployment."""
+    return [*speculation.contradictions(deployment), *drafters.contradictions(deployment)]

@@ -1,0 +1,36 @@
+"""vllm-instant: lower latency for vLLM, from plugins that one deployment file chooses.
+
+This module is the public API for plugin authors; ``vllm_instant.contracts`` says what a plugin of each kind implements.
+"""
+
+from vllm_instant.contracts import (
+    BatchingPolicy,
+    Drafter,
+    DrafterOptions,
+    DraftRequest,
+    Plugin,
+    PluginContext,
+    PluginOptions,
+    RequestState,
+    SpeculationPolicy,
+    StepOutcome,
+)
+from vllm_instant.hookspecs import hookimpl
+from vllm_instant.settings import Deployment
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchingPolicy",
+    "Deployment",
+    "DraftRequest",
+    "Drafter",
+    "DrafterOptions",
+    "Plugin",
+    "PluginContext",
+    "PluginOptions",
+    "RequestState",
+    "SpeculationPolicy",
+    "StepOutcome",
+    "hookimpl",
+]

@@ -1,0 +1,54 @@
+"""Make this process serve a deployment."""
+
+from __future__ import annotations
+
+import logging
+
+from vllm_instant import carrier
+from vllm_instant.problems import DeploymentError, Problem
+from vllm_instant.seams import catalogue, cpu_sampling, drafter, engine_core
+from vllm_instant.settings import Deployment
+
+logger = logging.getLogger("vllm.instant")
+
+
+def serve(deployment: Deployment) -> None:
+    """Check the seams that a deployment needs, publish it to later processes and activate it in this one.
+
+    Raises:
+        DeploymentError: when a seam that a chosen plugin needs does not fit the installed vLLM.
+
+    """
+    problems = []
+    for report in catalogue.check_installed(deployment):
+        if report.why_not is None:
+            continue
+        if report.needed_by and not report.seam.optional:
+            message = (
+                f"does not fit vLLM {report.version} ({report.why_not}); needed by {', '.join(report.needed_by)}. "
+                "Install a vLLM of the supported range, or choose other plugins (see vllm-instant doctor)"
+            )
+            problems.append(Problem(f"seam {report.seam.name}", "", message))
+        else:
+            logger.warning("Seam %s does not fit vLLM %s: %s", report.seam.name, report.version, report.why_not)
+    if problems:
+        raise DeploymentError(problems)
+    if not catalogue.in_supported_range():
+        logger.warning(
+            "vLLM %s is outside of the range that vllm-instant was tested with (%s); all needed seams fit, going on",
+            catalogue.installed_version(),
+            catalogue.SUPPORTED,
+        )
+    for slot in deployment.slots:
+        plugin = deployment.offer(slot).plugin
+        if plugin.lossy:
+            logger.warning("Plugin %s in slot %s is lossy: answers may differ from the model's own", plugin.name, slot)
+    carrier.publish(deployment)
+    activate()
+
+
+def activate() -> None:
+    """Install the seams of a published deployment; each waits for the module that it changes."""
+    cpu_sampling.install()
+    drafter.install()
+    engine_core.install()

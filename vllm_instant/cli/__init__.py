@@ -1,0 +1,18 @@
+"""The ``vllm-instant`` command."""
+
+from __future__ import annotations
+
+import typer
+
+from vllm_instant.cli import config, demo, doctor, plugins
+
+app = typer.Typer(
+    name="vllm-instant",
+    help="Deployment files, plugins and checks for vLLM servers that run with --plugins vllm_instant.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(config.app, name="config")
+app.add_typer(demo.app, name="demo")
+app.command(name="plugins")(plugins.list_plugins)
+app.command(name="doctor")(doctor.doctor)

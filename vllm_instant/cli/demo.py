@@ -1,0 +1,42 @@
+"""``vllm-instant demo``: the demo, its models, and how they were made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_instant.demo import assets, session
+
+app = typer.Typer(help="A real server with demo models, beside a stock one.", no_args_is_help=False)
+
+
+@app.callback(invoke_without_command=True)
+def demo(context: typer.Context) -> None:
+    """Start a stock server and ours, stream three kinds of prompts through both, and compare."""
+    if context.invoked_subcommand is None:
+        raise typer.Exit(session.compare())
+
+
+@app.command()
+def serve(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000) -> None:
+    """Serve the demo model with the demo's deployment file until Ctrl-C."""
+    raise typer.Exit(session.serve(port))
+
+
+@app.command()
+def models(
+    output: Annotated[Path | None, typer.Argument(help="Folder to write to; a cache folder without it.")] = None,
+) -> None:
+    """Unpack and expand the demo models, and print where they are."""
+    pair = assets.prepare(output)
+    print(f"target: {pair.target}\ndraft:  {pair.draft}")
+
+
+@app.command()
+def train(output: Annotated[Path, typer.Argument(help="Folder for the new pair; resumes what is there.")]) -> None:
+    """Train the demo pair from scratch on the standard library's text (over an hour on two cores)."""
+    from vllm_instant.demo import training_run
+
+    training_run.run(output)

@@ -1,0 +1,61 @@
+"""``vllm-instant doctor``: whether this package fits the installed vLLM."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_instant.cli.common import ConfigOption, Overrides, print_columns, problems_reported
+from vllm_instant.problems import EXIT_CODE
+from vllm_instant.seams import catalogue
+from vllm_instant.seams.requirements import Seam, installed_vllm
+from vllm_instant.settings import resolve
+
+VllmSource = Annotated[
+    Path | None,
+    typer.Option("--vllm", help="Check against this unpacked vllm package folder instead of the installed one."),
+]
+
+
+def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmSource = None) -> None:
+    """Check every place where this package reaches into vLLM; exit code 1 if a chosen plugin cannot work."""
+    with problems_reported():
+        deployment = resolve(config, overrides or ())
+    folder = vllm or installed_vllm()
+    if folder is None or not (folder / "engine").is_dir():
+        print(
+            f"vllm-instant: {vllm} is not a vllm package folder"
+            if vllm
+            else "vllm-instant: vLLM is not installed here",
+            file=sys.stderr,
+        )
+        raise typer.Exit(EXIT_CODE if vllm else 1)
+    version = "of that folder" if vllm else catalogue.installed_version()
+    reports = list(catalogue.check(folder, version, deployment))
+    print_columns(
+        ("seam", "vLLM", "result", "for", "needed by"),
+        (
+            (
+                report.seam.name,
+                report.version,
+                f"does not fit: {report.why_not}" if report.why_not else _state(report.seam, vllm is None),
+                report.seam.purpose,
+                ", ".join(report.needed_by) or "-",
+            )
+            for report in reports
+        ),
+    )
+    if vllm is None and not catalogue.in_supported_range():
+        print(f"vLLM {version} is outside of the tested range {catalogue.SUPPORTED}; the results above decide.")
+    if any(report.why_not and report.needed_by and not report.seam.optional for report in reports):
+        print("A chosen plugin cannot work with this vLLM.", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _state(seam: Seam, installed: bool) -> str:
+    if seam.state is None or not installed:
+        return "ok"
+    return f"ok ({seam.state()})"

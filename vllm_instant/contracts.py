@@ -1,0 +1,238 @@
+"""What a plugin of each kind implements.
+
+A plugin is offered as a ``Plugin`` and built, in the process that its slot names, into an object that follows one of
+the protocols below. Derive from the protocol: that brings the optional methods along.
+
+Units: lengths and counts are in tokens, times in seconds. Everything runs on the hot path of a server: a method that
+raises is not called again (stock vLLM behaviour takes over, see ``vllm_instant.containment``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
+    from fastapi import FastAPI
+
+
+class PluginOptions(BaseModel):
+    """Base of a plugin's own options: the rest of its slot's table in the deployment file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DrafterOptions(PluginOptions):
+    """Base of the options of a drafter that a plugin implements itself."""
+
+    num_speculative_tokens: int = Field(4, ge=1, le=128, description="Most draft tokens a request gets in one step.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginContext:
+    """What a plugin may know of the engine that it is built for."""
+
+    model: str
+    max_model_len: int
+    max_num_seqs: int
+    vocab_size: int
+    num_speculative_tokens: int
+    """Most draft tokens a request can get in one step; 0 when the server has no drafter."""
+    device: str
+    """``cpu``, ``cuda``, …"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """One name that a deployment file may choose for a slot.
+
+    ``build(options, context)`` makes the object that does the work; it is None for a plugin that stands for vLLM's own
+    behaviour. ``engine_arguments(options)`` returns engine arguments that the plugin needs, by vLLM's field names; the
+    command line and the ``[vllm]`` table override them.
+    """
+
+    slot: str
+    name: str
+    summary: str
+    lossy: bool = False
+    """Whether it may change what the model would have answered."""
+    options: type[PluginOptions] = PluginOptions
+    build: Callable[[Any, PluginContext], Any] | None = None
+    engine_arguments: Callable[[Any], Mapping[str, Any]] | None = None
+
+
+# --------------------------------------------------------------------------------------------- speculation
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One request as the scheduler sees it; live, kept for the request's whole life, not to be written to."""
+
+    request_id: str
+    num_prompt_tokens: int
+    max_tokens: int
+    temperature: float
+    structured_output: bool = False
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
+    """What the client sent as ``vllm_xargs``."""
+    num_output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What one engine step did, for the requests that it verified drafts for or that it decoded without any.
+
+    The three sequences have one entry a request. Drafts that vLLM only padded with or that a grammar cut are not
+    counted as drafted.
+    """
+
+    requests: Sequence[RequestState]
+    drafted: Sequence[int]
+    accepted: Sequence[int]
+    num_scheduled_tokens: int
+    """All tokens of the step: prompts, decodes and drafts."""
+    seconds: float
+    """From the end of scheduling to the arrival of the output; with asynchronous scheduling steps overlap."""
+
+
+@runtime_checkable
+class SpeculationPolicy(Protocol):
+    """Decides how many draft tokens each request gets in the next step. Runs in the engine-core process."""
+
+    def draft_lengths(self, requests: Sequence[RequestState], max_draft_tokens: int) -> Sequence[int]:
+        """One length a request, each in ``0..max_draft_tokens``; 0 for all means that nothing is drafted."""
+        ...
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learn from a finished step. Optional."""
+        return None
+
+    def forget(self, request_id: str) -> None:
+        """The request ended or was aborted. Optional."""
+        return None
+
+
+# ------------------------------------------------------------------------------------------------- drafter
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """One request that wants draft tokens."""
+
+    request_id: str
+    token_ids: npt.NDArray[np.int32]
+    """Shape ``[num_tokens]``: prompt and output, the newest token last. A view; do not write to it or keep it."""
+    num_prompt_tokens: int
+    max_draft_tokens: int
+    """At least 1."""
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes draft tokens. Runs in every worker process, after each step's tokens were sampled.
+
+    With several workers each of them must propose the same tokens: decide from the arguments, never from a clock.
+    """
+
+    def propose(self, requests: Sequence[DraftRequest]) -> Sequence[Sequence[int]]:
+        """For each request 0 to ``max_draft_tokens`` token ids that may come next, the nearest first."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """The request ended or was aborted. Optional."""
+        return None
+
+
+# -------------------------------------------------------- slots whose seams come with their first plugins
+
+
+@runtime_checkable
+class RejectionSampler(Protocol):
+    """Decides which draft tokens are kept. Runs in every worker process."""
+
+    def sample(
+        self,
+        draft_token_ids: torch.Tensor,
+        num_draft_tokens: Sequence[int],
+        draft_probs: torch.Tensor | None,
+        target_probs: torch.Tensor,
+        bonus_token_ids: torch.Tensor,
+        generators: Mapping[int, torch.Generator],
+    ) -> torch.Tensor:
+        """Verify one step.
+
+        Args:
+            draft_token_ids: int32 ``[total_drafts]``, the requests' drafts one after the other; -1 is padding.
+            num_draft_tokens: drafts of each request, ``batch`` entries, 0 allowed.
+            draft_probs: float32 ``[total_drafts, vocabulary]``, or None when proposals are certain (one-hot).
+            target_probs: float32 ``[total_drafts, vocabulary]`` after temperature, top-k and top-p; one-hot if greedy.
+            bonus_token_ids: int32 ``[batch]``, the token that follows when every draft is kept.
+            generators: by batch index, of the requests that have a seed.
+
+        Returns:
+            int32 ``[batch, max(num_draft_tokens) + 1]``, kept tokens and the one after them, padded with -1.
+
+        """
+        ...
+
+
+@runtime_checkable
+class BatchingPolicy(Protocol):
+    """Orders the waiting requests and chooses whom to preempt. Runs in the engine-core process."""
+
+    def order_key(self, request: RequestState, arrival_seconds: float) -> float:
+        """Where a new request stands in the queue: smaller is sooner. Asked once a request; must not change."""
+        ...
+
+    def preempt(self, running: Sequence[RequestState]) -> int:
+        """Index of the running request to preempt when the KV cache is full."""
+        ...
+
+    def finished(self, request: RequestState) -> None:
+        """A request ended by itself (not aborted): learn its length. Optional."""
+        return None
+
+
+@runtime_checkable
+class ExpertRouter(Protocol):
+    """Decides which routed experts a batch may use. Runs in every worker process, under graph capture."""
+
+    def mask_logits(self, layer: int, logits: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
+        """The router logits, float32 ``[tokens, experts]``, with forbidden experts at -inf.
+
+        ``is_padding`` is bool ``[tokens]``. Shapes must not depend on values, and nothing may be read back from the
+        device.
+        """
+        ...
+
+
+@runtime_checkable
+class AttentionProvider(Protocol):
+    """Names the attention kernel and the KV-cache format. Asked once, when the engine is configured."""
+
+    def backend_class(self) -> str:
+        """Qualified name of a vLLM attention-backend class, ``package.module.Class``."""
+        ...
+
+    def kv_cache_dtype(self) -> str:
+        """A value of vLLM's ``--kv-cache-dtype``."""
+        ...
+
+
+@runtime_checkable
+class StreamingPrefill(Protocol):
+    """Serves prompts that are still arriving. Runs in the API server."""
+
+    def attach(self, app: FastAPI) -> None:
+        """Add routes under ``/v1/instant/``, where vLLM's API-key check covers them."""
+        ...
+
+    async def start(self, engine_client: Any) -> None:
+        """Begin serving; ``engine_client`` is vLLM's ``EngineClient``."""
+        ...

@@ -1,0 +1,1 @@
+"""The demo models, how they were made, and the demo itself."""

@@ -1,0 +1,87 @@
+"""The demo models' training text: what every Python installation carries.
+
+Three kinds of documents, all from the running interpreter's standard library, none downloaded:
+
+- source files (without the test suites), whole;
+- *structured* documents: one JSON object a line, describing the functions and classes of a module;
+- *prose*: the language reference that ``help()`` prints (``pydoc_data.topics``).
+
+The text depends on the Python version; the committed demo models were trained with the version that
+their ``recipe.json`` names.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HELD_OUT_ONE_IN = 24
+"""One document in this many is never trained on; it serves evaluation, prompts and distillation reports."""
+
+_SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+_MAX_SOURCE_BYTES = 400_000
+
+
+@dataclass(frozen=True)
+class Document:
+    """One piece of text. ``kind`` is ``code``, ``structured`` or ``prose``; ``name`` is unique."""
+
+    kind: str
+    name: str
+    text: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the document is kept away from training (decided by its name alone)."""
+        digest = hashlib.sha256(f"{self.kind}/{self.name}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
+
+
+def documents() -> Iterator[Document]:
+    """Every document of the corpus, in an order that depends on names only."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(stdlib.rglob("*.py")):
+        relative = path.relative_to(stdlib)
+        if _SKIPPED_FOLDERS.intersection(relative.parts[:-1]) or path.stat().st_size > _MAX_SOURCE_BYTES:
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if relative.as_posix() == "pydoc_data/topics.py":
+            yield from _prose(text)
+            continue
+        yield Document("code", relative.as_posix(), text)
+        records = _describe(text, relative.as_posix().removesuffix(".py").replace("/", "."))
+        if records:
+            yield Document("structured", relative.as_posix(), records)
+
+
+def _prose(topics_source: str) -> Iterator[Document]:
+    for node in ast.parse(topics_source).body:
+        if isinstance(node, ast.Assign):
+            for topic, text in ast.literal_eval(node.value).items():
+                yield Document("prose", topic, text)
+
+
+def _describe(source: str, module: str) -> str:
+    """One JSON line for each function and class of a module; empty when it cannot be parsed or has none."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return ""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            record = {"module": module, "kind": "function", "name": node.name, "line": node.lineno, "args": arguments}
+        elif isinstance(node, ast.ClassDef):
+            bases = [ast.unparse(base) for base in node.bases]
+            record = {"module": module, "kind": "class", "name": node.name, "line": node.lineno, "bases": bases}
+        else:
+            continue
+        summary = (ast.get_docstring(node) or "").split("\n")[0].strip()
+        lines.append(json.dumps(record | {"doc": summary}))
+    return "\n".join(lines) + "\n" if lines else ""

@@ -1,0 +1,250 @@
+"""The demo: a stock server and ours, the same prompts through both, one small table."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_instant.demo import assets
+from vllm_instant.evidence.servers import Server, ServerError
+from vllm_instant.evidence.streams import StreamedAnswer, stream_completion
+
+DEPLOYMENT = Path(__file__).parent / "deploy.toml"
+ROUNDS = 2
+MAX_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of prompt."""
+
+    title: str
+    prompt: str
+    temperature: float
+
+
+CODE = '''class LRUCache:
+    """A mapping that keeps the most recently used items."""
+
+    def __init__(self, maxsize=128):
+        self.maxsize = maxsize
+        self._data = {}
+
+    def __len__(self):
+        return len(self._data)
+
+    def __contains__(self, key):
+        return key in self._data
+
+    def get(self, key, default=None):
+'''
+
+STRUCTURED = """\
+{"module": "queue", "kind": "class", "name": "Queue", "line": 12, "bases": ["object"], "doc": "Create a queue."}
+{"module": "queue", "kind": "function", "name": "put", "line": 24, "args": ["self", "item"], "doc": "Put an item."}
+{"module": "queue", "kind": "function", "name": "get", "line": 36, "args": ["self"], "doc": "Get an item."}
+{"module": "queue", "kind": "function", "name": "empty", "line": 48, "args": ["self"], "doc": "Return true if empty."}
+"""
+
+PROSE = """Modules
+*******
+
+A module is an object that serves as an organizational unit of Python code. Modules have a namespace"""
+
+TASKS = (
+    Task("code continuation", CODE, 0.0),
+    Task("repetitive structured text", STRUCTURED, 0.0),
+    Task("high-temperature free text", PROSE, 1.0),
+)
+
+
+def _shared_arguments() -> list[str]:
+    """The ``[vllm]`` table of the demo's deployment file, for the stock server, which does not read such files."""
+    words = []
+    for key, value in tomllib.loads(DEPLOYMENT.read_text())["vllm"].items():
+        option = f"--{key.replace('_', '-')}"
+        words += [option] if value is True else [option, str(value)]
+    return words
+
+
+def _our_arguments(pair: assets.Pair) -> list[str]:
+    selection = ["--plugins", "vllm_instant", "--instant-config", str(DEPLOYMENT)]
+    return [*selection, "--instant-set", f"drafter.model={pair.draft}"]
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let a plain ``kill`` end the demo as Ctrl-C does, with its servers stopped."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def compare() -> int:
+    """Run the whole demo; returns the exit code."""
+    console = Console()
+    try:
+        with _terminable(), tempfile.TemporaryDirectory(prefix="vllm-instant-demo-") as logs:
+            pair = _prepare(console)
+            stock = Server(pair.target, _shared_arguments(), log=Path(logs) / "stock.log")
+            ours = Server(pair.target, _our_arguments(pair), log=Path(logs) / "instant.log")
+            try:
+                _start(console, {"stock vLLM": stock, "with vllm-instant": ours})
+                results = _converse(console, stock, ours)
+            finally:
+                with console.status("Stopping both servers …"):
+                    stock.stop()
+                    ours.stop()
+            console.print(_table(results))
+            console.print(
+                f"Medians of {ROUNDS} alternating rounds of up to {MAX_TOKENS} tokens, one request at a time, the same "
+                "model and flags on both servers. The target is a small trained model expanded to 105 million "
+                "parameters without changing its distribution (see docs/demo-models.md)."
+            )
+    except KeyboardInterrupt:
+        console.print("Interrupted; both servers are stopped.")
+        return 130
+    except (ServerError, FileNotFoundError) as error:
+        console.print(f"vllm-instant: {error}", markup=False, style="red")
+        return 1
+    return 0
+
+
+def serve(port: int) -> int:
+    """Replace this process by a server with the demo's deployment file."""
+    console = Console()
+    try:
+        pair = _prepare(console)
+    except FileNotFoundError as error:
+        console.print(f"vllm-instant: {error}", markup=False, style="red")
+        return 1
+    server = Server(pair.target, _our_arguments(pair), log=Path(os.devnull))
+    server.port = port
+    from vllm_instant.evidence.servers import serving_environment
+
+    console.print(f"Serving on {server.url}/v1 as model 'demo'; Ctrl-C stops it.\n  {' '.join(server.command)}")
+    os.execve(server.command[0], server.command, serving_environment())  # noqa: S606  ours becomes the server
+
+
+def _prepare(console: Console) -> assets.Pair:
+    with console.status("Preparing the demo models (expanding the target the first time) …"):
+        return assets.prepare()
+
+
+def _start(console: Console, servers: dict[str, Server]) -> None:
+    started = time.monotonic()
+    for server in servers.values():
+        server.launch()
+    waiting = dict(servers)
+    with console.status("") as status:
+        while waiting:
+            status.update(f"Starting {' and '.join(waiting)} … {time.monotonic() - started:.0f} s")
+            for name, server in list(waiting.items()):
+                if server.healthy():
+                    console.print(f"{name}: ready after {server.started_in:.0f} s on {server.url}")
+                    del waiting[name]
+            time.sleep(0.25)
+
+
+@dataclass
+class Result:
+    """What one kind of prompt gave."""
+
+    task: Task
+    stock: list[StreamedAnswer]
+    ours: list[StreamedAnswer]
+    accepted: float
+    proposed: float
+
+
+def _converse(console: Console, stock: Server, ours: Server) -> list[Result]:
+    from openai import OpenAI
+
+    clients = {server: OpenAI(base_url=f"{server.url}/v1", api_key="none") for server in (stock, ours)}
+    for client in clients.values():
+        stream_completion(client, "demo", "import os\n", max_tokens=8, temperature=0.0)
+    results = []
+    for task in TASKS:
+        console.rule(f"{task.title} (temperature {task.temperature:g})")
+        console.print(task.prompt, style="dim", markup=False, highlight=False, end="")
+        before = _settled(ours)
+        answers: dict[Server, list[StreamedAnswer]] = {stock: [], ours: []}
+        for round_number in range(ROUNDS):
+            order = (ours, stock) if round_number % 2 == 0 else (stock, ours)
+            for server in order:
+                shown = server is ours and round_number == 0
+                answers[server].append(_ask(console, clients[server], task, seed=round_number, shown=shown))
+            if round_number == 0:
+                console.print()
+        after = _settled(ours)
+        results.append(
+            Result(
+                task,
+                answers[stock],
+                answers[ours],
+                after.get("vllm_instant:draft_tokens_accepted_total", 0)
+                - before.get("vllm_instant:draft_tokens_accepted_total", 0),
+                after.get("vllm_instant:draft_tokens_proposed_total", 0)
+                - before.get("vllm_instant:draft_tokens_proposed_total", 0),
+            )
+        )
+    return results
+
+
+def _ask(console: Console, client: Any, task: Task, seed: int, shown: bool) -> StreamedAnswer:
+    def write(text: str) -> None:
+        console.print(text, style="green", markup=False, highlight=False, end="")
+        console.file.flush()
+
+    sampling = {"max_tokens": MAX_TOKENS, "temperature": task.temperature, "seed": seed, "ignore_eos": True}
+    return stream_completion(client, "demo", task.prompt, write if shown else None, **sampling)
+
+
+def _settled(server: Server) -> dict[str, float]:
+    """The metrics after the server's own polling of its engine has caught up."""
+    time.sleep(1.3)
+    return server.metrics()
+
+
+def _table(results: Sequence[Result]) -> Table:
+    table = Table(title="vllm-instant beside stock vLLM")
+    for heading in ("prompt", "server", "first token", "tokens/s", "draft tokens accepted"):
+        table.add_column(heading, justify="left" if heading in ("prompt", "server") else "right")
+    for result in results:
+        stock_speed = _median(answer.tokens_per_second for answer in result.stock)
+        speed = _median(answer.tokens_per_second for answer in result.ours)
+        share = result.accepted / result.proposed if result.proposed else 0.0
+        table.add_row(
+            result.task.title,
+            "stock",
+            f"{_median(a.ttft for a in result.stock) * 1000:.0f} ms",
+            f"{stock_speed:.1f}",
+            "-",
+        )
+        table.add_row(
+            "",
+            "vllm-instant",
+            f"{_median(a.ttft for a in result.ours) * 1000:.0f} ms",
+            f"{speed:.1f} ({speed / stock_speed:.2f}×)",
+            f"{result.accepted:.0f} of {result.proposed:.0f} ({share:.0%})",
+        )
+    return table
+
+
+def _median(values: Iterator[float]) -> float:
+    return statistics.median(values)

@@ -1,0 +1,198 @@
+"""Real ``vllm serve`` processes on 127.0.0.1, started together, stopped for certain."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import httpx
+
+STOP_SECONDS = 10.0
+
+
+class ServerError(RuntimeError):
+    """A server did not start or died; the message ends with the last lines of its log."""
+
+
+class Server:
+    """One ``vllm serve`` process group; a context manager that waits for health and leaves no process behind.
+
+    Args:
+        model: what to serve.
+        arguments: further words of the command line.
+        log: file for the server's output.
+        environment: variables to set (or, with None, to remove) for the server.
+
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        arguments: Sequence[str] = (),
+        *,
+        log: Path,
+        environment: Mapping[str, str | None] | None = None,
+    ) -> None:
+        self.model = str(model)
+        self.arguments = list(arguments)
+        self.log = log
+        self.port = _free_port()
+        self._environment = dict(environment or {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._output: IO[bytes] | None = None
+        self.started_in: float | None = None
+        """Seconds from launch to health."""
+
+    @property
+    def url(self) -> str:
+        """The base address, without ``/v1``."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def command(self) -> list[str]:
+        """The command line."""
+        vllm = Path(sys.executable).parent / "vllm"
+        return [str(vllm), "serve", self.model, "--host", "127.0.0.1", "--port", str(self.port), *self.arguments]
+
+    def launch(self) -> None:
+        """Start the process without waiting, so that several servers can load at the same time."""
+        environment = serving_environment()
+        for name, value in self._environment.items():
+            if value is None:
+                environment.pop(name, None)
+            else:
+                environment[name] = value
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._output = self.log.open("wb")
+        self._launched = time.monotonic()
+        # A session of its own: Ctrl-C reaches us alone, and the whole group can be stopped.
+        self._process = subprocess.Popen(
+            self.command, stdout=self._output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+    def healthy(self) -> bool:
+        """Whether it answers now; raises ServerError when it has died."""
+        if self._process is None:
+            return False
+        code = self._process.poll()
+        if code is not None:
+            raise ServerError(f"{' '.join(self.command)} ended with exit code {code}:\n{self.log_tail()}")
+        try:
+            answered = httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+        if answered and self.started_in is None:
+            self.started_in = time.monotonic() - self._launched
+        return answered
+
+    def wait(self, seconds: float = 300) -> None:
+        """Block until the server is healthy; raises ServerError when it dies or takes too long."""
+        deadline = time.monotonic() + seconds
+        while not self.healthy():
+            if time.monotonic() > deadline:
+                raise ServerError(f"no health after {seconds:.0f} s:\n{self.log_tail()}")
+            time.sleep(0.25)
+
+    def log_tail(self, lines: int = 25) -> str:
+        """The end of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+
+    def log_text(self) -> str:
+        """The whole log so far."""
+        return self.log.read_text(errors="replace")
+
+    def metrics(self) -> dict[str, float]:
+        """The samples on ``/metrics``, summed over labels, by name."""
+        totals: dict[str, float] = {}
+        for line in httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines():
+            match = re.match(r"([^#{\s]+)(?:\{.*\})?\s+(\S+)$", line)
+            if match:
+                totals[match[1]] = totals.get(match[1], 0.0) + float(match[2])
+        return totals
+
+    def stop(self) -> None:
+        """End the whole process group: politely, then not; idempotent."""
+        process, self._process = self._process, None
+        if process is not None:
+            for stop_signal in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+                try:
+                    os.killpg(process.pid, stop_signal)
+                except ProcessLookupError:
+                    break
+                deadline = time.monotonic() + STOP_SECONDS
+                while time.monotonic() < deadline and _group_lives(process):
+                    time.sleep(0.1)
+            process.wait()
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+
+    def __enter__(self) -> Self:
+        if self._process is None:
+            self.launch()
+        try:
+            self.wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.stop()
+
+
+def _group_lives(process: subprocess.Popen[bytes]) -> bool:
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def running(*servers: Server) -> Any:
+    """Launch all servers at once, wait for all, stop all, whatever happens between."""
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+            server.launch()
+        for server in servers:
+            server.wait()
+        yield servers
+
+
+def serving_environment() -> dict[str, str]:
+    """The environment that every server here gets: offline, little KV cache on the CPU, Intel's OpenMP if installed.
+
+    vLLM's CPU build asks for its OpenMP library in LD_PRELOAD and runs speculation slowly without it.
+    """
+    environment = dict(os.environ)
+    environment.setdefault("HF_HUB_OFFLINE", "1")
+    environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    openmp = Path(sysconfig.get_path("data")) / "lib" / "libiomp5.so"
+    if openmp.exists():
+        preloaded = [name for name in environment.get("LD_PRELOAD", "").split(":") if name]
+        environment["LD_PRELOAD"] = ":".join([*preloaded, str(openmp)])
+    for name in ("INSTANT_SETTINGS", "INSTANT_CONFIG", "VLLM_PLUGINS"):
+        environment.pop(name, None)
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

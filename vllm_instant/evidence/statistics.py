@@ -1,0 +1,47 @@
+"""Medians with bootstrap intervals, for single arms and for ratios of alternating arms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median and the bounds of its bootstrap confidence interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95, draws: int = 10_000, seed: int = 0) -> Interval:
+    """Percentile-bootstrap interval of the median (Efron 1979); raises ValueError without values."""
+    if len(values) == 0:
+        raise ValueError("no values")
+    data = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(seed).integers(0, len(data), (draws, len(data)))
+    return _interval(float(np.median(data)), np.median(data[picks], axis=1), confidence)
+
+
+def ratio_interval(
+    ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> Interval:
+    """Interval of the median of ``ours[i] / theirs[i]``, the two arms of one round each.
+
+    Rounds are resampled as pairs, so that drift of the machine between rounds cancels.
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} rounds of one arm, {len(theirs)} of the other")
+    return median_interval([a / b for a, b in zip(ours, theirs, strict=True)], confidence, draws, seed)
+
+
+def _interval(centre: float, resampled: np.ndarray, confidence: float) -> Interval:
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Interval(centre, float(low), float(high))

@@ -1,0 +1,72 @@
+"""The server's own numbers, beside vLLM's on ``/metrics``.
+
+Names begin with ``vllm_instant:``; vLLM unregisters everything that begins with ``vllm:`` when it registers its own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+
+from vllm_instant.settings import Deployment
+
+PREFIX = "vllm_instant:"
+
+_SPECULATION = {
+    "budgeted": ("draft_tokens_budgeted", "Draft tokens that the speculation policy granted."),
+    "proposed": ("draft_tokens_proposed", "Draft tokens that were sent to verification."),
+    "accepted": ("draft_tokens_accepted", "Draft tokens that verification kept."),
+    "steps": ("planned_steps", "Engine steps that the speculation policy planned."),
+    "steps_without_drafting": ("planned_steps_without_drafting", "Planned steps in which nothing was drafted."),
+}
+
+
+class InstantMetrics:
+    """Prometheus metrics fed with totals from the engine cores.
+
+    Args:
+        deployment: what is served; its plugins are shown as ``vllm_instant:plugin_info``.
+        registry: where the metrics live; the process's own by default.
+
+    """
+
+    def __init__(self, deployment: Deployment, registry: CollectorRegistry = REGISTRY) -> None:
+        info = Gauge(
+            f"{PREFIX}plugin_info",
+            "Plugins that this server was started with; always 1.",
+            ["slot", "plugin", "distribution", "version", "lossy"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
+        for slot in deployment.slots:
+            offer = deployment.offer(slot)
+            info.labels(
+                slot, offer.plugin.name, offer.distribution, offer.version, "yes" if offer.plugin.lossy else "no"
+            ).set(1)
+        self._speculation = {
+            field: Counter(f"{PREFIX}{name}", text, ["engine"], registry=registry)
+            for field, (name, text) in _SPECULATION.items()
+        }
+        self._failures = Counter(
+            f"{PREFIX}plugin_failures",
+            "Times that a plugin raised while serving (it is disabled at the first).",
+            ["engine", "slot", "plugin", "hook"],
+            registry=registry,
+        )
+        self._seen: dict[tuple[str, ...], int] = defaultdict(int)
+
+    def update(self, engine: str, totals: dict[str, Any]) -> None:
+        """Raise the counters to an engine's totals; a total that fell means that the engine was restarted."""
+        speculation = totals.get("speculation")
+        if speculation is not None:
+            for field, counter in self._speculation.items():
+                counter.labels(engine).inc(self._growth((engine, field), speculation[field]))
+        for failure in totals.get("failures", ()):
+            labels = (engine, failure["slot"], failure["plugin"], failure["hook"])
+            self._failures.labels(*labels).inc(self._growth(labels, failure["count"]))
+
+    def _growth(self, key: tuple[str, ...], total: int) -> int:
+        before, self._seen[key] = self._seen[key], total
+        return total - before if total >= before else total

@@ -1,0 +1,72 @@
+"""From a deployment and vLLM's configuration to the objects that serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_instant.containment import Contained
+from vllm_instant.contracts import PluginContext
+from vllm_instant.seams.requirements import Name, Seam
+from vllm_instant.settings import Deployment
+from vllm_instant.slots import SLOTS
+
+
+class PluginStartError(Exception):
+    """A chosen plugin cannot start; the message is for the person who wrote the deployment file."""
+
+
+def context_of(vllm_config: Any) -> PluginContext:
+    """What a plugin may know, from vLLM's ``VllmConfig``."""
+    speculative = vllm_config.speculative_config
+    return PluginContext(
+        model=vllm_config.model_config.model,
+        max_model_len=vllm_config.model_config.max_model_len,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        vocab_size=vllm_config.model_config.get_vocab_size(),
+        num_speculative_tokens=speculative.num_speculative_tokens if speculative is not None else 0,
+        device=str(vllm_config.device_config.device_type),
+    )
+
+
+def build_contained(slot: str, deployment: Deployment, context: PluginContext) -> Contained[Any] | None:
+    """Build the plugin of a slot behind its breaker; None when the slot keeps vLLM's own behaviour.
+
+    Raises:
+        PluginStartError: when the plugin's ``build`` fails or returns something that its slot cannot use.
+
+    """
+    plugin = deployment.offer(slot).plugin
+    if plugin.build is None:
+        return None
+    try:
+        instance = plugin.build(deployment.options(slot), context)
+    except Exception as error:
+        raise PluginStartError(
+            f"plugin {plugin.name} of slot {slot} cannot start: {type(error).__name__}: {error}"
+        ) from error
+    contract = SLOTS[slot].contract
+    if not isinstance(instance, contract):
+        missing = [
+            name
+            for name in vars(contract)
+            if not name.startswith("_") and callable(vars(contract)[name]) and not hasattr(instance, name)
+        ]
+        raise PluginStartError(
+            f"plugin {plugin.name} of slot {slot} cannot start: its {type(instance).__name__} has no "
+            f"{', '.join(missing)}; derive it from vllm_instant.{contract.__name__}"
+        )
+    return Contained(slot, plugin.name, instance)
+
+
+SEAM = Seam(
+    name="configuration",
+    purpose="tells plugins about the model and the engine",
+    requirements=(
+        Name("config/vllm.py", "VllmConfig.speculative_config"),
+        Name("config/vllm.py", "VllmConfig.device_config"),
+        Name("config/scheduler.py", "SchedulerConfig.max_num_seqs"),
+        Name("config/model.py", "ModelConfig.max_model_len"),
+        Name("config/model.py", "ModelConfig.get_vocab_size"),
+    ),
+    slots=("speculation", "drafter"),
+)

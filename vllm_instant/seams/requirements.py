@@ -1,0 +1,144 @@
+"""What a seam relies on in vLLM, and a check of it against vLLM's sources.
+
+The check reads Python files with ``ast``: nothing of vLLM is imported, so that it takes milliseconds, works for a
+release that is only unpacked somewhere, and cannot be fooled by an installation that fails to import.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+
+class RequirementError(Exception):
+    """A requirement that does not hold; the message says what is different."""
+
+
+class Requirement(Protocol):
+    """One thing that must be so in vLLM's sources."""
+
+    def check(self, vllm: Path) -> None:
+        """Raise RequirementError when the package folder ``vllm`` does not have it."""
+        ...
+
+
+@lru_cache(maxsize=64)
+def _module(path: Path) -> ast.Module:
+    if not path.is_file():
+        raise RequirementError(f"{path.name} is gone")
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _find(vllm: Path, file: str, qualified_name: str) -> ast.AST:
+    """The definition of ``Class.method``, ``Class``, ``function`` or a module-level name."""
+    scope: ast.AST = _module(vllm / file)
+    for part in qualified_name.split("."):
+        for node in ast.iter_child_nodes(scope):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == part:
+                scope = node
+                break
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == part:
+                scope = node
+                break
+            if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == part for t in node.targets):
+                scope = node
+                break
+        else:
+            raise RequirementError(f"{file} has no {qualified_name}")
+    return scope
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function or method whose leading positional parameters have these names.
+
+    ``exact``: we call it, so that it must not need any more than these; otherwise we wrap it and pass on the rest.
+    """
+
+    file: str
+    name: str
+    parameters: tuple[str, ...]
+    exact: bool = False
+
+    def check(self, vllm: Path) -> None:
+        node = _find(vllm, self.file, self.name)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            raise RequirementError(f"{self.file}: {self.name} is no longer a function")
+        found = tuple(a.arg for a in (*node.args.posonlyargs, *node.args.args))
+        if found[: len(self.parameters)] != self.parameters:
+            raise RequirementError(
+                f"{self.file}: {self.name} takes ({', '.join(found)}), not ({', '.join(self.parameters)}, …)"
+            )
+        extra = len(found) - len(self.parameters)
+        if self.exact and extra > len(node.args.defaults):
+            raise RequirementError(f"{self.file}: {self.name} needs more arguments now: ({', '.join(found)})")
+
+
+@dataclass(frozen=True)
+class Name:
+    """A class, function, dataclass field or module-level variable that exists."""
+
+    file: str
+    name: str
+
+    def check(self, vllm: Path) -> None:
+        _find(vllm, self.file, self.name)
+
+
+@dataclass(frozen=True)
+class Mentions:
+    """A definition whose body uses these attribute or variable names (fields it reads, methods it calls)."""
+
+    file: str
+    name: str
+    words: tuple[str, ...]
+
+    def check(self, vllm: Path) -> None:
+        node = _find(vllm, self.file, self.name)
+        used = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+        used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        missing = [word for word in self.words if word not in used]
+        if missing:
+            raise RequirementError(f"{self.file}: {self.name} no longer uses {', '.join(missing)}")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One place where this package reaches into vLLM.
+
+    ``slots`` names the slots whose plugins need it; an empty tuple means that every deployment does. ``optional``
+    seams do not stop a server: without them something less important is missing, which ``purpose`` names.
+    """
+
+    name: str
+    purpose: str
+    requirements: tuple[Requirement, ...]
+    slots: tuple[str, ...] = ()
+    optional: bool = False
+    state: Callable[[], str] | None = None
+    """What ``doctor`` says beside ok: whether a repair is active here, for example."""
+
+    def why_not(self, vllm: Path) -> str | None:
+        """None when every requirement holds in the package folder ``vllm``, else what is different."""
+        missing = []
+        for requirement in self.requirements:
+            try:
+                requirement.check(vllm)
+            except RequirementError as error:
+                missing.append(str(error))
+            except SyntaxError as error:
+                missing.append(f"{error.filename or 'a file'} cannot be parsed: {error.msg}")
+        return "; ".join(missing) or None
+
+
+def installed_vllm() -> Path | None:
+    """The folder of the installed vLLM package, None when there is none; nothing is imported."""
+    spec = find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))

@@ -1,0 +1,214 @@
+"""The scheduler: hands out the speculation budget, request by request and step by step.
+
+vLLM's scheduler is subclassed, not patched; ``create_scheduler`` is what ``--scheduler-cls`` names. Which of vLLM's
+two schedulers is the base depends on ``async_scheduling``, which the platform settles late: taking the wrong one would
+cost the overlap of scheduling and execution (vLLM issue 43724), hence a factory.
+
+Synchronous scheduling: the drafts of a step arrive at its end (``update_draft_token_ids``) and are cut to the lengths
+that were planned when the step was scheduled, so that the verified batch really shrinks. Asynchronous scheduling: the
+drafts stay on the device, and the next step carries placeholders; their number is the request's draft length.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_instant import carrier
+from vllm_instant.containment import Contained, failure_counts
+from vllm_instant.contracts import RequestState
+from vllm_instant.seams.building import build_contained, context_of
+from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
+from vllm_instant.speculation import SpeculationBudget
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+    from vllm.v1.request import Request
+
+QUALIFIED_NAME = "vllm_instant.seams.scheduler.create_scheduler"
+PLAN_ATTRIBUTE = "instant_draft_lengths"
+"""On a SchedulerOutput: draft lengths by request id; travels to the workers with it."""
+PADDING = -1
+
+
+class SpeculationBudgetMixin:
+    """Put before vLLM's Scheduler or AsyncScheduler in a class's bases."""
+
+    # What the mixin uses of its vLLM base class.
+    requests: dict[str, Any]
+    num_spec_tokens: int
+    vllm_config: Any
+
+    _asynchronous = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.instant_budget: SpeculationBudget | None = None
+        self._instant_plan: dict[str, int] = {}
+        deployment = carrier.current()
+        if deployment is not None and self.num_spec_tokens:
+            policy = build_contained("speculation", deployment, context_of(self.vllm_config))
+            if policy is not None:
+                self.instant_budget = SpeculationBudget(policy, self.num_spec_tokens)
+
+    def add_request(self, request: Request) -> None:
+        """Open the request's state before the base class may schedule it."""
+        budget = self.instant_budget
+        if budget is not None and request.request_id not in self.requests:
+            sampling = request.sampling_params
+            budget.admit(
+                RequestState(
+                    request_id=request.request_id,
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    max_tokens=request.max_tokens,
+                    temperature=sampling.temperature if sampling is not None else 0.0,
+                    structured_output=request.use_structured_output,
+                    extra_args=(sampling.extra_args if sampling is not None else None) or {},
+                    num_output_tokens=request.num_output_tokens,
+                )
+            )
+        super().add_request(request)  # type: ignore[misc]
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Plan the drafts that this step will make, before the base class writes down what it scheduled."""
+        budget = self.instant_budget
+        if budget is None:
+            super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+            return
+        drafting: list[RequestState] = []
+        requests = self.requests
+        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+            request = requests[request_id]
+            # A request that is still reading its prompt after this step samples nothing, so nothing follows it.
+            if request.num_computed_tokens + scheduled < request.num_tokens + request.num_output_placeholders:
+                continue
+            state = budget.state(request_id)
+            if state is not None:
+                drafting.append(state)
+        lengths = budget.plan(drafting)
+        plan = {state.request_id: length for state, length in zip(drafting, lengths, strict=True)}
+        # The drafter makes one length for the whole batch; the longest wish decides.
+        scheduler_output.num_spec_tokens_to_schedule = max(lengths, default=0)
+        setattr(scheduler_output, PLAN_ATTRIBUTE, plan)
+        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+        if self._asynchronous:
+            for request_id, length in plan.items():
+                request = requests[request_id]
+                if len(request.spec_token_ids) > length:
+                    request.spec_token_ids = request.spec_token_ids[:length]
+        self._instant_plan = plan
+        budget.step_scheduled(id(scheduler_output))
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Cut each request's drafts to its planned length (synchronous scheduling)."""
+        if self.instant_budget is not None:
+            most = self.num_spec_tokens
+            wanted = self._instant_plan.get
+            draft_token_ids.draft_token_ids = [
+                row[: wanted(request_id, most)]
+                for request_id, row in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=False)
+            ]
+        super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        """Learn what was accepted before the base class ends requests."""
+        if self.instant_budget is not None:
+            self._observe(self.instant_budget, scheduler_output, model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+
+    def _observe(
+        self, budget: SpeculationBudget, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> None:
+        sampled = model_runner_output.sampled_token_ids
+        rows = model_runner_output.req_id_to_index
+        drafts_of = scheduler_output.scheduled_spec_decode_tokens
+        invalid = scheduler_output.num_invalid_spec_tokens or {}
+        states: list[RequestState] = []
+        drafted: list[int] = []
+        accepted: list[int] = []
+        for request_id in scheduler_output.num_scheduled_tokens:
+            state = budget.state(request_id)
+            row = rows.get(request_id)
+            if state is None or row is None or not sampled or not sampled[row]:
+                continue
+            drafts = drafts_of.get(request_id, ())
+            # Placeholders are real drafts under asynchronous scheduling and mere padding otherwise.
+            count = len(drafts) if self._asynchronous or PADDING not in drafts else len(drafts) - drafts.count(PADDING)
+            count -= invalid.get(request_id, 0)
+            state.num_output_tokens += len(sampled[row])
+            states.append(state)
+            drafted.append(count)
+            accepted.append(min(len(sampled[row]) - 1, count))
+        budget.step_finished(
+            id(scheduler_output), states, drafted, accepted, scheduler_output.total_num_scheduled_tokens
+        )
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if self.instant_budget is not None:
+            self.instant_budget.forget(request.request_id)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def instant_totals(self) -> dict[str, Any]:
+        """What the metrics show of this scheduler."""
+        budget = self.instant_budget
+        if budget is None:
+            return {"speculation": None, "failures": []}
+        policy: Contained[Any] = budget.policy
+        return {"speculation": budget.totals(), "failures": failure_counts(policy)}
+
+
+def create_scheduler(*args: Any, **kwargs: Any) -> Any:
+    """The instant scheduler over the base class that this engine's scheduling mode needs."""
+    vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    if vllm_config.scheduler_config.async_scheduling:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler as Base
+    else:
+        from vllm.v1.core.sched.scheduler import Scheduler as Base
+    cls = type(
+        f"Instant{Base.__name__}",
+        (SpeculationBudgetMixin, Base),
+        {"_asynchronous": bool(vllm_config.scheduler_config.async_scheduling)},
+    )
+    return cls(*args, **kwargs)
+
+
+_SCHEDULER = "v1/core/sched/scheduler.py"
+_OUTPUT = "v1/core/sched/output.py"
+
+SEAM = Seam(
+    name="scheduler",
+    purpose="per-request speculation budget",
+    requirements=(
+        Function(_SCHEDULER, "Scheduler.add_request", ("self", "request"), exact=True),
+        Function(_SCHEDULER, "Scheduler._update_after_schedule", ("self", "scheduler_output"), exact=True),
+        Function(_SCHEDULER, "Scheduler.update_draft_token_ids", ("self", "draft_token_ids"), exact=True),
+        Function(
+            _SCHEDULER,
+            "Scheduler.update_from_output",
+            ("self", "scheduler_output", "model_runner_output"),
+            exact=True,
+        ),
+        Function(_SCHEDULER, "Scheduler._free_request", ("self", "request")),
+        Mentions(_SCHEDULER, "Scheduler.__init__", ("num_spec_tokens", "requests")),
+        Mentions(_SCHEDULER, "Scheduler.schedule", ("_update_after_schedule", "spec_token_ids")),
+        Mentions(_SCHEDULER, "Scheduler.update_draft_token_ids", ("req_ids", "draft_token_ids", "spec_token_ids")),
+        Function(
+            "v1/core/sched/async_scheduler.py", "AsyncScheduler._update_after_schedule", ("self", "scheduler_output")
+        ),
+        Mentions(
+            "v1/core/sched/async_scheduler.py",
+            "AsyncScheduler._update_after_schedule",
+            ("spec_token_ids", "num_spec_tokens_to_schedule", "num_output_placeholders"),
+        ),
+        Name(_OUTPUT, "SchedulerOutput.num_spec_tokens_to_schedule"),
+        Name(_OUTPUT, "SchedulerOutput.scheduled_spec_decode_tokens"),
+        Name(_OUTPUT, "SchedulerOutput.num_scheduled_tokens"),
+        Name(_OUTPUT, "SchedulerOutput.num_invalid_spec_tokens"),
+        Name("v1/outputs.py", "DraftTokenIds.draft_token_ids"),
+        Name("v1/outputs.py", "ModelRunnerOutput.sampled_token_ids"),
+        Name("v1/outputs.py", "ModelRunnerOutput.req_id_to_index"),
+        Mentions("v1/engine/core.py", "EngineCore.post_step", ("take_draft_token_ids", "update_draft_token_ids")),
+        Function("config/scheduler.py", "SchedulerConfig.get_scheduler_cls", ("self",)),
+    ),
+    slots=("speculation",),
+)

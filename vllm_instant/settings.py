@@ -1,0 +1,367 @@
+"""The deployment file as settings: what a user may write, and what a server then runs with.
+
+Layers, the later ones winning: defaults, the deployment file (TOML), environment variables
+(``INSTANT_SPECULATION__PLUGIN=off``), the command line (``--instant-set speculation.plugin=off``). ``resolve`` merges
+them, remembers where each value came from, and either returns a ``Deployment`` or raises ``DeploymentError`` with
+everything that is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+
+from vllm_instant.contracts import PluginOptions
+from vllm_instant.plugin_manager import Offer, PluginManager, plugin_manager
+from vllm_instant.problems import DeploymentError, Problem, choices, shown
+from vllm_instant.slots import SLOTS
+
+ENV_PREFIX = "INSTANT_"
+CONFIG_VARIABLE = "INSTANT_CONFIG"
+"""Names the deployment file when the command line does not."""
+DEFAULT_ORIGIN = "default"
+
+Table = dict[str, Any]
+
+
+class DeploymentFile(BaseSettings):
+    """The tables of a deployment file; each slot's table is checked by the plugin that it names."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid")
+
+    speculation: Table = Field(default_factory=dict)
+    drafter: Table = Field(default_factory=dict)
+    rejection_sampler: Table = Field(default_factory=dict)
+    batching: Table = Field(default_factory=dict)
+    experts: Table = Field(default_factory=dict)
+    attention: Table = Field(default_factory=dict)
+    streaming: Table = Field(default_factory=dict)
+    vllm: Table = Field(default_factory=dict)
+
+
+class SlotChoice(BaseModel):
+    """The plugin that fills a slot, with all of its options (defaults included)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    plugin: str
+    options: Table = Field(default_factory=dict)
+
+
+class Deployment(BaseModel):
+    """A checked deployment: every slot filled. This is what travels to the engine-core and worker processes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str | None = None
+    slots: dict[str, SlotChoice]
+    vllm: Table = Field(default_factory=dict)
+    """The ``[vllm]`` table: engine arguments by vLLM's field names."""
+    origins: dict[str, str] = Field(default_factory=dict)
+    """Where each value came from, by ``table.key``; a value not listed is a default."""
+
+    def offer(self, slot: str, manager: PluginManager | None = None) -> Offer:
+        """The offer that fills a slot."""
+        return (manager or plugin_manager()).get(slot, self.slots[slot].plugin)
+
+    def options(self, slot: str, manager: PluginManager | None = None) -> PluginOptions:
+        """The options of the plugin that fills a slot, as that plugin's own model."""
+        return self.offer(slot, manager).plugin.options.model_validate(self.slots[slot].options)
+
+    def engine_arguments(self, manager: PluginManager | None = None) -> Table:
+        """What vLLM should be started with: what the plugins need, then the ``[vllm]`` table over it.
+
+        Switching speculation off takes the drafter away too, so that nothing is loaded that nothing uses.
+        """
+        arguments: Table = {}
+        speculating = self.slots["speculation"].plugin != "off"
+        for slot in SLOTS:
+            plugin = self.offer(slot, manager).plugin
+            if plugin.engine_arguments is not None and (speculating or slot != "drafter"):
+                arguments.update(plugin.engine_arguments(self.options(slot, manager)))
+            elif slot == "drafter" and speculating and plugin.build is not None:
+                arguments["speculative_config"] = {
+                    "method": "custom_class",
+                    "model": "vllm_instant.seams.drafter.PluginDrafter",
+                    "num_speculative_tokens": self.slots[slot].options["num_speculative_tokens"],
+                }
+        arguments.update(self.vllm)
+        if not speculating:
+            arguments.pop("speculative_config", None)
+        return arguments
+
+
+class Layer:
+    """Values from one place, flattened to ``table.key`` for provenance."""
+
+    def __init__(self, origin: str, tables: Mapping[str, Any], origin_of: Mapping[str, str] | None = None) -> None:
+        self.origin = origin
+        self.tables = tables
+        self._origin_of = origin_of or {}
+
+    def source_of(self, key: str) -> str:
+        """What to call the place where ``table.key`` was written."""
+        return self._origin_of.get(key, self.origin)
+
+
+def read_file(path: str | Path) -> Layer:
+    """The tables of a TOML file; raises DeploymentError when it cannot be read or parsed."""
+    name = str(path)
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DeploymentError([Problem(name, "", f"there is no such file (looked in {Path.cwd()})")]) from None
+    except IsADirectoryError:
+        raise DeploymentError([Problem(name, "", "this is a folder, not a deployment file")]) from None
+    except OSError as error:
+        raise DeploymentError([Problem(name, "", f"cannot be read: {error.strerror}")]) from None
+    try:
+        return Layer(name, tomllib.loads(raw.decode()))
+    except UnicodeDecodeError as error:
+        raise DeploymentError([Problem(name, "", f"is not UTF-8 text (byte {error.start})")]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise DeploymentError([Problem(name, "", f"is not valid TOML: {error}")]) from None
+
+
+def read_environment() -> Layer:
+    """The tables that ``INSTANT_<TABLE>__<KEY>`` variables set; a name that fits no table is a problem."""
+    problems, origins = [], {}
+    for variable in sorted(os.environ):
+        if not variable.startswith(ENV_PREFIX) or "__" not in variable:
+            continue
+        table, _, key = variable.removeprefix(ENV_PREFIX).lower().partition("__")
+        if table in DeploymentFile.model_fields:
+            origins[f"{table}.{key.replace('__', '.')}"] = f"environment variable {variable}"
+        else:
+            problems.append(
+                Problem(
+                    f"environment variable {variable}",
+                    "",
+                    f"names no table: found {table!r}; {choices(table, DeploymentFile.model_fields)}",
+                )
+            )
+    if problems:
+        raise DeploymentError(problems)
+    tables = EnvSettingsSource(DeploymentFile)()
+    return Layer("environment", {name: _literals(table) for name, table in tables.items()}, origins)
+
+
+def read_overrides(pairs: Sequence[str]) -> Layer:
+    """The tables that ``--instant-set TABLE.KEY=VALUE`` sets; VALUE is a TOML value, or else a string."""
+    tables: Table = {}
+    problems = []
+    for pair in pairs:
+        path, equals, value = pair.partition("=")
+        parts = path.strip().replace("-", "_").split(".")
+        if not equals or len(parts) < 2 or not all(parts):
+            problems.append(Problem("--instant-set", "", f"expected TABLE.KEY=VALUE, found {shown(pair)}"))
+            continue
+        table = tables
+        for part in parts[:-1]:
+            table = table.setdefault(part, {})
+        table[parts[-1]] = _literal(value)
+    if problems:
+        raise DeploymentError(problems)
+    return Layer("--instant-set", tables)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _literals(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _literals(inner) for key, inner in value.items()}
+    return _literal(value) if isinstance(value, str) else value
+
+
+def _merge(into: Table, layer: Layer, tables: Mapping[str, Any], origins: dict[str, str], prefix: str = "") -> None:
+    for key, value in tables.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner = into.get(key)
+            if not isinstance(inner, dict):
+                inner = into[key] = {}
+            _merge(inner, layer, value, origins, f"{path}.")
+        else:
+            into[key] = value
+            origins[path] = layer.source_of(path)
+
+
+def resolve(
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    manager: PluginManager | None = None,
+) -> Deployment:
+    """Merge all layers and check them; ``file`` falls back to the variable ``INSTANT_CONFIG``, then to no file.
+
+    Raises:
+        DeploymentError: with every problem of the deployment, none of them found by starting an engine.
+
+    """
+    file = file or os.environ.get(CONFIG_VARIABLE) or None
+    layers: list[Layer] = []
+    problems: list[Problem] = []
+    for read in (
+        *((lambda: read_file(file),) if file is not None else ()),
+        read_environment,
+        lambda: read_overrides(overrides),
+    ):
+        try:
+            layers.append(read())
+        except DeploymentError as error:
+            problems += error.problems
+    if problems:
+        raise DeploymentError(problems)
+
+    for layer in layers:
+        for name, table in layer.tables.items():
+            if name not in DeploymentFile.model_fields:
+                problems.append(
+                    Problem(
+                        layer.source_of(name),
+                        f"[{name}]",
+                        f"there is no such table; {choices(name, DeploymentFile.model_fields)}",
+                    )
+                )
+            elif not isinstance(table, dict):
+                problems.append(
+                    Problem(
+                        layer.source_of(name),
+                        name,
+                        f"must be a table, [{name}] with keys below it; found {shown(table)}",
+                    )
+                )
+    if problems:
+        raise DeploymentError(problems)
+
+    merged: Table = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        _merge(merged, layer, layer.tables, origins)
+    deployment = _check(merged, origins, str(file) if file else None, manager or plugin_manager())
+    return deployment
+
+
+def _check(merged: Table, origins: dict[str, str], file: str | None, manager: PluginManager) -> Deployment:
+    where = file or "vllm-instant"
+    problems: list[Problem] = []
+    slots: dict[str, SlotChoice] = {}
+    for slot in SLOTS.values():
+        table = merged.get(slot.name, {})
+        choice, found = _check_slot(slot.name, table, origins, where, manager)
+        problems += found
+        if choice is not None:
+            slots[slot.name] = choice
+    if problems:
+        raise DeploymentError(problems)
+    vllm = {key.replace("-", "_"): value for key, value in merged.get("vllm", {}).items()}
+    deployment = Deployment(file=str(Path(file).resolve()) if file else None, slots=slots, vllm=vllm, origins=origins)
+    problems += [Problem(where, "", sentence) for sentence in contradictions(deployment, manager)]
+    problems += [Problem(where, "", sentence) for sentence in manager.objections(deployment)]
+    if problems:
+        raise DeploymentError(problems)
+    return deployment
+
+
+def _check_slot(
+    slot: str, table: Table, origins: Mapping[str, str], where: str, manager: PluginManager
+) -> tuple[SlotChoice | None, list[Problem]]:
+    def source(key: str) -> str:
+        return origins.get(f"{slot}.{key}", where)
+
+    name = table.get("plugin", SLOTS[slot].default)
+    if not isinstance(name, str):
+        return None, [
+            Problem(source("plugin"), f"[{slot}] plugin", f"expected the name of a plugin, found {shown(name)}")
+        ]
+    offers = manager.find(slot, name)
+    if not offers:
+        message = f"there is no plugin {name!r} for this slot; {choices(name, manager.names(slot))}"
+        if manager.broken:
+            message += "; moreover " + "; ".join(str(broken) for broken in manager.broken)
+        return None, [Problem(source("plugin"), f"[{slot}] plugin", message)]
+    if len(offers) > 1:
+        rivals = " and ".join(offer.distribution for offer in offers)
+        return None, [Problem(source("plugin"), f"[{slot}] plugin", f"{name!r} is offered by {rivals}: uninstall one")]
+    plugin = offers[0].plugin
+    if not SLOTS[slot].served and plugin.name != SLOTS[slot].default:
+        message = f"this release cannot put plugins into this slot yet; valid: {SLOTS[slot].default}"
+        return None, [Problem(source("plugin"), f"[{slot}] plugin", message)]
+    given = {key: value for key, value in table.items() if key != "plugin"}
+    try:
+        # JSON rules: strict about types ("4" is no number), yet lists may fill tuples and strings paths.
+        options = plugin.options.model_validate_json(json.dumps(given, default=str), strict=True)
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors():
+            key = ".".join(str(part) for part in detail["loc"])
+            message = _sentence(dict(detail), slot, plugin.name, plugin.options, given, manager)
+            problems.append(Problem(source(key), f"[{slot}] {key}".rstrip(), message))
+        return None, problems
+    return SlotChoice(plugin=plugin.name, options=options.model_dump(mode="json")), []
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "tuple_type": "a list",
+}
+
+
+def _sentence(
+    detail: Table, slot: str, plugin: str, options: type[PluginOptions], given: Table, manager: PluginManager
+) -> str:
+    """One of pydantic's errors in the words of a deployment file."""
+    kind, found = detail["type"], shown(detail.get("input"))
+    key = str(detail["loc"][-1]) if detail["loc"] else ""
+    if kind == "extra_forbidden":
+        if key in manager.names(slot):
+            return f"the options of a plugin stand directly in [{slot}], not in [{slot}.{key}]"
+        owners = sorted(
+            {o.plugin.name for o in manager.offers() if o.plugin.slot == slot and key in o.plugin.options.model_fields}
+        )
+        if owners:
+            chosen = "which is chosen here" if "plugin" in given else "which this deployment uses"
+            return f"is an option of {' and '.join(owners)}, not of {plugin}, {chosen}"
+        if not options.model_fields:
+            return f"the plugin {plugin} has no options; found {found}"
+        return f"the plugin {plugin} has no such option; {choices(key, options.model_fields)}"
+    if kind == "missing":
+        return f"the plugin {plugin} needs this option"
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}, found {found}"
+    message = str(detail["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"expected {message}, found {found}" if message != detail["msg"] else f"{message}; found {found}"
+
+
+def contradictions(deployment: Deployment, manager: PluginManager) -> Iterator[str]:
+    """Choices that exclude each other, whichever plugins they name."""
+    drafter = deployment.offer("drafter", manager).plugin
+    brings_drafter = drafter.build is not None or drafter.engine_arguments is not None
+    if brings_drafter and "speculative_config" in deployment.vllm:
+        yield (
+            f"[drafter] plugin = {drafter.name!r} and [vllm] speculative_config both choose a drafter: keep one of them"
+        )
+    if drafter.build is not None and "num_speculative_tokens" not in deployment.slots["drafter"].options:
+        yield f"[drafter] plugin = {drafter.name!r} must derive its options from vllm_instant.DrafterOptions"
+    if deployment.slots["speculation"].plugin != "off" and "scheduler_cls" in deployment.vllm:
+        yield (
+            "[vllm] scheduler_cls replaces the scheduler that hands out the speculation budget: "
+            "remove it, or set [speculation] plugin = 'off'"
+        )

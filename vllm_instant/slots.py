@@ -1,0 +1,70 @@
+"""The slots of a deployment file: what each decides, where it runs, and what it is when nobody fills it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_instant import contracts
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One table of a deployment file."""
+
+    name: str
+    decides: str
+    runs_in: str
+    default: str
+    """The plugin of a deployment that does not name one; always lossless."""
+    contract: type
+    served: bool = True
+    """Whether this release can put plugins into the slot; otherwise the default is the only choice."""
+
+
+SLOTS: dict[str, Slot] = {
+    slot.name: slot
+    for slot in (
+        Slot(
+            "speculation",
+            "how many draft tokens each request gets in the next step",
+            "engine core",
+            "fixed",
+            contracts.SpeculationPolicy,
+        ),
+        Slot("drafter", "which tokens are proposed", "worker", "native", contracts.Drafter),
+        Slot(
+            "rejection_sampler",
+            "which proposals are kept",
+            "worker",
+            "token",
+            contracts.RejectionSampler,
+            served=False,
+        ),
+        Slot(
+            "batching",
+            "which waiting requests run next, and who is preempted",
+            "engine core",
+            "fcfs",
+            contracts.BatchingPolicy,
+            served=False,
+        ),
+        Slot("experts", "which experts a batch may use", "worker", "native", contracts.ExpertRouter, served=False),
+        Slot(
+            "attention",
+            "the attention kernel and the KV-cache format",
+            "worker",
+            "native",
+            contracts.AttentionProvider,
+            served=False,
+        ),
+        Slot(
+            "streaming",
+            "prefill while the prompt is still arriving",
+            "API server",
+            "off",
+            contracts.StreamingPrefill,
+            served=False,
+        ),
+    )
+}
+"""By name, in the order in which tables are written and printed."""
