@@ -331,7 +331,7 @@ def _sentence(
     kind, found = detail["type"], shown(detail.get("input"))
     key = str(detail["loc"][-1]) if detail["loc"] else ""
     if kind == "extra_forbidden":
-        if key in manager.names(slot):
+        if key in manager.names(slot) and isinstance(detail.get("input"), dict):
             return f"the options of a plugin stand directly in [{slot}], not in [{slot}.{key}]"
         owners = sorted(
             {o.plugin.name for o in manager.offers() if o.plugin.slot == slot and key in o.plugin.options.model_fields}

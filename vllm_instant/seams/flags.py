@@ -108,24 +108,39 @@ class Selection:
 
 def read_selection(arguments: list[str]) -> Selection:
     """Pick our options out of a command line; everything else is left to vLLM."""
-    picker = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    _add_options(picker)
-    dashed = [_with_dashes(argument) for argument in arguments]
-    try:
-        found, _ = picker.parse_known_args(dashed)
-    except argparse.ArgumentError:
-        # An option without its value: vLLM's own parser reports it.
+    found, _ = _pick(arguments)
+    if found is None:
         return Selection(None, None, [])
     # A vLLM whose --plugins takes several words is read as that vLLM would.
     plugins = [name for text in found.plugins for name in _names(text)] if found.plugins is not None else None
     return Selection(plugins, found.instant_config, list(found.instant_set or []))
 
 
+def _pick(arguments: list[str]) -> tuple[argparse.Namespace | None, list[str]]:
+    """Our options, and the words that are left; None for a line that vLLM's parser will have to complain about."""
+    picker = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    _add_options(picker)
+    try:
+        return picker.parse_known_args([_with_dashes(argument) for argument in arguments])
+    except argparse.ArgumentError:
+        return None, arguments
+
+
+def _ours_last(arguments: list[str]) -> list[str]:
+    """The same line with our options behind everything else: vLLM wants MODEL to be the first word."""
+    found, rest = _pick(arguments)
+    if found is None:
+        return arguments
+    plugins = [f"--plugins={text}" for text in found.plugins or ()]
+    config = [f"--instant-config={found.instant_config}"] if found.instant_config is not None else []
+    return [*rest, *plugins, *config, *(f"--instant-set={pair}" for pair in found.instant_set or ())]
+
+
 def _with_dashes(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
+    """Our own options may be written with underscores, as vLLM's may; no other word is touched."""
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+    dashed = name.replace("_", "-")
+    return dashed + equals + value if dashed in ("--plugins", "--instant-config", "--instant-set") else argument
 
 
 # ------------------------------------------------------------------------------- vllm serve and friends
@@ -165,6 +180,7 @@ def _with_selection(original: Any, serve: Serve) -> Any:
         # vLLM also parses lists of its own making, an empty one to learn the defaults for example.
         if args is not None and not _asks_for_us(self, arguments):
             return original(self, args, namespace)
+        arguments = _ours_last(arguments)
         # With --config, vLLM expands its YAML file first and our wrapper around that does the rest.
         if "--config" not in arguments:
             arguments = _expand(self, arguments)
@@ -225,7 +241,7 @@ def _finds_model(parser: Any, options: list[str]) -> bool:
     if not positionals:
         return False
     try:
-        found, _ = argparse.ArgumentParser.parse_known_args(parser, [_with_dashes(word) for word in options])
+        found, _ = argparse.ArgumentParser.parse_known_args(parser, options)
     except SystemExit:
         return False
     return any(getattr(found, dest, None) is not None for dest in positionals)

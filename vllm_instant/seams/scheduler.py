@@ -167,7 +167,7 @@ def create_scheduler(*args: Any, **kwargs: Any) -> Any:
     cls = type(
         f"Instant{Base.__name__}",
         (SpeculationBudgetMixin, Base),
-        {"_asynchronous": bool(vllm_config.scheduler_config.async_scheduling)},
+        {"__module__": __name__, "_asynchronous": bool(vllm_config.scheduler_config.async_scheduling)},
     )
     return cls(*args, **kwargs)
 

@@ -1,0 +1,75 @@
+"""Isolation for all tests, and the shared servers of the engine tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is not marked otherwise is a unit test; GPU tests are skipped where there is no device."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("engine", "kernel", "gpu", "unit")):
+            item.add_marker(pytest.mark.unit)
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skipif(not _has_gpu(), reason="no CUDA device"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("INSTANT_") or name == "VLLM_PLUGINS":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test plugins and the example distribution, installed by pip into a folder of their own."""
+    target = tmp_path_factory.mktemp("plugins")
+    sources = [ROOT / "tests/support/plugins", ROOT / "examples/bigram_plugin"]
+    copies = tmp_path_factory.mktemp("sources")
+    for source in sources:
+        copy = copies / source.name
+        copy.mkdir()
+        for path in source.iterdir():
+            if path.is_file():
+                (copy / path.name).write_bytes(path.read_bytes())
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target)]
+        subprocess.run([*command, str(copy)], check=True)
+    return target
+
+
+@pytest.fixture
+def write_file(tmp_path: Path) -> Callable[[str], Path]:
+    """Write a deployment file and return its path."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "deploy.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def with_test_plugins(plugin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make the installed test plugins visible in this process."""
+    from vllm_instant.plugin_manager import plugin_manager
+
+    monkeypatch.syspath_prepend(str(plugin_folder))
+    plugin_manager.cache_clear()
+    yield
+    plugin_manager.cache_clear()

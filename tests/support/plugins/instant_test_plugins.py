@@ -1,0 +1,81 @@
+"""Plugins that the tests need: budgets that vary, plugins that fail in every place where one can."""
+
+import random
+
+from vllm_instant import Drafter, DrafterOptions, Plugin, SpeculationPolicy, hookimpl
+
+
+class CyclingPolicy(SpeculationPolicy):
+    """A different length for every request and step, 0 and the maximum included."""
+
+    def __init__(self):
+        self.step = 0
+
+    def draft_lengths(self, requests, max_draft_tokens):
+        self.step += 1
+        if self.step % 7 == 0:
+            return [0] * len(requests)
+        return [(i + self.step) % (max_draft_tokens + 1) for i in range(len(requests))]
+
+
+class RaisingPolicy(CyclingPolicy):
+    """Works for some steps, then raises."""
+
+    def draft_lengths(self, requests, max_draft_tokens):
+        if self.step == 5:
+            raise RuntimeError("policy failed on purpose")
+        return super().draft_lengths(requests, max_draft_tokens)
+
+
+class RandomDrafter(Drafter):
+    """Hopeless drafts."""
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+        self.random = random.Random(0)
+
+    def propose(self, requests):
+        return [[self.random.randrange(self.vocab_size) for _ in range(r.max_draft_tokens)] for r in requests]
+
+
+class RaisingDrafter(RandomDrafter):
+    """Works for some steps, then returns too much, which is a violation and not only an exception."""
+
+    calls = 0
+
+    def propose(self, requests):
+        self.calls += 1
+        return super().propose(requests) if self.calls < 6 else [[1] * 99 for _ in requests]
+
+
+def cannot_start(options, context):
+    raise OSError("the model of this policy is not there")
+
+
+def incomplete(options, context):
+    return object()
+
+
+@hookimpl
+def instant_plugins():
+    return [
+        Plugin(slot="speculation", name="cycling", summary="test", build=lambda o, c: CyclingPolicy()),
+        Plugin(slot="speculation", name="raising", summary="test", build=lambda o, c: RaisingPolicy()),
+        Plugin(slot="speculation", name="cannot_start", summary="test", build=cannot_start),
+        Plugin(slot="speculation", name="incomplete", summary="test", lossy=True, build=incomplete),
+        Plugin(
+            slot="drafter",
+            name="random",
+            summary="test",
+            options=DrafterOptions,
+            build=lambda o, c: RandomDrafter(c.vocab_size),
+        ),
+        Plugin(
+            slot="drafter",
+            name="raising",
+            summary="test",
+            options=DrafterOptions,
+            build=lambda o, c: RaisingDrafter(c.vocab_size),
+        ),
+        Plugin(slot="experts", name="unserved", summary="test", lossy=True, build=incomplete),
+    ]

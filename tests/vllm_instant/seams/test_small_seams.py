@@ -1,0 +1,163 @@
+"""Import hooks, module names, building, the CPU sampling repair."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_instant import Plugin
+from vllm_instant.contracts import PluginContext
+from vllm_instant.seams import building, cpu_sampling, import_hooks, module_names
+from vllm_instant.settings import resolve
+
+
+def _python(code: str, cwd=None) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=cwd, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+class TestImportHooks:
+    def test_changes_wait_for_the_import_and_run_once(self, tmp_path, monkeypatch):
+        (tmp_path / "instant_sample_module.py").write_text("value = 1\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        seen = []
+
+        def change(module):
+            seen.append(module.value)
+            module.value = 2
+
+        import_hooks.when_imported("instant_sample_module", change)
+        import_hooks.when_imported("instant_sample_module", change)
+        assert seen == []
+        assert "instant_sample_module" not in sys.modules
+        import instant_sample_module
+
+        assert instant_sample_module.value == 2
+        assert seen == [1]
+        assert type(instant_sample_module.__spec__.loader).__name__ == "SourceFileLoader"
+
+    def test_a_loaded_module_is_changed_at_once(self):
+        seen = []
+
+        def change(module):
+            seen.append(module.__name__)
+
+        import_hooks.when_imported("json", change)
+        assert seen == ["json"]
+
+
+class TestModuleNames:
+    CODE = """
+        import importlib.util, sys
+        from vllm_instant.seams.module_names import hide_bare_folder
+        hidden = hide_bare_folder()
+        print(hidden, importlib.util.find_spec("triton_kernels") is not None)
+        """
+
+    def test_a_bare_folder_is_hidden(self, tmp_path):
+        (tmp_path / "triton_kernels" / "vllm_instant_kernels").mkdir(parents=True)
+        assert _python(self.CODE, tmp_path) == "True False"
+
+    def test_a_real_package_is_left_alone(self, tmp_path):
+        (tmp_path / "triton_kernels").mkdir()
+        (tmp_path / "triton_kernels" / "__init__.py").write_text("")
+        assert _python(self.CODE, tmp_path) == "False True"
+
+    def test_nothing_of_ours_is_importable_under_the_names_of_source_folders(self, tmp_path):
+        code = 'import importlib.util as u; print([u.find_spec(n) for n in ("triton_kernels", "plugins")])'
+        assert _python(code, tmp_path) == "[None, None]"
+
+    def test_vllm_finds_its_own_copy_behind_the_folder(self, tmp_path):
+        (tmp_path / "triton_kernels").mkdir()
+        vendored = tmp_path / "vendored.py"
+        vendored.write_text("")
+        code = """
+            import sys
+            from vllm_instant.register import register
+            register()
+            import vllm.utils.import_utils as u
+            print(u._has_module("triton_kernels"))
+            """
+        assert _python(code, tmp_path).splitlines()[-1] == "False"
+
+    def test_a_loaded_module_is_not_touched(self):
+        assert module_names.hide_bare_folder("json") is False
+
+
+CONTEXT = PluginContext(
+    model="m", max_model_len=10, max_num_seqs=2, vocab_size=5, num_speculative_tokens=3, device="cpu"
+)
+
+
+@pytest.mark.usefixtures("with_test_plugins")
+class TestBuilding:
+    def _build(self, plugin):
+        return building.build_contained("speculation", resolve(None, [f"speculation.plugin={plugin}"]), CONTEXT)
+
+    def test_stock_behaviour_needs_no_object(self):
+        assert self._build("off") is None
+
+    def test_a_policy_is_built_with_its_options(self):
+        deployment = resolve(None, ["speculation.max_batch_size=3"])
+        contained = building.build_contained("speculation", deployment, CONTEXT)
+        assert contained.instance.max_batch_size == 3
+        assert contained.plugin == "fixed"
+
+    def test_a_plugin_that_cannot_start_says_why(self):
+        with pytest.raises(building.PluginStartError) as caught:
+            self._build("cannot_start")
+        assert str(caught.value) == (
+            "plugin cannot_start of slot speculation cannot start: OSError: the model of this policy is not there"
+        )
+
+    def test_an_object_that_does_not_follow_the_contract_is_refused(self):
+        with pytest.raises(building.PluginStartError, match="has no draft_lengths, observe, forget"):
+            self._build("incomplete")
+
+
+class TestCpuSampling:
+    @given(
+        st.lists(
+            st.tuples(st.floats(0, 2, width=32), st.integers(0, 5)),
+            min_size=1,
+            max_size=8,
+        )
+    )
+    def test_the_repair_expands_values_to_tokens(self, requests):
+        import torch
+
+        counts = [count for _, count in requests]
+        ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+        output = torch.full((sum(counts),), -1.0)
+        cpu_sampling.expand(output, torch.tensor([value for value, _ in requests]), ends, 0, 1)
+        expected = [1.0 if value == 0 else value for value, count in requests for _ in range(count)]
+        assert output.tolist() == pytest.approx(expected)
+
+    def test_the_probe_tells_right_from_wrong(self):
+        assert not cpu_sampling.is_wrong(cpu_sampling.expand)
+        assert cpu_sampling.is_wrong(lambda *a: None)
+        assert cpu_sampling.is_wrong(lambda *a: 1 / 0)
+
+    def test_only_a_wrong_function_is_replaced(self):
+        from types import ModuleType
+
+        module = ModuleType("m")
+        module._expand_kernel_impl = wrong = lambda *a: None
+        cpu_sampling._repair(module)
+        assert module._expand_kernel_impl is cpu_sampling.expand is not wrong
+        right = ModuleType("r")
+        right._expand_kernel_impl = kept = lambda *a: cpu_sampling.expand(*a)
+        cpu_sampling._repair(right)
+        assert right._expand_kernel_impl is kept
+
+
+def test_plugin_objects_are_frozen():
+    plugin = Plugin(slot="speculation", name="x", summary="s")
+    with pytest.raises(AttributeError):
+        plugin.name = "y"

@@ -1,0 +1,47 @@
+"""Counters from totals."""
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from vllm_instant.metrics import InstantMetrics
+from vllm_instant.settings import resolve
+
+
+def _totals(proposed, failures=()):
+    speculation = {"budgeted": 9, "proposed": proposed, "accepted": 1, "steps": 3, "steps_without_drafting": 0}
+    return {"speculation": speculation, "failures": list(failures)}
+
+
+def test_totals_become_counters_per_engine():
+    registry = CollectorRegistry()
+    metrics = InstantMetrics(resolve(), registry)
+    metrics.update("0", _totals(5))
+    metrics.update("0", _totals(8))
+    metrics.update("1", _totals(2))
+    assert registry.get_sample_value("vllm_instant:draft_tokens_proposed_total", {"engine": "0"}) == 8
+    assert registry.get_sample_value("vllm_instant:draft_tokens_proposed_total", {"engine": "1"}) == 2
+
+
+def test_a_restarted_engine_does_not_turn_counters_back():
+    registry = CollectorRegistry()
+    metrics = InstantMetrics(resolve(), registry)
+    for total in (5, 2, 3):
+        metrics.update("0", _totals(total))
+    assert registry.get_sample_value("vllm_instant:draft_tokens_proposed_total", {"engine": "0"}) == 8
+
+
+def test_failures_are_labelled():
+    registry = CollectorRegistry()
+    metrics = InstantMetrics(resolve(), registry)
+    failure = {"slot": "drafter", "plugin": "x", "hook": "propose", "count": 1}
+    metrics.update("0", _totals(1, [failure]))
+    metrics.update("0", {"speculation": None, "failures": [failure]})
+    labels = {"engine": "0", "slot": "drafter", "plugin": "x", "hook": "propose"}
+    assert registry.get_sample_value("vllm_instant:plugin_failures_total", labels) == 1
+
+
+def test_every_selected_plugin_is_shown():
+    registry = CollectorRegistry()
+    InstantMetrics(resolve(), registry)
+    text = generate_latest(registry).decode()
+    assert 'vllm_instant:plugin_info{distribution="vllm-instant",lossy="no",plugin="fixed",slot="speculation"' in text
+    assert text.count("vllm_instant:plugin_info{") == 7

@@ -1,0 +1,122 @@
+"""Layers, provenance and checks of deployment files."""
+
+import json
+
+import pytest
+
+from vllm_instant.problems import DeploymentError
+from vllm_instant.settings import Deployment, resolve
+
+
+def test_defaults_are_lossless_and_ask_nothing_of_vllm():
+    deployment = resolve()
+    assert {slot: choice.plugin for slot, choice in deployment.slots.items()} == {
+        "speculation": "fixed",
+        "drafter": "native",
+        "rejection_sampler": "token",
+        "batching": "fcfs",
+        "experts": "native",
+        "attention": "native",
+        "streaming": "off",
+    }
+    assert not any(deployment.offer(slot).plugin.lossy for slot in deployment.slots)
+    assert deployment.engine_arguments() == {}
+
+
+def test_command_line_over_environment_over_file_over_default(write_file, monkeypatch):
+    path = write_file('[speculation]\nnum_draft_tokens = 1\nmax_batch_size = 2\n[vllm]\nmax_num_seqs = 3\ndtype = "half"\n')
+    monkeypatch.setenv("INSTANT_SPECULATION__NUM_DRAFT_TOKENS", "5")
+    monkeypatch.setenv("INSTANT_VLLM__MAX_NUM_SEQS", "6")
+    deployment = resolve(path, ["vllm.max_num_seqs=7"])
+    assert deployment.slots["speculation"].options == {"num_draft_tokens": 5, "max_batch_size": 2}
+    assert deployment.vllm == {"max_num_seqs": 7, "dtype": "half"}
+    assert deployment.origins == {
+        "speculation.num_draft_tokens": "environment variable INSTANT_SPECULATION__NUM_DRAFT_TOKENS",
+        "speculation.max_batch_size": str(path),
+        "vllm.max_num_seqs": "--instant-set",
+        "vllm.dtype": str(path),
+    }
+
+
+def test_the_file_may_be_named_by_the_environment(write_file, monkeypatch):
+    monkeypatch.setenv("INSTANT_CONFIG", str(write_file("[speculation]\nmax_batch_size = 9\n")))
+    assert resolve().slots["speculation"].options["max_batch_size"] == 9
+
+
+def test_nested_engine_arguments_merge_key_by_key(write_file):
+    path = write_file('[vllm.speculative_config]\nmethod = "ngram"\nnum_speculative_tokens = 2\n')
+    deployment = resolve(path, ["vllm.speculative_config.num_speculative_tokens=4"])
+    assert deployment.engine_arguments()["speculative_config"] == {"method": "ngram", "num_speculative_tokens": 4}
+
+
+def test_a_drafter_brings_its_engine_arguments(write_file):
+    path = write_file('[drafter]\nplugin = "ngram"\nnum_speculative_tokens = 6\n')
+    assert resolve(path).engine_arguments()["speculative_config"] == {
+        "method": "ngram",
+        "num_speculative_tokens": 6,
+        "prompt_lookup_min": 2,
+        "prompt_lookup_max": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        '[drafter]\nplugin = "ngram"\n',
+        '[vllm]\nspeculative_config = { method = "ngram", num_speculative_tokens = 2 }\n',
+    ],
+)
+def test_switching_speculation_off_takes_the_drafter_away(write_file, tables):
+    path = write_file(tables)
+    assert "speculative_config" in resolve(path).engine_arguments()
+    assert "speculative_config" not in resolve(path, ["speculation.plugin=off"]).engine_arguments()
+
+
+@pytest.mark.usefixtures("with_test_plugins")
+def test_a_drafter_of_a_plugin_runs_as_custom_class(write_file):
+    path = write_file('[drafter]\nplugin = "bigram"\nnum_speculative_tokens = 3\n')
+    assert resolve(path).engine_arguments()["speculative_config"] == {
+        "method": "custom_class",
+        "model": "vllm_instant.seams.drafter.PluginDrafter",
+        "num_speculative_tokens": 3,
+    }
+
+
+def test_it_survives_the_journey_to_another_process(write_file):
+    deployment = resolve(write_file('[drafter]\nplugin = "ngram"\n[vllm]\nmax_num_seqs = 3\n'))
+    assert Deployment.model_validate_json(deployment.model_dump_json()) == deployment
+    json.loads(deployment.model_dump_json())
+
+
+def test_all_problems_are_reported_at_once(write_file):
+    path = write_file('[speculation]\nnum_draft_tokens = "x"\nmax_batch_size = -1\n[drafter]\nplugin = "magic"\n')
+    with pytest.raises(DeploymentError) as caught:
+        resolve(path)
+    assert len(caught.value.problems) == 3
+
+
+def test_environment_values_have_types(monkeypatch):
+    monkeypatch.setenv("INSTANT_SPECULATION__MAX_BATCH_SIZE", "many")
+    with pytest.raises(DeploymentError, match="INSTANT_SPECULATION__MAX_BATCH_SIZE.*whole number.*many"):
+        resolve()
+
+
+def test_an_environment_variable_for_no_table_is_a_problem(monkeypatch):
+    monkeypatch.setenv("INSTANT_SPECULATON__PLUGIN", "off")
+    with pytest.raises(DeploymentError, match="INSTANT_SPECULATON__PLUGIN.*did you mean speculation"):
+        resolve()
+
+
+def test_unrelated_variables_with_the_prefix_are_left_alone(monkeypatch):
+    monkeypatch.setenv("INSTANT_COFFEE", "yes")
+    resolve()
+
+
+def test_dashes_in_engine_arguments_are_accepted(write_file):
+    assert resolve(write_file("[vllm]\nmax-num-seqs = 3\n")).engine_arguments() == {"max_num_seqs": 3}
+
+
+@pytest.mark.parametrize("pair", ["speculation", "speculation.plugin", "=3", ".plugin=off"])
+def test_malformed_overrides(pair):
+    with pytest.raises(DeploymentError, match="expected TABLE.KEY=VALUE"):
+        resolve(None, [pair])
