@@ -43,9 +43,10 @@ class Arm:
             self.serial += 1
             self.scheduler.add_request(harness.make_request(self.serial, max_tokens=900))
         self.produced = 0
-        while any(request.is_prefill_chunk or not request.output_token_ids for request in self.scheduler.running) or len(
-            self.scheduler.running
-        ) < self.running:
+        while (
+            any(request.is_prefill_chunk or not request.output_token_ids for request in self.scheduler.running)
+            or len(self.scheduler.running) < self.running
+        ):
             self._step()
 
     def _step(self) -> float:

@@ -9,6 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings as hypothesis_settings
+
+from vllm_instant.demo import assets, expand
+from vllm_instant.demo.assets import Pair
+
+# First examples import torch; a deadline would judge the import.
+hypothesis_settings.register_profile("tests", deadline=None)
+hypothesis_settings.load_profile("tests")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,9 +55,25 @@ def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in source.iterdir():
             if path.is_file():
                 (copy / path.name).write_bytes(path.read_bytes())
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "--target",
+            str(target),
+        ]
         subprocess.run([*command, str(copy)], check=True)
     return target
+
+
+@pytest.fixture(scope="session")
+def demo_pair() -> Pair:
+    """The demo models, expanded only a little and in float32."""
+    return assets.prepare(size=expand.SMALL, dtype="float32")
 
 
 @pytest.fixture

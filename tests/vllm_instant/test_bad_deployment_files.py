@@ -49,12 +49,15 @@ FILES = {
     "foreign scheduler": ('[vllm]\nscheduler_cls = "a.B"\n', ["[vllm] scheduler_cls", "speculation"]),
     "not TOML": ("[speculation\nplugin = 1\n", ["not valid TOML", "line 1"]),
     "key twice": ("[vllm]\ndtype = 'half'\ndtype = 'half'\n", ["not valid TOML"]),
-    "option of a plugin without options": ('[batching]\nmagic = 3\n', ["[batching] magic", "no options"]),
+    "option of a plugin without options": ("[batching]\nmagic = 3\n", ["[batching] magic", "no options"]),
     "plugin whose import fails": (
         '[speculation]\nplugin = "broken"\n',
         ["broken", "broken-plugin", "could not be loaded", "ModuleNotFoundError", "not_installed_anywhere"],
     ),
-    "unserved slot": ('[experts]\nplugin = "unserved"\n', ["[experts] plugin", "cannot put plugins into this slot yet"]),
+    "unserved slot": (
+        '[experts]\nplugin = "unserved"\n',
+        ["[experts] plugin", "cannot put plugins into this slot yet"],
+    ),
     # Only vLLM's own parser knows these.
     "unknown engine argument": ("[vllm]\nmax_num_seq = 3\n", ["[vllm] max_num_seq", "did you mean max_num_seqs"]),
     "engine argument of the wrong type": ('[vllm]\nmax_num_seqs = "many"\n', ["[vllm] max_num_seqs", "many"]),

@@ -43,7 +43,9 @@ def test_first_party_plugins_come_through_the_public_entry_point_group():
 
 
 def test_offers_are_in_the_order_of_the_deployment_file():
-    manager = PluginManager([_offering("a", _plugin("streaming"), _plugin("speculation", "z"), _plugin("speculation", "b"))])
+    manager = PluginManager(
+        [_offering("a", _plugin("streaming"), _plugin("speculation", "z"), _plugin("speculation", "b"))]
+    )
     assert [(o.plugin.slot, o.plugin.name) for o in manager.offers()] == [
         ("speculation", "b"),
         ("speculation", "z"),
@@ -73,14 +75,14 @@ def test_the_same_name_twice_is_a_problem_only_for_who_chooses_it(write_file):
     manager = PluginManager([_offering("one", _plugin()), _offering("two", _plugin())])
     manager._offers.update(defaults)
     resolve(manager=manager)
-    with pytest.raises(DeploymentError, match="'p' is offered by .* and .*: uninstall one"):
+    with pytest.raises(DeploymentError, match=r"'p' is offered by .* and .*: uninstall one"):
         resolve(write_file('[speculation]\nplugin = "p"\n'), manager=manager)
 
 
 def test_objections_of_a_distribution_stop_a_deployment():
     manager = PluginManager([InlineEntryPoint("strict", instant_check=lambda deployment: ["not on Sundays"])])
     manager._offers.update(plugin_manager()._offers)
-    with pytest.raises(DeploymentError, match="not on Sundays"):
+    with pytest.raises(DeploymentError, match=r"not on Sundays"):
         resolve(manager=manager)
 
 
@@ -88,7 +90,9 @@ def test_a_listener_hears_of_failures_and_may_fail_itself(caplog):
     heard = []
     manager = PluginManager(
         [
-            InlineEntryPoint("ear", instant_plugin_failed=lambda slot, plugin, hook, error: heard.append((slot, plugin, hook))),
+            InlineEntryPoint(
+                "ear", instant_plugin_failed=lambda slot, plugin, hook, error: heard.append((slot, plugin, hook))
+            ),
             InlineEntryPoint("deaf", instant_plugin_failed=lambda error: 1 / 0),
         ]
     )

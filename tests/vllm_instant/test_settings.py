@@ -24,7 +24,9 @@ def test_defaults_are_lossless_and_ask_nothing_of_vllm():
 
 
 def test_command_line_over_environment_over_file_over_default(write_file, monkeypatch):
-    path = write_file('[speculation]\nnum_draft_tokens = 1\nmax_batch_size = 2\n[vllm]\nmax_num_seqs = 3\ndtype = "half"\n')
+    path = write_file(
+        '[speculation]\nnum_draft_tokens = 1\nmax_batch_size = 2\n[vllm]\nmax_num_seqs = 3\ndtype = "half"\n'
+    )
     monkeypatch.setenv("INSTANT_SPECULATION__NUM_DRAFT_TOKENS", "5")
     monkeypatch.setenv("INSTANT_VLLM__MAX_NUM_SEQS", "6")
     deployment = resolve(path, ["vllm.max_num_seqs=7"])
@@ -97,13 +99,13 @@ def test_all_problems_are_reported_at_once(write_file):
 
 def test_environment_values_have_types(monkeypatch):
     monkeypatch.setenv("INSTANT_SPECULATION__MAX_BATCH_SIZE", "many")
-    with pytest.raises(DeploymentError, match="INSTANT_SPECULATION__MAX_BATCH_SIZE.*whole number.*many"):
+    with pytest.raises(DeploymentError, match=r"INSTANT_SPECULATION__MAX_BATCH_SIZE.*whole number.*many"):
         resolve()
 
 
 def test_an_environment_variable_for_no_table_is_a_problem(monkeypatch):
     monkeypatch.setenv("INSTANT_SPECULATON__PLUGIN", "off")
-    with pytest.raises(DeploymentError, match="INSTANT_SPECULATON__PLUGIN.*did you mean speculation"):
+    with pytest.raises(DeploymentError, match=r"INSTANT_SPECULATON__PLUGIN.*did you mean speculation"):
         resolve()
 
 
@@ -118,5 +120,5 @@ def test_dashes_in_engine_arguments_are_accepted(write_file):
 
 @pytest.mark.parametrize("pair", ["speculation", "speculation.plugin", "=3", ".plugin=off"])
 def test_malformed_overrides(pair):
-    with pytest.raises(DeploymentError, match="expected TABLE.KEY=VALUE"):
+    with pytest.raises(DeploymentError, match=r"expected TABLE.KEY=VALUE"):
         resolve(None, [pair])

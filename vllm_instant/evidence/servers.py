@@ -22,7 +22,11 @@ STOP_SECONDS = 10.0
 
 
 class ServerError(RuntimeError):
-    """A server did not start or died; the message ends with the last lines of its log."""
+    """A server did not start or died; the message ends with the last lines of its log, ``log`` has all of it."""
+
+    def __init__(self, message: str, server: Server) -> None:
+        super().__init__(f"{message}:\n{server.log_tail()}")
+        self.log = server.log_text() if server.log.exists() else ""
 
 
 class Server:
@@ -87,7 +91,7 @@ class Server:
             return False
         code = self._process.poll()
         if code is not None:
-            raise ServerError(f"{' '.join(self.command)} ended with exit code {code}:\n{self.log_tail()}")
+            raise ServerError(f"{' '.join(self.command)} ended with exit code {code}", self)
         try:
             answered = httpx.get(f"{self.url}/health", timeout=2).status_code == 200
         except httpx.HTTPError:
@@ -101,7 +105,7 @@ class Server:
         deadline = time.monotonic() + seconds
         while not self.healthy():
             if time.monotonic() > deadline:
-                raise ServerError(f"no health after {seconds:.0f} s:\n{self.log_tail()}")
+                raise ServerError(f"no health after {seconds:.0f} s", self)
             time.sleep(0.25)
 
     def log_tail(self, lines: int = 25) -> str:

@@ -1,0 +1,41 @@
+"""Plugins that fail: while serving they are disabled and nobody notices, at the start they stop the server."""
+
+import time
+
+import pytest
+from asking import ask_all
+from deployments import RAISING
+
+from vllm_instant.evidence.servers import ServerError
+
+
+def test_failing_plugins_are_disabled_and_no_request_fails(launch, prompts, expected):
+    with launch(RAISING) as server:
+        assert ask_all(server, prompts) == expected
+        time.sleep(1.5)
+        totals = server.metrics()
+        log = server.log_text()
+    assert totals["vllm_instant:plugin_failures_total"] == 2
+    for slot, hook in (("speculation", "draft_lengths"), ("drafter", "propose")):
+        records = [line for line in log.splitlines() if f"Plugin raising in slot {slot} raised in {hook}" in line]
+        assert len(records) == 1
+    assert "0 to 4 draft tokens were due, found 99" in log
+
+
+@pytest.mark.parametrize(
+    ("policy", "sentence"),
+    [
+        (
+            "cannot_start",
+            "plugin cannot_start of slot speculation cannot start: OSError: the model of this policy is not there",
+        ),
+        ("incomplete", "plugin incomplete of slot speculation cannot start: its object has no draft_lengths"),
+    ],
+)
+def test_a_plugin_that_cannot_start_stops_the_server(launch, policy, sentence):
+    deployment = f'[speculation]\nplugin = "{policy}"\n[drafter]\nplugin = "ngram"\n'
+    with pytest.raises(ServerError) as caught, launch(deployment):
+        pass
+    assert sentence in caught.value.log
+    if policy == "incomplete":
+        assert "Plugin incomplete in slot speculation is lossy" in caught.value.log

@@ -1,0 +1,80 @@
+"""The deployment reaches every process: workers, API servers, offline engines."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import httpx
+from asking import ask_all
+from deployments import DRAFT_MODEL, EXAMPLE
+
+from vllm_instant.evidence.servers import serving_environment
+
+
+def test_two_tensor_parallel_workers(launch, prompts, expected):
+    """The drafter plugin runs in both workers, the budget is decided once; answers stay the same."""
+    words = ["--tensor-parallel-size", "2"]
+    with launch(EXAMPLE, *words, VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
+        answers = ask_all(server, prompts[:12])
+        time.sleep(1.5)
+        totals = server.metrics()
+    assert answers == expected[:12]
+    assert totals["vllm_instant:draft_tokens_accepted_total"] > 0
+
+
+def test_two_api_servers_and_a_key(launch, prompts, expected):
+    """Requests of both API servers are counted once, and our routes are behind the API key."""
+    with launch(DRAFT_MODEL, "--api-server-count", "2", "--api-key", "secret") as server:
+        key = {"Authorization": "Bearer secret"}
+        route = f"{server.url}/v1/instant/deployment"
+        assert httpx.get(route).status_code == 401
+        deployment = httpx.get(route, headers=key).json()
+        for prompt, answer in list(zip(prompts, expected, strict=True))[:12]:
+            body = {"model": "demo", "prompt": prompt, "max_tokens": 48, "temperature": 0, "ignore_eos": True}
+            response = httpx.post(f"{server.url}/v1/completions", json=body, headers=key, timeout=300)
+            assert response.json()["choices"][0]["text"] == answer
+        time.sleep(1.5)
+        totals = server.metrics()
+    assert deployment["slots"]["drafter"]["plugin"] == "model"
+    assert totals["vllm_instant:draft_tokens_proposed_total"] == totals["vllm:spec_decode_num_draft_tokens_total"] > 0
+
+
+OFFLINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def main():
+    target, file, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    llm = LLM(target, dtype="float32", max_num_seqs=8, enforce_eager=True, additional_config={"vllm_instant": file})
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True), use_tqdm=False)
+    totals = llm.llm_engine.engine_core.call_utility("instant_totals")
+    print(json.dumps({"texts": [o.outputs[0].text for o in outputs], "totals": totals}))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_offline(demo_pair, tmp_path, plugin_folder, prompts, expected):
+    script, file = tmp_path / "offline.py", tmp_path / "deploy.toml"
+    script.write_text(OFFLINE)
+    file.write_text(DRAFT_MODEL.replace("DRAFT", str(demo_pair.draft)) + "[vllm]\nmax_model_len = 1024\n")
+    result = subprocess.run(
+        [sys.executable, str(script), str(demo_pair.target), str(file), json.dumps(prompts[:12])],
+        capture_output=True,
+        text=True,
+        env={**serving_environment(), "PYTHONPATH": str(plugin_folder), "PATH": os.environ["PATH"]},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    answer = json.loads([line for line in result.stdout.splitlines() if line.startswith('{"texts"')][-1])
+    assert answer["texts"] == expected[:12]
+    assert answer["totals"]["speculation"]["proposed"] > 0
+
+
+def test_an_unselected_server_is_stock(stock):
+    metrics = httpx.get(f"{stock.url}/metrics").text
+    assert "vllm_instant" not in metrics
+    assert httpx.get(f"{stock.url}/v1/instant/deployment").status_code == 404

@@ -1,0 +1,39 @@
+"""Deployment files that several engine tests serve; DRAFT stands for the draft model's folder."""
+
+DRAFT_MODEL = """
+[speculation]
+plugin = "cycling"
+
+[drafter]
+plugin = "model"
+model = "DRAFT"
+num_speculative_tokens = 5
+draft_sample_method = "probabilistic"
+"""
+
+NGRAM = """
+[speculation]
+plugin = "cycling"
+
+[drafter]
+plugin = "ngram"
+num_speculative_tokens = 5
+"""
+
+EXAMPLE = """
+[speculation]
+plugin = "shy"
+
+[drafter]
+plugin = "bigram"
+num_speculative_tokens = 6
+"""
+
+RAISING = """
+[speculation]
+plugin = "raising"
+
+[drafter]
+plugin = "raising"
+num_speculative_tokens = 4
+"""
