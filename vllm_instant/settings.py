@@ -103,8 +103,11 @@ class Layer:
 
     def __init__(self, origin: str, tables: Mapping[str, Any], origin_of: Mapping[str, str] | None = None) -> None:
         self.origin = origin
-        self.tables = tables
+        self.tables = dict(tables)
         self._origin_of = origin_of or {}
+        # vLLM takes dashes and underscores for the same; so must the layers when they are merged.
+        if isinstance(engine_arguments := self.tables.get("vllm"), dict):
+            self.tables["vllm"] = {key.replace("-", "_"): value for key, value in engine_arguments.items()}
 
     def source_of(self, key: str) -> str:
         """What to call the place where ``table.key`` was written."""
@@ -265,8 +268,9 @@ def _check(merged: Table, origins: dict[str, str], file: str | None, manager: Pl
             slots[slot.name] = choice
     if problems:
         raise DeploymentError(problems)
-    vllm = {key.replace("-", "_"): value for key, value in merged.get("vllm", {}).items()}
-    deployment = Deployment(file=str(Path(file).resolve()) if file else None, slots=slots, vllm=vllm, origins=origins)
+    deployment = Deployment(
+        file=str(Path(file).resolve()) if file else None, slots=slots, vllm=merged.get("vllm", {}), origins=origins
+    )
     problems += [Problem(where, "", sentence) for sentence in contradictions(deployment, manager)]
     problems += [Problem(where, "", sentence) for sentence in manager.objections(deployment)]
     if problems:

@@ -1,13 +1,15 @@
 """Sampled answers follow the model's distribution, which on the CPU needs the repair of vLLM's expansion.
 
 The exact joint distribution of three tokens (top-k 3, so 27 outcomes) comes from transformers; thousands of sampled
-completions are held against it. A wrong sampler is far away: without the repair the temperature of draft tokens is
-uninitialised memory.
+completions are held against it. A wrong sampler is far away: without the repairs the temperature of draft tokens is
+uninitialised memory, and top-k without top-p kills the engine.
 """
 
+import json
 from collections import Counter
 from itertools import product
 
+import httpx
 import pytest
 from asking import COMMON, NAMED, ask
 from deployments import DRAFT_MODEL
@@ -45,12 +47,12 @@ def exact(demo_pair):
     return joint
 
 
-def _p_value(server, exact):
+def _p_value(server, exact, **parameters):
     counts = Counter()
     for seed in range(REQUESTS):
         choices = ask(
             server, PROMPT, n=COMPLETIONS, temperature=TEMPERATURE, top_k=TOP_K, seed=seed, max_tokens=TOKENS + 1,
-            return_token_ids=True,
+            return_token_ids=True, **parameters,
         )  # fmt: skip
         counts.update(tuple(choice["token_ids"][:TOKENS]) for choice in choices)
     total = sum(counts.values())
@@ -79,13 +81,30 @@ def test_our_server_samples_the_models_distribution(launch, exact):
         assert before > 0, "without drafts this would test nothing"
 
 
-def test_stock_speculation_is_wrong_exactly_where_the_probe_says_so(demo_pair, exact, tmp_path):
+@pytest.fixture(scope="module")
+def stock_speculation(demo_pair, tmp_path_factory):
+    speculation = {"method": "draft_model", "model": str(demo_pair.draft), "num_speculative_tokens": 5}
+    words = [
+        *COMMON,
+        *NAMED,
+        "--speculative-config",
+        json.dumps({**speculation, "draft_sample_method": "probabilistic"}),
+    ]
+    with Server(demo_pair.target, words, log=tmp_path_factory.mktemp("stock") / "server.log") as server:
+        yield server
+
+
+def test_stock_speculation_is_wrong_exactly_where_the_probe_says_so(stock_speculation, exact):
+    """A top-p of almost one keeps the engine alive where top-k alone would not."""
     from vllm.utils import cpu_triton_utils
 
-    speculation = (
-        '{"method":"draft_model","model":"%s","num_speculative_tokens":5,"draft_sample_method":"probabilistic"}'
-    )
-    words = [*COMMON, *NAMED, "--speculative-config", speculation % demo_pair.draft]
-    with Server(demo_pair.target, words, log=tmp_path / "stock.log") as server:
-        wrong = _p_value(server, exact) < SIGNIFICANCE
-    assert wrong == cpu_sampling.is_wrong(cpu_triton_utils._expand_kernel_impl)
+    wrong = _p_value(stock_speculation, exact, top_p=0.999999) < SIGNIFICANCE
+    assert wrong == cpu_sampling.expansion_is_wrong(cpu_triton_utils._expand_kernel_impl)
+
+
+def test_stock_speculation_dies_of_top_k_exactly_where_the_probe_says_so(stock_speculation):
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    body = {"model": "demo", "prompt": PROMPT, "max_tokens": 4, "temperature": 1, "top_k": 3}
+    status = httpx.post(f"{stock_speculation.url}/v1/completions", json=body, timeout=300).status_code
+    assert (status == 500) == cpu_sampling.top_k_is_wrong(topk_topp_sampler.apply_top_k_only)

@@ -115,7 +115,9 @@ def test_unrelated_variables_with_the_prefix_are_left_alone(monkeypatch):
 
 
 def test_dashes_in_engine_arguments_are_accepted(write_file):
-    assert resolve(write_file("[vllm]\nmax-num-seqs = 3\n")).engine_arguments() == {"max_num_seqs": 3}
+    deployment = resolve(write_file("[vllm]\nmax-num-seqs = 3\nmax-model-len = 5\n"), ["vllm.max_num_seqs=4"])
+    assert deployment.engine_arguments() == {"max_num_seqs": 4, "max_model_len": 5}
+    assert deployment.origins["vllm.max_num_seqs"] == "--instant-set"
 
 
 @pytest.mark.parametrize("pair", ["speculation", "speculation.plugin", "=3", ".plugin=off"])

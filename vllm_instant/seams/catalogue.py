@@ -10,7 +10,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 
 from vllm_instant.seams import building, cpu_sampling, drafter, endpoints, engine_core, flags, module_names, scheduler
-from vllm_instant.seams.requirements import Seam, installed_vllm
+from vllm_instant.seams.requirements import Seam, forget_sources, installed_vllm
 from vllm_instant.settings import Deployment
 
 SUPPORTED = SpecifierSet(">=0.32.0,<0.34")
@@ -66,6 +66,7 @@ def check(vllm: Path, vllm_version: str, deployment: Deployment | None = None) -
     """Check every seam against a vLLM package folder."""
     for seam in SEAMS:
         yield Report(seam, vllm_version, seam.why_not(vllm), needed_by(seam, deployment))
+    forget_sources()
 
 
 def check_installed(deployment: Deployment | None = None) -> Iterator[Report]:

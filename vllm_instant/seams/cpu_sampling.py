@@ -1,15 +1,20 @@
-"""Repair of speculative decoding on vLLM's CPU build at temperature > 0 (vLLM issue 55005).
+"""Repairs of speculative decoding on vLLM's CPU build at temperature > 0.
 
-The CPU stand-in of the kernel that expands per-request values to per-token values converts its output tensor to int64
-and lets the C++ code write into that copy, so that temperature, top-k and top-p of every draft token stay uninitialised
-memory: accepted tokens then follow no distribution at all. The repair writes into the tensor that the caller gave. It
-is applied only where a probe of the function shows the fault.
+Two functions are wrong there. Each repair is applied only where a probe of the function shows the fault.
+
+1. ``_expand_kernel_impl`` (vLLM issue 55005), the CPU stand-in of the kernel that expands per-request values to
+   per-token values, converts its output tensor to int64 and lets the C++ code write into that copy: temperature, top-k
+   and top-p of every draft token stay uninitialised memory, and accepted tokens follow no distribution at all.
+2. ``apply_top_k_only`` takes the maximum of an empty tensor when a step has no draft token, as every step has that
+   reads a prompt: the first request with top-k and without top-p kills the engine.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +22,6 @@ from vllm_instant.seams.import_hooks import when_imported
 from vllm_instant.seams.requirements import Function, Seam
 
 logger = logging.getLogger("vllm.instant")
-
-MODULE = "vllm.utils.cpu_triton_utils"
-FUNCTION = "_expand_kernel_impl"
 
 
 def expand(
@@ -49,8 +51,8 @@ def expand(
     output.copy_(torch.repeat_interleave(values, counts))
 
 
-def is_wrong(function: Callable[..., Any]) -> bool:
-    """Probe an implementation of the expansion on floats, which is what sampling parameters are."""
+def expansion_is_wrong(function: Callable[..., Any]) -> bool:
+    """Probe an expansion with floats, which is what sampling parameters are."""
     import torch
 
     output = torch.full((3,), -1.0)
@@ -62,28 +64,90 @@ def is_wrong(function: Callable[..., Any]) -> bool:
     return output.tolist() != [0.5, 0.5, 1.0]
 
 
-def _repair(module: ModuleType) -> None:
-    if is_wrong(getattr(module, FUNCTION)):
-        setattr(module, FUNCTION, expand)
-        logger.info("vLLM's CPU sampling with speculation is wrong in this version (issue 55005); repaired")
+def top_k_is_wrong(function: Callable[..., Any]) -> bool:
+    """Probe top-k with no rows."""
+    import torch
+
+    try:
+        return tuple(function(torch.empty(0, 4), torch.empty(0, dtype=torch.int32)).shape) != (0, 4)
+    except Exception:
+        return True
+
+
+def _tolerate_no_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def apply_top_k_only(logits: Any, k: Any) -> Any:
+        return original(logits, k) if logits.shape[0] else logits
+
+    return apply_top_k_only
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One function of vLLM, how to see that it is wrong, and what to put in its place."""
+
+    module: str
+    function: str
+    is_wrong: Callable[[Callable[..., Any]], bool]
+    replace: Callable[[Callable[..., Any]], Callable[..., Any]]
+    fault: str
+
+    def apply(self, module: ModuleType) -> None:
+        """Replace the function of a loaded module if it is wrong."""
+        function = getattr(module, self.function)
+        if self.is_wrong(function):
+            setattr(module, self.function, self.replace(function))
+            logger.info("Repaired in vLLM's CPU sampling: %s", self.fault)
+
+
+REPAIRS = (
+    Repair(
+        "vllm.utils.cpu_triton_utils",
+        "_expand_kernel_impl",
+        expansion_is_wrong,
+        lambda original: expand,
+        "temperature, top-k and top-p of draft tokens were uninitialised (issue 55005)",
+    ),
+    Repair(
+        "vllm.v1.sample.ops.topk_topp_sampler",
+        "apply_top_k_only",
+        top_k_is_wrong,
+        _tolerate_no_rows,
+        "top-k without top-p killed the engine in steps without draft tokens",
+    ),
+)
+
+
+def _repair_expansion(module: ModuleType) -> None:
+    REPAIRS[0].apply(module)
+
+
+def _repair_top_k(module: ModuleType) -> None:
+    if _on_cpu():
+        REPAIRS[1].apply(module)
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def install() -> None:
-    """Repair the function when its module is loaded, if it needs it."""
-    when_imported(MODULE, _repair)
+    """Repair each function when its module is loaded, if it needs it; only the CPU build loads the first."""
+    when_imported(REPAIRS[0].module, _repair_expansion)
+    when_imported(REPAIRS[1].module, _repair_top_k)
 
 
 def _state() -> str:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
+    if not _on_cpu():
         return "not needed on this device"
-    from vllm.utils import cpu_triton_utils
+    from importlib import import_module
 
-    function = getattr(cpu_triton_utils, FUNCTION)
-    if function is expand or is_wrong(function):
-        return "vLLM's function is wrong here: the repair is applied when served with the plugin"
-    return "vLLM's function is right here: no repair is applied"
+    wrong = [
+        repair.fault for repair in REPAIRS if repair.is_wrong(getattr(import_module(repair.module), repair.function))
+    ]
+    return "repairs when served with the plugin: " + "; ".join(wrong) if wrong else "nothing to repair in this vLLM"
 
 
 SEAM = Seam(
@@ -92,9 +156,10 @@ SEAM = Seam(
     requirements=(
         Function(
             "utils/cpu_triton_utils.py",
-            FUNCTION,
+            "_expand_kernel_impl",
             ("output", "input_val", "cu_num_tokens", "replace_from", "replace_to"),
         ),
+        Function("v1/sample/ops/topk_topp_sampler.py", "apply_top_k_only", ("logits", "k"), exact=True),
     ),
     slots=("speculation", "drafter", "rejection_sampler"),
     state=_state,

@@ -34,6 +34,11 @@ def _module(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+def forget_sources() -> None:
+    """Release the parsed sources, tens of megabytes that a server has no more use for."""
+    _module.cache_clear()
+
+
 def _find(vllm: Path, file: str, qualified_name: str) -> ast.AST:
     """The definition of ``Class.method``, ``Class``, ``function`` or a module-level name."""
     scope: ast.AST = _module(vllm / file)

@@ -139,22 +139,41 @@ class TestCpuSampling:
         expected = [1.0 if value == 0 else value for value, count in requests for _ in range(count)]
         assert output.tolist() == pytest.approx(expected)
 
-    def test_the_probe_tells_right_from_wrong(self):
-        assert not cpu_sampling.is_wrong(cpu_sampling.expand)
-        assert cpu_sampling.is_wrong(lambda *a: None)
-        assert cpu_sampling.is_wrong(lambda *a: 1 / 0)
+    def test_the_probes_tell_right_from_wrong(self):
+        assert not cpu_sampling.expansion_is_wrong(cpu_sampling.expand)
+        assert cpu_sampling.expansion_is_wrong(lambda *a: None)
+        assert cpu_sampling.expansion_is_wrong(lambda *a: 1 / 0)
+        assert not cpu_sampling.top_k_is_wrong(lambda logits, k: logits)
+        assert cpu_sampling.top_k_is_wrong(lambda logits, k: k.max())
 
-    def test_only_a_wrong_function_is_replaced(self):
+    @pytest.mark.parametrize("repair", cpu_sampling.REPAIRS, ids=lambda repair: repair.function)
+    def test_only_a_wrong_function_is_replaced(self, repair):
         from types import ModuleType
 
         module = ModuleType("m")
-        module._expand_kernel_impl = wrong = lambda *a: None
-        cpu_sampling._repair(module)
-        assert module._expand_kernel_impl is cpu_sampling.expand is not wrong
-        right = ModuleType("r")
-        right._expand_kernel_impl = kept = lambda *a: cpu_sampling.expand(*a)
-        cpu_sampling._repair(right)
-        assert right._expand_kernel_impl is kept
+        setattr(module, repair.function, lambda *a: 1 / 0)
+        repair.apply(module)
+        assert not repair.is_wrong(getattr(module, repair.function))
+        repaired = getattr(module, repair.function)
+        repair.apply(module)
+        assert getattr(module, repair.function) is repaired
+
+    @pytest.mark.parametrize("repair", cpu_sampling.REPAIRS, ids=lambda repair: repair.function)
+    def test_the_repair_works_on_the_installed_vllm(self, repair, monkeypatch):
+        from importlib import import_module
+
+        module = import_module(repair.module)
+        monkeypatch.setattr(module, repair.function, getattr(module, repair.function))
+        repair.apply(module)
+        assert not repair.is_wrong(getattr(module, repair.function))
+
+    def test_top_k_still_cuts(self):
+        import torch
+        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_only
+
+        repaired = cpu_sampling._tolerate_no_rows(apply_top_k_only)
+        logits = torch.tensor([[1.0, 3.0, 2.0]])
+        assert repaired(logits, torch.tensor([2])).tolist() == [[float("-inf"), 3.0, 2.0]]
 
 
 def test_plugin_objects_are_frozen():
