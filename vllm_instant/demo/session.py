@@ -71,7 +71,7 @@ TASKS = (
 )
 
 
-def _shared_arguments() -> list[str]:
+def shared_arguments() -> list[str]:
     """The ``[vllm]`` table of the demo's deployment file, for the stock server, which does not read such files."""
     words = []
     for key, value in tomllib.loads(DEPLOYMENT.read_text())["vllm"].items():
@@ -80,7 +80,7 @@ def _shared_arguments() -> list[str]:
     return words
 
 
-def _our_arguments(pair: assets.Pair) -> list[str]:
+def our_arguments(pair: assets.Pair) -> list[str]:
     selection = ["--plugins", "vllm_instant", "--instant-config", str(DEPLOYMENT)]
     return [*selection, "--instant-set", f"drafter.model={pair.draft}"]
 
@@ -101,11 +101,11 @@ def compare() -> int:
     try:
         with _terminable(), tempfile.TemporaryDirectory(prefix="vllm-instant-demo-") as logs:
             pair = _prepare(console)
-            stock = Server(pair.target, _shared_arguments(), log=Path(logs) / "stock.log")
-            ours = Server(pair.target, _our_arguments(pair), log=Path(logs) / "instant.log")
+            stock = Server(pair.target, shared_arguments(), log=Path(logs) / "stock.log")
+            ours = Server(pair.target, our_arguments(pair), log=Path(logs) / "instant.log")
             try:
                 _start(console, {"stock vLLM": stock, "with vllm-instant": ours})
-                results = _converse(console, stock, ours)
+                results = converse(console, stock, ours)
             finally:
                 with console.status("Stopping both servers …"):
                     stock.stop()
@@ -133,7 +133,7 @@ def serve(port: int) -> int:
     except FileNotFoundError as error:
         console.print(f"vllm-instant: {error}", markup=False, style="red")
         return 1
-    server = Server(pair.target, _our_arguments(pair), log=Path(os.devnull))
+    server = Server(pair.target, our_arguments(pair), log=Path(os.devnull))
     server.port = port
     from vllm_instant.evidence.servers import serving_environment
 
@@ -172,7 +172,8 @@ class Result:
     proposed: float
 
 
-def _converse(console: Console, stock: Server, ours: Server) -> list[Result]:
+def converse(console: Console, stock: Server, ours: Server, rounds: int = ROUNDS) -> list[Result]:
+    """Send every kind of prompt through both servers, alternating, and print our first answers as they arrive."""
     from openai import OpenAI
 
     clients = {server: OpenAI(base_url=f"{server.url}/v1", api_key="none") for server in (stock, ours)}
@@ -184,7 +185,7 @@ def _converse(console: Console, stock: Server, ours: Server) -> list[Result]:
         console.print(task.prompt, style="dim", markup=False, highlight=False, end="")
         before = _settled(ours)
         answers: dict[Server, list[StreamedAnswer]] = {stock: [], ours: []}
-        for round_number in range(ROUNDS):
+        for round_number in range(rounds):
             order = (ours, stock) if round_number % 2 == 0 else (stock, ours)
             for server in order:
                 shown = server is ours and round_number == 0

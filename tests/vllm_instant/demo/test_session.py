@@ -27,11 +27,11 @@ def test_the_table_shows_medians_ratios_and_acceptance():
 
 
 def test_both_servers_get_the_same_engine_arguments(demo_pair):
-    words = session._our_arguments(demo_pair)
+    words = session.our_arguments(demo_pair)
     overrides = [words[i + 1] for i, word in enumerate(words) if word == "--instant-set"]
     deployment = resolve(session.DEPLOYMENT, overrides)
     assert deployment.slots["drafter"].options["model"] == str(demo_pair.draft)
-    stock = session._shared_arguments()
+    stock = session.shared_arguments()
     for key, value in deployment.vllm.items():
         option = f"--{key.replace('_', '-')}"
         assert option in stock
