@@ -107,10 +107,17 @@ class PluginManager:
         return found[0]
 
     def objections(self, deployment: Any) -> list[str]:
-        """What the installed distributions say against a deployment."""
-        return [
-            sentence for answer in self._pluggy.hook.instant_check(deployment=deployment) for sentence in answer or ()
-        ]
+        """What the installed distributions say against a deployment; a check that fails is an objection, too."""
+        sentences: list[str] = []
+        for implementation in self._pluggy.hook.instant_check.get_hookimpls():
+            try:
+                # Like pluggy, hand over only what the implementation asks for.
+                wanted = [deployment] if "deployment" in implementation.argnames else []
+                sentences += cast(Iterable[str], implementation.function(*wanted) or ())
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                sentences.append(f"{implementation.plugin_name} cannot check this deployment: {reason}")
+        return sentences
 
     def announce_failure(self, slot: str, plugin: str, hook: str, error: Exception) -> None:
         """Tell every distribution that a plugin was disabled; a listener that fails is only logged."""

@@ -134,7 +134,7 @@ def resolve(
 
 
 def _check(merged: Table, origins: dict[str, str], file: str | None, manager: PluginManager) -> Deployment:
-    where = file or "vllm-instant"
+    where = file or "deployment"
     problems: list[Problem] = []
     slots: dict[str, SlotChoice] = {}
     for slot in SLOTS.values():
@@ -149,10 +149,21 @@ def _check(merged: Table, origins: dict[str, str], file: str | None, manager: Pl
         file=str(Path(file).resolve()) if file else None, slots=slots, vllm=merged.get("vllm", {}), origins=origins
     )
     problems += [Problem(where, "", sentence) for sentence in contradictions(deployment, manager)]
-    problems += [Problem(where, "", sentence) for sentence in manager.objections(deployment)]
+    if not problems:
+        problems += [Problem(where, "", sentence) for sentence in _plugin_objections(deployment, manager)]
     if problems:
         raise DeploymentError(problems)
     return deployment
+
+
+def _plugin_objections(deployment: Deployment, manager: PluginManager) -> list[str]:
+    """What plugins say against a deployment, a failure of their own code included."""
+    try:
+        deployment.engine_arguments(manager)
+    # Plugin code: whatever it raises is a sentence for the user and not a traceback.
+    except Exception as error:
+        return [f"a plugin cannot say which engine arguments it needs: {type(error).__name__}: {error}"]
+    return manager.objections(deployment)
 
 
 def _check_slot(
@@ -187,7 +198,7 @@ def _check_slot(
         problems = []
         for detail in error.errors():
             key = ".".join(str(part) for part in detail["loc"])
-            message = _sentence(dict(detail), slot, plugin.name, plugin.options, given, manager)
+            message = _sentence(dict(detail), slot, plugin.name, plugin.options, manager)
             problems.append(Problem(source(key), f"[{slot}] {key}".rstrip(), message))
         return None, problems
     return SlotChoice(plugin=plugin.name, options=options.model_dump(mode="json")), []
@@ -205,9 +216,7 @@ _EXPECTED = {
 }
 
 
-def _sentence(
-    detail: Table, slot: str, plugin: str, options: type[PluginOptions], given: Table, manager: PluginManager
-) -> str:
+def _sentence(detail: Table, slot: str, plugin: str, options: type[PluginOptions], manager: PluginManager) -> str:
     """One of pydantic's errors in the words of a deployment file."""
     kind, found = detail["type"], shown(detail.get("input"))
     key = str(detail["loc"][-1]) if detail["loc"] else ""
@@ -218,8 +227,7 @@ def _sentence(
             {o.plugin.name for o in manager.offers() if o.plugin.slot == slot and key in o.plugin.options.model_fields}
         )
         if owners:
-            chosen = "which is chosen here" if "plugin" in given else "which this deployment uses"
-            return f"is an option of {' and '.join(owners)}, not of {plugin}, {chosen}"
+            return f"is an option of {' and '.join(owners)}, not of {plugin}, which fills this slot"
         if not options.model_fields:
             return f"the plugin {plugin} has no options; found {found}"
         return f"the plugin {plugin} has no such option; {choices(key, options.model_fields)}"

@@ -43,20 +43,17 @@ class SpeculationBudget:
         self.policy = policy
         self.max_draft_tokens = max_draft_tokens
         self.counters = SpeculationCounters()
-        self._states: dict[str, RequestState] = {}
+        self.states: dict[str, RequestState] = {}
+        """The live states of all admitted requests, by request id."""
         self._step_started: dict[int, float] = {}
 
     def admit(self, state: RequestState) -> None:
         """A request entered the engine."""
-        self._states[state.request_id] = state
-
-    def state(self, request_id: str) -> RequestState | None:
-        """The live state of a request, None when it is not known (any more)."""
-        return self._states.get(request_id)
+        self.states[state.request_id] = state
 
     def forget(self, request_id: str) -> None:
         """A request ended or was aborted."""
-        if self._states.pop(request_id, None) is not None:
+        if self.states.pop(request_id, None) is not None:
             self.policy.call("forget", lambda policy: policy.forget(request_id), None)
 
     def plan(self, states: Sequence[RequestState]) -> list[int]:

@@ -86,6 +86,21 @@ def test_objections_of_a_distribution_stop_a_deployment():
         resolve(manager=manager)
 
 
+def test_a_check_that_fails_is_an_objection_and_no_traceback():
+    manager = PluginManager([InlineEntryPoint("faulty", instant_check=lambda deployment: [1 / 0])])
+    manager._offers.update(plugin_manager()._offers)
+    with pytest.raises(DeploymentError, match=r"faulty cannot check this deployment: ZeroDivisionError"):
+        resolve(manager=manager)
+
+
+def test_engine_arguments_that_cannot_be_told_are_no_traceback(write_file):
+    faulty = _plugin("drafter", "faulty", engine_arguments=lambda options: 1 / 0)
+    manager = PluginManager([_offering("faulty", faulty)])
+    manager._offers.update(plugin_manager()._offers)
+    with pytest.raises(DeploymentError, match=r"which engine arguments it needs: ZeroDivisionError"):
+        resolve(write_file('[drafter]\nplugin = "faulty"\n'), manager=manager)
+
+
 def test_a_listener_hears_of_failures_and_may_fail_itself(caplog):
     heard = []
     manager = PluginManager(

@@ -96,10 +96,10 @@ def test_requests_are_forgotten_once():
     budget, policy = _budget(lambda n: [0] * n)
     [state] = _states(1)
     budget.admit(state)
-    assert budget.state("r0") is state
+    assert budget.states["r0"] is state
     budget.forget("r0")
     budget.forget("r0")
-    assert budget.state("r0") is None
+    assert "r0" not in budget.states
     assert policy.forgotten == ["r0"]
 
 

@@ -81,6 +81,7 @@ def shared_arguments() -> list[str]:
 
 
 def our_arguments(pair: assets.Pair) -> list[str]:
+    """What our server is started with beside the model."""
     selection = ["--plugins", "vllm_instant", "--instant-config", str(DEPLOYMENT)]
     return [*selection, "--instant-set", f"drafter.model={pair.draft}"]
 

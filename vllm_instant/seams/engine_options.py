@@ -40,7 +40,7 @@ def as_arguments(
         action = known.get(option)
         message = _objection(parser, action, key, value)
         if message is not None:
-            source = deployment.origins.get(f"vllm.{key}", deployment.file or "vllm-instant")
+            source = deployment.origins.get(f"vllm.{key}", deployment.file or "deployment")
             problems.append(Problem(source, f"[vllm] {key}", message))
         elif action is None or id(action) in given or (key == "model" and model_typed):
             continue

@@ -75,14 +75,16 @@ class SpeculationBudgetMixin:
         if budget is None:
             super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
             return
+        # These loops run once a request and step; they avoid everything that can be avoided.
         drafting: list[RequestState] = []
         requests = self.requests
+        state_of = budget.states.get
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             request = requests[request_id]
             # A request that is still reading its prompt after this step samples nothing, so nothing follows it.
             if request.num_computed_tokens + scheduled < request.num_tokens + request.num_output_placeholders:
                 continue
-            state = budget.state(request_id)
+            state = state_of(request_id)
             if state is not None:
                 drafting.append(state)
         lengths = budget.plan(drafting)
@@ -123,22 +125,28 @@ class SpeculationBudgetMixin:
         rows = model_runner_output.req_id_to_index
         drafts_of = scheduler_output.scheduled_spec_decode_tokens
         invalid = scheduler_output.num_invalid_spec_tokens or {}
+        state_of = budget.states.get
+        asynchronous = self._asynchronous
         states: list[RequestState] = []
         drafted: list[int] = []
         accepted: list[int] = []
         for request_id in scheduler_output.num_scheduled_tokens:
-            state = budget.state(request_id)
+            state = state_of(request_id)
             row = rows.get(request_id)
             if state is None or row is None or not sampled or not sampled[row]:
                 continue
-            drafts = drafts_of.get(request_id, ())
-            # Placeholders are real drafts under asynchronous scheduling and mere padding otherwise.
-            count = len(drafts) if self._asynchronous or PADDING not in drafts else len(drafts) - drafts.count(PADDING)
-            count -= invalid.get(request_id, 0)
-            state.num_output_tokens += len(sampled[row])
+            produced = len(sampled[row])
+            state.num_output_tokens += produced
+            drafts = drafts_of.get(request_id)
+            count = 0
+            if drafts:
+                # Placeholders are real drafts under asynchronous scheduling and mere padding otherwise.
+                count = len(drafts) if asynchronous else len(drafts) - drafts.count(PADDING)
+                if invalid:
+                    count -= invalid.get(request_id, 0)
             states.append(state)
             drafted.append(count)
-            accepted.append(min(len(sampled[row]) - 1, count))
+            accepted.append(produced - 1 if produced <= count else count)
         budget.step_finished(
             id(scheduler_output), states, drafted, accepted, scheduler_output.total_num_scheduled_tokens
         )

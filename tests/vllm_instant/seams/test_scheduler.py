@@ -92,7 +92,7 @@ def test_counts_are_exact(make, asynchronous):
         "steps": 4,
         "steps_without_drafting": 0,
     }
-    state = scheduler.instant_budget.state("request-0")
+    state = scheduler.instant_budget.states["request-0"]
     assert state.num_output_tokens == 1 + 3 * 4
 
 
@@ -113,9 +113,9 @@ def test_finished_requests_are_forgotten(make, asynchronous):
     scheduler.add_request(harness.make_request(0))
     scheduler.add_request(harness.make_request(1, max_tokens=1))
     _step(scheduler, asynchronous)
-    assert scheduler.instant_budget.state("request-1") is None
+    assert "request-1" not in scheduler.instant_budget.states
     scheduler.finish_requests("request-0", RequestStatus.FINISHED_ABORTED)
-    assert scheduler.instant_budget.state("request-0") is None
+    assert "request-0" not in scheduler.instant_budget.states
 
 
 def test_drafts_that_are_only_padding_are_not_counted(make, asynchronous):
