@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +38,11 @@ def problems_reported() -> Iterator[None]:
         for problem in error.problems:
             print(f"vllm-instant: {problem}", file=sys.stderr)
         raise typer.Exit(EXIT_CODE) from None
+
+
+def working(message: str) -> Status:
+    """A spinner on standard error for what takes seconds; nothing where that is no terminal."""
+    return Console(stderr=True).status(message)
 
 
 def toml_value(value: Any) -> str:

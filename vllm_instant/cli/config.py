@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
-from vllm_instant.cli.common import DeploymentPath, Overrides, print_columns, problems_reported, toml_value
+from vllm_instant.cli.common import DeploymentPath, Overrides, print_columns, problems_reported, toml_value, working
 from vllm_instant.contracts import PluginOptions
 from vllm_instant.plugin_manager import plugin_manager
 from vllm_instant.problems import EXIT_CODE
@@ -46,7 +46,8 @@ def check(path: DeploymentPath = None, overrides: Overrides = None) -> None:
         if find_spec("vllm") is not None:
             from vllm_instant.seams.engine_options import check_with_vllm
 
-            check_with_vllm(deployment)
+            with working("Asking vLLM about the [vllm] table …"):
+                check_with_vllm(deployment)
         elif deployment.vllm:
             print("vLLM is not installed here: the [vllm] table was not checked", file=sys.stderr)
     chosen = ", ".join(f"{slot}={choice.plugin}" for slot, choice in deployment.slots.items())

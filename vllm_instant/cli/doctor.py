@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from vllm_instant.cli.common import ConfigOption, Overrides, print_columns, problems_reported
+from vllm_instant.cli.common import ConfigOption, Overrides, print_columns, problems_reported, working
 from vllm_instant.problems import EXIT_CODE
 from vllm_instant.seams import catalogue
-from vllm_instant.seams.requirements import Seam, installed_vllm
+from vllm_instant.seams.requirements import installed_vllm
 from vllm_instant.settings import resolve
 
 VllmSource = Annotated[
@@ -35,18 +35,20 @@ def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmS
         )
         raise typer.Exit(EXIT_CODE if vllm else 1)
     vllm_version = "of that folder" if vllm else catalogue.installed_version()
-    reports = list(catalogue.check(folder, vllm_version, deployment))
+    with working("Reading vLLM's sources and probing its functions …"):
+        reports = list(catalogue.check(folder, vllm_version, deployment))
+        results = [_result(report, installed=vllm is None) for report in reports]
     print_columns(
         ("seam", "vLLM", "result", "for", "needed by"),
         (
             (
                 report.seam.name,
                 report.version,
-                f"does not fit: {report.why_not}" if report.why_not else _state(report.seam, vllm is None),
+                result,
                 report.seam.purpose,
                 ", ".join(report.needed_by) or "-",
             )
-            for report in reports
+            for report, result in zip(reports, results, strict=True)
         ),
     )
     if vllm is None and not catalogue.in_supported_range():
@@ -63,11 +65,13 @@ def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmS
         raise typer.Exit(1)
 
 
-def _state(seam: Seam, installed: bool) -> str:
-    if seam.state is None or not installed:
+def _result(report: catalogue.Report, installed: bool) -> str:
+    if report.why_not is not None:
+        return f"does not fit: {report.why_not}"
+    if report.seam.state is None or not installed:
         return "ok"
     try:
-        return f"ok ({seam.state()})"
+        return f"ok ({report.seam.state()})"
     # vLLM may be installed and yet fail to import; that is exactly what one asks a doctor about.
     except Exception as error:
         return f"fits, but vLLM cannot be imported: {type(error).__name__}: {str(error).splitlines()[0]}"
