@@ -13,10 +13,16 @@ COMMON = ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "8"
 NAMED = ["--served-model-name", "demo"]
 
 
+class EngineDiedError(Exception):
+    """The server answered that its engine is dead."""
+
+
 def ask(server: Server, prompt: str, **parameters: Any) -> list[dict[str, Any]]:
     """One completion, greedy unless said otherwise; returns its choices."""
     body = {"model": "demo", "prompt": prompt, "max_tokens": 48, "temperature": 0, "ignore_eos": True, **parameters}
     response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
+    if response.status_code == 500 and "EngineCore" in response.text:
+        raise EngineDiedError(response.text)
     assert response.status_code == 200, response.text
     choices: list[dict[str, Any]] = response.json()["choices"]
     return choices

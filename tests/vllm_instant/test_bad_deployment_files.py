@@ -58,7 +58,10 @@ FILES = {
         '[experts]\nplugin = "unserved"\n',
         ["[experts] plugin", "cannot put plugins into this slot yet"],
     ),
-    # Only vLLM's own parser knows these.
+}
+
+# Only vLLM's own parser knows these.
+ENGINE_ARGUMENTS = {
     "unknown engine argument": ("[vllm]\nmax_num_seq = 3\n", ["[vllm] max_num_seq", "did you mean max_num_seqs"]),
     "engine argument of the wrong type": ('[vllm]\nmax_num_seqs = "many"\n', ["[vllm] max_num_seqs", "many"]),
     "switch that is no switch": ('[vllm]\nenforce_eager = "yes"\n', ["[vllm] enforce_eager", "true or false"]),
@@ -105,6 +108,15 @@ def test_one_clear_error(name, tmp_path, folder_with_broken_plugin):
     file = tmp_path / "deploy.toml"
     file.write_text(content)
     _assert_one_clear_error(_check(file, folder_with_broken_plugin), file, words)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ENGINE_ARGUMENTS)
+def test_one_clear_error_about_engine_arguments(name, tmp_path, plugin_folder):
+    content, words = ENGINE_ARGUMENTS[name]
+    file = tmp_path / "deploy.toml"
+    file.write_text(content)
+    _assert_one_clear_error(_check(file, plugin_folder), file, words)
 
 
 def test_there_are_at_least_twenty():

@@ -1,10 +1,9 @@
 """The demo models' training text: what every Python installation carries.
 
-Three kinds of documents, all from the running interpreter's standard library, none downloaded:
+Two kinds of documents, both from the running interpreter's standard library, none downloaded:
 
-- source files (without the test suites), whole;
-- *structured* documents: one JSON object a line, describing the functions and classes of a module;
-- *prose*: the language reference that ``help()`` prints (``pydoc_data.topics``).
+- *code*: source files (without the test suites and the largest tables), whole;
+- *structured*: one JSON object a line, describing the functions and classes of a module.
 
 The text depends on the Python version; the committed demo models were trained with the version that
 their ``recipe.json`` names.
@@ -29,7 +28,7 @@ _MAX_SOURCE_BYTES = 400_000
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text. ``kind`` is ``code``, ``structured`` or ``prose``; ``name`` is unique."""
+    """One piece of text. ``kind`` is ``code`` or ``structured``; ``name`` is unique within a kind."""
 
     kind: str
     name: str
@@ -50,20 +49,10 @@ def documents() -> Iterator[Document]:
         if _SKIPPED_FOLDERS.intersection(relative.parts[:-1]) or path.stat().st_size > _MAX_SOURCE_BYTES:
             continue
         text = path.read_text(encoding="utf-8", errors="ignore")
-        if relative.as_posix() == "pydoc_data/topics.py":
-            yield from _prose(text)
-            continue
         yield Document("code", relative.as_posix(), text)
         records = _describe(text, relative.as_posix().removesuffix(".py").replace("/", "."))
         if records:
             yield Document("structured", relative.as_posix(), records)
-
-
-def _prose(topics_source: str) -> Iterator[Document]:
-    for node in ast.parse(topics_source).body:
-        if isinstance(node, ast.Assign):
-            for topic, text in ast.literal_eval(node.value).items():
-                yield Document("prose", topic, text)
 
 
 def _describe(source: str, module: str) -> str:

@@ -59,10 +59,9 @@ STRUCTURED = """\
 {"module": "queue", "kind": "function", "name": "empty", "line": 48, "args": ["self"], "doc": "Return true if empty."}
 """
 
-PROSE = """Modules
-*******
+PROSE = '''"""Working with files and folders.
 
-A module is an object that serves as an organizational unit of Python code. Modules have a namespace"""
+This module explains how a program finds its files, what happens when a file is missing, and why it is'''
 
 TASKS = (
     Task("code continuation", CODE, 0.0),

@@ -77,6 +77,7 @@ class TestConfig:
         assert str(path) in shown["vllm.max_num_seqs"]
         assert "[drafter]" in shown["vllm.speculative_config"]
 
+    @pytest.mark.engine
     def test_check_of_a_good_file(self, run, write_file):
         result = run("config", "check", write_file("[vllm]\nmax_num_seqs = 3\n"))
         assert result.exit_code == 0
@@ -94,6 +95,7 @@ def test_plugins_one_line_each(run):
 
 
 class TestDoctor:
+    @pytest.mark.engine
     def test_it_is_content_here(self, run, write_file):
         result = run("doctor", "--config", write_file('[drafter]\nplugin = "ngram"\n'))
         assert result.exit_code == 0

@@ -21,10 +21,10 @@ def test_the_corpus_is_the_same_every_time_and_keeps_something_back():
     first, second = list(documents()), list(documents())
     assert first == second
     assert len({(d.kind, d.name) for d in first}) == len(first)
-    assert {d.kind for d in first} == {"code", "structured", "prose"}
+    assert {d.kind for d in first} == {"code", "structured"}
     held_out = [d for d in first if d.held_out]
     assert 0.02 < len(held_out) / len(first) < 0.08
-    assert {d.kind for d in held_out} == {"code", "structured", "prose"}
+    assert {d.kind for d in held_out} == {"code", "structured"}
 
 
 def test_structured_documents_are_one_json_object_a_line():

@@ -12,6 +12,8 @@ from vllm_instant import activation, carrier
 from vllm_instant.seams import flags
 from vllm_instant.seams.scheduler import QUALIFIED_NAME as SCHEDULER
 
+pytestmark = pytest.mark.engine
+
 NGRAM = '[drafter]\nplugin = "ngram"\nnum_speculative_tokens = 3\n'
 
 

@@ -7,6 +7,8 @@ from vllm_instant import carrier
 from vllm_instant.seams.scheduler import PLAN_ATTRIBUTE, create_scheduler
 from vllm_instant.settings import resolve
 
+pytestmark = pytest.mark.engine
+
 DRAFTS = 4
 
 

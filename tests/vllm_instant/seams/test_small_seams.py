@@ -73,6 +73,7 @@ class TestModuleNames:
         code = 'import importlib.util as u; print([u.find_spec(n) for n in ("triton_kernels", "plugins")])'
         assert _python(code, tmp_path) == "[None, None]"
 
+    @pytest.mark.engine
     def test_vllm_finds_its_own_copy_behind_the_folder(self, tmp_path):
         (tmp_path / "triton_kernels").mkdir()
         vendored = tmp_path / "vendored.py"
@@ -158,6 +159,7 @@ class TestCpuSampling:
         repair.apply(module)
         assert getattr(module, repair.function) is repaired
 
+    @pytest.mark.engine
     @pytest.mark.parametrize("repair", cpu_sampling.REPAIRS, ids=lambda repair: repair.function)
     def test_the_repair_works_on_the_installed_vllm(self, repair, monkeypatch):
         from importlib import import_module
@@ -167,6 +169,7 @@ class TestCpuSampling:
         repair.apply(module)
         assert not repair.is_wrong(getattr(module, repair.function))
 
+    @pytest.mark.engine
     def test_top_k_still_cuts(self):
         import torch
         from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_only
