@@ -52,7 +52,10 @@ def prepare(
 
     import torch
     from transformers import LlamaForCausalLM
+    from transformers.utils import logging
 
+    # The demo has a progress line of its own; bars of single files would break it.
+    logging.disable_progress_bar()
     marker.unlink(missing_ok=True)
     torch_dtype = getattr(torch, dtype)
     base = LlamaForCausalLM.from_pretrained(assets / BASE_IN_ASSETS, dtype=torch.float32)

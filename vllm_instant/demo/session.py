@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_instant.demo import assets
-from vllm_instant.evidence.servers import Server, ServerError
+from vllm_instant.evidence.servers import Server, ServerError, settle
 from vllm_instant.evidence.streams import StreamedAnswer, stream_completion
 
 DEPLOYMENT = Path(__file__).parent / "deploy.toml"
@@ -65,8 +65,8 @@ This module explains how a program finds its files, what happens when a file is 
 
 TASKS = (
     Task("code continuation", CODE, 0.0),
-    Task("repetitive structured text", STRUCTURED, 0.0),
-    Task("high-temperature free text", PROSE, 1.0),
+    Task("structured text", STRUCTURED, 0.0),
+    Task("free text", PROSE, 1.0),
 )
 
 
@@ -212,20 +212,20 @@ def _ask(console: Console, client: Any, task: Task, seed: int, shown: bool) -> S
         console.print(text, style="green", markup=False, highlight=False, end="")
         console.file.flush()
 
+    settle()
     sampling = {"max_tokens": MAX_TOKENS, "temperature": task.temperature, "seed": seed, "ignore_eos": True}
     return stream_completion(client, "demo", task.prompt, write if shown else None, **sampling)
 
 
 def _settled(server: Server) -> dict[str, float]:
-    """The metrics after the server's own polling of its engine has caught up."""
-    time.sleep(1.3)
+    settle()
     return server.metrics()
 
 
 def _table(results: Sequence[Result]) -> Table:
-    table = Table(title="vllm-instant beside stock vLLM")
-    for heading in ("prompt", "server", "first token", "tokens/s", "draft tokens accepted"):
-        table.add_column(heading, justify="left" if heading in ("prompt", "server") else "right")
+    table = Table(title="vllm-instant beside stock vLLM", box=None, header_style="bold")
+    for heading in ("prompt", "server", "first token", "tokens/s", "drafts accepted"):
+        table.add_column(heading, justify="left" if heading in ("prompt", "server") else "right", no_wrap=True)
     for result in results:
         stock_speed = _median(answer.tokens_per_second for answer in result.stock)
         speed = _median(answer.tokens_per_second for answer in result.ours)

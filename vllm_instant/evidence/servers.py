@@ -19,6 +19,7 @@ from typing import IO, Any, Self
 import httpx
 
 STOP_SECONDS = 10.0
+SETTLE_SECONDS = 1.3
 
 
 class ServerError(RuntimeError):
@@ -154,6 +155,16 @@ class Server:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.stop()
+
+
+def settle() -> None:
+    """Wait until servers that were just busy have become quiet; call it before the other arm's turn.
+
+    vLLM's workers spin for one second after their last message (``busy_loop_s`` in ``shm_broadcast.py``). On a small
+    machine two servers share cores, and a first token measured within that second comes a second late. The wait also
+    covers the second in which our API server polls its engine for the metrics.
+    """
+    time.sleep(SETTLE_SECONDS)
 
 
 def _group_lives(process: subprocess.Popen[bytes]) -> bool:
