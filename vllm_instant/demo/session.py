@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_instant.demo import assets
-from vllm_instant.evidence.servers import Server, ServerError, settle
+from vllm_instant.evidence.servers import Server, ServerError, settle, stop_all
 from vllm_instant.evidence.streams import StreamedAnswer, stream_completion
 
 DEPLOYMENT = Path(__file__).parent / "deploy.toml"
@@ -108,8 +108,7 @@ def compare() -> int:
                 results = converse(console, stock, ours)
             finally:
                 with console.status("Stopping both servers …"):
-                    stock.stop()
-                    ours.stop()
+                    stop_all(stock, ours)
             console.print(_table(results))
             console.print(
                 f"Medians of {ROUNDS} alternating rounds of up to {MAX_TOKENS} tokens, one request at a time, the same "
@@ -180,10 +179,10 @@ def converse(console: Console, stock: Server, ours: Server, rounds: int = ROUNDS
     for client in clients.values():
         stream_completion(client, "demo", "import os\n", max_tokens=8, temperature=0.0)
     results = []
+    before = _drafted(ours)
     for task in TASKS:
         console.rule(f"{task.title} (temperature {task.temperature:g})")
         console.print(task.prompt, style="dim", markup=False, highlight=False, end="")
-        before = _settled(ours)
         answers: dict[Server, list[StreamedAnswer]] = {stock: [], ours: []}
         for round_number in range(rounds):
             order = (ours, stock) if round_number % 2 == 0 else (stock, ours)
@@ -192,18 +191,9 @@ def converse(console: Console, stock: Server, ours: Server, rounds: int = ROUNDS
                 answers[server].append(_ask(console, clients[server], task, seed=round_number, shown=shown))
             if round_number == 0:
                 console.print()
-        after = _settled(ours)
-        results.append(
-            Result(
-                task,
-                answers[stock],
-                answers[ours],
-                after.get("vllm_instant:draft_tokens_accepted_total", 0)
-                - before.get("vllm_instant:draft_tokens_accepted_total", 0),
-                after.get("vllm_instant:draft_tokens_proposed_total", 0)
-                - before.get("vllm_instant:draft_tokens_proposed_total", 0),
-            )
-        )
+        after = _drafted(ours)
+        results.append(Result(task, answers[stock], answers[ours], after[0] - before[0], after[1] - before[1]))
+        before = after
     return results
 
 
@@ -217,9 +207,12 @@ def _ask(console: Console, client: Any, task: Task, seed: int, shown: bool) -> S
     return stream_completion(client, "demo", task.prompt, write if shown else None, **sampling)
 
 
-def _settled(server: Server) -> dict[str, float]:
+def _drafted(server: Server) -> tuple[float, float]:
+    """Draft tokens that a server has accepted and proposed so far, from its metrics."""
     settle()
-    return server.metrics()
+    metrics = server.metrics()
+    prefix = "vllm_instant:draft_tokens_"
+    return metrics.get(f"{prefix}accepted_total", 0.0), metrics.get(f"{prefix}proposed_total", 0.0)
 
 
 def _table(results: Sequence[Result]) -> Table:

@@ -11,7 +11,8 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -179,13 +180,20 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
 @contextmanager
 def running(*servers: Server) -> Any:
     """Launch all servers at once, wait for all, stop all, whatever happens between."""
-    with ExitStack() as stack:
+    try:
         for server in servers:
-            stack.callback(server.stop)
             server.launch()
         for server in servers:
             server.wait()
         yield servers
+    finally:
+        stop_all(*servers)
+
+
+def stop_all(*servers: Server) -> None:
+    """Stop several servers at the same time."""
+    with ThreadPoolExecutor(max(1, len(servers))) as pool:
+        list(pool.map(Server.stop, servers))
 
 
 def serving_environment() -> dict[str, str]:
