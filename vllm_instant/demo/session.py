@@ -180,6 +180,7 @@ def converse(console: Console, stock: Server, ours: Server, rounds: int = ROUNDS
         stream_completion(client, "demo", "import os\n", max_tokens=8, temperature=0.0)
     results = []
     before = _drafted(ours)
+    busy = None
     for task in TASKS:
         console.rule(f"{task.title} (temperature {task.temperature:g})")
         console.print(task.prompt, style="dim", markup=False, highlight=False, end="")
@@ -187,11 +188,14 @@ def converse(console: Console, stock: Server, ours: Server, rounds: int = ROUNDS
         for round_number in range(rounds):
             order = (ours, stock) if round_number % 2 == 0 else (stock, ours)
             for server in order:
+                if busy not in (None, server):
+                    settle()
+                busy = server
                 shown = server is ours and round_number == 0
                 answers[server].append(_ask(console, clients[server], task, seed=round_number, shown=shown))
             if round_number == 0:
                 console.print()
-        after = _drafted(ours)
+        after, busy = _drafted(ours), None
         results.append(Result(task, answers[stock], answers[ours], after[0] - before[0], after[1] - before[1]))
         before = after
     return results
@@ -202,7 +206,6 @@ def _ask(console: Console, client: Any, task: Task, seed: int, shown: bool) -> S
         console.print(text, style="green", markup=False, highlight=False, end="")
         console.file.flush()
 
-    settle()
     sampling = {"max_tokens": MAX_TOKENS, "temperature": task.temperature, "seed": seed, "ignore_eos": True}
     return stream_completion(client, "demo", task.prompt, write if shown else None, **sampling)
 
