@@ -12,15 +12,19 @@ from vllm_instant.settings import Deployment
 logger = logging.getLogger("vllm.instant")
 
 
-def serve(deployment: Deployment) -> None:
+def serve(deployment: Deployment, speculates: bool | None = None) -> None:
     """Check the seams that a deployment needs, publish it to later processes and activate it in this one.
+
+    Args:
+        deployment: what to serve.
+        speculates: whether the server has a drafter; by default, what the deployment says.
 
     Raises:
         DeploymentError: when a seam that a chosen plugin needs does not fit the installed vLLM.
 
     """
     problems = []
-    for report in catalogue.check_installed(deployment):
+    for report in catalogue.check_installed(deployment, speculates):
         if report.why_not is None:
             continue
         if report.needed_by and not report.seam.optional:

@@ -9,7 +9,17 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-from vllm_instant.seams import building, cpu_sampling, drafter, endpoints, engine_core, flags, module_names, scheduler
+from vllm_instant.seams import (
+    building,
+    cpu_sampling,
+    drafter,
+    endpoints,
+    engine_core,
+    flags,
+    module_names,
+    scheduler,
+    verdicts,
+)
 from vllm_instant.seams.requirements import Seam, forget_sources, installed_vllm
 from vllm_instant.settings import Deployment
 
@@ -47,14 +57,18 @@ def in_supported_range() -> bool:
     return SUPPORTED.contains(installed_version().split("+")[0], prereleases=True)
 
 
-def needed_by(seam: Seam, deployment: Deployment | None) -> tuple[str, ...]:
-    """Which choices of a deployment need a seam; nothing is needed by a slot that keeps vLLM's own behaviour."""
+def needed_by(seam: Seam, deployment: Deployment | None, speculates: bool | None = None) -> tuple[str, ...]:
+    """Which choices of a deployment need a seam; nothing is needed by a slot that keeps vLLM's own behaviour.
+
+    ``speculates`` says whether the server has a drafter, where that is known better than from the deployment alone.
+    """
     if not seam.slots:
         return ("every deployment",)
     if deployment is None:
         return ()
     # Without a drafter there is no budget to hand out, whatever policy is named.
-    speculates = "speculative_config" in deployment.engine_arguments()
+    if speculates is None:
+        speculates = "speculative_config" in deployment.engine_arguments()
     return tuple(
         f"{slot}={deployment.slots[slot].plugin}"
         for slot in seam.slots
@@ -63,14 +77,16 @@ def needed_by(seam: Seam, deployment: Deployment | None) -> tuple[str, ...]:
 
 
 def check(vllm: Path, vllm_version: str, deployment: Deployment | None = None) -> Iterator[Report]:
-    """Check every seam against a vLLM package folder."""
+    """Check every seam against a vLLM package folder, reading its sources."""
     for seam in SEAMS:
         yield Report(seam, vllm_version, seam.why_not(vllm), needed_by(seam, deployment))
     forget_sources()
 
 
-def check_installed(deployment: Deployment | None = None) -> Iterator[Report]:
-    """Check every seam against the installed vLLM; yields nothing when there is none."""
+def check_installed(deployment: Deployment, speculates: bool | None = None) -> Iterator[Report]:
+    """Check every seam against the installed vLLM, from memory where nothing changed; nothing without a vLLM."""
     folder = installed_vllm()
     if folder is not None:
-        yield from check(folder, installed_version(), deployment)
+        why_not = verdicts.why_not(SEAMS, folder)
+        for seam in SEAMS:
+            yield Report(seam, installed_version(), why_not[seam.name], needed_by(seam, deployment, speculates))

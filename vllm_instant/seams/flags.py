@@ -18,16 +18,15 @@ from typing import Any, NoReturn
 from vllm_instant import carrier, settings
 from vllm_instant.problems import EXIT_CODE, DeploymentError, Problem
 from vllm_instant.seams.engine_options import as_arguments
-from vllm_instant.seams.requirements import Function, Mentions, Name, Seam, installed_vllm
+from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
 from vllm_instant.seams.scheduler import QUALIFIED_NAME as SCHEDULER
-from vllm_instant.seams.scheduler import SEAM as SCHEDULER_SEAM
 
 PACKAGE = "vllm_instant"
 ADDITIONAL_CONFIG_KEY = "vllm_instant"
 SELECT_HINT = "add --plugins vllm_instant"
 
-Serve = Callable[[settings.Deployment], None]
-"""What happens when a deployment was selected."""
+Serve = Callable[[settings.Deployment, bool], None]
+"""What happens when a deployment was selected: the deployment, and whether the server has a drafter."""
 
 
 def install(serve: Serve) -> None:
@@ -264,7 +263,7 @@ def _select(parsed: Any, serve: Serve) -> None:
     try:
         deployment = settings.resolve(selection.config, selection.overrides)
         _take_scheduler(parsed, deployment)
-        serve(deployment)
+        serve(deployment, parsed.scheduler_cls == SCHEDULER)
     except DeploymentError as error:
         _fail(error)
 
@@ -280,11 +279,6 @@ def _take_scheduler(arguments: Any, deployment: settings.Deployment) -> None:
             "remove it, or set speculation.plugin=off"
         )
         raise DeploymentError([Problem("--scheduler-cls", "", message)])
-    folder = installed_vllm()
-    why_not = SCHEDULER_SEAM.why_not(folder) if folder is not None else None
-    if why_not is not None:
-        message = f"does not fit this vLLM ({why_not}); set speculation.plugin=off, or see vllm-instant doctor"
-        raise DeploymentError([Problem(f"seam {SCHEDULER_SEAM.name}", "", message)])
     arguments.scheduler_cls = SCHEDULER
 
 
@@ -343,7 +337,7 @@ def _select_offline(engine_args: Any, serve: Serve) -> None:
         raise DeploymentError(problems)
     _take_scheduler(engine_args, deployment)
     engine_args.additional_config = {k: v for k, v in additional.items() if k != ADDITIONAL_CONFIG_KEY}
-    serve(deployment)
+    serve(deployment, engine_args.scheduler_cls == SCHEDULER)
     _published_offline = True
 
 

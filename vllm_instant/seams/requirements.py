@@ -22,6 +22,11 @@ class RequirementError(Exception):
 class Requirement(Protocol):
     """One thing that must be so in vLLM's sources."""
 
+    @property
+    def file(self) -> str:
+        """The file that is read, relative to the package folder."""
+        ...
+
     def check(self, vllm: Path) -> None:
         """Raise RequirementError when the package folder ``vllm`` does not have it."""
         ...

@@ -9,7 +9,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from vllm_instant.seams import catalogue
+from vllm_instant.seams import catalogue, verdicts
 from vllm_instant.seams.requirements import Function, Mentions, Name, RequirementError, Seam, installed_vllm
 
 SOURCE = """
@@ -76,6 +76,38 @@ def test_a_seam_lists_everything_that_is_different(folder):
     assert "has no A" in why_not
     assert "has no B" in why_not
     assert "cannot be parsed" in why_not
+
+
+class TestVerdicts:
+    SEAMS = (Seam("good", "p", (Name("engine.py", "LIMIT"),)), Seam("bad", "p", (Name("engine.py", "A"),)))
+
+    def test_they_are_those_of_the_check(self, folder, tmp_path):
+        found = verdicts.why_not(self.SEAMS, folder, tmp_path / "cache.json")
+        assert found == {"good": None, "bad": "engine.py has no A"}
+
+    def test_the_second_time_nothing_is_read(self, folder, tmp_path, monkeypatch):
+        cache = tmp_path / "cache.json"
+        first = verdicts.why_not(self.SEAMS, folder, cache)
+        monkeypatch.setattr(Seam, "why_not", lambda *_: pytest.fail("read again"))
+        assert verdicts.why_not(self.SEAMS, folder, cache) == first
+
+    def test_a_changed_file_or_requirement_is_checked_anew(self, folder, tmp_path):
+        cache = tmp_path / "cache.json"
+        verdicts.why_not(self.SEAMS, folder, cache)
+        (folder / "engine.py").write_text(SOURCE + "A = 1\n")
+        assert verdicts.why_not(self.SEAMS, folder, cache)["bad"] is None
+        other = (Seam("bad", "p", (Name("engine.py", "B"),)),)
+        assert verdicts.why_not(other, folder, cache) == {"bad": "engine.py has no B"}
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 3}'])
+    def test_a_damaged_cache_is_as_good_as_none(self, folder, tmp_path, content):
+        cache = tmp_path / "cache.json"
+        cache.write_text(content)
+        assert verdicts.why_not(self.SEAMS, folder, cache)["good"] is None
+
+    def test_a_folder_that_cannot_be_written_does_no_harm(self, folder, tmp_path):
+        (tmp_path / "file").write_text("")
+        assert verdicts.why_not(self.SEAMS, folder, tmp_path / "file" / "cache.json")["good"] is None
 
 
 @pytest.mark.parametrize("seam", catalogue.SEAMS, ids=lambda seam: seam.name)
