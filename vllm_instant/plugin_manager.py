@@ -111,20 +111,27 @@ class PluginManager:
         sentences: list[str] = []
         for implementation in self._pluggy.hook.instant_check.get_hookimpls():
             try:
-                # Like pluggy, hand over only what the implementation asks for.
-                wanted = [deployment] if "deployment" in implementation.argnames else []
-                sentences += cast(Iterable[str], implementation.function(*wanted) or ())
+                sentences += cast(Iterable[str], _call(implementation, deployment=deployment) or ())
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
                 sentences.append(f"{implementation.plugin_name} cannot check this deployment: {reason}")
         return sentences
 
     def announce_failure(self, slot: str, plugin: str, hook: str, error: Exception) -> None:
-        """Tell every distribution that a plugin was disabled; a listener that fails is only logged."""
-        try:
-            self._pluggy.hook.instant_plugin_failed(slot=slot, plugin=plugin, hook=hook, error=error)
-        except Exception:
-            logger.exception("A listener of instant_plugin_failed failed")
+        """Tell every distribution that a plugin was disabled; a listener that fails is logged and keeps nobody else."""
+        for implementation in self._pluggy.hook.instant_plugin_failed.get_hookimpls():
+            try:
+                _call(implementation, slot=slot, plugin=plugin, hook=hook, error=error)
+            except Exception:
+                logger.exception("%s failed to hear of a disabled plugin", implementation.plugin_name)
+
+
+def _call(implementation: pluggy.HookImpl, **arguments: Any) -> object:
+    """Call one implementation by itself, with those arguments that it asks for, as pluggy would.
+
+    pluggy's own call stops at the first implementation that raises; here one must not silence the others.
+    """
+    return implementation.function(*(arguments[name] for name in implementation.argnames))
 
 
 @cache

@@ -76,8 +76,6 @@ class TestModuleNames:
     @pytest.mark.engine
     def test_vllm_finds_its_own_copy_behind_the_folder(self, tmp_path):
         (tmp_path / "triton_kernels").mkdir()
-        vendored = tmp_path / "vendored.py"
-        vendored.write_text("")
         code = """
             import sys
             from vllm_instant.register import register
