@@ -147,7 +147,8 @@ class TestServers:
     def test_interrupting_leaves_nothing(self, tmp_path):
         """Ctrl-C reaches us alone; the servers go with us."""
         code = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background may have us ignore it
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from pathlib import Path
 from test_evidence import Pretend
