@@ -102,21 +102,12 @@ def _assert_one_clear_error(result: subprocess.CompletedProcess[str], file: Path
         assert word in sentences[0]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *(pytest.param(name, marks=pytest.mark.engine) for name in ENGINE_ARGUMENTS)])
 def test_one_clear_error(name, tmp_path, folder_with_broken_plugin):
-    content, words = FILES[name]
+    content, words = {**FILES, **ENGINE_ARGUMENTS}[name]
     file = tmp_path / "deploy.toml"
     file.write_text(content)
     _assert_one_clear_error(_check(file, folder_with_broken_plugin), file, words)
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize("name", ENGINE_ARGUMENTS)
-def test_one_clear_error_about_engine_arguments(name, tmp_path, plugin_folder):
-    content, words = ENGINE_ARGUMENTS[name]
-    file = tmp_path / "deploy.toml"
-    file.write_text(content)
-    _assert_one_clear_error(_check(file, plugin_folder), file, words)
 
 
 def test_there_are_at_least_twenty():
