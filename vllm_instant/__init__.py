@@ -14,6 +14,7 @@ from vllm_instant.contracts import (
     RequestState,
     SpeculationPolicy,
     StepOutcome,
+    UpcomingStep,
 )
 from vllm_instant.hookspecs import hookimpl
 from vllm_instant.settings import Deployment
@@ -32,5 +33,6 @@ __all__ = [
     "RequestState",
     "SpeculationPolicy",
     "StepOutcome",
+    "UpcomingStep",
     "hookimpl",
 ]

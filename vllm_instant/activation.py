@@ -6,7 +6,7 @@ import logging
 
 from vllm_instant import carrier
 from vllm_instant.problems import DeploymentError, Problem
-from vllm_instant.seams import catalogue, cpu_sampling, drafter, engine_core
+from vllm_instant.seams import catalogue, cpu_sampling, draft_skipping, drafter, engine_core, request_options
 from vllm_instant.settings import Deployment
 
 logger = logging.getLogger("vllm.instant")
@@ -55,4 +55,7 @@ def activate() -> None:
     """Install the seams of a published deployment; each waits for the module that it changes."""
     cpu_sampling.install()
     drafter.install()
-    engine_core.install()
+    # Optional: a vLLM that they do not fit is served without them.
+    for seam in (draft_skipping, request_options, engine_core):
+        if catalogue.fits_installed(seam.SEAM):
+            seam.install()

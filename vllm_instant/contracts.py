@@ -46,6 +46,8 @@ class PluginContext:
     """Most draft tokens a request can get in one step; 0 when the server has no drafter."""
     device: str
     """``cpu``, ``cuda``, …"""
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """What timings measured in this engine depend on: device name, model, dtype, vLLM version, drafter, parallelism."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +84,34 @@ class RequestState:
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     """What the client sent as ``vllm_xargs``."""
     num_output_tokens: int = 0
+    index: int = 0
+    """Small, unique among the live requests, used again later: lets a policy keep its state in arrays."""
+    prompt_token_ids: Sequence[int] = ()
+    """Empty when the prompt came as embeddings."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpcomingStep:
+    """What a speculation policy decides about: the drafts that will be verified in the step after this one."""
+
+    requests: Sequence[RequestState]
+    """Those that will have sampled a token, so that drafts can follow it."""
+    max_draft_tokens: int
+    """Most draft tokens a request can get."""
+    num_waiting: int = 0
+    """Requests that wait for their first step."""
+    longest_wait: float = 0.0
+    """Seconds that the oldest of them has waited."""
+    number: int = 0
+    """Counts up. What became of the drafts of step ``number`` is seen in the outcome with ``number + 1``."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
     """What one engine step did, for the requests that it verified drafts for or that it decoded without any.
 
-    The three sequences have one entry a request. Drafts that vLLM only padded with or that a grammar cut are not
-    counted as drafted.
+    ``requests``, ``drafted`` and ``accepted`` have one entry a request that sampled. Drafts that vLLM only padded with
+    or that a grammar cut are not counted as drafted.
     """
 
     requests: Sequence[RequestState]
@@ -98,16 +120,26 @@ class StepOutcome:
     num_scheduled_tokens: int
     """All tokens of the step: prompts, decodes and drafts."""
     seconds: float
-    """From the end of scheduling to the arrival of the output; with asynchronous scheduling steps overlap."""
+    """What the step took from the server's time: since the output of the step before it while the engine was busy,
+    otherwise since its scheduling began. Sums to wall-clock time, also when asynchronous steps overlap."""
+    num_scheduled_requests: int = 0
+    """Requests that took part, those included that are still reading their prompt."""
+    number: int = 0
+    draft_passes: int = 0
+    """Draft tokens that the drafter made at the end of this step, for the next: the longest length that was planned."""
 
 
 @runtime_checkable
 class SpeculationPolicy(Protocol):
     """Decides how many draft tokens each request gets in the next step. Runs in the engine-core process."""
 
-    def draft_lengths(self, requests: Sequence[RequestState], max_draft_tokens: int) -> Sequence[int]:
-        """One length a request, each in ``0..max_draft_tokens``; 0 for all means that nothing is drafted."""
+    def draft_lengths(self, step: UpcomingStep) -> Sequence[int]:
+        """One length a request, each in ``0..step.max_draft_tokens``; 0 for all: the drafter does not even run."""
         ...
+
+    def enter(self, request: RequestState) -> None:
+        """A request entered the engine; it may wait before its first step. Optional."""
+        return None
 
     def observe(self, outcome: StepOutcome) -> None:
         """Learn from a finished step. Optional."""
@@ -115,6 +147,20 @@ class SpeculationPolicy(Protocol):
 
     def forget(self, request_id: str) -> None:
         """The request ended or was aborted. Optional."""
+        return None
+
+    def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
+        """Why the newest decisions were taken, the oldest first, as plain data for ``vllm-instant explain``. Optional.
+
+        Args:
+            last: at most so many.
+            request_id: only those that concern this request (an id as the client saw it is a prefix of ours).
+
+        """
+        return ()
+
+    def close(self) -> None:
+        """The engine stops: keep what the next start should know. Optional."""
         return None
 
 

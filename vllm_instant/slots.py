@@ -28,7 +28,7 @@ SLOTS: dict[str, Slot] = {
             "speculation",
             "how many draft tokens each request gets in the next step",
             "engine core",
-            "fixed",
+            "goodput",
             contracts.SpeculationPolicy,
         ),
         Slot("drafter", "which tokens are proposed", "worker", "native", contracts.Drafter),

@@ -1,18 +1,39 @@
 """The speculation budget: how many draft tokens each request gets, asked of a policy, step by step.
 
 This is the engine-independent half; ``vllm_instant.seams.scheduler`` feeds it from vLLM's scheduler and carries out
-what it decides. It keeps one live ``RequestState`` a request, contains a failing policy, and counts.
+what it decides. It keeps one live ``RequestState`` a request, contains a failing policy, lets clients overrule it for
+their own requests, measures the steps, and counts.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_instant.containment import Contained, ContractError
-from vllm_instant.contracts import RequestState, SpeculationPolicy, StepOutcome
+from vllm_instant.contracts import RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
+
+CLIENT_KEY = "instant_speculation"
+"""What a client writes into ``vllm_xargs``: ``"off"``, ``"auto"`` or a number of draft tokens."""
+
+
+def requested_draft_length(extra_args: Mapping[str, Any] | None) -> int | None:
+    """The draft length that a client asked for, or None when the policy decides.
+
+    Raises:
+        ValueError: when the value is none of ``"off"``, ``"auto"`` and a whole number from 0.
+
+    """
+    value = (extra_args or {}).get(CLIENT_KEY)
+    if value is None or value == "auto":
+        return None
+    if value == "off":
+        return 0
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f'vllm_xargs: {CLIENT_KEY} must be "off", "auto" or a whole number from 0, found {value!r}')
 
 
 @dataclass
@@ -20,7 +41,7 @@ class SpeculationCounters:
     """Totals since the engine started, in draft tokens unless named otherwise."""
 
     budgeted: int = 0
-    """Granted by the policy."""
+    """Granted by the policy or asked for by the client."""
     proposed: int = 0
     """Drafted by the drafter and sent to verification."""
     accepted: int = 0
@@ -36,35 +57,71 @@ class SpeculationBudget:
     Args:
         policy: the policy behind its breaker.
         max_draft_tokens: most draft tokens a request can get in one step (vLLM's ``num_speculative_tokens``).
+        clock: seconds, monotonic.
 
     """
 
-    def __init__(self, policy: Contained[SpeculationPolicy], max_draft_tokens: int) -> None:
+    def __init__(
+        self,
+        policy: Contained[SpeculationPolicy],
+        max_draft_tokens: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.policy = policy
         self.max_draft_tokens = max_draft_tokens
         self.counters = SpeculationCounters()
         self.states: dict[str, RequestState] = {}
         """The live states of all admitted requests, by request id."""
-        self._step_started: dict[int, float] = {}
+        self._clock = clock
+        self._free_indices: list[int] = []
+        self._overruled: dict[str, int] = {}
+        """Draft length by request id, where the client asked for one."""
+        self._number = 0
+        self._began: dict[int, tuple[float, int]] = {}
+        """When each step that is under way began, and its number."""
+        self._latest_begin = 0.0
+        self._busy_since: float | None = None
+
+    # ---------------------------------------------------------------------------------------------- requests
 
     def admit(self, state: RequestState) -> None:
-        """A request entered the engine."""
+        """A request entered the engine; gives it its index."""
+        state.index = self._free_indices.pop() if self._free_indices else len(self.states)
         self.states[state.request_id] = state
+        try:
+            length = requested_draft_length(state.extra_args)
+        except ValueError:
+            length = None  # refused at the door where there is one (seams/request_options.py); else the policy decides
+        if length is not None:
+            self._overruled[state.request_id] = min(length, self.max_draft_tokens)
+        self.policy.call("enter", lambda policy: policy.enter(state), None)
 
     def forget(self, request_id: str) -> None:
         """A request ended or was aborted."""
-        if self.states.pop(request_id, None) is not None:
+        state = self.states.pop(request_id, None)
+        if state is not None:
+            state.prompt_token_ids = ()  # whoever keeps the state shall not keep the prompt
+            self._overruled.pop(request_id, None)
             self.policy.call("forget", lambda policy: policy.forget(request_id), None)
+            self._free_indices.append(state.index)
 
-    def plan(self, states: Sequence[RequestState]) -> list[int]:
+    # ------------------------------------------------------------------------------------------------- steps
+
+    def step_begins(self) -> None:
+        """The scheduler starts to put a step together."""
+        self._latest_begin = self._clock()
+
+    def plan(self, states: Sequence[RequestState], num_waiting: int = 0, longest_wait: float = 0.0) -> list[int]:
         """Draft lengths for the step now being scheduled, one a request, each in ``0..max_draft_tokens``.
 
         When the policy is disabled every request gets the full length, which is what vLLM does by itself.
         """
         most = self.max_draft_tokens
+        self._number += 1
+        step = UpcomingStep(states, most, num_waiting, longest_wait, self._number)
 
         def ask(policy: SpeculationPolicy) -> list[int]:
-            lengths = list(policy.draft_lengths(states, most))
+            lengths = list(policy.draft_lengths(step))
             if len(lengths) != len(states):
                 raise ContractError(f"{len(states)} lengths were due, {len(lengths)} came")
             if lengths and not (0 <= min(lengths) and max(lengths) <= most):
@@ -73,6 +130,9 @@ class SpeculationBudget:
 
         full = [most] * len(states)
         lengths = self.policy.call("draft_lengths", ask, full) if states else full
+        if self._overruled:
+            wish = self._overruled.get
+            lengths = [wish(state.request_id, length) for state, length in zip(states, lengths, strict=True)]
         self.counters.steps += 1
         granted = sum(lengths)
         self.counters.budgeted += granted
@@ -80,8 +140,8 @@ class SpeculationBudget:
         return lengths
 
     def step_scheduled(self, step: int) -> None:
-        """Note when a step went out; ``step`` is any number that ``step_finished`` repeats."""
-        self._step_started[step] = time.perf_counter()
+        """The step that began last goes out; ``step`` is any number that ``step_finished`` repeats."""
+        self._began[step] = (self._latest_begin, self._number)
 
     def step_finished(
         self,
@@ -89,16 +149,40 @@ class SpeculationBudget:
         states: Sequence[RequestState],
         drafted: Sequence[int],
         accepted: Sequence[int],
+        *,
         num_scheduled_tokens: int,
+        num_scheduled_requests: int = 0,
+        draft_passes: int = 0,
     ) -> None:
         """Count a finished step and show it to the policy."""
-        started = self._step_started.pop(step, None)
-        seconds = time.perf_counter() - started if started is not None else 0.0
+        now = self._clock()
+        began, number = self._began.pop(step, (now, 0))
+        seconds = now - (began if self._busy_since is None else self._busy_since)
+        self._busy_since = now
         self.counters.proposed += sum(drafted)
         self.counters.accepted += sum(accepted)
-        outcome = StepOutcome(states, drafted, accepted, num_scheduled_tokens, seconds)
+        outcome = StepOutcome(
+            states, drafted, accepted, num_scheduled_tokens, seconds, num_scheduled_requests, number, draft_passes
+        )
         self.policy.call("observe", lambda policy: policy.observe(outcome), None)
+
+    def engine_idles(self) -> None:
+        """Nothing is left to do: the time until the next step begins is nobody's cost."""
+        self._busy_since = None
+
+    # --------------------------------------------------------------------------------------------- reporting
 
     def totals(self) -> dict[str, Any]:
         """The counters as plain data."""
         return asdict(self.counters)
+
+    def decisions(self, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
+        """The policy's newest decisions as plain data; see ``SpeculationPolicy.decisions``."""
+        nothing: list[dict[str, Any]] = []
+        return self.policy.call(
+            "decisions", lambda policy: [dict(d) for d in policy.decisions(last, request_id)], nothing
+        )
+
+    def close(self) -> None:
+        """The engine stops."""
+        self.policy.call("close", lambda policy: policy.close(), None)

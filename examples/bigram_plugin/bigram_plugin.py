@@ -35,9 +35,9 @@ class ShyPolicy(SpeculationPolicy):
     def __init__(self, options):
         self.max_temperature = options.max_temperature
 
-    def draft_lengths(self, requests, max_draft_tokens):
+    def draft_lengths(self, step):
         """Called before every step: one length a request."""
-        return [max_draft_tokens if r.temperature <= self.max_temperature else 0 for r in requests]
+        return [step.max_draft_tokens if r.temperature <= self.max_temperature else 0 for r in step.requests]
 
 
 @hookimpl

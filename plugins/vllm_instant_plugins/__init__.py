@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 from vllm_instant import Deployment, Plugin, hookimpl
 from vllm_instant_plugins import drafters, speculation, stock
+from vllm_instant_plugins.goodput.plugin import PLUGIN as GOODPUT
 
 
 @hookimpl
 def instant_plugins() -> Iterable[Plugin]:
     """Everything in this package, vLLM's own behaviour included."""
-    return [*speculation.PLUGINS, *drafters.PLUGINS, *stock.PLUGINS]
+    return [GOODPUT, *speculation.PLUGINS, *drafters.PLUGINS, *stock.PLUGINS]
 
 
 @hookimpl

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import Field
 
-from vllm_instant import Deployment, Plugin, PluginContext, PluginOptions, RequestState, SpeculationPolicy
+from vllm_instant import Deployment, Plugin, PluginContext, PluginOptions, SpeculationPolicy, UpcomingStep
 
 
 class FixedOptions(PluginOptions):
@@ -30,14 +30,14 @@ class Fixed(SpeculationPolicy):
         self.num_draft_tokens = num_draft_tokens
         self.max_batch_size = max_batch_size
 
-    def draft_lengths(self, requests: Sequence[RequestState], max_draft_tokens: int) -> Sequence[int]:
+    def draft_lengths(self, step: UpcomingStep) -> Sequence[int]:
         """The fixed length, or 0 for all when the batch is too large."""
-        length = max_draft_tokens
+        length = step.max_draft_tokens
         if self.num_draft_tokens is not None:
             length = min(length, self.num_draft_tokens)
-        if self.max_batch_size is not None and len(requests) > self.max_batch_size:
+        if self.max_batch_size is not None and len(step.requests) > self.max_batch_size:
             length = 0
-        return [length] * len(requests)
+        return [length] * len(step.requests)
 
 
 def _build(options: FixedOptions, context: PluginContext) -> Fixed:

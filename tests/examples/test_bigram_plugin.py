@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_instant import DraftRequest, RequestState
+from vllm_instant import DraftRequest, RequestState, UpcomingStep
 from vllm_instant.plugin_manager import plugin_manager
 from vllm_instant.settings import resolve
 
@@ -51,4 +51,4 @@ def test_the_drafter(tokens, expected):
 
 def test_the_policy():
     states = [RequestState("cold", 1, 1, 0.2), RequestState("hot", 1, 1, 1.0)]
-    assert _build("speculation", "shy", max_temperature=0.5).draft_lengths(states, 4) == [4, 0]
+    assert _build("speculation", "shy", max_temperature=0.5).draft_lengths(UpcomingStep(states, 4)) == [4, 0]

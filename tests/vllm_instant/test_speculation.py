@@ -19,8 +19,8 @@ class Scripted(SpeculationPolicy):
         self.outcomes = []
         self.forgotten = []
 
-    def draft_lengths(self, requests, max_draft_tokens):
-        return self.answer(len(requests))
+    def draft_lengths(self, step):
+        return self.answer(len(step.requests))
 
     def observe(self, outcome):
         self.outcomes.append(outcome)
@@ -74,7 +74,7 @@ def test_a_disabled_policy_is_not_called_again():
     budget, policy = _budget(lambda n: calls.append(n) or 1 / 0)
     budget.plan(_states(1))
     budget.plan(_states(1))
-    budget.step_finished(0, _states(1), [2], [1], 3)
+    budget.step_finished(0, _states(1), [2], [1], num_scheduled_tokens=3)
     assert calls == [1]
     assert policy.outcomes == []
 
@@ -84,7 +84,7 @@ def test_outcomes_are_counted_and_shown():
     states = _states(2)
     budget.plan(states)
     budget.step_scheduled(7)
-    budget.step_finished(7, states, [2, 2], [1, 0], 6)
+    budget.step_finished(7, states, [2, 2], [1, 0], num_scheduled_tokens=6)
     assert (budget.counters.proposed, budget.counters.accepted) == (4, 1)
     [outcome] = policy.outcomes
     assert outcome.accepted == [1, 0]
@@ -109,7 +109,7 @@ def test_failures_elsewhere_are_contained_too(failing):
     setattr(policy, failing, lambda *_: 1 / 0)
     [state] = _states(1)
     budget.admit(state)
-    budget.step_finished(0, [state], [1], [1], 2)
+    budget.step_finished(0, [state], [1], [1], num_scheduled_tokens=2)
     budget.forget("r0")
     assert budget.policy.failures == {failing: 1}
     assert budget.plan([state]) == [4]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from importlib.metadata import version
 from typing import Any
 
 from vllm_instant.containment import Contained
@@ -25,7 +28,34 @@ def context_of(vllm_config: Any) -> PluginContext:
         vocab_size=vllm_config.model_config.get_vocab_size(),
         num_speculative_tokens=speculative.num_speculative_tokens if speculative is not None else 0,
         device=str(vllm_config.device_config.device_type),
+        identity=_identity(vllm_config),
     )
+
+
+def _identity(vllm_config: Any) -> dict[str, str]:
+    """What the time of an engine step depends on."""
+    model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
+    identity = {
+        "device": _device_name(str(vllm_config.device_config.device_type)),
+        "model": model.model,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": str(model.quantization),
+        "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "compiled": str(not model.enforce_eager),
+        "parallel": f"{parallel.tensor_parallel_size}x{parallel.pipeline_parallel_size}",
+        "vllm": version("vllm"),
+    }
+    if speculative is not None:
+        identity["drafter"] = f"{speculative.method} {speculative.model or ''}".strip()
+    return identity
+
+
+def _device_name(device_type: str) -> str:
+    from vllm.platforms import current_platform
+
+    if device_type == "cpu":
+        return f"{platform.processor() or platform.machine()} {len(os.sched_getaffinity(0))} cores"
+    return str(current_platform.get_device_name())
 
 
 def build_contained(slot: str, deployment: Deployment, context: PluginContext) -> Contained[Any] | None:
@@ -67,6 +97,10 @@ SEAM = Seam(
         Name("config/scheduler.py", "SchedulerConfig.max_num_seqs"),
         Name("config/model.py", "ModelConfig.max_model_len"),
         Name("config/model.py", "ModelConfig.get_vocab_size"),
+        Name("config/model.py", "ModelConfig.enforce_eager"),
+        Name("config/model.py", "ModelConfig.quantization"),
+        Name("config/cache.py", "CacheConfig.cache_dtype"),
+        Name("config/parallel.py", "ParallelConfig.tensor_parallel_size"),
     ),
     slots=("speculation", "drafter"),
 )

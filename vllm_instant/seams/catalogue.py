@@ -12,11 +12,13 @@ from packaging.specifiers import SpecifierSet
 from vllm_instant.seams import (
     building,
     cpu_sampling,
+    draft_skipping,
     drafter,
     endpoints,
     engine_core,
     flags,
     module_names,
+    request_options,
     scheduler,
     verdicts,
 )
@@ -27,7 +29,19 @@ SUPPORTED = SpecifierSet(">=0.32.0,<0.34")
 """The versions whose sources the tests check; newer ones work if their seams fit."""
 
 SEAMS: tuple[Seam, ...] = tuple(
-    module.SEAM for module in (flags, module_names, building, scheduler, drafter, cpu_sampling, engine_core, endpoints)
+    module.SEAM
+    for module in (
+        flags,
+        module_names,
+        building,
+        scheduler,
+        drafter,
+        draft_skipping,
+        request_options,
+        cpu_sampling,
+        engine_core,
+        endpoints,
+    )
 )
 
 
@@ -81,6 +95,12 @@ def check(vllm: Path, vllm_version: str, deployment: Deployment | None = None) -
     for seam in SEAMS:
         yield Report(seam, vllm_version, seam.why_not(vllm), needed_by(seam, deployment))
     forget_sources()
+
+
+def fits_installed(seam: Seam) -> bool:
+    """Whether one seam fits the installed vLLM, from memory where nothing changed."""
+    folder = installed_vllm()
+    return folder is not None and verdicts.why_not(SEAMS, folder)[seam.name] is None
 
 
 def check_installed(deployment: Deployment, speculates: bool | None = None) -> Iterator[Report]:

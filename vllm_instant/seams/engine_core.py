@@ -1,7 +1,8 @@
-"""Numbers out of the engine-core process: a utility method that the API server can call."""
+"""Numbers and reasons out of the engine-core process, by methods that the API server can call."""
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from vllm_instant.seams.requirements import Function, Mentions, Seam
 
 MODULE = "vllm.v1.engine.core"
 METHOD = "instant_totals"
+DECISIONS_METHOD = "instant_decisions"
 
 
 def instant_totals(self: Any) -> dict[str, Any]:
@@ -33,19 +35,36 @@ def instant_totals(self: Any) -> dict[str, Any]:
     return result
 
 
-def _add_method(module: ModuleType) -> None:
+def instant_decisions(self: Any, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
+    """Why the newest draft lengths were chosen, as plain data; empty without a policy that explains itself."""
+    decisions = getattr(self.scheduler, "instant_decisions", None)
+    return decisions(last, request_id) if decisions is not None else []
+
+
+def _change(module: ModuleType) -> None:
     setattr(module.EngineCore, METHOD, instant_totals)
+    setattr(module.EngineCore, DECISIONS_METHOD, instant_decisions)
+    post_step = module.EngineCore.post_step
+
+    @functools.wraps(post_step)
+    def post_step_unless_nothing_was_drafted(self: Any, model_executed: bool) -> None:
+        # Fetching drafts is a round trip to the workers, which a step without drafts need not pay.
+        if not getattr(self.scheduler, "instant_nothing_to_draft", False):
+            post_step(self, model_executed)
+
+    module.EngineCore.post_step = post_step_unless_nothing_was_drafted
 
 
 def install() -> None:
-    """Add the method when the engine core is loaded."""
-    when_imported(MODULE, _add_method)
+    """Change the engine core when it is loaded."""
+    when_imported(MODULE, _change)
 
 
 SEAM = Seam(
     name="engine_core",
-    purpose="numbers for the metrics",
+    purpose="numbers for the metrics, reasons for decisions",
     requirements=(
+        Function("v1/engine/core.py", "EngineCore.post_step", ("self", "model_executed"), exact=True),
         Mentions("v1/engine/core.py", "EngineCore.__init__", ("scheduler", "model_executor")),
         Function("v1/engine/core_client.py", "AsyncMPClient.call_utility_all_async", ("self", "method")),
     ),

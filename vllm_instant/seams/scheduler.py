@@ -11,6 +11,7 @@ drafts stay on the device, and the next step carries placeholders; their number 
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from vllm_instant import carrier
@@ -38,18 +39,26 @@ class SpeculationBudgetMixin:
     requests: dict[str, Any]
     num_spec_tokens: int
     vllm_config: Any
+    running: list[Any]
+    waiting: Any
+    spec_decode_metrics_level: str
 
     _asynchronous = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.instant_budget: SpeculationBudget | None = None
+        self.instant_nothing_to_draft = False
+        """Nobody gets drafts after this step, so that there are none to fetch (read by ``seams.engine_core``)."""
         self._instant_plan: dict[str, int] = {}
         deployment = carrier.current()
         if deployment is not None and self.num_spec_tokens:
             policy = build_contained("speculation", deployment, context_of(self.vllm_config))
             if policy is not None:
                 self.instant_budget = SpeculationBudget(policy, self.num_spec_tokens)
+                # Each response says what was drafted and accepted for it, unless the user wants it in more detail.
+                if self.spec_decode_metrics_level == "none":
+                    self.spec_decode_metrics_level = "summary"
 
     def add_request(self, request: Request) -> None:
         """Open the request's state before the base class may schedule it."""
@@ -65,9 +74,16 @@ class SpeculationBudgetMixin:
                     structured_output=request.use_structured_output,
                     extra_args=(sampling.extra_args if sampling is not None else None) or {},
                     num_output_tokens=request.num_output_tokens,
+                    prompt_token_ids=request.prompt_token_ids or (),
                 )
             )
         super().add_request(request)  # type: ignore[misc]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Note when the step began: scheduling is a part of its time."""
+        if self.instant_budget is not None:
+            self.instant_budget.step_begins()
+        return super().schedule(*args, **kwargs)  # type: ignore[misc, no-any-return]
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Plan the drafts that this step will make, before the base class writes down what it scheduled."""
@@ -87,7 +103,10 @@ class SpeculationBudgetMixin:
             state = state_of(request_id)
             if state is not None:
                 drafting.append(state)
-        lengths = budget.plan(drafting)
+        longest_wait = 0.0
+        if self.waiting:
+            longest_wait = max(0.0, time.time() - self.waiting.peek_request().arrival_time)
+        lengths = budget.plan(drafting, len(self.waiting), longest_wait)
         plan = {state.request_id: length for state, length in zip(drafting, lengths, strict=True)}
         # The drafter makes one length for the whole batch; the longest wish decides.
         scheduler_output.num_spec_tokens_to_schedule = max(lengths, default=0)
@@ -99,6 +118,7 @@ class SpeculationBudgetMixin:
                 if len(request.spec_token_ids) > length:
                     request.spec_token_ids = request.spec_token_ids[:length]
         self._instant_plan = plan
+        self.instant_nothing_to_draft = scheduler_output.num_spec_tokens_to_schedule == 0
         budget.step_scheduled(id(scheduler_output))
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -114,9 +134,13 @@ class SpeculationBudgetMixin:
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         """Learn what was accepted before the base class ends requests."""
-        if self.instant_budget is not None:
-            self._observe(self.instant_budget, scheduler_output, model_runner_output)
-        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        budget = self.instant_budget
+        if budget is not None:
+            self._observe(budget, scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if budget is not None and not self.running and not self.waiting:
+            budget.engine_idles()
+        return outputs
 
     def _observe(
         self, budget: SpeculationBudget, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -148,13 +172,29 @@ class SpeculationBudgetMixin:
             drafted.append(count)
             accepted.append(produced - 1 if produced <= count else count)
         budget.step_finished(
-            id(scheduler_output), states, drafted, accepted, scheduler_output.total_num_scheduled_tokens
+            id(scheduler_output),
+            states,
+            drafted,
+            accepted,
+            num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens,
+            num_scheduled_requests=len(scheduler_output.num_scheduled_tokens),
+            draft_passes=scheduler_output.num_spec_tokens_to_schedule or 0,
         )
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if self.instant_budget is not None:
             self.instant_budget.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def shutdown(self) -> None:
+        """Let the policy keep what it learned."""
+        if self.instant_budget is not None:
+            self.instant_budget.close()
+        super().shutdown()  # type: ignore[misc]
+
+    def instant_decisions(self, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
+        """Why the newest draft lengths were chosen; see ``SpeculationPolicy.decisions``."""
+        return self.instant_budget.decisions(last, request_id) if self.instant_budget is not None else []
 
     def instant_totals(self) -> dict[str, Any]:
         """What the metrics show of this scheduler."""
@@ -197,7 +237,14 @@ SEAM = Seam(
             exact=True,
         ),
         Function(_SCHEDULER, "Scheduler._free_request", ("self", "request")),
-        Mentions(_SCHEDULER, "Scheduler.__init__", ("num_spec_tokens", "requests")),
+        Function(_SCHEDULER, "Scheduler.schedule", ("self",)),
+        Function(_SCHEDULER, "Scheduler.shutdown", ("self",)),
+        Mentions(
+            _SCHEDULER,
+            "Scheduler.__init__",
+            ("num_spec_tokens", "requests", "running", "waiting", "spec_decode_metrics_level"),
+        ),
+        Function("v1/core/sched/request_queue.py", "RequestQueue.peek_request", ("self",)),
         Mentions(_SCHEDULER, "Scheduler.schedule", ("_update_after_schedule", "spec_token_ids")),
         Mentions(_SCHEDULER, "Scheduler.update_draft_token_ids", ("req_ids", "draft_token_ids", "spec_token_ids")),
         Function(

@@ -11,20 +11,20 @@ class CyclingPolicy(SpeculationPolicy):
     def __init__(self):
         self.step = 0
 
-    def draft_lengths(self, requests, max_draft_tokens):
+    def draft_lengths(self, step):
         self.step += 1
         if self.step % 7 == 0:
-            return [0] * len(requests)
-        return [(i + self.step) % (max_draft_tokens + 1) for i in range(len(requests))]
+            return [0] * len(step.requests)
+        return [(i + self.step) % (step.max_draft_tokens + 1) for i in range(len(step.requests))]
 
 
 class RaisingPolicy(CyclingPolicy):
     """Works for some steps, then raises."""
 
-    def draft_lengths(self, requests, max_draft_tokens):
+    def draft_lengths(self, step):
         if self.step == 5:
             raise RuntimeError("policy failed on purpose")
-        return super().draft_lengths(requests, max_draft_tokens)
+        return super().draft_lengths(step)
 
 
 class RandomDrafter(Drafter):

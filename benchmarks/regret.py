@@ -1,0 +1,247 @@
+"""Is speculation with ours ever slower than the best of no speculation and the best fixed draft length?
+
+.venv/bin/python benchmarks/regret.py [--short]
+
+One stock vLLM server without speculation, stock servers with K = 1, 2, 4, 8 draft tokens, and one of ours (policy
+``goodput``, at most 8) run side by side and take turns, in short rounds, each round in another order. The drafter is
+hopeless (random tokens), perfect (recorded answers) or the demo's trained draft model; the load is 1 to 32 users in a
+closed loop. The server without speculation has two turns in each round: the difference between them is the noise floor.
+
+Regret = 1 − ours / best arm, in output tokens a second; the best arm is the one with the highest median. Fixed lengths
+that are more than 15 % behind after two rounds get no further turns. Intervals are 95 %, bootstrapped over rounds.
+
+``--short`` (under 6 minutes) runs fewer arms, loads and rounds and exits with 1 when some regret is larger than 3 %
+beyond what the noise floor explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from regret_plot import plot
+from regret_setup import AGAIN, MAX_TOKENS, MODEL, OFF, OURS, Servers, Workload, mixed, record_answers, snippets
+from results import write
+from rich.console import Console
+from rich.table import Table
+
+from vllm_instant.evidence.load import Measured, measure
+from vllm_instant.evidence.servers import running, settle
+from vllm_instant.evidence.statistics import Interval, median_interval, ratio_interval
+
+DROPPED_BELOW = 0.85
+BOUND = 0.03
+
+
+@dataclass
+class Cell:
+    """One drafter at one load: the turns of each arm, by round."""
+
+    workload: str
+    load: int
+    turns: dict[str, list[Measured]] = field(default_factory=dict)
+
+    def speeds(self, arm: str) -> list[float]:
+        """Tokens a second by round."""
+        return [turn.tokens_per_second for turn in self.turns[arm]]
+
+    def best(self) -> str:
+        """The arm without ours that has the highest median."""
+        return max((arm for arm in self.turns if arm not in (OURS, AGAIN)), key=lambda a: np.median(self.speeds(a)))
+
+    def ratio(self, arm: str, other: str) -> Interval:
+        """Tokens a second of one arm relative to another's in the same rounds."""
+        rounds = min(len(self.turns[arm]), len(self.turns[other]))
+        return ratio_interval(self.speeds(arm)[:rounds], self.speeds(other)[:rounds])
+
+    def p99(self, arm: str) -> float:
+        """99th percentile of the time between tokens over all rounds, in milliseconds."""
+        gaps = [turn.inter_token_latencies() for turn in self.turns[arm]]
+        return float(np.percentile(np.concatenate(gaps), 99)) * 1e3
+
+    def p99_ratio(self, arm: str, other: str, draws: int = 1000) -> Interval:
+        """p99 time between tokens of ``other`` relative to ``arm``'s: above 1 means that ``arm`` is better."""
+        rounds = min(len(self.turns[arm]), len(self.turns[other]))
+        ours = [turn.inter_token_latencies() for turn in self.turns[arm][:rounds]]
+        theirs = [turn.inter_token_latencies() for turn in self.turns[other][:rounds]]
+
+        def p99(gaps: list[np.ndarray], chosen: np.ndarray) -> float:
+            return float(np.percentile(np.concatenate([gaps[i] for i in chosen]), 99))
+
+        generator = np.random.default_rng(0)
+        picks = generator.integers(0, rounds, (draws, rounds))
+        drawn = [p99(theirs, pick) / p99(ours, pick) for pick in picks]
+        everything = np.arange(rounds)
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return Interval(p99(theirs, everything) / p99(ours, everything), float(low), float(high))
+
+    def plain(self) -> dict[str, Any]:
+        """The cell as JSON types."""
+        best = self.best()
+        return {
+            "drafter": self.workload,
+            "users": self.load,
+            "best_arm": best,
+            "ours_to_best": vars(self.ratio(OURS, best)),
+            "ours_to_off": vars(self.ratio(OURS, OFF)),
+            "regret": 1 - self.ratio(OURS, best).median,
+            "noise_floor": vars(self.ratio(AGAIN, OFF)),
+            "p99_itl_off_to_ours": vars(self.p99_ratio(OURS, OFF)),
+            "arms": {
+                arm: {
+                    "tokens_per_second": vars(median_interval(self.speeds(arm))),
+                    "tokens_per_second_by_round": [round(speed, 2) for speed in self.speeds(arm)],
+                    "p99_itl_ms": self.p99(arm),
+                    "median_ttft_ms": 1e3 * float(np.median([t for turn in turns for t in turn.ttft] or [np.nan])),
+                    "tokens_by_kind": {
+                        kind: sum(turn.tokens_by_kind.get(kind, 0) for turn in turns)
+                        for kind in sorted({k for turn in turns for k in turn.tokens_by_kind})
+                    },
+                }
+                for arm, turns in self.turns.items()
+            },
+        }
+
+
+def run_cell(servers: Servers, workload: Workload, load: int, rounds: int, seconds: float, console: Console) -> Cell:
+    """All rounds of one drafter at one load."""
+    cell = Cell(workload.name, load)
+    arms = [*servers.arms, AGAIN]
+    servers.draft_like(workload.control)
+    order = random.Random(f"{workload.name}{load}")
+    prompts_per_round = 4 * max(load, 4)
+    for number in range(-1, rounds):
+        order.shuffle(arms)
+        for arm in arms:
+            settle()
+            turn = measure(
+                servers.url(arm),
+                MODEL,
+                workload.prompts,
+                concurrency=load,
+                seconds=seconds,
+                max_tokens=MAX_TOKENS,
+                first_prompt=(number + 1) * prompts_per_round,
+            )
+            if turn.errors:
+                raise SystemExit(f"{workload.name}, {load} users, {arm}: {turn.errors[0]}")
+            # The round before the first warms every server up and is not counted.
+            if number >= 0:
+                cell.turns.setdefault(arm, []).append(turn)
+        if number == 1:
+            least = DROPPED_BELOW * max(np.median(cell.speeds(arm)) for arm in arms)
+            arms = [a for a in arms if a in (OFF, AGAIN, OURS) or np.median(cell.speeds(a)) >= least]
+    best = cell.best()
+    console.print(
+        f"  {load:3} users: best {best} {np.median(cell.speeds(best)):.1f} tok/s, ours to best "
+        f"{cell.ratio(OURS, best):.3f}, to off {cell.ratio(OURS, OFF):.3f}, floor {cell.ratio(AGAIN, OFF):.3f}, "
+        f"p99 ITL off/ours {cell.p99_ratio(OURS, OFF):.2f}"
+    )
+    return cell
+
+
+def table(cells: list[Cell], lengths: tuple[int, ...]) -> Table:
+    """Tokens a second by arm, and the regret."""
+    shown = Table(title="Output tokens a second")
+    names = [OFF, *(f"K={k}" for k in lengths), OURS]
+    for name in ("drafter", "users", *names, "ours / best", "regret", "ours / off", "off / off again", "p99 ITL off / ours"):
+        shown.add_column(name, justify="left" if name == "drafter" else "right")
+    for cell in cells:
+        best = cell.best()
+        ratio = cell.ratio(OURS, best)
+        speeds = [f"{np.median(cell.speeds(n)):.1f}{'*' if n == best else ''}" for n in names]
+        shown.add_row(
+            cell.workload,
+            str(cell.load),
+            *speeds,
+            f"{ratio:.3f}",
+            f"{1 - ratio.median:+.1%}",
+            f"{cell.ratio(OURS, OFF):.2f}",
+            f"{cell.ratio(AGAIN, OFF):.3f}",
+            f"{cell.p99_ratio(OURS, OFF):.2f}",
+        )
+    return shown
+
+
+def beyond_noise(cells: list[Cell]) -> list[str]:
+    """Cells whose regret is more than the bound and more than noise, by the whole interval of the ratio."""
+    floor = max(max(1 - cell.ratio(AGAIN, OFF).low, cell.ratio(AGAIN, OFF).high - 1) for cell in cells)
+    return [
+        f"{cell.workload}, {cell.load} users: ours / {cell.best()} is {cell.ratio(OURS, cell.best()):.3f}, "
+        f"below {1 - BOUND:.2f} by more than the noise floor of {floor:.3f}"
+        for cell in cells
+        if cell.ratio(OURS, cell.best()).high < 1 - BOUND - floor or cell.ratio(OURS, cell.best()).median < 1 - BOUND - 2 * floor
+    ]
+
+
+def workloads(servers: Servers, family: str, wanted: list[str], folder: Path, console: Console) -> list[Workload]:
+    """The workloads of one family of drafters that were asked for."""
+    found = []
+    if family == "switchable":
+        if "hopeless" in wanted:
+            found.append(Workload("hopeless", family, {"mode": "hopeless"}, snippets("code", 0.0, 256, 3)))
+        if "oracle" in wanted:
+            answers = folder / "answers.json"
+            stable = record_answers(servers, snippets("code", 0.0, 40, 5), answers)
+            console.print(f"oracle: {len(stable)} prompts that every arm answers alike")
+            found.append(Workload("oracle", family, {"mode": "oracle", "answers": str(answers)}, stable))
+    else:
+        if "pair" in wanted:
+            found.append(Workload("pair", family, None, snippets("code", 0.0, 512, 7)))
+        if "mixed" in wanted:
+            found.append(Workload("mixed", family, None, mixed(512, 9)))
+    return found
+
+
+def main() -> None:
+    """Measure, print, write ``benchmarks/results/regret.json`` and ``regret.png``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drafters", default="hopeless,oracle,pair,mixed")
+    parser.add_argument("--loads", default="1,4,8,16,32")
+    parser.add_argument("--lengths", default="1,2,4,8")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--short", action="store_true", help="the form for CI")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/regret.json")
+    options = parser.parse_args()
+    if options.short:
+        options.drafters, options.loads, options.lengths = "hopeless,oracle", "1,8", "2,8"
+        options.rounds, options.seconds = 4, 2.0
+    lengths = tuple(int(k) for k in options.lengths.split(","))
+    loads = [int(load) for load in options.loads.split(",")]
+    wanted = options.drafters.split(",")
+    console = Console()
+    cells: list[Cell] = []
+    began = time.monotonic()
+    for family, members in (("switchable", ("hopeless", "oracle")), ("pair", ("pair", "mixed"))):
+        if not set(members) & set(wanted):
+            continue
+        with tempfile.TemporaryDirectory(prefix="regret-") as name:
+            folder = Path(name)
+            servers = Servers(family, lengths, folder)
+            console.print(f"[{time.monotonic() - began:.0f} s] starting {len(servers.arms)} servers ({family} drafters)")
+            with running(*servers.arms.values()):
+                for workload, load in itertools.product(workloads(servers, family, wanted, folder, console), loads):
+                    console.print(f"[{time.monotonic() - began:.0f} s] {workload.name}")
+                    cells.append(run_cell(servers, workload, load, options.rounds, options.seconds, console))
+    console.print(table(cells, lengths), width=200)
+    if options.short:
+        failures = beyond_noise(cells)
+        for failure in failures:
+            console.print(failure, style="red")
+        console.print(f"{time.monotonic() - began:.0f} s")
+        sys.exit(1 if failures else 0)
+    write(options.output, [cell.plain() for cell in cells])
+    plot(options.output)
+
+
+if __name__ == "__main__":
+    main()

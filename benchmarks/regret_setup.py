@@ -1,0 +1,157 @@
+"""The regret benchmark's servers, prompts and drafters."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from vllm_instant.demo import assets
+from vllm_instant.demo.corpus import documents
+from vllm_instant.evidence.load import Prompt
+from vllm_instant.evidence.servers import Server
+
+HERE = Path(__file__).resolve().parent
+MODEL = "demo"
+MAX_DRAFT_TOKENS = 8
+MAX_TOKENS = 112
+PROMPT_CHARACTERS = 320
+OFF, AGAIN, OURS = "off", "off again", "ours"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is drafted and what is asked for."""
+
+    name: str
+    family: str
+    """Servers with the same family draft in the same way."""
+    control: dict[str, Any] | None
+    prompts: Sequence[Prompt]
+
+
+def snippets(kind: str, temperature: float, count: int, seed: int) -> list[Prompt]:
+    """Beginnings to continue, from documents that the demo models were not trained on, cut at line ends."""
+    texts = [d.text for d in documents() if d.kind == kind and d.held_out and len(d.text) > 2 * PROMPT_CHARACTERS]
+    choose = random.Random(seed)
+    prompts = []
+    for _ in range(count):
+        text = choose.choice(texts)
+        start = text.find("\n", choose.randrange(len(text) - PROMPT_CHARACTERS)) + 1
+        prompts.append(Prompt(text[start : start + PROMPT_CHARACTERS], temperature, kind))
+    return [p for p in prompts if p.text.strip()]
+
+
+def mixed(count: int, seed: int) -> list[Prompt]:
+    """Structured prompts at temperature 0 and open-ended ones at temperature 1, in turn."""
+    structured = snippets("structured", 0.0, count, seed)
+    free = [Prompt(p.text, 1.0, "free") for p in snippets("code", 1.0, count, seed + 1)]
+    return [prompt for pair in zip(structured, free, strict=False) for prompt in pair]
+
+
+class Servers:
+    """One server an arm, for one family of drafters.
+
+    Args:
+        family: ``switchable`` or ``pair``.
+        lengths: fixed draft lengths that get an arm.
+        folder: for logs, the control file and learned costs.
+
+    """
+
+    def __init__(self, family: str, lengths: Sequence[int], folder: Path) -> None:
+        self.control = folder / "control.json"
+        self.control.write_text('{"mode": "hopeless"}')
+        pair = assets.prepare()
+        shared = [
+            *("--served-model-name", MODEL, "--max-model-len", "1024", "--max-num-seqs", "32"),
+            *("--block-size", "32", "--enforce-eager", "--no-enable-prefix-caching"),
+        ]
+        environment = {
+            "SWITCHABLE_DRAFTER": str(self.control),
+            "PYTHONPATH": str(HERE),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+
+        def drafting(length: int) -> str:
+            if family == "pair":
+                config: dict[str, Any] = {
+                    "method": "draft_model",
+                    "model": str(pair.draft),
+                    "draft_sample_method": "probabilistic",
+                }
+            else:
+                config = {"method": "custom_class", "model": "switchable_drafter.SwitchableDrafter"}
+            return json.dumps(config | {"num_speculative_tokens": length})
+
+        ours = folder / "ours.toml"
+        ours.write_text(f'[speculation]\nplugin = "goodput"\ncosts_folder = {json.dumps(str(folder / "costs"))}\n')
+        select = ["--plugins", "vllm_instant", "--instant-config", str(ours)]
+        # The repair of vLLM's sampling on the CPU (vLLM issue 55005) is ours; without it stock servers with drafts
+        # sample wrongly at temperature 1. They get it, too, so that all arms answer from the same distribution.
+        repaired = ["--plugins", "vllm_instant", "--instant-set", "speculation.plugin=fixed"]
+        self.arms: dict[str, Server] = {OFF: Server(pair.target, shared, log=folder / "off.log", environment=environment)}
+        for length in lengths:
+            arguments = [*shared, "-sc", drafting(length)]
+            self.arms[f"K={length}"] = Server(
+                pair.target,
+                [*arguments, *(repaired if family == "pair" else [])],
+                log=folder / f"fixed{length}.log",
+                environment=environment,
+            )
+        self.arms[OURS] = Server(
+            pair.target,
+            [*shared, "-sc", drafting(MAX_DRAFT_TOKENS), *select],
+            log=folder / "ours.log",
+            environment=environment,
+        )
+
+    def url(self, arm: str) -> str:
+        """Where an arm is served."""
+        return self.arms[OFF if arm == AGAIN else arm].url
+
+    def draft_like(self, control: dict[str, Any] | None) -> None:
+        """Tell the switchable drafters what to propose."""
+        if control is not None:
+            partial = self.control.with_suffix(".part")
+            partial.write_text(json.dumps(control))
+            partial.replace(self.control)
+
+
+def record_answers(servers: Servers, prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
+    """Write the greedy answers for the oracle; returns the prompts that every arm answers alike.
+
+    In bfloat16 two nearly equal logits can swap with the shape of the batch, and an oracle whose sequence has left its
+    answer is none: such prompts are left out.
+    """
+
+    def answer(url: str, prompt: Prompt) -> dict[str, Any]:
+        body = {"model": MODEL, "prompt": prompt.text, "temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+        reply = httpx.post(f"{url}/v1/completions", json=body | {"return_token_ids": True}, timeout=300)
+        reply.raise_for_status()
+        choice = reply.json()["choices"][0]
+        return {"prompt": choice["prompt_token_ids"], "answer": choice["token_ids"]}
+
+    def answers(arm: str, concurrency: int) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(lambda prompt: answer(servers.url(arm), prompt), prompts))
+
+    entries = answers(OFF, 4)
+    path.write_text(json.dumps(entries))
+    servers.draft_like({"mode": "oracle", "answers": str(path)})
+    fixed = [arm for arm in servers.arms if arm.startswith("K=")]
+    checks = [answers(OFF, 16), answers(fixed[0], 8), answers(fixed[-1], 2)]
+    heads: set[tuple[int, ...]] = set()
+    stable = []
+    for number, (prompt, entry) in enumerate(zip(prompts, entries, strict=True)):
+        head = tuple(entry["prompt"][:16])
+        if head not in heads and all(check[number]["answer"] == entry["answer"] for check in checks):
+            stable.append(prompt)
+        heads.add(head)
+    return stable

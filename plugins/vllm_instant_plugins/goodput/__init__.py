@@ -1,0 +1,6 @@
+"""The ``goodput`` speculation policy: draft only where it brings more tokens a second.
+
+``policy`` puts it together from ``acceptance`` (how likely drafts are to be kept), ``costs`` (what a step takes here),
+``choice`` (the best plan), ``exploration`` (when to try something else), ``goals`` (latency goals), ``trace`` (why) and
+``store`` (what the next start should know).
+"""

@@ -1,0 +1,226 @@
+"""How likely draft tokens are to be accepted, by request and position.
+
+For each request and draft position j the chance that token j is accepted, given that those before it were, is a
+beta-Bernoulli estimate with exponential forgetting. Its prior is what similar requests showed (same kind of sampling,
+same beginning of the prompt), whose prior is what requests of the same kind of sampling showed, whose prior is all.
+Acceptance falls with the position, so that where a class has not drafted that far yet, its estimate goes on with the
+ratio that its parent shows from one position to the next.
+
+A class keeps two memories, a long and a short one. When the short one contradicts the long one by more than chance
+allows, the drafter has changed (or what it drafts for): the long memory is cut down to the short one, for all of the
+class, so that the news of one request reach the others.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+REQUEST_MEMORY = 0.93
+CLASS_MEMORY = 0.995
+SHORT_MEMORY = 0.75
+"""What is left of a memory after one more observation; 1 / (1 - memory) of them count."""
+IDLE_MEMORY = 0.97
+"""The same for each step in which a request drafts nothing: bad luck must not silence it for good."""
+REQUEST_PRIOR = 5.0
+CLASS_PRIOR = 2.0
+"""Observations that a prior is worth."""
+OPTIMISM = 0.7
+"""Acceptance of the first draft token before anything was observed: high, so that drafting is tried."""
+CHANGE_SIGMAS = 3.0
+FADING = 0.2
+"""What is left of a request's own memory when its class has changed."""
+MAX_KINDS = 31
+MAX_SIMILAR = 96
+_REFRESHED_PER_STEP = 8
+
+
+class _Level:
+    """Statistics of request classes, or of requests: one row each, one column a draft position."""
+
+    def __init__(self, rows: int, positions: int) -> None:
+        self.trials: Array = np.zeros((rows, positions))
+        self.hits: Array = np.zeros((rows, positions))
+
+    def grow(self, rows: int) -> None:
+        """Make room for ``rows``."""
+        missing = rows - len(self.trials)
+        if missing > 0:
+            padding = ((0, max(missing, len(self.trials))), (0, 0))
+            self.trials, self.hits = np.pad(self.trials, padding), np.pad(self.hits, padding)
+
+
+class AcceptanceModel:
+    """Acceptance estimates of the live requests.
+
+    Args:
+        positions: most draft tokens that a request can get.
+
+    """
+
+    def __init__(self, positions: int) -> None:
+        self.positions = positions
+        self._requests = _Level(64, positions)
+        self._class_of: Indices = np.zeros(64, np.intp)
+        # Row 0 is everything, below it the kinds of sampling, below those the classes of similar prompts.
+        rows = 1 + MAX_KINDS + MAX_SIMILAR
+        self._classes = _Level(rows, positions)
+        self._short_trials: Array = np.zeros(rows)
+        self._short_hits: Array = np.zeros(rows)
+        self._parent: Indices = np.zeros(rows, np.intp)
+        self._kinds: dict[Hashable, int] = {}
+        self._similar: OrderedDict[Hashable, int] = OrderedDict()
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        """Beginnings of prompts that came once: a class of their own pays when they come again."""
+        self._class_estimate: Array = np.full((rows, positions), OPTIMISM)
+        self._stale: OrderedDict[int, None] = OrderedDict()
+        self._refresh([0])
+
+    # ------------------------------------------------------------------------------------- requests, classes
+
+    def enter(self, index: int, kind: Hashable, similar: Hashable) -> None:
+        """A request took ``index``. ``kind``: how it samples; ``similar``: what prompts of its class share."""
+        self._requests.grow(index + 1)
+        if index >= len(self._class_of):
+            self._class_of = np.pad(self._class_of, (0, len(self._requests.trials) - len(self._class_of)))
+        self._class_of[index] = self._similar_class((kind, similar), self._kind_class(kind))
+        self._requests.trials[index] = 0.0
+        self._requests.hits[index] = 0.0
+
+    def _kind_class(self, kind: Hashable) -> int:
+        row = self._kinds.get(kind)
+        if row is None:
+            if len(self._kinds) == MAX_KINDS:
+                return 0
+            row = self._kinds[kind] = 1 + len(self._kinds)
+            self._refresh([row])
+        return row
+
+    def _similar_class(self, key: Hashable, kind_row: int) -> int:
+        row = self._similar.get(key)
+        if row is not None:
+            self._similar.move_to_end(key)
+            return row
+        if key not in self._seen:
+            self._seen[key] = None
+            if len(self._seen) > 16 * MAX_SIMILAR:
+                self._seen.popitem(last=False)
+            return kind_row
+        if len(self._similar) < MAX_SIMILAR:
+            row = 1 + MAX_KINDS + len(self._similar)
+        else:
+            _, row = self._similar.popitem(last=False)
+            # Requests of the class that makes room go on under its parent.
+            self._class_of[self._class_of == row] = self._parent[row]
+        self._similar[key] = row
+        self._parent[row] = kind_row
+        for array in (self._classes.trials, self._classes.hits, self._short_trials, self._short_hits):
+            array[row] = 0.0
+        self._refresh([row])
+        return row
+
+    # ------------------------------------------------------------------------------------------- estimates
+
+    def conditional(self, indices: Indices) -> Array:
+        """Chance that draft token j is accepted given that those before it were, shape ``[requests, positions]``."""
+        level = self._requests
+        prior = self._class_estimate[self._class_of[indices]]
+        return (level.hits[indices] + REQUEST_PRIOR * prior) / (level.trials[indices] + REQUEST_PRIOR)
+
+    def reach(self, indices: Indices) -> Array:
+        """Chance that draft token j and all before it are accepted, shape ``[requests, positions]``; falls with j."""
+        return np.cumprod(self.conditional(indices), axis=1)
+
+    # ------------------------------------------------------------------------------------------- learning
+
+    def observe(self, indices: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """Learn from one step: each request's index, its draft tokens (at least one) and how many were accepted."""
+        if not len(indices):
+            return
+        rows = np.asarray(indices, np.intp)
+        lengths, kept = np.asarray(drafted), np.asarray(accepted)
+        position = np.arange(self.positions)
+        # The token after the accepted ones was tried and refused; what follows was never looked at.
+        tried = (position < np.minimum(lengths, kept + 1)[:, None]).astype(float)
+        hit = (position < kept[:, None]).astype(float)
+        requests = self._requests
+        requests.trials[rows] = requests.trials[rows] * REQUEST_MEMORY + tried
+        requests.hits[rows] = requests.hits[rows] * REQUEST_MEMORY + hit
+        self._learn(self._class_of[rows], tried, hit)
+
+    def fade(self, indices: Indices) -> None:
+        """These requests drafted nothing in a step: they become more like their class again."""
+        self._requests.trials[indices] *= IDLE_MEMORY
+        self._requests.hits[indices] *= IDLE_MEMORY
+
+    def _learn(self, of_request: Indices, tried: Array, hit: Array) -> None:
+        """Add up a step's observations by class, and over parents."""
+        count = np.bincount(of_request, minlength=len(self._parent)).astype(float)
+        trials, hits = np.zeros_like(self._classes.trials), np.zeros_like(self._classes.hits)
+        np.add.at(trials, of_request, tried)
+        np.add.at(hits, of_request, hit)
+        narrow = np.flatnonzero(count[1 + MAX_KINDS :]) + 1 + MAX_KINDS
+        for array in (count, trials, hits):
+            np.add.at(array, self._parent[narrow], array[narrow])
+            array[0] += array[1 : 1 + MAX_KINDS].sum(0)
+        touched = np.flatnonzero(count)
+        count = count[touched]
+        classes = self._classes
+        left = (CLASS_MEMORY**count)[:, None]
+        classes.trials[touched] = classes.trials[touched] * left + trials[touched]
+        classes.hits[touched] = classes.hits[touched] * left + hits[touched]
+        # Many observations of one step count as a few for the short memory, or it would not be short.
+        left, weight = SHORT_MEMORY**count, np.minimum(1.0, 8.0 / count)
+        self._short_trials[touched] = self._short_trials[touched] * left + trials[touched, 0] * weight
+        self._short_hits[touched] = self._short_hits[touched] * left + hits[touched, 0] * weight
+        self._detect_change(touched)
+        for row in touched.tolist():
+            self._stale[row] = None
+        # Parents have the lowest numbers and go first; the others take turns.
+        chosen = [row for row in self._stale if row <= MAX_KINDS]
+        chosen += [row for row in self._stale if row > MAX_KINDS][: _REFRESHED_PER_STEP]
+        self._refresh(chosen)
+
+    def _detect_change(self, rows: Indices) -> None:
+        trials, hits = self._short_trials[rows], self._short_hits[rows]
+        long_trials = self._classes.trials[rows, 0]
+        long = np.clip(self._classes.hits[rows, 0] / np.maximum(long_trials, 1e-9), 0.02, 0.98)
+        surprising = np.abs(hits - trials * long) > CHANGE_SIGMAS * np.sqrt(trials * long * (1 - long))
+        for row in rows[surprising & (trials >= 2) & (long_trials >= 2 * trials)].tolist():
+            self._cut(row)
+
+    def _cut(self, row: int) -> None:
+        """The class changed: its long memory becomes as short as the short one, its requests' own memories fade."""
+        classes = self._classes
+        short = self._short_trials[row]
+        share = short / classes.trials[row, 0]
+        classes.trials[row] *= share
+        classes.hits[row] *= share
+        classes.hits[row, 0] = self._short_hits[row]
+        parent = self._parent[self._class_of]
+        members = np.flatnonzero((self._class_of == row) | (parent == row) | (row == 0))
+        self._requests.trials[members] *= FADING
+        self._requests.hits[members] *= FADING
+
+    def _refresh(self, rows: Sequence[int]) -> None:
+        """Bring the estimates of classes up to date, parents first."""
+        for row in sorted(rows):
+            self._stale.pop(row, None)
+            trials, hits = self._classes.trials[row].tolist(), self._classes.hits[row].tolist()
+            parent = self._class_estimate[self._parent[row]].tolist()
+            estimate: list[float] = []
+            for j in range(self.positions):
+                if row == 0:
+                    prior = estimate[-1] if j else OPTIMISM
+                elif j == 0:
+                    prior = parent[0]
+                else:
+                    prior = min(1.0, estimate[-1] * parent[j] / max(parent[j - 1], 1e-3))
+                estimate.append((hits[j] + CLASS_PRIOR * prior) / (trials[j] + CLASS_PRIOR))
+            self._class_estimate[row] = estimate

@@ -1,0 +1,178 @@
+"""What an engine step costs on this deployment, learned from the steps that were run.
+
+The time of a step is modelled as a sum: a piecewise-linear function of the rows (tokens) that go through the target
+model, a share for the context that attention reads, and the drafter's part, which depends on how many tokens it drafts
+one after the other and for how many requests. Nothing about the shape of the first function is assumed but that
+neighbouring sizes cost alike, because real curves have steps (padded CUDA graphs) and even fall (two tokens can cost
+more than three when a library changes its algorithm).
+
+The weights follow a Kalman filter: it gives every estimate its uncertainty, needs no stored history, and forgets by
+letting all weights drift, together (the machine became slower) and each for itself. A surprising time moves the
+estimate only by a bounded amount, so that a hiccup costs nothing and a lasting change is learned within some steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+_KNOTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
+CONTEXT_UNIT = 1024.0
+"""Tokens of context that one unit of the context weight stands for."""
+_EXTRA = ("context", "verifying", "drafting", "drafting rows", "passes", "pass requests")
+
+OUTLIER_SIGMAS = 3.0
+_COMMON_DRIFT = 0.002
+_OWN_DRIFT = 0.001
+_PRIOR_POWER = 0.2
+_PRIOR_STEP = 0.15
+
+
+class StepCosts:
+    """Seconds of a step as a function of what is in it.
+
+    Args:
+        max_rows: most tokens that a pure decoding step can hold (requests × (1 + draft tokens)); longer steps, which
+            read prompts, are not modelled.
+
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        knots = list(_KNOTS)
+        while knots[-1] < max_rows:
+            knots.append(int(knots[-1] * 1.5))
+        self.knots: Array = np.array([k for k in knots if k < max_rows] + [max(max_rows, 2)], float)
+        self.max_rows = int(self.knots[-1])
+        self.weights: Array = np.zeros(len(self.knots) + len(_EXTRA))
+        self._covariance: Array = np.zeros((len(self.weights), len(self.weights)))
+        self._noise = 0.05**2
+        """Variance of a measured time relative to the estimate."""
+        self.observations = 0
+        self.largest_rows = 0
+        """Most rows that were ever measured."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether any step was measured."""
+        return self.observations > 0
+
+    def features(self, rows: float, context: float, drafts: float, passes: float, requests: float) -> Array:
+        """The feature vector of one step, shape ``[weights]``.
+
+        Args:
+            rows: tokens through the target model, drafts included.
+            context: tokens of context, over all requests.
+            drafts: draft tokens that are verified.
+            passes: tokens that the drafter makes one after the other for the next step.
+            requests: requests that decode.
+
+        """
+        x = np.zeros(len(self.weights))
+        knots = self.knots
+        right = min(max(int(knots.searchsorted(rows)), 1), len(knots) - 1)
+        left = right - 1
+        share = (min(rows, knots[-1]) - knots[left]) / (knots[right] - knots[left])
+        x[left], x[right] = 1.0 - share, share
+        x[len(knots) :] = (
+            context / CONTEXT_UNIT,
+            drafts > 0,
+            passes > 0,
+            rows if passes else 0.0,
+            passes,
+            passes * requests,
+        )
+        return x
+
+    def target_seconds(self, rows: Array, context: float) -> Array:
+        """Estimates for steps with these many rows, without drafter and verification; same shape as ``rows``."""
+        curve = np.interp(rows, self.knots, self.weights[: len(self.knots)])
+        return np.maximum(curve + self.weights[len(self.knots)] * context / CONTEXT_UNIT, 1e-6)
+
+    def verifying_seconds(self) -> float:
+        """What it costs to verify any drafts at all, beside their rows."""
+        return max(0.0, float(self.weights[len(self.knots) + 1]))
+
+    def drafting_seconds(self, passes: Array, rows: Array, requests: int) -> Array:
+        """Estimates of the drafter's time, broadcast over ``passes`` (0 is no drafting) and the target's ``rows``."""
+        some, each_row, each, each_request = self.weights[len(self.knots) + 2 :]
+        drafting = some + each_row * rows + passes * (each + each_request * requests)
+        return np.where(passes > 0, np.maximum(drafting, 0.0), 0.0)
+
+    def estimate(self, x: Array) -> tuple[float, float]:
+        """Expected seconds of a step with features ``x`` and their standard deviation, measurement noise excluded."""
+        return float(self.weights @ x), float(np.sqrt(max(0.0, x @ self._covariance @ x)))
+
+    def observe(self, x: Array, seconds: float) -> float:
+        """Learn from one pure decoding step; returns how far off the estimate was, in standard deviations."""
+        if not self.ready:
+            self._start(x, seconds)
+        self.observations += 1
+        self.largest_rows = max(self.largest_rows, int(x[: len(self.knots)] @ self.knots + 0.5))
+        weights, covariance = self.weights, self._covariance
+        expected = float(weights @ x)
+        scale = max(expected, 1e-6)
+        spread = covariance @ x
+        noise = self._noise * scale * scale
+        variance = float(x @ spread) + noise
+        surprise = (seconds - expected) / np.sqrt(variance)
+        bounded = min(max(surprise, -OUTLIER_SIGMAS), OUTLIER_SIGMAS)
+        gain = spread / variance
+        weights += gain * (bounded * np.sqrt(variance))
+        covariance -= np.outer(gain, spread)
+        # Drift: everything together, and each weight by itself.
+        together = weights * _COMMON_DRIFT
+        covariance += np.outer(together, together)
+        covariance.flat[:: len(weights) + 1] += (weights * _OWN_DRIFT) ** 2
+        residual = min(abs(seconds - float(weights @ x)) / scale, 0.3)
+        rate = max(0.01, 1.0 / (self.observations + 1))
+        self._noise = max((1 - rate) * self._noise + rate * residual * residual, 0.005**2)
+        return float(surprise)
+
+    def _start(self, x: Array, seconds: float) -> None:
+        """Prior around the first measured time: drafts look cheap, so that they are tried; all is uncertain."""
+        count = len(self.knots)
+        rows = x[:count] @ self.knots
+        self.weights[:count] = seconds * (self.knots / rows) ** _PRIOR_POWER
+        # A random walk over the knots that starts at the measured one: the farther, the less is known.
+        offset = np.arange(count) - np.interp(rows, self.knots, np.arange(count))
+        distance = np.minimum(np.abs(offset)[:, None], np.abs(offset)[None, :])
+        same_side = offset[:, None] * offset[None, :] > 0
+        walk = (seconds * _PRIOR_STEP) ** 2 * distance * same_side
+        self._covariance[:count, :count] = walk + (seconds * 0.2) ** 2
+        for index, share in zip(range(count, len(self.weights)), (0.02, 0.05, 0.05, 0.001, 0.05, 0.005), strict=True):
+            self._covariance[index, index] = (seconds * share) ** 2
+
+    # ----------------------------------------------------------------------------------------- keeping
+
+    def state(self) -> dict[str, Any]:
+        """Everything learned, as plain data."""
+        return {
+            "knots": self.knots.tolist(),
+            "weights": self.weights.tolist(),
+            "covariance": self._covariance.tolist(),
+            "noise": self._noise,
+            "observations": self.observations,
+            "largest_rows": self.largest_rows,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> bool:
+        """Take over what ``state()`` gave; False, and nothing changes, when it is of another size or damaged."""
+        try:
+            knots, weights = np.array(state["knots"], float), np.array(state["weights"], float)
+            covariance, noise = np.array(state["covariance"], float), float(state["noise"])
+            observations, largest = int(state["observations"]), int(state["largest_rows"])
+        except (KeyError, TypeError, ValueError):
+            return False
+        fits = np.array_equal(knots, self.knots) and weights.shape == self.weights.shape
+        if not fits or covariance.shape != self._covariance.shape:
+            return False
+        if not (np.isfinite(weights).all() and np.isfinite(covariance).all() and noise > 0):
+            return False
+        self.weights, self._covariance, self._noise = weights, covariance, noise
+        self.observations, self.largest_rows = observations, largest
+        return True

@@ -1,0 +1,60 @@
+"""The policy as a plugin: its options, and how it is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from vllm_instant import Plugin, PluginContext, PluginOptions
+from vllm_instant_plugins.goodput.goals import LatencyGoals
+from vllm_instant_plugins.goodput.policy import GoodputPolicy
+from vllm_instant_plugins.goodput.store import CostStore, default_folder
+
+
+class GoodputOptions(PluginOptions):
+    """Options of ``goodput``."""
+
+    itl_slo_ms: float | None = Field(
+        None, gt=0, description="Goal for a request's mean time between tokens, in milliseconds; none by default."
+    )
+    ttft_slo_ms: float | None = Field(
+        None, gt=0, description="Goal for the time to the first token, in milliseconds; none by default."
+    )
+    log_decisions: bool = Field(False, description="Log every change between drafting and not drafting, with reasons.")
+    keep_costs: bool = Field(True, description="Keep learned step costs on disk, for the next start.")
+    costs_folder: str | None = Field(None, description="Where they are kept; the user's cache folder by default.")
+    calibrating: bool = Field(
+        False, description="Draft at random to learn all costs; what `vllm-instant calibrate` sets."
+    )
+
+
+def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:
+    goals = None
+    if options.itl_slo_ms is not None or options.ttft_slo_ms is not None:
+        goals = LatencyGoals(_seconds(options.itl_slo_ms), _seconds(options.ttft_slo_ms))
+    store = None
+    if options.keep_costs:
+        folder = Path(options.costs_folder).expanduser() if options.costs_folder else default_folder()
+        store = CostStore(folder, context.identity)
+    return GoodputPolicy(
+        context.num_speculative_tokens,
+        context.max_num_seqs,
+        goals,
+        store,
+        calibrating=options.calibrating,
+        log_changes=options.log_decisions,
+    )
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
+
+
+PLUGIN = Plugin(
+    slot="speculation",
+    name="goodput",
+    summary="as many draft tokens as bring more tokens a second, request by request; none where none do",
+    options=GoodputOptions,
+    build=_build,
+)

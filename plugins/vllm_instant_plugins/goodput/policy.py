@@ -1,0 +1,357 @@
+"""The ``goodput`` policy: for every step the draft lengths with the most expected accepted tokens a second.
+
+It knows requests, acceptances and step times, nothing of an engine: the same object serves vLLM's synchronous and
+asynchronous schedulers, the simulator and the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_instant import RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
+from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
+from vllm_instant_plugins.goodput.choice import Choice, choose
+from vllm_instant_plugins.goodput.costs import StepCosts
+from vllm_instant_plugins.goodput.exploration import Allowance
+from vllm_instant_plugins.goodput.goals import LatencyGoals
+from vllm_instant_plugins.goodput.store import CostStore
+from vllm_instant_plugins.goodput.trace import Decision, Trace
+
+logger = logging.getLogger("vllm.instant")
+
+Indices = npt.NDArray[np.intp]
+
+SWITCH_ON_GAIN = 1.02
+"""Drafting starts when this much more is expected than without; it stops when less than without is expected."""
+CLOSE = 0.1
+"""While drafting is expected to lose no more than this, whole steps of it are tried now and then."""
+SAVE_SECONDS = 60.0
+PROMPT_HEAD = 32
+"""Prompts that share so many tokens at their beginning (a system prompt) are of one class."""
+_FORGETTING = 0.97
+
+
+class GoodputPolicy(SpeculationPolicy):
+    """Chooses draft lengths by expected tokens a second.
+
+    Args:
+        max_draft_tokens: most draft tokens that a request can get.
+        max_requests: most requests that decode together.
+        goals: latency goals, if any.
+        store: keeps what was learned about costs, if anything shall.
+        calibrating: try draft lengths at random, to learn the costs of all of them, instead of choosing the best.
+        log_changes: log when drafting starts or stops to pay.
+        clock: seconds, monotonic.
+
+    """
+
+    def __init__(
+        self,
+        max_draft_tokens: int,
+        max_requests: int,
+        goals: LatencyGoals | None = None,
+        store: CostStore | None = None,
+        calibrating: bool = False,
+        log_changes: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.acceptance = AcceptanceModel(max(1, max_draft_tokens))
+        self.costs = StepCosts(max_requests * (max_draft_tokens + 1))
+        self.allowance = Allowance()
+        self.trace = Trace()
+        self.drafting = False
+        """Whether drafting pays at present; changes with hysteresis."""
+        self.switches = 0
+        """How often ``drafting`` changed."""
+        self._goals = goals
+        self._store = store
+        self._calibrating = calibrating
+        self._log_changes = log_changes
+        self._sweep = np.random.default_rng(0)
+        self._clock = clock
+        self._saved_at = clock()
+        self._saved_observations = 0
+        self._follow_up = 0
+        """Requests to probe again at once, because the last probe surprised."""
+        self._hoped, self._got = 10.0, 10.0
+        """Accepted tokens that were expected and that came, recently."""
+        self._last_passes = 0
+        self._index_of: dict[str, int] = {}
+        self._context = np.zeros(64)
+        self._granted = np.ones(64)
+        self._proposed = np.ones(64)
+        self._last_drafted = np.zeros(64)
+        self._entered = np.zeros(64)
+        """Number of the newest step when the request came: older decisions were about another one."""
+        self._newest_step = 0
+        if store is not None:
+            saved = store.load()
+            if saved is not None:
+                self.costs.restore(saved)
+
+    # ---------------------------------------------------------------------------------------------- requests
+
+    def enter(self, request: RequestState) -> None:
+        """Put the request into its class."""
+        index = request.index
+        if index >= len(self._context):
+            more = max(index + 1, 2 * len(self._context)) - len(self._context)
+            self._context = np.pad(self._context, (0, more))
+            self._granted = np.pad(self._granted, (0, more), constant_values=1.0)
+            self._proposed = np.pad(self._proposed, (0, more), constant_values=1.0)
+            self._last_drafted = np.pad(self._last_drafted, (0, more))
+            self._entered = np.pad(self._entered, (0, more))
+        self._index_of[request.request_id] = index
+        self._context[index] = request.num_prompt_tokens + request.num_output_tokens
+        self._granted[index] = self._proposed[index] = 1.0
+        self._last_drafted[index] = 0.0
+        self._entered[index] = self._newest_step
+        kind = (min(round(request.temperature * 2), 4), request.structured_output)
+        self.acceptance.enter(index, kind, hash(tuple(request.prompt_token_ids[:PROMPT_HEAD])))
+        if self._goals is not None:
+            self._goals.enter(index)
+
+    def forget(self, request_id: str) -> None:
+        """The request ended."""
+        self._index_of.pop(request_id, None)
+
+    # ----------------------------------------------------------------------------------------------- choosing
+
+    def draft_lengths(self, step: UpcomingStep) -> Sequence[int]:
+        """The lengths with the most expected tokens a second, or an exploration that is worth its price."""
+        requests = step.requests
+        count = len(requests)
+        self._newest_step = step.number
+        if count == 0:
+            return []
+        self.allowance.step()
+        indices = np.array([request.index for request in requests], np.intp)
+        reach = self.acceptance.reach(indices)
+        realism = self._realism()
+        context = float(self._context[indices].sum())
+        if not self.costs.ready:
+            # Nothing was measured yet; the first step shows what one costs without drafts.
+            choice = Choice(np.zeros(count, np.intp), 0, count, 1.0, 1.0, count, 1.0)
+            return self._decide(step, indices, reach, choice, choice.lengths, "learning")
+        goals = self._goals
+        best = functools.partial(
+            choose,
+            np.minimum(reach * realism, 1.0),
+            self.costs,
+            context,
+            # Not far beyond what was measured: the first steps go up by degrees.
+            most_rows=max(2 * count, 1.5 * self.costs.largest_rows + 8),
+            most_seconds=goals.most_seconds(step) if goals is not None else np.inf,
+            weights=goals.weights(indices) if goals is not None else None,
+            yields=self._yields(indices),
+        )
+        choice = best()
+        if self._calibrating:
+            return self._decide(step, indices, reach, choice, self._any_lengths(count, step), "calibrating")
+        worthwhile = choice.draft_tokens > 0 and choice.gain >= (1.0 if self.drafting else SWITCH_ON_GAIN)
+        if worthwhile != self.drafting:
+            self.drafting = worthwhile
+            self.switches += 1
+            if self._log_changes:
+                self._log_change(choice, reach)
+        if worthwhile:
+            lengths, reason = self._while_drafting(choice, indices)
+        else:
+            self._hoped, self._got = 0.1 + 0.99 * self._hoped, 0.1 + 0.99 * self._got
+            trial = self._trial(best)
+            if trial is not None:
+                return self._decide(step, indices, reach, trial, trial.lengths, "trial")
+            lengths, reason = self._while_off(choice, indices, context, step.max_draft_tokens)
+        return self._decide(step, indices, reach, choice, lengths, reason)
+
+    def _log_change(self, choice: Choice, reach: npt.NDArray[np.float64]) -> None:
+        logger.info(
+            "step %d, %d requests: %s. Estimated acceptance of a first draft token %.0f %%; the best plan gives "
+            "%.2f times the tokens a second of no drafts (%.1f tokens in %.1f ms against %d in %.1f ms)",
+            self._newest_step,
+            choice.requests,
+            "drafting begins" if self.drafting else "drafting ends",
+            100 * float(reach[:, 0].mean()),
+            choice.gain,
+            choice.tokens,
+            1e3 * choice.seconds,
+            choice.requests,
+            1e3 * choice.off_seconds,
+        )
+
+    def _realism(self) -> float:
+        """How many accepted tokens come for each that is expected: the best-looking estimates are often lucky ones."""
+        return min(max(self._got / self._hoped, 0.6), 1.2)
+
+    def _yields(self, indices: Indices) -> npt.NDArray[np.float64] | None:
+        """Share of the granted tokens that the drafter delivers: a lookup often finds nothing."""
+        yields = self._proposed[indices] / self._granted[indices]
+        return None if yields.min() > 0.98 else yields
+
+    def _while_drafting(self, choice: Choice, indices: Indices) -> tuple[Indices, str]:
+        idle = np.flatnonzero(choice.lengths == 0)
+        if len(idle):
+            # One row more for a request that gets none, so that it can show that it has become predictable.
+            row_seconds = float(np.diff(self.costs.target_seconds(np.array([0.0, 1.0]) + choice.requests, 0.0))[0])
+            if self.allowance.take("request", max(0.0, row_seconds) / choice.seconds):
+                lengths = choice.lengths.copy()
+                lengths[idle[self._last_drafted[indices[idle]].argmin()]] = 1
+                return lengths, "draft+probe"
+        if choice.gain < 1.5 and self.allowance.take("reference", 1.0 - 1.0 / max(choice.gain, 1.0)):
+            return np.zeros_like(choice.lengths), "reference"
+        return choice.lengths, "draft"
+
+    def _trial(self, best: Callable[..., Choice]) -> Choice | None:
+        """One step of drafting when it is nearly as good as none: cheap, and it shows acceptance and costs of all."""
+        if not self.allowance.affords("trial", CLOSE):
+            return None
+        trial = best(must_draft=True)
+        loss = 1.0 - trial.gain
+        if trial.draft_tokens == 0 or loss > CLOSE or not self.allowance.take("trial", loss):
+            return None
+        return trial
+
+    def _while_off(self, choice: Choice, indices: Indices, context: float, most: int) -> tuple[Indices, str]:
+        lengths = np.zeros(choice.requests, np.intp)
+        follow_up, self._follow_up = self._follow_up, 0
+        probed = min(max(1, follow_up), choice.requests)
+        trials = np.arange(1, min(4, most) + 1)
+        rows = choice.requests + trials * float(probed)
+        seconds = (
+            self.costs.target_seconds(rows, context)
+            + self.costs.verifying_seconds()
+            + self.costs.drafting_seconds(trials.astype(float), rows, choice.requests)
+        )
+        # The longest of the cheapest: a second token that costs nothing tells more.
+        cheap = int(np.flatnonzero(seconds <= seconds.min() * 1.02)[-1])
+        loss = max(0.0, float(seconds[cheap]) / choice.off_seconds - 1.0)
+        if follow_up:
+            self.allowance.pay("drafter", loss)
+        elif not self.allowance.take("drafter", loss, must=True):
+            return lengths, "off"
+        longest_ago = np.argsort(self._last_drafted[indices], kind="stable")[:probed]
+        lengths[longest_ago] = trials[cheap]
+        return lengths, "follow-up" if follow_up else "probe"
+
+    def _any_lengths(self, count: int, step: UpcomingStep) -> Indices:
+        """Lengths at random: the same for all, or for each request its own, or none."""
+        most = int(self._sweep.integers(0, step.max_draft_tokens + 1))
+        if self._sweep.random() < 0.5:
+            return np.full(count, most)
+        return self._sweep.integers(0, most + 1, count)
+
+    def _decide(
+        self,
+        step: UpcomingStep,
+        indices: Indices,
+        reach: npt.NDArray[np.float64],
+        choice: Choice,
+        lengths: Indices,
+        reason: str,
+    ) -> Sequence[int]:
+        plan: list[int] = lengths.tolist()
+        self._last_drafted[indices[lengths > 0]] = step.number
+        self.trace.add(
+            Decision(
+                step.number,
+                reason,
+                step.requests,
+                plan,
+                reach[:, 0],
+                choice.tokens,
+                choice.seconds,
+                choice.off_seconds,
+                choice.gain,
+                choice.threshold,
+                (choice.tokens - choice.requests) / self._realism(),
+                indices,
+            )
+        )
+        return plan
+
+    # ------------------------------------------------------------------------------------------------ learning
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learn acceptance, step time, and how far to trust the expectations."""
+        count = len(outcome.requests)
+        if count == 0:
+            return
+        indices = np.array([request.index for request in outcome.requests], np.intp)
+        drafted, accepted = np.array(outcome.drafted), np.array(outcome.accepted)
+        context = float(self._context[indices].sum())
+        self._context[indices] += accepted + 1
+        if self._goals is not None:
+            self._goals.observe(indices, accepted + 1)
+        decision = self.trace.of_step(outcome.number - 1)
+        total = int(drafted.sum())
+        if decision is not None:
+            self._compare(decision, indices, drafted, accepted, outcome.seconds)
+        some = drafted > 0
+        if total:
+            self.acceptance.observe(indices[some], drafted[some], accepted[some])
+        self.acceptance.fade(indices[~some])
+
+        # A drafter that was off first reads what it missed; that is no part of what drafting costs in the long run.
+        resumed = outcome.draft_passes > 0 and self._last_passes == 0 and not self._calibrating
+        self._last_passes = outcome.draft_passes
+        rows = count + total
+        if outcome.num_scheduled_tokens == rows and outcome.seconds > 0 and not resumed:
+            features = self.costs.features(rows, context, total, outcome.draft_passes, count)
+            self.costs.observe(features, outcome.seconds)
+            self._keep()
+
+    def _compare(
+        self,
+        decision: Decision,
+        indices: Indices,
+        drafted: npt.NDArray[np.int_],
+        accepted: npt.NDArray[np.int_],
+        seconds: float,
+    ) -> None:
+        """Set what came out beside what was expected."""
+        total, kept = int(drafted.sum()), int(accepted.sum())
+        decision.drafted, decision.accepted, decision.took = total, kept, seconds
+        decision.produced = kept + len(indices)
+        known = self._entered[indices] < decision.number
+        granted = np.zeros(max(int(indices.max()), int(decision.indices.max())) + 1)
+        granted[decision.indices] = decision.lengths
+        asked = np.maximum(np.where(known, granted[indices], 0.0), drafted)
+        rows = indices[asked > 0]
+        self._granted[rows] = self._granted[rows] * 0.9 + asked[asked > 0]
+        self._proposed[rows] = self._proposed[rows] * 0.9 + drafted[asked > 0]
+        if decision.reason in ("draft", "trial"):
+            # Requests that have ended since do not count.
+            hoped = decision.hoped * int(known.sum()) / len(decision.lengths)
+            self._hoped = _FORGETTING * self._hoped + hoped
+            self._got = _FORGETTING * self._got + kept
+        elif decision.reason in ("probe", "follow-up") and total:
+            hoped = float((drafted > 0) @ self.acceptance.reach(indices)[:, 0])
+            if kept > hoped + 0.5:
+                self._follow_up = min(2 * int((drafted > 0).sum()), len(indices))
+
+    def _keep(self) -> None:
+        """Save the costs now and then."""
+        if self._store is None:
+            return
+        now = self._clock()
+        if now - self._saved_at >= SAVE_SECONDS and self.costs.observations - self._saved_observations >= 200:
+            self._saved_at, self._saved_observations = now, self.costs.observations
+            self._store.save_aside(self.costs.state())
+
+    def close(self) -> None:
+        """Save the costs."""
+        if self._store is not None and self.costs.observations > self._saved_observations:
+            self._store.save(self.costs.state())
+
+    # ----------------------------------------------------------------------------------------------- explaining
+
+    def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
+        """The newest decisions, see ``trace.Decision``."""
+        return self.trace.newest(last, request_id)

@@ -1,0 +1,43 @@
+"""What a client may ask of us for one request, checked in the API server, where a refusal reaches the client as HTTP 400."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from vllm_instant.seams.import_hooks import when_imported
+from vllm_instant.seams.requirements import Function, Mentions, Seam
+from vllm_instant.speculation import requested_draft_length
+
+MODULE = "vllm.v1.engine.input_processor"
+
+
+def _wrap(module: ModuleType) -> None:
+    process_inputs = module.InputProcessor.process_inputs
+
+    @functools.wraps(process_inputs)
+    def checked(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        requested_draft_length(getattr(params, "extra_args", None))
+        return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+
+    module.InputProcessor.process_inputs = checked
+
+
+def install() -> None:
+    """Check requests once vLLM's input processor is loaded."""
+    when_imported(MODULE, _wrap)
+
+
+SEAM = Seam(
+    name="request options",
+    purpose="a client's wrong vllm_xargs are refused",
+    requirements=(
+        Function(
+            "v1/engine/input_processor.py", "InputProcessor.process_inputs", ("self", "request_id", "prompt", "params")
+        ),
+        Mentions("v1/engine/input_processor.py", "InputProcessor.process_inputs", ("SamplingParams",)),
+    ),
+    slots=("speculation",),
+    optional=True,
+)
