@@ -20,7 +20,7 @@ from vllm_instant.evidence.servers import Server
 HERE = Path(__file__).resolve().parent
 MODEL = "demo"
 MAX_DRAFT_TOKENS = 8
-MAX_TOKENS = 112
+MAX_TOKENS = (64, 112)
 PROMPT_CHARACTERS = 320
 OFF, AGAIN, OURS = "off", "off again", "ours"
 
@@ -96,7 +96,10 @@ class Servers:
         # The repair of vLLM's sampling on the CPU (vLLM issue 55005) is ours; without it stock servers with drafts
         # sample wrongly at temperature 1. They get it, too, so that all arms answer from the same distribution.
         repaired = ["--plugins", "vllm_instant", "--instant-set", "speculation.plugin=fixed"]
-        self.arms: dict[str, Server] = {OFF: Server(pair.target, shared, log=folder / "off.log", environment=environment)}
+        # Two processes of one kind: what they differ by is the noise floor, the luck of a process's memory included.
+        self.arms: dict[str, Server] = {
+            arm: Server(pair.target, shared, log=folder / f"{arm}.log", environment=environment) for arm in (OFF, AGAIN)
+        }
         for length in lengths:
             arguments = [*shared, "-sc", drafting(length)]
             self.arms[f"K={length}"] = Server(
@@ -114,7 +117,7 @@ class Servers:
 
     def url(self, arm: str) -> str:
         """Where an arm is served."""
-        return self.arms[OFF if arm == AGAIN else arm].url
+        return self.arms[arm].url
 
     def draft_like(self, control: dict[str, Any] | None) -> None:
         """Tell the switchable drafters what to propose."""
@@ -132,7 +135,13 @@ def record_answers(servers: Servers, prompts: Sequence[Prompt], path: Path) -> l
     """
 
     def answer(url: str, prompt: Prompt) -> dict[str, Any]:
-        body = {"model": MODEL, "prompt": prompt.text, "temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+        body = {
+            "model": MODEL,
+            "prompt": prompt.text,
+            "temperature": 0,
+            "max_tokens": MAX_TOKENS[1],
+            "ignore_eos": True,
+        }
         reply = httpx.post(f"{url}/v1/completions", json=body | {"return_token_ids": True}, timeout=300)
         reply.raise_for_status()
         choice = reply.json()["choices"][0]

@@ -131,7 +131,11 @@ class StepOutcome:
 
 @runtime_checkable
 class SpeculationPolicy(Protocol):
-    """Decides how many draft tokens each request gets in the next step. Runs in the engine-core process."""
+    """Decides how many draft tokens each request gets in the next step. Runs in the engine-core process.
+
+    Lengths are usually asked for one step ahead, while the model runs, so that nobody waits for the policy; when a new
+    request appears they are asked for again with the same ``number``, and the later answer counts.
+    """
 
     def draft_lengths(self, step: UpcomingStep) -> Sequence[int]:
         """One length a request, each in ``0..step.max_draft_tokens``; 0 for all: the drafter does not even run."""

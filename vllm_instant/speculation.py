@@ -3,11 +3,16 @@
 This is the engine-independent half; ``vllm_instant.seams.scheduler`` feeds it from vLLM's scheduler and carries out
 what it decides. It keeps one live ``RequestState`` a request, contains a failing policy, lets clients overrule it for
 their own requests, measures the steps, and counts.
+
+A policy may think for hundreds of microseconds, which nobody shall wait for: while the model runs, the engine core has
+nothing to do, and that is when outcomes are shown to the policy and when it plans the step after. Only when a request
+appears that such a plan does not know is the policy asked in the middle of scheduling.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -81,6 +86,13 @@ class SpeculationBudget:
         """When each step that is under way began, and its number."""
         self._latest_begin = 0.0
         self._busy_since: float | None = None
+        self._outcomes: deque[StepOutcome] = deque()
+        """Finished steps that the policy has not seen yet."""
+        self._planned: Sequence[RequestState] = ()
+        """The requests of the newest plan."""
+        self._ahead: dict[str, int] | None = None
+        """The next plan by request id, made while the model ran."""
+        self._waiting: tuple[int, float] = (0, 0.0)
 
     # ---------------------------------------------------------------------------------------------- requests
 
@@ -116,9 +128,43 @@ class SpeculationBudget:
 
         When the policy is disabled every request gets the full length, which is what vLLM does by itself.
         """
-        most = self.max_draft_tokens
         self._number += 1
-        step = UpcomingStep(states, most, num_waiting, longest_wait, self._number)
+        self._planned, self._waiting = states, (num_waiting, longest_wait)
+        lengths: list[int] | None = None
+        if self._ahead is not None:
+            try:
+                lengths = [self._ahead[state.request_id] for state in states]
+            except KeyError:  # a request that is new
+                lengths = None
+            self._ahead = None
+        if lengths is None:
+            self._show_outcomes()
+            lengths = self._ask(states, self._number)
+        if self._overruled:
+            wish = self._overruled.get
+            lengths = [wish(state.request_id, length) for state, length in zip(states, lengths, strict=True)]
+        self.counters.steps += 1
+        granted = sum(lengths)
+        self.counters.budgeted += granted
+        self.counters.steps_without_drafting += bool(states) and granted == 0
+        return lengths
+
+    def while_the_model_runs(self) -> None:
+        """The step is on its way, and there is time: learn from those before it and plan the one after it."""
+        self._show_outcomes()
+        alive = [state for state in self._planned if state.request_id in self.states]
+        if alive:
+            lengths = self._ask(alive, self._number + 1)
+            self._ahead = {state.request_id: length for state, length in zip(alive, lengths, strict=True)}
+
+    def _show_outcomes(self) -> None:
+        while self._outcomes:
+            outcome = self._outcomes.popleft()
+            self.policy.call("observe", lambda policy, outcome=outcome: policy.observe(outcome), None)  # type: ignore[misc]
+
+    def _ask(self, states: Sequence[RequestState], number: int) -> list[int]:
+        most = self.max_draft_tokens
+        step = UpcomingStep(states, most, *self._waiting, number)
 
         def ask(policy: SpeculationPolicy) -> list[int]:
             lengths = list(policy.draft_lengths(step))
@@ -129,15 +175,7 @@ class SpeculationBudget:
             return lengths
 
         full = [most] * len(states)
-        lengths = self.policy.call("draft_lengths", ask, full) if states else full
-        if self._overruled:
-            wish = self._overruled.get
-            lengths = [wish(state.request_id, length) for state, length in zip(states, lengths, strict=True)]
-        self.counters.steps += 1
-        granted = sum(lengths)
-        self.counters.budgeted += granted
-        self.counters.steps_without_drafting += bool(states) and granted == 0
-        return lengths
+        return self.policy.call("draft_lengths", ask, full) if states else full
 
     def step_scheduled(self, step: int) -> None:
         """The step that began last goes out; ``step`` is any number that ``step_finished`` repeats."""
@@ -154,17 +192,18 @@ class SpeculationBudget:
         num_scheduled_requests: int = 0,
         draft_passes: int = 0,
     ) -> None:
-        """Count a finished step and show it to the policy."""
+        """Count a finished step; the policy sees it when there is time."""
         now = self._clock()
         began, number = self._began.pop(step, (now, 0))
         seconds = now - (began if self._busy_since is None else self._busy_since)
         self._busy_since = now
         self.counters.proposed += sum(drafted)
         self.counters.accepted += sum(accepted)
-        outcome = StepOutcome(
-            states, drafted, accepted, num_scheduled_tokens, seconds, num_scheduled_requests, number, draft_passes
+        self._outcomes.append(
+            StepOutcome(
+                states, drafted, accepted, num_scheduled_tokens, seconds, num_scheduled_requests, number, draft_passes
+            )
         )
-        self.policy.call("observe", lambda policy: policy.observe(outcome), None)
 
     def engine_idles(self) -> None:
         """Nothing is left to do: the time until the next step begins is nobody's cost."""
@@ -178,6 +217,7 @@ class SpeculationBudget:
 
     def decisions(self, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
         """The policy's newest decisions as plain data; see ``SpeculationPolicy.decisions``."""
+        self._show_outcomes()
         nothing: list[dict[str, Any]] = []
         return self.policy.call(
             "decisions", lambda policy: [dict(d) for d in policy.decisions(last, request_id)], nothing
@@ -185,4 +225,5 @@ class SpeculationBudget:
 
     def close(self) -> None:
         """The engine stops."""
+        self._show_outcomes()
         self.policy.call("close", lambda policy: policy.close(), None)

@@ -57,12 +57,14 @@ def measure(
     concurrency: int,
     seconds: float,
     warm_up: float = 0.7,
-    max_tokens: int = 128,
+    max_tokens: tuple[int, int] = (80, 128),
     first_prompt: int = 0,
 ) -> Measured:
     """Run ``concurrency`` users for ``warm_up + seconds`` and measure the last ``seconds``.
 
     User ``i`` sends prompts ``first_prompt + i``, ``first_prompt + i + concurrency``, … of the list, over and over.
+    The lengths of the answers lie between the two bounds, by the number of the prompt: were they all the same, the
+    users would fall into step with each other, and a window would see whole rounds of answers or none.
     """
     return asyncio.run(
         _measure(url, model, prompts, concurrency, seconds, warm_up, max_tokens, first_prompt),
@@ -76,7 +78,7 @@ async def _measure(
     concurrency: int,
     seconds: float,
     warm_up: float,
-    max_tokens: int,
+    max_tokens: tuple[int, int],
     first_prompt: int,
 ) -> Measured:
     measured = Measured(seconds)
@@ -105,7 +107,7 @@ async def _user(
     prompts: Sequence[Prompt],
     first: int,
     stride: int,
-    max_tokens: int,
+    max_tokens: tuple[int, int],
     measured: Measured,
     opens: float,
     closes: float,
@@ -118,7 +120,7 @@ async def _user(
             "prompt": prompt.text,
             "temperature": prompt.temperature,
             "seed": number,
-            "max_tokens": max_tokens,
+            "max_tokens": max_tokens[0] + number * 37 % (max_tokens[1] - max_tokens[0] + 1),
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},

@@ -29,9 +29,9 @@ def steady(chance: float, decay: float = 1.0) -> Acceptance:
 
 def switching(before: Acceptance, after: Acceptance, at: int, back_at: int | None = None) -> Acceptance:
     """One process until step ``at``, then another, and the first again from ``back_at``."""
-    return lambda step, position: (
-        after if at <= step and (back_at is None or step < back_at) else before
-    )(step, position)
+    return lambda step, position: (after if at <= step and (back_at is None or step < back_at) else before)(
+        step, position
+    )
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,7 @@ def simulate(
         budget.step_begins()
         lengths = budget.plan([r.state for r in running])
         budget.step_scheduled(step)
+        budget.while_the_model_runs()
         drafted = [r.granted for r in running]
         accepted = [_accepted(classes[r.kind].acceptance, step, r) for r in running]
         rows, passes = len(running) + sum(drafted), max(lengths, default=0)

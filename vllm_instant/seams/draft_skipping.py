@@ -140,9 +140,7 @@ class DraftModelKeeper:
             num_tokens=count,
             slot_mapping=drafter._get_slot_mapping(count, slots),
         ):
-            drafter.model(
-                input_ids=drafter.input_ids[:count], positions=drafter.positions[:count], inputs_embeds=None
-            )
+            drafter.model(input_ids=drafter.input_ids[:count], positions=drafter.positions[:count], inputs_embeds=None)
 
 
 def _affordable(holes: list[tuple[int, int, int]], budget: int) -> list[tuple[int, int, int]]:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
 
 from vllm_instant import carrier
 from vllm_instant.metrics import InstantMetrics
-from vllm_instant.seams.engine_core import METHOD
+from vllm_instant.seams.engine_core import DECISIONS_METHOD, METHOD
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 logger = logging.getLogger("vllm.instant")
 
@@ -34,7 +33,8 @@ class InstantEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, under ``/v1`` so that the API key guards them."""
-        app.add_api_route("/v1/instant/deployment", _show_deployment, methods=["GET"], tags=["vllm-instant"])
+        for path, endpoint in (("deployment", _show_deployment), ("decisions", _show_decisions)):
+            app.add_api_route(f"/v1/instant/{path}", endpoint, methods=["GET"], tags=["vllm-instant"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Start polling the engines; with several API servers only the first one does, so nothing counts twice."""
@@ -47,6 +47,17 @@ class InstantEndpoints:
             return
         metrics = InstantMetrics(deployment)
         self._polling = asyncio.get_running_loop().create_task(_poll(engine_client, metrics))
+
+
+async def _show_decisions(
+    request: Request,
+    last: Annotated[int, Query(ge=1, le=2048)] = 20,
+    request_id: Annotated[str | None, Query()] = None,
+) -> dict[str, Any]:
+    """Why the newest draft lengths were chosen, by engine, the oldest first; optionally those of one request."""
+    client = request.app.state.engine_client.engine_core
+    engines = await client.call_utility_all_async(DECISIONS_METHOD, last, request_id)
+    return {"engines": [{"engine": number, "decisions": decisions} for number, decisions in enumerate(engines)]}
 
 
 async def _show_deployment() -> dict[str, Any]:

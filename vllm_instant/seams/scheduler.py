@@ -121,6 +121,13 @@ class SpeculationBudgetMixin:
         self.instant_nothing_to_draft = scheduler_output.num_spec_tokens_to_schedule == 0
         budget.step_scheduled(id(scheduler_output))
 
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
+        """Called right after a step was handed to the workers: the time to think, until they answer."""
+        bitmask = super().get_grammar_bitmask(scheduler_output)  # type: ignore[misc]
+        if self.instant_budget is not None:
+            self.instant_budget.while_the_model_runs()
+        return bitmask
+
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Cut each request's drafts to its planned length (synchronous scheduling)."""
         if self.instant_budget is not None:
@@ -238,6 +245,10 @@ SEAM = Seam(
         ),
         Function(_SCHEDULER, "Scheduler._free_request", ("self", "request")),
         Function(_SCHEDULER, "Scheduler.schedule", ("self",)),
+        Function(_SCHEDULER, "Scheduler.get_grammar_bitmask", ("self", "scheduler_output"), exact=True),
+        Mentions(
+            "v1/engine/core.py", "EngineCore.step", ("execute_model", "get_grammar_bitmask", "update_from_output")
+        ),
         Function(_SCHEDULER, "Scheduler.shutdown", ("self",)),
         Mentions(
             _SCHEDULER,

@@ -184,7 +184,7 @@ class AcceptanceModel:
             self._stale[row] = None
         # Parents have the lowest numbers and go first; the others take turns.
         chosen = [row for row in self._stale if row <= MAX_KINDS]
-        chosen += [row for row in self._stale if row > MAX_KINDS][: _REFRESHED_PER_STEP]
+        chosen += [row for row in self._stale if row > MAX_KINDS][:_REFRESHED_PER_STEP]
         self._refresh(chosen)
 
     def _detect_change(self, rows: Indices) -> None:

@@ -100,7 +100,9 @@ def choose(
     best = int(rate.argmax())  # the first of equals: the fewest passes
     drafted, lowest = divmod(best, LEVELS)
     lengths = (level[:, :drafted] >= lowest).sum(1)
-    plain = tokens[drafted, lowest] if weights is None else float(reach[:, :drafted][level[:, :drafted] >= lowest].sum())
+    plain = (
+        tokens[drafted, lowest] if weights is None else float(reach[:, :drafted][level[:, :drafted] >= lowest].sum())
+    )
     return Choice(
         lengths,
         drafted,
