@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 MODEL = "demo"
 MAX_DRAFT_TOKENS = 8
 MAX_TOKENS = (64, 112)
-PROMPT_CHARACTERS = 320
+PROMPT_CHARACTERS = 140
 OFF, AGAIN, OURS = "off", "off again", "ours"
 
 
@@ -38,7 +38,7 @@ class Workload:
 
 def snippets(kind: str, temperature: float, count: int, seed: int) -> list[Prompt]:
     """Beginnings to continue, from documents that the demo models were not trained on, cut at line ends."""
-    texts = [d.text for d in documents() if d.kind == kind and d.held_out and len(d.text) > 2 * PROMPT_CHARACTERS]
+    texts = [d.text for d in documents() if d.kind == kind and d.held_out and len(d.text) > 4 * PROMPT_CHARACTERS]
     choose = random.Random(seed)
     prompts = []
     for _ in range(count):

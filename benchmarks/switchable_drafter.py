@@ -2,8 +2,8 @@
 
 Stock vLLM and ours load the same class by name: ``speculative_config = {method: custom_class, model:
 switchable_drafter.SwitchableDrafter, num_speculative_tokens: K}``. What it proposes is read from the JSON file that
-``SWITCHABLE_DRAFTER`` names whenever that changes: ``{"mode": "hopeless"}`` proposes random tokens, ``{"mode": "oracle",
-"answers": FILE}`` the recorded answer to a prompt that it knows.
+``SWITCHABLE_DRAFTER`` names whenever that changes: ``{"mode": "hopeless"}`` proposes random tokens,
+``{"mode": "oracle", "answers": FILE}`` the recorded answer to a prompt that it knows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class SwitchableDrafter:
         changed = os.stat(self.control).st_mtime_ns
         if changed != self._read_at:
             self._read_at = changed
-            self._follow(json.loads(open(self.control).read()))
+            with open(self.control) as file:
+                self._follow(json.load(file))
         if self._mode == "hopeless":
             tokens = self.random.integers(2, self.vocabulary, (len(sampled_token_ids), self.length)).tolist()
             return [row if sampled else [] for row, sampled in zip(tokens, sampled_token_ids, strict=True)]

@@ -11,6 +11,22 @@ num_speculative_tokens = 5
 draft_sample_method = "probabilistic"
 """
 
+GOODPUT = """
+[drafter]
+plugin = "model"
+model = "DRAFT"
+num_speculative_tokens = 5
+draft_sample_method = "probabilistic"
+"""
+
+BURSTS = (
+    GOODPUT
+    + """
+[speculation]
+plugin = "bursts"
+"""
+)
+
 NGRAM = """
 [speculation]
 plugin = "cycling"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_instant import RequestState, SpeculationPolicy
 from vllm_instant.containment import Contained
-from vllm_instant.speculation import SpeculationBudget
+from vllm_instant.speculation import SpeculationBudget, requested_draft_length
 
 
 class Scripted(SpeculationPolicy):
@@ -85,6 +85,8 @@ def test_outcomes_are_counted_and_shown():
     budget.plan(states)
     budget.step_scheduled(7)
     budget.step_finished(7, states, [2, 2], [1, 0], num_scheduled_tokens=6)
+    assert policy.outcomes == [], "the policy sees it when there is time"
+    budget.while_the_model_runs()
     assert (budget.counters.proposed, budget.counters.accepted) == (4, 1)
     [outcome] = policy.outcomes
     assert outcome.accepted == [1, 0]
@@ -110,6 +112,103 @@ def test_failures_elsewhere_are_contained_too(failing):
     [state] = _states(1)
     budget.admit(state)
     budget.step_finished(0, [state], [1], [1], num_scheduled_tokens=2)
+    budget.while_the_model_runs()
     budget.forget("r0")
     assert budget.policy.failures == {failing: 1}
     assert budget.plan([state]) == [4]
+
+
+def _asked(budget):
+    """Counts what the policy is asked, with the requests of each question."""
+    questions = []
+    answer = budget.policy.instance.draft_lengths
+
+    def counting(step):
+        questions.append([request.request_id for request in step.requests])
+        return answer(step)
+
+    budget.policy.instance.draft_lengths = counting
+    return questions
+
+
+def test_the_next_plan_is_made_while_the_model_runs():
+    budget, _ = _budget(lambda n: [3] * n)
+    states = _states(2)
+    for state in states:
+        budget.admit(state)
+    questions = _asked(budget)
+    budget.plan(states)
+    budget.while_the_model_runs()
+    assert questions == [["r0", "r1"]] * 2
+    assert budget.plan(states) == [3, 3]
+    assert len(questions) == 2, "the plan was there already"
+
+
+def test_a_request_that_ended_does_not_spoil_the_plan_and_a_new_one_makes_a_new_plan():
+    budget, _ = _budget(lambda n: [n] * n)
+    first, second, third = _states(3)
+    for state in (first, second):
+        budget.admit(state)
+    questions = _asked(budget)
+    budget.plan([first, second])
+    budget.while_the_model_runs()
+    budget.forget("r0")
+    assert budget.plan([second]) == [2]
+    budget.while_the_model_runs()
+    budget.admit(third)
+    assert budget.plan([second, third]) == [2, 2]
+    assert questions == [["r0", "r1"], ["r0", "r1"], ["r1"], ["r1", "r2"]]
+
+
+def test_indices_are_small_and_unique_and_used_again():
+    budget, _ = _budget(lambda n: [0] * n)
+    states = _states(6)
+    for state in states[:4]:
+        budget.admit(state)
+    assert sorted(state.index for state in states[:4]) == [0, 1, 2, 3]
+    budget.forget("r1")
+    budget.admit(states[4])
+    budget.admit(states[5])
+    assert states[4].index == 1
+    assert states[5].index == 4
+
+
+@pytest.mark.parametrize(
+    ("wish", "length"), [(None, 3), ("auto", 3), ("off", 0), (0, 0), (2, 2), (4, 4), (77, 4), ("nonsense", 3)]
+)
+def test_what_a_client_asks_for(wish, length):
+    budget, _ = _budget(lambda n: [3] * n)
+    state = RequestState("r", 1, 1, 0.0, extra_args={} if wish is None else {"instant_speculation": wish})
+    other = RequestState("other", 1, 1, 0.0)
+    budget.admit(state)
+    budget.admit(other)
+    assert budget.plan([state, other]) == [length, 3]
+
+
+@pytest.mark.parametrize("wish", [-1, 1.5, True, "on", [2]])
+def test_wrong_wishes_are_one_clear_sentence(wish):
+    with pytest.raises(ValueError, match='must be "off", "auto" or a whole number from 0, found'):
+        requested_draft_length({"instant_speculation": wish})
+
+
+def test_times_are_those_of_the_clock():
+    now = [0.0]
+    policy = Scripted(lambda n: [0] * n)
+    budget = SpeculationBudget(Contained("speculation", "scripted", policy), 4, clock=lambda: now[0])
+    states = _states(1)
+
+    def step(number, begins, ends):
+        now[0] = begins
+        budget.step_begins()
+        budget.plan(states)
+        budget.step_scheduled(number)
+        now[0] = ends
+        budget.step_finished(number, states, [0], [0], num_scheduled_tokens=1)
+
+    step(1, 10.0, 10.5)
+    step(2, 10.7, 11.0)  # busy: the 0.2 s between the steps belong to the second
+    budget.engine_idles()
+    step(3, 20.0, 20.25)
+    budget.while_the_model_runs()
+    assert [outcome.seconds for outcome in policy.outcomes] == pytest.approx([0.5, 0.5, 0.25])
+    assert [outcome.number for outcome in policy.outcomes] == [1, 2, 3]

@@ -7,6 +7,7 @@ that neither the start nor the end of the load distorts it; answers that are und
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 import httpx
 import numpy as np
 
+MOST_WARM_UP = 20.0
+"""Seconds after which a window opens even if some user has not got a token."""
 _TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 
@@ -36,17 +39,26 @@ class Measured:
     tokens_by_kind: dict[str, int] = field(default_factory=dict)
     gaps: list[tuple[float, int]] = field(default_factory=list)
     """(time since the event before it, tokens that it brought), first tokens excluded."""
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    """(time since the window opened, tokens that arrived then), first tokens included."""
     ttft: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    opened_at: float = 0.0
+    """When the window opened, on the clock of ``time.perf_counter``."""
 
     @property
     def tokens_per_second(self) -> float:
         """Output tokens of all users a second."""
         return self.tokens / self.seconds
 
+    def speed_between(self, first: float, last: float) -> float:
+        """Tokens a second of a part of the window, given in seconds since it opened."""
+        return sum(tokens for when, tokens in self.arrivals if first <= when < last) / (last - first)
+
     def inter_token_latencies(self) -> np.ndarray:
         """One entry a token: several tokens that arrive together share the time since the event before."""
-        return np.repeat([gap / tokens for gap, tokens in self.gaps], [tokens for _, tokens in self.gaps])
+        tokens = np.array([tokens for _, tokens in self.gaps], int)
+        return np.repeat(np.array([gap for gap, _ in self.gaps]) / np.maximum(tokens, 1), tokens)
 
 
 def measure(
@@ -56,11 +68,14 @@ def measure(
     *,
     concurrency: int,
     seconds: float,
-    warm_up: float = 0.7,
+    warm_up: float = 0.3,
     max_tokens: tuple[int, int] = (80, 128),
     first_prompt: int = 0,
 ) -> Measured:
-    """Run ``concurrency`` users for ``warm_up + seconds`` and measure the last ``seconds``.
+    """Run ``concurrency`` users and measure ``seconds`` of it.
+
+    The window opens ``warm_up`` seconds after every user has got a first token: before that, the server only reads
+    prompts (after ``MOST_WARM_UP`` it opens in any case).
 
     User ``i`` sends prompts ``first_prompt + i``, ``first_prompt + i + concurrency``, … of the list, over and over.
     The lengths of the answers lie between the two bounds, by the number of the prompt: were they all the same, the
@@ -82,23 +97,36 @@ async def _measure(
     first_prompt: int,
 ) -> Measured:
     measured = Measured(seconds)
+    window = _Window()
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        opens = time.perf_counter() + warm_up
-        closes = opens + seconds
         users = [
             asyncio.create_task(
-                _user(client, model, prompts, first_prompt + i, concurrency, max_tokens, measured, opens, closes)
+                _user(client, model, prompts, first_prompt + i, concurrency, max_tokens, measured, window)
             )
             for i in range(concurrency)
         ]
-        await asyncio.sleep(closes - time.perf_counter())
+        deadline = time.perf_counter() + MOST_WARM_UP
+        while window.begun < concurrency and time.perf_counter() < deadline and not any(u.done() for u in users):
+            await asyncio.sleep(0.02)
+        window.opens = time.perf_counter() + warm_up
+        window.closes = window.opens + seconds
+        await asyncio.sleep(window.closes - time.perf_counter())
         for user in users:
             user.cancel()
         for outcome in await asyncio.gather(*users, return_exceptions=True):
             if isinstance(outcome, Exception):
                 measured.errors.append(f"{type(outcome).__name__}: {outcome}")
+    measured.opened_at = window.opens
     return measured
+
+
+@dataclass
+class _Window:
+    begun: int = 0
+    """Users that got a first token."""
+    opens: float = math.inf
+    closes: float = math.inf
 
 
 async def _user(
@@ -109,10 +137,10 @@ async def _user(
     stride: int,
     max_tokens: tuple[int, int],
     measured: Measured,
-    opens: float,
-    closes: float,
+    window: _Window,
 ) -> None:
     number = first
+    begun = False
     while True:
         prompt = prompts[number % len(prompts)]
         body = {
@@ -138,8 +166,12 @@ async def _user(
                 if not counts or int(counts[-1]) <= have:
                     continue
                 new = int(counts[-1]) - have
-                if opens <= now < closes:
+                if not begun:
+                    begun = True
+                    window.begun += 1
+                if window.opens <= now < window.closes:
                     measured.tokens += new
+                    measured.arrivals.append((now - window.opens, new))
                     measured.tokens_by_kind[prompt.kind] = measured.tokens_by_kind.get(prompt.kind, 0) + new
                     if have == 0:
                         measured.ttft.append(now - sent)

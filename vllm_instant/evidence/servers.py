@@ -127,6 +127,11 @@ class Server:
                 totals[match[1]] = totals.get(match[1], 0.0) + float(match[2])
         return totals
 
+    def served_model(self) -> str:
+        """The name that requests call the model by."""
+        models = httpx.get(f"{self.url}/v1/models", timeout=10).json()["data"]
+        return str(models[0]["id"])
+
     def stop(self) -> None:
         """End the whole process group: politely, then not; idempotent."""
         process, self._process = self._process, None

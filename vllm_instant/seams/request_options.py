@@ -1,4 +1,4 @@
-"""What a client may ask of us for one request, checked in the API server, where a refusal reaches the client as HTTP 400."""
+"""What a client may ask of us for one request, checked in the API server: there a refusal is an HTTP 400."""
 
 from __future__ import annotations
 

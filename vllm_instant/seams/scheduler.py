@@ -83,7 +83,7 @@ class SpeculationBudgetMixin:
         """Note when the step began: scheduling is a part of its time."""
         if self.instant_budget is not None:
             self.instant_budget.step_begins()
-        return super().schedule(*args, **kwargs)  # type: ignore[misc, no-any-return]
+        return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Plan the drafts that this step will make, before the base class writes down what it scheduled."""

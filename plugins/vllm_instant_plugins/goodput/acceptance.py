@@ -22,13 +22,13 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
-REQUEST_MEMORY = 0.93
+REQUEST_MEMORY = 0.95
 CLASS_MEMORY = 0.995
 SHORT_MEMORY = 0.75
 """What is left of a memory after one more observation; 1 / (1 - memory) of them count."""
 IDLE_MEMORY = 0.97
 """The same for each step in which a request drafts nothing: bad luck must not silence it for good."""
-REQUEST_PRIOR = 5.0
+REQUEST_PRIOR = 8.0
 CLASS_PRIOR = 2.0
 """Observations that a prior is worth."""
 OPTIMISM = 0.7
@@ -131,19 +131,20 @@ class AcceptanceModel:
         """Chance that draft token j is accepted given that those before it were, shape ``[requests, positions]``."""
         level = self._requests
         prior = self._class_estimate[self._class_of[indices]]
-        return (level.hits[indices] + REQUEST_PRIOR * prior) / (level.trials[indices] + REQUEST_PRIOR)
+        chance: Array = (level.hits[indices] + REQUEST_PRIOR * prior) / (level.trials[indices] + REQUEST_PRIOR)
+        return chance
 
     def reach(self, indices: Indices) -> Array:
         """Chance that draft token j and all before it are accepted, shape ``[requests, positions]``; falls with j."""
-        return np.cumprod(self.conditional(indices), axis=1)
+        return np.cumprod(self.conditional(indices), axis=1, dtype=np.float64)
 
     # ------------------------------------------------------------------------------------------- learning
 
-    def observe(self, indices: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]) -> None:
+    def observe(self, indices: npt.ArrayLike, drafted: npt.ArrayLike, accepted: npt.ArrayLike) -> None:
         """Learn from one step: each request's index, its draft tokens (at least one) and how many were accepted."""
-        if not len(indices):
-            return
         rows = np.asarray(indices, np.intp)
+        if not len(rows):
+            return
         lengths, kept = np.asarray(drafted), np.asarray(accepted)
         position = np.arange(self.positions)
         # The token after the accepted ones was tried and refused; what follows was never looked at.

@@ -1,10 +1,10 @@
 """Which draft lengths give the most accepted tokens a second.
 
-A step with ``n`` requests and draft lengths ``k_i`` yields ``n + sum of the chances that each draft token is reached and
-accepted`` tokens and takes the time that ``StepCosts`` estimates. Best are always the most likely draft tokens, so
-that a plan is two numbers: how many tokens the drafter makes at most, and how likely a token must be to be worth its
-row. All pairs of these are tried at once (the chances sorted into a histogram), because the cost curve has steps and
-a search that walks uphill would stop at the first.
+A step with ``n`` requests yields ``n`` tokens and, for each draft token, the chance that it is reached and accepted;
+it takes the time that ``StepCosts`` estimates. The best draft tokens are always the most likely ones, so that a plan
+is two numbers: how many tokens the drafter makes at most, and how likely a token must be to be worth its row. All pairs
+of these are tried at once (the chances sorted into a histogram), because the cost curve has steps and a search that
+walks uphill would stop at the first.
 """
 
 from __future__ import annotations

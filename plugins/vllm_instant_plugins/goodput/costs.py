@@ -46,7 +46,7 @@ class StepCosts:
         knots = list(_KNOTS)
         while knots[-1] < max_rows:
             knots.append(int(knots[-1] * 1.5))
-        self.knots: Array = np.array([k for k in knots if k < max_rows] + [max(max_rows, 2)], float)
+        self.knots: Array = np.array([1, *(k for k in knots[1:] if k < max_rows), max(max_rows, 2)], float)
         self.max_rows = int(self.knots[-1])
         self.weights: Array = np.zeros(len(self.knots) + len(_EXTRA))
         self._covariance: Array = np.zeros((len(self.weights), len(self.weights)))
@@ -91,7 +91,8 @@ class StepCosts:
     def target_seconds(self, rows: Array, context: float) -> Array:
         """Estimates for steps with these many rows, without drafter and verification; same shape as ``rows``."""
         curve = np.interp(rows, self.knots, self.weights[: len(self.knots)])
-        return np.maximum(curve + self.weights[len(self.knots)] * context / CONTEXT_UNIT, 1e-6)
+        seconds: Array = np.maximum(curve + self.weights[len(self.knots)] * context / CONTEXT_UNIT, 1e-6)
+        return seconds
 
     def verifying_seconds(self) -> float:
         """What it costs to verify any drafts at all, beside their rows."""
@@ -101,11 +102,12 @@ class StepCosts:
         """Estimates of the drafter's time, broadcast over ``passes`` (0 is no drafting) and the target's ``rows``."""
         some, each_row, each, each_request = self.weights[len(self.knots) + 2 :]
         drafting = some + each_row * rows + passes * (each + each_request * requests)
-        return np.where(passes > 0, np.maximum(drafting, 0.0), 0.0)
+        seconds: Array = np.where(passes > 0, np.maximum(drafting, 0.0), 0.0)
+        return seconds
 
     def estimate(self, x: Array) -> tuple[float, float]:
         """Expected seconds of a step with features ``x`` and their standard deviation, measurement noise excluded."""
-        return float(self.weights @ x), float(np.sqrt(max(0.0, x @ self._covariance @ x)))
+        return float(self.weights @ x), max(0.0, float(x @ self._covariance @ x)) ** 0.5
 
     def observe(self, x: Array, seconds: float) -> float:
         """Learn from one pure decoding step; returns how far off the estimate was, in standard deviations."""

@@ -1,8 +1,9 @@
 """When to try what does not look best: little enough to cost nothing, often enough to notice a change.
 
-Exploring spends an allowance, counted in steps: each step adds a fixed share, each exploration takes what it is expected
-to lose. So the loss is bounded by that share whatever happens, cheap explorations come often and expensive ones seldom.
-Only the question whether a drafter that is off has become better may overdraw it, once in ``LONGEST_SILENCE`` steps.
+Exploring spends an allowance, counted in steps: each step adds a fixed share, each exploration takes what it is
+expected to lose. So the loss is bounded by that share whatever happens, cheap explorations come often and expensive
+ones seldom. Only the question whether a drafter that is off has become better may overdraw it, once in
+``LONGEST_SILENCE`` steps.
 """
 
 from __future__ import annotations

@@ -28,8 +28,11 @@ logger = logging.getLogger("vllm.instant")
 
 Indices = npt.NDArray[np.intp]
 
-SWITCH_ON_GAIN = 1.02
+SWITCH_ON_GAIN = 0.02
 """Drafting starts when this much more is expected than without; it stops when less than without is expected."""
+STEADY_STEPS = 48
+CLEAR_GAIN = 0.05
+"""For so many steps after it started or stopped, this much of a difference is needed."""
 CLOSE = 0.1
 """While drafting is expected to lose no more than this, whole steps of it are tried now and then."""
 SAVE_SECONDS = 60.0
@@ -68,6 +71,7 @@ class GoodputPolicy(SpeculationPolicy):
         self.trace = Trace()
         self.drafting = False
         """Whether drafting pays at present; changes with hysteresis."""
+        self._switched_at = -STEADY_STEPS
         self.switches = 0
         """How often ``drafting`` changed."""
         self._goals = goals
@@ -155,10 +159,11 @@ class GoodputPolicy(SpeculationPolicy):
         choice = best()
         if self._calibrating:
             return self._decide(step, indices, reach, choice, self._any_lengths(count, step), "calibrating")
-        worthwhile = choice.draft_tokens > 0 and choice.gain >= (1.0 if self.drafting else SWITCH_ON_GAIN)
+        worthwhile = choice.draft_tokens > 0 and choice.gain >= self._least_gain(step.number)
         if worthwhile != self.drafting:
             self.drafting = worthwhile
             self.switches += 1
+            self._switched_at = step.number
             if self._log_changes:
                 self._log_change(choice, reach)
         if worthwhile:
@@ -170,6 +175,16 @@ class GoodputPolicy(SpeculationPolicy):
                 return self._decide(step, indices, reach, trial, trial.lengths, "trial")
             lengths, reason = self._while_off(choice, indices, context, step.max_draft_tokens)
         return self._decide(step, indices, reach, choice, lengths, reason)
+
+    def _least_gain(self, number: int) -> float:
+        """The gain from which drafting pays now: harder to reach when it is off, harder to leave when it is on.
+
+        For some steps after a change only a clear difference changes it back, so that it never flaps.
+        """
+        recent = number - self._switched_at < STEADY_STEPS
+        if self.drafting:
+            return 1.0 - (CLEAR_GAIN if recent else 0.0)
+        return 1.0 + (CLEAR_GAIN if recent else SWITCH_ON_GAIN)
 
     def _log_change(self, choice: Choice, reach: npt.NDArray[np.float64]) -> None:
         logger.info(
@@ -223,12 +238,10 @@ class GoodputPolicy(SpeculationPolicy):
         follow_up, self._follow_up = self._follow_up, 0
         probed = min(max(1, follow_up), choice.requests)
         trials = np.arange(1, min(4, most) + 1)
-        rows = choice.requests + trials * float(probed)
-        seconds = (
-            self.costs.target_seconds(rows, context)
-            + self.costs.verifying_seconds()
-            + self.costs.drafting_seconds(trials.astype(float), rows, choice.requests)
-        )
+        passes: npt.NDArray[np.float64] = trials.astype(np.float64)
+        rows: npt.NDArray[np.float64] = choice.requests + passes * probed
+        seconds = self.costs.target_seconds(rows, context) + self.costs.verifying_seconds()
+        seconds += self.costs.drafting_seconds(passes, rows, choice.requests)
         # The longest of the cheapest: a second token that costs nothing tells more.
         cheap = int(np.flatnonzero(seconds <= seconds.min() * 1.02)[-1])
         loss = max(0.0, float(seconds[cheap]) / choice.off_seconds - 1.0)

@@ -18,6 +18,17 @@ class CyclingPolicy(SpeculationPolicy):
         return [(i + self.step) % (step.max_draft_tokens + 1) for i in range(len(step.requests))]
 
 
+class BurstsPolicy(SpeculationPolicy):
+    """One draft token in each step, or only in every twelfth step for requests that ask for bursts."""
+
+    def __init__(self):
+        self.step = 0
+
+    def draft_lengths(self, step):
+        self.step += 1
+        return [1 if self.step % 12 == 0 or "bursts" not in r.extra_args else 0 for r in step.requests]
+
+
 class RaisingPolicy(CyclingPolicy):
     """Works for some steps, then raises."""
 
@@ -60,6 +71,7 @@ def incomplete(options, context):
 def instant_plugins():
     return [
         Plugin(slot="speculation", name="cycling", summary="test", build=lambda o, c: CyclingPolicy()),
+        Plugin(slot="speculation", name="bursts", summary="test", build=lambda o, c: BurstsPolicy()),
         Plugin(slot="speculation", name="raising", summary="test", build=lambda o, c: RaisingPolicy()),
         Plugin(slot="speculation", name="cannot_start", summary="test", build=cannot_start),
         Plugin(slot="speculation", name="incomplete", summary="test", lossy=True, build=incomplete),

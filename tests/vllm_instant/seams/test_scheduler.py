@@ -24,6 +24,8 @@ def make(asynchronous, demo_pair, monkeypatch):
     def build(*overrides, drafts=DRAFTS):
         monkeypatch.setenv(carrier.VARIABLE, "")
         monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "")
+        if not any(override.startswith("speculation.plugin=") for override in overrides):
+            overrides = ("speculation.plugin=fixed", *overrides)
         carrier.publish(resolve(None, overrides))
         config = harness.engine_config(demo_pair.target, drafts, 16, asynchronous)
         return harness.make_scheduler(create_scheduler, config)
@@ -33,6 +35,7 @@ def make(asynchronous, demo_pair, monkeypatch):
 
 def _step(scheduler, asynchronous, accept=1, drafted=DRAFTS):
     output = scheduler.schedule()
+    scheduler.get_grammar_bitmask(output)  # as the engine core does, right after it dispatched the step
     accepted = {r: min(accept, len(d)) for r, d in output.scheduled_spec_decode_tokens.items()}
     scheduler.update_from_output(output, harness.answer(output, accepted))
     if not asynchronous:
@@ -74,6 +77,7 @@ def test_every_request_gets_its_own_length(make, asynchronous):
             assert len(output.scheduled_spec_decode_tokens.get(request_id, ())) == planned[request_id]
         planned = getattr(output, PLAN_ATTRIBUTE)
         assert output.num_spec_tokens_to_schedule == max(planned.values())
+        scheduler.get_grammar_bitmask(output)
         scheduler.update_from_output(output, harness.answer(output, {}))
         if not asynchronous:
             scheduler.update_draft_token_ids(harness.drafts_for(output, DRAFTS))
@@ -148,3 +152,75 @@ def test_a_failing_policy_leaves_stock_behaviour(make, asynchronous):
     assert scheduler.instant_totals()["failures"] == [
         {"slot": "speculation", "plugin": "raising", "hook": "draft_lengths", "count": 1}
     ]
+
+
+@pytest.mark.parametrize(("accept", "lengths"), [(DRAFTS, {DRAFTS}), (0, {0})], ids=["perfect", "hopeless"])
+def test_goodput_finds_out_on_both_schedulers(make, asynchronous, accept, lengths):
+    """Here a step costs the same whatever is in it, so that perfect drafts are worth their full length."""
+    scheduler = make("speculation.plugin=goodput", "speculation.keep_costs=false")
+    for number in range(4):
+        scheduler.add_request(harness.make_request(number, max_tokens=900))
+    for _ in range(60):
+        _step(scheduler, asynchronous, accept)
+    granted = [getattr(_step(scheduler, asynchronous, accept), PLAN_ATTRIBUTE) for _ in range(30)]
+    usual = max(
+        set(map(frozenset, (plan.values() for plan in granted))),
+        key=lambda g: sum(set(p.values()) == g for p in granted),
+    )
+    assert set(usual) == lengths
+    reasons = {decision["reason"] for decision in scheduler.instant_decisions(30)}
+    assert reasons & ({"draft"} if accept else {"off"})
+
+
+def test_nothing_is_fetched_from_workers_when_nothing_was_drafted(make, asynchronous):
+    scheduler = make("speculation.num_draft_tokens=0")
+    scheduler.add_request(harness.make_request(0))
+    _step(scheduler, asynchronous)
+    assert scheduler.instant_nothing_to_draft
+    scheduler = make("speculation.num_draft_tokens=2")
+    scheduler.add_request(harness.make_request(1))
+    _step(scheduler, asynchronous)
+    assert not scheduler.instant_nothing_to_draft
+
+
+def test_a_client_overrules_the_policy_for_its_request(make, asynchronous):
+    scheduler = make()
+    for number, wish in enumerate(("off", 2, "auto", 99)):
+        request = harness.make_request(number)
+        request.sampling_params.extra_args = {"instant_speculation": wish}
+        scheduler.add_request(request)
+    for _ in range(3):
+        output = _step(scheduler, asynchronous)
+    assert list(getattr(output, PLAN_ATTRIBUTE).values()) == [0, 2, DRAFTS, DRAFTS]
+
+
+def test_step_times_add_up_to_wall_clock_time_while_busy(make, asynchronous):
+    import time
+
+    scheduler = make()
+    scheduler.add_request(harness.make_request(0))
+    _step(scheduler, asynchronous)
+    seen = []
+    scheduler.instant_budget.policy.instance.observe = seen.append
+    began = time.perf_counter()
+    _step(scheduler, asynchronous)
+    time.sleep(0.05)  # what happens between steps is a part of what serving costs
+    _step(scheduler, asynchronous)
+    elapsed = time.perf_counter() - began
+    scheduler.instant_budget.while_the_model_runs()
+    assert sum(outcome.seconds for outcome in seen[-2:]) == pytest.approx(elapsed, rel=0.2)
+
+
+def test_idle_time_is_nobodys_cost(make, asynchronous):
+    import time
+
+    scheduler = make()
+    scheduler.add_request(harness.make_request(0, max_tokens=1))
+    _step(scheduler, asynchronous)
+    time.sleep(0.2)
+    seen = []
+    scheduler.instant_budget.policy.instance.observe = seen.append
+    scheduler.add_request(harness.make_request(1))
+    _step(scheduler, asynchronous)
+    scheduler.instant_budget.while_the_model_runs()
+    assert seen[-1].seconds < 0.1

@@ -1,0 +1,127 @@
+"""The default policy on a real server: same answers, reasons, wishes of clients, a draft model that may pause."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from asking import COMMON, NAMED, ask_all
+from deployments import BURSTS, GOODPUT
+
+COSTS = """
+[speculation]
+costs_folder = "{folder}"
+log_decisions = true
+"""
+CLI = Path(sys.executable).parent / "vllm-instant"
+
+
+def _complete(server, prompt, **parameters):
+    body = {"model": "demo", "prompt": prompt, "max_tokens": 64, "temperature": 0, "ignore_eos": True, **parameters}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
+
+
+def _counts(response):
+    """Draft tokens that were proposed and accepted for a request, as its response says."""
+    metrics = response.json()["metrics"]["speculative_decoding"]
+    return metrics["num_draft_tokens"], metrics["num_accepted_tokens"]
+
+
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory):
+    return tmp_path_factory.mktemp("costs")
+
+
+@pytest.fixture(scope="module")
+def server(launch, costs):
+    with launch(GOODPUT + COSTS.format(folder=costs)) as running:
+        yield running
+
+
+def test_fifty_prompts_are_answered_as_by_stock(server, prompts, expected):
+    assert ask_all(server, prompts) == expected
+    assert server.metrics()["vllm:spec_decode_num_draft_tokens_total"] > 50
+
+
+def test_decisions_can_be_read(server):
+    response = _complete(server, "def main():")
+    request_id = response.json()["id"]
+    answer = httpx.get(f"{server.url}/v1/instant/decisions", params={"last": 30}).json()
+    [engine] = answer["engines"]
+    assert len(engine["decisions"]) == 30
+    of_request = httpx.get(f"{server.url}/v1/instant/decisions", params={"last": 30, "request_id": request_id}).json()[
+        "engines"
+    ][0]["decisions"]
+    assert of_request
+    assert all(row["request"].startswith(request_id) for d in of_request for row in d["requests"])
+    assert httpx.get(f"{server.url}/v1/instant/decisions", params={"last": 0}).status_code in (400, 422)
+    shown = subprocess.run(
+        [CLI, "explain", "--url", server.url, "--request", request_id], capture_output=True, text=True, timeout=60
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "expected gain" in shown.stdout.replace("\n", " ") or "gain" in shown.stdout
+    raw = subprocess.run(
+        [CLI, "explain", "--url", server.url, "--last", "3", "--json"], capture_output=True, text=True, timeout=60
+    )
+    assert len(json.loads(raw.stdout)["engines"][0]["decisions"]) == 3
+
+
+@pytest.mark.parametrize(("wish", "most"), [("off", 0), (2, 2)])
+def test_a_client_decides_for_its_request(server, wish, most):
+    response = _complete(server, "class Cache:", vllm_xargs={"instant_speculation": wish})
+    proposed, accepted = _counts(response)
+    steps = 64 - accepted
+    assert (proposed == 0) == (most == 0)
+    assert proposed <= most * steps
+    if most:
+        assert proposed >= most * (steps - 3)
+
+
+def test_a_wrong_wish_is_refused_in_one_sentence(server):
+    response = _complete(server, "class Cache:", vllm_xargs={"instant_speculation": "sometimes"})
+    assert response.status_code == 400
+    assert (
+        'instant_speculation must be "off", "auto" or a whole number from 0, found'
+        in response.json()["error"]["message"]
+    )
+
+
+def test_changes_are_logged(server):
+    assert "drafting begins" in server.log_text()
+
+
+def test_costs_are_kept_when_the_server_stops(launch, tmp_path):
+    with launch(GOODPUT + COSTS.format(folder=tmp_path)) as server:
+        _complete(server, "def main():")
+    [file] = tmp_path.glob("*.json")
+    stored = json.loads(file.read_text())
+    assert stored["identity"]["dtype"] == "float32"
+    assert stored["costs"]["observations"] > 20
+
+
+def test_a_draft_model_that_paused_drafts_as_well_as_before(launch, prompts):
+    """Drafts are a function of the context alone, if the draft model has read all of it."""
+    with launch(BURSTS) as server:
+        shares = []
+        for extra in ({}, {"bursts": 1}):
+            counts = [
+                _counts(_complete(server, prompt, max_tokens=120, vllm_xargs=extra or None)) for prompt in prompts[:12]
+            ]
+            proposed, accepted = (sum(c) for c in zip(*counts, strict=True))
+            shares.append((proposed, accepted / proposed))
+        (always, share), (seldom, share_of_bursts) = shares
+        assert 60 < seldom < always / 6
+        assert share_of_bursts > share - 0.12
+
+
+def test_calibrate_learns_before_the_first_user(demo_pair, tmp_path):
+    file = tmp_path / "deploy.toml"
+    file.write_text(GOODPUT.replace("DRAFT", str(demo_pair.draft)) + COSTS.format(folder=tmp_path / "costs"))
+    command = [CLI, "calibrate", str(demo_pair.target), "--instant-config", str(file), "--most", "2", "--seconds", "2"]
+    done = subprocess.run([*command, *COMMON, *NAMED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [learned] = (tmp_path / "costs").glob("*.json")
+    assert json.loads(learned.read_text())["costs"]["observations"] > 50
+    assert "Learned from" in done.stdout

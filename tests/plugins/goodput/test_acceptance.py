@@ -1,0 +1,151 @@
+"""The acceptance model alone: what it believes after what it saw."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_instant_plugins.goodput import acceptance
+from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
+
+ONE = np.array([0])
+
+
+def _model(requests=1, positions=4, kind="greedy"):
+    model = AcceptanceModel(positions)
+    for index in range(requests):
+        model.enter(index, kind, index)
+    return model
+
+
+def _observe(model, index, drafted, accepted, times=1):
+    for _ in range(times):
+        model.observe([index], [drafted], [accepted])
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4), st.integers(0, 4)), max_size=60),
+)
+@settings(max_examples=60, deadline=None)
+def test_estimates_stay_chances_and_reach_falls_with_the_position(history):
+    model = _model(requests=6)
+    for index, drafted, accepted in history:
+        _observe(model, index, drafted, min(drafted, accepted))
+    everyone = np.arange(6)
+    conditional, reach = model.conditional(everyone), model.reach(everyone)
+    assert ((conditional >= 0) & (conditional <= 1)).all()
+    assert (np.diff(reach, axis=1) <= 1e-12).all()
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.8, 1.0])
+def test_it_finds_the_chance_of_each_position(chance):
+    model, random = _model(), np.random.default_rng(0)
+    estimates = []
+    for step in range(600):
+        accepted = 0
+        while accepted < 4 and random.random() < chance * 0.9**accepted:
+            accepted += 1
+        _observe(model, 0, 4, accepted)
+        if step > 100:
+            estimates.append(model.conditional(ONE)[0])
+    mean = np.mean(estimates, axis=0)
+    assert mean[0] == pytest.approx(chance, abs=0.05)
+    if chance >= 0.8:
+        assert mean[2] == pytest.approx(chance * 0.81, abs=0.08)
+
+
+def test_tokens_behind_a_refused_one_say_nothing():
+    model = _model()
+    before = model.conditional(ONE)[0]
+    _observe(model, 0, 4, 0, times=5)
+    after = model.conditional(ONE)[0]
+    assert after[0] < before[0] - 0.2
+    # Positions 2 to 4 were never looked at; only what follows from the first one's class may have moved them.
+    assert after[1] / after[0] >= 0.9 * before[1] / before[0]
+
+
+def test_a_new_request_starts_with_what_its_kind_showed():
+    model = AcceptanceModel(4)
+    model.enter(0, "greedy", 0)
+    model.enter(1, "hot", 1)
+    _observe(model, 0, 2, 2, times=80)
+    _observe(model, 1, 2, 0, times=80)
+    model.enter(2, "greedy", 2)
+    model.enter(3, "hot", 3)
+    assert model.conditional(np.array([2]))[0, 0] > 0.9
+    assert model.conditional(np.array([3]))[0, 0] < 0.15
+
+
+def test_prompts_that_begin_alike_form_a_class_once_they_come_again():
+    model = AcceptanceModel(4)
+    for index in range(4):
+        model.enter(index, "greedy", "agents" if index % 2 else f"other {index}")
+    for _ in range(60):
+        model.observe([0, 1, 2, 3], [2] * 4, [0, 2, 0, 2])
+    model.enter(4, "greedy", "agents")
+    model.enter(5, "greedy", "never seen")
+    agents, others = model.conditional(np.array([4, 5]))[:, 0]
+    assert agents > others + 0.1
+
+
+def test_far_positions_follow_the_ratio_of_the_parent():
+    model = AcceptanceModel(4)
+    model.enter(0, "a", 0)
+    model.enter(1, "b", 1)
+    _observe(model, 0, 4, 4, times=100)
+    _observe(model, 1, 1, 1, times=100)
+    assert model.conditional(np.array([1]))[0, 3] > 0.8, "b never drafted four tokens, but nothing speaks against them"
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 0), (0, 4)])
+def test_a_sudden_change_is_believed_within_a_dozen_observations_by_all_of_the_class(before, after):
+    model = _model(requests=2)
+    for _ in range(150):
+        model.observe([0, 1], [4, 4], [before, before])
+    _observe(model, 0, 4, after, times=12)
+    changed, silent = model.conditional(np.array([0, 1]))[:, 0]
+    if after:
+        assert changed > 0.7
+        assert silent > 0.4
+    else:
+        assert changed < 0.3
+        assert silent < 0.6
+
+
+def test_chance_alone_does_not_look_like_a_change(monkeypatch):
+    cuts = []
+    monkeypatch.setattr(AcceptanceModel, "_cut", lambda self, row: cuts.append(row))
+    model, random = _model(), np.random.default_rng(1)
+    for _ in range(3000):
+        _observe(model, 0, 1, int(random.random() < 0.6))
+    assert len(cuts) <= 3 * 3, "one in a thousand, for each of the three levels"
+
+
+def test_idle_requests_become_like_their_class_again():
+    model = _model(requests=2)
+    for number in range(100):
+        _observe(model, 0, 2, 2)
+        if number % 12 == 0:
+            _observe(model, 1, 2, 0)
+    unlucky = model.conditional(np.array([1]))[0, 0]
+    for _ in range(100):
+        model.fade(np.array([1]))
+    assert model.conditional(np.array([1]))[0, 0] > unlucky + 0.2
+
+
+def test_more_classes_than_room_for_them():
+    model = AcceptanceModel(2)
+    for number in range(3 * acceptance.MAX_SIMILAR):
+        for index in range(2):
+            model.enter(index, number % (2 * acceptance.MAX_KINDS), number)
+        model.observe([0, 1], [2, 2], [1, 2])
+    assert np.isfinite(model.reach(np.array([0, 1]))).all()
+    assert len(model._similar) == acceptance.MAX_SIMILAR
+
+
+def test_requests_beyond_the_first_arrays():
+    model = AcceptanceModel(3)
+    for index in (5, 400, 63, 64):
+        model.enter(index, "greedy", 0)
+    model.observe([400], [3], [3])
+    assert model.reach(np.array([5, 400, 63, 64])).shape == (4, 3)

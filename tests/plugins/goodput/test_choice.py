@@ -1,0 +1,147 @@
+"""The choice alone, against costs that are known exactly."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_instant_plugins.goodput.choice import choose
+from vllm_instant_plugins.goodput.costs import StepCosts
+
+
+def _costs(base=20.0, row=0.0, start=0.0, each=0.0, each_request=0.0, verifying=0.0, knee=None):
+    """Costs in milliseconds, linear in rows or flat up to a knee."""
+    costs = StepCosts(512)
+    extra = np.maximum(costs.knots - knee, 0) if knee is not None else costs.knots
+    costs.weights[: len(costs.knots)] = (base + row * extra) / 1e3
+    costs.weights[len(costs.knots) :] = np.array([0, verifying, start, 0, each, each_request]) / 1e3
+    return costs
+
+
+def _reach(*chances, positions=4):
+    return np.array([[chance ** (j + 1) for j in range(positions)] for chance in chances])
+
+
+def _best_by_search(reach, costs):
+    """Every combination of lengths."""
+    best, rate = None, 0.0
+    requests, positions = reach.shape
+    for lengths in itertools.product(range(positions + 1), repeat=requests):
+        rows, passes = requests + sum(lengths), max(lengths)
+        tokens = requests + sum(reach[i, :k].sum() for i, k in enumerate(lengths))
+        seconds = costs.target_seconds(np.array([float(rows)]), 0.0)[0]
+        seconds += costs.verifying_seconds() * (sum(lengths) > 0)
+        seconds += costs.drafting_seconds(np.array([float(passes)]), np.array([float(rows)]), requests)[0]
+        if tokens / seconds > rate * (1 + 1e-9):
+            best, rate = lengths, tokens / seconds
+    return best, rate
+
+
+chances = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4)
+shapes = st.builds(
+    _costs,
+    base=st.floats(1.0, 50.0),
+    row=st.floats(0.0, 3.0),
+    start=st.floats(0.0, 3.0),
+    each=st.floats(0.0, 3.0),
+    each_request=st.floats(0.0, 0.5),
+    verifying=st.floats(0.0, 2.0),
+    knee=st.none() | st.integers(1, 20),
+)
+
+
+@given(chances, shapes)
+@settings(max_examples=60, deadline=None)
+def test_it_is_as_good_as_trying_everything(chances, costs):
+    reach = _reach(*chances, positions=3)
+    choice = choose(reach, costs, 0.0, most_rows=1e9)
+    _, rate = _best_by_search(reach, costs)
+    # Thresholds come in steps, so that two nearly equal chances are taken or left together.
+    assert choice.tokens / choice.seconds >= 0.93 * rate
+    assert choice.gain >= 1.0 - 1e-9
+
+
+@given(chances, shapes)
+@settings(max_examples=60, deadline=None)
+def test_a_likelier_request_never_gets_less(chances, costs):
+    choice = choose(_reach(*chances), costs, 0.0, most_rows=1e9)
+    order = np.argsort(chances)
+    assert (np.diff(choice.lengths[order]) >= 0).all()
+
+
+@given(st.floats(0.05, 0.9), st.floats(0.0, 0.1), st.integers(1, 8), shapes)
+@settings(max_examples=80, deadline=None)
+def test_the_budget_grows_with_acceptance(chance, more, requests, costs):
+    low = choose(_reach(*[chance] * requests), costs, 0.0, most_rows=1e9)
+    high = choose(_reach(*[min(1.0, chance + more)] * requests), costs, 0.0, most_rows=1e9)
+    assert high.draft_tokens >= low.draft_tokens
+
+
+@given(chances, shapes, st.floats(0.1, 10.0))
+@settings(max_examples=40, deadline=None)
+def test_the_unit_of_time_does_not_matter(chances, costs, factor):
+    reach = _reach(*chances)
+    before = choose(reach, costs, 0.0, most_rows=1e9)
+    costs.weights *= factor
+    assert (choose(reach, costs, 0.0, most_rows=1e9).lengths == before.lengths).all()
+
+
+def test_free_rows_are_all_taken_and_dear_ones_only_when_likely():
+    reach = _reach(0.9, 0.5, 0.1)
+    assert choose(reach, _costs(row=0.0), 0.0, most_rows=1e9).lengths.tolist() == [4, 4, 4]
+    dear = choose(reach, _costs(base=3.0, row=3.0), 0.0, most_rows=1e9)
+    assert dear.lengths[0] > 0
+    assert dear.lengths[2] == 0
+
+
+def test_hopeless_drafts_are_not_made_even_where_rows_are_free():
+    choice = choose(_reach(0.0, 0.0), _costs(row=0.0, start=0.1), 0.0, most_rows=1e9)
+    assert choice.lengths.tolist() == [0, 0]
+    assert choice.passes == 0
+    assert choice.gain == pytest.approx(1.0)
+
+
+def test_drafting_costs_count():
+    reach = _reach(0.6)
+    assert choose(reach, _costs(row=0.1, each=0.5), 0.0, most_rows=1e9).lengths[0] >= 2
+    assert choose(reach, _costs(row=0.1, each=12.0), 0.0, most_rows=1e9).lengths[0] <= 1
+    assert choose(reach, _costs(row=0.1, start=50.0), 0.0, most_rows=1e9).lengths[0] == 0
+
+
+def test_limits_on_rows_and_time():
+    reach = _reach(0.95, 0.95)
+    limited = choose(reach, _costs(row=0.01), 0.0, most_rows=6)
+    assert 0 < limited.draft_tokens <= 4
+    slow = _costs(base=20.0, row=1.0)
+    within = choose(reach, slow, 0.0, most_rows=1e9, most_seconds=0.0245)
+    assert within.seconds <= 0.0245
+    impossible = choose(reach, slow, 0.0, most_rows=1e9, most_seconds=0.001)
+    assert impossible.draft_tokens == 0, "what cannot be kept without drafts either forbids only drafts"
+
+
+def test_weights_move_drafts_to_those_who_need_them():
+    reach = _reach(0.6, 0.6)
+    costs = _costs(base=8.0, row=4.0)
+    even = choose(reach, costs, 0.0, most_rows=1e9)
+    assert even.lengths[0] == even.lengths[1]
+    uneven = choose(reach, costs, 0.0, most_rows=1e9, weights=np.array([2.5, 0.3]))
+    assert uneven.lengths[0] > uneven.lengths[1]
+
+
+def test_a_drafter_that_seldom_delivers_costs_fewer_rows():
+    reach = _reach(0.7)
+    costs = _costs(base=10.0, row=1.0)
+    rare = choose(reach, costs, 0.0, most_rows=1e9, yields=np.array([0.1]))
+    full = choose(reach, costs, 0.0, most_rows=1e9)
+    assert rare.lengths[0] >= full.lengths[0] > 0
+    assert rare.seconds < full.seconds
+
+
+def test_must_draft_gives_the_best_plan_that_drafts():
+    costs = _costs(base=10.0, row=5.0, start=1.0)
+    assert choose(_reach(0.3), costs, 0.0, most_rows=1e9).draft_tokens == 0
+    forced = choose(_reach(0.3), costs, 0.0, most_rows=1e9, must_draft=True)
+    assert forced.lengths.tolist() == [1]
+    assert forced.gain < 1

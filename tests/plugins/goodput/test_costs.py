@@ -1,0 +1,133 @@
+"""The cost model alone: what it expects after the steps that it measured."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_instant.evidence.simulator import TWO_CORES, TWO_CORES_DRAFT_MODEL, roofline
+from vllm_instant_plugins.goodput.costs import StepCosts
+
+
+def _learn(costs, cost, steps=400, seed=0, noise=0.02, factor=1.0, most_requests=16):
+    random = np.random.default_rng(seed)
+    for _ in range(steps):
+        requests = int(random.integers(1, most_requests + 1))
+        length = int(random.integers(0, 9))
+        drafts, passes = requests * length, int(random.integers(0, 9))
+        seconds = factor * cost.seconds(requests + drafts, 200 * requests, passes, requests)
+        x = costs.features(requests + drafts, 200 * requests, drafts, passes, requests)
+        costs.observe(x, seconds * (1 + noise * random.standard_normal()))
+
+
+@pytest.mark.parametrize("cost", [TWO_CORES, TWO_CORES_DRAFT_MODEL, roofline(8e9)], ids=["cpu", "cpu+model", "gpu"])
+def test_estimates_come_within_a_few_percent(cost):
+    costs = StepCosts(16 * 9)
+    _learn(costs, cost, steps=800)
+    errors = []
+    for requests in (1, 2, 4, 8, 16):
+        for length in (0, 1, 3, 8):
+            rows = requests * (1 + length)
+            x = costs.features(rows, 200 * requests, requests * length, length, requests)
+            truth = cost.seconds(rows, 200 * requests, length, requests)
+            errors.append(abs(costs.estimate(x)[0] / truth - 1))
+    assert np.median(errors) < 0.03
+    assert max(errors) < 0.12
+
+
+def test_a_curve_that_falls_is_learned_as_it_is():
+    costs = StepCosts(64)
+    _learn(costs, TWO_CORES, steps=800, most_requests=4)
+    one, two, three = costs.target_seconds(np.array([1.0, 2.0, 3.0]), 200.0)
+    assert two > 1.08 * one
+    assert three < 0.92 * two
+
+
+def test_parts_add_up_to_the_estimate():
+    costs = StepCosts(144)
+    _learn(costs, TWO_CORES_DRAFT_MODEL)
+    whole, _ = costs.estimate(costs.features(20, 800, 16, 4, 4))
+    parts = costs.target_seconds(np.array([20.0]), 800.0)[0] + costs.verifying_seconds()
+    parts += costs.drafting_seconds(np.array([4.0]), np.array([20.0]), 4)[0]
+    assert parts == pytest.approx(whole, rel=0.02)
+
+
+def test_a_hiccup_moves_little_and_a_lasting_change_is_followed():
+    costs = StepCosts(144)
+    _learn(costs, TWO_CORES, noise=0.01)
+    x = costs.features(4, 800, 0, 0, 4)
+    before = costs.estimate(x)[0]
+    costs.observe(x, 50 * before)
+    assert costs.estimate(x)[0] < 1.1 * before
+    _learn(costs, TWO_CORES, steps=250, factor=1.5, noise=0.01)
+    assert costs.estimate(x)[0] == pytest.approx(1.5 * before, rel=0.08)
+
+
+def test_a_slower_machine_is_noticed_for_sizes_that_do_not_run_now():
+    costs = StepCosts(144)
+    _learn(costs, TWO_CORES, noise=0.01)
+    other = costs.features(64, 800, 60, 0, 4)
+    before = costs.estimate(other)[0]
+    for _ in range(300):
+        costs.observe(costs.features(4, 800, 0, 0, 4), 2 * TWO_CORES.seconds(4, 800, 0, 4))
+    assert costs.estimate(other)[0] > 1.15 * before
+
+
+def test_before_other_sizes_were_measured_drafts_look_cheap_and_uncertain():
+    costs = StepCosts(144)
+    costs.observe(costs.features(4, 400, 0, 0, 4), 0.020)
+    near, far = costs.features(5, 400, 1, 1, 4), costs.features(100, 400, 96, 8, 4)
+    assert costs.estimate(near)[0] < 0.024
+    assert costs.estimate(far)[0] < 4 * 0.020
+    assert costs.estimate(far)[1] > costs.estimate(near)[1] > 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 144), st.floats(1e-5, 30.0)), min_size=1, max_size=80))
+@settings(max_examples=50, deadline=None)
+def test_no_measurement_breaks_it(measured):
+    costs = StepCosts(144)
+    for rows, seconds in measured:
+        costs.observe(costs.features(rows, 10.0 * rows, rows // 2, rows % 9, 1 + rows // 9), seconds)
+    every = np.arange(1.0, 145.0)
+    assert np.isfinite(costs.target_seconds(every, 100.0)).all()
+    assert (costs.target_seconds(every, 100.0) > 0).all()
+    assert (costs.drafting_seconds(np.arange(9.0), np.full(9, 20.0), 8) >= 0).all()
+
+
+def test_state_survives_json():
+    costs, copy = StepCosts(144), StepCosts(144)
+    _learn(costs, TWO_CORES)
+    assert copy.restore(json.loads(json.dumps(costs.state())))
+    x = costs.features(20, 800, 16, 4, 4)
+    assert copy.estimate(x) == pytest.approx(costs.estimate(x))
+    assert copy.largest_rows == costs.largest_rows
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"weights": [1.0]},
+        {"noise": 0},
+        {"covariance": [[1.0]]},
+        {"knots": "x"},
+        {"weights": None},
+        {"observations": None},
+        {"largest_rows": "many"},
+    ],
+)
+def test_a_damaged_state_changes_nothing(damage):
+    costs, other = StepCosts(144), StepCosts(144)
+    _learn(costs, TWO_CORES)
+    assert not other.restore(costs.state() | damage)
+    assert not other.ready
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 300, 9216])
+def test_any_number_of_rows(rows):
+    costs = StepCosts(rows)
+    assert costs.max_rows >= rows
+    assert (np.diff(costs.knots) > 0).all()
+    costs.observe(costs.features(rows, 0, 0, 0, 1), 0.01)
+    assert costs.target_seconds(np.array([float(rows)]), 0.0)[0] == pytest.approx(0.01, rel=0.05)

@@ -1,0 +1,103 @@
+"""Latency goals and the cost file."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from vllm_instant import RequestState, UpcomingStep
+from vllm_instant_plugins.goodput.goals import STRONGEST, LatencyGoals
+from vllm_instant_plugins.goodput.store import CostStore
+
+BOTH = np.array([0, 1])
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def _goals(**goals):
+    clock = Clock()
+    made = LatencyGoals(clock=clock, **goals)
+    for index in (0, 1):
+        made.enter(index)
+    return made, clock
+
+
+def test_who_is_behind_weighs_more_than_who_is_ahead():
+    goals, clock = _goals(itl_seconds=0.020)
+    for step in range(20):
+        clock.now = 0.020 * step
+        goals.observe(BOTH, np.array([2, 1]))
+    ahead, on_time = goals.weights(BOTH)
+    assert ahead == pytest.approx(0.5, rel=0.1)
+    assert on_time == pytest.approx(1.0, rel=0.05)
+
+
+def test_weights_are_bounded_and_neutral_before_the_second_token():
+    goals, clock = _goals(itl_seconds=0.001)
+    assert goals.weights(BOTH).tolist() == [1.0, 1.0]
+    goals.observe(BOTH, np.array([1, 1]))
+    assert goals.weights(BOTH).tolist() == [1.0, 1.0]
+    clock.now = 60.0
+    goals.observe(BOTH, np.array([1, 100_000_000]))
+    assert goals.weights(BOTH).tolist() == [STRONGEST, 1 / STRONGEST]
+
+
+def test_an_index_that_is_used_again_starts_anew():
+    goals, clock = _goals(itl_seconds=0.010)
+    goals.observe(BOTH, np.array([1, 1]))
+    clock.now = 5.0
+    goals.observe(BOTH, np.array([1, 1]))
+    goals.enter(0)
+    fresh, old = goals.weights(BOTH)
+    assert (fresh, old) == (1.0, STRONGEST)
+
+
+def test_the_longest_step():
+    goals, _ = _goals(itl_seconds=0.030, ttft_seconds=0.2)
+    one = [RequestState("r", 1, 1, 0.0)]
+    assert goals.most_seconds(UpcomingStep(one, 4)) == 0.030
+    assert goals.most_seconds(UpcomingStep(one, 4, num_waiting=2, longest_wait=0.19)) == pytest.approx(0.010)
+    assert goals.most_seconds(UpcomingStep(one, 4, num_waiting=2, longest_wait=3.0)) == 0.0
+    assert LatencyGoals().most_seconds(UpcomingStep(one, 4)) == np.inf
+    assert LatencyGoals().weights(BOTH) is None
+
+
+def test_a_file_for_each_identity(tmp_path):
+    one, other = CostStore(tmp_path, {"model": "a"}), CostStore(tmp_path, {"model": "b"})
+    assert one.load() is None
+    one.save({"weights": [1.0]})
+    assert one.load() == {"weights": [1.0]}
+    assert other.load() is None
+    assert CostStore(tmp_path, {"model": "a"}).load() == {"weights": [1.0]}
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"format": 99}', '{"format": 1, "identity": {}, "costs": {}}', "\0"]
+)
+def test_a_file_that_is_not_ours_is_none(tmp_path, content):
+    store = CostStore(tmp_path, {"model": "a"})
+    store.path.parent.mkdir(exist_ok=True)
+    store.path.write_text(content)
+    assert store.load() is None
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    store = CostStore(tmp_path / "file", {"model": "a"})
+    store.save({})
+    assert "not kept" in caplog.text
+
+
+def test_saving_aside_does_not_wait(tmp_path):
+    store = CostStore(tmp_path, {"model": "a"})
+    store.save_aside({"weights": [2.0]})
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.daemon:
+            thread.join(5)
+    assert json.loads(store.path.read_text())["costs"] == {"weights": [2.0]}

@@ -1,0 +1,108 @@
+"""``vllm-instant explain``: why a running server drafts as it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+REASONS = {
+    "learning": "nothing measured yet: the first steps show what one costs without drafts",
+    "draft": "drafting brings more tokens a second",
+    "draft+probe": "as draft, and one request without drafts tries one, in case it has become predictable",
+    "reference": "one step without drafts, to know what they are compared with",
+    "off": "no drafting: the best plan would bring fewer tokens a second",
+    "probe": "off, but a request tries the drafter, in case it has become better",
+    "follow-up": "the last probe was accepted more often than expected: more of it at once",
+    "trial": "off, but drafting is so nearly as good that a whole step of it is tried",
+    "calibrating": "drafting at random, to learn what steps cost",
+}
+
+
+def explain(
+    url: Annotated[str, typer.Option(help="The server, without /v1.")] = "http://127.0.0.1:8000",
+    last: Annotated[int, typer.Option(min=1, max=2048, help="How many of the newest decisions.")] = 20,
+    request: Annotated[
+        str | None, typer.Option(help="Only decisions about this request: the id of its answer, or its beginning.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="The server's API key; VLLM_API_KEY by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the server answers.")] = False,
+) -> None:
+    """Show the newest decisions of a server's speculation policy: what was expected, what was chosen, what came out."""
+    key = api_key or os.environ.get("VLLM_API_KEY")
+    parameters: dict[str, Any] = {"last": last} | ({"request_id": request} if request else {})
+    try:
+        response = httpx.get(
+            f"{url.rstrip('/')}/v1/instant/decisions",
+            params=parameters,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=30,
+        )
+    except httpx.HTTPError as error:
+        _fail(f"{url} does not answer ({type(error).__name__}: {error})")
+    except httpx.InvalidURL as error:
+        _fail(f"{url} is no address: {error}")
+    if response.status_code == 401:
+        _fail(f"{url} wants an API key: give --api-key or set VLLM_API_KEY")
+    if response.status_code == 404:
+        _fail(f"{url} runs without vllm-instant: start it with --plugins vllm_instant")
+    if response.status_code != 200:
+        _fail(f"{url} answers HTTP {response.status_code}: {response.text[:200]}")
+    answer = response.json()
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    console = Console()
+    shown = 0
+    for engine in answer["engines"]:
+        if engine["decisions"]:
+            shown += len(engine["decisions"])
+            title = f"engine {engine['engine']}" if len(answer["engines"]) > 1 else None
+            console.print(render(engine["decisions"], title, of_request=request is not None))
+    if not shown:
+        what = f"no decision about request {request}" if request else "no decisions"
+        console.print(f"The server keeps {what}: its policy has decided nothing yet, or does not explain itself.")
+        return
+    used = {decision["reason"] for engine in answer["engines"] for decision in engine["decisions"]}
+    for reason in sorted(used & REASONS.keys()):
+        console.print(f"[bold]{reason}[/bold]: {REASONS[reason]}")
+
+
+def render(decisions: list[dict[str, Any]], title: str | None, of_request: bool) -> Table:
+    """The decisions as a table; with ``of_request`` the columns are those of the one request."""
+    table = Table(title=title, box=None, pad_edge=False)
+    headings = ["step", "reason", "requests"]
+    headings += ["its acceptance", "its drafts"] if of_request else ["acceptance", "drafts"]
+    headings += ["worth from", "expected gain", "expected tokens / ms", "without drafts ms", "came tokens / ms"]
+    headings += ["accepted"]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "reason" else "right")
+    for decision in decisions:
+        expected, outcome, rows = decision["expected"], decision["outcome"], decision["requests"]
+        acceptance = sum(row["acceptance"] for row in rows) / len(rows)
+        drafts = rows[0]["draft_tokens"] if of_request else decision["draft_tokens"]
+        table.add_row(
+            str(decision["step"]),
+            decision["reason"],
+            str(decision["num_requests"]),
+            f"{acceptance:.0%}",
+            str(drafts),
+            f"{expected['worth_from']:.0%}" if expected["worth_from"] < 1 else "–",
+            f"{expected['gain']:.2f}×",
+            f"{expected['tokens']:.1f} / {expected['milliseconds']:.1f}",
+            f"{expected['milliseconds_without_drafts']:.1f}",
+            f"{outcome['tokens']} / {outcome['milliseconds']:.1f}" if outcome else "…",
+            f"{outcome['accepted']} of {outcome['drafted']}" if outcome and outcome["drafted"] else "–",
+        )
+    return table
+
+
+def _fail(message: str) -> None:
+    print(f"vllm-instant: {message}", file=sys.stderr)
+    raise typer.Exit(2)
