@@ -26,7 +26,7 @@ def _complete(server, prompt, **parameters):
 def _counts(response):
     """Draft tokens that were proposed and accepted for a request, as its response says."""
     metrics = response.json()["metrics"]["speculative_decoding"]
-    return metrics["num_draft_tokens"], metrics["num_accepted_tokens"]
+    return metrics["num_draft_tokens"], metrics["num_accepted_draft_tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,8 @@ def test_decisions_can_be_read(server):
         [CLI, "explain", "--url", server.url, "--request", request_id], capture_output=True, text=True, timeout=60
     )
     assert shown.returncode == 0, shown.stderr
-    assert "expected gain" in shown.stdout.replace("\n", " ") or "gain" in shown.stdout
+    assert "its acceptance" in shown.stdout
+    assert len(shown.stdout.splitlines()) > 20
     raw = subprocess.run(
         [CLI, "explain", "--url", server.url, "--last", "3", "--json"], capture_output=True, text=True, timeout=60
     )

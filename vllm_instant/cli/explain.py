@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
-from rich.table import Table
+
+from vllm_instant.cli.common import print_columns
 
 REASONS = {
     "learning": "nothing measured yet: the first steps show what one costs without drafts",
@@ -58,49 +58,54 @@ def explain(
     if as_json:
         print(json.dumps(answer, indent=2))
         return
-    console = Console()
-    shown = 0
-    for engine in answer["engines"]:
-        if engine["decisions"]:
-            shown += len(engine["decisions"])
-            title = f"engine {engine['engine']}" if len(answer["engines"]) > 1 else None
-            console.print(render(engine["decisions"], title, of_request=request is not None))
-    if not shown:
+    decided = [engine for engine in answer["engines"] if engine["decisions"]]
+    if not decided:
         what = f"no decision about request {request}" if request else "no decisions"
-        console.print(f"The server keeps {what}: its policy has decided nothing yet, or does not explain itself.")
+        print(f"The server keeps {what}: its policy has decided nothing yet, or does not explain itself.")
         return
-    used = {decision["reason"] for engine in answer["engines"] for decision in engine["decisions"]}
-    for reason in sorted(used & REASONS.keys()):
-        console.print(f"[bold]{reason}[/bold]: {REASONS[reason]}")
+    for engine in decided:
+        if len(answer["engines"]) > 1:
+            print(f"engine {engine['engine']}")
+        headings = list(_HEADINGS)
+        if request:
+            headings[3:5] = ["its acceptance", "its drafts"]
+        print_columns(headings, (_row(decision, of_request=request is not None) for decision in engine["decisions"]))
+    for reason in sorted({d["reason"] for engine in decided for d in engine["decisions"]} & REASONS.keys()):
+        print(f"{reason}: {REASONS[reason]}")
 
 
-def render(decisions: list[dict[str, Any]], title: str | None, of_request: bool) -> Table:
-    """The decisions as a table; with ``of_request`` the columns are those of the one request."""
-    table = Table(title=title, box=None, pad_edge=False)
-    headings = ["step", "reason", "requests"]
-    headings += ["its acceptance", "its drafts"] if of_request else ["acceptance", "drafts"]
-    headings += ["worth from", "expected gain", "expected tokens / ms", "without drafts ms", "came tokens / ms"]
-    headings += ["accepted"]
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "reason" else "right")
-    for decision in decisions:
-        expected, outcome, rows = decision["expected"], decision["outcome"], decision["requests"]
-        acceptance = sum(row["acceptance"] for row in rows) / len(rows)
-        drafts = rows[0]["draft_tokens"] if of_request else decision["draft_tokens"]
-        table.add_row(
-            str(decision["step"]),
-            decision["reason"],
-            str(decision["num_requests"]),
-            f"{acceptance:.0%}",
-            str(drafts),
-            f"{expected['worth_from']:.0%}" if expected["worth_from"] < 1 else "–",
-            f"{expected['gain']:.2f}×",
-            f"{expected['tokens']:.1f} / {expected['milliseconds']:.1f}",
-            f"{expected['milliseconds_without_drafts']:.1f}",
-            f"{outcome['tokens']} / {outcome['milliseconds']:.1f}" if outcome else "…",
-            f"{outcome['accepted']} of {outcome['drafted']}" if outcome and outcome["drafted"] else "–",
-        )
-    return table
+_HEADINGS = (
+    "step",
+    "reason",
+    "requests",
+    "acceptance",
+    "drafts",
+    "worth from",
+    "gain",
+    "expected tokens in ms",
+    "without drafts ms",
+    "came tokens in ms",
+    "accepted",
+)
+
+
+def _row(decision: dict[str, Any], of_request: bool) -> list[str]:
+    """One decision as a line; with ``of_request`` acceptance and drafts are those of the one request."""
+    expected, outcome, rows = decision["expected"], decision["outcome"], decision["requests"]
+    acceptance = sum(row["acceptance"] for row in rows) / len(rows)
+    return [
+        str(decision["step"]),
+        decision["reason"],
+        str(decision["num_requests"]),
+        f"{acceptance:.0%}",
+        str(rows[0]["draft_tokens"] if of_request else decision["draft_tokens"]),
+        f"{expected['worth_from']:.0%}" if expected["worth_from"] < 1 else "–",
+        f"{expected['gain']:.2f}×",
+        f"{expected['tokens']:.1f} in {expected['milliseconds']:.1f}",
+        f"{expected['milliseconds_without_drafts']:.1f}",
+        f"{outcome['tokens']} in {outcome['milliseconds']:.1f}" if outcome else "…",
+        f"{outcome['accepted']} of {outcome['drafted']}" if outcome and outcome["drafted"] else "–",
+    ]
 
 
 def _fail(message: str) -> None:

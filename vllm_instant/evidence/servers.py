@@ -212,7 +212,8 @@ def serving_environment() -> dict[str, str]:
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     openmp = Path(sysconfig.get_path("data")) / "lib" / "libiomp5.so"
     if openmp.exists():
-        preloaded = [name for name in environment.get("LD_PRELOAD", "").split(":") if name]
+        # vLLM preloads GNU's OpenMP in a process that used its CPU platform, and refuses to run with both.
+        preloaded = [name for name in environment.get("LD_PRELOAD", "").split(":") if name and "libgomp" not in name]
         environment["LD_PRELOAD"] = ":".join([*preloaded, str(openmp)])
     for name in ("INSTANT_SETTINGS", "INSTANT_CONFIG", "VLLM_PLUGINS"):
         environment.pop(name, None)

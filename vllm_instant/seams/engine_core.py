@@ -53,6 +53,17 @@ def _change(module: ModuleType) -> None:
             post_step(self, model_executed)
 
     module.EngineCore.post_step = post_step_unless_nothing_was_drafted
+    shutdown = module.EngineCore.shutdown
+
+    @functools.wraps(shutdown)
+    def shutdown_after_saving(self: Any) -> None:
+        # Before the workers are waited for: who stops a server may not wait that long.
+        close = getattr(self.scheduler, "instant_close", None)
+        if close is not None:
+            close()
+        shutdown(self)
+
+    module.EngineCore.shutdown = shutdown_after_saving
 
 
 def install() -> None:
@@ -65,6 +76,7 @@ SEAM = Seam(
     purpose="numbers for the metrics, reasons for decisions",
     requirements=(
         Function("v1/engine/core.py", "EngineCore.post_step", ("self", "model_executed"), exact=True),
+        Function("v1/engine/core.py", "EngineCore.shutdown", ("self",), exact=True),
         Mentions("v1/engine/core.py", "EngineCore.__init__", ("scheduler", "model_executor")),
         Function("v1/engine/core_client.py", "AsyncMPClient.call_utility_all_async", ("self", "method")),
     ),

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm_instant.seams.import_hooks import when_imported
-from vllm_instant.seams.requirements import Function, Mentions, Seam
+from vllm_instant.seams.requirements import Function, Name, Seam
 from vllm_instant.speculation import requested_draft_length
 
 MODULE = "vllm.v1.engine.input_processor"
@@ -18,7 +18,13 @@ def _wrap(module: ModuleType) -> None:
 
     @functools.wraps(process_inputs)
     def checked(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        requested_draft_length(getattr(params, "extra_args", None))
+        try:
+            requested_draft_length(getattr(params, "extra_args", None))
+        except ValueError as error:
+            from vllm.exceptions import VLLMValidationError
+
+            # Any other exception would be an internal server error here.
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
         return process_inputs(self, request_id, prompt, params, *args, **kwargs)
 
     module.InputProcessor.process_inputs = checked
@@ -36,7 +42,7 @@ SEAM = Seam(
         Function(
             "v1/engine/input_processor.py", "InputProcessor.process_inputs", ("self", "request_id", "prompt", "params")
         ),
-        Mentions("v1/engine/input_processor.py", "InputProcessor.process_inputs", ("SamplingParams",)),
+        Name("exceptions.py", "VLLMValidationError"),
     ),
     slots=("speculation",),
     optional=True,

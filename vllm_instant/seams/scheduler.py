@@ -193,11 +193,10 @@ class SpeculationBudgetMixin:
             self.instant_budget.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
-    def shutdown(self) -> None:
-        """Let the policy keep what it learned."""
+    def instant_close(self) -> None:
+        """Let the policy keep what it learned (called by ``seams.engine_core``)."""
         if self.instant_budget is not None:
             self.instant_budget.close()
-        super().shutdown()  # type: ignore[misc]
 
     def instant_decisions(self, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
         """Why the newest draft lengths were chosen; see ``SpeculationPolicy.decisions``."""
@@ -249,7 +248,6 @@ SEAM = Seam(
         Mentions(
             "v1/engine/core.py", "EngineCore.step", ("execute_model", "get_grammar_bitmask", "update_from_output")
         ),
-        Function(_SCHEDULER, "Scheduler.shutdown", ("self",)),
         Mentions(
             _SCHEDULER,
             "Scheduler.__init__",

@@ -36,6 +36,7 @@ CLEAR_GAIN = 0.05
 CLOSE = 0.1
 """While drafting is expected to lose no more than this, whole steps of it are tried now and then."""
 SAVE_SECONDS = 60.0
+SAVE_OBSERVATIONS = 200
 PROMPT_HEAD = 32
 """Prompts that share so many tokens at their beginning (a system prompt) are of one class."""
 _FORGETTING = 0.97
@@ -354,7 +355,8 @@ class GoodputPolicy(SpeculationPolicy):
         if self._store is None:
             return
         now = self._clock()
-        if now - self._saved_at >= SAVE_SECONDS and self.costs.observations - self._saved_observations >= 200:
+        news = self.costs.observations - self._saved_observations
+        if news >= SAVE_OBSERVATIONS and (now - self._saved_at >= SAVE_SECONDS or not self._saved_observations):
             self._saved_at, self._saved_observations = now, self.costs.observations
             self._store.save_aside(self.costs.state())
 
