@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test test-unit lint env clean help
+.PHONY: demo serve test test-unit regret lint env clean help
 
 help:
 	@echo "make demo       a stock server and ours side by side, on real prompts"
 	@echo "make serve      the demo server alone, until Ctrl-C (PORT=8000)"
 	@echo "make test       all tests; real vLLM engines on the CPU included"
 	@echo "make test-unit  the tests without an engine"
+	@echo "make regret     is ours ever slower than the best of no speculation and fixed lengths? (6 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make env        only the virtual environment"
 
@@ -29,6 +30,9 @@ lint: env
 
 test-unit: env
 	$(BIN)/pytest -m unit
+
+regret: env
+	$(BIN)/python benchmarks/regret.py --short
 
 test: lint
 	$(BIN)/pytest

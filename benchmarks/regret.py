@@ -222,8 +222,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/regret.json")
     options = parser.parse_args()
     if options.short:
-        options.drafters, options.loads, options.lengths = "hopeless,oracle", "1,8", "2,8"
-        options.rounds, options.seconds = 4, 2.0
+        options.drafters, options.loads, options.lengths = "hopeless,oracle", "1,8", "8"
+        options.rounds, options.seconds = 3, 2.0
     lengths = tuple(int(k) for k in options.lengths.split(","))
     loads = [int(load) for load in options.loads.split(",")]
     pair_loads = [int(load) for load in options.pair_loads.split(",")] if options.pair_loads else loads

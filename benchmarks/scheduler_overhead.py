@@ -75,7 +75,8 @@ def measure(running: int, drafts: int, rounds: int, asynchronous: bool) -> dict[
     """Alternate both arms and return medians with intervals, in microseconds a step."""
     pair = assets.prepare(size=expand.SMALL, dtype="float32")
     config = harness.engine_config(pair.target, drafts, running, asynchronous)
-    carrier.publish(resolve(None, [f"speculation.num_draft_tokens={drafts}"]))
+    # The mechanism alone; a policy that thinks longer does so while the model runs (policy_overhead.py).
+    carrier.publish(resolve(None, ["speculation.plugin=fixed", f"speculation.num_draft_tokens={drafts}"]))
     arms = {
         "stock": Arm(AsyncScheduler if asynchronous else Scheduler, config, running, drafts, asynchronous),
         "vllm-instant": Arm(create_scheduler, config, running, drafts, asynchronous),

@@ -12,10 +12,15 @@ GOOD_NGRAM = '[drafter]\nplugin = "ngram"\nnum_speculative_tokens = 2\n'
 FILES = {
     "unknown table": ('[speculaton]\nplugin = "off"\n', ["[speculaton]", "did you mean speculation"]),
     "table that is no table": ("speculation = 3\n", ["speculation", "must be a table", "3"]),
-    "wrong key": ("[speculation]\nnum_draft_token = 3\n", ["num_draft_token", "did you mean num_draft_tokens"]),
-    "wrong type": ('[speculation]\nnum_draft_tokens = "four"\n', ["num_draft_tokens", "whole number", '"four"']),
-    "number in quotes": ('[speculation]\nnum_draft_tokens = "4"\n', ["num_draft_tokens", "whole number"]),
-    "fraction": ("[speculation]\nmax_batch_size = 1.5\n", ["max_batch_size", "whole number", "1.5"]),
+    "wrong key": ('[speculation]\nplugin = "fixed"\nnum_draft_token = 3\n', ["num_draft_token", "did you mean num_draft_tokens"]),
+    "wrong type": ('[speculation]\nplugin = "fixed"\nnum_draft_tokens = "four"\n', ["num_draft_tokens", "whole number", '"four"']),
+    "number in quotes": ('[speculation]\nplugin = "fixed"\nnum_draft_tokens = "4"\n', ["num_draft_tokens", "whole number"]),
+    "fraction": ('[speculation]\nplugin = "fixed"\nmax_batch_size = 1.5\n', ["max_batch_size", "whole number", "1.5"]),
+    "goal that is none": ("[speculation]\nitl_slo_ms = 0\n", ["[speculation] itl_slo_ms", "0"]),
+    "option of fixed without its name": (
+        "[speculation]\nnum_draft_tokens = 3\n",
+        ["[speculation] num_draft_tokens", "is an option of fixed, not of goodput"],
+    ),
     "out of bounds": ("[drafter]\nplugin = 'ngram'\nnum_speculative_tokens = 0\n", ["num_speculative_tokens", "0"]),
     "unknown plugin": ('[speculation]\nplugin = "fixd"\n', ["[speculation] plugin", "fixd", "did you mean fixed"]),
     "plugin that is no name": ("[speculation]\nplugin = true\n", ["[speculation] plugin", "name of a plugin", "true"]),
@@ -39,7 +44,7 @@ FILES = {
         ["[drafter]", "[vllm] speculative_config", "keep one"],
     ),
     "more drafts than the drafter makes": (
-        GOOD_NGRAM + "[speculation]\nnum_draft_tokens = 9\n",
+        GOOD_NGRAM + '[speculation]\nplugin = "fixed"\nnum_draft_tokens = 9\n',
         ["num_draft_tokens = 9", "more than the 2"],
     ),
     "bounds out of order": (

@@ -43,5 +43,5 @@ def test_every_selected_plugin_is_shown():
     registry = CollectorRegistry()
     InstantMetrics(resolve(), registry)
     text = generate_latest(registry).decode()
-    assert 'vllm_instant:plugin_info{distribution="vllm-instant",lossy="no",plugin="fixed",slot="speculation"' in text
+    assert 'vllm_instant:plugin_info{distribution="vllm-instant",lossy="no",plugin="goodput",slot="speculation"' in text
     assert text.count("vllm_instant:plugin_info{") == 7

@@ -37,6 +37,7 @@ def _plugin(slot="speculation", name="p", **rest):
 
 def test_first_party_plugins_come_through_the_public_entry_point_group():
     assert {(o.distribution, o.plugin.name) for o in plugin_manager().offers()} >= {
+        ("vllm-instant", "goodput"),
         ("vllm-instant", "fixed"),
         ("vllm-instant", "ngram"),
     }

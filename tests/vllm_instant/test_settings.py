@@ -11,7 +11,7 @@ from vllm_instant.settings import Deployment, resolve
 def test_defaults_are_lossless_and_ask_nothing_of_vllm():
     deployment = resolve()
     assert {slot: choice.plugin for slot, choice in deployment.slots.items()} == {
-        "speculation": "fixed",
+        "speculation": "goodput",
         "drafter": "native",
         "rejection_sampler": "token",
         "batching": "fcfs",
@@ -25,7 +25,7 @@ def test_defaults_are_lossless_and_ask_nothing_of_vllm():
 
 def test_command_line_over_environment_over_file_over_default(write_file, monkeypatch):
     path = write_file(
-        '[speculation]\nnum_draft_tokens = 1\nmax_batch_size = 2\n[vllm]\nmax_num_seqs = 3\ndtype = "half"\n'
+        '[speculation]\nplugin = "fixed"\nnum_draft_tokens = 1\nmax_batch_size = 2\n[vllm]\nmax_num_seqs = 3\ndtype = "half"\n'
     )
     monkeypatch.setenv("INSTANT_SPECULATION__NUM_DRAFT_TOKENS", "5")
     monkeypatch.setenv("INSTANT_VLLM__MAX_NUM_SEQS", "6")
@@ -33,6 +33,7 @@ def test_command_line_over_environment_over_file_over_default(write_file, monkey
     assert deployment.slots["speculation"].options == {"num_draft_tokens": 5, "max_batch_size": 2}
     assert deployment.vllm == {"max_num_seqs": 7, "dtype": "half"}
     assert deployment.origins == {
+        "speculation.plugin": str(path),
         "speculation.num_draft_tokens": "environment variable INSTANT_SPECULATION__NUM_DRAFT_TOKENS",
         "speculation.max_batch_size": str(path),
         "vllm.max_num_seqs": "--instant-set",
@@ -41,7 +42,7 @@ def test_command_line_over_environment_over_file_over_default(write_file, monkey
 
 
 def test_the_file_may_be_named_by_the_environment(write_file, monkeypatch):
-    monkeypatch.setenv("INSTANT_CONFIG", str(write_file("[speculation]\nmax_batch_size = 9\n")))
+    monkeypatch.setenv("INSTANT_CONFIG", str(write_file('[speculation]\nplugin = "fixed"\nmax_batch_size = 9\n')))
     assert resolve().slots["speculation"].options["max_batch_size"] == 9
 
 
@@ -91,13 +92,14 @@ def test_it_survives_the_journey_to_another_process(write_file):
 
 
 def test_all_problems_are_reported_at_once(write_file):
-    path = write_file('[speculation]\nnum_draft_tokens = "x"\nmax_batch_size = -1\n[drafter]\nplugin = "magic"\n')
+    path = write_file('[speculation]\nplugin = "fixed"\nnum_draft_tokens = "x"\nmax_batch_size = -1\n[drafter]\nplugin = "magic"\n')
     with pytest.raises(DeploymentError) as caught:
         resolve(path)
     assert len(caught.value.problems) == 3
 
 
 def test_environment_values_have_types(monkeypatch):
+    monkeypatch.setenv("INSTANT_SPECULATION__PLUGIN", "fixed")
     monkeypatch.setenv("INSTANT_SPECULATION__MAX_BATCH_SIZE", "many")
     with pytest.raises(DeploymentError, match=r"INSTANT_SPECULATION__MAX_BATCH_SIZE.*whole number.*many"):
         resolve()

@@ -10,6 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ SWITCH_ON_GAIN = 0.02
 STEADY_STEPS = 48
 CLEAR_GAIN = 0.05
 """For so many steps after it started or stopped, this much of a difference is needed."""
+RESTING_STEPS = 4
 CLOSE = 0.1
 """While drafting is expected to lose no more than this, whole steps of it are tried now and then."""
 SAVE_SECONDS = 60.0
@@ -88,7 +90,9 @@ class GoodputPolicy(SpeculationPolicy):
         self._hoped, self._got = 10.0, 10.0
         """Accepted tokens that were expected and that came, recently."""
         self._last_passes = 0
-        self._index_of: dict[str, int] = {}
+        self._resting: tuple[npt.NDArray[np.float64], Choice, Indices] | None = None
+        self._resting_until = 0
+        """While off with the same requests, the same decision holds for some steps without being worked out again."""
         self._context = np.zeros(64)
         self._granted = np.ones(64)
         self._proposed = np.ones(64)
@@ -113,7 +117,6 @@ class GoodputPolicy(SpeculationPolicy):
             self._proposed = np.pad(self._proposed, (0, more), constant_values=1.0)
             self._last_drafted = np.pad(self._last_drafted, (0, more))
             self._entered = np.pad(self._entered, (0, more))
-        self._index_of[request.request_id] = index
         self._context[index] = request.num_prompt_tokens + request.num_output_tokens
         self._granted[index] = self._proposed[index] = 1.0
         self._last_drafted[index] = 0.0
@@ -122,10 +125,6 @@ class GoodputPolicy(SpeculationPolicy):
         self.acceptance.enter(index, kind, hash(tuple(request.prompt_token_ids[:PROMPT_HEAD])))
         if self._goals is not None:
             self._goals.enter(index)
-
-    def forget(self, request_id: str) -> None:
-        """The request ended."""
-        self._index_of.pop(request_id, None)
 
     # ----------------------------------------------------------------------------------------------- choosing
 
@@ -138,6 +137,12 @@ class GoodputPolicy(SpeculationPolicy):
             return []
         self.allowance.step()
         indices = np.array([request.index for request in requests], np.intp)
+        resting = self._resting
+        if resting is not None and step.number < self._resting_until and not self._follow_up:
+            reach, choice, rested = resting
+            if np.array_equal(rested, indices):
+                return self._decide(step, indices, reach, choice, choice.lengths, "off")
+        self._resting = None
         reach = self.acceptance.reach(indices)
         realism = self._realism()
         context = float(self._context[indices].sum())
@@ -175,6 +180,9 @@ class GoodputPolicy(SpeculationPolicy):
             if trial is not None:
                 return self._decide(step, indices, reach, trial, trial.lengths, "trial")
             lengths, reason = self._while_off(choice, indices, context, step.max_draft_tokens)
+            if reason == "off" and goals is None:
+                off = replace(choice, lengths=lengths)
+                self._resting, self._resting_until = (reach, off, indices), step.number + RESTING_STEPS
         return self._decide(step, indices, reach, choice, lengths, reason)
 
     def _least_gain(self, number: int) -> float:
@@ -333,6 +341,8 @@ class GoodputPolicy(SpeculationPolicy):
         total, kept = int(drafted.sum()), int(accepted.sum())
         decision.drafted, decision.accepted, decision.took = total, kept, seconds
         decision.produced = kept + len(indices)
+        if not total and not any(decision.lengths):
+            return
         known = self._entered[indices] < decision.number
         granted = np.zeros(max(int(indices.max()), int(decision.indices.max())) + 1)
         granted[decision.indices] = decision.lengths

@@ -66,6 +66,7 @@ class TestConfig:
         assert "cannot be written" in result.stderr
 
     def test_show_says_where_each_value_came_from(self, run, write_file, monkeypatch):
+        monkeypatch.setenv("INSTANT_SPECULATION__PLUGIN", "fixed")
         monkeypatch.setenv("INSTANT_SPECULATION__MAX_BATCH_SIZE", "8")
         path = write_file('[drafter]\nplugin = "ngram"\n[vllm]\nmax_num_seqs = 3\n')
         lines = run("config", "show", path, "--set", "speculation.num_draft_tokens=2").stdout.splitlines()
@@ -81,7 +82,7 @@ class TestConfig:
     def test_check_of_a_good_file(self, run, write_file):
         result = run("config", "check", write_file("[vllm]\nmax_num_seqs = 3\n"))
         assert result.exit_code == 0
-        assert "ok (speculation=fixed" in result.stdout
+        assert "ok (speculation=goodput" in result.stdout
 
 
 @pytest.mark.usefixtures("with_test_plugins")
@@ -103,7 +104,7 @@ class TestDoctor:
             assert f"{seam.name} " in result.stdout
         [line] = [line for line in result.stdout.splitlines() if line.startswith("scheduler ")]
         assert "ok" in line
-        assert "speculation=fixed" in line
+        assert "speculation=goodput" in line
 
     @pytest.fixture
     def other_vllm(self, tmp_path):

@@ -103,7 +103,7 @@ class TestBuilding:
         assert self._build("off") is None
 
     def test_a_policy_is_built_with_its_options(self):
-        deployment = resolve(None, ["speculation.max_batch_size=3"])
+        deployment = resolve(None, ["speculation.plugin=fixed", "speculation.max_batch_size=3"])
         contained = building.build_contained("speculation", deployment, CONTEXT)
         assert contained.instance.max_batch_size == 3
         assert contained.plugin == "fixed"
@@ -116,7 +116,7 @@ class TestBuilding:
         )
 
     def test_an_object_that_does_not_follow_the_contract_is_refused(self):
-        with pytest.raises(building.PluginStartError, match="has no draft_lengths, observe, forget"):
+        with pytest.raises(building.PluginStartError, match="has no draft_lengths, enter, observe, forget, decisions, close"):
             self._build("incomplete")
 
 
