@@ -42,7 +42,7 @@ def server(launch, costs):
 
 def test_fifty_prompts_are_answered_as_by_stock(server, prompts, expected):
     assert ask_all(server, prompts) == expected
-    assert server.metrics()["vllm:spec_decode_num_draft_tokens_total"] > 50
+    assert server.metrics()["vllm:spec_decode_num_draft_tokens_total"] > 10
 
 
 def test_decisions_can_be_read(server):

@@ -12,9 +12,18 @@ GOOD_NGRAM = '[drafter]\nplugin = "ngram"\nnum_speculative_tokens = 2\n'
 FILES = {
     "unknown table": ('[speculaton]\nplugin = "off"\n', ["[speculaton]", "did you mean speculation"]),
     "table that is no table": ("speculation = 3\n", ["speculation", "must be a table", "3"]),
-    "wrong key": ('[speculation]\nplugin = "fixed"\nnum_draft_token = 3\n', ["num_draft_token", "did you mean num_draft_tokens"]),
-    "wrong type": ('[speculation]\nplugin = "fixed"\nnum_draft_tokens = "four"\n', ["num_draft_tokens", "whole number", '"four"']),
-    "number in quotes": ('[speculation]\nplugin = "fixed"\nnum_draft_tokens = "4"\n', ["num_draft_tokens", "whole number"]),
+    "wrong key": (
+        '[speculation]\nplugin = "fixed"\nnum_draft_token = 3\n',
+        ["num_draft_token", "did you mean num_draft_tokens"],
+    ),
+    "wrong type": (
+        '[speculation]\nplugin = "fixed"\nnum_draft_tokens = "four"\n',
+        ["num_draft_tokens", "whole number", '"four"'],
+    ),
+    "number in quotes": (
+        '[speculation]\nplugin = "fixed"\nnum_draft_tokens = "4"\n',
+        ["num_draft_tokens", "whole number"],
+    ),
     "fraction": ('[speculation]\nplugin = "fixed"\nmax_batch_size = 1.5\n', ["max_batch_size", "whole number", "1.5"]),
     "goal that is none": ("[speculation]\nitl_slo_ms = 0\n", ["[speculation] itl_slo_ms", "0"]),
     "option of fixed without its name": (

@@ -92,7 +92,9 @@ def test_it_survives_the_journey_to_another_process(write_file):
 
 
 def test_all_problems_are_reported_at_once(write_file):
-    path = write_file('[speculation]\nplugin = "fixed"\nnum_draft_tokens = "x"\nmax_batch_size = -1\n[drafter]\nplugin = "magic"\n')
+    path = write_file(
+        '[speculation]\nplugin = "fixed"\nnum_draft_tokens = "x"\nmax_batch_size = -1\n[drafter]\nplugin = "magic"\n'
+    )
     with pytest.raises(DeploymentError) as caught:
         resolve(path)
     assert len(caught.value.problems) == 3

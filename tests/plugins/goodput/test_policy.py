@@ -33,7 +33,7 @@ def _goodput(clock, **options):
 
 
 def _serve(classes, cost, users, policy=_goodput, requests=None, seed=1, **options):
-    requests = requests or max(36, 5 * users)
+    requests = requests or max(36, 10 * users)
     return simulate(
         policy,
         classes,

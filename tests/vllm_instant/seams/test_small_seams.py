@@ -116,7 +116,9 @@ class TestBuilding:
         )
 
     def test_an_object_that_does_not_follow_the_contract_is_refused(self):
-        with pytest.raises(building.PluginStartError, match="has no draft_lengths, enter, observe, forget, decisions, close"):
+        with pytest.raises(
+            building.PluginStartError, match="has no draft_lengths, enter, observe, forget, decisions, close"
+        ):
             self._build("incomplete")
 
 
