@@ -25,7 +25,8 @@ def test_defaults_are_lossless_and_ask_nothing_of_vllm():
 
 def test_command_line_over_environment_over_file_over_default(write_file, monkeypatch):
     path = write_file(
-        '[speculation]\nplugin = "fixed"\nnum_draft_tokens = 1\nmax_batch_size = 2\n[vllm]\nmax_num_seqs = 3\ndtype = "half"\n'
+        '[speculation]\nplugin = "fixed"\nnum_draft_tokens = 1\nmax_batch_size = 2\n'
+        '[vllm]\nmax_num_seqs = 3\ndtype = "half"\n'
     )
     monkeypatch.setenv("INSTANT_SPECULATION__NUM_DRAFT_TOKENS", "5")
     monkeypatch.setenv("INSTANT_VLLM__MAX_NUM_SEQS", "6")
