@@ -10,7 +10,7 @@ help:
 	@echo "make serve      the demo server alone, until Ctrl-C (PORT=8000)"
 	@echo "make test       all tests; real vLLM engines on the CPU included"
 	@echo "make test-unit  the tests without an engine"
-	@echo "make regret     is ours ever slower than the best of no speculation and fixed lengths? (6 minutes)"
+	@echo "make regret     is ours ever slower than the best of no speculation and fixed lengths? (minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make env        only the virtual environment"
 

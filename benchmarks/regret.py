@@ -11,7 +11,7 @@ Regret = 1 − ours / best arm, in output tokens a second; the best arm is the o
 that are more than 30 % behind after one round or 15 % after two get no further turns. Intervals are 95 %, bootstrapped
 over rounds.
 
-``--short`` (under 6 minutes) runs fewer arms, loads and rounds and exits with 1 when some regret is larger than 3 %
+``--short`` runs fewer arms, loads and rounds and exits with 1 when some regret is larger than 3 %
 beyond what the noise floor explains.
 """
 

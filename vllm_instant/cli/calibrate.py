@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_instant.cli.common import Overrides, problems_reported
+from vllm_instant.cli.common import Overrides, fail, problems_reported
 from vllm_instant.evidence.load import Prompt, measure
 from vllm_instant.evidence.servers import Server, ServerError
 from vllm_instant.settings import resolve
@@ -37,9 +37,9 @@ def calibrate(
         deployment = resolve(config, overrides or [])
         choice = deployment.slots["speculation"]
         if choice.plugin != "goodput":
-            _fail(f'[speculation] plugin = "{choice.plugin}" learns no costs; only goodput does')
+            fail(f'[speculation] plugin = "{choice.plugin}" learns no costs; only goodput does')
         if not choice.options.get("keep_costs", True):
-            _fail("[speculation] keep_costs = false: what is learned would be lost")
+            fail("[speculation] keep_costs = false: what is learned would be lost")
         largest = most or int(deployment.vllm.get("max_num_seqs", 32))
     settings = [f"--instant-set={override}" for override in overrides or []]
     if config is not None:
@@ -62,7 +62,7 @@ def calibrate(
                 with console.status(f"{level} concurrent requests, {seconds:.0f} s …"):
                     measured = measure(server.url, served, _prompts(), concurrency=level, seconds=seconds)
                 if measured.errors:
-                    _fail(f"the server refuses the load: {measured.errors[0]}")
+                    fail(f"the server refuses the load: {measured.errors[0]}")
                 console.print(f"{level:4} concurrent requests: {measured.tokens_per_second:.0f} tokens/s while trying")
             totals = server.metrics()
         except ServerError as error:
@@ -72,7 +72,7 @@ def calibrate(
             server.stop()
     steps = int(totals.get("vllm_instant:planned_steps_total", 0))
     if not totals.get("vllm_instant:draft_tokens_proposed_total"):
-        _fail("the server drafted nothing: it needs a drafter ([drafter], or speculative_config)")
+        fail("the server drafted nothing: it needs a drafter ([drafter], or speculative_config)")
     console.print(f"Learned from {steps} steps; the next server of this deployment starts with it.")
 
 
@@ -84,8 +84,3 @@ def _prompts() -> list[Prompt]:
         text = " ".join(spoken[(i * 7 + j * (i % 5 + 1)) % len(spoken)] for j in range(24))
         prompts.append(Prompt(text, i % 2 * 1.0))
     return prompts
-
-
-def _fail(message: str) -> None:
-    print(f"vllm-instant: {message}", file=sys.stderr)
-    raise typer.Exit(2)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -38,6 +38,12 @@ def problems_reported() -> Iterator[None]:
         for problem in error.problems:
             print(f"vllm-instant: {problem}", file=sys.stderr)
         raise typer.Exit(EXIT_CODE) from None
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one sentence what is wrong, and leave with exit code 2."""
+    print(f"vllm-instant: {message}", file=sys.stderr)
+    raise typer.Exit(EXIT_CODE)
 
 
 def working(message: str) -> Status:

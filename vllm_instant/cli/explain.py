@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from typing import Annotated, Any
 
 import httpx
 import typer
 
-from vllm_instant.cli.common import print_columns
+from vllm_instant.cli.common import fail, print_columns
 
 REASONS = {
     "learning": "nothing measured yet: the first steps show what one costs without drafts",
@@ -45,15 +44,15 @@ def explain(
             timeout=30,
         )
     except httpx.HTTPError as error:
-        _fail(f"{url} does not answer ({type(error).__name__}: {error})")
+        fail(f"{url} does not answer ({type(error).__name__}: {error})")
     except httpx.InvalidURL as error:
-        _fail(f"{url} is no address: {error}")
+        fail(f"{url} is no address: {error}")
     if response.status_code == 401:
-        _fail(f"{url} wants an API key: give --api-key or set VLLM_API_KEY")
+        fail(f"{url} wants an API key: give --api-key or set VLLM_API_KEY")
     if response.status_code == 404:
-        _fail(f"{url} runs without vllm-instant: start it with --plugins vllm_instant")
+        fail(f"{url} runs without vllm-instant: start it with --plugins vllm_instant")
     if response.status_code != 200:
-        _fail(f"{url} answers HTTP {response.status_code}: {response.text[:200]}")
+        fail(f"{url} answers HTTP {response.status_code}: {response.text[:200]}")
     answer = response.json()
     if as_json:
         print(json.dumps(answer, indent=2))
@@ -106,8 +105,3 @@ def _row(decision: dict[str, Any], of_request: bool) -> list[str]:
         f"{outcome['tokens']} in {outcome['milliseconds']:.1f}" if outcome else "…",
         f"{outcome['accepted']} of {outcome['drafted']}" if outcome and outcome["drafted"] else "–",
     ]
-
-
-def _fail(message: str) -> None:
-    print(f"vllm-instant: {message}", file=sys.stderr)
-    raise typer.Exit(2)

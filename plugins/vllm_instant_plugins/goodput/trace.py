@@ -38,8 +38,6 @@ class Decision:
     drafted: int | None = None
     accepted: int | None = None
     took: float | None = None
-    outcome: dict[str, tuple[int, int]] | None = None
-    """By request id, draft tokens that were verified and accepted; filled when asked for."""
 
     def plain(self, request_id: str | None = None) -> dict[str, Any] | None:
         """The decision as JSON types; with a request id only that request's row, None when it has none."""
