@@ -2,10 +2,11 @@
 
 .venv/bin/python benchmarks/collapse.py
 
-Ours and stock servers (no speculation; K = 8) take turns under the same closed loop of users. In each turn of ours the
-drafter is perfect, then random for about 300 steps, then perfect again. Compared are: the tokens a second from
-50 steps after the collapse on with those of no speculation, and from 50 steps after the recovery on with those of K = 8
-with perfect drafts. Steps are counted by the server itself (``/v1/instant/decisions``).
+The drafter is perfect, then random for about 300 steps, then perfect again, under a closed loop of users. Compared are
+the tokens a second from 50 steps after the collapse on with those of no speculation, and from 50 steps after the
+recovery on with those of K = 8 with perfect drafts: in turn on stock servers and on our own server with its clients
+pinning the length (the same process, so that only decisions differ). Steps are counted by the server itself
+(``/v1/instant/decisions``).
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 from regret_setup import MAX_TOKENS, MODEL, OFF, OURS, Servers, record_answers, snippets
 from results import write
 from rich.console import Console
 
 from vllm_instant.evidence.load import Measured, measure
 from vllm_instant.evidence.servers import running, settle
-from vllm_instant.evidence.statistics import ratio_interval
+from vllm_instant.evidence.statistics import Interval, ratio_interval
 
 STEPS_TO_NOTICE = 50
 HOPELESS_STEPS = 300
@@ -64,9 +64,15 @@ class Switching(threading.Thread):
         return int(answer["engines"][0]["decisions"][-1]["step"])
 
     def _after(self, step: int) -> float:
-        while self._step() < step:
-            time.sleep(0.1)
-        return self._now()
+        """When ``step`` was reached. Asking costs the server time, so the next question waits until it is likely."""
+        began, first = self._now(), self._step()
+        while True:
+            time.sleep(0.3)
+            now, newest = self._now(), self._step()
+            if newest >= step:
+                return now
+            rate = max(newest - first, 1) / (now - began)
+            time.sleep(max(0.0, min(2.0, 0.9 * (step - newest) / rate - 0.3)))
 
 
 def main() -> None:
@@ -86,56 +92,68 @@ def main() -> None:
             prompts = record_answers(servers, snippets("code", 0.0, 40, 5), answers)
             perfect = {"mode": "oracle", "answers": str(answers)}
             for users in (int(load) for load in options.loads.split(",")):
-                off, fixed, hopeless, perfect_again = [], [], [], []
-                steps = []
-
-                def load(arm: str, seconds: float, number: int, users: int = users) -> Measured:
-                    settle()
-                    turn = measure(
-                        servers.url(arm),
-                        MODEL,
-                        prompts,
-                        concurrency=users,
-                        seconds=seconds,
-                        max_tokens=MAX_TOKENS,
-                        first_prompt=number * 8,
-                    )
-                    if turn.errors:
-                        raise SystemExit(turn.errors[0])
-                    return turn
-
-                for number in range(options.rounds):
-                    servers.draft_like(perfect)
-                    off.append(load(OFF, 5.0, number).tokens_per_second)
-                    fixed.append(load("K=8", 5.0, number).tokens_per_second)
-                    load(OURS, 3.0, number)
-                    settle()
-                    switching = Switching(servers, perfect)
-                    switching.start()
-                    turn = load_while(switching, servers, prompts, users, number)
-                    opened = turn.opened_at
-                    hopeless.append(turn.speed_between(switching.noticed - opened, switching.recovered - opened))
-                    perfect_again.append(turn.speed_between(switching.noticed_again - opened, turn.seconds))
-                    steps.append(switching.hopeless_steps)
-                collapse, recovery = ratio_interval(hopeless, off), ratio_interval(perfect_again, fixed)
+                found = one_load(servers, prompts, perfect, users, options.rounds)
                 console.print(
-                    f"{users} users: from {STEPS_TO_NOTICE} steps after the collapse on {collapse:.3f} times no "
-                    f"speculation; from {STEPS_TO_NOTICE} steps after the recovery on {recovery:.3f} times K=8"
+                    f"{users} users: from {STEPS_TO_NOTICE} steps after the collapse on "
+                    f"{Interval(**found['after_collapse_to_off']):.3f} times no speculation, "
+                    f"{Interval(**found['after_collapse_to_pinned_off']):.3f} in the same process; after the recovery "
+                    f"{Interval(**found['after_recovery_to_k8']):.3f} times K=8, "
+                    f"{Interval(**found['after_recovery_to_pinned_k8']):.3f} in the same process",
+                    soft_wrap=True,
                 )
-                measured.append(
-                    {
-                        "users": users,
-                        "steps_hopeless": steps,
-                        "after_collapse_to_off": vars(collapse),
-                        "after_recovery_to_k8": vars(recovery),
-                        "off_tokens_per_second": off,
-                        "k8_tokens_per_second": fixed,
-                        "after_collapse_tokens_per_second": hopeless,
-                        "after_recovery_tokens_per_second": perfect_again,
-                        "median_k8_over_off": float(np.median(fixed) / np.median(off)),
-                    }
-                )
+                measured.append(found)
     write(options.output, measured)
+
+
+def one_load(servers: Servers, prompts: Any, perfect: dict[str, Any], users: int, rounds: int) -> dict[str, Any]:
+    """All rounds with this many users."""
+    speeds: dict[str, list[float]] = {}
+    steps = []
+
+    def turn(name: str, server: str, seconds: float, number: int, speculation: int | str | None = None) -> None:
+        settle()
+        extra = {} if speculation is None else {"vllm_xargs": {"instant_speculation": speculation}}
+        measured = measure(
+            servers.url(server),
+            MODEL,
+            prompts,
+            concurrency=users,
+            seconds=seconds,
+            max_tokens=MAX_TOKENS,
+            first_prompt=number * 8,
+            extra=extra,
+        )
+        if measured.errors:
+            raise SystemExit(measured.errors[0])
+        speeds.setdefault(name, []).append(measured.tokens_per_second)
+
+    for number in range(rounds):
+        servers.draft_like(perfect)
+        turn("off", OFF, 5.0, number)
+        turn("K=8", "K=8", 5.0, number)
+        turn("ours, off", OURS, 5.0, number, "off")
+        turn("ours, K=8", OURS, 5.0, number, 8)
+        turn("ours, perfect", OURS, 3.0, number)
+        settle()
+        switching = Switching(servers, perfect)
+        switching.start()
+        whole = load_while(switching, servers, prompts, users, number)
+        opened = whole.opened_at
+        hopeless = whole.speed_between(switching.noticed - opened, switching.recovered - opened)
+        speeds.setdefault("after the collapse", []).append(hopeless)
+        again = whole.speed_between(switching.noticed_again - opened, whole.seconds)
+        speeds.setdefault("after the recovery", []).append(again)
+        steps.append(switching.hopeless_steps)
+    hopeless, again = speeds["after the collapse"], speeds["after the recovery"]
+    return {
+        "users": users,
+        "steps_hopeless": steps,
+        "after_collapse_to_off": vars(ratio_interval(hopeless, speeds["off"])),
+        "after_collapse_to_pinned_off": vars(ratio_interval(hopeless, speeds["ours, off"])),
+        "after_recovery_to_k8": vars(ratio_interval(again, speeds["K=8"])),
+        "after_recovery_to_pinned_k8": vars(ratio_interval(again, speeds["ours, K=8"])),
+        "tokens_per_second": speeds,
+    }
 
 
 def load_while(switching: Switching, servers: Servers, prompts: Any, users: int, number: int) -> Measured:

@@ -23,6 +23,7 @@ MAX_DRAFT_TOKENS = 8
 MAX_TOKENS = (64, 112)
 PROMPT_CHARACTERS = 140
 OFF, AGAIN, OURS = "off", "off again", "ours"
+PINNED_OFF = "ours, off"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,29 @@ class Workload:
     """Servers with the same family draft in the same way."""
     control: dict[str, Any] | None
     prompts: Sequence[Prompt]
+    pinned: Sequence[int] = (0,)
+    """Draft lengths at which our own server is pinned by its clients, as arms of their own."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A server and how it is asked."""
+
+    server: str
+    extra: dict[str, Any]
+
+
+def arms_of(servers: Servers, workload: Workload) -> dict[str, Arm]:
+    """All arms of a workload: one a server, and our server pinned to a draft length.
+
+    Two processes of one kind differ in speed by some percent for as long as they live (where their memory lies). The
+    pinned arms share the process with ours, so that what differs is the decisions alone.
+    """
+    arms = {name: Arm(name, {}) for name in servers.arms}
+    for length in workload.pinned:
+        name = f"{OURS}, K={length}" if length else PINNED_OFF
+        arms[name] = Arm(OURS, {"vllm_xargs": {"instant_speculation": length or "off"}})
+    return arms
 
 
 def snippets(kind: str, temperature: float, count: int, seed: int) -> list[Prompt]:

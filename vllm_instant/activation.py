@@ -6,7 +6,15 @@ import logging
 
 from vllm_instant import carrier
 from vllm_instant.problems import DeploymentError, Problem
-from vllm_instant.seams import catalogue, cpu_sampling, draft_skipping, drafter, engine_core, request_options
+from vllm_instant.seams import (
+    catalogue,
+    cpu_sampling,
+    draft_skipping,
+    drafter,
+    engine_core,
+    plain_sampling,
+    request_options,
+)
 from vllm_instant.settings import Deployment
 
 logger = logging.getLogger("vllm.instant")
@@ -56,6 +64,6 @@ def activate() -> None:
     cpu_sampling.install()
     drafter.install()
     # Optional: a vLLM that they do not fit is served without them.
-    for seam in (draft_skipping, request_options, engine_core):
+    for seam in (draft_skipping, plain_sampling, request_options, engine_core):
         if catalogue.fits_installed(seam.SEAM):
             seam.install()

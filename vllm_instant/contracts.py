@@ -88,6 +88,8 @@ class RequestState:
     """Small, unique among the live requests, used again later: lets a policy keep its state in arrays."""
     prompt_token_ids: Sequence[int] = ()
     """Empty when the prompt came as embeddings."""
+    pinned_draft_length: int | None = None
+    """The draft length that its client asked for, which no policy changes; None when the policy decides."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,8 @@ class SpeculationBudget:
         except ValueError:
             length = None  # refused at the door where there is one (seams/request_options.py); else the policy decides
         if length is not None:
-            self._overruled[state.request_id] = min(length, self.max_draft_tokens)
+            state.pinned_draft_length = min(length, self.max_draft_tokens)
+            self._overruled[state.request_id] = state.pinned_draft_length
         self.policy.call("enter", lambda policy: policy.enter(state), None)
 
     def forget(self, request_id: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from vllm_instant.cli import calibrate, config, demo, doctor, explain, plugins
+from vllm_instant.cli import calibrate, config, demo, distill, doctor, explain, plugins
 
 app = typer.Typer(
     name="vllm-instant",
@@ -16,6 +16,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(demo.app, name="demo")
 app.command(name="plugins")(plugins.list_plugins)
 app.command(name="doctor")(doctor.doctor)
+app.command(name="distill")(distill.distill)
 app.command(name="explain")(explain.explain)
 app.command(name="calibrate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     calibrate.calibrate

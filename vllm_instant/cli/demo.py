@@ -35,6 +35,21 @@ def models(
 
 
 @app.command()
+def text(output: Annotated[Path, typer.Argument(help="Folder to write to.")]) -> None:
+    """Write the text that the demo models learned from, and what was held out, as files for `vllm-instant distill`."""
+    from vllm_instant.demo.corpus import documents
+
+    for document in documents():
+        folder = output / ("held_out" if document.held_out else "training") / document.kind
+        folder.mkdir(parents=True, exist_ok=True)
+        # Flat names: two modules of one name in different packages must not meet.
+        name = document.name.replace("/", ".").removesuffix(".py")
+        suffix = ".py" if document.kind == "code" else ".txt"
+        (folder / (name + suffix)).write_text(document.text, encoding="utf-8")
+    print(f"text in {output}/training and {output}/held_out")
+
+
+@app.command()
 def train(output: Annotated[Path, typer.Argument(help="Folder for the new pair; resumes what is there.")]) -> None:
     """Train the demo pair from scratch on the standard library's text (over an hour on two cores)."""
     from vllm_instant.demo import training_run

@@ -19,6 +19,8 @@ REASONS = {
     "off": "no drafting: the best plan would bring fewer tokens a second",
     "probe": "off, but a request tries the drafter, in case it has become better",
     "follow-up": "the last probe was accepted more often than expected: more of it at once",
+    "costs": "what so many drafts cost is uncertain, and they may be the best plan: tried to learn it",
+    "pinned": "all requests have lengths that their clients asked for",
     "trial": "off, but drafting is so nearly as good that a whole step of it is tried",
     "calibrating": "drafting at random, to learn what steps cost",
 }

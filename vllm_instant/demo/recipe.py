@@ -4,10 +4,7 @@ Run ``vllm-instant demo train OUTPUT_DIR``. Seeds and hyper-parameters are fixed
 ``recipe.json`` with the versions, the losses and the acceptance that were reached. Training can be stopped and
 resumed: a checkpoint is kept beside the output.
 
-The base model learns from text (warm-up, constant rate, linear decay; Muon for the matrices of the layers, AdamW for
-the rest). The draft model learns from the base model's next-token distributions: forward KL divergence first, then the
-total-variation distance, because the chance that rejection sampling accepts a draft token is one minus exactly that
-distance (Leviathan et al. 2023, section 3.5).
+The base model learns from text. The draft model is made from it as ``vllm-instant distill`` makes one for any target.
 """
 
 from __future__ import annotations
@@ -20,10 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_instant.demo.corpus import Document, documents
+from vllm_instant.distillation import distill
+from vllm_instant.distillation.text import TextClass, TokenClass, tokenized
+from vllm_instant.distillation.training import Loss, Training, train
 
 if TYPE_CHECKING:
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 4096
@@ -57,20 +58,6 @@ class Architecture:
         )
 
 
-@dataclass(frozen=True)
-class Training:
-    """How long and how fast one model is trained. ``batch`` sequences of ``context`` tokens make a step."""
-
-    seed: int
-    steps: int
-    decay_steps: int
-    matrix_rate: float
-    other_rate: float
-    batch: int = 16
-    context: int = 512
-    warmup_steps: int = 40
-
-
 BASE = Architecture(256, 768, 6, 4, 2, 64)
 DRAFT = Architecture(96, 224, 2, 3, 1, 32)
 BASE_TRAINING = Training(seed=1, steps=1600, decay_steps=400, matrix_rate=0.02, other_rate=3e-3)
@@ -97,98 +84,26 @@ def train_tokenizer(corpus: list[Document]) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, corpus: list[Document]) -> torch.Tensor:
-    """All documents as one int64 token stream, each ended by EOS."""
-    import torch
-
-    ids: list[int] = []
+def classes(corpus: list[Document]) -> list[TextClass]:
+    """The corpus by kind."""
+    found: dict[str, TextClass] = {}
     for document in corpus:
-        ids.extend(tokenizer(document.text, add_special_tokens=False)["input_ids"])
-        ids.append(tokenizer.eos_token_id)
-    return torch.tensor(ids)
+        text = found.setdefault(document.kind, TextClass(document.kind))
+        text.add(document.name, document.text, document.held_out)
+    return list(found.values())
 
 
-def learning_rate_factor(step: int, plan: Training) -> float:
-    """Warm-up, constant, then linear decay to zero over the last ``decay_steps``."""
-    if step < plan.warmup_steps:
-        return (step + 1) / plan.warmup_steps
-    return min(1.0, (plan.steps - step) / plan.decay_steps)
-
-
-Loss = Callable[["LlamaForCausalLM", "torch.Tensor", float], "torch.Tensor"]
-"""(model, token ids ``[batch, context]``, progress 0..1) → scalar loss."""
-
-
-def text_loss(model: LlamaForCausalLM, tokens: torch.Tensor, progress: float) -> torch.Tensor:
+def text_loss(stream: torch.Tensor, plan: Training) -> Loss:
     """Next-token cross entropy in nats."""
-    return model(input_ids=tokens, labels=tokens).loss
 
-
-def distillation_loss(teacher: LlamaForCausalLM) -> Loss:
-    """Forward KL divergence to the teacher, turning into total-variation distance in the second half."""
-    import torch
-
-    def loss(model: LlamaForCausalLM, tokens: torch.Tensor, progress: float) -> torch.Tensor:
-        with torch.no_grad():
-            target = teacher(input_ids=tokens).logits.float().log_softmax(-1)
-        draft = model(input_ids=tokens).logits.float().log_softmax(-1)
-        if progress < 0.5:
-            return (target.exp() * (target - draft)).sum(-1).mean()
-        return 0.5 * (target.exp() - draft.exp()).abs().sum(-1).mean()
-
-    return loss
-
-
-def train(
-    model: LlamaForCausalLM,
-    stream: torch.Tensor,
-    plan: Training,
-    loss_function: Loss,
-    checkpoint: Path,
-    report: Callable[[int, int, float], None],
-) -> None:
-    """Train in place, resuming from ``checkpoint`` when it is there; ``report(step, steps, loss)`` after each step."""
-    import torch
-
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=plan.matrix_rate, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=plan.other_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    base_rates = [plan.matrix_rate, plan.other_rate]
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start = state["step"]
-    model.train()
-    for step in range(start, plan.steps):
-        # The batch depends on the step alone, so that a resumed run sees the same data.
+    def loss(model: Any, step: int, progress: float) -> torch.Tensor:
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
         offsets = torch.randint(0, len(stream) - plan.context, (plan.batch,), generator=generator)
         tokens = torch.stack([stream[o : o + plan.context] for o in offsets])
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_function(model, tokens, step / plan.steps)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, rate in zip(optimizers, base_rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * learning_rate_factor(step, plan)
-            optimizer.step()
-            optimizer.zero_grad()
-        report(step + 1, plan.steps, loss.item())
-        if (step + 1) % 100 == 0 or step + 1 == plan.steps:
-            partial = checkpoint.with_suffix(".part")
-            torch.save(
-                {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1},
-                partial,
-            )
-            partial.replace(checkpoint)
-    model.eval()
+        value: torch.Tensor = model(input_ids=tokens, labels=tokens).loss
+        return value
+
+    return loss
 
 
 def evaluate(
@@ -199,8 +114,6 @@ def evaluate(
     ``acceptance`` is the expected acceptance at temperature 1 (overlap of the two distributions), ``agreement`` the
     share of positions where both would pick the same token greedily.
     """
-    import torch
-
     losses, overlaps, agreements = [], [], []
     with torch.inference_mode():
         for start in range(0, len(stream) - context, context * 2):
@@ -216,44 +129,66 @@ def evaluate(
 
 def run(output: Path, report: Callable[[str, int, int, float], None]) -> dict[str, Any]:
     """Make both models under ``output/base`` and ``output/draft``; returns what ``recipe.json`` then holds."""
-    import torch
     import transformers
 
     work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
     corpus = list(documents())
     tokenizer = train_tokenizer(corpus)
-    training = encode(tokenizer, [d for d in corpus if not d.held_out])
-    held_out = encode(tokenizer, [d for d in corpus if d.held_out])
+    tokens = tokenized(tokenizer, classes(corpus), BASE_TRAINING.context)
+    training = torch.cat([c.training for c in tokens])
     started = time.monotonic()
 
-    models: dict[str, LlamaForCausalLM] = {}
-    for name, architecture, plan in (("base", BASE, BASE_TRAINING), ("draft", DRAFT, DRAFT_TRAINING)):
-        torch.manual_seed(plan.seed)
-        model = transformers.LlamaForCausalLM(architecture.config())
-        loss = text_loss if name == "base" else distillation_loss(models["base"])
-        train(
-            model,
-            training,
-            plan,
-            loss,
-            work / f"{name}.pt",
-            lambda step, steps, value, name=name: report(name, step, steps, value),  # type: ignore[misc]
-        )
-        models[name] = model
-        model.to(torch.bfloat16).save_pretrained(output / name)
-        tokenizer.save_pretrained(output / name)
-        model.float()
+    torch.manual_seed(BASE_TRAINING.seed)
+    base = transformers.LlamaForCausalLM(BASE.config())
+    train(
+        base,
+        BASE_TRAINING,
+        text_loss(training, BASE_TRAINING),
+        work / "base",
+        lambda step, steps, loss: report("base", step, steps, loss),
+    )
+    base.to(torch.bfloat16).save_pretrained(output / "base")
+    tokenizer.save_pretrained(output / "base")
+    seconds = {"base": round(time.monotonic() - started)}
+    return draft_and_card(output, base, tokenizer, tokens, seconds, report)
 
+
+def draft_and_card(
+    output: Path,
+    base: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: list[TokenClass],
+    seconds: dict[str, int],
+    report: Callable[[str, int, int, float], None],
+) -> dict[str, Any]:
+    """Distil the draft model from a base in bfloat16, and write the card of both."""
+    import transformers
+
+    torch.manual_seed(DRAFT_TRAINING.seed)
+    draft = transformers.LlamaForCausalLM(DRAFT.config())
+    taken = distill.distill(
+        base.eval(),
+        draft,
+        tokens,
+        output / "work",
+        plan=DRAFT_TRAINING,
+        progress=lambda step, steps, loss: report("draft", step, steps, loss),
+    )
+    draft.to(torch.bfloat16).save_pretrained(output / "draft")
+    tokenizer.save_pretrained(output / "draft")
+    acceptance = [found.plain() for found in distill.judge(base, draft, tokens)]
+    held_out = torch.cat([c.held_out for c in tokens])
     card = {
-        "base": asdict(BASE) | {"parameters": models["base"].num_parameters()},
-        "draft": asdict(DRAFT) | {"parameters": models["draft"].num_parameters()},
+        "base": asdict(BASE) | {"parameters": base.num_parameters()},
+        "draft": asdict(DRAFT) | {"parameters": draft.num_parameters()},
         "base_training": asdict(BASE_TRAINING),
         "draft_training": asdict(DRAFT_TRAINING),
-        "training_tokens": len(training),
+        "training_tokens": sum(len(c.training) for c in tokens),
         "held_out_tokens": len(held_out),
-        "held_out": evaluate(models["base"], models["draft"], held_out),
-        "seconds": round(time.monotonic() - started),
+        "held_out": evaluate(base.float(), draft.float(), held_out),
+        "acceptance": acceptance,
+        "seconds": seconds | {"draft": round(taken)},
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -10,8 +10,9 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import numpy as np
@@ -71,6 +72,7 @@ def measure(
     warm_up: float = 0.3,
     max_tokens: tuple[int, int] = (80, 128),
     first_prompt: int = 0,
+    extra: Mapping[str, Any] | None = None,
 ) -> Measured:
     """Run ``concurrency`` users and measure ``seconds`` of it.
 
@@ -79,10 +81,11 @@ def measure(
 
     User ``i`` sends prompts ``first_prompt + i``, ``first_prompt + i + concurrency``, … of the list, over and over.
     The lengths of the answers lie between the two bounds, by the number of the prompt: were they all the same, the
-    users would fall into step with each other, and a window would see whole rounds of answers or none.
+    users would fall into step with each other, and a window would see whole rounds of answers or none. ``extra`` is
+    added to the body of every request.
     """
     return asyncio.run(
-        _measure(url, model, prompts, concurrency, seconds, warm_up, max_tokens, first_prompt),
+        _measure(url, model, prompts, concurrency, seconds, warm_up, max_tokens, first_prompt, extra or {}),
     )
 
 
@@ -95,6 +98,7 @@ async def _measure(
     warm_up: float,
     max_tokens: tuple[int, int],
     first_prompt: int,
+    extra: Mapping[str, Any],
 ) -> Measured:
     measured = Measured(seconds)
     window = _Window()
@@ -102,7 +106,7 @@ async def _measure(
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         users = [
             asyncio.create_task(
-                _user(client, model, prompts, first_prompt + i, concurrency, max_tokens, measured, window)
+                _user(client, model, prompts, first_prompt + i, concurrency, max_tokens, measured, window, extra)
             )
             for i in range(concurrency)
         ]
@@ -138,6 +142,7 @@ async def _user(
     max_tokens: tuple[int, int],
     measured: Measured,
     window: _Window,
+    extra: Mapping[str, Any],
 ) -> None:
     number = first
     begun = False
@@ -152,6 +157,7 @@ async def _user(
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            **extra,
         }
         number += stride
         sent = before = time.perf_counter()

@@ -57,6 +57,7 @@ class StepCost:
         draft_pass: seconds of each drafter pass.
         draft_pass_request: further seconds of each pass and request.
         draft_start: seconds that drafting costs at all.
+        missed_second: tokens a second that the drafter reads of what came while it was off.
 
     """
 
@@ -65,8 +66,9 @@ class StepCost:
     draft_pass: float = 0.0
     draft_pass_request: float = 0.0
     draft_start: float = 0.0
+    missed_second: float = np.inf
 
-    def seconds(self, rows: int, context: int, passes: int, requests: int) -> float:
+    def seconds(self, rows: int, context: int, passes: int, requests: int, missed: int = 0) -> float:
         """Time of one step, without noise."""
         sizes, times = zip(*self.rows, strict=True)
         if rows <= sizes[-1]:
@@ -74,7 +76,7 @@ class StepCost:
         else:
             target = times[-1] + (rows - sizes[-1]) * (times[-1] - times[-2]) / (sizes[-1] - sizes[-2])
         drafting = self.draft_start + passes * (self.draft_pass + self.draft_pass_request * requests) if passes else 0.0
-        return target + context / self.context_second + drafting
+        return target + context / self.context_second + drafting + missed / self.missed_second
 
 
 # Medians measured on two cores with a 105M model in bfloat16 (vLLM 0.32.0, CPU, eager); note the fall from 2 to 3 rows.
@@ -139,6 +141,8 @@ class _Running:
     luck: npt.NDArray[np.float64]
     """Uniform in 0..1 for each output token: a draft of it is accepted when this is below the chance."""
     granted: int = 0
+    missed: int = 0
+    """Tokens that the drafter has not read."""
     first_token_at: float | None = None
 
 
@@ -208,7 +212,13 @@ def simulate(
         accepted = [_accepted(classes[r.kind].acceptance, step, r) for r in running]
         rows, passes = len(running) + sum(drafted), max(lengths, default=0)
         context = sum(r.state.num_prompt_tokens + r.state.num_output_tokens for r in running)
-        seconds = cost.seconds(rows, context, passes, len(running)) * max(0.5, 1 + noise * random.standard_normal())
+        missed = 0
+        for request, length in zip(running, lengths, strict=True):
+            if length:
+                missed, request.missed = missed + request.missed, 0
+        seconds = cost.seconds(rows, context, passes, len(running), missed) * max(
+            0.5, 1 + noise * random.standard_normal()
+        )
         seconds *= 3 if random.random() < hiccups else 1
         clock.now += seconds
         counted = finished >= warm_up_requests
@@ -218,6 +228,7 @@ def simulate(
             request.left -= gained
             request.state.num_output_tokens += gained
             request.granted = length
+            request.missed += 0 if length else gained
             produced += gained
             if request.first_token_at is None:
                 request.first_token_at = clock.now
@@ -259,7 +270,8 @@ def _arrivals(classes: Sequence[RequestClass], count: int, random: np.random.Gen
         tokens = int(random.integers(chosen.output_tokens[0], chosen.output_tokens[1] + 1))
         prompt = [chosen.prompt_head] * 32 + [number]
         state = RequestState(f"r{number}", chosen.prompt_tokens, tokens, chosen.temperature, prompt_token_ids=prompt)
-        yield _Running(state, kind, tokens, random.random(tokens + 129))
+        # The drafter has not read the prompt either.
+        yield _Running(state, kind, tokens, random.random(tokens + 129), missed=chosen.prompt_tokens)
 
 
 def _accepted(acceptance: Acceptance, step: int, request: _Running) -> int:

@@ -57,6 +57,8 @@ def choose(
     weights: Array | None = None,
     yields: Array | None = None,
     must_draft: bool = False,
+    more_rows: float = 0.0,
+    sigmas: float = 0.0,
 ) -> Choice:
     """The plan with the most expected tokens a second, which may be to draft nothing.
 
@@ -69,6 +71,8 @@ def choose(
         weights: what a token of each request is worth, ``[requests]``; 1 by default.
         yields: share of the granted draft tokens that the drafter delivers, ``[requests]``; 1 by default.
         must_draft: the best plan that drafts anything, if the limits allow one.
+        more_rows: rows that the step has in any case, beside one a request.
+        sigmas: believe that steps with drafts cost this many standard deviations less than estimated.
 
     """
     requests, positions = reach.shape
@@ -86,10 +90,11 @@ def choose(
     rows[1:] = rows_of.reshape(positions, LEVELS)[:, ::-1].cumsum(1)[:, ::-1].cumsum(0)
     tokens[1:] = tokens_of.reshape(positions, LEVELS)[:, ::-1].cumsum(1)[:, ::-1].cumsum(0)
 
-    all_rows = rows + requests
+    all_rows = rows + requests + more_rows
     passes = np.arange(positions + 1.0)[:, None]
-    seconds = costs.target_seconds(all_rows, context)
-    off_seconds = float(seconds[0, 0])
+    seconds = costs.target_seconds(all_rows, context, sigmas)
+    off_seconds = float(costs.target_seconds(all_rows[0, :1], context)[0])
+    seconds[0] = off_seconds
     seconds += (rows > 0) * costs.verifying_seconds() + costs.drafting_seconds(passes, all_rows, requests)
     base = float(requests) if weights is None else float(weights.sum())
     rate = (base + tokens) / seconds

@@ -24,13 +24,17 @@ Array = npt.NDArray[np.float64]
 _KNOTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
 CONTEXT_UNIT = 1024.0
 """Tokens of context that one unit of the context weight stands for."""
-_EXTRA = ("context", "verifying", "drafting", "drafting rows", "passes", "pass requests")
+MISSED_UNIT = 128.0
+"""The same for tokens that the drafter has to read before it drafts."""
+_EXTRA = ("context", "verifying", "drafting", "drafting rows", "passes", "pass requests", "resuming", "missed")
 
 OUTLIER_SIGMAS = 3.0
 _COMMON_DRIFT = 0.002
 _OWN_DRIFT = 0.001
 _PRIOR_POWER = 0.2
 _PRIOR_STEP = 0.15
+_PRIOR_EXTRA = (0.02, 0.05, 0.05, 0.001, 0.05, 0.005, 0.01, 0.02)
+"""Standard deviations of the further weights, relative to a step."""
 
 
 class StepCosts:
@@ -61,7 +65,9 @@ class StepCosts:
         """Whether any step was measured."""
         return self.observations > 0
 
-    def features(self, rows: float, context: float, drafts: float, passes: float, requests: float) -> Array:
+    def features(
+        self, rows: float, context: float, drafts: float, passes: float, requests: float, missed: float = 0.0
+    ) -> Array:
         """The feature vector of one step, shape ``[weights]``.
 
         Args:
@@ -70,6 +76,7 @@ class StepCosts:
             drafts: draft tokens that are verified.
             passes: tokens that the drafter makes one after the other for the next step.
             requests: requests that decode.
+            missed: tokens that the drafter has to read first, because it was off when they came.
 
         """
         x = np.zeros(len(self.weights))
@@ -85,12 +92,21 @@ class StepCosts:
             rows if passes else 0.0,
             passes,
             passes * requests,
+            missed > 0,
+            missed / MISSED_UNIT,
         )
         return x
 
-    def target_seconds(self, rows: Array, context: float) -> Array:
-        """Estimates for steps with these many rows, without drafter and verification; same shape as ``rows``."""
-        curve = np.interp(rows, self.knots, self.weights[: len(self.knots)])
+    def target_seconds(self, rows: Array, context: float, sigmas: float = 0.0) -> Array:
+        """Estimates for steps with these many rows, without drafter and verification; same shape as ``rows``.
+
+        ``sigmas``: so many standard deviations of the estimate less, which is how little it may still turn out to be.
+        """
+        count = len(self.knots)
+        at_knots = self.weights[:count]
+        if sigmas:
+            at_knots = at_knots - sigmas * np.sqrt(np.maximum(self._covariance.diagonal()[:count], 0.0))
+        curve = np.interp(rows, self.knots, at_knots)
         seconds: Array = np.maximum(curve + self.weights[len(self.knots)] * context / CONTEXT_UNIT, 1e-6)
         return seconds
 
@@ -100,10 +116,15 @@ class StepCosts:
 
     def drafting_seconds(self, passes: Array, rows: Array, requests: int) -> Array:
         """Estimates of the drafter's time, broadcast over ``passes`` (0 is no drafting) and the target's ``rows``."""
-        some, each_row, each, each_request = self.weights[len(self.knots) + 2 :]
+        some, each_row, each, each_request = self.weights[len(self.knots) + 2 : len(self.knots) + 6]
         drafting = some + each_row * rows + passes * (each + each_request * requests)
         seconds: Array = np.where(passes > 0, np.maximum(drafting, 0.0), 0.0)
         return seconds
+
+    def resuming_seconds(self, missed: float) -> float:
+        """What a drafter takes to read ``missed`` tokens: a draft model that was off has not seen them."""
+        some, each = self.weights[len(self.knots) + 6 :]
+        return max(0.0, float(some + each * missed / MISSED_UNIT)) if missed else 0.0
 
     def estimate(self, x: Array) -> tuple[float, float]:
         """Expected seconds of a step with features ``x`` and their standard deviation, measurement noise excluded."""
@@ -146,7 +167,7 @@ class StepCosts:
         same_side = offset[:, None] * offset[None, :] > 0
         walk = (seconds * _PRIOR_STEP) ** 2 * distance * same_side
         self._covariance[:count, :count] = walk + (seconds * 0.2) ** 2
-        for index, share in zip(range(count, len(self.weights)), (0.02, 0.05, 0.05, 0.001, 0.05, 0.005), strict=True):
+        for index, share in zip(range(count, len(self.weights)), _PRIOR_EXTRA, strict=True):
             self._covariance[index, index] = (seconds * share) ** 2
 
     # ----------------------------------------------------------------------------------------- keeping

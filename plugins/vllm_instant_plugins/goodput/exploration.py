@@ -31,19 +31,29 @@ class Allowance:
         """Whether ``take`` would say yes; nothing is paid."""
         return self._silence.get(what, SHORTEST_SILENCE) >= SHORTEST_SILENCE and self.left >= loss
 
-    def take(self, what: str, loss: float, must: bool = False) -> bool:
+    def due(self, what: str) -> bool:
+        """Whether ``what`` was not explored for so long that it must be now."""
+        return self._silence.get(what, SHORTEST_SILENCE) >= LONGEST_SILENCE
+
+    def take(self, what: str, loss: float, must: bool = False, saving: bool = False) -> bool:
         """Whether to explore ``what`` now, at an expected loss of ``loss`` steps; if so, it is paid.
 
-        ``must``: not later than ``LONGEST_SILENCE`` steps after the last time, even if the allowance goes below zero.
+        Args:
+            what: what is explored; each has a silence of its own.
+            loss: in steps.
+            must: not later than ``LONGEST_SILENCE`` steps after the last time, even if the allowance goes below zero.
+            saving: not earlier either: the allowance is kept for something better.
+
         """
         silence = self._silence.setdefault(what, SHORTEST_SILENCE)
-        due = must and silence >= LONGEST_SILENCE
-        if not due and (silence < SHORTEST_SILENCE or self.left < loss):
+        due = must and self.due(what)
+        if not due and (saving or silence < SHORTEST_SILENCE or self.left < loss):
             return False
         self.pay(what, loss)
         return True
 
     def pay(self, what: str, loss: float) -> None:
         """An exploration that is done in any case."""
-        self.left -= max(0.0, loss)
+        # A deeper debt would forbid every exploration for longer than anything stays as it was.
+        self.left = max(self.left - max(0.0, loss), -MOST_ALLOWANCE)
         self._silence[what] = 0

@@ -35,8 +35,12 @@ STEADY_STEPS = 48
 CLEAR_GAIN = 0.05
 """For so many steps after it started or stopped, this much of a difference is needed."""
 RESTING_STEPS = 4
-CLOSE = 0.1
-"""While drafting is expected to lose no more than this, whole steps of it are tried now and then."""
+CURIOUS_SIGMAS = 2.0
+"""A step whose cost is uncertain is tried when drafting so much would be best at this many standard deviations less."""
+MOST_TRIAL_LOSS = 0.3
+"""A whole step of drafting that is expected to lose more than this, in steps, is not tried."""
+HOPE = 1.5
+"""Such a step drafts what would be best if acceptance were this many times what is believed."""
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
 PROMPT_HEAD = 32
@@ -87,9 +91,10 @@ class GoodputPolicy(SpeculationPolicy):
         self._saved_observations = 0
         self._follow_up = 0
         """Requests to probe again at once, because the last probe surprised."""
+        self._saving = False
+        """Off, and the allowance is kept for a whole step of drafting."""
         self._hoped, self._got = 10.0, 10.0
         """Accepted tokens that were expected and that came, recently."""
-        self._last_passes = 0
         self._resting: tuple[npt.NDArray[np.float64], Choice, Indices] | None = None
         self._resting_until = 0
         """While off with the same requests, the same decision holds for some steps without being worked out again."""
@@ -97,6 +102,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._granted = np.ones(64)
         self._proposed = np.ones(64)
         self._last_drafted = np.zeros(64)
+        self._missed = np.zeros(64)
+        """Tokens that came while the drafter was off for the request: a draft model reads them before it drafts."""
         self._entered = np.zeros(64)
         """Number of the newest step when the request came: older decisions were about another one."""
         self._newest_step = 0
@@ -116,10 +123,12 @@ class GoodputPolicy(SpeculationPolicy):
             self._granted = np.pad(self._granted, (0, more), constant_values=1.0)
             self._proposed = np.pad(self._proposed, (0, more), constant_values=1.0)
             self._last_drafted = np.pad(self._last_drafted, (0, more))
+            self._missed = np.pad(self._missed, (0, more))
             self._entered = np.pad(self._entered, (0, more))
         self._context[index] = request.num_prompt_tokens + request.num_output_tokens
         self._granted[index] = self._proposed[index] = 1.0
         self._last_drafted[index] = 0.0
+        self._missed[index] = 0.0 if self.drafting else request.num_prompt_tokens
         self._entered[index] = self._newest_step
         kind = (min(round(request.temperature * 2), 4), request.structured_output)
         self.acceptance.enter(index, kind, hash(tuple(request.prompt_token_ids[:PROMPT_HEAD])))
@@ -144,6 +153,14 @@ class GoodputPolicy(SpeculationPolicy):
                 return self._decide(step, indices, reach, choice, choice.lengths, "off")
         self._resting = None
         reach = self.acceptance.reach(indices)
+        pins = np.array([-1 if r.pinned_draft_length is None else r.pinned_draft_length for r in requests], np.intp)
+        pinned = pins >= 0
+        if pinned.all():
+            choice = Choice(pins, int(pins.max()), count, 1.0, 1.0, count, 1.0)
+            return self._decide(step, indices, reach, choice, pins, "pinned")
+        if pinned.any():
+            # No token is gained by a plan for them.
+            reach[pinned] = 0.0
         realism = self._realism()
         context = float(self._context[indices].sum())
         if not self.costs.ready:
@@ -151,20 +168,22 @@ class GoodputPolicy(SpeculationPolicy):
             choice = Choice(np.zeros(count, np.intp), 0, count, 1.0, 1.0, count, 1.0)
             return self._decide(step, indices, reach, choice, choice.lengths, "learning")
         goals = self._goals
+        believed = np.minimum(reach * realism, 1.0)
         best = functools.partial(
             choose,
-            np.minimum(reach * realism, 1.0),
-            self.costs,
-            context,
+            costs=self.costs,
+            context=context,
             # Not far beyond what was measured: the first steps go up by degrees.
             most_rows=max(2 * count, 1.5 * self.costs.largest_rows + 8),
             most_seconds=goals.most_seconds(step) if goals is not None else np.inf,
             weights=goals.weights(indices) if goals is not None else None,
             yields=self._yields(indices),
+            more_rows=float(pins[pinned].sum()),
         )
-        choice = best()
+        choice = best(believed)
         if self._calibrating:
             return self._decide(step, indices, reach, choice, self._any_lengths(count, step), "calibrating")
+        free = np.flatnonzero(~pinned)
         worthwhile = choice.draft_tokens > 0 and choice.gain >= self._least_gain(step.number)
         if worthwhile != self.drafting:
             self.drafting = worthwhile
@@ -172,15 +191,18 @@ class GoodputPolicy(SpeculationPolicy):
             self._switched_at = step.number
             if self._log_changes:
                 self._log_change(choice, reach)
+        uncertain = self._uncertain(functools.partial(best, believed), choice, context, float(pins[pinned].sum()))
+        if uncertain is not None:
+            return self._decide(step, indices, reach, uncertain, uncertain.lengths, "costs")
         if worthwhile:
-            lengths, reason = self._while_drafting(choice, indices)
+            lengths, reason = self._while_drafting(choice, indices, free)
         else:
             self._hoped, self._got = 0.1 + 0.99 * self._hoped, 0.1 + 0.99 * self._got
-            trial = self._trial(best)
+            trial = self._trial(best, believed, indices, context)
             if trial is not None:
                 return self._decide(step, indices, reach, trial, trial.lengths, "trial")
-            lengths, reason = self._while_off(choice, indices, context, step.max_draft_tokens)
-            if reason == "off" and goals is None:
+            lengths, reason = self._while_off(choice, indices, free, context, step.max_draft_tokens)
+            if reason == "off" and goals is None and len(free) == count:
                 off = replace(choice, lengths=lengths)
                 self._resting, self._resting_until = (reach, off, indices), step.number + RESTING_STEPS
         return self._decide(step, indices, reach, choice, lengths, reason)
@@ -219,46 +241,91 @@ class GoodputPolicy(SpeculationPolicy):
         yields = self._proposed[indices] / self._granted[indices]
         return None if yields.min() > 0.98 else yields
 
-    def _while_drafting(self, choice: Choice, indices: Indices) -> tuple[Indices, str]:
-        idle = np.flatnonzero(choice.lengths == 0)
+    def _while_drafting(self, choice: Choice, indices: Indices, free: Indices) -> tuple[Indices, str]:
+        idle = free[choice.lengths[free] == 0]
         if len(idle):
             # One row more for a request that gets none, so that it can show that it has become predictable.
             row_seconds = float(np.diff(self.costs.target_seconds(np.array([0.0, 1.0]) + choice.requests, 0.0))[0])
-            if self.allowance.take("request", max(0.0, row_seconds) / choice.seconds):
+            probed = idle[self._last_drafted[indices[idle]].argmin()]
+            seconds = max(0.0, row_seconds) + self.costs.resuming_seconds(float(self._missed[indices[probed]]))
+            if self.allowance.take("request", seconds / choice.seconds):
                 lengths = choice.lengths.copy()
-                lengths[idle[self._last_drafted[indices[idle]].argmin()]] = 1
+                lengths[probed] = 1
                 return lengths, "draft+probe"
         if choice.gain < 1.5 and self.allowance.take("reference", 1.0 - 1.0 / max(choice.gain, 1.0)):
             return np.zeros_like(choice.lengths), "reference"
         return choice.lengths, "draft"
 
-    def _trial(self, best: Callable[..., Choice]) -> Choice | None:
-        """One step of drafting when it is nearly as good as none: cheap, and it shows acceptance and costs of all."""
-        if not self.allowance.affords("trial", CLOSE):
+    def _uncertain(
+        self, best: Callable[..., Choice], choice: Choice, context: float, more_rows: float
+    ) -> Choice | None:
+        """A plan that may be better than the best one, because nobody knows well enough what its step costs."""
+        if not self.allowance.affords("costs", 0.0):
             return None
-        trial = best(must_draft=True)
-        loss = 1.0 - trial.gain
-        if trial.draft_tokens == 0 or loss > CLOSE or not self.allowance.take("trial", loss):
+        hopeful = best(sigmas=CURIOUS_SIGMAS)
+        if hopeful.gain < (1.0 + SWITCH_ON_GAIN) * choice.gain or np.array_equal(hopeful.lengths, choice.lengths):
+            self.allowance.pay("costs", 0.0)  # asked again later
             return None
+        rows = np.array(choice.requests + more_rows + hopeful.draft_tokens)
+        passes = np.array(float(hopeful.passes))
+        plan = replace(hopeful, seconds=float(self._seconds(passes, rows, context, choice.requests)))
+        loss = max(0.0, 1.0 - plan.gain / choice.gain)
+        return plan if self.allowance.take("costs", loss) else None
+
+    def _seconds(
+        self, passes: npt.NDArray[np.float64], rows: npt.NDArray[np.float64], context: float, requests: int
+    ) -> npt.NDArray[np.float64]:
+        """Expected time of steps with drafts: of target, verification and drafter."""
+        target = self.costs.target_seconds(rows, context) + self.costs.verifying_seconds()
+        return target + self.costs.drafting_seconds(passes, rows, requests)
+
+    def _trial(
+        self, best: Callable[..., Choice], believed: npt.NDArray[np.float64], indices: Indices, context: float
+    ) -> Choice | None:
+        """One step of drafting for all, when that shows more for what it loses than probing one request does.
+
+        It drafts what would be right if acceptance were somewhat better than believed.
+        """
+        if not self.allowance.affords("trial", 0.0):
+            return None
+        hopeful = best(np.minimum(believed * HOPE, 1.0), must_draft=True)
+        drafting = hopeful.lengths > 0
+        reached = np.arange(believed.shape[1]) < hopeful.lengths[:, None]
+        trial = replace(hopeful, tokens=hopeful.requests + float(believed[reached].sum()))
+        reading = self.costs.resuming_seconds(float(self._missed[indices[drafting]].sum()))
+        loss = max(0.0, 1.0 - trial.gain + reading / trial.off_seconds)
+        one = self._seconds(np.array(1.0), np.array(trial.requests + 1.0), context, trial.requests)
+        of_probe = float(one) / trial.off_seconds - 1.0
+        self._saving = loss <= MOST_TRIAL_LOSS and loss < int(drafting.sum()) * of_probe
+        if not self._saving:
+            self.allowance.pay("trial", 0.0)  # asked again later
+            return None
+        if self.allowance.due("drafter"):
+            self.allowance.pay("trial", loss)  # instead of the probe that must be made now
+        elif not self.allowance.take("trial", loss):
+            return None
+        self.allowance.pay("drafter", 0.0)
         return trial
 
-    def _while_off(self, choice: Choice, indices: Indices, context: float, most: int) -> tuple[Indices, str]:
+    def _while_off(
+        self, choice: Choice, indices: Indices, free: Indices, context: float, most: int
+    ) -> tuple[Indices, str]:
         lengths = np.zeros(choice.requests, np.intp)
         follow_up, self._follow_up = self._follow_up, 0
-        probed = min(max(1, follow_up), choice.requests)
+        probed = min(max(1, follow_up), len(free))
         trials = np.arange(1, min(4, most) + 1)
         passes: npt.NDArray[np.float64] = trials.astype(np.float64)
         rows: npt.NDArray[np.float64] = choice.requests + passes * probed
-        seconds = self.costs.target_seconds(rows, context) + self.costs.verifying_seconds()
-        seconds += self.costs.drafting_seconds(passes, rows, choice.requests)
+        seconds = self._seconds(passes, rows, context, choice.requests)
         # The longest of the cheapest: a second token that costs nothing tells more.
         cheap = int(np.flatnonzero(seconds <= seconds.min() * 1.02)[-1])
-        loss = max(0.0, float(seconds[cheap]) / choice.off_seconds - 1.0)
+        longest_ago = free[np.argsort(self._last_drafted[indices[free]], kind="stable")[:probed]]
+        reading = self.costs.resuming_seconds(float(self._missed[indices[longest_ago]].sum()))
+        loss = max(0.0, (float(seconds[cheap]) + reading) / choice.off_seconds - 1.0)
         if follow_up:
             self.allowance.pay("drafter", loss)
-        elif not self.allowance.take("drafter", loss, must=True):
+        elif not self.allowance.take("drafter", loss, must=True, saving=self._saving):
             return lengths, "off"
-        longest_ago = np.argsort(self._last_drafted[indices], kind="stable")[:probed]
         lengths[longest_ago] = trials[cheap]
         return lengths, "follow-up" if follow_up else "probe"
 
@@ -279,7 +346,13 @@ class GoodputPolicy(SpeculationPolicy):
         reason: str,
     ) -> Sequence[int]:
         plan: list[int] = lengths.tolist()
-        self._last_drafted[indices[lengths > 0]] = step.number
+        for position, request in enumerate(step.requests):
+            if request.pinned_draft_length is not None:
+                plan[position] = request.pinned_draft_length
+        drafting = indices[np.array(plan) > 0]
+        self._last_drafted[drafting] = step.number
+        missed = float(self._missed[drafting].sum())
+        self._missed[drafting] = 0.0
         self.trace.add(
             Decision(
                 step.number,
@@ -294,6 +367,7 @@ class GoodputPolicy(SpeculationPolicy):
                 choice.threshold,
                 (choice.tokens - choice.requests) / self._realism(),
                 indices,
+                missed,
             )
         )
         return plan
@@ -314,32 +388,36 @@ class GoodputPolicy(SpeculationPolicy):
         decision = self.trace.of_step(outcome.number - 1)
         total = int(drafted.sum())
         if decision is not None:
-            self._compare(decision, indices, drafted, accepted, outcome.seconds)
+            self._compare(decision, outcome, indices, drafted, accepted)
         some = drafted > 0
         if total:
             self.acceptance.observe(indices[some], drafted[some], accepted[some])
         self.acceptance.fade(indices[~some])
 
-        # A drafter that was off first reads what it missed; that is no part of what drafting costs in the long run.
-        resumed = outcome.draft_passes > 0 and self._last_passes == 0 and not self._calibrating
-        self._last_passes = outcome.draft_passes
+        planned = self.trace.of_step(outcome.number)
+        if planned is None or not any(planned.lengths):
+            self._missed[indices] += accepted + 1
+        else:
+            idle = planned.indices[np.array(planned.lengths) == 0]
+            self._missed[idle] += 1
         rows = count + total
-        if outcome.num_scheduled_tokens == rows and outcome.seconds > 0 and not resumed:
-            features = self.costs.features(rows, context, total, outcome.draft_passes, count)
+        if outcome.num_scheduled_tokens == rows and outcome.seconds > 0:
+            missed = planned.missed if planned is not None else 0.0
+            features = self.costs.features(rows, context, total, outcome.draft_passes, count, missed)
             self.costs.observe(features, outcome.seconds)
             self._keep()
 
     def _compare(
         self,
         decision: Decision,
+        outcome: StepOutcome,
         indices: Indices,
         drafted: npt.NDArray[np.int_],
         accepted: npt.NDArray[np.int_],
-        seconds: float,
     ) -> None:
         """Set what came out beside what was expected."""
         total, kept = int(drafted.sum()), int(accepted.sum())
-        decision.drafted, decision.accepted, decision.took = total, kept, seconds
+        decision.drafted, decision.accepted, decision.took = total, kept, outcome.seconds
         decision.produced = kept + len(indices)
         if not total and not any(decision.lengths):
             return
@@ -350,11 +428,13 @@ class GoodputPolicy(SpeculationPolicy):
         rows = indices[asked > 0]
         self._granted[rows] = self._granted[rows] * 0.9 + asked[asked > 0]
         self._proposed[rows] = self._proposed[rows] * 0.9 + drafted[asked > 0]
-        if decision.reason in ("draft", "trial"):
-            # Requests that have ended since do not count.
-            hoped = decision.hoped * int(known.sum()) / len(decision.lengths)
+        if decision.reason in ("draft", "trial", "costs"):
+            # Requests that have ended since do not count, nor those that were not planned for.
+            ours = np.array([r.pinned_draft_length is None for r in outcome.requests])
+            planned = sum(r.pinned_draft_length is None for r in decision.requests)
+            hoped = decision.hoped * int((known & ours).sum()) / max(planned, 1)
             self._hoped = _FORGETTING * self._hoped + hoped
-            self._got = _FORGETTING * self._got + kept
+            self._got = _FORGETTING * self._got + int(accepted[ours].sum())
         elif decision.reason in ("probe", "follow-up") and total:
             hoped = float((drafted > 0) @ self.acceptance.reach(indices)[:, 0])
             if kept > hoped + 0.5:

@@ -34,6 +34,8 @@ class Decision:
     hoped: float
     """Accepted tokens that the acceptance estimates alone promised."""
     indices: npt.NDArray[np.intp]
+    missed: float = 0.0
+    """Tokens that the drafter has to read for this step's drafts, because it was off when they came."""
     produced: int | None = None
     drafted: int | None = None
     accepted: int | None = None

@@ -131,3 +131,16 @@ def test_any_number_of_rows(rows):
     assert (np.diff(costs.knots) > 0).all()
     costs.observe(costs.features(rows, 0, 0, 0, 1), 0.01)
     assert costs.target_seconds(np.array([float(rows)]), 0.0)[0] == pytest.approx(0.01, rel=0.05)
+
+
+def test_what_a_resuming_drafter_reads_is_learned_apart_from_what_drafting_costs():
+    costs, random = StepCosts(64), np.random.default_rng(0)
+    for _ in range(400):
+        passes, missed = (
+            (1, int(random.integers(1, 4)) * 100) if random.random() < 0.5 else (int(random.random() < 0.5), 0)
+        )
+        seconds = 0.02 + 0.002 * passes + (0.001 + missed * 2e-5 if missed else 0.0)
+        costs.observe(costs.features(4, 400, 0, passes, 4, missed), seconds * (1 + 0.01 * random.standard_normal()))
+    assert costs.resuming_seconds(300) == pytest.approx(0.007, rel=0.15)
+    assert costs.resuming_seconds(0) == 0
+    assert float(costs.drafting_seconds(np.array(1.0), np.array(4.0), 4)) == pytest.approx(0.002, rel=0.3)

@@ -18,7 +18,9 @@ from vllm_instant.evidence.simulator import (
     steady,
     switching,
 )
+from vllm_instant_plugins.goodput.choice import Choice
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
+from vllm_instant_plugins.goodput.trace import Decision
 from vllm_instant_plugins.speculation import Fixed
 
 COSTS = {"cpu": TWO_CORES, "cpu+model": TWO_CORES_DRAFT_MODEL, "gpu": roofline(8e9)}
@@ -246,3 +248,64 @@ def test_changes_are_logged_when_asked_for(caplog):
     [message] = [record.getMessage() for record in caplog.records]
     assert "drafting begins" in message
     assert "times the tokens a second" in message
+
+
+def _ask(policy, states, number):
+    return list(policy.draft_lengths(UpcomingStep(states, 8, number=number)))
+
+
+def _tell(policy, states, number, drafted, accepted, seconds=0.02, passes=0):
+    rows = len(states) + sum(drafted)
+    policy.observe(StepOutcome(states, drafted, accepted, rows, seconds, len(states), number, passes))
+
+
+def test_a_client_s_own_length_is_kept_and_does_not_mislead_the_policy():
+    """Pinned requests get what they asked for; what they do says nothing about how good the policy's plans are."""
+    policy = GoodputPolicy(8, 8, clock=time.monotonic)
+    free = [RequestState(f"f{i}", 50, 100, 0.0, index=i) for i in range(2)]
+    pinned = [RequestState(f"p{i}", 50, 100, 0.0, index=2 + i, pinned_draft_length=3 * i) for i in range(2)]
+    for state in free + pinned:
+        policy.enter(state)
+    number = 0
+    for _ in range(60):
+        number += 1
+        lengths = _ask(policy, free + pinned, number)
+        assert lengths[2:] == [0, 3]
+        # All of ours is accepted, nothing of theirs.
+        _tell(policy, free + pinned, number + 1, lengths, [*lengths[:2], 0, 0], 0.02, max(lengths))
+    assert policy.drafting
+    assert min(lengths[:2]) >= 4
+    assert policy._realism() > 0.9
+    switches = policy.switches
+    for _ in range(60):
+        number += 1
+        assert _ask(policy, pinned, number) == [0, 3]
+        _tell(policy, pinned, number + 1, [0, 3], [0, 0], 0.02, 3)
+    assert policy.drafting
+    assert policy.switches == switches
+    assert policy.decisions(1)[0]["reason"] == "pinned"
+    assert policy._realism() > 0.9
+
+
+def test_what_a_resuming_drafter_must_read_is_counted():
+    policy = GoodputPolicy(8, 8, clock=time.monotonic)
+    state = RequestState("a", 50, 100, 0.0, index=0)
+    policy.enter(state)
+    policy.drafting = False
+    for number in range(1, 6):
+        policy.trace.add(_decision(number, state, 0))
+        _tell(policy, [state], number, [0], [0])
+    assert policy._missed[0] == 50 + 5
+    policy._decide(
+        UpcomingStep([state], 8, number=7), np.array([0]), np.ones((1, 8)), _choice(), np.array([2]), "probe"
+    )
+    assert policy._missed[0] == 0
+    assert policy.trace.of_step(7).missed == 55
+
+
+def _choice():
+    return Choice(np.zeros(1, np.intp), 0, 1, 1.0, 1.0, 1, 1.0)
+
+
+def _decision(number, state, length):
+    return Decision(number, "off", [state], [length], np.ones(1), 1, 1, 1, 1, 1, 0, np.array([state.index]))

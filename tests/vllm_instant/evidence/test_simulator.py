@@ -100,3 +100,16 @@ def test_the_analytic_curve_has_steps_and_a_knee():
     assert cost.seconds(1, 0, 0, 1) == cost.seconds(8, 0, 0, 1)
     assert cost.seconds(100, 0, 0, 1) == pytest.approx(cost.seconds(8, 0, 0, 1))
     assert cost.seconds(1000, 0, 0, 1) > 3 * cost.seconds(8, 0, 0, 1)
+
+
+def test_a_drafter_that_was_off_first_reads_what_it_missed():
+    slow = StepCost([(1, 0.01), (64, 0.01)], missed_second=1000.0)
+    classes = [RequestClass(steady(0.0), prompt_tokens=100, output_tokens=(50, 50))]
+
+    class Late(Fixed):
+        def draft_lengths(self, step):
+            return [1 if step.number == 20 else 0 for _ in step.requests]
+
+    report = simulate(lambda clock: Late(1, None), classes, slow, concurrency=1, requests=1, noise=0, hiccups=0)
+    assert report.step_seconds[19] == pytest.approx(0.01 + (100 + 19) / 1000)
+    assert max(report.step_seconds[20:]) == pytest.approx(0.01)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_instant import Plugin
 from vllm_instant.contracts import PluginContext
-from vllm_instant.seams import building, cpu_sampling, import_hooks, module_names
+from vllm_instant.seams import building, cpu_sampling, import_hooks, module_names, plain_sampling
 from vllm_instant.settings import resolve
 
 
@@ -183,3 +184,26 @@ def test_plugin_objects_are_frozen():
     plugin = Plugin(slot="speculation", name="x", summary="s")
     with pytest.raises(AttributeError):
         plugin.name = "y"
+
+
+class TestPlainSampling:
+    """Only a synchronous step without any draft goes past the rejection sampler."""
+
+    @pytest.mark.parametrize(
+        ("drafts", "asynchronous", "verified"),
+        [([0, 0], False, False), ([0, 1], False, True), ([0, 0], True, True), (None, False, False)],
+    )
+    def test_what_goes_to_the_rejection_sampler(self, drafts, asynchronous, verified):
+        seen = []
+
+        class GPUModelRunner:
+            use_async_scheduling = asynchronous
+
+            def _sample(self, logits, spec_decode_metadata):
+                seen.append(spec_decode_metadata)
+                return logits
+
+        plain_sampling._wrap(SimpleNamespace(GPUModelRunner=GPUModelRunner))
+        metadata = None if drafts is None else SimpleNamespace(num_draft_tokens=drafts)
+        assert GPUModelRunner()._sample("logits", metadata) == "logits"
+        assert seen == [metadata if verified else None]

@@ -1,0 +1,1 @@
+"""Makes a small draft model for a target model: ``vllm-instant distill``."""

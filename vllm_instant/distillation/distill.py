@@ -1,0 +1,133 @@
+"""From a target model and text to a draft model that vLLM loads, with a report of what it is worth."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_instant.distillation.acceptance import Acceptance, measure
+from vllm_instant.distillation.objectives import FORWARD_KL, TOTAL_VARIATION, head_distance
+from vllm_instant.distillation.teacher import TaughtWindows, Teacher
+from vllm_instant.distillation.text import TokenClass
+from vllm_instant.distillation.training import Loss, Training, train
+
+OBJECTIVES = ("kl", "tv", "kl-tv")
+"""Forward KL divergence, total variation, or the first and then, for the second half, the second."""
+
+DEFAULT_TRAINING = Training(
+    seed=2, steps=4500, decay_steps=2250, matrix_rate=0.02, other_rate=4e-3, batch=2, context=512
+)
+"""Small batches: a model of this size learns more from many small steps than from few large ones."""
+WINDOWS = 4000
+"""Different windows of text; with the default plan each is drawn about twice."""
+REPORT = "distillation.json"
+CHECKPOINT = "checkpoint"
+
+Progress = Callable[[int, int, float], None]
+"""(step, steps, loss)."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was made, and what it is worth."""
+
+    target: str
+    target_parameters: int
+    draft_parameters: int
+    draft: dict[str, Any]
+    """The draft's shape."""
+    objective: str
+    training: dict[str, Any]
+    training_tokens: int
+    seconds: float
+    """Of training, over all runs of it that were stopped and resumed."""
+    acceptance: list[Acceptance]
+    versions: dict[str, str]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def objective_at(objective: str, progress: float) -> str:
+    """Which distance is trained at this progress (0..1)."""
+    if objective == "kl-tv":
+        return FORWARD_KL if progress < 0.5 else TOTAL_VARIATION
+    return objective
+
+
+def loss_of(windows: TaughtWindows, teacher: Teacher, plan: Training, objective: str) -> Loss:
+    """The training loss of a draft model whose target is ``teacher``."""
+
+    def loss(model: Any, step: int, progress: float) -> torch.Tensor:
+        tokens, states = windows.batch(step, plan.batch)
+        hidden = model.base_model(input_ids=tokens).last_hidden_state.flatten(0, 1)
+        # Head and distance run in bfloat16 with float32 sums, also where there is no autocast.
+        return head_distance(
+            hidden.to(torch.bfloat16),
+            model.get_output_embeddings().weight,
+            states.flatten(0, 1),
+            teacher.probabilities,
+            objective_at(objective, progress),
+        )
+
+    return loss
+
+
+def distill(
+    target: Any,
+    draft: Any,
+    classes: Sequence[TokenClass],
+    output: Path,
+    *,
+    plan: Training = DEFAULT_TRAINING,
+    objective: str = "kl-tv",
+    progress: Progress = lambda *_: None,
+    device: str = "cpu",
+) -> float:
+    """Train ``draft`` in place towards ``target``; goes on from the checkpoint under ``output`` if there is one.
+
+    Args:
+        target: Hugging Face model in evaluation mode.
+        draft: Hugging Face model with the same vocabulary, float32.
+        classes: text to learn from; windows are drawn from all of it alike.
+        output: folder for the checkpoint.
+        plan: steps and rates.
+        objective: one of ``OBJECTIVES``.
+        progress: called after each step.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        Seconds of training, those of earlier runs included.
+
+    """
+    clock = output / "seconds.json"
+    before = float(json.loads(clock.read_text())) if clock.exists() else 0.0
+    began = time.monotonic()
+    stream = torch.cat([c.training for c in classes])
+    teacher = Teacher(target)
+    windows = TaughtWindows(stream, teacher, WINDOWS, plan.context, plan.seed)
+
+    def report(step: int, steps: int, loss: float) -> None:
+        if step % 50 == 0 or step == steps:
+            clock.write_text(json.dumps(before + time.monotonic() - began))
+        progress(step, steps, loss)
+
+    train(draft, plan, loss_of(windows, teacher, plan, objective), output / CHECKPOINT, report, device)
+    return float(json.loads(clock.read_text()))
+
+
+def judge(target: Any, draft: Any, classes: Sequence[TokenClass], positions: int = 8) -> list[Acceptance]:
+    """Acceptance on the held-out text of each class, greedy and at temperature 1."""
+    return [
+        measure(target, draft, c.held_out, c.name, temperature, positions)
+        for c in classes
+        if len(c.held_out) > 2 * positions
+        for temperature in (0.0, 1.0)
+    ]

@@ -1,0 +1,93 @@
+"""The target model as a teacher: its next-token distributions on windows of text, each computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Teacher:
+    """A target model that is asked for distributions.
+
+    Where a target's logits are its last hidden states times one matrix, as in most models, the hidden states stand for
+    the distributions: they take a fraction of the memory. Otherwise (scaled or capped logits) the logits do.
+
+    Args:
+        model: a Hugging Face causal language model, in evaluation mode.
+
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._head: torch.Tensor | None = model.get_output_embeddings().weight
+        probe = torch.arange(8, device=model.device)[None]
+        with torch.inference_mode():
+            logits = model(input_ids=probe).logits.float()
+            plain = (self._hidden(probe) @ self._head.T).float()
+        if not torch.allclose(logits, plain, rtol=0.02, atol=0.05):
+            self._head = None
+
+    def _hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.model.base_model(input_ids=tokens).last_hidden_state
+        return states
+
+    def states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What is kept of the distributions after each token; ``[batch, context]`` → ``[batch, context, any]``."""
+        with torch.no_grad():
+            if self._head is not None:
+                return self._hidden(tokens)
+            logits: torch.Tensor = self.model(input_ids=tokens).logits
+            return logits
+
+    def probabilities(self, states: torch.Tensor) -> torch.Tensor:
+        """Float32 probabilities over the vocabulary, from ``states`` of any leading shape."""
+        logits = states if self._head is None else states @ self._head.T
+        return logits.float().softmax(-1)
+
+
+class TaughtWindows:
+    """A fixed number of windows of a token stream, with the teacher's states.
+
+    A step draws some of them. Each is shown to the teacher when it is drawn for the first time; as long as memory
+    allows, later draws find its states kept.
+
+    Args:
+        stream: int64 ``[tokens]``.
+        teacher: the target.
+        windows: how many different windows there are.
+        context: tokens of a window.
+        seed: of their places.
+        memory: bytes that kept states may take.
+
+    """
+
+    def __init__(
+        self, stream: torch.Tensor, teacher: Teacher, windows: int, context: int, seed: int, memory: float = 4e9
+    ) -> None:
+        self._teacher = teacher
+        self._stream = stream
+        self._context = context
+        self._seed = seed
+        places = torch.randint(0, len(stream) - context, (windows,), generator=torch.Generator().manual_seed(seed))
+        self._places = places.tolist()
+        self._kept: dict[int, torch.Tensor] = {}
+        self._memory_left = memory
+
+    def batch(self, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens ``[size, context]`` and states ``[size, context, any]`` of one step, the same at every call."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
+        chosen = torch.randint(0, len(self._places), (size,), generator=generator).tolist()
+        device = self._teacher.model.device
+        tokens = torch.stack([self._stream[p : p + self._context] for p in (self._places[c] for c in chosen)])
+        tokens = tokens.to(device)
+        missing = [i for i, c in enumerate(chosen) if c not in self._kept]
+        found = {i: self._kept[c] for i, c in enumerate(chosen) if c in self._kept}
+        if missing:
+            for i, states in zip(missing, self._teacher.states(tokens[missing]), strict=True):
+                found[i] = states
+                size_in_bytes = states.numel() * states.element_size()
+                if self._memory_left >= size_in_bytes and chosen[i] not in self._kept:
+                    self._memory_left -= size_in_bytes
+                    self._kept[chosen[i]] = states.cpu()
+        return tokens, torch.stack([found[i].to(device) for i in range(size)])
