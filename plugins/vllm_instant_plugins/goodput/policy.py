@@ -296,7 +296,8 @@ class GoodputPolicy(SpeculationPolicy):
         loss = max(0.0, 1.0 - trial.gain + reading / trial.off_seconds)
         one = self._seconds(np.array(1.0), np.array(trial.requests + 1.0), context, trial.requests)
         of_probe = float(one) / trial.off_seconds - 1.0
-        self._saving = loss <= MOST_TRIAL_LOSS and loss < int(drafting.sum()) * of_probe
+        shown = int(drafting.sum())
+        self._saving = shown > 1 and loss <= MOST_TRIAL_LOSS and loss < shown * of_probe
         if not self._saving:
             self.allowance.pay("trial", 0.0)  # asked again later
             return None
