@@ -39,6 +39,8 @@ CURIOUS_SIGMAS = 2.0
 """A step whose cost is uncertain is tried when drafting so much would be best at this many standard deviations less."""
 MOST_TRIAL_LOSS = 0.3
 """A whole step of drafting that is expected to lose more than this, in steps, is not tried."""
+VAGUE = 0.02
+"""Relative uncertainty from which the time of a step without drafts is measured again while drafting."""
 HOPE = 1.5
 """Such a step drafts what would be best if acceptance were this many times what is believed."""
 SAVE_SECONDS = 60.0
@@ -252,8 +254,12 @@ class GoodputPolicy(SpeculationPolicy):
                 lengths = choice.lengths.copy()
                 lengths[probed] = 1
                 return lengths, "draft+probe"
-        if choice.gain < 1.5 and self.allowance.take("reference", 1.0 - 1.0 / max(choice.gain, 1.0)):
-            return np.zeros_like(choice.lengths), "reference"
+        if choice.gain < 1.5 and self.allowance.affords("reference", 0.0):
+            off = self.costs.features(choice.requests, float(self._context[indices].sum()), 0, 0, choice.requests)
+            seconds, deviation = self.costs.estimate(off)
+            loss = 1.0 - 1.0 / max(choice.gain, 1.0)
+            if deviation > VAGUE * seconds and self.allowance.take("reference", loss):
+                return np.zeros_like(choice.lengths), "reference"
         return choice.lengths, "draft"
 
     def _uncertain(
