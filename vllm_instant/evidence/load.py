@@ -29,6 +29,8 @@ class Prompt:
     text: str
     temperature: float = 0.0
     kind: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Added to the body of the request."""
 
 
 @dataclass
@@ -158,6 +160,7 @@ async def _user(
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             **extra,
+            **prompt.extra,
         }
         number += stride
         sent = before = time.perf_counter()

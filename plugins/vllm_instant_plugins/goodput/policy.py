@@ -20,7 +20,7 @@ from vllm_instant import RequestState, SpeculationPolicy, StepOutcome, UpcomingS
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
 from vllm_instant_plugins.goodput.choice import Choice, choose
 from vllm_instant_plugins.goodput.costs import StepCosts
-from vllm_instant_plugins.goodput.exploration import Allowance
+from vllm_instant_plugins.goodput.explorer import Explorer, Situation
 from vllm_instant_plugins.goodput.goals import LatencyGoals
 from vllm_instant_plugins.goodput.store import CostStore
 from vllm_instant_plugins.goodput.trace import Decision, Trace
@@ -35,14 +35,6 @@ STEADY_STEPS = 48
 CLEAR_GAIN = 0.05
 """For so many steps after it started or stopped, this much of a difference is needed."""
 RESTING_STEPS = 4
-CURIOUS_SIGMAS = 2.0
-"""A step whose cost is uncertain is tried when drafting so much would be best at this many standard deviations less."""
-MOST_TRIAL_LOSS = 0.3
-"""A whole step of drafting that is expected to lose more than this, in steps, is not tried."""
-VAGUE = 0.02
-"""Relative uncertainty from which the time of a step without drafts is measured again while drafting."""
-HOPE = 1.5
-"""Such a step drafts what would be best if acceptance were this many times what is believed."""
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
 PROMPT_HEAD = 32
@@ -76,7 +68,7 @@ class GoodputPolicy(SpeculationPolicy):
     ) -> None:
         self.acceptance = AcceptanceModel(max(1, max_draft_tokens))
         self.costs = StepCosts(max_requests * (max_draft_tokens + 1))
-        self.allowance = Allowance()
+        self.explorer = Explorer(self.costs)
         self.trace = Trace()
         self.drafting = False
         """Whether drafting pays at present; changes with hysteresis."""
@@ -91,10 +83,6 @@ class GoodputPolicy(SpeculationPolicy):
         self._clock = clock
         self._saved_at = clock()
         self._saved_observations = 0
-        self._follow_up = 0
-        """Requests to probe again at once, because the last probe surprised."""
-        self._saving = False
-        """Off, and the allowance is kept for a whole step of drafting."""
         self._hoped, self._got = 10.0, 10.0
         """Accepted tokens that were expected and that came, recently."""
         self._resting: tuple[npt.NDArray[np.float64], Choice, Indices] | None = None
@@ -103,9 +91,6 @@ class GoodputPolicy(SpeculationPolicy):
         self._context = np.zeros(64)
         self._granted = np.ones(64)
         self._proposed = np.ones(64)
-        self._last_drafted = np.zeros(64)
-        self._missed = np.zeros(64)
-        """Tokens that came while the drafter was off for the request: a draft model reads them before it drafts."""
         self._entered = np.zeros(64)
         """Number of the newest step when the request came: older decisions were about another one."""
         self._newest_step = 0
@@ -124,13 +109,10 @@ class GoodputPolicy(SpeculationPolicy):
             self._context = np.pad(self._context, (0, more))
             self._granted = np.pad(self._granted, (0, more), constant_values=1.0)
             self._proposed = np.pad(self._proposed, (0, more), constant_values=1.0)
-            self._last_drafted = np.pad(self._last_drafted, (0, more))
-            self._missed = np.pad(self._missed, (0, more))
             self._entered = np.pad(self._entered, (0, more))
         self._context[index] = request.num_prompt_tokens + request.num_output_tokens
         self._granted[index] = self._proposed[index] = 1.0
-        self._last_drafted[index] = 0.0
-        self._missed[index] = 0.0 if self.drafting else request.num_prompt_tokens
+        self.explorer.enter(index, 0.0 if self.drafting else request.num_prompt_tokens)
         self._entered[index] = self._newest_step
         kind = (min(round(request.temperature * 2), 4), request.structured_output)
         self.acceptance.enter(index, kind, hash(tuple(request.prompt_token_ids[:PROMPT_HEAD])))
@@ -146,10 +128,10 @@ class GoodputPolicy(SpeculationPolicy):
         self._newest_step = step.number
         if count == 0:
             return []
-        self.allowance.step()
+        self.explorer.allowance.step()
         indices = np.array([request.index for request in requests], np.intp)
         resting = self._resting
-        if resting is not None and step.number < self._resting_until and not self._follow_up:
+        if resting is not None and step.number < self._resting_until and not self.explorer.follow_up:
             reach, choice, rested = resting
             if np.array_equal(rested, indices):
                 return self._decide(step, indices, reach, choice, choice.lengths, "off")
@@ -170,6 +152,7 @@ class GoodputPolicy(SpeculationPolicy):
             choice = Choice(np.zeros(count, np.intp), 0, count, 1.0, 1.0, count, 1.0)
             return self._decide(step, indices, reach, choice, choice.lengths, "learning")
         goals = self._goals
+        more_rows = float(pins[pinned].sum())
         believed = np.minimum(reach * realism, 1.0)
         best = functools.partial(
             choose,
@@ -180,7 +163,7 @@ class GoodputPolicy(SpeculationPolicy):
             most_seconds=goals.most_seconds(step) if goals is not None else np.inf,
             weights=goals.weights(indices) if goals is not None else None,
             yields=self._yields(indices),
-            more_rows=float(pins[pinned].sum()),
+            more_rows=more_rows,
         )
         choice = best(believed)
         if self._calibrating:
@@ -193,17 +176,19 @@ class GoodputPolicy(SpeculationPolicy):
             self._switched_at = step.number
             if self._log_changes:
                 self._log_change(choice, reach)
-        uncertain = self._uncertain(functools.partial(best, believed), choice, context, float(pins[pinned].sum()))
+        now = Situation(step.number, indices, free, context, more_rows, believed, best, choice, step.max_draft_tokens)
+        explorer = self.explorer
+        uncertain = explorer.uncertain(now)
         if uncertain is not None:
             return self._decide(step, indices, reach, uncertain, uncertain.lengths, "costs")
         if worthwhile:
-            lengths, reason = self._while_drafting(choice, indices, free)
+            lengths, reason = explorer.while_drafting(now)
         else:
             self._hoped, self._got = 0.1 + 0.99 * self._hoped, 0.1 + 0.99 * self._got
-            trial = self._trial(best, believed, indices, context)
+            trial = explorer.trial(now)
             if trial is not None:
                 return self._decide(step, indices, reach, trial, trial.lengths, "trial")
-            lengths, reason = self._while_off(choice, indices, free, context, step.max_draft_tokens)
+            lengths, reason = explorer.while_off(now)
             if reason == "off" and goals is None and len(free) == count:
                 off = replace(choice, lengths=lengths)
                 self._resting, self._resting_until = (reach, off, indices), step.number + RESTING_STEPS
@@ -243,99 +228,6 @@ class GoodputPolicy(SpeculationPolicy):
         yields = self._proposed[indices] / self._granted[indices]
         return None if yields.min() > 0.98 else yields
 
-    def _while_drafting(self, choice: Choice, indices: Indices, free: Indices) -> tuple[Indices, str]:
-        idle = free[choice.lengths[free] == 0]
-        if len(idle):
-            # One row more for a request that gets none, so that it can show that it has become predictable.
-            row_seconds = float(np.diff(self.costs.target_seconds(np.array([0.0, 1.0]) + choice.requests, 0.0))[0])
-            probed = idle[self._last_drafted[indices[idle]].argmin()]
-            seconds = max(0.0, row_seconds) + self.costs.resuming_seconds(float(self._missed[indices[probed]]))
-            if self.allowance.take("request", seconds / choice.seconds):
-                lengths = choice.lengths.copy()
-                lengths[probed] = 1
-                return lengths, "draft+probe"
-        if choice.gain < 1.5 and self.allowance.affords("reference", 0.0):
-            off = self.costs.features(choice.requests, float(self._context[indices].sum()), 0, 0, choice.requests)
-            seconds, deviation = self.costs.estimate(off)
-            loss = 1.0 - 1.0 / max(choice.gain, 1.0)
-            if deviation > VAGUE * seconds and self.allowance.take("reference", loss):
-                return np.zeros_like(choice.lengths), "reference"
-        return choice.lengths, "draft"
-
-    def _uncertain(
-        self, best: Callable[..., Choice], choice: Choice, context: float, more_rows: float
-    ) -> Choice | None:
-        """A plan that may be better than the best one, because nobody knows well enough what its step costs."""
-        if not self.allowance.affords("costs", 0.0):
-            return None
-        hopeful = best(sigmas=CURIOUS_SIGMAS)
-        if hopeful.gain < (1.0 + SWITCH_ON_GAIN) * choice.gain or np.array_equal(hopeful.lengths, choice.lengths):
-            self.allowance.pay("costs", 0.0)  # asked again later
-            return None
-        rows = np.array(choice.requests + more_rows + hopeful.draft_tokens)
-        passes = np.array(float(hopeful.passes))
-        plan = replace(hopeful, seconds=float(self._seconds(passes, rows, context, choice.requests)))
-        loss = max(0.0, 1.0 - plan.gain / choice.gain)
-        return plan if self.allowance.take("costs", loss) else None
-
-    def _seconds(
-        self, passes: npt.NDArray[np.float64], rows: npt.NDArray[np.float64], context: float, requests: int
-    ) -> npt.NDArray[np.float64]:
-        """Expected time of steps with drafts: of target, verification and drafter."""
-        target = self.costs.target_seconds(rows, context) + self.costs.verifying_seconds()
-        return target + self.costs.drafting_seconds(passes, rows, requests)
-
-    def _trial(
-        self, best: Callable[..., Choice], believed: npt.NDArray[np.float64], indices: Indices, context: float
-    ) -> Choice | None:
-        """One step of drafting for all, when that shows more for what it loses than probing one request does.
-
-        It drafts what would be right if acceptance were somewhat better than believed.
-        """
-        if not self.allowance.affords("trial", 0.0):
-            return None
-        hopeful = best(np.minimum(believed * HOPE, 1.0), must_draft=True)
-        drafting = hopeful.lengths > 0
-        reached = np.arange(believed.shape[1]) < hopeful.lengths[:, None]
-        trial = replace(hopeful, tokens=hopeful.requests + float(believed[reached].sum()))
-        reading = self.costs.resuming_seconds(float(self._missed[indices[drafting]].sum()))
-        loss = max(0.0, 1.0 - trial.gain + reading / trial.off_seconds)
-        one = self._seconds(np.array(1.0), np.array(trial.requests + 1.0), context, trial.requests)
-        of_probe = float(one) / trial.off_seconds - 1.0
-        shown = int(drafting.sum())
-        self._saving = shown > 1 and loss <= MOST_TRIAL_LOSS and loss < shown * of_probe
-        if not self._saving:
-            self.allowance.pay("trial", 0.0)  # asked again later
-            return None
-        if self.allowance.due("drafter"):
-            self.allowance.pay("trial", loss)  # instead of the probe that must be made now
-        elif not self.allowance.take("trial", loss):
-            return None
-        self.allowance.pay("drafter", 0.0)
-        return trial
-
-    def _while_off(
-        self, choice: Choice, indices: Indices, free: Indices, context: float, most: int
-    ) -> tuple[Indices, str]:
-        lengths = np.zeros(choice.requests, np.intp)
-        follow_up, self._follow_up = self._follow_up, 0
-        probed = min(max(1, follow_up), len(free))
-        trials = np.arange(1, min(4, most) + 1)
-        passes: npt.NDArray[np.float64] = trials.astype(np.float64)
-        rows: npt.NDArray[np.float64] = choice.requests + passes * probed
-        seconds = self._seconds(passes, rows, context, choice.requests)
-        # The longest of the cheapest: a second token that costs nothing tells more.
-        cheap = int(np.flatnonzero(seconds <= seconds.min() * 1.02)[-1])
-        longest_ago = free[np.argsort(self._last_drafted[indices[free]], kind="stable")[:probed]]
-        reading = self.costs.resuming_seconds(float(self._missed[indices[longest_ago]].sum()))
-        loss = max(0.0, (float(seconds[cheap]) + reading) / choice.off_seconds - 1.0)
-        if follow_up:
-            self.allowance.pay("drafter", loss)
-        elif not self.allowance.take("drafter", loss, must=True, saving=self._saving):
-            return lengths, "off"
-        lengths[longest_ago] = trials[cheap]
-        return lengths, "follow-up" if follow_up else "probe"
-
     def _any_lengths(self, count: int, step: UpcomingStep) -> Indices:
         """Lengths at random: the same for all, or for each request its own, or none."""
         most = int(self._sweep.integers(0, step.max_draft_tokens + 1))
@@ -356,10 +248,7 @@ class GoodputPolicy(SpeculationPolicy):
         for position, request in enumerate(step.requests):
             if request.pinned_draft_length is not None:
                 plan[position] = request.pinned_draft_length
-        drafting = indices[np.array(plan) > 0]
-        self._last_drafted[drafting] = step.number
-        missed = float(self._missed[drafting].sum())
-        self._missed[drafting] = 0.0
+        missed = self.explorer.drafted(indices[np.array(plan) > 0], step.number)
         self.trace.add(
             Decision(
                 step.number,
@@ -403,10 +292,10 @@ class GoodputPolicy(SpeculationPolicy):
 
         planned = self.trace.of_step(outcome.number)
         if planned is None or not any(planned.lengths):
-            self._missed[indices] += accepted + 1
+            self.explorer.not_drafted(indices, accepted + 1)
         else:
             idle = planned.indices[np.array(planned.lengths) == 0]
-            self._missed[idle] += 1
+            self.explorer.not_drafted(idle, 1)
         rows = count + total
         if outcome.num_scheduled_tokens == rows and outcome.seconds > 0:
             missed = planned.missed if planned is not None else 0.0
@@ -445,7 +334,7 @@ class GoodputPolicy(SpeculationPolicy):
         elif decision.reason in ("probe", "follow-up") and total:
             hoped = float((drafted > 0) @ self.acceptance.reach(indices)[:, 0])
             if kept > hoped + 0.5:
-                self._follow_up = min(2 * int((drafted > 0).sum()), len(indices))
+                self.explorer.follow_up = min(2 * int((drafted > 0).sum()), len(indices))
 
     def _keep(self) -> None:
         """Save the costs now and then."""

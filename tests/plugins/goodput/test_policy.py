@@ -63,10 +63,7 @@ def test_regret_is_at_most_three_percent(cost, classes, users, delay):
     if cost is TWO_CORES and users == 64:
         pytest.skip("two cores do not serve 64 users")
     ours = _serve(classes, cost, users, feedback_delay=delay, hiccups=0.0)
-    # Where a first draft token is worth its row by a hair, each request's luck decides too much: a known shortfall.
-    by_a_hair = cost is TWO_CORES and classes is PAIR and users == 16
-    least = 0.95 if by_a_hair else 0.97
-    assert ours.tokens_per_second >= least * _best_fixed(classes, cost, users, hiccups=0.0)
+    assert ours.tokens_per_second >= 0.97 * _best_fixed(classes, cost, users, hiccups=0.0)
 
 
 @pytest.mark.parametrize("delay", [0, 1], ids=["synchronous", "asynchronous"])
@@ -295,11 +292,11 @@ def test_what_a_resuming_drafter_must_read_is_counted():
     for number in range(1, 6):
         policy.trace.add(_decision(number, state, 0))
         _tell(policy, [state], number, [0], [0])
-    assert policy._missed[0] == 50 + 5
+    assert policy.explorer._missed[0] == 50 + 5
     policy._decide(
         UpcomingStep([state], 8, number=7), np.array([0]), np.ones((1, 8)), _choice(), np.array([2]), "probe"
     )
-    assert policy._missed[0] == 0
+    assert policy.explorer._missed[0] == 0
     assert policy.trace.of_step(7).missed == 55
 
 
