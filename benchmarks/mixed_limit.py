@@ -2,11 +2,11 @@
 
 .venv/bin/python benchmarks/mixed_limit.py
 
-Half of the requests are structured at temperature 0, half open-ended at temperature 1, as in ``regret.py``. All arms are
-one and the same server of ours whose clients pin their draft lengths: every pair (length for structured requests, length
-for open-ended ones). Pairs of equal lengths are fixed draft lengths. A policy that knew the class of each request, and
-its acceptance and all costs from the start, could choose the best pair: how far that is above the best fixed length is
-what any choice by class can gain here.
+Half of the requests are structured at temperature 0, half open-ended at temperature 1, as in ``regret.py``. All arms
+are one and the same server of ours whose clients pin their draft lengths: every pair (length for structured requests,
+length for open-ended ones). Pairs of equal lengths are fixed draft lengths. A policy that knew the class of each
+request, its acceptance and all costs from the start could choose the best pair: how far that is above the best fixed
+length is what any choice by class can gain here.
 """
 
 from __future__ import annotations
