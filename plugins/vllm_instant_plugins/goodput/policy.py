@@ -91,6 +91,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._context = np.zeros(64)
         self._granted = np.ones(64)
         self._proposed = np.ones(64)
+        self._pins: Indices = np.full(64, -1)
+        """Draft lengths that clients asked for; -1 where the policy decides."""
         self._entered = np.zeros(64)
         """Number of the newest step when the request came: older decisions were about another one."""
         self._newest_step = 0
@@ -109,11 +111,13 @@ class GoodputPolicy(SpeculationPolicy):
             self._context = np.pad(self._context, (0, more))
             self._granted = np.pad(self._granted, (0, more), constant_values=1.0)
             self._proposed = np.pad(self._proposed, (0, more), constant_values=1.0)
+            self._pins = np.pad(self._pins, (0, more), constant_values=-1)
             self._entered = np.pad(self._entered, (0, more))
         self._context[index] = request.num_prompt_tokens + request.num_output_tokens
         self._granted[index] = self._proposed[index] = 1.0
         self.explorer.enter(index, 0.0 if self.drafting else request.num_prompt_tokens)
         self._entered[index] = self._newest_step
+        self._pins[index] = -1 if request.pinned_draft_length is None else request.pinned_draft_length
         kind = (min(round(request.temperature * 2), 4), request.structured_output)
         self.acceptance.enter(index, kind, hash(tuple(request.prompt_token_ids[:PROMPT_HEAD])))
         if self._goals is not None:
@@ -137,7 +141,7 @@ class GoodputPolicy(SpeculationPolicy):
                 return self._decide(step, indices, reach, choice, choice.lengths, "off")
         self._resting = None
         reach = self.acceptance.reach(indices)
-        pins = np.array([-1 if r.pinned_draft_length is None else r.pinned_draft_length for r in requests], np.intp)
+        pins = self._pins[indices]
         pinned = pins >= 0
         if pinned.all():
             choice = Choice(pins, int(pins.max()), count, 1.0, 1.0, count, 1.0)
@@ -244,11 +248,10 @@ class GoodputPolicy(SpeculationPolicy):
         lengths: Indices,
         reason: str,
     ) -> Sequence[int]:
+        pins = self._pins[indices]
+        lengths = np.where(pins < 0, lengths, pins)
         plan: list[int] = lengths.tolist()
-        for position, request in enumerate(step.requests):
-            if request.pinned_draft_length is not None:
-                plan[position] = request.pinned_draft_length
-        missed = self.explorer.drafted(indices[np.array(plan) > 0], step.number)
+        missed = self.explorer.drafted(indices[lengths > 0], step.number)
         self.trace.add(
             Decision(
                 step.number,
@@ -326,8 +329,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._proposed[rows] = self._proposed[rows] * 0.9 + drafted[asked > 0]
         if decision.reason in ("draft", "trial", "costs"):
             # Requests that have ended since do not count, nor those that were not planned for.
-            ours = np.array([r.pinned_draft_length is None for r in outcome.requests])
-            planned = sum(r.pinned_draft_length is None for r in decision.requests)
+            ours = self._pins[indices] < 0
+            planned = int((self._pins[decision.indices] < 0).sum())
             hoped = decision.hoped * int((known & ours).sum()) / max(planned, 1)
             self._hoped = _FORGETTING * self._hoped + hoped
             self._got = _FORGETTING * self._got + int(accepted[ours].sum())
