@@ -23,8 +23,11 @@ beyond what the noise floor explains.
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
+import json
 import random
+import shlex
 import sys
 import tempfile
 import time
@@ -249,6 +252,14 @@ def workloads(servers: Servers, family: str, wanted: list[str], folder: Path, co
     return found
 
 
+def merged(kept: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New cells behind those of earlier runs that they do not replace, each with the command that measured it."""
+    command = shlex.join(["python", "benchmarks/regret.py", *sys.argv[1:]])
+    again = {(cell["drafter"], cell["users"]) for cell in new}
+    old = [cell for cell in kept if (cell["drafter"], cell["users"]) not in again]
+    return old + [cell | {"command": command, "date": datetime.date.today().isoformat()} for cell in new]
+
+
 def main() -> None:
     """Measure, print, write ``benchmarks/results/regret.json`` and ``regret.png``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -260,16 +271,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--short", action="store_true", help="the form for CI")
+    parser.add_argument("--append", action="store_true", help="keep what the output file has of other cells")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/regret.json")
     options = parser.parse_args()
     if options.short:
         options.drafters, options.loads, options.lengths = "hopeless,oracle", "1,8", "8"
-        options.rounds, options.seconds = 3, 2.0
+        options.rounds, options.seconds, options.oracle_loads = 3, 2.0, "1"
     lengths = tuple(int(k) for k in options.lengths.split(","))
     loads = [int(load) for load in options.loads.split(",")]
     oracle_loads = [int(load) for load in options.oracle_loads.split(",")] if options.oracle_loads else loads
     pair_loads = [int(load) for load in options.pair_loads.split(",")] if options.pair_loads else loads
     wanted = options.drafters.split(",")
+    kept = json.loads(options.output.read_text())["measured"] if options.append and options.output.exists() else []
     console = Console()
     cells: list[Cell] = []
     began = time.monotonic()
@@ -290,7 +303,7 @@ def main() -> None:
                     console.print(f"[{time.monotonic() - began:.0f} s] {workload.name}")
                     cells.append(run_cell(servers, workload, load, options.rounds, options.seconds, console))
                     if not options.short:
-                        write(options.output, [cell.plain() for cell in cells])
+                        write(options.output, merged(kept, [cell.plain() for cell in cells]))
     console.print(table(cells, lengths), width=200)
     if options.short:
         failures = beyond_noise(cells)

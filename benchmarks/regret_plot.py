@@ -24,7 +24,9 @@ def plot(result: Path) -> Path:
     figure, axes = pyplot.subplots(2, len(drafters), figsize=(4.2 * len(drafters), 7), squeeze=False)
     for column, drafter in enumerate(drafters):
         of_drafter = [cell for cell in cells if cell["drafter"] == drafter]
-        arms = [arm for arm in of_drafter[0]["arms"] if arm == OURS or not arm.startswith((OURS, "off again"))]
+        of_drafter.sort(key=lambda cell: cell["users"])
+        seen = dict.fromkeys(arm for cell in of_drafter for arm in cell["arms"])
+        arms = [arm for arm in seen if arm == OURS or not arm.startswith((OURS, "off again"))]
         arms.sort(key=lambda arm: (arm == OURS, arm != OFF, arm))
         for arm in arms:
             style = {"color": "black", "linewidth": 2.2, "marker": "o"} if arm == OURS else {"marker": "."}

@@ -1,0 +1,182 @@
+"""What may be explored when, and what is explored."""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_instant_plugins.goodput.allowance import (
+    ALLOWANCE_PER_STEP,
+    LONGEST_SILENCE,
+    MOST_ALLOWANCE,
+    SHORTEST_SILENCE,
+    Allowance,
+)
+from vllm_instant_plugins.goodput.choice import choose
+from vllm_instant_plugins.goodput.costs import StepCosts
+from vllm_instant_plugins.goodput.explorer import Explorer, Situation
+
+
+def _after(steps):
+    allowance = Allowance()
+    for _ in range(steps):
+        allowance.step()
+    return allowance
+
+
+class TestAllowance:
+    def test_it_grows_by_the_step_up_to_a_bound(self):
+        assert _after(10).left == pytest.approx(10 * ALLOWANCE_PER_STEP)
+        assert _after(10_000).left == MOST_ALLOWANCE
+
+    def test_nothing_is_taken_that_is_not_there(self):
+        allowance = _after(10)
+        assert not allowance.take("a", 11 * ALLOWANCE_PER_STEP)
+        assert allowance.take("a", 9 * ALLOWANCE_PER_STEP)
+        assert allowance.left == pytest.approx(ALLOWANCE_PER_STEP)
+
+    def test_each_kind_is_silent_for_a_while(self):
+        allowance = _after(100)
+        assert allowance.take("a", 0.0)
+        assert not allowance.take("a", 0.0)
+        assert allowance.take("b", 0.0)
+        for _ in range(SHORTEST_SILENCE):
+            allowance.step()
+        assert allowance.take("a", 0.0)
+
+    def test_what_must_be_is_done_after_the_longest_silence_even_without_allowance(self):
+        allowance = Allowance()
+        allowance.pay("a", 5.0)
+        assert allowance.left == -MOST_ALLOWANCE
+        for step in range(LONGEST_SILENCE):
+            assert not allowance.take("a", 1.0, must=True), step
+            allowance.step()
+        assert allowance.due("a")
+        assert allowance.take("a", 1.0, must=True)
+
+    def test_saving_waits_until_it_must(self):
+        allowance = _after(1000)
+        allowance.pay("a", 0.0)
+        for _ in range(LONGEST_SILENCE - 1):
+            allowance.step()
+            assert not allowance.take("a", 0.0, must=True, saving=True)
+        allowance.step()
+        assert allowance.take("a", 0.0, must=True, saving=True)
+
+    @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 1)), max_size=300))
+    def test_what_is_taken_never_exceeds_what_was_given(self, wishes):
+        allowance, taken = Allowance(), 0.0
+        for what, loss in wishes:
+            allowance.step()
+            if allowance.take(what, loss):
+                taken += loss
+        assert taken <= len(wishes) * ALLOWANCE_PER_STEP + 1e-9
+
+
+def _costs(row=0.0, base=0.02, unsure=0.0):
+    """Linear costs, known exactly except where ``unsure`` gives all other sizes than the smallest a deviation."""
+    costs = StepCosts(64)
+    count = len(costs.knots)
+    costs.weights[:count] = base + row * costs.knots
+    costs._covariance[:] = 0.0
+    costs._covariance[range(4, count), range(4, count)] = unsure**2
+    costs.observations = 100
+    return costs
+
+
+def _situation(costs, acceptance, requests=4, positions=4):
+    believed = np.cumprod(np.full((requests, positions), acceptance), axis=1)
+    best = functools.partial(choose, costs=costs, context=0.0, most_rows=1e9)
+    everyone = np.arange(requests)
+    return Situation(1, everyone, everyone, 0.0, 0.0, believed, best, best(believed), positions)
+
+
+def _rich(costs):
+    explorer = Explorer(costs)
+    for _ in range(1000):
+        explorer.allowance.step()
+    for index in range(8):
+        explorer.enter(index, 0.0)
+    return explorer
+
+
+class TestExplorer:
+    def test_a_plan_of_uncertain_cost_is_tried_only_if_it_may_be_the_best(self):
+        steep = _costs(row=0.02)
+        now = _situation(steep, 0.3)
+        assert now.choice.draft_tokens == 0
+        assert _rich(steep).uncertain(now) is None
+        vague = _costs(row=0.02, unsure=0.08)
+        tried = _rich(vague).uncertain(_situation(vague, 0.6))
+        assert tried is not None
+        assert tried.draft_tokens > 0
+        # What it is expected to take is what is estimated, not what is hoped for.
+        assert tried.seconds == pytest.approx(0.02 + 0.02 * (4 + tried.draft_tokens))
+
+    def test_without_allowance_nothing_is_tried(self):
+        vague = _costs(row=0.02, unsure=0.08)
+        explorer = _rich(vague)
+        explorer.allowance.left = -0.1
+        assert explorer.uncertain(_situation(vague, 0.6)) is None
+
+    def test_a_step_for_all_is_tried_where_it_shows_more_than_a_probe(self):
+        # A row costs a fifth of a step: drafting for four loses a little at acceptance 0.35, and is seen four times.
+        costs = _costs(row=0.0025, base=0.01)
+        now = _situation(costs, 0.45)
+        assert now.choice.draft_tokens == 0
+        trial = _rich(costs).trial(now)
+        assert trial is not None
+        assert (trial.lengths > 0).sum() == 4
+        assert trial.tokens == pytest.approx(4 + 4 * 0.45, rel=0.3)
+        # One request shows no more than a probe of it.
+        assert _rich(costs).trial(_situation(costs, 0.45, requests=1)) is None
+        # Hopeless drafts would lose too much.
+        assert _rich(costs).trial(_situation(costs, 0.01)) is None
+
+    def test_while_it_saves_for_a_trial_it_does_not_probe(self):
+        costs = _costs(row=0.0025, base=0.01)
+        explorer, now = _rich(costs), _situation(costs, 0.45)
+        explorer.allowance.pay("drafter", 0.0)
+        for _ in range(SHORTEST_SILENCE):
+            explorer.allowance.step()
+        explorer.allowance.left = 0.01
+        assert explorer.trial(now) is None
+        explorer.allowance.left = 1.0
+        assert explorer.while_off(now)[1] == "off"
+        for _ in range(LONGEST_SILENCE):
+            explorer.allowance.step()
+        assert explorer.trial(now) is not None
+
+    def test_the_request_that_drafted_longest_ago_is_probed(self):
+        costs = _costs(row=0.02)
+        explorer, now = _rich(costs), _situation(costs, 0.05)
+        explorer.drafted(np.array([0, 1, 3]), 7)
+        lengths, reason = explorer.while_off(now)
+        assert reason == "probe"
+        assert np.flatnonzero(lengths).tolist() == [2]
+
+    def test_reading_what_was_missed_counts_as_loss(self):
+        costs = _costs(row=0.002)
+        costs.weights[-1] = 0.1  # seconds for each 128 tokens
+        explorer, now = _rich(costs), _situation(costs, 0.05)
+        explorer.allowance.left = 0.5
+        explorer.not_drafted(np.arange(4), 1000)
+        assert explorer.while_off(now)[1] == "off"
+        assert explorer.drafted(np.arange(4), 3) == 4000
+        assert explorer.while_off(now)[1] == "probe"
+
+    def test_steps_without_drafts_are_measured_again_when_their_time_is_vague(self):
+        costs = _costs(row=0.0001)
+        now = _situation(costs, 0.4)
+        assert 1.0 < now.choice.gain
+        sure = _rich(costs).while_drafting(now)
+        assert sure[1] == "draft"
+        cheap = _costs(row=0.004, base=0.01)
+        now = _situation(cheap, 0.75)
+        assert 1.0 < now.choice.gain < 1.5
+        cheap._covariance[:] = (0.05 * 0.026) ** 2
+        assert _rich(cheap).while_drafting(now)[1] == "reference"
+        cheap._covariance[:] = 0.0
+        assert _rich(cheap).while_drafting(now)[1] == "draft"
