@@ -26,7 +26,7 @@ CURIOUS_GAIN = 1.02
 """and this many times as good as the best plan."""
 MOST_TRIAL_LOSS = 0.3
 """A whole step of drafting that is expected to lose more than this, in steps, is not tried."""
-HOPE = 1.5
+HOPE = 2.0
 """Such a step drafts what would be best if acceptance were this many times what is believed."""
 VAGUE = 0.02
 """Relative uncertainty from which the time of a step without drafts is measured again while drafting."""
@@ -142,6 +142,10 @@ class Explorer:
         if not self.allowance.affords("trial", 0.0):
             return None
         hopeful = now.best(np.minimum(now.believed * HOPE, 1.0), must_draft=True)
+        if hopeful.gain < 1.0:  # nothing that one step may show would change the decision
+            self._saving = False
+            self.allowance.pay("trial", 0.0)  # asked again later
+            return None
         drafting = hopeful.lengths > 0
         reached = np.arange(now.believed.shape[1]) < hopeful.lengths[:, None]
         plan = replace(hopeful, tokens=hopeful.requests + float(now.believed[reached].sum()))
