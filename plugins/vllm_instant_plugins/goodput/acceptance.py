@@ -34,6 +34,8 @@ CLASS_PRIOR = 2.0
 OPTIMISM = 0.7
 """Acceptance of the first draft token before anything was observed: high, so that drafting is tried."""
 CHANGE_SIGMAS = 3.0
+HEARSAY = 0.25
+"""Observations that are left of a class's memory when a class above it has changed."""
 FADING = 0.2
 """What is left of a request's own memory when its class has changed."""
 MAX_KINDS = 31
@@ -80,6 +82,7 @@ class AcceptanceModel:
         """Beginnings of prompts that came once: a class of their own pays when they come again."""
         self._class_estimate: Array = np.full((rows, positions), OPTIMISM)
         self._stale: OrderedDict[int, None] = OrderedDict()
+        self._refresh_all = False
         self._refresh([0])
 
     # ------------------------------------------------------------------------------------- requests, classes
@@ -185,7 +188,9 @@ class AcceptanceModel:
             self._stale[row] = None
         # Parents have the lowest numbers and go first; the others take turns.
         chosen = [row for row in self._stale if row <= MAX_KINDS]
-        chosen += [row for row in self._stale if row > MAX_KINDS][:_REFRESHED_PER_STEP]
+        narrow_ones = [row for row in self._stale if row > MAX_KINDS]
+        chosen += narrow_ones if self._refresh_all else narrow_ones[:_REFRESHED_PER_STEP]
+        self._refresh_all = False
         self._refresh(chosen)
 
     def _detect_change(self, rows: Indices) -> None:
@@ -194,9 +199,9 @@ class AcceptanceModel:
         long = np.clip(self._classes.hits[rows, 0] / np.maximum(long_trials, 1e-9), 0.02, 0.98)
         surprising = np.abs(hits - trials * long) > CHANGE_SIGMAS * np.sqrt(trials * long * (1 - long))
         for row in rows[surprising & (trials >= 2) & (long_trials >= 2 * trials)].tolist():
-            self._cut(row)
+            self._cut(row, rows)
 
-    def _cut(self, row: int) -> None:
+    def _cut(self, row: int, touched: Indices) -> None:
         """The class changed: its long memory becomes as short as the short one, its requests' own memories fade."""
         classes = self._classes
         short = self._short_trials[row]
@@ -204,6 +209,18 @@ class AcceptanceModel:
         classes.trials[row] *= share
         classes.hits[row] *= share
         classes.hits[row, 0] = self._short_hits[row]
+        # Classes below it see the change themselves if they draft; the others would go on believing in what was.
+        # Not below the first row: there, a change may only be that another kind of requests has come.
+        below = np.flatnonzero(self._parent == row) if row else np.empty(0, np.intp)
+        below = np.setdiff1d(below, touched)
+        left = np.minimum(1.0, HEARSAY / np.maximum(classes.trials[below, 0], 1e-9))
+        classes.trials[below] *= left[:, None]
+        classes.hits[below] *= left[:, None]
+        self._short_trials[below] *= left
+        self._short_hits[below] *= left
+        for child in below[classes.trials[below, 0] > 0].tolist():
+            self._stale[child] = None
+        self._refresh_all = True
         parent = self._parent[self._class_of]
         members = np.flatnonzero((self._class_of == row) | (parent == row) | (row == 0))
         self._requests.trials[members] *= FADING

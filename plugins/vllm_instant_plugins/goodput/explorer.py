@@ -92,7 +92,7 @@ class Explorer:
         self._missed[indices] = 0.0
         return missed
 
-    def not_drafted(self, indices: Indices, tokens: npt.ArrayLike) -> None:
+    def not_drafted(self, indices: Indices, tokens: npt.NDArray[np.int_] | int) -> None:
         """These requests drafted nothing in a step that gave them ``tokens``."""
         self._missed[indices] += tokens
 

@@ -149,3 +149,18 @@ def test_requests_beyond_the_first_arrays():
         model.enter(index, "greedy", 0)
     model.observe([400], [3], [3])
     assert model.reach(np.array([5, 400, 63, 64])).shape == (4, 3)
+
+
+def test_classes_that_are_idle_when_the_drafter_changes_do_not_go_on_believing_in_it():
+    """Forty prompts come again and again, four at a time; the drafter turns hopeless while four others run."""
+    model = AcceptanceModel(4)
+    for _ in range(3):
+        for prompt in range(40):
+            model.enter(0, "greedy", prompt)
+            _observe(model, 0, 4, 4, times=5)
+    for prompt in range(4):
+        model.enter(prompt, "greedy", prompt)
+    for _ in range(8):
+        model.observe([0, 1, 2, 3], [4] * 4, [0] * 4)
+    model.enter(5, "greedy", 30)
+    assert model.conditional(np.array([5]))[0, 0] < 0.4
