@@ -156,3 +156,19 @@ class TestDoctor:
         activation.serve(resolve())
         assert "vLLM 0.99.0 is outside of the range" in caplog.text
         assert carrier.current() is not None
+
+
+def test_demo_text_writes_every_document_once_and_keeps_what_is_held_out_apart(run, tmp_path):
+    from vllm_instant.demo.corpus import documents
+
+    assert run("demo", "text", tmp_path).exit_code == 0
+    expected = {
+        ("held_out" if d.held_out else "training", d.kind, d.name.replace("/", ".").removesuffix(".py")): d.text
+        for d in documents()
+    }
+    found = {
+        (path.parent.parent.name, path.parent.name, path.stem): path.read_text(encoding="utf-8")
+        for path in tmp_path.rglob("*.*")
+        if path.is_file()
+    }
+    assert found == expected
