@@ -2,8 +2,7 @@
 
 As soon as a server has a speculative method, vLLM's model runner sends every step through its rejection sampler, also
 one in which nobody drafted anything: the ordinary sampler runs inside it, with index bookkeeping, copies and a
-verification of nothing around it (0.7 ms of an 18 ms step with four requests on two cores). A policy that stops
-drafting because it does not pay must not keep paying for that.
+verification of nothing around it. A policy that stops drafting because it does not pay must not keep paying for that.
 """
 
 from __future__ import annotations
