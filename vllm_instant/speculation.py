@@ -79,8 +79,8 @@ class SpeculationBudget:
         """The live states of all admitted requests, by request id."""
         self._clock = clock
         self._free_indices: list[int] = []
-        self._overruled: dict[str, int] = {}
-        """Draft length by request id, where the client asked for one."""
+        self._num_pinned = 0
+        """Admitted requests whose clients asked for a length."""
         self._number = 0
         self._began: dict[int, tuple[float, int]] = {}
         """When each step that is under way began, and its number."""
@@ -106,7 +106,7 @@ class SpeculationBudget:
             length = None  # refused at the door where there is one (seams/request_options.py); else the policy decides
         if length is not None:
             state.pinned_draft_length = min(length, self.max_draft_tokens)
-            self._overruled[state.request_id] = state.pinned_draft_length
+            self._num_pinned += 1
         self.policy.call("enter", lambda policy: policy.enter(state), None)
 
     def forget(self, request_id: str) -> None:
@@ -114,7 +114,7 @@ class SpeculationBudget:
         state = self.states.pop(request_id, None)
         if state is not None:
             state.prompt_token_ids = ()  # whoever keeps the state shall not keep the prompt
-            self._overruled.pop(request_id, None)
+            self._num_pinned -= state.pinned_draft_length is not None
             self.policy.call("forget", lambda policy: policy.forget(request_id), None)
             self._free_indices.append(state.index)
 
@@ -141,9 +141,11 @@ class SpeculationBudget:
         if lengths is None:
             self._show_outcomes()
             lengths = self._ask(states, self._number)
-        if self._overruled:
-            wish = self._overruled.get
-            lengths = [wish(state.request_id, length) for state, length in zip(states, lengths, strict=True)]
+        if self._num_pinned:
+            lengths = [
+                length if state.pinned_draft_length is None else state.pinned_draft_length
+                for state, length in zip(states, lengths, strict=True)
+            ]
         self.counters.steps += 1
         granted = sum(lengths)
         self.counters.budgeted += granted

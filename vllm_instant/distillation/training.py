@@ -1,6 +1,6 @@
 """One training loop for the project's small models, on the CPU or a GPU, that can be stopped and resumed.
 
-Precision, gradient scaling and checkpoints are Accelerate's. The matrices of the layers are trained with Muon
+Devices, precision and gradient scaling are Accelerate's. The matrices of the layers are trained with Muon
 (Jordan et al. 2024), everything else with AdamW. What a step sees depends on its number alone, so that a resumed run
 goes on as if it had never stopped.
 """
