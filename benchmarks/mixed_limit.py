@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from regret_setup import MAX_TOKENS, MODEL, OURS, Servers, mixed
-from results import write
+from results import earlier, merged, write
 from rich.console import Console
 
 from vllm_instant.evidence.load import Prompt, measure
@@ -96,7 +96,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/mixed_limit.json")
+    parser.add_argument("--append", action="store_true", help="keep what the output file has of other loads")
     options = parser.parse_args()
+    kept = earlier(options.output) if options.append else []
     console = Console()
     measured = []
     with tempfile.TemporaryDirectory(prefix="mixed-") as name:
@@ -113,7 +115,7 @@ def main() -> None:
                     f"the policy {found['policy_to_best_fixed']['median']:.3f}",
                     soft_wrap=True,
                 )
-                write(options.output, measured)
+                write(options.output, merged(kept, measured, "users"))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,8 @@ beyond what the noise floor explains.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import random
-import shlex
 import sys
 import tempfile
 import time
@@ -51,7 +48,7 @@ from regret_setup import (
     record_answers,
     snippets,
 )
-from results import write
+from results import earlier, merged, write
 from rich.console import Console
 from rich.table import Table
 
@@ -252,14 +249,6 @@ def workloads(servers: Servers, family: str, wanted: list[str], folder: Path, co
     return found
 
 
-def merged(kept: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """New cells behind those of earlier runs that they do not replace, each with the command that measured it."""
-    command = shlex.join(["python", "benchmarks/regret.py", *sys.argv[1:]])
-    again = {(cell["drafter"], cell["users"]) for cell in new}
-    old = [cell for cell in kept if (cell["drafter"], cell["users"]) not in again]
-    return old + [cell | {"command": command, "date": datetime.date.today().isoformat()} for cell in new]
-
-
 def main() -> None:
     """Measure, print, write ``benchmarks/results/regret.json`` and ``regret.png``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -282,7 +271,7 @@ def main() -> None:
     oracle_loads = [int(load) for load in options.oracle_loads.split(",")] if options.oracle_loads else loads
     pair_loads = [int(load) for load in options.pair_loads.split(",")] if options.pair_loads else loads
     wanted = options.drafters.split(",")
-    kept = json.loads(options.output.read_text())["measured"] if options.append and options.output.exists() else []
+    kept = earlier(options.output) if options.append else []
     console = Console()
     cells: list[Cell] = []
     began = time.monotonic()
@@ -303,7 +292,7 @@ def main() -> None:
                     console.print(f"[{time.monotonic() - began:.0f} s] {workload.name}")
                     cells.append(run_cell(servers, workload, load, options.rounds, options.seconds, console))
                     if not options.short:
-                        write(options.output, merged(kept, [cell.plain() for cell in cells]))
+                        write(options.output, merged(kept, [cell.plain() for cell in cells], "drafter", "users"))
     console.print(table(cells, lengths), width=200)
     if options.short:
         failures = beyond_noise(cells)
