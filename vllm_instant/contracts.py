@@ -46,6 +46,8 @@ class PluginContext:
     """Most draft tokens a request can get in one step; 0 when the server has no drafter."""
     device: str
     """``cpu``, ``cuda``, …"""
+    confident_drafts: bool = False
+    """Whether the drafter says how sure it is of each token, so that ``DraftPrice`` cuts its drafts."""
     identity: Mapping[str, str] = field(default_factory=dict)
     """What timings measured in this engine depend on: device name, model, dtype, vLLM version, drafter, parallelism."""
 
@@ -67,6 +69,8 @@ class Plugin:
     options: type[PluginOptions] = PluginOptions
     build: Callable[[Any, PluginContext], Any] | None = None
     engine_arguments: Callable[[Any], Mapping[str, Any]] | None = None
+    confident: bool = False
+    """For drafters: whether their drafts say how sure they are (``Draft.confidence``)."""
 
 
 # --------------------------------------------------------------------------------------------- speculation
@@ -89,7 +93,10 @@ class RequestState:
     prompt_token_ids: Sequence[int] = ()
     """Empty when the prompt came as embeddings."""
     pinned_draft_length: int | None = None
-    """The draft length that its client asked for, which no policy changes; None when the policy decides."""
+    """The draft length that its client asked for (or 0, where drafts cannot be verified), which no policy changes; None
+    when the policy decides."""
+    cache_salt: str = ""
+    """What separates its tenant's data from that of others; empty when nothing does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +138,23 @@ class StepOutcome:
     """Draft tokens that the drafter made at the end of this step, for the next: the longest length that was planned."""
 
 
+@dataclass(frozen=True, slots=True)
+class DraftPrice:
+    """What drafts cost in one step, each in the accepted tokens that it must bring at least; all 0: everything is free.
+
+    Workers keep of a draft whose confidence is known what is expected to bring more than it costs.
+    """
+
+    row: float = 0.0
+    """One more draft token to verify."""
+    verifying: float = 0.0
+    """Verifying any drafts at all."""
+    drafting: float = 0.0
+    """Running a draft model at all."""
+    draft_pass: float = 0.0
+    """Each pass of a draft model, which brings one more token for every request."""
+
+
 @runtime_checkable
 class SpeculationPolicy(Protocol):
     """Decides how many draft tokens each request gets in the next step. Runs in the engine-core process.
@@ -142,6 +166,10 @@ class SpeculationPolicy(Protocol):
     def draft_lengths(self, step: UpcomingStep) -> Sequence[int]:
         """One length a request, each in ``0..step.max_draft_tokens``; 0 for all: the drafter does not even run."""
         ...
+
+    def price(self) -> DraftPrice:
+        """What drafts cost in the step that ``draft_lengths`` was asked for last. Optional; free by default."""
+        return DraftPrice()
 
     def enter(self, request: RequestState) -> None:
         """A request entered the engine; it may wait before its first step. Optional."""
@@ -183,6 +211,20 @@ class DraftRequest:
     num_prompt_tokens: int
     max_draft_tokens: int
     """At least 1."""
+    cache_salt: str = ""
+    """What separates tenants: requests with another one must not learn what this one says."""
+    is_pinned: bool = False
+    """Whether its client asked for this draft length: what the draft costs does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Draft tokens with how sure the drafter is of them."""
+
+    token_ids: Sequence[int]
+    confidence: Sequence[float]
+    """For each token the chance that it is accepted if those before it are, in 0..1. The speculation policy prices
+    verification (``DraftPrice``), and tokens that are not expected to earn their price are cut."""
 
 
 @runtime_checkable
@@ -192,13 +234,39 @@ class Drafter(Protocol):
     With several workers each of them must propose the same tokens: decide from the arguments, never from a clock.
     """
 
-    def propose(self, requests: Sequence[DraftRequest]) -> Sequence[Sequence[int]]:
+    def propose(self, requests: Sequence[DraftRequest]) -> Sequence[Sequence[int] | Draft]:
         """For each request 0 to ``max_draft_tokens`` token ids that may come next, the nearest first."""
         ...
 
     def forget(self, request_id: str) -> None:
         """The request ended or was aborted. Optional."""
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one request gets from a drafter that shares the work with a draft model."""
+
+    own: Sequence[int] = ()
+    """Draft tokens of its own; used when ``model_length`` is 0."""
+    model_length: int = 0
+    """How many tokens the draft model shall draft for it instead."""
+
+
+@runtime_checkable
+class SharingDrafter(Drafter, Protocol):
+    """A drafter beside a draft model that vLLM runs: it decides for each request and step who drafts.
+
+    A plugin is one when it brings both ``build`` and ``engine_arguments`` (which configure the draft model).
+    """
+
+    def share(self, requests: Sequence[DraftRequest], price: DraftPrice) -> Sequence[Share]:
+        """One share a request. The draft model does not run when no request wants it."""
+        ...
+
+    def model_drafted(self, drafts: Mapping[str, Sequence[int]]) -> None:
+        """What the draft model then drafted, by request id: what becomes of it shows in the next ``token_ids``."""
+        ...
 
 
 # -------------------------------------------------------- slots whose seams come with their first plugins

@@ -24,6 +24,8 @@ from vllm_instant.slots import SLOTS
 CONFIG_VARIABLE = "INSTANT_CONFIG"
 """Names the deployment file when the command line does not."""
 DEFAULT_ORIGIN = "default"
+PLUGIN_DRAFTER = "vllm_instant.seams.drafter.PluginDrafter"
+"""What vLLM instantiates for a drafter plugin."""
 
 
 class SlotChoice(BaseModel):
@@ -64,18 +66,36 @@ class Deployment(BaseModel):
         speculating = self.slots["speculation"].plugin != "off"
         for slot in SLOTS:
             plugin = self.offer(slot, manager).plugin
-            if plugin.engine_arguments is not None and (speculating or slot != "drafter"):
+            if slot == "drafter":
+                if speculating and not self.drafter_is_default:
+                    arguments.update(self.drafter_arguments(manager))
+            elif plugin.engine_arguments is not None:
                 arguments.update(plugin.engine_arguments(self.options(slot, manager)))
-            elif slot == "drafter" and speculating and plugin.build is not None:
-                arguments["speculative_config"] = {
-                    "method": "custom_class",
-                    "model": "vllm_instant.seams.drafter.PluginDrafter",
-                    "num_speculative_tokens": self.slots[slot].options["num_speculative_tokens"],
-                }
         arguments.update(self.vllm)
         if not speculating:
             arguments.pop("speculative_config", None)
         return arguments
+
+    @property
+    def drafter_is_default(self) -> bool:
+        """Whether nobody named a drafter: then it only serves where it costs nothing (``seams.default_drafter``)."""
+        slot = SLOTS["drafter"]
+        return self.slots[slot.name].plugin == slot.default and f"{slot.name}.plugin" not in self.origins
+
+    def drafter_arguments(self, manager: PluginManager | None = None) -> Table:
+        """The engine arguments that make vLLM use the deployment's drafter."""
+        plugin = self.offer("drafter", manager).plugin
+        if plugin.engine_arguments is not None:
+            return dict(plugin.engine_arguments(self.options("drafter", manager)))
+        if plugin.build is None:
+            return {}
+        return {
+            "speculative_config": {
+                "method": "custom_class",
+                "model": PLUGIN_DRAFTER,
+                "num_speculative_tokens": self.slots["drafter"].options["num_speculative_tokens"],
+            }
+        }
 
 
 def resolve(
@@ -139,7 +159,9 @@ def _check(merged: Table, origins: dict[str, str], file: str | None, manager: Pl
     slots: dict[str, SlotChoice] = {}
     for slot in SLOTS.values():
         table = merged.get(slot.name, {})
-        choice, found = _check_slot(slot.name, table, origins, where, manager)
+        # Who configures vLLM's own drafter has named one.
+        natively = slot.name == "drafter" and "speculative_config" in merged.get("vllm", {})
+        choice, found = _check_slot(slot.name, table, "native" if natively else slot.default, origins, where, manager)
         problems += found
         if choice is not None:
             slots[slot.name] = choice
@@ -167,12 +189,12 @@ def _plugin_objections(deployment: Deployment, manager: PluginManager) -> list[s
 
 
 def _check_slot(
-    slot: str, table: Table, origins: Mapping[str, str], where: str, manager: PluginManager
+    slot: str, table: Table, default: str, origins: Mapping[str, str], where: str, manager: PluginManager
 ) -> tuple[SlotChoice | None, list[Problem]]:
     def source(key: str) -> str:
         return origins.get(f"{slot}.{key}", where)
 
-    name = table.get("plugin", SLOTS[slot].default)
+    name = table.get("plugin", default)
     if not isinstance(name, str):
         return None, [
             Problem(source("plugin"), f"[{slot}] plugin", f"expected the name of a plugin, found {shown(name)}")
@@ -243,7 +265,7 @@ def contradictions(deployment: Deployment, manager: PluginManager) -> Iterator[s
     """Choices that exclude each other, whichever plugins they name."""
     drafter = deployment.offer("drafter", manager).plugin
     brings_drafter = drafter.build is not None or drafter.engine_arguments is not None
-    if brings_drafter and "speculative_config" in deployment.vllm:
+    if brings_drafter and not deployment.drafter_is_default and "speculative_config" in deployment.vllm:
         yield (
             f"[drafter] plugin = {drafter.name!r} and [vllm] speculative_config both choose a drafter: keep one of them"
         )

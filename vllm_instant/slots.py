@@ -31,7 +31,7 @@ SLOTS: dict[str, Slot] = {
             "goodput",
             contracts.SpeculationPolicy,
         ),
-        Slot("drafter", "which tokens are proposed", "worker", "native", contracts.Drafter),
+        Slot("drafter", "which tokens are proposed", "worker", "suffix", contracts.Drafter),
         Slot(
             "rejection_sampler",
             "which proposals are kept",

@@ -14,14 +14,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_instant.containment import Contained, ContractError
-from vllm_instant.contracts import RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
+from vllm_instant.contracts import DraftPrice, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
+from vllm_instant.drafting import DraftPlan, DraftReport
 
 CLIENT_KEY = "instant_speculation"
 """What a client writes into ``vllm_xargs``: ``"off"``, ``"auto"`` or a number of draft tokens."""
+
+
+NOBODY: frozenset[str] = frozenset()
 
 
 def requested_draft_length(extra_args: Mapping[str, Any] | None) -> int | None:
@@ -92,6 +96,7 @@ class SpeculationBudget:
         """The requests of the newest plan."""
         self._ahead: dict[str, int] | None = None
         """The next plan by request id, made while the model ran."""
+        self._price = DraftPrice()
         self._waiting: tuple[int, float] = (0, 0.0)
 
     # ---------------------------------------------------------------------------------------------- requests
@@ -104,9 +109,9 @@ class SpeculationBudget:
             length = requested_draft_length(state.extra_args)
         except ValueError:
             length = None  # refused at the door where there is one (seams/request_options.py); else the policy decides
-        if length is not None:
+        if state.pinned_draft_length is None and length is not None:
             state.pinned_draft_length = min(length, self.max_draft_tokens)
-            self._num_pinned += 1
+        self._num_pinned += state.pinned_draft_length is not None
         self.policy.call("enter", lambda policy: policy.enter(state), None)
 
     def forget(self, request_id: str) -> None:
@@ -152,6 +157,18 @@ class SpeculationBudget:
         self.counters.steps_without_drafting += bool(states) and granted == 0
         return lengths
 
+    def plan_drafts(self, states: Sequence[RequestState], num_waiting: int = 0, longest_wait: float = 0.0) -> DraftPlan:
+        """``plan`` as the workers need it."""
+        lengths = self.plan(states, num_waiting, longest_wait)
+        return DraftPlan(
+            {state.request_id: length for state, length in zip(states, lengths, strict=True)},
+            self._price,
+            frozenset(state.request_id for state in states if state.pinned_draft_length)
+            if self._num_pinned
+            else NOBODY,
+            {state.request_id: state.cache_salt for state in states if state.cache_salt},
+        )
+
     def while_the_model_runs(self) -> None:
         """The step is on its way, and there is time: learn from those before it and plan the one after it."""
         self._show_outcomes()
@@ -178,7 +195,11 @@ class SpeculationBudget:
             return lengths
 
         full = [most] * len(states)
-        return self.policy.call("draft_lengths", ask, full) if states else full
+        if not states:
+            return full
+        lengths = self.policy.call("draft_lengths", ask, full)
+        self._price = self.policy.call("price", lambda policy: policy.price(), DraftPrice())
+        return lengths
 
     def step_scheduled(self, step: int) -> None:
         """The step that began last goes out; ``step`` is any number that ``step_finished`` repeats."""
@@ -207,6 +228,11 @@ class SpeculationBudget:
                 states, drafted, accepted, num_scheduled_tokens, seconds, num_scheduled_requests, number, draft_passes
             )
         )
+
+    def drafted(self, report: DraftReport) -> None:
+        """The workers report what they did after the step that finished last."""
+        if self._outcomes:
+            self._outcomes[-1] = replace(self._outcomes[-1], draft_passes=report.draft_passes)
 
     def engine_idles(self) -> None:
         """Nothing is left to do: the time until the next step begins is nobody's cost."""

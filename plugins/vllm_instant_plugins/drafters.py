@@ -47,7 +47,7 @@ def _ngram(options: NgramOptions) -> Mapping[str, Any]:
 def contradictions(deployment: Deployment) -> Iterable[str]:
     """A draft model that is written as a path must be there; n-gram bounds must be in order."""
     choice = deployment.slots["drafter"]
-    if choice.plugin == "model":
+    if choice.plugin in ("model", "hybrid"):
         model = choice.options["model"]
         looks_like_path = model.startswith(("/", "./", "../", "~"))
         if looks_like_path and not (Path(model).expanduser() / "config.json").is_file():

@@ -1,16 +1,30 @@
-"""Float32 greedy answers are those of stock vLLM, with speculation on and budgets that change every step."""
+"""Float32 greedy answers are those of stock vLLM, with speculation on and budgets that change every step.
+
+Prompts are read in pieces (chunked prefill) between the steps of others, and the KV cache is too small for all requests
+at once, so that some are preempted and begin again; the prefix cache is on, as it is by default.
+"""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from asking import ask, ask_all
-from deployments import DRAFT_MODEL, EXAMPLE, NGRAM
+from deployments import DRAFT_MODEL, EXAMPLE, HYBRID, NGRAM, SUFFIX
+
+DEPLOYMENTS = {
+    "draft_model": DRAFT_MODEL,
+    "ngram": NGRAM,
+    "suffix": SUFFIX,
+    "hybrid": HYBRID,
+    "example_plugins": EXAMPLE,
+}
+TIGHT = ("--max-num-batched-tokens", "96", "--block-size", "32", "--num-gpu-blocks-override", "48")
 
 
-@pytest.fixture(scope="module", params=["draft_model", "ngram", "example_plugins"])
+@pytest.fixture(scope="module", params=DEPLOYMENTS)
 def server(request, launch):
-    deployment = {"draft_model": DRAFT_MODEL, "ngram": NGRAM, "example_plugins": EXAMPLE}[request.param]
-    with launch(deployment) as running:
+    with launch(DEPLOYMENTS[request.param], *TIGHT) as running:
         yield running
 
 
@@ -31,6 +45,22 @@ def test_fifty_prompts_and_the_numbers_behind_them(server, prompts, expected):
     assert totals["vllm_instant:draft_tokens_budgeted_total"] >= proposed
     assert totals["vllm_instant:plugin_info"] == 7
     assert "vllm_instant:plugin_failures_total" not in totals
+    assert totals["vllm:num_preemptions_total"] > 0
+
+
+def test_requests_that_are_aborted_in_flight_harm_nobody(server, prompts, expected):
+    def abandon(prompt):
+        body = {"model": "demo", "prompt": prompt, "max_tokens": 200, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
+            for number, _ in enumerate(response.iter_lines()):
+                if number > 8:
+                    return
+
+    with ThreadPoolExecutor(4) as pool:
+        abandoned = pool.map(abandon, prompts[10:18])
+        assert ask_all(server, prompts[:8]) == expected[:8]
+        list(abandoned)
+    assert ask_all(server, prompts[10:18]) == expected[10:18]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,26 @@ plugin = "ngram"
 num_speculative_tokens = 5
 """
 
+SUFFIX = """
+[speculation]
+plugin = "cycling"
+
+[drafter]
+plugin = "suffix"
+num_speculative_tokens = 6
+"""
+
+HYBRID = """
+[speculation]
+plugin = "cycling"
+
+[drafter]
+plugin = "hybrid"
+model = "DRAFT"
+num_speculative_tokens = 6
+draft_sample_method = "probabilistic"
+"""
+
 EXAMPLE = """
 [speculation]
 plugin = "shy"

@@ -13,6 +13,7 @@ import torch
 
 from vllm_instant.distillation.acceptance import Acceptance, measure
 from vllm_instant.distillation.objectives import FORWARD_KL, TOTAL_VARIATION, head_distance
+from vllm_instant.distillation.start import start_at_target
 from vllm_instant.distillation.teacher import TaughtWindows, Teacher
 from vllm_instant.distillation.text import TokenClass
 from vllm_instant.distillation.training import Loss, Training, train
@@ -95,7 +96,7 @@ def distill(
 
     Args:
         target: Hugging Face model in evaluation mode.
-        draft: Hugging Face model with the same vocabulary, float32.
+        draft: fresh Hugging Face model with the same vocabulary, float32.
         classes: text to learn from; windows are drawn from all of it alike.
         output: folder for the checkpoint.
         plan: steps and rates.
@@ -111,6 +112,7 @@ def distill(
     before = float(json.loads(clock.read_text())) if clock.exists() else 0.0
     began = time.monotonic()
     stream = torch.cat([c.training for c in classes])
+    start_at_target(draft, target)
     teacher = Teacher(target)
     windows = TaughtWindows(stream, teacher, WINDOWS, plan.context, plan.seed)
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant.containment import Contained
-from vllm_instant.contracts import RequestState, SpeculationPolicy
+from vllm_instant.contracts import Draft, RequestState, SpeculationPolicy
+from vllm_instant.drafting import DraftPlan, worthwhile
 from vllm_instant.speculation import SpeculationBudget
 
 Acceptance = Callable[[int, int], float]
@@ -45,6 +46,10 @@ class RequestClass:
     share: float = 1.0
     prompt_head: int = 0
     """Prompts of a class begin alike."""
+    finds: float = 1.0
+    """Chance that the drafter has anything to propose: a lookup often has not."""
+    stated: float | None = None
+    """Chance of acceptance that the drafter states for each token; None when it states none."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ class _Running:
     luck: npt.NDArray[np.float64]
     """Uniform in 0..1 for each output token: a draft of it is accepted when this is below the chance."""
     granted: int = 0
+    """Draft tokens that the next step verifies."""
     missed: int = 0
     """Tokens that the drafter has not read."""
     first_token_at: float | None = None
@@ -205,7 +211,8 @@ def simulate(
             break
         step += 1
         budget.step_begins()
-        lengths = budget.plan([r.state for r in running])
+        plan = budget.plan_drafts([r.state for r in running])
+        lengths = list(plan.lengths.values())
         budget.step_scheduled(step)
         budget.while_the_model_runs()
         drafted = [r.granted for r in running]
@@ -227,11 +234,12 @@ def simulate(
             gained = min(kept + 1, request.left)
             request.left -= gained
             request.state.num_output_tokens += gained
-            request.granted = length
             request.missed += 0 if length else gained
             produced += gained
             if request.first_token_at is None:
                 request.first_token_at = clock.now
+        for request, granted in zip(running, _drafts(classes, running, plan), strict=True):
+            request.granted = granted
         if counted:
             report.seconds += seconds
             report.steps += 1
@@ -280,6 +288,18 @@ def _accepted(acceptance: Acceptance, step: int, request: _Running) -> int:
         if request.luck[newest + position] >= acceptance(step, position):
             return position
     return request.granted
+
+
+def _drafts(classes: Sequence[RequestClass], running: Sequence[_Running], plan: DraftPlan) -> list[int]:
+    """How many tokens each request's drafter proposes, and the price leaves."""
+    drafts: list[Sequence[int] | Draft] = []
+    for request, length in zip(running, plan.lengths.values(), strict=True):
+        chosen = classes[request.kind]
+        # The same luck for every policy: it belongs to the place in the output.
+        found = request.luck[-1 - request.state.num_output_tokens % 128] < chosen.finds
+        tokens = range(length if found else 0)
+        drafts.append(Draft(tokens, [chosen.stated] * len(tokens)) if chosen.stated is not None else tokens)
+    return [len(draft) for draft in worthwhile(drafts, plan.price, [False] * len(drafts))]
 
 
 def _outcome(

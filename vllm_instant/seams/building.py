@@ -18,9 +18,10 @@ class PluginStartError(Exception):
     """A chosen plugin cannot start; the message is for the person who wrote the deployment file."""
 
 
-def context_of(vllm_config: Any) -> PluginContext:
-    """What a plugin may know, from vLLM's ``VllmConfig``."""
+def context_of(vllm_config: Any, deployment: Deployment | None = None) -> PluginContext:
+    """What a plugin may know, from vLLM's ``VllmConfig`` and the deployment that it serves."""
     speculative = vllm_config.speculative_config
+    own_drafter = deployment is not None and speculative is not None and uses_drafter_plugin(deployment, speculative)
     return PluginContext(
         model=vllm_config.model_config.model,
         max_model_len=vllm_config.model_config.max_model_len,
@@ -28,12 +29,21 @@ def context_of(vllm_config: Any) -> PluginContext:
         vocab_size=vllm_config.model_config.get_vocab_size(),
         num_speculative_tokens=speculative.num_speculative_tokens if speculative is not None else 0,
         device=str(vllm_config.device_config.device_type),
-        identity=_identity(vllm_config),
+        confident_drafts=own_drafter and deployment is not None and deployment.offer("drafter").plugin.confident,
+        identity=_identity(vllm_config, deployment if own_drafter else None),
     )
 
 
-def _identity(vllm_config: Any) -> dict[str, str]:
-    """What the time of an engine step depends on."""
+def uses_drafter_plugin(deployment: Deployment, speculative_config: Any) -> bool:
+    """Whether the server drafts as its drafter plugin says: the command line may have chosen another method."""
+    chosen = deployment.drafter_arguments().get("speculative_config", {})
+    if speculative_config.method == "custom_class":
+        return bool(speculative_config.model == chosen.get("model"))
+    return bool(speculative_config.method == chosen.get("method"))
+
+
+def _identity(vllm_config: Any, drafting: Deployment | None) -> dict[str, str]:
+    """What the time of an engine step depends on; ``drafting`` is the deployment if it brings the drafter."""
     model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
     identity = {
         "device": _device_name(str(vllm_config.device_config.device_type)),
@@ -47,6 +57,8 @@ def _identity(vllm_config: Any) -> dict[str, str]:
     }
     if speculative is not None:
         identity["drafter"] = f"{speculative.method} {speculative.model or ''}".strip()
+        if drafting is not None:
+            identity["drafter"] += f" {drafting.slots['drafter'].plugin}"
     return identity
 
 

@@ -12,6 +12,8 @@ from packaging.specifiers import SpecifierSet
 from vllm_instant.seams import (
     building,
     cpu_sampling,
+    default_drafter,
+    draft_sharing,
     draft_skipping,
     drafter,
     endpoints,
@@ -21,6 +23,7 @@ from vllm_instant.seams import (
     plain_sampling,
     request_options,
     scheduler,
+    undrafted_sampling,
     verdicts,
 )
 from vllm_instant.seams.requirements import Seam, forget_sources, installed_vllm
@@ -38,7 +41,10 @@ SEAMS: tuple[Seam, ...] = tuple(
         scheduler,
         drafter,
         draft_skipping,
+        draft_sharing,
         plain_sampling,
+        undrafted_sampling,
+        default_drafter,
         request_options,
         cpu_sampling,
         engine_core,
@@ -84,11 +90,12 @@ def needed_by(seam: Seam, deployment: Deployment | None, speculates: bool | None
         return ()
     # Without a drafter there is no budget to hand out, whatever policy is named.
     if speculates is None:
-        speculates = "speculative_config" in deployment.engine_arguments()
+        named = "speculative_config" in deployment.engine_arguments()
+        speculates = named or (deployment.drafter_is_default and deployment.slots["speculation"].plugin != "off")
     return tuple(
         f"{slot}={deployment.slots[slot].plugin}"
         for slot in seam.slots
-        if deployment.offer(slot).plugin.build is not None and (speculates or slot != "speculation")
+        if deployment.offer(slot).plugin.build is not None and (speculates or slot not in ("speculation", "drafter"))
     )
 
 

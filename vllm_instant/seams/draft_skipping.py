@@ -12,6 +12,7 @@ step, and so do drafters under asynchronous scheduling, where sampled tokens sta
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -43,8 +44,10 @@ class DraftModelKeeper:
         self.coverage = DraftCoverage(self.drafter.block_size)
         self._forward_context = module.set_forward_context
 
-    def propose(self, original: Any, scheduler_output: Any, plan: dict[str, int], arguments: tuple[Any, ...]) -> Any:
-        """Drafts for the rows of the batch: a list of token ids a row, shortened to ``plan``."""
+    def propose(
+        self, original: Any, scheduler_output: Any, lengths: Mapping[str, int], arguments: tuple[Any, ...]
+    ) -> Any:
+        """Drafts for the rows of the batch: a list of token ids a row, shortened to ``lengths``."""
         sampled_token_ids, common_attn_metadata = arguments[0], arguments[6]
         runner, coverage = self.runner, self.coverage
         batch = runner.input_batch
@@ -58,7 +61,7 @@ class DraftModelKeeper:
         starts = [int(computed[row]) for row in rows]
         stops = [starts[row] + scheduler_output.num_scheduled_tokens[request_ids[row]] for row in rows]
         covered = [coverage.covered(request_ids[row], starts[row], tables[row]) for row in rows]
-        wanted = [plan.get(request_ids[row], 0) for row in rows]
+        wanted = [lengths.get(request_ids[row], 0) for row in rows]
         if not any(wanted):
             for row in rows:
                 coverage.target_alone(request_ids[row], stops[row], tables[row])
@@ -155,7 +158,7 @@ def _affordable(holes: list[tuple[int, int, int]], budget: int) -> list[tuple[in
     return chosen
 
 
-def _kept(runner: Any) -> bool:
+def can_be_skipped(runner: Any) -> bool:
     """Whether this runner's draft model can be skipped and brought up to date."""
     config, drafter = runner.speculative_config, runner.drafter
     parallel = runner.parallel_config
@@ -181,11 +184,11 @@ def _wrap(module: ModuleType) -> None:
             return original(self, scheduler_output, *arguments)
         if self.speculative_config.method == "ngram" and scheduler_output.num_spec_tokens_to_schedule == 0:
             return [[] for _ in range(self.input_batch.num_reqs)]
-        if _kept(self):
+        if can_be_skipped(self):
             keeper = self.__dict__.get("instant_draft_keeper")
             if keeper is None:
                 keeper = self.instant_draft_keeper = DraftModelKeeper(self, module)
-            return keeper.propose(original, scheduler_output, plan, arguments)
+            return keeper.propose(original, scheduler_output, plan.lengths, arguments)
         return original(self, scheduler_output, *arguments)
 
     module.GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids

@@ -16,14 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant import carrier
-from vllm_instant.containment import Contained, ContractError, failure_counts
-from vllm_instant.contracts import Drafter, DraftRequest
+from vllm_instant.containment import Contained, ContractError
+from vllm_instant.contracts import Draft, Drafter, DraftRequest
+from vllm_instant.drafting import DraftPlan, worthwhile
 from vllm_instant.seams.building import build_contained, context_of
 from vllm_instant.seams.import_hooks import when_imported
 from vllm_instant.seams.requirements import Function, Mentions, Seam
 from vllm_instant.seams.scheduler import PLAN_ATTRIBUTE
 
 MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
+NO_PLAN = DraftPlan()
 
 
 class PluginDrafter:
@@ -33,7 +35,7 @@ class PluginDrafter:
         deployment = carrier.current()
         if deployment is None:
             raise RuntimeError("PluginDrafter needs a deployment: start the server with --plugins vllm_instant")
-        context = context_of(vllm_config)
+        context = context_of(vllm_config, deployment)
         contained = build_contained("drafter", deployment, context)
         if contained is None:
             raise RuntimeError(f"[drafter] plugin {deployment.slots['drafter'].plugin!r} brings no drafter of its own")
@@ -42,7 +44,7 @@ class PluginDrafter:
         self.max_draft_tokens = context.num_speculative_tokens
         self._request_ids: Sequence[str] = ()
         self._prompt_lengths: npt.NDArray[np.int32] = np.empty(0, np.int32)
-        self._lengths: dict[str, int] = {}
+        self._plan = DraftPlan()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to load: called because vLLM's CPU runner treats every drafter as a model."""
@@ -51,7 +53,7 @@ class PluginDrafter:
         self,
         request_ids: Sequence[str],
         prompt_lengths: npt.NDArray[np.int32],
-        lengths: dict[str, int],
+        plan: DraftPlan,
         finished: Sequence[str],
     ) -> None:
         """Take what vLLM does not pass to ``propose``.
@@ -59,13 +61,13 @@ class PluginDrafter:
         Args:
             request_ids: by batch index.
             prompt_lengths: int32 ``[batch]`` (or longer), tokens of each prompt.
-            lengths: planned draft length by request id; a request that is missing gets the full length.
+            plan: what the scheduler decided about drafts.
             finished: requests that ended since the last step.
 
         """
         self._request_ids = request_ids
         self._prompt_lengths = prompt_lengths
-        self._lengths = lengths
+        self._plan = plan
         for request_id in finished:
             self.drafter.call("forget", functools.partial(_forget, request_id=request_id), None)
 
@@ -89,47 +91,64 @@ class PluginDrafter:
         wanted: list[DraftRequest] = []
         rows: list[int] = []
         capacity = token_ids_cpu.shape[1]
+        plan = self._plan
         for row, sampled in enumerate(sampled_token_ids):
             request_id = self._request_ids[row]
             num_tokens = int(num_tokens_no_spec[row])
-            length = min(self._lengths.get(request_id, self.max_draft_tokens), capacity - num_tokens)
+            length = min(plan.lengths.get(request_id, self.max_draft_tokens), capacity - num_tokens)
             if sampled and length > 0:
-                tokens = token_ids_cpu[row, :num_tokens]
-                wanted.append(DraftRequest(request_id, tokens, int(self._prompt_lengths[row]), length))
+                wanted.append(
+                    DraftRequest(
+                        request_id,
+                        token_ids_cpu[row, :num_tokens],
+                        int(self._prompt_lengths[row]),
+                        length,
+                        plan.cache_salts.get(request_id, ""),
+                        request_id in plan.pinned,
+                    )
+                )
                 rows.append(row)
         if wanted:
-            nothing: list[list[int]] = [[] for _ in wanted]
+            nothing: list[Sequence[int]] = [[] for _ in wanted]
             proposed = self.drafter.call("propose", lambda drafter: self._ask(drafter, wanted), nothing)
             for row, tokens_of_row in zip(rows, proposed, strict=True):
-                drafts[row] = tokens_of_row
+                drafts[row] = list(tokens_of_row)
         return drafts
 
-    def _ask(self, drafter: Drafter, wanted: list[DraftRequest]) -> list[list[int]]:
-        """The drafter's answer with everything checked that could harm the engine further down."""
+    def _ask(self, drafter: Drafter, wanted: list[DraftRequest]) -> list[Sequence[int]]:
+        """The drafter's answer with everything checked that could harm the engine further down, and cut by price."""
         answer = drafter.propose(wanted)
         if len(answer) != len(wanted):
             raise ContractError(f"drafts for {len(wanted)} requests were due, {len(answer)} came")
-        checked = []
-        for request, proposal in zip(wanted, answer, strict=True):
-            if proposal is None or len(proposal) > request.max_draft_tokens:
-                found = "None" if proposal is None else str(len(proposal))
-                raise ContractError(f"0 to {request.max_draft_tokens} draft tokens were due, found {found}")
-            tokens = [int(token) for token in proposal]
-            if tokens and not (0 <= min(tokens) and max(tokens) < self.vocab_size):
-                raise ContractError(f"token ids must lie in 0..{self.vocab_size - 1}, found {tokens}")
-            checked.append(tokens)
-        return checked
+        checked = [
+            checked_draft(proposal, request.max_draft_tokens, self.vocab_size)
+            for request, proposal in zip(wanted, answer, strict=True)
+        ]
+        return worthwhile(checked, self._plan.price, [request.is_pinned for request in wanted])
+
+
+def checked_draft(proposal: Sequence[int] | Draft | None, most: int, vocab_size: int) -> list[int] | Draft:
+    """A plugin's draft as plain integers.
+
+    Raises:
+        ContractError: when it is too long, or holds what is no token, or not one confidence a token.
+
+    """
+    tokens = proposal.token_ids if isinstance(proposal, Draft) else proposal
+    if tokens is None or len(tokens) > most:
+        raise ContractError(f"0 to {most} draft tokens were due, found {'None' if tokens is None else len(tokens)}")
+    plain = tokens.tolist() if isinstance(tokens, np.ndarray) else [int(token) for token in tokens]
+    if plain and not (0 <= min(plain) and max(plain) < vocab_size):
+        raise ContractError(f"token ids must lie in 0..{vocab_size - 1}, found {plain}")
+    if not isinstance(proposal, Draft):
+        return plain
+    if len(proposal.confidence) != len(plain):
+        raise ContractError(f"{len(plain)} confidences were due, {len(proposal.confidence)} came")
+    return Draft(plain, proposal.confidence)
 
 
 def _forget(drafter: Drafter, request_id: str) -> None:
     drafter.forget(request_id)
-
-
-def read_failures(worker: Any) -> list[dict[str, Any]]:
-    """For ``collective_rpc``: the failures of this worker's drafter plugin."""
-    runner = getattr(worker, "model_runner", None)
-    drafter = getattr(runner, "drafter", None)
-    return failure_counts(drafter.drafter) if isinstance(drafter, PluginDrafter) else []
 
 
 def _wrap(module: ModuleType) -> None:
@@ -142,7 +161,7 @@ def _wrap(module: ModuleType) -> None:
             self.drafter.begin_step(
                 batch.req_ids,
                 batch.num_prompt_tokens,
-                getattr(scheduler_output, PLAN_ATTRIBUTE, {}),
+                getattr(scheduler_output, PLAN_ATTRIBUTE, NO_PLAN),
                 scheduler_output.finished_req_ids,
             )
         return original(self, scheduler_output, *args, **kwargs)

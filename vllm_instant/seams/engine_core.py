@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import Any
 
 from vllm_instant import carrier
-from vllm_instant.seams.drafter import read_failures
 from vllm_instant.seams.import_hooks import when_imported
 from vllm_instant.seams.requirements import Function, Mentions, Seam
+from vllm_instant.seams.worker_failures import read_failures
 
 MODULE = "vllm.v1.engine.core"
 METHOD = "instant_totals"

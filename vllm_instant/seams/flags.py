@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from vllm_instant import carrier, settings
 from vllm_instant.problems import EXIT_CODE, DeploymentError, Problem
+from vllm_instant.seams.default_drafter import chooses_drafter, may_be_used
 from vllm_instant.seams.engine_options import as_arguments
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
 from vllm_instant.seams.scheduler import QUALIFIED_NAME as SCHEDULER
@@ -270,10 +271,13 @@ def _select(parsed: Any, serve: Serve) -> None:
 
 def _take_scheduler(arguments: Any, deployment: settings.Deployment) -> None:
     """Name our scheduler on parsed options or EngineArgs, if there are drafts to plan."""
-    if deployment.slots["speculation"].plugin == "off" or getattr(arguments, "speculative_config", None) is None:
+    if deployment.slots["speculation"].plugin == "off":
         return
     asked = getattr(arguments, "scheduler_cls", None)
-    if asked not in (None, SCHEDULER):
+    replaced = asked not in (None, SCHEDULER)
+    if not chooses_drafter(arguments) and (replaced or not may_be_used(arguments, deployment)):
+        return
+    if replaced:
         message = (
             f"{asked} replaces the scheduler that hands out the speculation budget: "
             "remove it, or set speculation.plugin=off"

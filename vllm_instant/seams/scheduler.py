@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from vllm_instant import carrier
 from vllm_instant.containment import Contained, failure_counts
 from vllm_instant.contracts import RequestState
+from vllm_instant.drafting import DraftPlan
 from vllm_instant.seams.building import build_contained, context_of
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
+from vllm_instant.seams.undrafted_sampling import needs_no_drafts
 from vllm_instant.speculation import SpeculationBudget
 
 if TYPE_CHECKING:
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 QUALIFIED_NAME = "vllm_instant.seams.scheduler.create_scheduler"
-PLAN_ATTRIBUTE = "instant_draft_lengths"
-"""On a SchedulerOutput: draft lengths by request id; travels to the workers with it."""
+PLAN_ATTRIBUTE = "instant_draft_plan"
+"""On a SchedulerOutput: its ``DraftPlan``; travels to the workers with it."""
+REPORT_ATTRIBUTE = "instant_draft_report"
+"""On DraftTokenIds: the workers' ``DraftReport``, where they may do less than was planned."""
 PADDING = -1
 
 
@@ -50,10 +54,10 @@ class SpeculationBudgetMixin:
         self.instant_budget: SpeculationBudget | None = None
         self.instant_nothing_to_draft = False
         """Nobody gets drafts after this step, so that there are none to fetch (read by ``seams.engine_core``)."""
-        self._instant_plan: dict[str, int] = {}
+        self._instant_plan = DraftPlan()
         deployment = carrier.current()
         if deployment is not None and self.num_spec_tokens:
-            policy = build_contained("speculation", deployment, context_of(self.vllm_config))
+            policy = build_contained("speculation", deployment, context_of(self.vllm_config, deployment))
             if policy is not None:
                 self.instant_budget = SpeculationBudget(policy, self.num_spec_tokens)
                 # Each response says what was drafted and accepted for it, unless the user wants it in more detail.
@@ -75,6 +79,8 @@ class SpeculationBudgetMixin:
                     extra_args=(sampling.extra_args if sampling is not None else None) or {},
                     num_output_tokens=request.num_output_tokens,
                     prompt_token_ids=request.prompt_token_ids or (),
+                    cache_salt=request.cache_salt or "",
+                    pinned_draft_length=0 if needs_no_drafts(sampling) else None,
                 )
             )
         super().add_request(request)  # type: ignore[misc]
@@ -106,14 +112,13 @@ class SpeculationBudgetMixin:
         longest_wait = 0.0
         if self.waiting:
             longest_wait = max(0.0, time.time() - self.waiting.peek_request().arrival_time)
-        lengths = budget.plan(drafting, len(self.waiting), longest_wait)
-        plan = {state.request_id: length for state, length in zip(drafting, lengths, strict=True)}
+        plan = budget.plan_drafts(drafting, len(self.waiting), longest_wait)
         # The drafter makes one length for the whole batch; the longest wish decides.
-        scheduler_output.num_spec_tokens_to_schedule = max(lengths, default=0)
+        scheduler_output.num_spec_tokens_to_schedule = max(plan.lengths.values(), default=0)
         setattr(scheduler_output, PLAN_ATTRIBUTE, plan)
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
         if self._asynchronous:
-            for request_id, length in plan.items():
+            for request_id, length in plan.lengths.items():
                 request = requests[request_id]
                 if len(request.spec_token_ids) > length:
                     request.spec_token_ids = request.spec_token_ids[:length]
@@ -131,8 +136,11 @@ class SpeculationBudgetMixin:
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Cut each request's drafts to its planned length (synchronous scheduling)."""
         if self.instant_budget is not None:
+            report = getattr(draft_token_ids, REPORT_ATTRIBUTE, None)
+            if report is not None:
+                self.instant_budget.drafted(report)
             most = self.num_spec_tokens
-            wanted = self._instant_plan.get
+            wanted = self._instant_plan.lengths.get
             draft_token_ids.draft_token_ids = [
                 row[: wanted(request_id, most)]
                 for request_id, row in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=False)
@@ -264,6 +272,7 @@ SEAM = Seam(
             "AsyncScheduler._update_after_schedule",
             ("spec_token_ids", "num_spec_tokens_to_schedule", "num_output_placeholders"),
         ),
+        Mentions("v1/request.py", "Request.__init__", ("cache_salt",)),
         Name(_OUTPUT, "SchedulerOutput.num_spec_tokens_to_schedule"),
         Name(_OUTPUT, "SchedulerOutput.scheduled_spec_decode_tokens"),
         Name(_OUTPUT, "SchedulerOutput.num_scheduled_tokens"),

@@ -19,6 +19,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vllm_instant_plugins.goodput.compiled import estimate_classes, learn_requests, reach_of
+
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
@@ -130,16 +132,12 @@ class AcceptanceModel:
 
     # ------------------------------------------------------------------------------------------- estimates
 
-    def conditional(self, indices: Indices) -> Array:
-        """Chance that draft token j is accepted given that those before it were, shape ``[requests, positions]``."""
-        level = self._requests
-        prior = self._class_estimate[self._class_of[indices]]
-        chance: Array = (level.hits[indices] + REQUEST_PRIOR * prior) / (level.trials[indices] + REQUEST_PRIOR)
-        return chance
-
     def reach(self, indices: Indices) -> Array:
         """Chance that draft token j and all before it are accepted, shape ``[requests, positions]``; falls with j."""
-        return np.cumprod(self.conditional(indices), axis=1, dtype=np.float64)
+        level = self._requests
+        reach: Array = np.empty((len(indices), self.positions))
+        reach_of(indices, level.hits, level.trials, self._class_of, self._class_estimate, REQUEST_PRIOR, reach)
+        return reach
 
     # ------------------------------------------------------------------------------------------- learning
 
@@ -148,27 +146,30 @@ class AcceptanceModel:
         rows = np.asarray(indices, np.intp)
         if not len(rows):
             return
-        lengths, kept = np.asarray(drafted), np.asarray(accepted)
-        position = np.arange(self.positions)
-        # The token after the accepted ones was tried and refused; what follows was never looked at.
-        tried = (position < np.minimum(lengths, kept + 1)[:, None]).astype(float)
-        hit = (position < kept[:, None]).astype(float)
-        requests = self._requests
-        requests.trials[rows] = requests.trials[rows] * REQUEST_MEMORY + tried
-        requests.hits[rows] = requests.hits[rows] * REQUEST_MEMORY + hit
-        self._learn(self._class_of[rows], tried, hit)
+        level = self._requests
+        count = np.zeros(len(self._parent))
+        trials, hits = np.zeros_like(self._classes.trials), np.zeros_like(self._classes.hits)
+        learn_requests(
+            rows,
+            np.asarray(drafted, np.intp),
+            np.asarray(accepted, np.intp),
+            REQUEST_MEMORY,
+            self._class_of,
+            level.trials,
+            level.hits,
+            count,
+            trials,
+            hits,
+        )
+        self._learn(count, trials, hits)
 
     def fade(self, indices: Indices) -> None:
         """These requests drafted nothing in a step: they become more like their class again."""
         self._requests.trials[indices] *= IDLE_MEMORY
         self._requests.hits[indices] *= IDLE_MEMORY
 
-    def _learn(self, of_request: Indices, tried: Array, hit: Array) -> None:
-        """Add up a step's observations by class, and over parents."""
-        count = np.bincount(of_request, minlength=len(self._parent)).astype(float)
-        trials, hits = np.zeros_like(self._classes.trials), np.zeros_like(self._classes.hits)
-        np.add.at(trials, of_request, tried)
-        np.add.at(hits, of_request, hit)
+    def _learn(self, count: Array, trials: Array, hits: Array) -> None:
+        """Take over a step's observations, summed up by the classes of the requests."""
         narrow = np.flatnonzero(count[1 + MAX_KINDS :]) + 1 + MAX_KINDS
         for array in (count, trials, hits):
             np.add.at(array, self._parent[narrow], array[narrow])
@@ -228,17 +229,14 @@ class AcceptanceModel:
 
     def _refresh(self, rows: Sequence[int]) -> None:
         """Bring the estimates of classes up to date, parents first."""
-        for row in sorted(rows):
+        for row in rows:
             self._stale.pop(row, None)
-            trials, hits = self._classes.trials[row].tolist(), self._classes.hits[row].tolist()
-            parent = self._class_estimate[self._parent[row]].tolist()
-            estimate: list[float] = []
-            for j in range(self.positions):
-                if row == 0:
-                    prior = estimate[-1] if j else OPTIMISM
-                elif j == 0:
-                    prior = parent[0]
-                else:
-                    prior = min(1.0, estimate[-1] * parent[j] / max(parent[j - 1], 1e-3))
-                estimate.append((hits[j] + CLASS_PRIOR * prior) / (trials[j] + CLASS_PRIOR))
-            self._class_estimate[row] = estimate
+        estimate_classes(
+            np.array(sorted(rows), np.intp),
+            self._classes.trials,
+            self._classes.hits,
+            self._parent,
+            CLASS_PRIOR,
+            OPTIMISM,
+            self._class_estimate,
+        )

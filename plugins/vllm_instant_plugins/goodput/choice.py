@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vllm_instant_plugins.goodput.compiled import LEVELS, best_plan
 from vllm_instant_plugins.goodput.costs import StepCosts
 
 Array = npt.NDArray[np.float64]
-
-LEVELS = 48
-"""Thresholds that are tried, denser near zero, where the tokens of small batches on large devices are worth it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +38,13 @@ class Choice:
     def gain(self) -> float:
         """Expected tokens a second relative to no drafting."""
         return self.tokens / self.seconds * self.off_seconds / self.requests
+
+    @property
+    def return_on_drafts(self) -> float:
+        """Expected accepted tokens relative to what their time would bring without drafts."""
+        extra = self.seconds - self.off_seconds
+        accepted = self.tokens - self.requests
+        return accepted * self.off_seconds / (extra * self.requests) if extra > 0 else np.inf
 
     @property
     def draft_tokens(self) -> int:
@@ -75,45 +80,34 @@ def choose(
         sigmas: believe that steps with drafts cost this many standard deviations less than estimated.
 
     """
-    requests, positions = reach.shape
-    value = reach if weights is None else reach * weights[:, None]
-    gained = value if yields is None else value * yields[:, None]
-    level = np.minimum(np.sqrt(value) * LEVELS, LEVELS - 1).astype(np.intp)
-    cell = level + np.arange(0, positions * LEVELS, LEVELS)
-    flat = cell.ravel()
-    size = positions * LEVELS
-    rows_of = np.bincount(flat, None if yields is None else np.repeat(yields, positions), minlength=size)
-    tokens_of = np.bincount(flat, gained.ravel(), minlength=size)
-    # [positions + 1, LEVELS]: what drafting so many tokens, of at least this level, adds.
-    plans = (positions + 1, LEVELS)
-    rows, tokens = np.zeros(plans), np.zeros(plans)
-    rows[1:] = rows_of.reshape(positions, LEVELS)[:, ::-1].cumsum(1)[:, ::-1].cumsum(0)
-    tokens[1:] = tokens_of.reshape(positions, LEVELS)[:, ::-1].cumsum(1)[:, ::-1].cumsum(0)
-
-    all_rows = rows + requests + more_rows
-    passes = np.arange(positions + 1.0)[:, None]
-    seconds = costs.target_seconds(all_rows, context, sigmas)
-    off_seconds = float(costs.target_seconds(all_rows[0, :1], context)[0])
-    seconds[0] = off_seconds
-    seconds += (rows > 0) * costs.verifying_seconds() + costs.drafting_seconds(passes, all_rows, requests)
-    base = float(requests) if weights is None else float(weights.sum())
-    rate = (base + tokens) / seconds
-    rate[(all_rows > most_rows) | (seconds > max(most_seconds, off_seconds))] = 0.0
-    rate[0] = base / off_seconds
-    if must_draft:
-        rate[rows == 0] = 0.0
-    best = int(rate.argmax())  # the first of equals: the fewest passes
-    drafted, lowest = divmod(best, LEVELS)
-    lengths = (level[:, :drafted] >= lowest).sum(1)
-    plain = (
-        tokens[drafted, lowest] if weights is None else float(reach[:, :drafted][level[:, :drafted] >= lowest].sum())
+    requests = len(reach)
+    context_seconds = costs.context_seconds(context)
+    off_at_knots, at_knots = costs.at_knots(), costs.at_knots(sigmas)
+    lengths = np.empty(requests, np.intp)
+    passes, lowest, tokens, seconds, off_seconds = best_plan(
+        reach,
+        np.ones(requests) if weights is None else weights,
+        np.ones(requests) if yields is None else yields,
+        costs.knots,
+        at_knots,
+        off_at_knots,
+        context_seconds,
+        costs.verifying_seconds(),
+        costs.drafting_weights(),
+        float(more_rows),
+        float(most_rows),
+        float(most_seconds),
+        must_draft,
+        lengths,
     )
+    if weights is not None:
+        tokens = float(reach[np.arange(reach.shape[1]) < lengths[:, None]].sum())
     return Choice(
         lengths,
-        drafted,
-        requests + float(plain),
-        float(seconds[drafted, lowest]) if drafted else off_seconds,
+        passes,
+        requests + tokens,
+        seconds,
         off_seconds,
         requests,
-        (lowest / LEVELS) ** 2 if drafted else 1.0,
+        (lowest / LEVELS) ** 2 if passes else 1.0,
     )

@@ -102,13 +102,22 @@ class StepCosts:
 
         ``sigmas``: so many standard deviations of the estimate less, which is how little it may still turn out to be.
         """
-        count = len(self.knots)
-        at_knots = self.weights[:count]
-        if sigmas:
-            at_knots = at_knots - sigmas * np.sqrt(np.maximum(self._covariance.diagonal()[:count], 0.0))
-        curve = np.interp(rows, self.knots, at_knots)
-        seconds: Array = np.maximum(curve + self.weights[len(self.knots)] * context / CONTEXT_UNIT, 1e-6)
+        curve = np.interp(rows, self.knots, self.at_knots(sigmas))
+        seconds: Array = np.maximum(curve + self.context_seconds(context), 1e-6)
         return seconds
+
+    def at_knots(self, sigmas: float = 0.0) -> Array:
+        """Estimates at the knots of rows, without context, ``sigmas`` standard deviations below the mean."""
+        count = len(self.knots)
+        mean = self.weights[:count]
+        if not sigmas:
+            return mean
+        below: Array = mean - sigmas * np.sqrt(np.maximum(self._covariance.diagonal()[:count], 0.0))
+        return below
+
+    def context_seconds(self, context: float) -> float:
+        """What attention to ``context`` tokens takes."""
+        return float(self.weights[len(self.knots)]) * context / CONTEXT_UNIT
 
     def verifying_seconds(self) -> float:
         """What it costs to verify any drafts at all, beside their rows."""
@@ -116,10 +125,14 @@ class StepCosts:
 
     def drafting_seconds(self, passes: Array, rows: Array, requests: int) -> Array:
         """Estimates of the drafter's time, broadcast over ``passes`` (0 is no drafting) and the target's ``rows``."""
-        some, each_row, each, each_request = self.weights[len(self.knots) + 2 : len(self.knots) + 6]
+        some, each_row, each, each_request = self.drafting_weights()
         drafting = some + each_row * rows + passes * (each + each_request * requests)
         seconds: Array = np.where(passes > 0, np.maximum(drafting, 0.0), 0.0)
         return seconds
+
+    def drafting_weights(self) -> Array:
+        """The drafter's seconds: at all, for each row of the target, for each pass, for each pass and request."""
+        return self.weights[len(self.knots) + 2 : len(self.knots) + 6]
 
     def resuming_seconds(self, missed: float) -> float:
         """What a drafter takes to read ``missed`` tokens: a draft model that was off has not seen them."""

@@ -44,6 +44,7 @@ def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:
         store,
         calibrating=options.calibrating,
         log_changes=options.log_decisions,
+        confident_drafts=context.confident_drafts,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
+from vllm_instant import DraftPrice, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
 from vllm_instant_plugins.goodput.choice import Choice, choose
 from vllm_instant_plugins.goodput.costs import StepCosts
@@ -39,6 +39,7 @@ SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
 PROMPT_HEAD = 32
 """Prompts that share so many tokens at their beginning (a system prompt) are of one class."""
+FIRST_DRAFTS = 4.0
 _FORGETTING = 0.97
 
 
@@ -52,6 +53,8 @@ class GoodputPolicy(SpeculationPolicy):
         store: keeps what was learned about costs, if anything shall.
         calibrating: try draft lengths at random, to learn the costs of all of them, instead of choosing the best.
         log_changes: log when drafting starts or stops to pay.
+        confident_drafts: the drafter says how sure it is, and its drafts are cut by ``price``: then it is asked for
+            as much as it can as soon as what it delivers earns its price, however seldom that is.
         clock: seconds, monotonic.
 
     """
@@ -65,6 +68,7 @@ class GoodputPolicy(SpeculationPolicy):
         calibrating: bool = False,
         log_changes: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        confident_drafts: bool = False,
     ) -> None:
         self.acceptance = AcceptanceModel(max(1, max_draft_tokens))
         self.costs = StepCosts(max_requests * (max_draft_tokens + 1))
@@ -79,6 +83,10 @@ class GoodputPolicy(SpeculationPolicy):
         self._store = store
         self._calibrating = calibrating
         self._log_changes = log_changes
+        self._confident = confident_drafts
+        self._price = DraftPrice()
+        self._usual_drafts = FIRST_DRAFTS
+        """Draft tokens of a step that has any: what one more costs depends on how many there are."""
         self._sweep = np.random.default_rng(0)
         self._clock = clock
         self._saved_at = clock()
@@ -173,7 +181,8 @@ class GoodputPolicy(SpeculationPolicy):
         if self._calibrating:
             return self._decide(step, indices, reach, choice, self._any_lengths(count, step), "calibrating")
         free = np.flatnonzero(~pinned)
-        worthwhile = choice.draft_tokens > 0 and choice.gain >= self._least_gain(step.number)
+        gain = choice.return_on_drafts if self._confident else choice.gain
+        worthwhile = choice.draft_tokens > 0 and gain >= self._least_gain(step.number)
         if worthwhile != self.drafting:
             self.drafting = worthwhile
             self.switches += 1
@@ -185,8 +194,12 @@ class GoodputPolicy(SpeculationPolicy):
         uncertain = explorer.uncertain(now)
         if uncertain is not None:
             return self._decide(step, indices, reach, uncertain, uncertain.lengths, "costs")
+        if self._confident:
+            self._price = self._priced(choice, context, more_rows)
         if worthwhile:
             lengths, reason = explorer.while_drafting(now)
+            if self._confident and goals is None:
+                lengths = np.where(lengths > 0, step.max_draft_tokens, 0)
         else:
             self._hoped, self._got = 0.1 + 0.99 * self._hoped, 0.1 + 0.99 * self._got
             trial = explorer.trial(now)
@@ -197,6 +210,24 @@ class GoodputPolicy(SpeculationPolicy):
                 off = replace(choice, lengths=lengths)
                 self._resting, self._resting_until = (reach, off, indices), step.number + RESTING_STEPS
         return self._decide(step, indices, reach, choice, lengths, reason)
+
+    def price(self) -> DraftPrice:
+        """What drafts cost in the step that was planned last."""
+        return self._price
+
+    def _priced(self, choice: Choice, context: float, more_rows: float) -> DraftPrice:
+        rate = max(choice.tokens / choice.seconds, choice.requests / choice.off_seconds)
+        rows = choice.requests + more_rows + np.array([0.0, self._usual_drafts])
+        without, with_drafts = self.costs.target_seconds(rows, context)
+        passes = np.array([1.0, 2.0])
+        first, second = self.costs.drafting_seconds(passes, rows[1:], choice.requests)
+        each = max(float(second - first), 0.0)
+        return DraftPrice(
+            row=rate * max(float(with_drafts - without), 0.0) / self._usual_drafts,
+            verifying=rate * self.costs.verifying_seconds(),
+            drafting=rate * max(float(first) - each, 0.0),
+            draft_pass=rate * each,
+        )
 
     def _least_gain(self, number: int) -> float:
         """The gain from which drafting pays now: harder to reach when it is off, harder to leave when it is on.
@@ -286,6 +317,8 @@ class GoodputPolicy(SpeculationPolicy):
             self._goals.observe(indices, accepted + 1)
         decision = self.trace.of_step(outcome.number - 1)
         total = int(drafted.sum())
+        if total:
+            self._usual_drafts += 0.05 * (total - self._usual_drafts)
         if decision is not None:
             self._compare(decision, outcome, indices, drafted, accepted)
         some = drafted > 0

@@ -306,3 +306,59 @@ def _choice():
 
 def _decision(number, state, length):
     return Decision(number, "off", [state], [length], np.ones(1), 1, 1, 1, 1, 1, 0, np.array([state.index]))
+
+
+# ------------------------------------------------------------------------------- drafters that say how sure they are
+
+
+def _confident(clock):
+    return GoodputPolicy(16, 128, clock=clock, confident_drafts=True)
+
+
+def _lookup(finds, stated, comes_true):
+    return [RequestClass(steady(comes_true), finds=finds, stated=stated)]
+
+
+@pytest.mark.parametrize("users", [1, 4, 16])
+def test_a_lookup_that_seldom_finds_something_is_used_when_it_does(users):
+    lookup = _lookup(0.03, 0.95, 0.95)
+    ours = _serve(lookup, TWO_CORES, users, _confident, max_draft_tokens=16)
+    off = _serve(lookup, TWO_CORES, users, lambda clock: Fixed(0, None))
+    assert ours.drafted > 0.5 * 0.03 * ours.steps * users
+    assert ours.tokens_per_second > 1.01 * off.tokens_per_second
+
+
+@pytest.mark.parametrize("users", [1, 4, 16, 64])
+@pytest.mark.parametrize("stated", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("finds", [0.1, 1.0])
+def test_a_lookup_that_is_wrong_costs_next_to_nothing(users, stated, finds):
+    wrong = _lookup(finds, stated, 0.0)
+    ours = _serve(wrong, TWO_CORES, users, _confident, max_draft_tokens=16)
+    off = _serve(wrong, TWO_CORES, users, lambda clock: Fixed(0, None))
+    assert ours.tokens_per_second > 0.97 * off.tokens_per_second
+
+
+@pytest.mark.parametrize("users", [4, 16])
+def test_prices_choose_as_well_as_the_best_fixed_length(users):
+    for chance in (0.4, 0.7, 0.9):
+        lookup = _lookup(1.0, chance, chance)
+        ours = _serve(lookup, TWO_CORES, users, _confident, max_draft_tokens=16)
+        best = max(
+            _serve(lookup, TWO_CORES, users, lambda clock, k=k: Fixed(k, None), max_draft_tokens=16).tokens_per_second
+            for k in (0, 1, 2, 4, 8, 16)
+        )
+        assert ours.tokens_per_second > 0.96 * best, chance
+
+
+def test_a_price_is_asked_once_costs_are_known():
+    policy = GoodputPolicy(8, 16, confident_drafts=True)
+    state = RequestState("a", 100, 100, 0.0)
+    policy.enter(state)
+    for number in range(1, 40):
+        length = policy.draft_lengths(UpcomingStep([state], 8, number=number))[0]
+        rows = 1 + length
+        policy.observe(StepOutcome([state], [length], [0], rows, 0.01 + 0.002 * rows, 1, number, length))
+    price = policy.price()
+    assert 0.05 < price.row < 0.5
+    assert price.verifying >= 0
+    assert GoodputPolicy(8, 16).price().row == 0

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from vllm_instant import Drafter
+from vllm_instant import Draft, Drafter, DraftPrice
 from vllm_instant.containment import Contained
-from vllm_instant.seams.drafter import PluginDrafter, read_failures
+from vllm_instant.drafting import DraftPlan
+from vllm_instant.seams.drafter import PluginDrafter
+from vllm_instant.seams.worker_failures import read_failures
 
 LENGTH = 12
 
@@ -36,15 +38,15 @@ def _adapter(answer):
     return adapter, plugin
 
 
-def _propose(adapter, sampled, lengths=None, num_tokens=(4, 5, 6)):
+def _propose(adapter, sampled, plan=None, num_tokens=(4, 5, 6)):
     tokens = np.arange(3 * LENGTH, dtype=np.int32).reshape(3, LENGTH)
-    adapter.begin_step(["a", "b", "c"], np.array([2, 3, 4], np.int32), lengths or {}, [])
+    adapter.begin_step(["a", "b", "c"], np.array([2, 3, 4], np.int32), plan or DraftPlan(), [])
     return adapter.propose(sampled, np.array(num_tokens, np.int32), tokens)
 
 
 def test_it_asks_for_what_was_planned_and_nothing_else():
     adapter, plugin = _adapter(lambda requests: [[7] * r.max_draft_tokens for r in requests])
-    drafts = _propose(adapter, [[1], [], [2]], {"a": 2, "c": 0})
+    drafts = _propose(adapter, [[1], [], [2]], DraftPlan({"a": 2, "c": 0}))
     assert drafts == [[7, 7], [], []]
     assert plugin.asked == [[("a", [0, 1, 2, 3], 2, 2)]]
 
@@ -62,7 +64,7 @@ def test_drafts_end_at_the_models_length():
 
 def test_nothing_is_asked_when_nothing_is_wanted():
     adapter, plugin = _adapter(lambda requests: 1 / 0)
-    assert _propose(adapter, [[1], [1], [1]], {"a": 0, "b": 0, "c": 0}) == [[], [], []]
+    assert _propose(adapter, [[1], [1], [1]], DraftPlan({"a": 0, "b": 0, "c": 0})) == [[], [], []]
     assert plugin.asked == []
 
 
@@ -82,9 +84,19 @@ def test_fewer_drafts_than_allowed_are_fine():
         lambda requests: [[100]] * 3,
         lambda requests: [[-1]] * 3,
         lambda requests: [["x"]] * 3,
+        lambda requests: [Draft([1, 2], [0.5])] * 3,
         lambda requests: 1 / 0,
     ],
-    ids=["too few rows", "too long", "none", "outside of the vocabulary", "negative", "no number", "raises"],
+    ids=[
+        "too few rows",
+        "too long",
+        "none",
+        "outside of the vocabulary",
+        "negative",
+        "no number",
+        "confidence missing",
+        "raises",
+    ],
 )
 def test_what_could_harm_the_engine_disables_the_drafter(answer):
     adapter, plugin = _adapter(answer)
@@ -101,5 +113,18 @@ def test_what_could_harm_the_engine_disables_the_drafter(answer):
 
 def test_finished_requests_are_forgotten():
     adapter, plugin = _adapter(lambda requests: [])
-    adapter.begin_step(["a"], np.array([1], np.int32), {}, ["x", "y"])
+    adapter.begin_step(["a"], np.array([1], np.int32), DraftPlan(), ["x", "y"])
     assert plugin.forgotten == ["x", "y"]
+
+
+def test_drafts_that_do_not_earn_their_price_are_cut():
+    adapter, _ = _adapter(lambda requests: [Draft([1, 2, 3], [0.9, 0.9, 0.1])] * 3)
+    plan = DraftPlan(price=DraftPrice(row=0.3), pinned=frozenset("b"))
+    assert _propose(adapter, [[1], [1], [1]], plan) == [[1, 2], [1, 2, 3], [1, 2]]
+
+
+def test_the_plugin_learns_the_tenant_and_who_asked_for_the_length():
+    seen = []
+    adapter, _ = _adapter(lambda requests: seen.extend(requests) or [[]] * len(requests))
+    _propose(adapter, [[1], [1], []], DraftPlan(pinned=frozenset("b"), cache_salts={"a": "tenant"}))
+    assert [(r.cache_salt, r.is_pinned) for r in seen] == [("tenant", False), ("", True)]

@@ -1,0 +1,228 @@
+"""What the drafters are worth, by class of prompt: acceptance by position, and tokens a second.
+
+.venv/bin/python benchmarks/drafters.py
+
+One server each with ``suffix``, ``model``, ``hybrid`` and no drafter, on the demo's target. Acceptance is measured with
+clients that ask for 8 draft tokens (``instant_speculation``), so that nothing is left out because it does not pay;
+tokens a second with the ``goodput`` policy deciding, as served. All arms take turns.
+
+Position j of the table is the share of a request's steps in which draft token j was there and was accepted; the sum
+over positions is what a step brings beside its one token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+from regret_setup import HERE, MODEL, snippets
+from results import earlier, merged, write
+from rich.console import Console
+from rich.table import Table
+
+from vllm_instant.demo import assets
+from vllm_instant.demo.corpus import documents
+from vllm_instant.evidence.load import Prompt, measure
+from vllm_instant.evidence.servers import Server, running, settle
+from vllm_instant.evidence.statistics import median_interval, ratio_interval
+
+OFF, SUFFIX, MODEL_ARM, HYBRID = "off", "suffix", "model", "hybrid"
+POSITIONS = 8
+MAX_TOKENS = (96, 160)
+
+
+def records(count: int, seed: int) -> list[Prompt]:
+    """Repetitive structured text: a table of records to be written out once more."""
+    choose = random.Random(seed)
+    lines = [
+        line.strip()
+        for document in documents()
+        if document.kind == "structured" and document.held_out
+        for line in document.text.splitlines()
+        if 20 < len(line.strip()) < 60
+    ]
+    prompts = []
+    for _ in range(count):
+        chosen = "\n".join(choose.sample(lines, 8))
+        prompts.append(Prompt(f"{chosen}\n\n{chosen[: len(chosen) // 8]}", 0.0, "repetitive"))
+    return prompts
+
+
+def sums(count: int, seed: int) -> list[Prompt]:
+    """Math-like text: sums, one below the other."""
+    choose = random.Random(seed)
+    prompts = []
+    for _ in range(count):
+        pairs = [(choose.randrange(10, 99), choose.randrange(10, 99)) for _ in range(8)]
+        prompts.append(Prompt("\n".join(f"x = {a} + {b}  # {a + b}" for a, b in pairs) + "\nx =", 0.0, "math-like"))
+    return prompts
+
+
+def workloads() -> dict[str, Sequence[Prompt]]:
+    """The classes of prompts."""
+    free = [Prompt(p.text, 1.0, "free") for p in snippets("code", 1.0, 256, 12)]
+    return {
+        "code": snippets("code", 0.0, 256, 11),
+        "structured": snippets("structured", 0.0, 256, 13),
+        "repetitive": records(256, 14),
+        "math-like": sums(256, 15),
+        "free": free,
+    }
+
+
+def servers(folder: Path, draft: str | None) -> dict[str, Server]:
+    """One server a drafter."""
+    pair = assets.prepare()
+    model = json.dumps(draft or str(pair.draft))
+    common = f"costs_folder = {json.dumps(str(folder / 'costs'))}\n"
+    drafters = {
+        SUFFIX: '[drafter]\nplugin = "suffix"\n',
+        MODEL_ARM: f'[drafter]\nplugin = "model"\nmodel = {model}\nnum_speculative_tokens = 8\n'
+        'draft_sample_method = "probabilistic"\n',
+        HYBRID: f'[drafter]\nplugin = "hybrid"\nmodel = {model}\nnum_speculative_tokens = 16\n'
+        'draft_sample_method = "probabilistic"\n',
+        OFF: "",
+    }
+    arms = {}
+    for arm, drafter in drafters.items():
+        file = folder / f"{arm}.toml"
+        speculation = '[speculation]\nplugin = "off"\n' if arm == OFF else f"[speculation]\n{common}"
+        file.write_text(speculation + drafter)
+        arms[arm] = Server(
+            pair.target,
+            [
+                *("--served-model-name", MODEL, "--max-model-len", "1024", "--max-num-seqs", "16"),
+                *("--block-size", "32", "--enforce-eager", "--no-enable-prefix-caching"),
+                *("--plugins", "vllm_instant", "--instant-config", str(file)),
+            ],
+            log=folder / f"{arm}.log",
+            environment={"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(HERE)},
+        )
+    return arms
+
+
+def accepted_by_position(url: str) -> np.ndarray:
+    """Accepted draft tokens by position and, behind them, output tokens: totals since the server started."""
+    totals = np.zeros(POSITIONS + 1)
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=10).text):
+        for sample in family.samples:
+            if sample.name == "vllm:spec_decode_num_accepted_tokens_per_pos_total":
+                position = int(sample.labels["position"])
+                if position < POSITIONS:
+                    totals[position] += sample.value
+            elif sample.name == "vllm:generation_tokens_total":
+                totals[-1] += sample.value
+    return totals
+
+
+def turn(server: Server, prompts: Sequence[Prompt], users: int, seconds: float, number: int, **extra: Any) -> float:
+    """One turn's tokens a second."""
+    settle()
+    measured = measure(
+        server.url,
+        MODEL,
+        prompts,
+        concurrency=users,
+        seconds=seconds,
+        max_tokens=MAX_TOKENS,
+        first_prompt=number * 4 * users,
+        extra=extra,
+    )
+    if measured.errors:
+        raise SystemExit(measured.errors[0])
+    return measured.tokens_per_second
+
+
+def one_class(
+    arms: dict[str, Server], name: str, prompts: Sequence[Prompt], users: int, rounds: int, seconds: float
+) -> dict[str, Any]:
+    """Acceptance and speed of all drafters on one class of prompts."""
+    acceptance = {}
+    for arm in (SUFFIX, MODEL_ARM, HYBRID):
+        settle()
+        before = accepted_by_position(arms[arm].url)
+        turn(arms[arm], prompts, users, seconds, 0, vllm_xargs={"instant_speculation": POSITIONS})
+        settle()
+        gained = accepted_by_position(arms[arm].url) - before
+        steps = gained[-1] - gained[:-1].sum()
+        acceptance[arm] = [float(share) for share in gained[:-1] / steps]
+    speeds: dict[str, list[float]] = {arm: [] for arm in arms}
+    order = random.Random(name)
+    for number in range(-1, rounds):
+        for arm in order.sample(list(arms), len(arms)):
+            speed = turn(arms[arm], prompts, users, seconds, number + 1)
+            if number >= 0:  # the first round is for the policy to learn
+                speeds[arm].append(speed)
+    better = max((SUFFIX, MODEL_ARM), key=lambda arm: float(np.median(speeds[arm])))
+    return {
+        "class": name,
+        "users": users,
+        "acceptance_by_position": acceptance,
+        "accepted_a_step": {arm: sum(shares) for arm, shares in acceptance.items()},
+        "tokens_per_second": {arm: vars(median_interval(found)) for arm, found in speeds.items()},
+        "better_single_source": better,
+        "hybrid_to_better": vars(ratio_interval(speeds[HYBRID], speeds[better])),
+        "hybrid_to_off": vars(ratio_interval(speeds[HYBRID], speeds[OFF])),
+        "suffix_to_off": vars(ratio_interval(speeds[SUFFIX], speeds[OFF])),
+    }
+
+
+def table(measured: Sequence[dict[str, Any]]) -> Table:
+    """The result to print."""
+    result = Table(title="Accepted draft tokens a step, tokens a second (goodput policy)")
+    for column in ("class", "users", "drafter", *(str(j + 1) for j in range(POSITIONS)), "sum", "tok/s"):
+        result.add_column(column, justify="left" if column in ("class", "drafter") else "right")
+    for found in measured:
+        for arm in (SUFFIX, MODEL_ARM, HYBRID, OFF):
+            shares = found["acceptance_by_position"].get(arm)
+            cells = [f"{share:.2f}" for share in shares] if shares else [""] * POSITIONS
+            total = f"{sum(shares):.2f}" if shares else ""
+            speed = f"{found['tokens_per_second'][arm]['median']:.0f}"
+            result.add_row(found["class"], str(found["users"]), arm, *cells, total, speed)
+        result.add_section()
+    return result
+
+
+def main() -> None:
+    """Measure, print, write ``benchmarks/results/drafters.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", default=",".join(workloads()))
+    parser.add_argument("--loads", default="1,4")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--draft", default=None, help="another draft model than the demo's")
+    parser.add_argument("--append", action="store_true", help="keep what the output file has of other classes")
+    parser.add_argument("--output", type=Path, default=HERE / "results/drafters.json")
+    options = parser.parse_args()
+    kept = earlier(options.output) if options.append else []
+    console = Console()
+    chosen = {name: prompts for name, prompts in workloads().items() if name in options.classes.split(",")}
+    measured: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="drafters-") as name:
+        arms = servers(Path(name), options.draft)
+        with running(*arms.values()):
+            loads = [int(load) for load in options.loads.split(",")]
+            for users, (kind, prompts) in itertools.product(loads, chosen.items()):
+                found = one_class(arms, kind, prompts, users, options.rounds, options.seconds)
+                measured.append(found)
+                ratio = found["hybrid_to_better"]
+                console.print(
+                    f"{kind}, {users} users: hybrid is {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] "
+                    f"times {found['better_single_source']}",
+                    soft_wrap=True,
+                )
+                write(options.output, merged(kept, measured, "class", "users"))
+    console.print(table(measured), width=160)
+
+
+if __name__ == "__main__":
+    main()

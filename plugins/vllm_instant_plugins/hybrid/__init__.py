@@ -1,0 +1,1 @@
+"""Lookup and draft model together: for each request and step, whichever is expected to bring more."""

@@ -1,0 +1,145 @@
+"""Which source the hybrid takes, without an engine."""
+
+import numpy as np
+import pytest
+
+from vllm_instant import Draft, DraftPrice, DraftRequest, SharingDrafter
+from vllm_instant_plugins.hybrid.drafter import LEAST_STEPS_BETWEEN_PROBES, HybridDrafter
+
+MOST = 4
+FREE = DraftPrice()
+
+
+class Lookup:
+    """Proposes what the test says, by request id."""
+
+    def __init__(self, **confidence):
+        self.confidence = confidence
+        self.forgotten = []
+
+    def propose(self, requests):
+        return [
+            Draft([7] * len(self.confidence.get(r.request_id, [])), self.confidence.get(r.request_id, []))
+            for r in requests
+        ]
+
+    def forget(self, request_id):
+        self.forgotten.append(request_id)
+
+
+class Driven:
+    """A hybrid whose requests go on as the test says."""
+
+    def __init__(self, lookup, names=("a", "b")):
+        self.drafter = HybridDrafter(lookup, MOST)
+        self.tokens = {name: [1, 2, 3] for name in names}
+        self.pinned = set()
+
+    def share(self, price=FREE):
+        requests = [
+            DraftRequest(name, np.array(tokens, np.int32), 3, MOST, "", name in self.pinned)
+            for name, tokens in self.tokens.items()
+        ]
+        return dict(zip(self.tokens, self.drafter.share(requests, price), strict=True))
+
+    def step(self, accepted, price=FREE):
+        """One step in which the model's drafts come true up to ``accepted[name]`` tokens."""
+        shares = self.share(price)
+        drafts = {name: list(range(10, 10 + share.model_length)) for name, share in shares.items()}
+        self.drafter.model_drafted(drafts)
+        for name, draft in drafts.items():
+            kept = min(accepted.get(name, 0), len(draft))
+            self.tokens[name] += [*draft[:kept], 99]
+        return shares
+
+    def learn(self, steps=30, **accepted):
+        for _ in range(steps):
+            self.step(accepted)
+
+
+def test_it_is_what_the_seam_asks_for():
+    assert isinstance(HybridDrafter(Lookup(), MOST), SharingDrafter)
+
+
+def test_each_request_gets_its_better_source():
+    driven = Driven(Lookup(a=[0.95] * 4))
+    driven.learn(a=1, b=3)
+    shares = driven.share()
+    assert (shares["a"].model_length, list(shares["a"].own)) == (0, [7] * 4)
+    assert shares["b"].model_length == MOST
+
+
+def test_a_weak_lookup_leaves_it_to_the_model():
+    driven = Driven(Lookup(a=[0.1] * 4))
+    driven.learn(a=4, b=4)
+    assert driven.share()["a"].model_length == MOST
+
+
+def test_the_model_does_not_run_when_the_lookup_serves_all():
+    driven = Driven(Lookup(a=[0.99] * 4, b=[0.99] * 4))
+    driven.learn(a=2, b=2)
+    assert [share.model_length for share in driven.share().values()] == [0, 0]
+
+
+def test_a_dear_model_does_not_run_for_one_request_alone():
+    driven = Driven(Lookup(a=[0.95] * 4))
+    driven.learn(a=2, b=2)
+    shares = driven.share(DraftPrice(row=0.1, drafting=1.5, draft_pass=0.3))
+    assert shares["b"].model_length == 0
+    assert list(shares["a"].own) == [7] * 4
+
+
+def test_it_drafts_only_as_far_as_passes_pay():
+    driven = Driven(Lookup())
+    driven.learn(200, a=1, b=1)
+    lengths = [share.model_length for share in driven.share(DraftPrice(row=0.05, draft_pass=0.3)).values()]
+    assert max(lengths) == 1
+
+
+def test_nothing_pays():
+    driven = Driven(Lookup(a=[0.3]))
+    driven.learn(200)
+    shares = driven.share(DraftPrice(row=0.25, verifying=0.2, drafting=0.5, draft_pass=0.3))
+    assert all(not share.own and not share.model_length for share in shares.values())
+
+
+def test_a_client_that_asked_for_its_length_gets_it():
+    driven = Driven(Lookup(a=[0.3] * 4))
+    driven.learn(200)
+    driven.pinned.add("a")
+    shares = driven.share(DraftPrice(row=0.5, verifying=2.0, drafting=9.0, draft_pass=9.0))
+    assert list(shares["a"].own) == [7] * 4
+    assert not shares["b"].own
+
+
+def test_an_unused_model_is_tried_again():
+    driven = Driven(Lookup())
+    driven.learn(200)
+    dear = DraftPrice(row=0.3, drafting=0.2, draft_pass=0.1)
+    asked = [
+        sum(share.model_length for share in driven.step({"a": 4, "b": 4}, dear).values())
+        for _ in range(3 * LEAST_STEPS_BETWEEN_PROBES + 3)
+    ]
+    assert asked[0] == 0
+    assert 1 <= sum(1 for length in asked if length) <= 5
+    assert max(asked) == 1
+
+
+def test_acceptance_of_the_model_is_learned_by_position():
+    driven = Driven(Lookup())
+    driven.learn(100, a=2, b=2)
+    reach = driven.drafter.model.reach(np.array([0]))[0]
+    assert reach[1] == pytest.approx(1.0, abs=0.1)
+    assert reach[2] < 0.2
+
+
+def test_who_ended_is_forgotten():
+    lookup = Lookup()
+    driven = Driven(lookup)
+    driven.learn(3, a=1)
+    driven.drafter.forget("a")
+    assert lookup.forgotten == ["a"]
+    assert driven.drafter._drafted.keys() <= {"b"}
+    driven.tokens = {"c": [1, 2, 3], "b": driven.tokens["b"]}
+    driven.share()
+    assert sorted(driven.drafter._indices.values()) == [0, 1]

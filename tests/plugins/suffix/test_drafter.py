@@ -1,0 +1,144 @@
+"""The lookup drafter: sources, tenants, learning, cost."""
+
+import time
+
+import numpy as np
+import pytest
+
+from vllm_instant import DraftRequest
+from vllm_instant_plugins.suffix.calibration import HitRates, Predictability, came_true
+from vllm_instant_plugins.suffix.drafter import MOST_GROUPS, SuffixDrafter
+from vllm_instant_plugins.suffix.index import Found
+
+
+def _request(name, tokens, most=8, prompt=None, salt=""):
+    array = np.array(tokens, np.int32)
+    return DraftRequest(name, array, len(tokens) if prompt is None else prompt, most, salt)
+
+
+def _draft(drafter, *args, **kwargs):
+    return list(drafter.propose([_request(*args, **kwargs)])[0].token_ids)
+
+
+STORY = list(range(100, 130))
+
+
+def test_its_own_prompt_is_searched():
+    drafter = SuffixDrafter(512, 0)
+    assert _draft(drafter, "a", [*STORY, 7, 100, 101, 102], most=4) == [103, 104, 105, 106]
+
+
+def test_its_own_output_is_searched_as_it_grows():
+    drafter = SuffixDrafter(512, 0)
+    tokens = [1, 2]
+    assert _draft(drafter, "a", tokens) == []
+    tokens += [*STORY, 9]
+    assert _draft(drafter, "a", tokens, prompt=2) == []
+    tokens += STORY[:3]
+    assert _draft(drafter, "a", tokens, prompt=2, most=2) == STORY[3:5]
+
+
+def _after_an_answer(salt_of_first, salt_of_second, **options):
+    drafter = SuffixDrafter(512, 10_000, **options)
+    prompt = [1, 2, 3]
+    drafter.propose([_request("a", [*prompt, *STORY], prompt=3, salt=salt_of_first)])
+    drafter.forget("a")
+    return _draft(drafter, "b", [50, 51, *STORY[:4]], prompt=6, most=3, salt=salt_of_second)
+
+
+def test_answers_of_ended_requests_are_searched():
+    assert _after_an_answer("", "") == STORY[4:7]
+
+
+def test_other_tenants_are_not_heard_unless_asked_for():
+    assert _after_an_answer("one", "two") == []
+    assert _after_an_answer("one", "") == []
+    assert _after_an_answer("one", "one") == STORY[4:7]
+    assert _after_an_answer("one", "two", across_tenants=True) == STORY[4:7]
+
+
+def test_prompts_of_others_are_never_proposed():
+    drafter = SuffixDrafter(512, 10_000)
+    drafter.propose([_request("a", [*STORY, 1, 2], prompt=len(STORY))])
+    drafter.forget("a")
+    assert _draft(drafter, "b", [*STORY[:4]]) == []
+
+
+def test_no_history_where_none_is_wanted():
+    drafter = SuffixDrafter(512, 0)
+    drafter.propose([_request("a", [1, 2, 3, *STORY], prompt=3)])
+    drafter.forget("a")
+    assert _draft(drafter, "b", [50, 51, *STORY[:4]]) == []
+
+
+def test_tenants_without_number_do_not_fill_the_memory():
+    drafter = SuffixDrafter(64, 1000)
+    for number in range(MOST_GROUPS + 50):
+        drafter.propose([_request("a", [1, 2], salt=str(number))])
+        drafter.forget("a")
+    assert len(drafter._groups) == MOST_GROUPS
+
+
+def test_a_request_that_begins_again_is_read_again():
+    drafter = SuffixDrafter(512, 0)
+    _draft(drafter, "a", [*STORY, 1, 2])
+    assert _draft(drafter, "a", [8, 9, 10, 8, 9], most=1) == [10]
+
+
+def test_confidence_is_what_came_true():
+    """A text in which what follows a match is random half of the time: confidence of first tokens tends to it."""
+    random = np.random.default_rng(0)
+    drafter = SuffixDrafter(4096, 0)
+    tokens = list(range(8))
+    said = kept = 0.0
+    for step in range(1500):
+        draft = drafter.propose([_request("a", tokens, most=1, prompt=8)])[0]
+        token = int(random.integers(0, 1000)) + 8 if random.random() < 0.5 else tokens[-7]
+        if len(draft.token_ids) and step > 500:
+            said += draft.confidence[0]
+            kept += draft.token_ids[0] == token
+        tokens.append(token)
+    assert said == pytest.approx(kept, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("proposed", "came", "expected"),
+    [([1, 2, 3], [1, 2, 3, 4], (3, 3)), ([1, 2, 3], [1, 9], (2, 1)), ([1, 2], [1], (1, 1)), ([1], [], (0, 0))],
+)
+def test_only_what_can_be_compared_counts(proposed, came, expected):
+    assert came_true(np.array(proposed, np.int32), np.array(came, np.int32)) == expected
+
+
+def test_rates_are_learned_by_length_of_the_match():
+    rates = HitRates()
+    for _ in range(300):
+        rates.observe(np.array([2, 3]), 0)
+        rates.observe(np.array([10]), 1)
+    assert rates.rates[2] < 0.1
+    assert rates.rates[10] > 0.9
+    assert rates.rates[20] == pytest.approx(20 / 22)
+
+
+def test_an_unpredictable_request_is_believed_less():
+    found = Found(np.array([1, 2], np.int32), np.array([0.8, 0.8]), np.array([4, 5]))
+    one, other = Predictability(), Predictability()
+    assert one.factor == 1.0
+    for _ in range(20):
+        one.observe(found, 1, 0)
+        other.observe(found, 2, 2)
+    assert one.factor < 0.5 < 1.0 < other.factor
+
+
+def test_a_lookup_costs_little_at_long_context():
+    """The bar is 50 us at 4k tokens on one quiet core; the test allows for a busy one."""
+    random = np.random.default_rng(1)
+    drafter = SuffixDrafter(8192, 100_000)
+    drafter.warm_up()
+    tokens = random.integers(0, 60, 4500).astype(np.int32)
+    best = np.inf
+    for stop in range(4000, 4500):
+        request = DraftRequest("a", tokens[:stop], 4000, 16)
+        began = time.perf_counter()
+        drafter.propose([request])
+        best = min(best, time.perf_counter() - began) if stop > 4000 else best
+    assert best < 200e-6
