@@ -145,10 +145,12 @@ class DraftPrice:
     Workers keep of a draft whose confidence is known what is expected to bring more than it costs.
     """
 
+    batch: Sequence[tuple[int, float]] = ()
+    """What verifying so many draft tokens in all costs, at some rising numbers from 1; interpolated in between."""
     row: float = 0.0
-    """One more draft token to verify."""
+    """The same as a rough price of each draft token, for those who decide before they know how many there will be."""
     verifying: float = 0.0
-    """Verifying any drafts at all."""
+    """What comes on top when any draft is verified."""
     drafting: float = 0.0
     """Running a draft model at all."""
     draft_pass: float = 0.0

@@ -41,25 +41,34 @@ def worthwhile(
 ) -> list[Sequence[int]]:
     """The drafts without what is not expected to earn its price.
 
-    A token's expected gain is the chance that it and all before it are accepted. Each draft ends before the first
-    token whose gain is below ``price.row``; when all that is left would not earn ``price.verifying`` together, there
-    are no drafts at all. Drafts without confidence and those of ``pinned`` requests stay as they are.
+    A token brings the chance that it and all before it are accepted. The likeliest tokens of all requests are kept, as
+    many as bring most after ``price.batch`` is paid, and none where none do. Drafts without confidence and those of
+    ``pinned`` requests stay as they are, and the others are verified beside them.
     """
-    chosen: list[Sequence[int]] = []
-    surplus, certain, cuttable = 0.0, False, False
-    for draft, kept in zip(drafts, pinned, strict=True):
-        if not isinstance(draft, Draft):
-            chosen.append(draft)
-            certain = certain or len(draft) > 0
-        elif kept:
-            chosen.append(draft.token_ids)
-            certain = certain or len(draft.token_ids) > 0
-        else:
-            reach = np.cumprod(np.asarray(draft.confidence, float))
-            worth = int(np.count_nonzero(reach >= price.row)) if len(reach) else 0
-            surplus += float(reach[:worth].sum()) - worth * price.row
-            chosen.append(draft.token_ids[:worth])
-            cuttable = True
-    if cuttable and not certain and surplus <= price.verifying and price.verifying > 0:
-        return [() for _ in chosen]
-    return chosen
+    whole = [draft.token_ids if isinstance(draft, Draft) else draft for draft in drafts]
+    if not price.batch:
+        return whole
+    cuttable = [
+        row
+        for row, (draft, kept) in enumerate(zip(drafts, pinned, strict=True))
+        if isinstance(draft, Draft) and len(draft.token_ids) and not kept
+    ]
+    if not cuttable:
+        return whole
+    reach = [np.cumprod(np.asarray(drafts[row].confidence, float)) for row in cuttable]  # type: ignore[union-attr]
+    together = np.concatenate(reach)
+    falling = np.sort(together)[::-1]
+    already = sum(map(len, whole)) - len(together)
+    counts, costs = np.array([(0, 0.0), *price.batch]).T
+    cost = np.interp(already + np.arange(len(falling) + 1.0), counts, costs)
+    earned = np.concatenate([[0.0], np.cumsum(falling)]) - cost
+    best = int(earned.argmax())  # the fewest of equals
+    least = falling[best - 1] if best else np.inf
+    spare = best - int(np.count_nonzero(together > least))
+    for row, chances in zip(cuttable, reach, strict=True):
+        kept = int(np.count_nonzero(chances > least))
+        # Of equally likely tokens those of the first requests are kept.
+        equal = min(spare, int(np.count_nonzero(chances == least)))
+        spare -= equal
+        whole[row] = whole[row][: kept + equal]
+    return whole

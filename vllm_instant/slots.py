@@ -19,6 +19,8 @@ class Slot:
     contract: type
     served: bool = True
     """Whether this release can put plugins into the slot; otherwise the default is the only choice."""
+    optional: bool = False
+    """Whether the default only serves where it takes nothing away (``seams.default_drafter``)."""
 
 
 SLOTS: dict[str, Slot] = {
@@ -31,7 +33,7 @@ SLOTS: dict[str, Slot] = {
             "goodput",
             contracts.SpeculationPolicy,
         ),
-        Slot("drafter", "which tokens are proposed", "worker", "suffix", contracts.Drafter),
+        Slot("drafter", "which tokens are proposed", "worker", "suffix", contracts.Drafter, optional=True),
         Slot(
             "rejection_sampler",
             "which proposals are kept",

@@ -36,7 +36,7 @@ FILES = {
     "plugin of another slot": ('[batching]\nplugin = "ngram"\n', ["[batching] plugin", "ngram", "fcfs"]),
     "option of a plugin not selected": (
         '[drafter]\nplugin = "ngram"\nmodel = "x"\n',
-        ["[drafter] model", "is an option of model, not of ngram"],
+        ["[drafter] model", "is an option of hybrid and model, not of ngram"],
     ),
     "options below the plugin's name": (
         '[speculation]\nplugin = "fixed"\n[speculation.fixed]\nnum_draft_tokens = 3\n',

@@ -1,5 +1,7 @@
 """Cutting drafts by what they cost."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,35 +17,44 @@ def _drafts(*confidences):
     return [Draft(list(range(len(c))), c) for c in confidences]
 
 
-@given(st.lists(st.lists(CHANCE, max_size=8), min_size=1, max_size=6), CHANCE, st.floats(0.0, 3.0))
-def test_what_is_kept_earns_its_price_and_what_is_cut_would_not(confidences, row, verifying):
+def _linear(row, start=0.0):
+    return DraftPrice(batch=[(1, start + row), (100, start + 100 * row)])
+
+
+@given(
+    st.lists(st.lists(CHANCE, max_size=3), min_size=1, max_size=3),
+    st.lists(st.floats(-0.5, 1.0), min_size=9, max_size=9),
+)
+def test_no_other_cut_would_bring_more(confidences, steps):
+    price = DraftPrice(batch=list(enumerate(np.cumsum(steps).tolist(), 1)))
+    cost = [0.0, *(c for _, c in price.batch)]
+    reach = [np.cumprod(c) if c else np.zeros(0) for c in confidences]
+
+    def earned(lengths):
+        return sum(float(r[:k].sum()) for r, k in zip(reach, lengths, strict=True)) - cost[sum(lengths)]
+
     drafts = _drafts(*confidences)
-    kept = worthwhile(drafts, DraftPrice(row=row, verifying=verifying), [False] * len(drafts))
-    surplus = possible = 0.0
-    for draft, chosen in zip(drafts, kept, strict=True):
-        reach = np.cumprod(draft.confidence) if draft.confidence else np.zeros(0)
-        assert list(chosen) == draft.token_ids[: len(chosen)]
-        assert all(chance >= row for chance in reach[: len(chosen)])
-        surplus += float((reach[: len(chosen)] - row).sum())
-        possible += float(np.maximum(reach - row, 0.0).sum())
-    if any(len(chosen) for chosen in kept):
-        assert surplus == pytest.approx(possible)
-        assert surplus > verifying or verifying == 0
-    else:
-        assert possible <= verifying + 1e-9 or verifying == 0
+    kept = worthwhile(drafts, price, [False] * len(drafts))
+    assert all(list(k) == list(d.token_ids[: len(k)]) for k, d in zip(kept, drafts, strict=True))
+    best = max(earned(lengths) for lengths in itertools.product(*(range(len(c) + 1) for c in confidences)))
+    assert earned([len(k) for k in kept]) == pytest.approx(best)
 
 
-def test_free_drafts_stay_whole():
+def test_without_a_price_drafts_stay_whole():
     assert worthwhile(_drafts([0.0, 0.0]), DraftPrice(), [False]) == [[0, 1]]
 
 
 def test_drafts_without_confidence_and_pinned_ones_are_not_touched():
-    dear = DraftPrice(row=0.9, verifying=9.0)
     drafts = [[1, 2], Draft([3, 4], [0.1, 0.1]), Draft([5], [0.1])]
-    assert worthwhile(drafts, dear, [False, True, False]) == [[1, 2], [3, 4], []]
+    assert worthwhile(drafts, _linear(0.9, 9.0), [False, True, False]) == [[1, 2], [3, 4], []]
 
 
-def test_a_step_that_verifies_anyway_takes_what_earns_its_rows():
-    price = DraftPrice(row=0.5, verifying=9.0)
-    assert worthwhile(_drafts([0.9]), price, [False]) == [()]
+def test_what_is_verified_anyway_has_paid_the_start():
+    price = _linear(0.5, 9.0)
+    assert worthwhile(_drafts([0.9]), price, [False]) == [[]]
     assert worthwhile([Draft([1], [0.9]), [7]], price, [False, False]) == [[1], [7]]
+
+
+def test_of_equals_the_first_are_kept():
+    price = DraftPrice(batch=[(1, 0.1), (2, 0.2), (3, 9.0)])
+    assert worthwhile(_drafts([0.5], [0.5], [0.5]), price, [False] * 3) == [[0], [0], []]

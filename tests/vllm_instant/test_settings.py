@@ -12,7 +12,7 @@ def test_defaults_are_lossless_and_ask_nothing_of_vllm():
     deployment = resolve()
     assert {slot: choice.plugin for slot, choice in deployment.slots.items()} == {
         "speculation": "goodput",
-        "drafter": "native",
+        "drafter": "suffix",
         "rejection_sampler": "token",
         "batching": "fcfs",
         "experts": "native",

@@ -107,7 +107,9 @@ def _table(slot: Slot) -> Iterator[str]:
         lossy = " LOSSY: answers may change." if offer.plugin.lossy else ""
         yield f"#   {offer.plugin.name}: {offer.plugin.summary}.{lossy}"
     yield f"[{slot.name}]"
-    yield f"plugin = {toml_value(slot.default)}"
+    chosen = f"plugin = {toml_value(slot.default)}"
+    # The default drafter only serves where it takes nothing away; one that is named always does.
+    yield f"# {chosen}   # the default, where it costs nothing; uncommented: everywhere" if slot.optional else chosen
     for offer in offers:
         fields = offer.plugin.options.model_fields
         if fields and offer.plugin.name != slot.default:

@@ -90,8 +90,7 @@ def needed_by(seam: Seam, deployment: Deployment | None, speculates: bool | None
         return ()
     # Without a drafter there is no budget to hand out, whatever policy is named.
     if speculates is None:
-        named = "speculative_config" in deployment.engine_arguments()
-        speculates = named or (deployment.drafter_is_default and deployment.slots["speculation"].plugin != "off")
+        speculates = "speculative_config" in deployment.engine_arguments()
     return tuple(
         f"{slot}={deployment.slots[slot].plugin}"
         for slot in seam.slots

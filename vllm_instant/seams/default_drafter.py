@@ -74,7 +74,7 @@ SEAM = Seam(
         Mentions(_ARGUMENTS, "EngineArgs.create_engine_config", ("create_speculative_config", "create_model_config")),
         Name(_ARGUMENTS, "EngineArgs.logits_processors"),
         Name(_ARGUMENTS, "EngineArgs.scheduler_cls"),
-        Name("config/model.py", "ModelConfig.runner_type"),
+        Mentions("config/model.py", "ModelConfig.__post_init__", ("runner_type",)),
         Name("config/model.py", "ModelConfig.is_encoder_decoder"),
     ),
     slots=("drafter",),

@@ -39,7 +39,12 @@ SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
 PROMPT_HEAD = 32
 """Prompts that share so many tokens at their beginning (a system prompt) are of one class."""
+UNAFFORDABLE = 1e6
+"""Tokens that nothing is expected to bring."""
+FREE = DraftPrice()
 FIRST_DRAFTS = 4.0
+PRICED_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
+"""Numbers of draft tokens whose verification is priced."""
 _FORGETTING = 0.97
 
 
@@ -84,7 +89,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._calibrating = calibrating
         self._log_changes = log_changes
         self._confident = confident_drafts
-        self._price = DraftPrice()
+        self._price = FREE
         self._usual_drafts = FIRST_DRAFTS
         """Draft tokens of a step that has any: what one more costs depends on how many there are."""
         self._sweep = np.random.default_rng(0)
@@ -141,6 +146,8 @@ class GoodputPolicy(SpeculationPolicy):
         if count == 0:
             return []
         self.explorer.allowance.step()
+        # What is tried in order to learn is not cut by what is believed.
+        self._price = FREE
         indices = np.array([request.index for request in requests], np.intp)
         resting = self._resting
         if resting is not None and step.number < self._resting_until and not self.explorer.follow_up:
@@ -170,8 +177,7 @@ class GoodputPolicy(SpeculationPolicy):
             choose,
             costs=self.costs,
             context=context,
-            # Not far beyond what was measured: the first steps go up by degrees.
-            most_rows=max(2 * count, 1.5 * self.costs.largest_rows + 8),
+            most_rows=self._most_rows(count),
             most_seconds=goals.most_seconds(step) if goals is not None else np.inf,
             weights=goals.weights(indices) if goals is not None else None,
             yields=self._yields(indices),
@@ -194,12 +200,14 @@ class GoodputPolicy(SpeculationPolicy):
         uncertain = explorer.uncertain(now)
         if uncertain is not None:
             return self._decide(step, indices, reach, uncertain, uncertain.lengths, "costs")
-        if self._confident:
-            self._price = self._priced(choice, context, more_rows)
         if worthwhile:
             lengths, reason = explorer.while_drafting(now)
+            if self._confident and reason != "reference":
+                self._price = self._priced(choice, context, more_rows, len(free) * step.max_draft_tokens)
             if self._confident and goals is None:
-                lengths = np.where(lengths > 0, step.max_draft_tokens, 0)
+                # Whose drafts come true may get as much as its drafter is sure of.
+                sure = (lengths > 0) & (believed[:, 0] >= self._price.row)
+                lengths = np.where(sure, step.max_draft_tokens, lengths)
         else:
             self._hoped, self._got = 0.1 + 0.99 * self._hoped, 0.1 + 0.99 * self._got
             trial = explorer.trial(now)
@@ -211,22 +219,32 @@ class GoodputPolicy(SpeculationPolicy):
                 self._resting, self._resting_until = (reach, off, indices), step.number + RESTING_STEPS
         return self._decide(step, indices, reach, choice, lengths, reason)
 
+    def _most_rows(self, requests: int) -> float:
+        """Not far beyond what was measured: the first steps go up by degrees."""
+        return max(2.0 * requests, 1.5 * self.costs.largest_rows + 8)
+
     def price(self) -> DraftPrice:
         """What drafts cost in the step that was planned last."""
         return self._price
 
-    def _priced(self, choice: Choice, context: float, more_rows: float) -> DraftPrice:
+    def _priced(self, choice: Choice, context: float, more_rows: float, most: int) -> DraftPrice:
+        """What drafts cost in the next step, in tokens of the best plan's speed."""
         rate = max(choice.tokens / choice.seconds, choice.requests / choice.off_seconds)
-        rows = choice.requests + more_rows + np.array([0.0, self._usual_drafts])
-        without, with_drafts = self.costs.target_seconds(rows, context)
-        passes = np.array([1.0, 2.0])
-        first, second = self.costs.drafting_seconds(passes, rows[1:], choice.requests)
-        each = max(float(second - first), 0.0)
+        counts = np.array([count for count in PRICED_COUNTS if count < most] + [most])
+        rows = choice.requests + more_rows + np.concatenate([[0.0], counts])
+        seconds = self.costs.target_seconds(rows, context)
+        extra = rate * (seconds[1:] - seconds[0])
+        verifying = rate * self.costs.verifying_seconds()
+        extra[rows[1:] > self._most_rows(choice.requests)] = UNAFFORDABLE
+        # Roughly: the dearest of the usual number of drafts, half and twice as many.
+        usual = self._usual_drafts * np.array([0.5, 1.0, 2.0])
+        some, _, each, each_request = self.costs.drafting_weights()
         return DraftPrice(
-            row=rate * max(float(with_drafts - without), 0.0) / self._usual_drafts,
-            verifying=rate * self.costs.verifying_seconds(),
-            drafting=rate * max(float(first) - each, 0.0),
-            draft_pass=rate * each,
+            batch=tuple(zip(counts.tolist(), (extra + verifying).tolist(), strict=True)),
+            row=max(0.0, float((np.interp(usual, counts, extra) / usual).max())),
+            verifying=verifying,
+            drafting=rate * max(float(some), 0.0),
+            draft_pass=rate * max(float(each + each_request * choice.requests), 0.0),
         )
 
     def _least_gain(self, number: int) -> float:

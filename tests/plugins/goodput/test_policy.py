@@ -357,8 +357,9 @@ def test_a_price_is_asked_once_costs_are_known():
     for number in range(1, 40):
         length = policy.draft_lengths(UpcomingStep([state], 8, number=number))[0]
         rows = 1 + length
-        policy.observe(StepOutcome([state], [length], [0], rows, 0.01 + 0.002 * rows, 1, number, length))
+        policy.observe(StepOutcome([state], [length], [length], rows, 0.01 + 0.002 * rows, 1, number, length))
     price = policy.price()
-    assert 0.05 < price.row < 0.5
-    assert price.verifying >= 0
-    assert GoodputPolicy(8, 16).price().row == 0
+    assert 0.05 < price.row < 1.0
+    assert [count for count, _ in price.batch] == [1, 2, 3, 4, 6, 8]
+    assert price.batch[-1][1] > price.batch[0][1] >= price.verifying >= 0
+    assert not GoodputPolicy(8, 16).price().batch

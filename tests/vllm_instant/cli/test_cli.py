@@ -46,7 +46,7 @@ class TestConfig:
     def test_every_commented_option_is_accepted_when_uncommented(self, run, tmp_path):
         path = tmp_path / "deploy.toml"
         run("config", "init", path)
-        lines = path.read_text().replace('plugin = "native"', 'plugin = "ngram"', 1).splitlines()
+        lines = path.read_text().replace('# plugin = "suffix"', 'plugin = "ngram"', 1).splitlines()
         chosen = [line.removeprefix("# ") if "prompt_lookup" in line else line for line in lines]
         path.write_text("\n".join(chosen))
         assert resolve(path).slots["drafter"].options["prompt_lookup_max"] == 4

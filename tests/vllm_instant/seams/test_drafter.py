@@ -119,7 +119,7 @@ def test_finished_requests_are_forgotten():
 
 def test_drafts_that_do_not_earn_their_price_are_cut():
     adapter, _ = _adapter(lambda requests: [Draft([1, 2, 3], [0.9, 0.9, 0.1])] * 3)
-    plan = DraftPlan(price=DraftPrice(row=0.3), pinned=frozenset("b"))
+    plan = DraftPlan(price=DraftPrice(batch=[(1, 0.3), (100, 30.0)]), pinned=frozenset("b"))
     assert _propose(adapter, [[1], [1], [1]], plan) == [[1, 2], [1, 2, 3], [1, 2]]
 
 

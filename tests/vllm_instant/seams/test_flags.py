@@ -144,7 +144,22 @@ def test_one_value_set_on_the_command_line(parse, deploy):
 def test_without_a_file_the_defaults_are_served(parse):
     parsed = parse("serve", "MODEL", "--plugins", "vllm_instant")
     assert carrier.current().file is None
-    assert parsed.scheduler_cls is None
+    assert carrier.current().drafter_is_default
+    # Whether the default drafter then drafts depends on the model.
+    assert parsed.scheduler_cls == SCHEDULER
+    assert parsed.speculative_config is None
+
+
+def test_who_brings_a_scheduler_gets_no_default_drafter(parse):
+    parsed = parse("serve", "MODEL", "--plugins", "vllm_instant", "--scheduler-cls", "theirs.Scheduler")
+    assert parsed.scheduler_cls == "theirs.Scheduler"
+
+
+def test_a_speculative_method_on_the_command_line_replaces_the_default_drafter(parse):
+    config = '{"method": "ngram", "num_speculative_tokens": 3}'
+    parsed = parse("serve", "MODEL", "--plugins", "vllm_instant", "-sc", config)
+    assert parsed.speculative_config == {"method": "ngram", "num_speculative_tokens": 3}
+    assert parsed.scheduler_cls == SCHEDULER
 
 
 def test_without_selection_nothing_happens(parse, monkeypatch):

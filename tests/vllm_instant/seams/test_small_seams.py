@@ -118,7 +118,7 @@ class TestBuilding:
 
     def test_an_object_that_does_not_follow_the_contract_is_refused(self):
         with pytest.raises(
-            building.PluginStartError, match="has no draft_lengths, enter, observe, forget, decisions, close"
+            building.PluginStartError, match="has no draft_lengths, price, enter, observe, forget, decisions, close"
         ):
             self._build("incomplete")
 
