@@ -9,11 +9,14 @@ from vllm_instant.problems import DeploymentError, Problem
 from vllm_instant.seams import (
     catalogue,
     cpu_sampling,
+    default_drafter,
+    draft_sharing,
     draft_skipping,
     drafter,
     engine_core,
     plain_sampling,
     request_options,
+    undrafted_sampling,
 )
 from vllm_instant.settings import Deployment
 
@@ -64,6 +67,14 @@ def activate() -> None:
     cpu_sampling.install()
     drafter.install()
     # Optional: a vLLM that they do not fit is served without them.
-    for seam in (draft_skipping, plain_sampling, request_options, engine_core):
+    for seam in (
+        default_drafter,
+        draft_skipping,
+        draft_sharing,  # around what skipping made of the same method
+        plain_sampling,
+        undrafted_sampling,
+        request_options,
+        engine_core,
+    ):
         if catalogue.fits_installed(seam.SEAM):
             seam.install()

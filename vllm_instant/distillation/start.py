@@ -14,7 +14,6 @@ EMBEDDING_DEVIATION = 0.02
 """Standard deviation of Llama's own initialisation."""
 
 
-@torch.no_grad()
 def start_at_target(draft: Any, target: Any) -> None:
     """Set the (tied) embeddings of ``draft``, a fresh Hugging Face model, from those of ``target``, its teacher.
 
@@ -29,6 +28,7 @@ def start_at_target(draft: Any, target: Any) -> None:
     if norm is not None and getattr(norm, "weight", None) is not None:
         head = head * norm.weight.float()
     # The right singular vectors from the small Gram matrix: the vocabulary may have hundreds of thousands of rows.
-    _, directions = torch.linalg.eigh(head.T @ head)  # rising eigenvalues
-    projected = head @ directions[:, -width:]
-    embeddings.copy_(projected * (EMBEDDING_DEVIATION / projected.std()))
+    with torch.no_grad():
+        _, directions = torch.linalg.eigh(head.T @ head)  # rising eigenvalues
+        projected = head @ directions[:, -width:]
+        embeddings.copy_(projected * (EMBEDDING_DEVIATION / projected.std()))

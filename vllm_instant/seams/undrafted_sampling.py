@@ -72,7 +72,7 @@ def _load_processors(module: ModuleType) -> None:
 
         return LogitsProcessors(kind(vllm_config, device, is_pin_memory) for kind in BUILTIN_LOGITS_PROCESSORS)
 
-    module.build_logitsprocs = build_logitsprocs
+    module.build_logitsprocs = build_logitsprocs  # type: ignore[attr-defined]
 
 
 def install() -> None:

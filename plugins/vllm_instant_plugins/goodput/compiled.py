@@ -14,13 +14,13 @@ LEVELS = 48
 """Thresholds of acceptance that plans are tried with, denser near zero (``choice.choose``)."""
 
 
-@njit(cache=True)  # type: ignore[misc]
+@njit(cache=True)
 def level_of(value: float) -> int:
     """The highest threshold that a chance in 0..1 reaches."""
     return min(int(np.sqrt(value) * LEVELS), LEVELS - 1)
 
 
-@njit(cache=True)  # type: ignore[misc]
+@njit(cache=True)
 def between(x: float, knots: Any, at_knots: Any) -> float:
     """Linear interpolation, constant beyond both ends."""
     right = np.searchsorted(knots, x)
@@ -32,7 +32,7 @@ def between(x: float, knots: Any, at_knots: Any) -> float:
     return float(at_knots[right - 1] + share * (at_knots[right] - at_knots[right - 1]))
 
 
-@njit(cache=True)  # type: ignore[misc]
+@njit(cache=True)
 def best_plan(
     reach: Any,
     weights: Any,
@@ -99,7 +99,7 @@ def best_plan(
     return best_passes, best_level, best_tokens, best_seconds, off_seconds
 
 
-@njit(cache=True)  # type: ignore[misc]
+@njit(cache=True)
 def reach_of(
     indices: Any, hits: Any, trials: Any, class_of: Any, class_estimate: Any, prior_weight: float, reach: Any
 ) -> None:
@@ -113,7 +113,7 @@ def reach_of(
             reach[i, j] = chance
 
 
-@njit(cache=True)  # type: ignore[misc]
+@njit(cache=True)
 def learn_requests(
     indices: Any,
     drafted: Any,
@@ -143,7 +143,7 @@ def learn_requests(
             class_hits[row, j] += was_hit
 
 
-@njit(cache=True)  # type: ignore[misc]
+@njit(cache=True)
 def estimate_classes(
     rows: Any, trials: Any, hits: Any, parent: Any, prior_weight: float, optimism: float, estimate: Any
 ) -> None:

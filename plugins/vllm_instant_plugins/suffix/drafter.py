@@ -83,7 +83,7 @@ class SuffixDrafter(Drafter):
             if _promise(found) > _promise(own.found):
                 own.found, own.from_history = found, True
         confidence = np.minimum(own.found.confidence * own.predictability.factor, 1.0)
-        return Draft(own.found.tokens, confidence)
+        return Draft(own.found.tokens.tolist(), confidence.tolist())
 
     def _learn(self, own: _Own, came: Tokens) -> None:
         compared, kept = came_true(own.found.tokens, came)

@@ -31,7 +31,7 @@ Tokens = npt.NDArray[np.int32]
 _ENDED = np.array([END], np.int32)
 
 
-@njit(cache=True)  # type: ignore[misc]
+@njit(cache=True)
 def _slot(tokens: Any, stop: int, group: int, mask: int) -> int:
     """Table entry of the ``ORDER`` tokens that end before ``stop`` of a ring."""
     mixed = np.uint64(group + 1) * np.uint64(0x9E3779B97F4A7C15)
@@ -41,7 +41,7 @@ def _slot(tokens: Any, stop: int, group: int, mask: int) -> int:
     return int(mixed & np.uint64(mask))
 
 
-@njit(cache=True)  # type: ignore[misc]
+@njit(cache=True)
 def _append(tokens: Any, groups: Any, previous: Any, heads: Any, stop: int, begin: int, new: Any, group: int) -> int:
     """Write ``new`` behind place ``stop`` of the ring; its sequence began at ``begin``. Returns the new end."""
     capacity, mask = len(tokens), len(heads) - 1
@@ -56,7 +56,7 @@ def _append(tokens: Any, groups: Any, previous: Any, heads: Any, stop: int, begi
     return stop
 
 
-@njit(cache=True)  # type: ignore[misc]
+@njit(cache=True)
 def _candidates(
     tokens: Any, groups: Any, previous: Any, heads: Any, stop: int, newest: Any, group: int, places: Any, lengths: Any
 ) -> int:
@@ -94,7 +94,7 @@ def _candidates(
     return found
 
 
-@njit(cache=True)  # type: ignore[misc]
+@njit(cache=True)
 def _continue(
     tokens: Any,
     groups: Any,
