@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from vllm_instant import Deployment, Plugin, PluginOptions
+from vllm_instant_plugins import draft_folder
 
 
 class ModelOptions(PluginOptions):
@@ -48,10 +48,9 @@ def contradictions(deployment: Deployment) -> Iterable[str]:
     """A draft model that is written as a path must be there; n-gram bounds must be in order."""
     choice = deployment.slots["drafter"]
     if choice.plugin in ("model", "hybrid"):
-        model = choice.options["model"]
-        looks_like_path = model.startswith(("/", "./", "../", "~"))
-        if looks_like_path and not (Path(model).expanduser() / "config.json").is_file():
-            yield f"[drafter] model = {model!r} is not a folder with a config.json"
+        problem = draft_folder.objection(choice.options["model"])
+        if problem is not None:
+            yield f"[drafter] model = {problem}"
     if choice.plugin == "ngram" and choice.options["prompt_lookup_min"] > choice.options["prompt_lookup_max"]:
         yield (
             f"[drafter] prompt_lookup_min = {choice.options['prompt_lookup_min']} is more than "

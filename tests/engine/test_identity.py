@@ -48,6 +48,13 @@ def test_fifty_prompts_and_the_numbers_behind_them(server, prompts, expected):
     assert totals["vllm:num_preemptions_total"] > 0
 
 
+def test_answers_that_fill_the_models_length(server, stock, prompts):
+    long = "\n".join(prompts)[:9000]
+    ours, theirs = (ask(where, long, max_tokens=None, truncate_prompt_tokens=960) for where in (server, stock))
+    assert ours[0]["text"] == theirs[0]["text"]
+    assert ours[0]["finish_reason"] == theirs[0]["finish_reason"] == "length"
+
+
 def test_requests_that_are_aborted_in_flight_harm_nobody(server, prompts, expected):
     def abandon(prompt):
         body = {"model": "demo", "prompt": prompt, "max_tokens": 200, "temperature": 0, "stream": True}

@@ -147,3 +147,27 @@ def test_binary_file(tmp_path, plugin_folder):
     file = tmp_path / "deploy.toml"
     file.write_bytes(b"\xff\xfe\x00model")
     _assert_one_clear_error(_check(file, plugin_folder), file, ["not UTF-8"])
+
+
+@pytest.mark.parametrize("plugin", ["model", "hybrid"])
+class TestDraftModels:
+    """A draft model that is named by its path."""
+
+    def _check(self, plugin, folder, tmp_path, plugin_folder, words):
+        file = tmp_path / "deploy.toml"
+        file.write_text(f'[drafter]\nplugin = "{plugin}"\nmodel = "{folder}"\n')
+        _assert_one_clear_error(_check(file, plugin_folder), file, words)
+
+    def test_missing(self, plugin, tmp_path, plugin_folder):
+        self._check(plugin, tmp_path / "gone", tmp_path, plugin_folder, ["is not a folder with a config.json"])
+
+    def test_configuration_that_is_no_json(self, plugin, tmp_path, plugin_folder):
+        (tmp_path / "config.json").write_text("{")
+        self._check(plugin, tmp_path, tmp_path, plugin_folder, ["config.json cannot be read"])
+
+    def test_weights_cut_short(self, plugin, tmp_path, plugin_folder, demo_pair):
+        for path in demo_pair.draft.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        weights = next(tmp_path.glob("*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:-100])
+        self._check(plugin, tmp_path, tmp_path, plugin_folder, [weights.name, "is damaged"])

@@ -22,6 +22,7 @@ from vllm_instant_plugins.goodput.choice import Choice, choose
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.explorer import Explorer, Situation
 from vllm_instant_plugins.goodput.goals import LatencyGoals
+from vllm_instant_plugins.goodput.pricing import FREE, Pricing
 from vllm_instant_plugins.goodput.store import CostStore
 from vllm_instant_plugins.goodput.trace import Decision, Trace
 
@@ -39,12 +40,6 @@ SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
 PROMPT_HEAD = 32
 """Prompts that share so many tokens at their beginning (a system prompt) are of one class."""
-UNAFFORDABLE = 1e6
-"""Tokens that nothing is expected to bring."""
-FREE = DraftPrice()
-FIRST_DRAFTS = 4.0
-PRICED_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
-"""Numbers of draft tokens whose verification is priced."""
 _FORGETTING = 0.97
 
 
@@ -90,8 +85,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._log_changes = log_changes
         self._confident = confident_drafts
         self._price = FREE
-        self._usual_drafts = FIRST_DRAFTS
-        """Draft tokens of a step that has any: what one more costs depends on how many there are."""
+        self._pricing = Pricing(self.costs)
         self._sweep = np.random.default_rng(0)
         self._clock = clock
         self._saved_at = clock()
@@ -203,7 +197,9 @@ class GoodputPolicy(SpeculationPolicy):
         if worthwhile:
             lengths, reason = explorer.while_drafting(now)
             if self._confident and reason != "reference":
-                self._price = self._priced(choice, context, more_rows, len(free) * step.max_draft_tokens)
+                self._price = self._pricing.price(
+                    choice, context, more_rows, len(free) * step.max_draft_tokens, self._most_rows(count)
+                )
             if self._confident and goals is None:
                 # Whose drafts come true may get as much as its drafter is sure of.
                 sure = (lengths > 0) & (believed[:, 0] >= self._price.row)
@@ -226,26 +222,6 @@ class GoodputPolicy(SpeculationPolicy):
     def price(self) -> DraftPrice:
         """What drafts cost in the step that was planned last."""
         return self._price
-
-    def _priced(self, choice: Choice, context: float, more_rows: float, most: int) -> DraftPrice:
-        """What drafts cost in the next step, in tokens of the best plan's speed."""
-        rate = max(choice.tokens / choice.seconds, choice.requests / choice.off_seconds)
-        counts = np.array([count for count in PRICED_COUNTS if count < most] + [most])
-        rows = choice.requests + more_rows + np.concatenate([[0.0], counts])
-        seconds = self.costs.target_seconds(rows, context)
-        extra = rate * (seconds[1:] - seconds[0])
-        verifying = rate * self.costs.verifying_seconds()
-        extra[rows[1:] > self._most_rows(choice.requests)] = UNAFFORDABLE
-        # Roughly: the dearest of the usual number of drafts, half and twice as many.
-        usual = self._usual_drafts * np.array([0.5, 1.0, 2.0])
-        some, _, each, each_request = self.costs.drafting_weights()
-        return DraftPrice(
-            batch=tuple(zip(counts.tolist(), (extra + verifying).tolist(), strict=True)),
-            row=max(0.0, float((np.interp(usual, counts, extra) / usual).max())),
-            verifying=verifying,
-            drafting=rate * max(float(some), 0.0),
-            draft_pass=rate * max(float(each + each_request * choice.requests), 0.0),
-        )
 
     def _least_gain(self, number: int) -> float:
         """The gain from which drafting pays now: harder to reach when it is off, harder to leave when it is on.
@@ -335,8 +311,7 @@ class GoodputPolicy(SpeculationPolicy):
             self._goals.observe(indices, accepted + 1)
         decision = self.trace.of_step(outcome.number - 1)
         total = int(drafted.sum())
-        if total:
-            self._usual_drafts += 0.05 * (total - self._usual_drafts)
+        self._pricing.observe(total)
         if decision is not None:
             self._compare(decision, outcome, indices, drafted, accepted)
         some = drafted > 0
@@ -352,7 +327,8 @@ class GoodputPolicy(SpeculationPolicy):
             self.explorer.not_drafted(idle, 1)
         rows = count + total
         if outcome.num_scheduled_tokens == rows and outcome.seconds > 0:
-            missed = planned.missed if planned is not None else 0.0
+            # A drafter that shares the work may have left its model out.
+            missed = planned.missed if planned is not None and outcome.draft_passes else 0.0
             features = self.costs.features(rows, context, total, outcome.draft_passes, count, missed)
             self.costs.observe(features, outcome.seconds)
             self._keep()
