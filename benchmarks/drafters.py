@@ -41,19 +41,19 @@ MAX_TOKENS = (96, 160)
 
 
 def records(count: int, seed: int) -> list[Prompt]:
-    """Repetitive structured text: a table of records to be written out once more."""
+    """Repetitive structured text: a few records, over and over."""
     choose = random.Random(seed)
     lines = [
-        line.strip()
+        line
         for document in documents()
         if document.kind == "structured" and document.held_out
         for line in document.text.splitlines()
-        if 20 < len(line.strip()) < 60
+        if 80 < len(line) < 140
     ]
     prompts = []
     for _ in range(count):
-        chosen = "\n".join(choose.sample(lines, 8))
-        prompts.append(Prompt(f"{chosen}\n\n{chosen[: len(chosen) // 8]}", 0.0, "repetitive"))
+        chosen = choose.sample(lines, 3)
+        prompts.append(Prompt("\n".join([*chosen, *chosen, chosen[0][:60]]), 0.0, "repetitive"))
     return prompts
 
 

@@ -10,6 +10,7 @@ from vllm_instant.seams import (
     catalogue,
     cpu_sampling,
     default_drafter,
+    draft_reports,
     draft_sharing,
     draft_skipping,
     drafter,
@@ -71,6 +72,7 @@ def activate() -> None:
         default_drafter,
         draft_skipping,
         draft_sharing,  # around what skipping made of the same method
+        draft_reports,
         plain_sampling,
         undrafted_sampling,
         request_options,

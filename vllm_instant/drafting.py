@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -30,10 +31,12 @@ class DraftPlan:
 
 @dataclass(frozen=True, slots=True)
 class DraftReport:
-    """What a worker did at the end of a step, where it may have done less than was planned."""
+    """What a worker says about its drafting since the last report."""
 
-    draft_passes: int
-    """Passes of the draft model; 0 when it did not run."""
+    draft_passes: int | None = None
+    """Passes of the draft model, where it may do less than was planned; None where the plan says it all."""
+    failures: Sequence[Mapping[str, Any]] = ()
+    """Failures of its drafter plugin so far, see ``containment.failure_counts``."""
 
 
 def worthwhile(

@@ -231,7 +231,7 @@ class SpeculationBudget:
 
     def drafted(self, report: DraftReport) -> None:
         """The workers report what they did after the step that finished last."""
-        if self._outcomes:
+        if self._outcomes and report.draft_passes is not None:
             self._outcomes[-1] = replace(self._outcomes[-1], draft_passes=report.draft_passes)
 
     def engine_idles(self) -> None:

@@ -18,13 +18,13 @@ from typing import Any
 from vllm_instant import carrier
 from vllm_instant.containment import Contained, ContractError
 from vllm_instant.contracts import Draft, DraftRequest, Share, SharingDrafter
-from vllm_instant.drafting import DraftPlan, DraftReport
+from vllm_instant.drafting import DraftPlan
 from vllm_instant.seams.building import PluginStartError, build_contained, context_of, uses_drafter_plugin
 from vllm_instant.seams.draft_skipping import can_be_skipped
 from vllm_instant.seams.drafter import checked_draft
 from vllm_instant.seams.import_hooks import when_imported
-from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
-from vllm_instant.seams.scheduler import PLAN_ATTRIBUTE, REPORT_ATTRIBUTE
+from vllm_instant.seams.requirements import Function, Mentions, Seam
+from vllm_instant.seams.scheduler import PLAN_ATTRIBUTE
 
 MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
 SHARER_ATTRIBUTE = "instant_draft_sharer"
@@ -45,7 +45,8 @@ class DraftSharer:
         self.runner = runner
         self.drafter = drafter
         self.vocab_size = vocab_size
-        self.report = DraftReport(0)
+        self.draft_passes = 0
+        """Of the draft model, after the newest step."""
 
     def propose(self, run_model: Any, scheduler_output: Any, plan: DraftPlan, arguments: tuple[Any, ...]) -> Any:
         """Drafts for the rows of the batch, a list of token ids a row.
@@ -70,7 +71,7 @@ class DraftSharer:
             if share.model_length
         }
         passes = max(by_model.values(), default=0)
-        self.report = DraftReport(passes)
+        self.draft_passes = passes
         asked = copy.copy(scheduler_output)
         asked.num_spec_tokens_to_schedule = passes
         setattr(asked, PLAN_ATTRIBUTE, replace(plan, lengths=by_model))
@@ -194,7 +195,6 @@ def _build(runner: Any) -> DraftSharer | None:
 def _wrap(module: ModuleType) -> None:
     runner_class = module.GPUModelRunner
     propose = runner_class.propose_draft_token_ids
-    take = runner_class.take_draft_token_ids
     initialize = runner_class.initialize_kv_cache
 
     @functools.wraps(initialize)
@@ -212,17 +212,8 @@ def _wrap(module: ModuleType) -> None:
             return propose(self, scheduler_output, *arguments)
         return sharer.propose(propose, scheduler_output, plan, arguments)
 
-    @functools.wraps(take)
-    def take_draft_token_ids(self: Any) -> Any:
-        taken = take(self)
-        sharer = getattr(self, SHARER_ATTRIBUTE, None)
-        if taken is not None and sharer is not None:
-            setattr(taken, REPORT_ATTRIBUTE, sharer.report)
-        return taken
-
     runner_class.initialize_kv_cache = initialize_kv_cache
     runner_class.propose_draft_token_ids = propose_draft_token_ids
-    runner_class.take_draft_token_ids = take_draft_token_ids
 
 
 def install() -> None:
@@ -237,12 +228,10 @@ SEAM = Seam(
     purpose="a drafter plugin beside a draft model",
     requirements=(
         Function(_RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output", "sampled_token_ids")),
-        Function(_RUNNER, "GPUModelRunner.take_draft_token_ids", ("self",), exact=True),
         Function(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config")),
         Mentions(_RUNNER, "GPUModelRunner._get_spec_decode_draft_probs", ("_draft_probs", "num_draft_tokens")),
         Mentions(_RUNNER, "GPUModelRunner.sample_tokens", ("propose_draft_token_ids", "_bookkeeping_sync")),
         Mentions("v1/worker/gpu_input_batch.py", "InputBatch", ("num_tokens_no_spec", "token_ids_cpu", "req_ids")),
-        Name("v1/outputs.py", "DraftTokenIds.draft_token_ids"),
     ),
     slots=("drafter",),
     optional=True,

@@ -6,10 +6,8 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from vllm_instant import carrier
 from vllm_instant.seams.import_hooks import when_imported
 from vllm_instant.seams.requirements import Function, Mentions, Seam
-from vllm_instant.seams.worker_failures import read_failures
 
 MODULE = "vllm.v1.engine.core"
 METHOD = "instant_totals"
@@ -19,20 +17,7 @@ DECISIONS_METHOD = "instant_decisions"
 def instant_totals(self: Any) -> dict[str, Any]:
     """Totals since start: ``speculation`` (see SpeculationCounters, or None) and ``failures`` of plugins."""
     totals = getattr(self.scheduler, "instant_totals", None)
-    result: dict[str, Any] = totals() if totals is not None else {"speculation": None, "failures": []}
-    deployment = carrier.current()
-    # Only a drafter that we run can fail in a worker; nobody else's workers are interrupted.
-    if deployment is not None and deployment.offer("drafter").plugin.build is not None:
-        worst: dict[tuple[str, str, str], int] = {}
-        for failures in self.model_executor.collective_rpc(read_failures):
-            for failure in failures:
-                key = (failure["slot"], failure["plugin"], failure["hook"])
-                worst[key] = max(worst.get(key, 0), failure["count"])
-        result["failures"] += [
-            {"slot": slot, "plugin": plugin, "hook": hook, "count": count}
-            for (slot, plugin, hook), count in worst.items()
-        ]
-    return result
+    return totals() if totals is not None else {"speculation": None, "failures": []}
 
 
 def instant_decisions(self: Any, last: int, request_id: str | None = None) -> list[dict[str, Any]]:

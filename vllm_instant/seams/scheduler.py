@@ -12,6 +12,7 @@ drafts stay on the device, and the next step carries placeholders; their number 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_instant import carrier
@@ -55,6 +56,7 @@ class SpeculationBudgetMixin:
         self.instant_nothing_to_draft = False
         """Nobody gets drafts after this step, so that there are none to fetch (read by ``seams.engine_core``)."""
         self._instant_plan = DraftPlan()
+        self._instant_drafter_failures: Sequence[Mapping[str, Any]] = ()
         deployment = carrier.current()
         if deployment is not None and self.num_spec_tokens:
             policy = build_contained("speculation", deployment, context_of(self.vllm_config, deployment))
@@ -139,6 +141,7 @@ class SpeculationBudgetMixin:
             report = getattr(draft_token_ids, REPORT_ATTRIBUTE, None)
             if report is not None:
                 self.instant_budget.drafted(report)
+                self._instant_drafter_failures = report.failures
             most = self.num_spec_tokens
             wanted = self._instant_plan.lengths.get
             draft_token_ids.draft_token_ids = [
@@ -216,7 +219,8 @@ class SpeculationBudgetMixin:
         if budget is None:
             return {"speculation": None, "failures": []}
         policy: Contained[Any] = budget.policy
-        return {"speculation": budget.totals(), "failures": failure_counts(policy)}
+        failures = [*failure_counts(policy), *map(dict, self._instant_drafter_failures)]
+        return {"speculation": budget.totals(), "failures": failures}
 
 
 def create_scheduler(*args: Any, **kwargs: Any) -> Any:

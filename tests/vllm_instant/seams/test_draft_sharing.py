@@ -92,7 +92,7 @@ def test_each_request_gets_what_its_share_says():
         ("b", [1, 2, 3, 4, 21], 3, 4, "salt", False),
         ("c", [1, 2, 3, 4, 31, 32, 33], 4, 4, "", True),
     ]
-    assert sharer.report.draft_passes == 2
+    assert sharer.draft_passes == 2
 
 
 def test_the_model_does_not_draft_when_nobody_wants_it():
@@ -101,7 +101,7 @@ def test_the_model_does_not_draft_when_nobody_wants_it():
     assert _propose(sharer, model, DraftPlan({"a": 4, "b": 4, "c": 4})) == [[1], [], [2]]
     assert model.plans == [({}, 0)]
     assert plugin.drafted == []
-    assert sharer.report.draft_passes == 0
+    assert sharer.draft_passes == 0
 
 
 def test_only_requests_that_may_draft_are_asked_about():

@@ -1,13 +1,15 @@
 """The adapter between vLLM's custom drafter interface and a drafter plugin, without an engine."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from vllm_instant import Draft, Drafter, DraftPrice
 from vllm_instant.containment import Contained
 from vllm_instant.drafting import DraftPlan
+from vllm_instant.seams.draft_reports import report_of
 from vllm_instant.seams.drafter import PluginDrafter
-from vllm_instant.seams.worker_failures import read_failures
 
 LENGTH = 12
 
@@ -104,11 +106,9 @@ def test_what_could_harm_the_engine_disables_the_drafter(answer):
         assert _propose(adapter, [[1], [1], [1]]) == [[], [], []]
     assert len(plugin.asked) == 1
 
-    class Worker:
-        class model_runner:  # noqa: N801
-            drafter = adapter
-
-    assert read_failures(Worker) == [{"slot": "drafter", "plugin": "recording", "hook": "propose", "count": 1}]
+    report = report_of(SimpleNamespace(drafter=adapter))
+    assert report.failures == [{"slot": "drafter", "plugin": "recording", "hook": "propose", "count": 1}]
+    assert report.draft_passes is None
 
 
 def test_finished_requests_are_forgotten():
