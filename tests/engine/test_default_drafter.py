@@ -1,8 +1,10 @@
 """A server that names no drafter: lookup drafts by default, and what vLLM refuses beside speculation still works."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 from asking import ask, ask_all
 
@@ -21,6 +23,19 @@ def test_repetition_is_drafted_without_any_configuration(server):
     for _ in range(3):
         ask(server, REPEATED, max_tokens=96)
     assert server.metrics()["vllm:spec_decode_num_accepted_tokens_total"] > 60
+
+
+def test_an_idle_server_sleeps(server):
+    ask(server, REPEATED)
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+
+    def seconds():
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    time.sleep(3)
+    before = seconds()
+    time.sleep(3)
+    assert seconds() - before < 1.0, "a worker that waits for a message within a second takes a whole core"
 
 
 def test_fifty_prompts_are_answered_as_by_stock(server, prompts, expected):

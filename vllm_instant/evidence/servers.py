@@ -102,6 +102,13 @@ class Server:
             self.started_in = time.monotonic() - self._launched
         return answered
 
+    @property
+    def pid(self) -> int:
+        """Process id of the front end; its children are the engine core and the workers."""
+        if self._process is None:
+            raise ServerError("the server does not run", self)
+        return self._process.pid
+
     def wait(self, seconds: float = 300) -> None:
         """Block until the server is healthy; raises ServerError when it dies or takes too long."""
         deadline = time.monotonic() + seconds

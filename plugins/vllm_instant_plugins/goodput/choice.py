@@ -64,6 +64,7 @@ def choose(
     must_draft: bool = False,
     more_rows: float = 0.0,
     sigmas: float = 0.0,
+    drafting_counts: bool = True,
 ) -> Choice:
     """The plan with the most expected tokens a second, which may be to draft nothing.
 
@@ -77,6 +78,7 @@ def choose(
         yields: share of the granted draft tokens that the drafter delivers, ``[requests]``; 1 by default.
         must_draft: the best plan that drafts anything, if the limits allow one.
         more_rows: rows that the step has in any case, beside one a request.
+        drafting_counts: False where the drafter itself weighs what its passes cost.
         sigmas: believe that steps with drafts cost this many standard deviations less than estimated.
 
     """
@@ -93,7 +95,7 @@ def choose(
         off_at_knots,
         context_seconds,
         costs.verifying_seconds(),
-        costs.drafting_weights(),
+        costs.drafting_weights() if drafting_counts else np.zeros(4),
         float(more_rows),
         float(most_rows),
         float(most_seconds),

@@ -176,6 +176,7 @@ class GoodputPolicy(SpeculationPolicy):
             weights=goals.weights(indices) if goals is not None else None,
             yields=self._yields(indices),
             more_rows=more_rows,
+            drafting_counts=not self._confident,
         )
         choice = best(believed)
         if self._calibrating:
