@@ -17,6 +17,7 @@ import itertools
 import json
 import random
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from vllm_instant.evidence.statistics import median_interval, ratio_interval
 OFF, SUFFIX, MODEL_ARM, HYBRID = "off", "suffix", "model", "hybrid"
 POSITIONS = 8
 MAX_TOKENS = (96, 160)
+METRICS_SECONDS = 2.5
+"""After which the numbers of a load are on ``/metrics``: they are polled once a second."""
 
 
 def records(count: int, seed: int) -> list[Prompt]:
@@ -110,8 +113,9 @@ def servers(folder: Path, draft: str | None) -> dict[str, Server]:
     return arms
 
 
-def accepted_by_position(url: str) -> np.ndarray:
-    """Accepted draft tokens by position and, behind them, output tokens: totals since the server started."""
+def totals_of(url: str) -> np.ndarray:
+    """Accepted draft tokens by position and, behind them, granted draft tokens: totals since the server started."""
+    time.sleep(METRICS_SECONDS)
     totals = np.zeros(POSITIONS + 1)
     for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=10).text):
         for sample in family.samples:
@@ -119,7 +123,7 @@ def accepted_by_position(url: str) -> np.ndarray:
                 position = int(sample.labels["position"])
                 if position < POSITIONS:
                     totals[position] += sample.value
-            elif sample.name == "vllm:generation_tokens_total":
+            elif sample.name == "vllm_instant:draft_tokens_budgeted_total":
                 totals[-1] += sample.value
     return totals
 
@@ -148,13 +152,11 @@ def one_class(
     """Acceptance and speed of all drafters on one class of prompts."""
     acceptance = {}
     for arm in (SUFFIX, MODEL_ARM, HYBRID):
-        settle()
-        before = accepted_by_position(arms[arm].url)
+        before = totals_of(arms[arm].url)
         turn(arms[arm], prompts, users, seconds, 0, vllm_xargs={"instant_speculation": POSITIONS})
-        settle()
-        gained = accepted_by_position(arms[arm].url) - before
-        steps = gained[-1] - gained[:-1].sum()
-        acceptance[arm] = [float(share) for share in gained[:-1] / steps]
+        gained = totals_of(arms[arm].url) - before
+        # Each step grants each request what its client asked for.
+        acceptance[arm] = [float(share) for share in gained[:-1] * POSITIONS / gained[-1]]
     speeds: dict[str, list[float]] = {arm: [] for arm in arms}
     order = random.Random(name)
     for number in range(-1, rounds):

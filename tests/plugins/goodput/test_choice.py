@@ -110,6 +110,12 @@ def test_drafting_costs_count():
     assert choose(reach, _costs(row=0.1, start=50.0), 0.0, most_rows=1e9).lengths[0] == 0
 
 
+def test_a_drafter_that_weighs_its_passes_itself_is_not_charged_for_them():
+    costs = _costs(row=0.1, start=50.0, each=5.0)
+    assert choose(_reach(0.9, 0.9), costs, 0.0, most_rows=100).draft_tokens == 0
+    assert choose(_reach(0.9, 0.9), costs, 0.0, most_rows=100, drafting_counts=False).draft_tokens == 8
+
+
 def test_limits_on_rows_and_time():
     reach = _reach(0.95, 0.95)
     limited = choose(reach, _costs(row=0.01), 0.0, most_rows=6)
