@@ -19,7 +19,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_plugins.goodput.compiled import estimate_classes, learn_requests, reach_of
+from vllm_instant_plugins.goodput.compiled import estimate_classes, learn_classes, learn_requests, reach_of
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
@@ -170,20 +170,21 @@ class AcceptanceModel:
 
     def _learn(self, count: Array, trials: Array, hits: Array) -> None:
         """Take over a step's observations, summed up by the classes of the requests."""
-        narrow = np.flatnonzero(count[1 + MAX_KINDS :]) + 1 + MAX_KINDS
-        for array in (count, trials, hits):
-            np.add.at(array, self._parent[narrow], array[narrow])
-            array[0] += array[1 : 1 + MAX_KINDS].sum(0)
-        touched = np.flatnonzero(count)
-        count = count[touched]
         classes = self._classes
-        left = (CLASS_MEMORY**count)[:, None]
-        classes.trials[touched] = classes.trials[touched] * left + trials[touched]
-        classes.hits[touched] = classes.hits[touched] * left + hits[touched]
-        # Many observations of one step count as a few for the short memory, or it would not be short.
-        left, weight = SHORT_MEMORY**count, np.minimum(1.0, 8.0 / count)
-        self._short_trials[touched] = self._short_trials[touched] * left + trials[touched, 0] * weight
-        self._short_hits[touched] = self._short_hits[touched] * left + hits[touched, 0] * weight
+        learn_classes(
+            self._parent,
+            MAX_KINDS,
+            CLASS_MEMORY,
+            SHORT_MEMORY,
+            count,
+            trials,
+            hits,
+            classes.trials,
+            classes.hits,
+            self._short_trials,
+            self._short_hits,
+        )
+        touched = np.flatnonzero(count)
         self._detect_change(touched)
         for row in touched.tolist():
             self._stale[row] = None

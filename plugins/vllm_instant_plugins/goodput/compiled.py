@@ -159,3 +159,84 @@ def estimate_classes(
                 falls = estimate[above, j] / max(estimate[above, j - 1], 1e-3)
                 prior = min(1.0, estimate[row, j - 1] * falls)
             estimate[row, j] = (hits[row, j] + prior_weight * prior) / (trials[row, j] + prior_weight)
+
+
+@njit(cache=True)
+def learn_classes(
+    parent: Any,
+    kinds: int,
+    memory: float,
+    short_memory: float,
+    count: Any,
+    trials: Any,
+    hits: Any,
+    class_trials: Any,
+    class_hits: Any,
+    short_trials: Any,
+    short_hits: Any,
+) -> None:
+    """Add a step's observations by class to the classes and those above them; ``count`` then says which were touched.
+
+    Row 0 is everything, rows up to ``kinds`` are kinds, those behind them belong to ``parent``.
+    """
+    positions = trials.shape[1]
+    for row in range(len(count) - 1, 0, -1):
+        if count[row] > 0.0:
+            above = parent[row] if row > kinds else 0
+            count[above] += count[row]
+            for j in range(positions):
+                trials[above, j] += trials[row, j]
+                hits[above, j] += hits[row, j]
+    for row in range(len(count)):
+        if count[row] > 0.0:
+            left = memory ** count[row]
+            for j in range(positions):
+                class_trials[row, j] = class_trials[row, j] * left + trials[row, j]
+                class_hits[row, j] = class_hits[row, j] * left + hits[row, j]
+            # Many observations of one step count as a few for the short memory, or it would not be short.
+            left, weight = short_memory ** count[row], min(1.0, 8.0 / count[row])
+            short_trials[row] = short_trials[row] * left + trials[row, 0] * weight
+            short_hits[row] = short_hits[row] * left + hits[row, 0] * weight
+
+
+@njit(cache=True)
+def learn_costs(
+    x: Any,
+    seconds: float,
+    noise: float,
+    most_sigmas: float,
+    common_drift: float,
+    own_drift: float,
+    weights: Any,
+    covariance: Any,
+) -> tuple[float, float]:
+    """One step of the Kalman filter over the cost weights, with bounded surprise and drift.
+
+    Returns how far off the estimate was, in standard deviations, and by what share it is still off.
+    """
+    size = len(x)
+    expected = 0.0
+    spread = np.zeros(size)
+    for i in range(size):
+        if x[i] != 0.0:
+            expected += weights[i] * x[i]
+            for j in range(size):
+                spread[j] += covariance[i, j] * x[i]
+    scale = max(expected, 1e-6)
+    variance = noise * scale * scale
+    for i in range(size):
+        variance += x[i] * spread[i]
+    deviation = np.sqrt(variance)
+    surprise = (seconds - expected) / deviation
+    bounded = min(max(surprise, -most_sigmas), most_sigmas) * deviation
+    after = 0.0
+    for i in range(size):
+        weights[i] += spread[i] / variance * bounded
+        after += weights[i] * x[i]
+    for i in range(size):
+        for j in range(size):
+            # Drift: everything together, and each weight by itself.
+            drift = weights[i] * weights[j] * common_drift * common_drift
+            covariance[i, j] += drift - spread[i] * spread[j] / variance
+        covariance[i, i] += (weights[i] * own_drift) ** 2
+    return surprise, abs(seconds - after) / scale

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_instant_plugins.goodput.compiled import learn_costs
+
 Array = npt.NDArray[np.float64]
 
 _KNOTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
@@ -149,25 +151,13 @@ class StepCosts:
             self._start(x, seconds)
         self.observations += 1
         self.largest_rows = max(self.largest_rows, int(x[: len(self.knots)] @ self.knots + 0.5))
-        weights, covariance = self.weights, self._covariance
-        expected = float(weights @ x)
-        scale = max(expected, 1e-6)
-        spread = covariance @ x
-        noise = self._noise * scale * scale
-        variance = float(x @ spread) + noise
-        surprise = (seconds - expected) / np.sqrt(variance)
-        bounded = min(max(surprise, -OUTLIER_SIGMAS), OUTLIER_SIGMAS)
-        gain = spread / variance
-        weights += gain * (bounded * np.sqrt(variance))
-        covariance -= np.outer(gain, spread)
-        # Drift: everything together, and each weight by itself.
-        together = weights * _COMMON_DRIFT
-        covariance += np.outer(together, together)
-        covariance.flat[:: len(weights) + 1] += (weights * _OWN_DRIFT) ** 2
-        residual = min(abs(seconds - float(weights @ x)) / scale, 0.3)
+        surprise, still_off = learn_costs(
+            x, float(seconds), self._noise, OUTLIER_SIGMAS, _COMMON_DRIFT, _OWN_DRIFT, self.weights, self._covariance
+        )
+        residual = min(still_off, 0.3)
         rate = max(0.01, 1.0 / (self.observations + 1))
         self._noise = max((1 - rate) * self._noise + rate * residual * residual, 0.005**2)
-        return float(surprise)
+        return surprise
 
     def _start(self, x: Array, seconds: float) -> None:
         """Prior around the first measured time: drafts look cheap, so that they are tried; all is uncertain."""
