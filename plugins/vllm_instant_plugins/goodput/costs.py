@@ -157,7 +157,7 @@ class StepCosts:
         residual = min(still_off, 0.3)
         rate = max(0.01, 1.0 / (self.observations + 1))
         self._noise = max((1 - rate) * self._noise + rate * residual * residual, 0.005**2)
-        return surprise
+        return float(surprise)
 
     def _start(self, x: Array, seconds: float) -> None:
         """Prior around the first measured time: drafts look cheap, so that they are tried; all is uncertain."""
