@@ -14,8 +14,10 @@ from fastapi import FastAPI, Query, Request
 
 from vllm_instant import carrier
 from vllm_instant.metrics import InstantMetrics
+from vllm_instant.seams.building import uses_drafter_plugin
 from vllm_instant.seams.engine_core import DECISIONS_METHOD, METHOD
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
+from vllm_instant.settings import Deployment, SlotChoice
 
 logger = logging.getLogger("vllm.instant")
 
@@ -39,7 +41,12 @@ class InstantEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Start polling the engines; with several API servers only the first one does, so nothing counts twice."""
         deployment = carrier.current()
-        if deployment is None or engine_client is None:
+        if deployment is None:
+            return
+        if engine_client is not None:
+            deployment = as_served(deployment, engine_client.vllm_config.speculative_config)
+        state.instant_deployment = deployment
+        if engine_client is None:
             return
         chosen = ", ".join(f"{slot}={choice.plugin}" for slot, choice in deployment.slots.items())
         logger.info("Serving with vllm-instant: %s (from %s)", chosen, deployment.file or "defaults")
@@ -60,10 +67,18 @@ async def _show_decisions(
     return {"engines": [{"engine": number, "decisions": decisions} for number, decisions in enumerate(engines)]}
 
 
-async def _show_deployment() -> dict[str, Any]:
+async def _show_deployment(request: Request) -> dict[str, Any]:
     """The deployment that is served: effective values and where each came from."""
-    deployment = carrier.current()
+    deployment: Deployment | None = getattr(request.app.state, "instant_deployment", None)
     return deployment.model_dump(mode="json") if deployment is not None else {}
+
+
+def as_served(deployment: Deployment, speculative_config: Any) -> Deployment:
+    """The deployment without the default drafter where that does not draft."""
+    drafts = speculative_config is not None and uses_drafter_plugin(deployment, speculative_config)
+    if drafts or not deployment.drafter_is_default:
+        return deployment
+    return deployment.model_copy(update={"slots": deployment.slots | {"drafter": SlotChoice(plugin="native")}})
 
 
 async def _poll(engine_client: Any, metrics: InstantMetrics) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from vllm_instant.seams import building
 from vllm_instant.seams.default_drafter import may_be_used
+from vllm_instant.seams.endpoints import as_served
 from vllm_instant.seams.undrafted_sampling import needs_no_drafts
 from vllm_instant.settings import PLUGIN_DRAFTER, resolve
 
@@ -69,6 +70,14 @@ def test_who_drafts_decides_whether_drafts_are_priced():
     assert building.uses_drafter_plugin(deployment, ours)
     assert not building.uses_drafter_plugin(deployment, SimpleNamespace(method="custom_class", model="other.Drafter"))
     assert not building.uses_drafter_plugin(deployment, SimpleNamespace(method="ngram", model="ngram"))
+
+
+def test_a_default_drafter_that_does_not_draft_is_not_shown_as_served():
+    ours = SimpleNamespace(method="custom_class", model=PLUGIN_DRAFTER)
+    theirs = SimpleNamespace(method="ngram", model="ngram")
+    named, default = _deployment("drafter.plugin=suffix"), _deployment()
+    shown = [as_served(d, c).slots["drafter"].plugin for d in (default, named) for c in (ours, theirs, None)]
+    assert shown == ["suffix", "native", "native", "suffix", "suffix", "suffix"]
 
 
 @pytest.mark.parametrize(
