@@ -58,11 +58,11 @@ class Pricing:
         usual = self._usual * np.array([0.5, 1.0, 2.0])
         affordable = extra < UNAFFORDABLE
         rough = np.interp(usual, counts[affordable], extra[affordable]) / usual if affordable.any() else extra[:1]
-        some, _, each, each_request = costs.drafting_weights()
+        some, each_row, each, each_request = costs.drafting_weights()
         return DraftPrice(
             batch=tuple(zip(counts.tolist(), (extra + verifying).tolist(), strict=True)),
             row=max(0.0, float(rough.max())),
             verifying=verifying,
-            drafting=rate * max(float(some), 0.0),
+            drafting=rate * max(float(some + each_row * rows[0]), 0.0),
             draft_pass=rate * max(float(each + each_request * best.requests), 0.0),
         )
