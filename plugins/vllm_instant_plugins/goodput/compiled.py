@@ -8,19 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from vllm_instant_plugins.jit import compiled
 
 LEVELS = 48
 """Thresholds of acceptance that plans are tried with, denser near zero (``choice.choose``)."""
 
 
-@njit(cache=True)
+@compiled
 def level_of(value: float) -> int:
     """The highest threshold that a chance in 0..1 reaches."""
     return min(int(np.sqrt(value) * LEVELS), LEVELS - 1)
 
 
-@njit(cache=True)
+@compiled
 def between(x: float, knots: Any, at_knots: Any) -> float:
     """Linear interpolation, constant beyond both ends."""
     right = np.searchsorted(knots, x)
@@ -32,7 +33,7 @@ def between(x: float, knots: Any, at_knots: Any) -> float:
     return float(at_knots[right - 1] + share * (at_knots[right] - at_knots[right - 1]))
 
 
-@njit(cache=True)
+@compiled
 def best_plan(
     reach: Any,
     weights: Any,
@@ -99,7 +100,7 @@ def best_plan(
     return best_passes, best_level, best_tokens, best_seconds, off_seconds
 
 
-@njit(cache=True)
+@compiled
 def reach_of(
     indices: Any, hits: Any, trials: Any, class_of: Any, class_estimate: Any, prior_weight: float, reach: Any
 ) -> None:
@@ -113,7 +114,7 @@ def reach_of(
             reach[i, j] = chance
 
 
-@njit(cache=True)
+@compiled
 def learn_requests(
     indices: Any,
     drafted: Any,
@@ -143,7 +144,7 @@ def learn_requests(
             class_hits[row, j] += was_hit
 
 
-@njit(cache=True)
+@compiled
 def estimate_classes(
     rows: Any, trials: Any, hits: Any, parent: Any, prior_weight: float, optimism: float, estimate: Any
 ) -> None:
@@ -161,7 +162,7 @@ def estimate_classes(
             estimate[row, j] = (hits[row, j] + prior_weight * prior) / (trials[row, j] + prior_weight)
 
 
-@njit(cache=True)
+@compiled
 def learn_classes(
     parent: Any,
     kinds: int,
@@ -199,7 +200,7 @@ def learn_classes(
             short_hits[row] = short_hits[row] * left + hits[row, 0] * weight
 
 
-@njit(cache=True)
+@compiled
 def learn_costs(
     x: Any,
     seconds: float,

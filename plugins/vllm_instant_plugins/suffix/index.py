@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from vllm_instant_plugins.jit import compiled
 
 ORDER = 2
 """Tokens that are hashed: the shortest match that counts."""
@@ -31,7 +32,7 @@ Tokens = npt.NDArray[np.int32]
 _ENDED = np.array([END], np.int32)
 
 
-@njit(cache=True)
+@compiled
 def _slot(tokens: Any, stop: int, group: int, mask: int) -> int:
     """Table entry of the ``ORDER`` tokens that end before ``stop`` of a ring."""
     mixed = np.uint64(group + 1) * np.uint64(0x9E3779B97F4A7C15)
@@ -41,7 +42,7 @@ def _slot(tokens: Any, stop: int, group: int, mask: int) -> int:
     return int(mixed & np.uint64(mask))
 
 
-@njit(cache=True)
+@compiled
 def _append(tokens: Any, groups: Any, previous: Any, heads: Any, stop: int, begin: int, new: Any, group: int) -> int:
     """Write ``new`` behind place ``stop`` of the ring; its sequence began at ``begin``. Returns the new end."""
     capacity, mask = len(tokens), len(heads) - 1
@@ -56,7 +57,7 @@ def _append(tokens: Any, groups: Any, previous: Any, heads: Any, stop: int, begi
     return stop
 
 
-@njit(cache=True)
+@compiled
 def _candidates(
     tokens: Any, groups: Any, previous: Any, heads: Any, stop: int, newest: Any, group: int, places: Any, lengths: Any
 ) -> int:
@@ -94,7 +95,7 @@ def _candidates(
     return found
 
 
-@njit(cache=True)
+@compiled
 def _continue(
     tokens: Any,
     groups: Any,
