@@ -45,7 +45,19 @@ def test_fifty_prompts_and_the_numbers_behind_them(server, prompts, expected):
     assert totals["vllm_instant:draft_tokens_budgeted_total"] >= proposed
     assert totals["vllm_instant:plugin_info"] == 7
     assert "vllm_instant:plugin_failures_total" not in totals
-    assert totals["vllm:num_preemptions_total"] > 0
+
+
+@pytest.fixture(scope="module")
+def long_answers(stock, prompts):
+    """Eight short prompts with answers that together do not fit into the small KV cache, and what stock says."""
+    beginnings = [prompt[:60] for prompt in prompts[:8]]
+    return beginnings, ask_all(stock, beginnings, max_tokens=260)
+
+
+def test_preempted_requests_begin_again_and_say_the_same(server, long_answers):
+    beginnings, answers = long_answers
+    assert ask_all(server, beginnings, max_tokens=260) == answers
+    assert server.metrics()["vllm:num_preemptions_total"] > 0
 
 
 def test_answers_that_fill_the_models_length(server, stock, prompts):
