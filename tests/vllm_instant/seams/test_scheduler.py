@@ -1,5 +1,7 @@
 """The budget on vLLM's own scheduler classes, synchronous and asynchronous, without a model or a device."""
 
+import itertools
+
 import pytest
 import scheduler_harness as harness
 
@@ -158,6 +160,8 @@ def test_a_failing_policy_leaves_stock_behaviour(make, asynchronous):
 def test_goodput_finds_out_on_both_schedulers(make, asynchronous, accept, lengths):
     """Here a step costs the same whatever is in it, so that perfect drafts are worth their full length."""
     scheduler = make("speculation.plugin=goodput", "speculation.keep_costs=false")
+    ticks = itertools.count()
+    scheduler.instant_budget._clock = lambda: next(ticks) * 1e-3
     for number in range(4):
         scheduler.add_request(harness.make_request(number, max_tokens=900))
     for _ in range(60):
