@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from vllm_instant import Plugin, PluginContext, PluginOptions
+from vllm_instant import Plugin, PluginContext, PluginOptions, RequestState, StepOutcome, UpcomingStep
 from vllm_instant_plugins.goodput.goals import LatencyGoals
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 from vllm_instant_plugins.goodput.store import CostStore, default_folder
@@ -29,7 +29,18 @@ class GoodputOptions(PluginOptions):
     )
 
 
+def warm_up() -> None:
+    """Compile the inner loops, or load what was compiled, now: not while a request waits."""
+    policy = GoodputPolicy(2, 2, LatencyGoals(1.0, 1.0))
+    state = RequestState("warm-up", 1, 8, 0.0)
+    policy.enter(state)
+    for number in (1, 2, 3):
+        [length] = policy.draft_lengths(UpcomingStep([state], 2, number=number))
+        policy.observe(StepOutcome([state], [1], [1], 2, 1e-3, 1, number, length))
+
+
 def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:
+    warm_up()
     goals = None
     if options.itl_slo_ms is not None or options.ttft_slo_ms is not None:
         goals = LatencyGoals(_seconds(options.itl_slo_ms), _seconds(options.ttft_slo_ms))

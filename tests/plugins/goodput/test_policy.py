@@ -1,5 +1,7 @@
 """The whole policy in the simulator: regret, collapse, delayed feedback, starvation, time."""
 
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -306,6 +308,33 @@ def _choice():
 
 def _decision(number, state, length):
     return Decision(number, "off", [state], [length], np.ones(1), 1, 1, 1, 1, 1, 0, np.array([state.index]))
+
+
+def test_nothing_is_compiled_while_requests_wait():
+    """In a process of its own, because the other tests have compiled everything."""
+    code = """
+from vllm_instant.evidence.simulator import TWO_CORES, RequestClass, simulate, steady
+from vllm_instant_plugins.goodput import compiled
+from vllm_instant_plugins.goodput.goals import LatencyGoals
+from vllm_instant_plugins.goodput.plugin import warm_up
+from vllm_instant_plugins.goodput.policy import GoodputPolicy
+
+def signatures():
+    return {name: len(f.signatures) for name, f in vars(compiled).items() if hasattr(f, "signatures")}
+
+warm_up()
+before = signatures()
+assert before["best_plan"] and before["learn_costs"], before
+for goals in (None, LatencyGoals(0.02, 0.2)):
+    for confident in (False, True):
+        simulate(
+            lambda clock: GoodputPolicy(8, 8, goals, clock=clock, confident_drafts=confident),
+            [RequestClass(steady(0.6)), RequestClass(steady(0.2), finds=0.5, stated=0.4)],
+            TWO_CORES, concurrency=4, requests=12,
+        )
+assert signatures() == before, (before, signatures())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ------------------------------------------------------------------------------- drafters that say how sure they are

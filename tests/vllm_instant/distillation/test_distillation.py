@@ -12,6 +12,7 @@ from vllm_instant.demo import assets
 from vllm_instant.distillation import architecture, distill, text
 from vllm_instant.distillation.acceptance import measure
 from vllm_instant.distillation.objectives import CHUNK, head_distance
+from vllm_instant.distillation.start import start_at_target
 from vllm_instant.distillation.teacher import TaughtWindows, Teacher
 from vllm_instant.distillation.training import Training, overridden
 
@@ -318,3 +319,23 @@ def test_distilling_brings_the_draft_closer(tmp_path):
     distill.distill(target, draft, tokens, tmp_path, plan=plan)
     after = measure(target, draft, tokens[0].held_out, "a", 1.0, 1, 100, 16).mean_length
     assert after > before + 0.1
+
+
+def test_embeddings_start_where_the_target_tells_tokens_apart():
+    """They span the strongest directions of the target's outputs."""
+    target, draft = _tiny(1, tie_word_embeddings=False), _tiny(2, hidden_size=32)
+    with torch.no_grad():
+        target.model.norm.weight.copy_(torch.linspace(0.1, 2.0, 64))
+    start_at_target(draft, target)
+    head = target.lm_head.weight * target.model.norm.weight
+    strongest = torch.linalg.svd(head, full_matrices=False).U[:, :32]
+    started = draft.get_input_embeddings().weight
+    assert torch.allclose(strongest @ (strongest.T @ started), started, atol=1e-5)
+    assert started.std().item() == pytest.approx(0.02, rel=1e-3)
+
+
+def test_a_draft_as_wide_as_its_target_starts_as_it_is():
+    draft = _tiny(2)
+    before = draft.get_input_embeddings().weight.clone()
+    start_at_target(draft, _tiny(1))
+    assert torch.equal(draft.get_input_embeddings().weight, before)
