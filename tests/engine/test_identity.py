@@ -29,23 +29,35 @@ def server(request, launch):
         yield running
 
 
-def _settled(server):
+def _draft_length(server):
+    served = httpx.get(f"{server.url}/v1/instant/deployment").json()
+    return served["slots"]["drafter"]["options"]["num_speculative_tokens"]
+
+
+def _padding(totals):
+    """What vLLM counts beside drafts: it pads a new request with one token left to read to the full draft length."""
+    return totals.get(VLLM_PROPOSED, 0) - totals.get(PROPOSED, 0)
+
+
+def _settled(server, length):
     """The metrics once ours, which the API server asks the engine for every second, have caught up with vLLM's."""
     deadline = time.monotonic() + 10
     while True:
         time.sleep(0.5)
         totals = server.metrics()
-        if totals.get(PROPOSED) == totals.get(VLLM_PROPOSED) or time.monotonic() > deadline:
+        if _padding(totals) in range(0, 4 * length, length) or time.monotonic() > deadline:
             return totals
 
 
 def test_fifty_prompts_and_the_numbers_behind_them(server, prompts, expected):
     assert ask_all(server, prompts) == expected
 
-    totals = _settled(server)
+    length = _draft_length(server)
+    totals = _settled(server, length)
     proposed = totals[PROPOSED]
     assert proposed > 100
-    assert proposed == totals[VLLM_PROPOSED]
+    # Depends on how many cached prompts happen to end one token before a block does: none, one, rarely two.
+    assert _padding(totals) in range(0, 4 * length, length)
     assert totals["vllm_instant:draft_tokens_accepted_total"] == totals["vllm:spec_decode_num_accepted_tokens_total"]
     assert totals["vllm_instant:draft_tokens_accepted_total"] > 10
     assert totals["vllm_instant:draft_tokens_budgeted_total"] >= proposed
