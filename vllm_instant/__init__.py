@@ -13,6 +13,7 @@ from vllm_instant.contracts import (
     Plugin,
     PluginContext,
     PluginOptions,
+    RejectionSampler,
     RequestState,
     Share,
     SharingDrafter,
@@ -22,6 +23,7 @@ from vllm_instant.contracts import (
 )
 from vllm_instant.hookspecs import hookimpl
 from vllm_instant.settings import Deployment
+from vllm_instant.verification import DraftRows, Verification, draft_rows
 
 __version__ = "0.1.0"
 
@@ -31,16 +33,20 @@ __all__ = [
     "Draft",
     "DraftPrice",
     "DraftRequest",
+    "DraftRows",
     "Drafter",
     "DrafterOptions",
     "Plugin",
     "PluginContext",
     "PluginOptions",
+    "RejectionSampler",
     "RequestState",
     "Share",
     "SharingDrafter",
     "SpeculationPolicy",
     "StepOutcome",
     "UpcomingStep",
+    "Verification",
+    "draft_rows",
     "hookimpl",
 ]

@@ -16,6 +16,7 @@ from vllm_instant.seams import (
     drafter,
     engine_core,
     plain_sampling,
+    rejection_sampler,
     request_options,
     undrafted_sampling,
 )
@@ -67,6 +68,7 @@ def activate() -> None:
     """Install the seams of a published deployment; each waits for the module that it changes."""
     cpu_sampling.install()
     drafter.install()
+    rejection_sampler.install()
     # Optional: a vLLM that they do not fit is served without them.
     for seam in (
         default_drafter,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from fastapi import FastAPI
 
+    from vllm_instant.verification import Verification
+
 
 class PluginOptions(BaseModel):
     """Base of a plugin's own options: the rest of its slot's table in the deployment file."""
@@ -271,37 +273,26 @@ class SharingDrafter(Drafter, Protocol):
         ...
 
 
-# -------------------------------------------------------- slots whose seams come with their first plugins
+# ----------------------------------------------------------------------------------------- rejection sampler
 
 
 @runtime_checkable
 class RejectionSampler(Protocol):
-    """Decides which draft tokens are kept. Runs in every worker process."""
+    """Decides which draft tokens are kept, and what follows them. Runs in every worker process."""
 
-    def sample(
-        self,
-        draft_token_ids: torch.Tensor,
-        num_draft_tokens: Sequence[int],
-        draft_probs: torch.Tensor | None,
-        target_probs: torch.Tensor,
-        bonus_token_ids: torch.Tensor,
-        generators: Mapping[int, torch.Generator],
-    ) -> torch.Tensor:
+    def verify(self, step: Verification) -> tuple[torch.Tensor, torch.Tensor]:
         """Verify one step.
 
-        Args:
-            draft_token_ids: int32 ``[total_drafts]``, the requests' drafts one after the other; -1 is padding.
-            num_draft_tokens: drafts of each request, ``batch`` entries, 0 allowed.
-            draft_probs: float32 ``[total_drafts, vocabulary]``, or None when proposals are certain (one-hot).
-            target_probs: float32 ``[total_drafts, vocabulary]`` after temperature, top-k and top-p; one-hot if greedy.
-            bonus_token_ids: int32 ``[batch]``, the token that follows when every draft is kept.
-            generators: by batch index, of the requests that have a seed.
-
         Returns:
-            int32 ``[batch, max(num_draft_tokens) + 1]``, kept tokens and the one after them, padded with -1.
+            int64 ``[batch]``: how many leading drafts each request keeps, in ``0..num_draft_tokens``; and int64
+            ``[batch]``: the token that takes the place of the first one refused. The latter is ignored where
+            every draft is kept: what follows then is sampled from the target as ever.
 
         """
         ...
+
+
+# -------------------------------------------------------- slots whose seams come with their first plugins
 
 
 @runtime_checkable

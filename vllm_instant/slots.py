@@ -38,9 +38,8 @@ SLOTS: dict[str, Slot] = {
             "rejection_sampler",
             "which proposals are kept",
             "worker",
-            "token",
+            "block",
             contracts.RejectionSampler,
-            served=False,
         ),
         Slot(
             "batching",

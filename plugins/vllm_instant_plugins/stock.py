@@ -3,7 +3,7 @@
 from vllm_instant import Plugin
 
 PLUGINS = (
-    Plugin(slot="rejection_sampler", name="token", summary="vLLM's own rejection sampler, token by token"),
+    Plugin(slot="rejection_sampler", name="native", summary="vLLM's own rejection sampler, token by token"),
     Plugin(slot="batching", name="fcfs", summary="vLLM's own queue: first come, first served"),
     Plugin(slot="experts", name="native", summary="the model's own routing"),
     Plugin(slot="attention", name="native", summary="the attention backend and KV cache that vLLM chooses"),

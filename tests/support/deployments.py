@@ -27,6 +27,14 @@ plugin = "bursts"
 """
 )
 
+TOKEN_BY_TOKEN = (
+    DRAFT_MODEL
+    + """
+[rejection_sampler]
+plugin = "token"
+"""
+)
+
 NGRAM = """
 [speculation]
 plugin = "cycling"

@@ -22,6 +22,7 @@ from vllm_instant.seams import (
     flags,
     module_names,
     plain_sampling,
+    rejection_sampler,
     request_options,
     scheduler,
     undrafted_sampling,
@@ -45,6 +46,7 @@ SEAMS: tuple[Seam, ...] = tuple(
         draft_sharing,
         draft_reports,
         plain_sampling,
+        rejection_sampler,
         undrafted_sampling,
         default_drafter,
         request_options,
@@ -96,7 +98,8 @@ def needed_by(seam: Seam, deployment: Deployment | None, speculates: bool | None
     return tuple(
         f"{slot}={deployment.slots[slot].plugin}"
         for slot in seam.slots
-        if deployment.offer(slot).plugin.build is not None and (speculates or slot not in ("speculation", "drafter"))
+        if deployment.offer(slot).plugin.build is not None
+        and (speculates or slot not in ("speculation", "drafter", "rejection_sampler"))
     )
 
 

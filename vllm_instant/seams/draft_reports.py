@@ -15,6 +15,7 @@ from vllm_instant.drafting import DraftReport
 from vllm_instant.seams.draft_sharing import SHARER_ATTRIBUTE, DraftSharer
 from vllm_instant.seams.drafter import PluginDrafter
 from vllm_instant.seams.import_hooks import when_imported
+from vllm_instant.seams.rejection_sampler import SAMPLER_ATTRIBUTE
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
 from vllm_instant.seams.scheduler import REPORT_ATTRIBUTE
 
@@ -22,14 +23,15 @@ MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
 
 
 def report_of(runner: Any) -> DraftReport | None:
-    """The report of a model runner; None when no plugin of ours drafts there."""
+    """The report of a model runner; None when no plugin of ours drafts or verifies there."""
+    sampler = getattr(getattr(runner, "rejection_sampler", None), SAMPLER_ATTRIBUTE, None)
     sharer = getattr(runner, SHARER_ATTRIBUTE, None)
     if isinstance(sharer, DraftSharer):
-        return DraftReport(sharer.draft_passes, failure_counts(sharer.drafter))
+        return DraftReport(sharer.draft_passes, failure_counts(sharer.drafter, sampler))
     drafter = getattr(runner, "drafter", None)
     if isinstance(drafter, PluginDrafter):
-        return DraftReport(None, failure_counts(drafter.drafter))
-    return None
+        return DraftReport(None, failure_counts(drafter.drafter, sampler))
+    return None if sampler is None else DraftReport(None, failure_counts(sampler))
 
 
 def _wrap(module: ModuleType) -> None:
@@ -53,12 +55,12 @@ def install() -> None:
 
 SEAM = Seam(
     name="draft reports",
-    purpose="failures of drafter plugins and passes of a shared draft model reach the metrics and the policy",
+    purpose="failures of plugins in workers and passes of a shared draft model reach the metrics and the policy",
     requirements=(
         Function("v1/worker/gpu_model_runner.py", "GPUModelRunner.take_draft_token_ids", ("self",), exact=True),
         Mentions("v1/engine/core.py", "EngineCore.post_step", ("take_draft_token_ids", "update_draft_token_ids")),
         Name("v1/outputs.py", "DraftTokenIds.draft_token_ids"),
     ),
-    slots=("drafter",),
+    slots=("drafter", "rejection_sampler"),
     optional=True,
 )

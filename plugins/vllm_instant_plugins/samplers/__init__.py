@@ -1,0 +1,1 @@
+"""Rejection samplers: ``token``, ``block`` and ``relaxed``."""

@@ -1,0 +1,104 @@
+"""Passes over whole distributions: the only work of a sampler that grows with the vocabulary.
+
+On a CPU a chain of tensor operations would write tens of megabytes of intermediate results, so that one compiled loop
+reads each distribution once instead. Elsewhere tensor operations do.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_instant_plugins.jit import compiled_sums
+
+Floats = npt.NDArray[np.float32]
+
+PIECE = 4096
+"""Entries that are added up in float32 before their sum joins the others in float64."""
+
+
+def residual_masses(target_probs: torch.Tensor, draft_probs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``sum_x max(weight * P(x) - Q(x), 0)`` of each row, float32 ``[total]``.
+
+    Args:
+        target_probs: ``P``, float32 ``[total, vocabulary]``.
+        draft_probs: ``Q``, float32 ``[total, vocabulary]``.
+        weight: float32 ``[total]``; rows with weight 0 are not read on a CPU.
+
+    """
+    if target_probs.device.type != "cpu":
+        return (target_probs * weight[:, None] - draft_probs).clamp_min_(0).sum(1)
+    masses = torch.zeros(len(weight), dtype=torch.float32)
+    _residual_masses(target_probs.numpy(), draft_probs.contiguous().numpy(), weight.numpy(), masses.numpy())
+    return masses
+
+
+def move_towards(target_probs: torch.Tensor, draft_probs: torch.Tensor, epsilon: float) -> None:
+    """Move ``epsilon`` of each row's chance from where ``P`` exceeds ``Q`` to where ``Q`` exceeds ``P``, in place.
+
+    Less is moved where the two are nearer than that. Nothing is moved to tokens that ``P`` forbids.
+
+    Args:
+        target_probs: ``P``, float32 ``[total, vocabulary]``; overwritten.
+        draft_probs: ``Q``, float32 ``[total, vocabulary]``.
+        epsilon: total variation, in 0..1.
+
+    """
+    if target_probs.device.type == "cpu":
+        _move_towards(target_probs.numpy(), draft_probs.contiguous().numpy(), epsilon)
+        return
+    difference = draft_probs - target_probs
+    below = torch.where(target_probs > 0, difference, 0.0).clamp_min_(0)
+    above = (-difference).clamp_min_(0)
+    to_fill, to_take = below.sum(1, keepdim=True), above.sum(1, keepdim=True)
+    moved = torch.minimum(to_fill, to_take).clamp_(max=epsilon)
+    target_probs += below * (moved / to_fill.clamp_min(1e-30)) - above * (moved / to_take.clamp_min(1e-30))
+
+
+def compile_for(device: str) -> None:
+    """Compile before the first request would have to wait for it."""
+    if device == "cpu":
+        even = torch.full((1, 2), 0.5)
+        residual_masses(even, even, torch.ones(1))
+        move_towards(even, even.clone(), 0.0)
+
+
+@compiled_sums
+def _residual_masses(target: Floats, draft: Floats, weight: Floats, masses: Floats) -> None:
+    vocabulary = target.shape[1]
+    for row in range(len(weight)):
+        if weight[row] == 0.0:
+            continue
+        total = 0.0
+        for begin in range(0, vocabulary, PIECE):
+            piece = np.float32(0.0)
+            for x in range(begin, min(begin + PIECE, vocabulary)):
+                piece += max(weight[row] * target[row, x] - draft[row, x], np.float32(0.0))
+            total += float(piece)
+        masses[row] = total
+
+
+@compiled_sums
+def _move_towards(target: Floats, draft: Floats, epsilon: float) -> None:
+    vocabulary = target.shape[1]
+    for row in range(len(target)):
+        to_fill, to_take = 0.0, 0.0
+        for begin in range(0, vocabulary, PIECE):
+            fill, take = np.float32(0.0), np.float32(0.0)
+            for x in range(begin, min(begin + PIECE, vocabulary)):
+                difference = draft[row, x] - target[row, x]
+                fill += max(difference, np.float32(0.0)) if target[row, x] > 0 else np.float32(0.0)
+                take += max(-difference, np.float32(0.0))
+            to_fill += float(fill)
+            to_take += float(take)
+        moved = min(epsilon, to_fill, to_take)
+        if moved <= 0.0:
+            continue
+        up, down = np.float32(moved / to_fill), np.float32(moved / to_take)
+        for x in range(vocabulary):
+            difference = draft[row, x] - target[row, x]
+            if difference > 0 and target[row, x] > 0:
+                target[row, x] += up * difference
+            elif difference < 0:
+                target[row, x] += down * difference

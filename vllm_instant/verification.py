@@ -1,0 +1,66 @@
+"""The drafts of one step as a rejection sampler sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The drafts of one step of requests that sample, with what both models say of them.
+
+    Greedy requests and requests with a seed are not among them: what is kept of their drafts follows from the target
+    alone, whatever sampler is chosen (``seams.rejection_sampler``). All tensors are on the model's device.
+    """
+
+    draft_token_ids: torch.Tensor
+    """int64 ``[total]``, the requests' drafts one after the other. -1 is padding: it and all behind it is refused."""
+    num_draft_tokens: Sequence[int]
+    """Drafts of each request, padding included, 0 allowed; ``batch`` entries that sum to ``total``."""
+    target_logits: torch.Tensor
+    """float32 ``[total, vocabulary]`` after penalties, masks, temperature, top-k and top-p: -inf is forbidden. Each row
+    belongs to the position of its draft token. May be overwritten."""
+    draft_probs: torch.Tensor | None
+    """float32 ``[total, vocabulary]``, what each draft token was drawn from; None where drafts are certain."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRows:
+    """Ragged drafts as a rectangle: ``batch`` requests with up to ``longest`` drafts each."""
+
+    number: torch.Tensor
+    """int64 ``[batch]``, drafts of each request, padding included."""
+    index: torch.Tensor
+    """int64 ``[batch, longest]``: the row of each draft in the flat tensors; a valid row also where there is none."""
+    token_ids: torch.Tensor
+    """int64 ``[batch, longest]``; 0 where there is no draft."""
+    num_real: torch.Tensor
+    """int64 ``[batch]``, drafts in front of the first padding."""
+    is_real: torch.Tensor
+    """bool ``[batch, longest]``: the first ``num_real`` of each request."""
+
+
+def draft_rows(draft_token_ids: torch.Tensor, num_draft_tokens: Sequence[int]) -> DraftRows:
+    """Lay out the drafts of a step, one line a request.
+
+    Args:
+        draft_token_ids: int64 ``[total]`` with ``total >= 1``; -1 is padding.
+        num_draft_tokens: ``batch`` entries that sum to ``total``.
+
+    """
+    import torch
+
+    device = draft_token_ids.device
+    # Copied without waiting: a GPU that waits for the host here would be late for the next step.
+    number = torch.tensor(num_draft_tokens, dtype=torch.int64).to(device, non_blocking=True)
+    position = torch.arange(max(num_draft_tokens), device=device)
+    start = number.cumsum(0) - number
+    index = (start[:, None] + position).clamp_(max=len(draft_token_ids) - 1)
+    token_ids = draft_token_ids[index]
+    is_real = ((position < number[:, None]) & (token_ids >= 0)).cumprod(1).bool()
+    return DraftRows(number, index, torch.where(is_real, token_ids, 0), is_real.sum(1), is_real)
