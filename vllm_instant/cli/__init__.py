@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from vllm_instant.cli import calibrate, config, demo, distill, doctor, explain, plugins
+from vllm_instant.cli import calibrate, config, demo, distill, doctor, explain, plugins, verify
 
 app = typer.Typer(
     name="vllm-instant",
@@ -20,4 +20,7 @@ app.command(name="distill")(distill.distill)
 app.command(name="explain")(explain.explain)
 app.command(name="calibrate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     calibrate.calibrate
+)
+app.command(name="verify", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    verify.verify_deployments
 )

@@ -1,5 +1,4 @@
-"""Verification of a draft as a whole (Sun et al. 2024, "Block Verification Accelerates Speculative Decoding",
-arXiv 2403.10444).
+"""Verification of a draft as a whole (Sun et al. 2024, arXiv 2403.10444).
 
 A draft token that the target likes less than the draft model did lowers the draft's weight instead of its own chance
 alone, and tokens that the target likes more raise it again, so that more of a draft is kept than token by token, from
@@ -32,24 +31,54 @@ class BlockSampler(RejectionSampler):
     def verify(self, step: Verification) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``RejectionSampler.verify``."""
         rows = draft_rows(step.draft_token_ids, step.num_draft_tokens)
-        return verified(rows, step.target_logits.softmax(-1, dtype=torch.float32), step.draft_probs)
+        target_probs = step.target_logits.softmax(-1, dtype=torch.float32)
+        return verified(step.draft_token_ids, rows, target_probs, step.draft_probs)
 
 
 def verified(
-    rows: DraftRows, target_probs: torch.Tensor, draft_probs: torch.Tensor | None
+    draft_token_ids: torch.Tensor, rows: DraftRows, target_probs: torch.Tensor, draft_probs: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``RejectionSampler.verify`` from the probabilities of both models, float32 ``[total, vocabulary]``."""
+    """``RejectionSampler.verify`` from the probabilities of both models.
+
+    Args:
+        draft_token_ids: int64 ``[total]``.
+        rows: the same, laid out.
+        target_probs: float32 ``[total, vocabulary]``.
+        draft_probs: the same of the draft model; None where drafts are certain.
+
+    """
+    if target_probs.is_cuda:
+        return _verified_by_kernels(draft_token_ids, rows, target_probs, draft_probs)
     of_drafts = ratios(rows, target_probs, draft_probs)
     if draft_probs is None:
         num_kept = kept_one_by_one(rows, of_drafts)
         return num_kept, replacements(rows, num_kept, None, target_probs, None)
     after = weights(of_drafts)
-    chances = _chances(rows, after, target_probs, draft_probs)
+    chances = length_chances(rows, after, target_probs, draft_probs)
     acceptable = (torch.rand_like(chances) < chances) & rows.is_real
     lengths = torch.arange(1, acceptable.shape[1] + 1, device=acceptable.device)
     num_kept = (acceptable * lengths).amax(1)
     kept_weight = torch.cat([torch.ones_like(after[:, :1]), after], 1).gather(1, num_kept[:, None])[:, 0]
     return num_kept, replacements(rows, num_kept, kept_weight.float(), target_probs, draft_probs)
+
+
+def _verified_by_kernels(
+    draft_token_ids: torch.Tensor, rows: DraftRows, target_probs: torch.Tensor, draft_probs: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in four launches, with no intermediate result as large as the distributions."""
+    from vllm_instant_kernels.block_verification import verify_blocks
+
+    device = target_probs.device
+    noise = torch.empty(len(rows.number), target_probs.shape[1], device=device)
+    num_kept, following = verify_blocks(
+        draft_token_ids,
+        rows.number.cumsum(0).to(torch.int32),
+        draft_probs,
+        target_probs,
+        torch.rand(len(target_probs), device=device),
+        noise.exponential_().clamp_min_(1e-30),
+    )
+    return num_kept.long(), following.long()
 
 
 def weights(of_drafts: torch.Tensor) -> torch.Tensor:
@@ -64,10 +93,18 @@ def weights(of_drafts: torch.Tensor) -> torch.Tensor:
     return (walk - highest).exp()
 
 
-def _chances(
+def length_chances(
     rows: DraftRows, after: torch.Tensor, target_probs: torch.Tensor, draft_probs: torch.Tensor
 ) -> torch.Tensor:
-    """``h_1 … h_n``, float64 ``[batch, longest]``."""
+    """``h_1 … h_n``, float64 ``[batch, longest]``: the chance that each length is acceptable.
+
+    Args:
+        rows: the drafts.
+        after: ``weights``.
+        target_probs: float32 ``[total, vocabulary]``.
+        draft_probs: float32 ``[total, vocabulary]``.
+
+    """
     # The mass behind i drafts is at the row of draft i + 1, which has weight w_i. Rows that do not need one get 0.
     has_next = rows.is_real[:, 1:]
     of_row = torch.zeros(len(target_probs), dtype=torch.float32, device=target_probs.device)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from vllm_instant import Plugin, PluginContext, PluginOptions
-from vllm_instant_plugins.samplers import residuals
-from vllm_instant_plugins.samplers.block import BlockSampler
-from vllm_instant_plugins.samplers.relaxed import RelaxedSampler
-from vllm_instant_plugins.samplers.token import TokenSampler
+from vllm_instant import Plugin, PluginContext, PluginOptions, RejectionSampler
 
 
 class RelaxedOptions(PluginOptions):
@@ -19,14 +15,27 @@ class RelaxedOptions(PluginOptions):
     )
 
 
-def _block(options: PluginOptions, context: PluginContext) -> BlockSampler:
-    residuals.compile_for(context.device)
-    return BlockSampler()
+# PyTorch takes a second to load, which who only lists plugins need not wait for.
 
 
-def _relaxed(options: RelaxedOptions, context: PluginContext) -> RelaxedSampler:
+def _token(options: PluginOptions, context: PluginContext) -> RejectionSampler:
+    from vllm_instant_plugins.samplers.token import TokenSampler
+
+    return TokenSampler()
+
+
+def _block(options: PluginOptions, context: PluginContext) -> RejectionSampler:
+    from vllm_instant_plugins.samplers import block, residuals
+
     residuals.compile_for(context.device)
-    return RelaxedSampler(options.epsilon)
+    return block.BlockSampler()
+
+
+def _relaxed(options: RelaxedOptions, context: PluginContext) -> RejectionSampler:
+    from vllm_instant_plugins.samplers import relaxed, residuals
+
+    residuals.compile_for(context.device)
+    return relaxed.RelaxedSampler(options.epsilon)
 
 
 PLUGINS = (
@@ -40,7 +49,7 @@ PLUGINS = (
         slot="rejection_sampler",
         name="token",
         summary="token by token; lossless",
-        build=lambda options, context: TokenSampler(),
+        build=_token,
     ),
     Plugin(
         slot="rejection_sampler",

@@ -1,8 +1,8 @@
 """A bounded lossy rule: the target may be bent towards the draft by so much total variation a token, and no more.
 
-**The bound.** Let ``P`` be the target's distribution of a token given everything before it, ``Q`` the draft model's and
-``epsilon`` the budget. Instead of ``P`` the sampler serves ``P'``, which is ``P`` with chance ``m`` moved from the tokens
-where ``P > Q`` (each gives in proportion to ``P - Q``) to those where ``Q > P > 0`` (each gets in proportion to
+**The bound.** Let ``P`` be the target's distribution of a token given everything before it, ``Q`` the draft model's
+and ``epsilon`` the budget. Instead of ``P`` the sampler serves ``P'``, which is ``P`` with chance ``m`` moved from the
+tokens where ``P > Q`` (each gives in proportion to ``P - Q``) to those where ``Q > P > 0`` (each gets in proportion to
 ``Q - P``), with ``m = min(epsilon, what the latter can take)``. So ``sum |P' - P| / 2 = m <= epsilon``. The draft is
 then verified against ``P'`` by the lossless block rule, which serves exactly ``P'``, whatever the drafts are. Hence
 each token's distribution, given the tokens before it, is within ``epsilon`` of the target's in total variation; over an
@@ -11,8 +11,8 @@ answer of ``n`` tokens the joint distributions differ by at most ``n * epsilon``
 **It is the best use of the budget.** A draft token is kept with chance ``sum min(P', Q)``, which no ``P'`` within the
 budget raises by more than ``epsilon``; here it rises by exactly ``m``, because no entry crosses ``Q``.
 
-**What stays exact.** ``epsilon = 0`` is ``block``. Tokens with ``P = 0`` (masked by a grammar, by ``allowed_token_ids``,
-by top-k or top-p) stay impossible. Greedy requests and requests with a seed are verified without loss.
+**What stays exact.** ``epsilon = 0`` is ``block``. Tokens with ``P = 0`` stay impossible, whether a grammar,
+``allowed_token_ids``, top-k or top-p forbids them. Greedy requests and requests with a seed are verified without loss.
 
 With certain drafts (``Q`` one-hot at ``x``) the same rule reads: ``P'(x) = P(x) + min(epsilon, 1 - P(x))`` if ``P(x) > 0``.
 """
@@ -51,4 +51,4 @@ class RelaxedSampler(RejectionSampler):
             return num_kept, replacements(rows, num_kept, None, target_probs, None)
         if self.epsilon > 0:
             move_towards(target_probs, step.draft_probs, self.epsilon)
-        return block.verified(rows, target_probs, step.draft_probs)
+        return block.verified(step.draft_token_ids, rows, target_probs, step.draft_probs)

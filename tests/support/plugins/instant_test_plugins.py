@@ -59,6 +59,15 @@ class RaisingDrafter(RandomDrafter):
         return super().propose(requests) if self.calls < 6 else [[1] * 99 for _ in requests]
 
 
+def planted(name):
+    def build(options, context):
+        import planted_samplers
+
+        return getattr(planted_samplers, name)()
+
+    return build
+
+
 def cannot_start(options, context):
     raise OSError("the model of this policy is not there")
 
@@ -88,6 +97,16 @@ def instant_plugins():
             summary="test",
             options=DrafterOptions,
             build=lambda o, c: RaisingDrafter(c.vocab_size),
+        ),
+        *(
+            Plugin(slot="rejection_sampler", name=plugin, summary="test", build=planted(name))
+            for plugin, name in (
+                ("accept_always", "AcceptAlways"),
+                ("wrong_residual", "WrongResidual"),
+                ("off_by_one", "OffByOne"),
+                ("raising", "Raising"),
+                ("out_of_range", "OutOfRange"),
+            )
         ),
         Plugin(slot="experts", name="unserved", summary="test", lossy=True, build=incomplete),
     ]

@@ -1,0 +1,140 @@
+"""Compiles kernels as they would be launched, for devices that need not be there, and reads what they take.
+
+``launches`` records what a function launches, without running it; ``compiled`` makes the machine code of one launch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+OPTIONS = {"num_warps", "num_stages"}
+"""Keywords of a launch that are no parameters of the kernel."""
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what it was launched with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    options: Mapping[str, int]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the compiler says about the machine code of a kernel."""
+
+    cubin: bytes
+    registers: int
+    """Of a thread."""
+    spilled: int
+    """Bytes of a thread's registers that did not fit, stores and loads together."""
+    shared: int
+    """Bytes of shared memory."""
+
+
+def launches(module: ModuleType, function: Callable[..., Any], *arguments: Any) -> list[Launch]:
+    """What ``function(*arguments)`` launches of the kernels in ``module``; none of them runs."""
+    recorded: list[Launch] = []
+    with _recording(module, recorded):
+        function(*arguments)
+    return recorded
+
+
+@contextmanager
+def _recording(module: ModuleType, recorded: list[Launch]) -> Iterator[None]:
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    for name, kernel in kernels.items():
+        setattr(module, name, _Recorder(kernel, recorded))
+    try:
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """Stands in for a kernel."""
+
+    kernel: Any
+    recorded: list[Launch]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*positional: Any, **keywords: Any) -> None:
+            options = {name: keywords.pop(name) for name in OPTIONS & keywords.keys()}
+            bound = self.kernel.signature.bind(*positional, **keywords)
+            bound.apply_defaults()
+            self.recorded.append(Launch(self.kernel, grid, bound.arguments, options))
+
+        return launch
+
+
+def compiled(launch: Launch, capability: int, folder: Path) -> Machine:
+    """Machine code of a launch for ``sm_<capability>``, specialised as a launch on the device would be.
+
+    ``folder`` gets the assembler's files. Raises what Triton raises, ``subprocess.CalledProcessError`` if the assembler
+    refuses the code.
+    """
+    signature, constants, attributes = {}, {}, {}
+    for position, (name, value) in enumerate(launch.arguments.items()):
+        unchanged = launch.kernel.params[position].do_not_specialize
+        signature[name] = _type(value)
+        if launch.kernel.params[position].is_constexpr or value is None or (_is_int(value) and value == 1):
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+        elif not unchanged and (isinstance(value, torch.Tensor) or (_is_int(value) and value % 16 == 0)):
+            # Memory that PyTorch allocates is aligned.
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    log = _assembled(result.asm["ptx"], capability, folder)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    if not spills or not registers:
+        raise ValueError(f"the assembler says nothing about registers or spills:\n{log}")
+    return Machine(result.asm["cubin"], int(registers[1]), int(spills[1]) + int(spills[2]), result.metadata.shared)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i1" if isinstance(value, bool) else "i32" if value is None or -(2**31) <= value < 2**31 else "i64"
+
+
+def _assembled(ptx: str, capability: int, folder: Path) -> str:
+    """What the assembler reports about a kernel."""
+    architecture = re.search(r"\.target\s+(sm_\w+)", ptx)
+    if not architecture:
+        raise ValueError("the code names no architecture")
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture[1]}", str(source), "-o", f"{source}.cubin"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return run.stderr + run.stdout

@@ -1,0 +1,1 @@
+"""Triton kernels; they need PyTorch and Triton, and neither vLLM nor a device to be imported."""

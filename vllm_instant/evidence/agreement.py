@@ -1,0 +1,181 @@
+"""Do two servers sample from the same distribution? A permutation test of the joint distribution of tokens.
+
+Two arms draw ``n`` tokens after the same prompts, thousands of times. What the tokens of both arms have in common does
+not matter; whether the arms differ does. So the outcomes are counted in cells, and the statistic is compared with what
+it is when the labels of the arms are dealt out at random: the false-alarm rate is the stated one whatever the
+distributions are, and however cells were made, because cells are made from both arms' draws without their labels.
+
+Views: for each position ``m`` the token there alone, and the joint outcome of the first ``m`` tokens. In each view a
+prompt's common outcomes are cells of their own and rare ones share a few by their hash. A view's statistic is the
+two-sample chi-square over all prompts, standardised; the test statistic is the largest of all views (Westfall and Young
+1993), so that looking at many views costs no false alarms.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import brentq
+from scipy.stats import chi2, ncx2
+
+Tokens = npt.NDArray[np.int64]
+COMMON = 12
+"""Pooled draws from which an outcome gets a cell of its own."""
+SHARED_CELLS = 8
+BATCH = 500
+"""Permutations that are tried at a time."""
+POWER = 0.9
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the test found."""
+
+    p_value: float
+    draws: int
+    """Of each arm, all prompts together."""
+    detectable: float
+    """The smallest total variation between the arms' outcomes (as counted in cells, in every prompt) that this test
+    finds with a chance of 90 %."""
+    distance: float
+    """Estimate of a total variation that the arms' outcomes (all tokens together, as counted, on average over prompts)
+    do not exceed: from the chi-square's excess over what chance makes of it. 0 where there is none."""
+    worst_view: str
+    """The view that differs most."""
+
+
+def compare(
+    ours: Sequence[Tokens],
+    theirs: Sequence[Tokens],
+    *,
+    false_alarms: float = 1e-3,
+    most_permutations: int = 20_000,
+    seed: int = 0,
+) -> Agreement:
+    """Test whether the arms agree.
+
+    Args:
+        ours: for each prompt int64 ``[draws, n]``.
+        theirs: the same prompts of the other arm; the numbers of draws may differ.
+        false_alarms: the rate that the caller decides with; permutations go on until a p-value near it is known.
+        most_permutations: how many are tried at most.
+        seed: of the permutations.
+
+    Raises:
+        ValueError: without draws, or when the arms have different prompts or numbers of tokens.
+
+    """
+    if (
+        not ours
+        or len(ours) != len(theirs)
+        or any(len(a) == 0 or len(b) == 0 for a, b in zip(ours, theirs, strict=True))
+    ):
+        raise ValueError("both arms need draws for the same prompts")
+    if len({draws.shape[1] for draws in (*ours, *theirs)}) != 1:
+        raise ValueError("all draws must have the same number of tokens")
+    prompts = [_Prompt(a, b) for a, b in zip(ours, theirs, strict=True)]
+    names = _view_names(ours[0].shape[1])
+    observed = np.sum([prompt.chi_squares(prompt.labels[None, :]) for prompt in prompts], axis=0)
+    freedom = np.sum([prompt.freedom for prompt in prompts], axis=0)
+    scale = np.sqrt(2 * np.maximum(freedom, 1))
+    standing = ((observed - freedom) / scale)[:, 0]
+    highest = float(standing.max())
+
+    generator = np.random.default_rng(seed)
+    tried = exceeded = 0
+    while tried < most_permutations:
+        permuted = np.sum([prompt.chi_squares(prompt.shuffled(generator, BATCH)) for prompt in prompts], axis=0)
+        exceeded += int((((permuted - freedom) / scale).max(0) >= highest - 1e-9).sum())
+        tried += BATCH
+        # Sequential (Besag and Clifford 1991): enough exceedances settle that the p-value is nowhere near the limit.
+        if exceeded >= 20 and exceeded / tried > 5 * false_alarms:
+            break
+    effective = effective_draws(ours, theirs)
+    return Agreement(
+        p_value=(exceeded + 1) / (tried + 1),
+        draws=sum(len(draws) for draws in ours),
+        detectable=detectable(effective, int(freedom[-1, 0]), false_alarms / len(names)),
+        distance=float(np.sqrt(max(0.0, float((observed - freedom)[-1, 0])) / effective)),
+        worst_view=names[int(standing.argmax())],
+    )
+
+
+def effective_draws(ours: Sequence[Tokens], theirs: Sequence[Tokens]) -> float:
+    """``sum 4ab / (a + b)`` over prompts with ``a`` and ``b`` draws.
+
+    Times the square of a total variation, it is the least noncentrality that this has in the two-sample chi-square.
+    """
+    return float(sum(4 * len(a) * len(b) / (len(a) + len(b)) for a, b in zip(ours, theirs, strict=True)))
+
+
+def detectable(effective_draws: float, freedom: int, false_alarms: float) -> float:
+    """The smallest total variation that a chi-square test finds with a chance of ``POWER``.
+
+    A total variation of ``d`` has, however it is spread over cells, a noncentrality of at least ``d**2`` times
+    ``effective_draws`` (by Cauchy's inequality; equality where half of the probability rises and half falls).
+
+    Args:
+        effective_draws: see the function of that name.
+        freedom: degrees of freedom.
+        false_alarms: the test's rate.
+
+    """
+    freedom = max(freedom, 1)
+    critical = chi2.isf(false_alarms, freedom)
+    needed = brentq(lambda x: ncx2.sf(critical, freedom, x) - POWER, 1e-6, 1e6)
+    return float(min(1.0, np.sqrt(needed / effective_draws)))
+
+
+class _Prompt:
+    """The outcomes of both arms after one prompt, in cells."""
+
+    def __init__(self, ours: Tokens, theirs: Tokens) -> None:
+        pooled = np.concatenate([ours, theirs])
+        self.labels = np.concatenate([np.ones(len(ours), np.float32), np.zeros(len(theirs), np.float32)])
+        self.share = len(ours) / len(pooled)
+        self._cells = [_one_hot(view) for view in _views(pooled)]
+        self._totals = [cells.sum(0) for cells in self._cells]
+        self.freedom = np.array([[cells.shape[1] - 1] for cells in self._cells], float)
+
+    def shuffled(self, generator: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
+        """``count`` times the labels in random order, ``[count, draws]``."""
+        return generator.permuted(np.tile(self.labels, (count, 1)), axis=1)
+
+    def chi_squares(self, labels: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """The two-sample statistic of each view for each labelling, ``[views, labellings]``."""
+        result = np.empty((len(self._cells), len(labels)))
+        for view, (cells, totals) in enumerate(zip(self._cells, self._totals, strict=True)):
+            expected = totals * self.share
+            gaps = labels @ cells - expected
+            result[view] = (gaps**2 / (expected * (1 - self.share))).sum(1)
+        return result
+
+
+def _view_names(length: int) -> list[str]:
+    return [f"token {m + 1}" for m in range(length)] + [f"tokens 1 to {m + 1}" for m in range(1, length)]
+
+
+def _views(tokens: Tokens) -> list[npt.NDArray[np.int64]]:
+    """Outcome numbers ``[draws]`` of each view, in the order of ``_view_names``."""
+    length = tokens.shape[1]
+    joint = [_numbered(tokens[:, : m + 1]) for m in range(1, length)]
+    return [_numbered(tokens[:, m : m + 1]) for m in range(length)] + joint
+
+
+def _numbered(outcomes: Tokens) -> npt.NDArray[np.int64]:
+    """A cell number for each row: its own for common outcomes, one of a few shared ones for the others."""
+    unique, which, counts = np.unique(outcomes, axis=0, return_inverse=True, return_counts=True)
+    shared = np.array([zlib.crc32(row.tobytes()) % SHARED_CELLS for row in unique])
+    own = SHARED_CELLS + np.arange(len(unique))
+    return np.where(counts >= COMMON, own, shared)[which.reshape(-1)]
+
+
+def _one_hot(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    unique, which = np.unique(numbers, return_inverse=True)
+    cells = np.zeros((len(numbers), len(unique)), np.float32)
+    cells[np.arange(len(numbers)), which.reshape(-1)] = 1
+    return cells
