@@ -13,7 +13,7 @@ def test_defaults_are_lossless_and_ask_nothing_of_vllm():
     assert {slot: choice.plugin for slot, choice in deployment.slots.items()} == {
         "speculation": "goodput",
         "drafter": "suffix",
-        "rejection_sampler": "token",
+        "rejection_sampler": "block",
         "batching": "fcfs",
         "experts": "native",
         "attention": "native",

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vllm_instant.cli.common import Overrides, fail, problems_reported
 from vllm_instant.evidence.load import Prompt, measure
-from vllm_instant.evidence.servers import Server, ServerError
+from vllm_instant.evidence.servers import Server, ServerError, terminable
 from vllm_instant.settings import resolve
 
 SECONDS = 6.0
@@ -47,7 +47,7 @@ def calibrate(
     levels = [1]
     while levels[-1] * 2 <= largest:
         levels.append(levels[-1] * 2)
-    with tempfile.TemporaryDirectory(prefix="vllm-instant-calibrate-") as folder:
+    with terminable(), tempfile.TemporaryDirectory(prefix="vllm-instant-calibrate-") as folder:
         server = Server(
             model,
             [*context.args, "--plugins", "vllm_instant", *settings, "--instant-set", "speculation.calibrating=true"],

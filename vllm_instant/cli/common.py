@@ -60,13 +60,13 @@ def toml_value(value: Any) -> str:
     return json.dumps(value)
 
 
-def print_columns(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_columns(headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
     """Print aligned columns, one line a row however long it is, and no markup in the cells."""
     table = Table(box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     console = Console()
     Console(
         width=max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)

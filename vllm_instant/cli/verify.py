@@ -1,4 +1,4 @@
-"""``vllm-instant verify``: does a deployment say what stock vLLM would say?"""
+"""``vllm-instant verify``: whether a deployment says what stock vLLM would say."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from vllm_instant.cli.common import Overrides, fail, problems_reported, working
+from vllm_instant.cli.common import Overrides, fail, print_columns, problems_reported, working
 from vllm_instant.evidence import quality, verify
 from vllm_instant.evidence.sampling import PROMPTS, Arm, RefusedError
-from vllm_instant.evidence.servers import Server, ServerError
+from vllm_instant.evidence.servers import Server, ServerError, terminable
 from vllm_instant.settings import Deployment, resolve
 
 STYLES = {"pass": "green", "fail": "bold red", "not tested": "yellow", "lossy": "cyan"}
@@ -127,7 +126,7 @@ def _started(
     exact = not any(word.startswith("--dtype") for word in words)
     common = [*words, *(["--dtype", "float32"] if exact else [])]
     reports = []
-    with ExitStack() as stack, working(f"Starting {model} …") as status:
+    with terminable(), ExitStack() as stack, working(f"Starting {model} …") as status:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-instant-verify-")))
         stock_server = stack.enter_context(Server(model, common, log=folder / "stock.log"))
         stock = Arm(stock_server.url, stock_server.served_model())
@@ -186,13 +185,12 @@ def _printed(
     title: str, plan: verify.Plan, checks: list[verify.Check], measured: quality.Quality | None
 ) -> dict[str, Any]:
     """Print one deployment's report; returns it as plain data."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for heading in ("check", "result", ""):
-        table.add_column(heading, overflow="fold")
-    for check in checks:
-        table.add_row(check.name, Text(check.outcome, STYLES[check.outcome]), check.detail)
-    console = Console()
-    console.print(table)
+    console = Console(soft_wrap=True)
+    console.print(title, style="bold", highlight=False)
+    print_columns(
+        ("check", "result", ""),
+        [(check.name, Text(check.outcome, STYLES[check.outcome]), check.detail) for check in checks],
+    )
     draws = plan.draws * len(plan.prompts)
     console.print(
         f"{draws} samples of {plan.tokens} tokens for each way to sample and arm; a deployment without a fault fails "

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import statistics
-import sys
 import tempfile
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_instant.demo import assets
-from vllm_instant.evidence.servers import Server, ServerError, settle, stop_all
+from vllm_instant.evidence.servers import Server, ServerError, settle, stop_all, terminable
 from vllm_instant.evidence.streams import StreamedAnswer, stream_completion
 
 DEPLOYMENT = Path(__file__).parent / "deploy.toml"
@@ -85,21 +82,11 @@ def our_arguments(pair: assets.Pair) -> list[str]:
     return [*selection, "--instant-set", f"drafter.model={pair.draft}"]
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let a plain ``kill`` end the demo as Ctrl-C does, with its servers stopped."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def compare() -> int:
     """Run the whole demo; returns the exit code."""
     console = Console()
     try:
-        with _terminable(), tempfile.TemporaryDirectory(prefix="vllm-instant-demo-") as logs:
+        with terminable(), tempfile.TemporaryDirectory(prefix="vllm-instant-demo-") as logs:
             pair = _prepare(console)
             stock = Server(pair.target, shared_arguments(), log=Path(logs) / "stock.log")
             ours = Server(pair.target, our_arguments(pair), log=Path(logs) / "instant.log")

@@ -91,8 +91,8 @@ def compare(
         permuted = np.sum([prompt.chi_squares(prompt.shuffled(generator, BATCH)) for prompt in prompts], axis=0)
         exceeded += int((((permuted - freedom) / scale).max(0) >= highest - 1e-9).sum())
         tried += BATCH
-        # Sequential (Besag and Clifford 1991): enough exceedances settle that the p-value is nowhere near the limit.
-        if exceeded >= 20 and exceeded / tried > 5 * false_alarms:
+        # Sequential (Besag and Clifford 1991): stop when it is settled on which side of the rate the p-value is.
+        if (exceeded >= 20 and exceeded / tried > 5 * false_alarms) or (exceeded + 1) / (tried + 1) < false_alarms / 4:
             break
     effective = effective_draws(ours, theirs)
     return Agreement(

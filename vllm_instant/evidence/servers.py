@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,6 +178,16 @@ def settle() -> None:
     covers the second in which our API server polls its engine for the metrics.
     """
     time.sleep(SETTLE_SECONDS)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let a plain ``kill`` end a command as Ctrl-C does, with its servers stopped."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _group_lives(process: subprocess.Popen[bytes]) -> bool:

@@ -134,5 +134,5 @@ def _distribution(result: Sampled, plan: Plan, lossy: bool) -> Check:
         outcome, detail = "not tested", "too few draft tokens were kept or refused to say anything"
     else:
         outcome = "pass"
-        detail = f"p = {agreement.p_value:.2f}; a total variation of {agreement.detectable:.3f} would be found"
+        detail = f"p = {agreement.p_value:.2g}; a total variation of {agreement.detectable:.3f} would be found"
     return Check(result.setting.name, outcome, f"{detail} ({drafts})", numbers)

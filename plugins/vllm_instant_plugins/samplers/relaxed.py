@@ -14,7 +14,7 @@ budget raises by more than ``epsilon``; here it rises by exactly ``m``, because 
 **What stays exact.** ``epsilon = 0`` is ``block``. Tokens with ``P = 0`` stay impossible, whether a grammar,
 ``allowed_token_ids``, top-k or top-p forbids them. Greedy requests and requests with a seed are verified without loss.
 
-With certain drafts (``Q`` one-hot at ``x``) the same rule reads: ``P'(x) = P(x) + min(epsilon, 1 - P(x))`` if ``P(x) > 0``.
+With certain drafts (``Q`` one-hot at ``x``) the rule reads ``P'(x) = P(x) + min(epsilon, 1 - P(x))`` if ``P(x) > 0``.
 """
 
 from __future__ import annotations

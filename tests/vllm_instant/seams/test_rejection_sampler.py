@@ -75,7 +75,7 @@ def _without_speculation(logits, seed, length):
 
 @pytest.mark.parametrize("right", range(5))
 def test_a_seed_says_what_it_says_without_drafts(right):
-    """With the first ``right`` of four drafts being what the seed will say; and the generator ends at the same place."""
+    """The first ``right`` of four drafts are what the seed will say. The generator ends where it would, too."""
     logits = _logits([[0, 0, 0, 0], [1]])
     expected, _ = _without_speculation(logits, 11, 5)
     tokens = [t if i < right else (t + 1) % VOCABULARY for i, t in enumerate(expected[:4])]
