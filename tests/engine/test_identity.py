@@ -65,6 +65,17 @@ def test_fifty_prompts_and_the_numbers_behind_them(server, prompts, expected):
     assert "vllm_instant:plugin_failures_total" not in totals
 
 
+def test_a_seed_says_what_it_says_without_speculation(server, stock, prompts):
+    """To the letter, whoever drafts and however much."""
+
+    def texts(where):
+        with ThreadPoolExecutor(4) as pool:
+            asked = enumerate(prompts[:4])
+            return list(pool.map(lambda a: ask(where, a[1][:500], temperature=1.0, seed=a[0])[0]["text"], asked))
+
+    assert texts(server) == texts(stock)
+
+
 @pytest.fixture(scope="module")
 def long_answers(stock, prompts):
     """Eight short prompts with answers that together do not fit into the small KV cache, and what stock says."""

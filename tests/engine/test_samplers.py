@@ -4,12 +4,17 @@ Draft lengths change with every step and request (the test policy ``cycling``), 
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from asking import ask
-from deployments import DRAFT_MODEL, SUFFIX
+from deployments import DRAFT_MODEL
+from typer.testing import CliRunner
 
-SAMPLERS = ("block", "token", "relaxed\nepsilon = 0.2")
+from vllm_instant.cli import app
+from vllm_instant.evidence import quality
+from vllm_instant.evidence.sampling import Arm
+
 SAMPLING = {
     "plain": {"temperature": 1.0},
     "top_p": {"temperature": 0.7, "top_p": 0.9},
@@ -18,12 +23,12 @@ SAMPLING = {
     "bad_words": {"temperature": 1.0, "bad_words": [" the", "self"]},
     "min_tokens": {"temperature": 1.0, "min_tokens": 8, "ignore_eos": False},
 }
+PROMPTS_EACH = 4
 
 
-@pytest.fixture(scope="module", params=SAMPLERS, ids=lambda text: text.partition("\n")[0])
-def server(request, launch):
-    name, _, options = request.param.partition("\n")
-    with launch(f'{DRAFT_MODEL}\n[rejection_sampler]\nplugin = "{name}"\n{options}\n') as running:
+@pytest.fixture(scope="module")
+def server(launch):
+    with launch(DRAFT_MODEL) as running:
         yield running
 
 
@@ -31,19 +36,46 @@ def _proposed(server):
     return server.metrics()["vllm:spec_decode_num_draft_tokens_total"]
 
 
-@pytest.mark.parametrize("parameters", SAMPLING.values(), ids=SAMPLING)
-def test_a_seed_says_what_it_says_without_speculation(server, stock, prompts, parameters):
-    """To the letter, with drafts and whatever their lengths; also for lossy samplers."""
+def _seeded(where, prompts, length=400):
+    """All ways to sample at once, so that they meet in batches."""
+    asked = [(prompt, seed, p) for p in SAMPLING.values() for seed, prompt in enumerate(prompts[:PROMPTS_EACH])]
+    with ThreadPoolExecutor(8) as pool:
+        answers = pool.map(lambda a: ask(where, a[0][:length], seed=a[1], **a[2])[0]["text"], asked)
+        return dict(zip([(name, seed) for name in SAMPLING for seed in range(PROMPTS_EACH)], answers, strict=True))
+
+
+@pytest.fixture(scope="module")
+def seeded_by_stock(stock, prompts):
+    return _seeded(stock, prompts)
+
+
+def test_a_seed_says_what_it_says_without_speculation(server, seeded_by_stock, prompts):
+    """To the letter, with drafts and whatever their lengths."""
     before = _proposed(server)
-    for seed, prompt in enumerate(prompts[:6]):
-        ours, theirs = (ask(where, prompt[:400], seed=seed, **parameters)[0]["text"] for where in (server, stock))
-        assert ours == theirs
+    assert _seeded(server, prompts) == seeded_by_stock
     assert _proposed(server) > before
+
+
+def test_verify_agrees(server, stock, tmp_path):
+    file = tmp_path / "report.json"
+    words = ["--stock", stock.url, "--ours", server.url, "--draws", "100", "--tokens", "3", "--json", str(file)]
+    result = CliRunner().invoke(app, ["verify", *words])
+    assert result.exit_code == 0, result.output
+    assert {check["outcome"] for check in json.loads(file.read_text())[0]["checks"]} == {"pass"}
+
+
+def test_the_quality_report_reads_real_log_probabilities(server, stock, prompts):
+    arms = [Arm(where.url, "demo") for where in (server, stock)]
+    found = quality.report(*arms, prompts[:4], prompts[4:8], tokens=12)
+    assert found.tokens > 100
+    assert 1 < found.stock_perplexity < 10_000
+    assert found.perplexity_ratio.mean == pytest.approx(1, abs=1e-3)
+    assert 0 <= found.divergence.mean < 1e-3
+    assert found.answers == 4
 
 
 def test_requests_side_by_side_keep_their_seeds(server, stock, prompts):
     """Seeded, unseeded and greedy requests in one batch."""
-    from concurrent.futures import ThreadPoolExecutor
 
     def parameters(number):
         return ({"temperature": 1.0, "seed": number}, {"temperature": 1.0}, {"temperature": 0})[number % 3]
@@ -93,11 +125,3 @@ def test_structured_output_keeps_its_grammar(server, prompts):
             assert isinstance(json.loads(text)["a"], int)
         else:
             assert text.lstrip().startswith("{")
-
-
-def test_lookups_keep_seeds_too(launch, stock, prompts):
-    with launch(SUFFIX) as server:
-        for seed, prompt in enumerate(prompts[:4]):
-            ours, theirs = (ask(where, prompt[:600], temperature=1.0, seed=seed)[0] for where in (server, stock))
-            assert ours["text"] == theirs["text"]
-        assert _proposed(server) > 0

@@ -25,13 +25,17 @@ class FakeServer:
 
     """
 
-    def __init__(self, chances=None, drafts=0, deployment=None, keeps_seeds=True, bias=0.0, status=200):
+    def __init__(
+        self, chances=None, drafts=0, deployment=None, keeps_seeds=True, bias=0.0, status=200, lossy=False, key=None
+    ):
         self.chances = dict(chances or CHANCES)
         self.drafts = drafts
         self.deployment = deployment
         self.keeps_seeds = keeps_seeds
         self.bias = bias
         self.status = status
+        self.lossy = lossy
+        self.key = key
         self.drafted = 0
         self.requests: list[dict[str, Any]] = []
 
@@ -71,12 +75,15 @@ def serving(fake: FakeServer):
             self.wfile.write(data)
 
         def do_GET(self):
-            if self.path == "/v1/models":
+            if fake.key is not None and self.headers.get("Authorization") != f"Bearer {fake.key}":
+                self._answer(401, "{}")
+            elif self.path == "/v1/models":
                 self._answer(200, json.dumps({"data": [{"id": "fake"}]}))
             elif self.path == "/metrics":
                 half = fake.drafted // 2
                 self._answer(
                     200,
+                    f'vllm_instant:plugin_info{{plugin="x",lossy="{"yes" if fake.lossy else "no"}"}} 1.0\n'
                     f'vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {float(fake.drafted)}\n'
                     f'vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {float(half)}\n',
                 )

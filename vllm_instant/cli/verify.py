@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -49,6 +51,9 @@ def verify_deployments(
     prompts: Annotated[
         Path | None, typer.Option(help="A file with one prompt a line; by default six built-in ones.")
     ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="API key of the running servers; VLLM_API_KEY by default.")
+    ] = None,
     with_quality: Annotated[
         bool, typer.Option("--quality", help="Add the quality report, which lossy deployments always get.")
     ] = False,
@@ -69,7 +74,7 @@ def verify_deployments(
     reports: list[dict[str, Any]] = []
     try:
         if stock_url is not None and our_url is not None:
-            reports = [_running(stock_url, our_url, plan, draft_length, with_quality)]
+            reports = [_running(stock_url, our_url, api_key, plan, draft_length, with_quality)]
         elif model is not None:
             reports = _started(model, configs or [], overrides or [], context.args, plan, draft_length, with_quality)
     except (ServerError, RefusedError) as error:
@@ -93,17 +98,24 @@ def _prompts(file: Path | None) -> list[str]:
     return found
 
 
-def _running(stock: str, ours: str, plan: verify.Plan, length: int | None, with_quality: bool) -> dict[str, Any]:
+def _running(
+    stock: str, ours: str, api_key: str | None, plan: verify.Plan, length: int | None, with_quality: bool
+) -> dict[str, Any]:
     """Check one running server against another."""
-    headers: dict[str, str] = {}
-    arms = [Arm(url.rstrip("/").removesuffix("/v1"), _served_model(url), headers=headers) for url in (stock, ours)]
+    key = api_key or os.environ.get("VLLM_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    arms = [
+        Arm(url.rstrip("/").removesuffix("/v1"), _served_model(url, headers), headers=headers) for url in (stock, ours)
+    ]
+    # The server says what it serves: its plugins need not be installed here.
     try:
-        answer = httpx.get(f"{arms[1].url}/v1/instant/deployment", timeout=10)
-        deployment = Deployment.model_validate(answer.json()) if answer.status_code == 200 else None
-    except (httpx.HTTPError, ValueError):
-        deployment = None
-    lossy = deployment is not None and any(deployment.offer(slot).plugin.lossy for slot in deployment.slots)
-    arms[1].draft_length = length if deployment is None else _length(deployment, length, plan.tokens)
+        answer = httpx.get(f"{arms[1].url}/v1/instant/deployment", timeout=10, headers=headers)
+        drafter = answer.json()["slots"]["drafter"]["options"] if answer.status_code == 200 else None
+        metrics = httpx.get(f"{arms[1].url}/metrics", timeout=10, headers=headers).text.splitlines()
+    except (httpx.HTTPError, ValueError, KeyError):
+        raise RefusedError(f"{ours} does not say what it serves") from None
+    lossy = any(line.startswith("vllm_instant:plugin_info") and 'lossy="yes"' in line for line in metrics)
+    arms[1].draft_length = length if drafter is None else _length(drafter, length, plan.tokens)
     with working("Asking …") as status:
         expected = verify.baseline(arms[0], plan, status.update)
         checks = verify.verify(arms[1], expected, plan, exact=False, lossy=lossy, tick=status.update)
@@ -138,7 +150,9 @@ def _started(
             status.update(f"Starting {config or 'the default deployment'} …")
             server = Server(model, [*common, "--plugins", "vllm_instant", *settings], log=folder / f"ours{number}.log")
             with server:
-                ours = Arm(server.url, server.served_model(), _length(deployment, length, plan.tokens))
+                ours = Arm(
+                    server.url, server.served_model(), _length(deployment.slots["drafter"].options, length, plan.tokens)
+                )
                 checks = verify.verify(ours, expected, plan, exact=exact, lossy=bool(lossy), tick=status.update)
                 measured = None
                 if with_quality or lossy:
@@ -155,20 +169,23 @@ def _described(config: Path | None, deployment: Deployment) -> str:
     return f"{config or 'defaults'}: {slots}"
 
 
-def _length(deployment: Deployment, asked: int | None, tokens: int) -> int:
+def _length(drafter: Mapping[str, Any], asked: int | None, tokens: int) -> int:
     """Draft tokens of each request.
 
     By default as many as leave room in a sample for the token before them, which no draft is behind, and the one that
     follows when all are kept: what goes wrong there is to be seen, too.
     """
-    most = int(deployment.slots["drafter"].options.get("num_speculative_tokens", tokens))
+    most = int(drafter.get("num_speculative_tokens", tokens))
     return min(asked or max(1, tokens - 2), most)
 
 
-def _served_model(url: str) -> str:
+def _served_model(url: str, headers: dict[str, str]) -> str:
     base = url.rstrip("/").removesuffix("/v1")
     try:
-        return str(httpx.get(f"{base}/v1/models", timeout=10).json()["data"][0]["id"])
+        answer = httpx.get(f"{base}/v1/models", timeout=10, headers=headers)
+        if answer.status_code == 401:
+            raise RefusedError(f"{url} wants an API key: give --api-key or set VLLM_API_KEY")
+        return str(answer.json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError):
         raise RefusedError(f"{url} is no running vLLM server") from None
 

@@ -63,7 +63,7 @@ def test_without_drafts_nothing_is_tested(verify):
 
 def test_a_lossy_deployment_is_measured_and_not_judged(verify):
     lossy = _deployment("rejection_sampler.plugin=relaxed", "rejection_sampler.epsilon=0.2")
-    result, report = verify(FakeServer(TILTED, **DRAFTING, deployment=lossy, bias=-0.2))
+    result, report = verify(FakeServer(TILTED, **DRAFTING, deployment=lossy, bias=-0.2, lossy=True))
     assert result.exit_code == 0, result.output
     assert _outcomes(report)["temperature 1.0"] == "lossy"
     assert "differs by a total variation of about" in result.output
@@ -120,6 +120,15 @@ def test_a_server_that_refuses_is_quoted(verify):
     result, _ = verify(FakeServer(status=500))
     assert result.exit_code == 2
     assert "refused a request (500): the engine is dead" in result.output
+
+
+def test_servers_with_an_api_key(verify):
+    result, _ = verify(FakeServer(key="secret"))
+    assert result.exit_code == 2
+    assert "wants an API key: give --api-key or set VLLM_API_KEY" in result.output
+    result, report = verify(FakeServer(**DRAFTING, deployment=_deployment(), key="secret"), None, "--api-key", "secret")
+    assert result.exit_code == 0
+    assert _outcomes(report)["greedy"] == "pass"
 
 
 def test_the_made_up_distribution_is_one():
