@@ -41,7 +41,7 @@ class Setting:
 SETTINGS = (
     Setting("temperature 1.0", {"temperature": 1.0}),
     Setting("temperature 0.7, top-p 0.95", {"temperature": 0.7, "top_p": 0.95}),
-    Setting("temperature 1.0, top-k 20", {"temperature": 1.0, "top_k": 20}),
+    Setting("temperature 1.0, top-p 0.9, top-k 50", {"temperature": 1.0, "top_p": 0.9, "top_k": 50}),
     Setting(
         "temperature 0.9, penalties",
         {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
