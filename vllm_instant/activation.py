@@ -9,6 +9,7 @@ from vllm_instant.problems import DeploymentError, Problem
 from vllm_instant.seams import (
     catalogue,
     cpu_sampling,
+    cpu_seeds,
     default_drafter,
     draft_reports,
     draft_sharing,
@@ -76,6 +77,7 @@ def activate() -> None:
         draft_sharing,  # around what skipping made of the same method
         draft_reports,
         plain_sampling,
+        cpu_seeds,  # around what the sampling of a step has become
         undrafted_sampling,
         request_options,
         engine_core,

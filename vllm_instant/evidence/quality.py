@@ -22,21 +22,10 @@ from typing import Any
 import numpy as np
 
 from vllm_instant.evidence.sampling import Arm, RefusedError, complete
+from vllm_instant.evidence.statistics import Estimate, estimate
 
 LIKELIEST = 20
 """Tokens whose log-probability is asked for at each position; what vLLM allows unless told otherwise."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the bounds of its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __format__(self, spec: str) -> str:
-        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 @dataclass(frozen=True)
@@ -88,10 +77,10 @@ def report(
         tokens=int(total[3]),
         stock_perplexity=math.exp(total[0] / total[3]),
         our_perplexity=math.exp(total[1] / total[3]),
-        perplexity_ratio=_bootstrap(losses, lambda s: np.exp((s[:, 1] - s[:, 0]) / s[:, 3])),
-        divergence=_bootstrap(losses, lambda s: s[:, 2] / s[:, 3]),
+        perplexity_ratio=estimate(losses, lambda s: np.exp((s[:, 1] - s[:, 0]) / s[:, 3])),
+        divergence=estimate(losses, lambda s: s[:, 2] / s[:, 3]),
         answers=len(answer_gaps),
-        answer_gap=_bootstrap(answer_gaps[:, None], lambda s: s[:, 0] / len(answer_gaps)),
+        answer_gap=estimate(answer_gaps[:, None], lambda s: s[:, 0] / len(answer_gaps)),
     )
 
 
@@ -147,10 +136,3 @@ def _gaps(ours: Arm, stock: Arm, prompts: Sequence[str], tokens: int, temperatur
             means.append(np.mean([entry[str(t)]["logprob"] for t, entry in zip(ids[-tokens:], entries, strict=True)]))
         judged.append(np.array(means))
     return np.asarray(judged[0] - judged[1])
-
-
-def _bootstrap(rows: np.ndarray, statistic: Any, draws: int = 4000) -> Estimate:
-    """Interval of a statistic of column sums, with rows drawn again."""
-    picks = np.random.default_rng(0).integers(0, len(rows), (draws, len(rows)))
-    low, high = np.quantile(statistic(rows[picks].sum(1)), [0.025, 0.975])
-    return Estimate(float(statistic(rows.sum(0)[None, :])[0]), float(low), float(high))

@@ -12,6 +12,7 @@ from packaging.specifiers import SpecifierSet
 from vllm_instant.seams import (
     building,
     cpu_sampling,
+    cpu_seeds,
     default_drafter,
     draft_reports,
     draft_sharing,
@@ -51,6 +52,7 @@ SEAMS: tuple[Seam, ...] = tuple(
         default_drafter,
         request_options,
         cpu_sampling,
+        cpu_seeds,
         engine_core,
         endpoints,
     )

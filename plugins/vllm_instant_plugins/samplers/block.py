@@ -54,8 +54,11 @@ def verified(
         num_kept = kept_one_by_one(rows, of_drafts)
         return num_kept, replacements(rows, num_kept, None, target_probs, None)
     after = weights(of_drafts)
-    chances = length_chances(rows, after, target_probs, draft_probs)
-    acceptable = (torch.rand_like(chances) < chances) & rows.is_real
+    luck = torch.rand_like(after)
+    # A chance is at most the weight, and 1 where the weight is 1: elsewhere the mass decides nothing.
+    decides = (luck < after) & (after < 1)
+    chances = length_chances(rows, after, target_probs, draft_probs, decides)
+    acceptable = (luck < chances) & rows.is_real
     lengths = torch.arange(1, acceptable.shape[1] + 1, device=acceptable.device)
     num_kept = (acceptable * lengths).amax(1)
     kept_weight = torch.cat([torch.ones_like(after[:, :1]), after], 1).gather(1, num_kept[:, None])[:, 0]
@@ -94,7 +97,11 @@ def weights(of_drafts: torch.Tensor) -> torch.Tensor:
 
 
 def length_chances(
-    rows: DraftRows, after: torch.Tensor, target_probs: torch.Tensor, draft_probs: torch.Tensor
+    rows: DraftRows,
+    after: torch.Tensor,
+    target_probs: torch.Tensor,
+    draft_probs: torch.Tensor,
+    decides: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``h_1 … h_n``, float64 ``[batch, longest]``: the chance that each length is acceptable.
 
@@ -103,12 +110,15 @@ def length_chances(
         after: ``weights``.
         target_probs: float32 ``[total, vocabulary]``.
         draft_probs: float32 ``[total, vocabulary]``.
+        decides: bool ``[batch, longest]``, which chances are asked for; others may come out as 0 where the weight is
+            below 1. All by default.
 
     """
     # The mass behind i drafts is at the row of draft i + 1, which has weight w_i. Rows that do not need one get 0.
     has_next = rows.is_real[:, 1:]
+    summed = has_next if decides is None else has_next & decides[:, :-1]
     of_row = torch.zeros(len(target_probs), dtype=torch.float32, device=target_probs.device)
-    of_row.index_add_(0, rows.index[:, 1:].flatten(), torch.where(has_next, after[:, :-1], 0.0).float().flatten())
+    of_row.index_add_(0, rows.index[:, 1:].flatten(), torch.where(summed, after[:, :-1], 0.0).float().flatten())
     mass = residual_masses(target_probs, draft_probs, of_row).double()
     missing = 1.0 - after[:, :-1]
     inner = mass[rows.index[:, 1:]]
