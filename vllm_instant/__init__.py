@@ -4,6 +4,7 @@ This module is the public API for plugin authors; ``vllm_instant.contracts`` say
 """
 
 from vllm_instant.contracts import (
+    Admission,
     BatchingPolicy,
     Draft,
     Drafter,
@@ -13,6 +14,7 @@ from vllm_instant.contracts import (
     Plugin,
     PluginContext,
     PluginOptions,
+    QueueMoment,
     RejectionSampler,
     RequestState,
     Share,
@@ -22,12 +24,14 @@ from vllm_instant.contracts import (
     UpcomingStep,
 )
 from vllm_instant.hookspecs import hookimpl
+from vllm_instant.live_requests import prompt_class
 from vllm_instant.settings import Deployment
 from vllm_instant.verification import DraftRows, Verification, draft_rows
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Admission",
     "BatchingPolicy",
     "Deployment",
     "Draft",
@@ -39,6 +43,7 @@ __all__ = [
     "Plugin",
     "PluginContext",
     "PluginOptions",
+    "QueueMoment",
     "RejectionSampler",
     "RequestState",
     "Share",
@@ -49,4 +54,5 @@ __all__ = [
     "Verification",
     "draft_rows",
     "hookimpl",
+    "prompt_class",
 ]

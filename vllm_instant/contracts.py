@@ -50,6 +50,8 @@ class PluginContext:
     """``cpu``, ``cuda``, …"""
     confident_drafts: bool = False
     """Whether the drafter says how sure it is of each token, so that ``DraftPrice`` cuts its drafts."""
+    itl_slo_ms: float | None = None
+    """The deployment's goal for the time between tokens, in milliseconds, if its speculation policy has one."""
     identity: Mapping[str, str] = field(default_factory=dict)
     """What timings measured in this engine depend on: device name, model, dtype, vLLM version, drafter, parallelism."""
 
@@ -99,6 +101,12 @@ class RequestState:
     when the policy decides."""
     cache_salt: str = ""
     """What separates its tenant's data from that of others; empty when nothing does."""
+    prompt_class: int = 0
+    """The same for requests whose prompts begin alike (a system prompt): what policies group requests by."""
+    arrival: float = 0.0
+    """When it entered the engine, in seconds of the clock that ``QueueMoment.now`` reads."""
+    num_preemptions: int = 0
+    """How often it lost its KV blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,24 +300,91 @@ class RejectionSampler(Protocol):
         ...
 
 
-# -------------------------------------------------------- slots whose seams come with their first plugins
+# ------------------------------------------------------------------------------------------------ batching
+
+
+@dataclass(frozen=True, slots=True)
+class QueueMoment:
+    """What a batching policy decides about: who waits, who runs, and how much room there is."""
+
+    waiting: Sequence[RequestState]
+    """In the order of arrival. Requests that lost their KV blocks are not among them: they always go first."""
+    running: Sequence[RequestState]
+    now: float
+    """Seconds, monotonic."""
+    most_running: int
+    """Most requests that run together."""
+    free_kv_tokens: int
+    """Tokens for which there are free KV blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Who may start."""
+
+    order: Sequence[int] = ()
+    """Indices into ``QueueMoment.waiting``, those first that shall start first; all others follow as they arrived."""
+    most: int | None = None
+    """At most so many start in this step; None: as many as there is room for."""
 
 
 @runtime_checkable
 class BatchingPolicy(Protocol):
-    """Orders the waiting requests and chooses whom to preempt. Runs in the engine-core process."""
+    """Decides which waiting requests start, how much of their prompts a step reads, and who is preempted.
 
-    def order_key(self, request: RequestState, arrival_seconds: float) -> float:
-        """Where a new request stands in the queue: smaller is sooner. Asked once a request; must not change."""
+    Runs in the engine-core process. The order is asked for when there is room for somebody, not in every step; an
+    explicit ``priority`` of the requests stands above it. With vLLM's scheduling policy ``priority``, preemption is
+    vLLM's.
+    """
+
+    def admit(self, moment: QueueMoment) -> Admission:
+        """Who may start now, and in which order."""
         ...
 
-    def preempt(self, running: Sequence[RequestState]) -> int:
-        """Index of the running request to preempt when the KV cache is full."""
-        ...
-
-    def finished(self, request: RequestState) -> None:
-        """A request ended by itself (not aborted): learn its length. Optional."""
+    def enter(self, request: RequestState) -> None:
+        """A request begins to wait. Optional."""
         return None
+
+    def started(self, request: RequestState, now: float) -> None:
+        """A request left the queue, or came back after it had lost its KV blocks. Optional."""
+        return None
+
+    def preempted(self, request: RequestState, now: float) -> None:
+        """A running request lost its KV blocks and waits again. Optional."""
+        return None
+
+    def finished(self, request: RequestState, now: float, complete: bool) -> None:
+        """A request left the engine; ``complete`` says whether it ended by itself. Optional."""
+        return None
+
+    def spare(self, running: Sequence[RequestState]) -> Sequence[int] | None:
+        """Indices of the running requests, those first that shall keep their KV blocks longest when blocks run out.
+
+        None keeps vLLM's own choice, which preempts who started last. Asked only when blocks are short. Optional.
+        """
+        return None
+
+    def most_prompt_tokens(self, moment: QueueMoment) -> int | None:
+        """Most prompt tokens that the next step shall read beside the running requests' own; None: no limit.
+
+        Optional.
+        """
+        return None
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learn from a finished step. Optional."""
+        return None
+
+    def measures(self) -> Mapping[str, float]:
+        """Numbers about itself, by name, for ``/metrics``. Optional."""
+        return {}
+
+    def close(self) -> None:
+        """The engine stops: keep what the next start should know. Optional."""
+        return None
+
+
+# -------------------------------------------------------- slots whose seams come with their first plugins
 
 
 @runtime_checkable

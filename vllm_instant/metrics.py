@@ -22,6 +22,12 @@ _SPECULATION = {
     "steps_without_drafting": ("planned_steps_without_drafting", "Planned steps in which nothing was drafted."),
 }
 
+_BATCHING = {
+    "started": ("requests_started", "Requests that left the queue for the first time."),
+    "started_early": ("requests_started_early", "Requests that started while an older one waited."),
+    "preemptions": ("requests_preempted", "Times that a running request lost its KV blocks."),
+}
+
 
 class InstantMetrics:
     """Prometheus metrics fed with totals from the engine cores.
@@ -49,6 +55,17 @@ class InstantMetrics:
             field: Counter(f"{PREFIX}{name}", text, ["engine"], registry=registry)
             for field, (name, text) in _SPECULATION.items()
         }
+        self._batching = {
+            field: Counter(f"{PREFIX}{name}", text, ["engine"], registry=registry)
+            for field, (name, text) in _BATCHING.items()
+        }
+        self._measures = Gauge(
+            f"{PREFIX}batching_measure",
+            "What the batching policy measures of itself.",
+            ["engine", "measure"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
         self._failures = Counter(
             f"{PREFIX}plugin_failures",
             "Times that a plugin raised while serving (it is disabled at the first).",
@@ -59,10 +76,12 @@ class InstantMetrics:
 
     def update(self, engine: str, totals: dict[str, Any]) -> None:
         """Raise the counters to an engine's totals; a total that fell means that the engine was restarted."""
-        speculation = totals.get("speculation")
-        if speculation is not None:
-            for field, counter in self._speculation.items():
-                counter.labels(engine).inc(self._growth((engine, field), speculation[field]))
+        for slot, counters in (("speculation", self._speculation), ("batching", self._batching)):
+            if totals.get(slot) is not None:
+                for field, counter in counters.items():
+                    counter.labels(engine).inc(self._growth((engine, field), totals[slot][field]))
+        for measure, value in (totals.get("batching") or {}).get("measures", {}).items():
+            self._measures.labels(engine, measure).set(value)
         for failure in totals.get("failures", ()):
             labels = (engine, failure["slot"], failure["plugin"], failure["hook"])
             self._failures.labels(*labels).inc(self._growth(labels, failure["count"]))

@@ -271,8 +271,11 @@ def contradictions(deployment: Deployment, manager: PluginManager) -> Iterator[s
         )
     if drafter.build is not None and "num_speculative_tokens" not in deployment.slots["drafter"].options:
         yield f"[drafter] plugin = {drafter.name!r} must derive its options from vllm_instant.DrafterOptions"
-    if deployment.slots["speculation"].plugin != "off" and "scheduler_cls" in deployment.vllm:
-        yield (
-            "[vllm] scheduler_cls replaces the scheduler that hands out the speculation budget: "
-            "remove it, or set [speculation] plugin = 'off'"
-        )
+    if "scheduler_cls" in deployment.vllm:
+        served = {"speculation": "off", "batching": "fcfs"}
+        remedies = [f"[{s}] plugin = {off!r}" for s, off in served.items() if deployment.slots[s].plugin != off]
+        if remedies:
+            yield (
+                "[vllm] scheduler_cls replaces the scheduler that serves the deployment's policies: "
+                f"remove it, or set {' and '.join(remedies)}"
+            )

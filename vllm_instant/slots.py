@@ -47,7 +47,6 @@ SLOTS: dict[str, Slot] = {
             "engine core",
             "fcfs",
             contracts.BatchingPolicy,
-            served=False,
         ),
         Slot("experts", "which experts a batch may use", "worker", "native", contracts.ExpertRouter, served=False),
         Slot(

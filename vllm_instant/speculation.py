@@ -20,6 +20,7 @@ from typing import Any
 from vllm_instant.containment import Contained, ContractError
 from vllm_instant.contracts import DraftPrice, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant.drafting import DraftPlan, DraftReport
+from vllm_instant.live_requests import LiveRequests
 
 CLIENT_KEY = "instant_speculation"
 """What a client writes into ``vllm_xargs``: ``"off"``, ``"auto"`` or a number of draft tokens."""
@@ -67,6 +68,7 @@ class SpeculationBudget:
         policy: the policy behind its breaker.
         max_draft_tokens: most draft tokens a request can get in one step (vLLM's ``num_speculative_tokens``).
         clock: seconds, monotonic.
+        requests: where requests are admitted and forgotten by somebody else; by default, here.
 
     """
 
@@ -75,14 +77,16 @@ class SpeculationBudget:
         policy: Contained[SpeculationPolicy],
         max_draft_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
+        requests: LiveRequests | None = None,
     ) -> None:
         self.policy = policy
         self.max_draft_tokens = max_draft_tokens
         self.counters = SpeculationCounters()
-        self.states: dict[str, RequestState] = {}
+        self._requests = LiveRequests() if requests is None else requests
+        self._is_registrar = requests is None
+        self.states = self._requests.states
         """The live states of all admitted requests, by request id."""
         self._clock = clock
-        self._free_indices: list[int] = []
         self._num_pinned = 0
         """Admitted requests whose clients asked for a length."""
         self._number = 0
@@ -102,9 +106,8 @@ class SpeculationBudget:
     # ---------------------------------------------------------------------------------------------- requests
 
     def admit(self, state: RequestState) -> None:
-        """A request entered the engine; gives it its index."""
-        state.index = self._free_indices.pop() if self._free_indices else len(self.states)
-        self.states[state.request_id] = state
+        """A request entered the engine."""
+        self._requests.admit(state)
         try:
             length = requested_draft_length(state.extra_args)
         except ValueError:
@@ -116,12 +119,12 @@ class SpeculationBudget:
 
     def forget(self, request_id: str) -> None:
         """A request ended or was aborted."""
-        state = self.states.pop(request_id, None)
+        state = self.states.get(request_id)
         if state is not None:
-            state.prompt_token_ids = ()  # whoever keeps the state shall not keep the prompt
             self._num_pinned -= state.pinned_draft_length is not None
             self.policy.call("forget", lambda policy: policy.forget(request_id), None)
-            self._free_indices.append(state.index)
+            if self._is_registrar:
+                self._requests.forget(request_id)
 
     # ------------------------------------------------------------------------------------------------- steps
 

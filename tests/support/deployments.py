@@ -42,6 +42,9 @@ plugin = "cycling"
 [drafter]
 plugin = "ngram"
 num_speculative_tokens = 5
+
+[batching]
+plugin = "shuffled"
 """
 
 SUFFIX = """
@@ -62,6 +65,11 @@ plugin = "hybrid"
 model = "DRAFT"
 num_speculative_tokens = 6
 draft_sample_method = "probabilistic"
+
+[batching]
+plugin = "similarity"
+itl_slo_ms = 60
+keep_lengths = false
 """
 
 EXAMPLE = """

@@ -21,6 +21,18 @@ def test_totals_become_counters_per_engine():
     assert registry.get_sample_value("vllm_instant:draft_tokens_proposed_total", {"engine": "1"}) == 2
 
 
+def test_batching_counts_and_its_policys_measures():
+    registry = CollectorRegistry()
+    metrics = InstantMetrics(resolve(), registry)
+    for started, error in ((2, 0.5), (7, 0.1)):
+        counts = {"started": started, "started_early": 1, "preemptions": 0, "measures": {"some_error": error}}
+        metrics.update("0", {"speculation": None, "batching": counts, "failures": []})
+    assert registry.get_sample_value("vllm_instant:requests_started_total", {"engine": "0"}) == 7
+    assert registry.get_sample_value("vllm_instant:requests_started_early_total", {"engine": "0"}) == 1
+    labels = {"engine": "0", "measure": "some_error"}
+    assert registry.get_sample_value("vllm_instant:batching_measure", labels) == 0.1
+
+
 def test_a_restarted_engine_does_not_turn_counters_back():
     registry = CollectorRegistry()
     metrics = InstantMetrics(resolve(), registry)

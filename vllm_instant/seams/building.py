@@ -30,6 +30,7 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
         num_speculative_tokens=speculative.num_speculative_tokens if speculative is not None else 0,
         device=str(vllm_config.device_config.device_type),
         confident_drafts=own_drafter and deployment is not None and deployment.offer("drafter").plugin.confident,
+        itl_slo_ms=deployment.slots["speculation"].options.get("itl_slo_ms") if deployment is not None else None,
         identity=_identity(vllm_config, deployment if own_drafter else None),
     )
 
@@ -114,5 +115,5 @@ SEAM = Seam(
         Name("config/cache.py", "CacheConfig.cache_dtype"),
         Name("config/parallel.py", "ParallelConfig.tensor_parallel_size"),
     ),
-    slots=("speculation", "drafter"),
+    slots=("speculation", "drafter", "batching"),
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 
 from vllm_instant.seams import (
+    batching,
     building,
     cpu_sampling,
     cpu_seeds,
@@ -42,6 +43,7 @@ SEAMS: tuple[Seam, ...] = tuple(
         module_names,
         building,
         scheduler,
+        batching,
         drafter,
         draft_skipping,
         draft_sharing,

@@ -15,9 +15,9 @@ DECISIONS_METHOD = "instant_decisions"
 
 
 def instant_totals(self: Any) -> dict[str, Any]:
-    """Totals since start: ``speculation`` (see SpeculationCounters, or None) and ``failures`` of plugins."""
+    """Totals since start: ``speculation``, ``batching`` (see their counters; or None) and ``failures`` of plugins."""
     totals = getattr(self.scheduler, "instant_totals", None)
-    return totals() if totals is not None else {"speculation": None, "failures": []}
+    return totals() if totals is not None else {"speculation": None, "batching": None, "failures": []}
 
 
 def instant_decisions(self: Any, last: int, request_id: str | None = None) -> list[dict[str, Any]]:

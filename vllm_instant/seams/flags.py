@@ -263,27 +263,30 @@ def _select(parsed: Any, serve: Serve) -> None:
         return
     try:
         deployment = settings.resolve(selection.config, selection.overrides)
-        _take_scheduler(parsed, deployment)
-        serve(deployment, parsed.scheduler_cls == SCHEDULER)
+        serve(deployment, _take_scheduler(parsed, deployment))
     except DeploymentError as error:
         _fail(error)
 
 
-def _take_scheduler(arguments: Any, deployment: settings.Deployment) -> None:
-    """Name our scheduler on parsed options or EngineArgs, if there are drafts to plan."""
-    if deployment.slots["speculation"].plugin == "off":
-        return
+def _take_scheduler(arguments: Any, deployment: settings.Deployment) -> bool:
+    """Name our scheduler on parsed options or EngineArgs if it has something to do; says whether that is drafts."""
     asked = getattr(arguments, "scheduler_cls", None)
     replaced = asked not in (None, SCHEDULER)
-    if not chooses_drafter(arguments) and (replaced or not may_be_used(arguments, deployment)):
-        return
+    batches = deployment.offer("batching").plugin.build is not None
+    speculates = deployment.slots["speculation"].plugin != "off" and (
+        chooses_drafter(arguments) or (not replaced and may_be_used(arguments, deployment))
+    )
+    if not (speculates or batches):
+        return False
     if replaced:
+        remedies = [*(["speculation.plugin=off"] * speculates), *(["batching.plugin=fcfs"] * batches)]
         message = (
-            f"{asked} replaces the scheduler that hands out the speculation budget: "
-            "remove it, or set speculation.plugin=off"
+            f"{asked} replaces the scheduler that serves the deployment's policies: "
+            f"remove it, or set {' and '.join(remedies)}"
         )
         raise DeploymentError([Problem("--scheduler-cls", "", message)])
     arguments.scheduler_cls = SCHEDULER
+    return speculates
 
 
 def _active_platform_plugins() -> list[str]:
@@ -339,9 +342,9 @@ def _select_offline(engine_args: Any, serve: Serve) -> None:
             setattr(engine_args, key, value)
     if problems:
         raise DeploymentError(problems)
-    _take_scheduler(engine_args, deployment)
+    speculates = _take_scheduler(engine_args, deployment)
     engine_args.additional_config = {k: v for k, v in additional.items() if k != ADDITIONAL_CONFIG_KEY}
-    serve(deployment, engine_args.scheduler_cls == SCHEDULER)
+    serve(deployment, speculates)
     _published_offline = True
 
 

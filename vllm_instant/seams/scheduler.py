@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_instant import carrier
-from vllm_instant.containment import Contained, failure_counts
-from vllm_instant.contracts import RequestState
+from vllm_instant.containment import failure_counts
+from vllm_instant.contracts import RequestState, StepOutcome
 from vllm_instant.drafting import DraftPlan
+from vllm_instant.seams.batching import BatchingMixin
 from vllm_instant.seams.building import build_contained, context_of
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
-from vllm_instant.seams.undrafted_sampling import needs_no_drafts
 from vllm_instant.speculation import SpeculationBudget
 
 if TYPE_CHECKING:
@@ -37,15 +37,11 @@ REPORT_ATTRIBUTE = "instant_draft_report"
 PADDING = -1
 
 
-class SpeculationBudgetMixin:
-    """Put before vLLM's Scheduler or AsyncScheduler in a class's bases."""
+class InstantMixin(BatchingMixin):
+    """Serves the ``speculation`` slot beside ``batching``; put before vLLM's scheduler in a class's bases."""
 
-    # What the mixin uses of its vLLM base class.
-    requests: dict[str, Any]
+    # What the mixin uses of its vLLM base class, beside what BatchingMixin does.
     num_spec_tokens: int
-    vllm_config: Any
-    running: list[Any]
-    waiting: Any
     spec_decode_metrics_level: str
 
     _asynchronous = False
@@ -55,43 +51,29 @@ class SpeculationBudgetMixin:
         self.instant_budget: SpeculationBudget | None = None
         self.instant_nothing_to_draft = False
         """Nobody gets drafts after this step, so that there are none to fetch (read by ``seams.engine_core``)."""
+        self._latest_output: float | None = None
         self._instant_plan = DraftPlan()
         self._instant_drafter_failures: Sequence[Mapping[str, Any]] = ()
         deployment = carrier.current()
         if deployment is not None and self.num_spec_tokens:
             policy = build_contained("speculation", deployment, context_of(self.vllm_config, deployment))
             if policy is not None:
-                self.instant_budget = SpeculationBudget(policy, self.num_spec_tokens)
+                self.instant_budget = SpeculationBudget(policy, self.num_spec_tokens, requests=self.instant_requests)
                 # Each response says what was drafted and accepted for it, unless the user wants it in more detail.
                 if self.spec_decode_metrics_level == "none":
                     self.spec_decode_metrics_level = "summary"
 
     def add_request(self, request: Request) -> None:
         """Open the request's state before the base class may schedule it."""
-        budget = self.instant_budget
-        if budget is not None and request.request_id not in self.requests:
-            sampling = request.sampling_params
-            budget.admit(
-                RequestState(
-                    request_id=request.request_id,
-                    num_prompt_tokens=request.num_prompt_tokens,
-                    max_tokens=request.max_tokens,
-                    temperature=sampling.temperature if sampling is not None else 0.0,
-                    structured_output=request.use_structured_output,
-                    extra_args=(sampling.extra_args if sampling is not None else None) or {},
-                    num_output_tokens=request.num_output_tokens,
-                    prompt_token_ids=request.prompt_token_ids or (),
-                    cache_salt=request.cache_salt or "",
-                    pinned_draft_length=0 if needs_no_drafts(sampling) else None,
-                )
-            )
-        super().add_request(request)  # type: ignore[misc]
+        if self.instant_budget is not None and request.request_id not in self.requests:
+            self.instant_budget.admit(self.instant_state(request))
+        super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Note when the step began: scheduling is a part of its time."""
         if self.instant_budget is not None:
             self.instant_budget.step_begins()
-        return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        return super().schedule(*args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Plan the drafts that this step will make, before the base class writes down what it scheduled."""
@@ -112,8 +94,9 @@ class SpeculationBudgetMixin:
             if state is not None:
                 drafting.append(state)
         longest_wait = 0.0
-        if self.waiting:
-            longest_wait = max(0.0, time.time() - self.waiting.peek_request().arrival_time)
+        if len(self.waiting):
+            oldest = self.waiting.peek_request() if self.instant_queue is None else self.instant_queue.oldest()
+            longest_wait = max(0.0, time.time() - oldest.arrival_time)
         plan = budget.plan_drafts(drafting, len(self.waiting), longest_wait)
         # The drafter makes one length for the whole batch; the longest wish decides.
         scheduler_output.num_spec_tokens_to_schedule = max(plan.lengths.values(), default=0)
@@ -152,22 +135,22 @@ class SpeculationBudgetMixin:
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         """Learn what was accepted before the base class ends requests."""
-        budget = self.instant_budget
-        if budget is not None:
-            self._observe(budget, scheduler_output, model_runner_output)
+        budget, batching = self.instant_budget, self.instant_batching
+        if budget is not None or batching is not None:
+            self._observe(scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        if budget is not None and not self.running and not self.waiting:
-            budget.engine_idles()
+        if not self.running and not len(self.waiting):
+            self._latest_output = None
+            if budget is not None:
+                budget.engine_idles()
         return outputs
 
-    def _observe(
-        self, budget: SpeculationBudget, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
-    ) -> None:
+    def _observe(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> None:
         sampled = model_runner_output.sampled_token_ids
         rows = model_runner_output.req_id_to_index
         drafts_of = scheduler_output.scheduled_spec_decode_tokens
         invalid = scheduler_output.num_invalid_spec_tokens or {}
-        state_of = budget.states.get
+        state_of = self.instant_requests.states.get
         asynchronous = self._asynchronous
         states: list[RequestState] = []
         drafted: list[int] = []
@@ -189,25 +172,42 @@ class SpeculationBudgetMixin:
             states.append(state)
             drafted.append(count)
             accepted.append(produced - 1 if produced <= count else count)
-        budget.step_finished(
-            id(scheduler_output),
-            states,
-            drafted,
-            accepted,
-            num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens,
-            num_scheduled_requests=len(scheduler_output.num_scheduled_tokens),
-            draft_passes=scheduler_output.num_spec_tokens_to_schedule or 0,
-        )
+        if self.instant_budget is not None:
+            self.instant_budget.step_finished(
+                id(scheduler_output),
+                states,
+                drafted,
+                accepted,
+                num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens,
+                num_scheduled_requests=len(scheduler_output.num_scheduled_tokens),
+                draft_passes=scheduler_output.num_spec_tokens_to_schedule or 0,
+            )
+        if self.instant_batching is not None:
+            now = time.perf_counter()
+            if self._latest_output is not None:
+                # The time between two outputs of a busy engine, which sums to wall-clock time.
+                self.instant_batching.observe(
+                    StepOutcome(
+                        states,
+                        drafted,
+                        accepted,
+                        scheduler_output.total_num_scheduled_tokens,
+                        now - self._latest_output,
+                        len(scheduler_output.num_scheduled_tokens),
+                    )
+                )
+            self._latest_output = now
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if self.instant_budget is not None:
             self.instant_budget.forget(request.request_id)
-        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        return super()._free_request(request, *args, **kwargs)
 
     def instant_close(self) -> None:
-        """Let the policy keep what it learned (called by ``seams.engine_core``)."""
-        if self.instant_budget is not None:
-            self.instant_budget.close()
+        """Let the policies keep what they learned (called by ``seams.engine_core``)."""
+        for policy in (self.instant_budget, self.instant_batching):
+            if policy is not None:
+                policy.close()
 
     def instant_decisions(self, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
         """Why the newest draft lengths were chosen; see ``SpeculationPolicy.decisions``."""
@@ -215,12 +215,13 @@ class SpeculationBudgetMixin:
 
     def instant_totals(self) -> dict[str, Any]:
         """What the metrics show of this scheduler."""
-        budget = self.instant_budget
-        if budget is None:
-            return {"speculation": None, "failures": []}
-        policy: Contained[Any] = budget.policy
-        failures = [*failure_counts(policy), *map(dict, self._instant_drafter_failures)]
-        return {"speculation": budget.totals(), "failures": failures}
+        budget, batching = self.instant_budget, self.instant_batching
+        served = [part.policy for part in (budget, batching) if part is not None]
+        return {
+            "speculation": None if budget is None else budget.totals(),
+            "batching": None if batching is None else batching.totals(),
+            "failures": [*failure_counts(*served), *map(dict, self._instant_drafter_failures)],
+        }
 
 
 def create_scheduler(*args: Any, **kwargs: Any) -> Any:
@@ -232,7 +233,7 @@ def create_scheduler(*args: Any, **kwargs: Any) -> Any:
         from vllm.v1.core.sched.scheduler import Scheduler as Base
     cls = type(
         f"Instant{Base.__name__}",
-        (SpeculationBudgetMixin, Base),
+        (InstantMixin, Base),
         {"__module__": __name__, "_asynchronous": bool(vllm_config.scheduler_config.async_scheduling)},
     )
     return cls(*args, **kwargs)

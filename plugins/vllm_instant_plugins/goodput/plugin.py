@@ -9,7 +9,7 @@ from pydantic import Field
 from vllm_instant import Plugin, PluginContext, PluginOptions, RequestState, StepOutcome, UpcomingStep
 from vllm_instant_plugins.goodput.goals import LatencyGoals
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
-from vllm_instant_plugins.goodput.store import CostStore, default_folder
+from vllm_instant_plugins.keeping import KeptFile, default_folder
 
 
 class GoodputOptions(PluginOptions):
@@ -46,8 +46,8 @@ def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:
         goals = LatencyGoals(_seconds(options.itl_slo_ms), _seconds(options.ttft_slo_ms))
     store = None
     if options.keep_costs:
-        folder = Path(options.costs_folder).expanduser() if options.costs_folder else default_folder()
-        store = CostStore(folder, context.identity)
+        folder = Path(options.costs_folder).expanduser() if options.costs_folder else default_folder("costs")
+        store = KeptFile(folder, context.identity)
     return GoodputPolicy(
         context.num_speculative_tokens,
         context.max_num_seqs,

@@ -23,8 +23,8 @@ from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.explorer import Explorer, Situation
 from vllm_instant_plugins.goodput.goals import LatencyGoals
 from vllm_instant_plugins.goodput.pricing import FREE, Pricing
-from vllm_instant_plugins.goodput.store import CostStore
 from vllm_instant_plugins.goodput.trace import Decision, Trace
+from vllm_instant_plugins.keeping import KeptFile
 
 logger = logging.getLogger("vllm.instant")
 
@@ -38,8 +38,6 @@ CLEAR_GAIN = 0.05
 RESTING_STEPS = 4
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
-PROMPT_HEAD = 32
-"""Prompts that share so many tokens at their beginning (a system prompt) are of one class."""
 _FORGETTING = 0.97
 
 
@@ -64,7 +62,7 @@ class GoodputPolicy(SpeculationPolicy):
         max_draft_tokens: int,
         max_requests: int,
         goals: LatencyGoals | None = None,
-        store: CostStore | None = None,
+        store: KeptFile | None = None,
         calibrating: bool = False,
         log_changes: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -126,7 +124,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._entered[index] = self._newest_step
         self._pins[index] = -1 if request.pinned_draft_length is None else request.pinned_draft_length
         kind = (min(round(request.temperature * 2), 4), request.structured_output)
-        self.acceptance.enter(index, kind, hash(tuple(request.prompt_token_ids[:PROMPT_HEAD])))
+        self.acceptance.enter(index, kind, request.prompt_class)
         if self._goals is not None:
             self._goals.enter(index)
 

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import Draft, DraftPrice, DraftRequest, Share, SharingDrafter
+from vllm_instant import Draft, DraftPrice, DraftRequest, Share, SharingDrafter, prompt_class
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
-from vllm_instant_plugins.goodput.policy import PROMPT_HEAD
 from vllm_instant_plugins.suffix.calibration import came_true
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
 
@@ -105,7 +104,7 @@ class HybridDrafter(SharingDrafter):
             index = self._indices.get(request_id)
             if index is None:
                 index = self._indices[request_id] = self._free.pop() if self._free else len(self._indices)
-                self.model.enter(index, 0, hash(request.token_ids[:PROMPT_HEAD].tobytes()))
+                self.model.enter(index, 0, prompt_class(request.token_ids[: request.num_prompt_tokens]))
             indices.append(index)
             self._lengths[request_id] = len(request.token_ids)
             drafted = self._drafted.pop(request_id, None)

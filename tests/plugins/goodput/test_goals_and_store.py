@@ -8,7 +8,7 @@ import pytest
 
 from vllm_instant import RequestState, UpcomingStep
 from vllm_instant_plugins.goodput.goals import STRONGEST, LatencyGoals
-from vllm_instant_plugins.goodput.store import CostStore
+from vllm_instant_plugins.keeping import KeptFile
 
 BOTH = np.array([0, 1])
 
@@ -69,19 +69,19 @@ def test_the_longest_step():
 
 
 def test_a_file_for_each_identity(tmp_path):
-    one, other = CostStore(tmp_path, {"model": "a"}), CostStore(tmp_path, {"model": "b"})
+    one, other = KeptFile(tmp_path, {"model": "a"}), KeptFile(tmp_path, {"model": "b"})
     assert one.load() is None
     one.save({"weights": [1.0]})
     assert one.load() == {"weights": [1.0]}
     assert other.load() is None
-    assert CostStore(tmp_path, {"model": "a"}).load() == {"weights": [1.0]}
+    assert KeptFile(tmp_path, {"model": "a"}).load() == {"weights": [1.0]}
 
 
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"format": 99}', '{"format": 1, "identity": {}, "costs": {}}', "\0"]
 )
 def test_a_file_that_is_not_ours_is_none(tmp_path, content):
-    store = CostStore(tmp_path, {"model": "a"})
+    store = KeptFile(tmp_path, {"model": "a"})
     store.path.parent.mkdir(exist_ok=True)
     store.path.write_text(content)
     assert store.load() is None
@@ -89,13 +89,13 @@ def test_a_file_that_is_not_ours_is_none(tmp_path, content):
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    store = CostStore(tmp_path / "file", {"model": "a"})
+    store = KeptFile(tmp_path / "file", {"model": "a"})
     store.save({})
     assert "not kept" in caplog.text
 
 
 def test_saving_aside_does_not_wait(tmp_path):
-    store = CostStore(tmp_path, {"model": "a"})
+    store = KeptFile(tmp_path, {"model": "a"})
     store.save_aside({"weights": [2.0]})
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and thread.daemon:

@@ -203,16 +203,16 @@ def test_two_hundred_fifty_six_requests_in_microseconds():
 
 
 def test_what_was_learned_is_there_at_the_next_start(tmp_path):
-    from vllm_instant_plugins.goodput.store import CostStore
+    from vllm_instant_plugins.keeping import KeptFile
 
     identity = {"device": "simulated"}
-    stores = [CostStore(tmp_path, identity), CostStore(tmp_path, identity)]
+    stores = [KeptFile(tmp_path, identity), KeptFile(tmp_path, identity)]
     _serve(PAIR, TWO_CORES, 4, lambda clock: _goodput(clock, store=stores[0]))
     second = _goodput(lambda: 0.0, store=stores[1])
     assert second.costs.ready
     x = second.costs.features(8, 600, 4, 1, 4)
     assert second.costs.estimate(x)[0] == pytest.approx(TWO_CORES.seconds(8, 600, 1, 4), rel=0.1)
-    assert not _goodput(lambda: 0.0, store=CostStore(tmp_path, {"device": "another"})).costs.ready
+    assert not _goodput(lambda: 0.0, store=KeptFile(tmp_path, {"device": "another"})).costs.ready
 
 
 def test_calibrating_tries_all_lengths():

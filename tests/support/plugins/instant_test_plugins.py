@@ -2,7 +2,16 @@
 
 import random
 
-from vllm_instant import Drafter, DrafterOptions, Plugin, SpeculationPolicy, hookimpl
+from vllm_instant import (
+    Admission,
+    BatchingPolicy,
+    Drafter,
+    DrafterOptions,
+    Plugin,
+    PluginOptions,
+    SpeculationPolicy,
+    hookimpl,
+)
 
 
 class CyclingPolicy(SpeculationPolicy):
@@ -36,6 +45,64 @@ class RaisingPolicy(CyclingPolicy):
         if self.step == 5:
             raise RuntimeError("policy failed on purpose")
         return super().draft_lengths(step)
+
+
+class BackwardsOptions(PluginOptions):
+    """What the tests of the batching seam turn."""
+
+    most: int | None = None
+    victim: str = ""
+    prompt_tokens: int | None = None
+    order: str = ""
+    fail: bool = False
+
+
+class Backwards(BatchingPolicy):
+    """The newest request first; for the rest as its options say."""
+
+    def __init__(self, options):
+        self.options = options
+        self.asked = 0
+        self.ended = []
+
+    def admit(self, moment):
+        self.asked += 1
+        if self.options.fail:
+            raise RuntimeError("batching failed on purpose")
+        order = range(len(moment.waiting) - 1, -1, -1)
+        if self.options.order:
+            order = [int(place) for place in self.options.order.split(",")]
+        return Admission(order, self.options.most)
+
+    def spare(self, running):
+        return sorted(range(len(running)), key=lambda place: running[place].request_id == self.options.victim)
+
+    def most_prompt_tokens(self, moment):
+        return self.options.prompt_tokens
+
+    def finished(self, request, now, complete):
+        self.ended.append((request.request_id, request.num_output_tokens, complete))
+
+    def measures(self):
+        return {"asked": self.asked}
+
+
+class Shuffled(Backwards):
+    """Any order, another one every time; any victims; prompts in small pieces."""
+
+    def __init__(self):
+        super().__init__(BackwardsOptions(prompt_tokens=24))
+        self.random = random.Random(0)
+
+    def admit(self, moment):
+        order = list(range(len(moment.waiting)))
+        self.random.shuffle(order)
+        return Admission(order[: self.random.randrange(len(order) + 1)], self.random.choice([None, 1, 2]))
+
+    def spare(self, running):
+        order = list(range(len(running)))
+        self.random.shuffle(order)
+        return order
 
 
 class RandomDrafter(Drafter):
@@ -108,5 +175,13 @@ def instant_plugins():
                 ("out_of_range", "OutOfRange"),
             )
         ),
+        Plugin(
+            slot="batching",
+            name="backwards",
+            summary="test",
+            options=BackwardsOptions,
+            build=lambda o, c: Backwards(o),
+        ),
+        Plugin(slot="batching", name="shuffled", summary="test", build=lambda o, c: Shuffled()),
         Plugin(slot="experts", name="unserved", summary="test", lossy=True, build=incomplete),
     ]

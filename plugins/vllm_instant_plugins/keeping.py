@@ -1,6 +1,6 @@
-"""What was learned about a deployment's costs, kept on disk for its next start.
+"""What was learned about a deployment, kept on disk for its next start.
 
-One small JSON file for each combination of what timings depend on (device, model, dtype, vLLM version, drafter, …).
+One small JSON file for each combination of what it depends on (device, model, dtype, vLLM version, drafter, …).
 A file that cannot be read or written, or that is of another shape, is as good as none.
 """
 
@@ -23,21 +23,23 @@ logger = logging.getLogger("vllm.instant")
 FORMAT = 1
 
 
-def default_folder() -> Path:
-    """Where cost files lie unless the deployment says otherwise."""
-    return Path(platformdirs.user_cache_dir("vllm-instant")) / "costs"
+def default_folder(name: str) -> Path:
+    """Where files about something lie unless the deployment says otherwise."""
+    return Path(platformdirs.user_cache_dir("vllm-instant")) / name
 
 
-class CostStore:
+class KeptFile:
     """The file of one deployment.
 
     Args:
         folder: where the files lie.
-        identity: what the timings depend on.
+        identity: what the knowledge depends on.
+        name: what it is about; stands in the file and in messages.
 
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, str], name: str = "costs") -> None:
+        self._name = name
         self._identity = dict(sorted(identity.items()))
         digest = hashlib.sha256(json.dumps(self._identity).encode()).hexdigest()[:16]
         self.path = folder / f"{digest}.json"
@@ -48,22 +50,22 @@ class CostStore:
         with suppress(OSError, ValueError):
             stored = json.loads(self.path.read_text())
             if isinstance(stored, dict) and stored.get("format") == FORMAT and stored.get("identity") == self._identity:
-                costs = stored.get("costs")
-                return costs if isinstance(costs, dict) else None
+                knowledge = stored.get(self._name)
+                return knowledge if isinstance(knowledge, dict) else None
         return None
 
-    def save(self, costs: Mapping[str, Any]) -> None:
+    def save(self, knowledge: Mapping[str, Any]) -> None:
         """Write now, replacing the file as a whole."""
         partial = self.path.with_suffix(f".{os.getpid()}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({"format": FORMAT, "identity": self._identity, "costs": dict(costs)}))
+            partial.write_text(json.dumps({"format": FORMAT, "identity": self._identity, self._name: dict(knowledge)}))
             partial.replace(self.path)
         except OSError as error:
-            logger.warning("What was learned about step costs was not kept: %s", error)
+            logger.warning("What was learned about %s was not kept: %s", self._name, error)
 
-    def save_aside(self, costs: Mapping[str, Any]) -> None:
+    def save_aside(self, knowledge: Mapping[str, Any]) -> None:
         """Write in a thread, so that no step waits for a disk; skipped while the last writing still goes on."""
         if self._writing is None or not self._writing.is_alive():
-            self._writing = threading.Thread(target=self.save, args=(costs,), daemon=True)
+            self._writing = threading.Thread(target=self.save, args=(knowledge,), daemon=True)
             self._writing.start()

@@ -1,0 +1,299 @@
+"""Who goes first, who is preempted, how much of a prompt is read: the policy against a server made of slots."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm_instant_plugins.keeping import KeptFile
+from vllm_instant_plugins.similarity.policy import SimilarityPolicy
+
+from vllm_instant import QueueMoment, RequestState, StepOutcome
+from vllm_instant.evidence.queueing import Job, serve
+from vllm_instant.live_requests import LiveRequests
+
+SLOTS = 8
+STEP = 0.03
+"""Seconds a token in the simulation."""
+
+
+def _jobs(seed, count, load=None, told=True, long_share=0.2, short=16, long=320):
+    """Short and long answers; all at once, or as a Poisson stream at a share of what the slots can serve."""
+    random = np.random.default_rng(seed)
+    is_long = random.random(count) < long_share
+    low, high = np.where(is_long, long * 3 // 4, short // 2), np.where(is_long, long * 5 // 4, short * 3 // 2)
+    tokens = random.integers(low, high)
+    if load is None:
+        arrivals = np.sort(random.random(count) * 0.1)
+    else:
+        arrivals = np.cumsum(random.exponential(tokens.mean() * STEP / SLOTS / load, count))
+    return [
+        Job(
+            float(at),
+            int(n),
+            prompt=[7 if slow else 3] * 32 + random.integers(10, 4000, 8).tolist(),
+            told=int(n) if told else None,
+        )
+        for at, n, slow in zip(arrivals, tokens, is_long, strict=True)
+    ]
+
+
+def _policy(**options):
+    return SimilarityPolicy(SLOTS, clock=lambda: 0.0, **options)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """What a policy knows after 150 requests of this kind."""
+    policy = _policy()
+    serve(_jobs(99, 150, 0.7, told=False), SLOTS, policy, seconds_per_token=STEP)
+    return policy
+
+
+def _with(learned):
+    policy = _policy()
+    policy.lengths.restore(learned.lengths.kept())
+    policy.service.prices[:] = learned.service.prices
+    return policy
+
+
+def _compare(jobs, policy):
+    ours, theirs = (serve(jobs, SLOTS, p, seconds_per_token=STEP) for p in (policy, None))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "learned"])
+@pytest.mark.parametrize("load", [None, 1.1], ids=["burst", "overload"])
+def test_a_crowd_is_served_sooner_on_average(learned, load, told):
+    mean, wait, slowest = [], [], []
+    for seed in range(4):
+        ours, theirs = _compare(_jobs(seed, 128 if load is None else 300, load, told), _with(learned))
+        mean.append(ours.latencies.mean() / theirs.latencies.mean())
+        wait.append(ours.waits.mean() / theirs.waits.mean())
+        slowest.append(np.percentile(ours.latencies, 99) / np.percentile(theirs.latencies, 99))
+    assert np.mean(mean) < 0.70
+    assert np.mean(wait) < 0.65
+    assert np.mean(slowest) < 1.10
+
+
+@pytest.mark.parametrize("load", [0.5, 0.7])
+def test_without_a_crowd_nothing_becomes_worse(learned, load):
+    mean, slowest = [], []
+    for seed in range(4):
+        ours, theirs = _compare(_jobs(seed, 300, load, told=False), _with(learned))
+        mean.append(ours.latencies.mean() / theirs.latencies.mean())
+        slowest.append(np.percentile(ours.latencies, 99) / np.percentile(theirs.latencies, 99))
+    assert np.mean(mean) < 1.0
+    assert np.mean(slowest) < 1.02
+
+
+def _starving(seed, told):
+    """A stream of short requests that by itself fills nine tenths of the server, and now and then a long one."""
+    random = np.random.default_rng(seed)
+    short = [Job(at, 16, told=16 if told else None) for at in np.arange(0, 40, 16 * STEP / SLOTS / 0.9)]
+    long = [Job(float(at), 300, told=300 if told else None) for at in random.uniform(0, 40, 12)]
+    return sorted([*short, *long], key=lambda job: job.arrival)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_nobody_starves(learned, told, monkeypatch):
+    """The bound holds where a policy that only prefers the short breaks it by far."""
+    for seed in range(3):
+        ours, theirs = _compare(_starving(seed, told), _with(learned))
+        assert (ours.waits <= 2 * theirs.waits + 1 + 0.25).all()
+    monkeypatch.setattr("vllm_instant_plugins.similarity.policy.ENOUGH_FOR_A_TAIL", 1e9)
+    impatient, theirs = _compare(_starving(0, True), _policy(wait_ratio=1e6, wait_seconds=1e6))
+    assert (impatient.waits > 2 * theirs.waits + 2).any()
+
+
+STREAMS = st.lists(st.tuples(st.floats(0, 0.5), st.integers(1, 200), st.integers(0, 2)), min_size=1, max_size=60)
+
+
+@settings(max_examples=150)
+@given(STREAMS, st.integers(1, 8), st.sampled_from([(1.0, 0.0), (2.0, 1.0), (4.0, 0.5)]))
+def test_the_bound_holds_for_any_stream(stream, slots, bound):
+    """With lengths that are known. A request that is due waits for the next slot: so long a wait is added.
+
+    A slot becomes free at the latest when a request that started in time, by its own bound, ends.
+    """
+    jobs, now = [], 0.0
+    for gap, tokens, _ in stream:
+        now += gap
+        jobs.append(Job(now, tokens, told=tokens))
+    policy = SimilarityPolicy(slots, *bound, clock=lambda: 0.0)
+    policy.service.prices[:] = [0.0, 0.0005, STEP]
+    ours, theirs = (serve(jobs, slots, p, seconds_per_token=STEP) for p in (policy, None))
+    ratio, seconds = bound
+    due = ratio * theirs.waits + seconds
+    # What first come, first served would have had done is late by no more than what came before it was allowed to be.
+    latest = np.maximum.accumulate(due - theirs.waits) + theirs.waits
+    service = ours.end - ours.start
+    assert (ours.waits <= latest + service.max() + 0.1).all()
+
+
+@given(STREAMS, st.integers(1, 8))
+def test_everybody_is_served_once_and_no_slot_is_idle_while_somebody_waits(stream, slots):
+    jobs, now = [], 0.0
+    for gap, tokens, kind in stream:
+        now += gap
+        jobs.append(Job(now, tokens, prompt=[kind] * 40))
+    served = serve(jobs, slots, SimilarityPolicy(slots, clock=lambda: 0.0))
+    assert np.isfinite(served.end).all()
+    for at in served.start[served.waits > 1e-9]:
+        assert ((served.start < at) & (served.end > at - 1e-6)).sum() >= slots - (np.isclose(served.end, at)).sum()
+
+
+# ---------------------------------------------------------------------------------------------- single decisions
+
+
+@pytest.fixture
+def live():
+    return LiveRequests()
+
+
+def _enter(policy, live, number, tokens=16, arrival=0.0, prompt=(), **known):
+    state = RequestState(
+        f"r{number}",
+        len(prompt) or 16,
+        4096,
+        0.0,
+        prompt_token_ids=prompt,
+        extra_args={} if tokens is None else {"instant_output_tokens": tokens},
+        **known,
+    )
+    live.admit(state)
+    state.arrival = arrival
+    policy.enter(state)
+    return state
+
+
+def _moment(waiting, running=(), now=0.0, free=1_000_000):
+    return QueueMoment(waiting, running, now, SLOTS, free)
+
+
+def test_as_they_came_while_too_little_is_known(live):
+    policy = _policy()
+    waiting = [_enter(policy, live, n, tokens=None, prompt=[n] * 40) for n in range(5)]
+    assert policy.admit(_moment(waiting)).order == ()
+
+
+def test_alike_requests_go_as_they_came(live):
+    policy = _policy()
+    lengths = [300, 16, 17, 300, 15, 16]
+    waiting = [_enter(policy, live, n, tokens) for n, tokens in enumerate(lengths)]
+    assert list(policy.admit(_moment(waiting)).order) == [1, 2, 4, 5, 0, 3]
+
+
+def test_long_prompts_cost_too(live):
+    policy = _policy()
+    waiting = [_enter(policy, live, 0, 16, prompt=[1] * 900), _enter(policy, live, 1, 16, prompt=[1] * 30)]
+    assert list(policy.admit(_moment(waiting)).order) == [1, 0]
+
+
+def test_whose_patience_is_at_its_end_goes_first(live):
+    policy = _policy()
+    waiting = [_enter(policy, live, 0, 300), *(_enter(policy, live, n, 16, arrival=0.2) for n in (1, 2))]
+    assert policy.admit(_moment(waiting, now=0.5)).order[0] == 1
+    assert policy.admit(_moment(waiting, now=1.1)).order[0] == 0
+
+
+def test_those_that_share_a_long_prefix_stand_together(live):
+    policy = _policy()
+    shared, other = [5] * 200, [6] * 200
+    waiting = [_enter(policy, live, n, 16, prompt=(shared if n % 2 else other)) for n in range(6)]
+    assert list(policy.admit(_moment(waiting)).order) == [0, 2, 4, 1, 3, 5]
+    waiting = [_enter(policy, live, 10 + n, 16, prompt=(shared if n % 2 else other)[:100]) for n in range(6)]
+    assert list(policy.admit(_moment(waiting)).order) == [0, 1, 2, 3, 4, 5]
+
+
+def test_salted_prefixes_are_not_shared(live):
+    policy = _policy()
+    waiting = [_enter(policy, live, n, 16, prompt=[5] * 200, cache_salt=str(n % 2)) for n in range(4)]
+    assert list(policy.admit(_moment(waiting)).order) == [0, 2, 1, 3]
+
+
+def test_victims_hold_much_for_long_and_cost_little(live):
+    policy = _policy()
+    nearly_done = _enter(policy, live, 0, 100, num_output_tokens=95)
+    fresh_and_long = _enter(policy, live, 1, 2000, num_output_tokens=4)
+    much_work = _enter(policy, live, 2, 2000, prompt=[1] * 3000, num_output_tokens=400)
+    order = policy.spare([fresh_and_long, nearly_done, much_work])
+    assert list(order) == [1, 2, 0], "the last one is preempted"
+    fresh_and_long.num_preemptions = 5
+    assert list(policy.spare([fresh_and_long, nearly_done, much_work]))[-1] == 2, "not the same one again and again"
+
+
+def test_after_a_preemption_nobody_starts_until_there_is_room(live):
+    policy = _policy()
+    running = [_enter(policy, live, n, 300) for n in range(4)]
+    waiting = [_enter(policy, live, 9, 16)]
+    assert policy.admit(_moment(waiting, running, 1.0, free=50)).most is None
+    policy.preempted(running[0], 1.0)
+    assert policy.admit(_moment(waiting, running, 1.1, free=50)).most == 0
+    assert policy.admit(_moment(waiting, running, 1.1, free=5000)).most == 1
+    assert policy.admit(_moment(waiting, running, 60.0, free=50)).most is None
+
+
+def test_prompts_are_read_in_pieces_that_keep_the_goal(live):
+    policy = _policy(itl_seconds=0.050)
+    decoding = [_enter(policy, live, n, 300, num_output_tokens=5) for n in range(4)]
+    waiting = [_enter(policy, live, 9, 16, prompt=[1] * 900)]
+    assert policy.most_prompt_tokens(_moment(waiting, decoding)) is None, "nothing was measured yet"
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        prompt, requests = int(random.integers(0, 200)), int(random.integers(1, 8))
+        seconds = 0.010 + 0.001 * requests + 0.0004 * prompt
+        policy.observe(StepOutcome(decoding[:1] * requests, [0] * requests, [0] * requests, requests + prompt, seconds))
+    most = policy.most_prompt_tokens(_moment(waiting, decoding))
+    assert most == pytest.approx((0.050 - 0.010 - 4 * 0.001) / 0.0004, rel=0.1)
+    assert policy.most_prompt_tokens(_moment(waiting, ())) is None, "nobody is disturbed"
+    assert _policy().most_prompt_tokens(_moment(waiting, decoding)) is None, "there is no goal"
+
+
+def test_a_goal_that_cannot_be_kept_does_not_stop_prompts(live):
+    policy = _policy(itl_seconds=0.001)
+    decoding = [_enter(policy, live, 0, 300, num_output_tokens=5)]
+    for _ in range(20):
+        policy.observe(StepOutcome(decoding, [0], [0], 1, 0.02))
+    assert policy.most_prompt_tokens(_moment((), decoding)) == 16
+
+
+def test_aborted_requests_teach_nothing(live):
+    policy = _policy()
+    state = _enter(policy, live, 0, tokens=None)
+    policy.started(state, 0.0)
+    state.num_output_tokens = 3
+    policy.finished(state, 1.0, complete=False)
+    assert policy.lengths.observed == 0
+    assert len(policy._as_they_came) == 0
+
+
+def test_what_was_learned_survives_a_restart(tmp_path, learned):
+    store = KeptFile(tmp_path, {"model": "m"}, "lengths")
+    policy = _policy(store=store)
+    serve(_jobs(5, 100, 0.7, told=False), SLOTS, policy)
+    policy.close()
+    again = _policy(store=KeptFile(tmp_path, {"model": "m"}, "lengths"))
+    assert again.lengths.useful
+    assert again.lengths.observed == policy.lengths.observed == 100
+
+
+def test_a_file_of_another_release_is_a_warning_and_a_fresh_start(tmp_path, caplog):
+    store = KeptFile(tmp_path, {"model": "m"}, "lengths")
+    store.save({"lengths": {"edges": []}, "service": [0.0, 0.0, 1.0]})
+    assert _policy(store=store).lengths.observed == 0
+    assert "does not fit" in caplog.text
+
+
+@pytest.mark.parametrize("nonsense", ["long", -5, 0, True, None, [3]])
+def test_nonsense_from_a_client_counts_as_nothing(live, nonsense):
+    policy = _policy()
+    state = _enter(policy, live, 0, tokens=nonsense)
+    assert np.isnan(policy._told[state.index])
+
+
+def test_measures_have_names():
+    assert set(_policy().measures()) == {
+        "finished_requests_learned",
+        "output_length_calibration_error",
+        "seconds_per_output_token",
+    }

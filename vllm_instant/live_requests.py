@@ -1,0 +1,41 @@
+"""The requests that an engine core holds, as all of its policies see them: one ``RequestState`` each, shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_instant.contracts import RequestState
+
+PROMPT_HEAD = 32
+"""Prompts that share so many tokens at their beginning (a system prompt) are of one class."""
+
+
+def prompt_class(token_ids: Sequence[int] | npt.NDArray[np.int32]) -> int:
+    """What ``RequestState.prompt_class`` is for a prompt; the same in every process."""
+    return hash(tuple(int(token) for token in token_ids[:PROMPT_HEAD]))
+
+
+class LiveRequests:
+    """Registry of live requests; gives each its class and an index that is free."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, RequestState] = {}
+        self._free_indices: list[int] = []
+
+    def admit(self, state: RequestState) -> None:
+        """A request entered the engine."""
+        if self.states.get(state.request_id) is state:
+            return
+        state.prompt_class = prompt_class(state.prompt_token_ids)
+        state.index = self._free_indices.pop() if self._free_indices else len(self.states)
+        self.states[state.request_id] = state
+
+    def forget(self, request_id: str) -> None:
+        """It is gone; its index goes to the next one."""
+        state = self.states.pop(request_id, None)
+        if state is not None:
+            state.prompt_token_ids = ()  # whoever keeps the state shall not keep the prompt
+            self._free_indices.append(state.index)
