@@ -43,11 +43,20 @@ class Batching:
         self.limits_prompts = kind.most_prompt_tokens is not BatchingPolicy.most_prompt_tokens
         """Whether the policy has anything to say about how much of the prompts a step reads."""
         self.spares = kind.spare is not BatchingPolicy.spare
+        self.thinks = kind.think is not BatchingPolicy.think
+        self.observes = kind.observe is not BatchingPolicy.observe
 
     def enter(self, state: RequestState) -> None:
         """A request begins to wait."""
         state.arrival = self.clock()
         self.policy.call("enter", lambda policy: policy.enter(state), None)
+
+    def decisions(self, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
+        """Why the newest requests started when they did, as plain data."""
+        nothing: list[dict[str, Any]] = []
+        return self.policy.call(
+            "decisions", lambda policy: [dict(d) for d in policy.decisions(last, request_id)], nothing
+        )
 
     def started(self, state: RequestState, oldest_waiting: float) -> None:
         """A request left the queue; ``oldest_waiting`` is when the oldest of those that still wait arrived."""
@@ -107,6 +116,10 @@ class Batching:
             return most
 
         return self.policy.call("most_prompt_tokens", ask, None)
+
+    def while_the_model_runs(self, moment: QueueMoment) -> None:
+        """The step is on its way, and there is time."""
+        self.policy.call("think", lambda policy: policy.think(moment), None)
 
     def observe(self, outcome: StepOutcome) -> None:
         """A step is over."""

@@ -310,6 +310,7 @@ class QueueMoment:
     waiting: Sequence[RequestState]
     """In the order of arrival. Requests that lost their KV blocks are not among them: they always go first."""
     running: Sequence[RequestState]
+    """With ``num_output_tokens`` up to date."""
     now: float
     """Seconds, monotonic."""
     most_running: int
@@ -371,6 +372,10 @@ class BatchingPolicy(Protocol):
         """
         return None
 
+    def think(self, moment: QueueMoment) -> None:
+        """Called while the model runs and nobody waits for an answer: the place for whatever takes long. Optional."""
+        return None
+
     def observe(self, outcome: StepOutcome) -> None:
         """Learn from a finished step. Optional."""
         return None
@@ -378,6 +383,14 @@ class BatchingPolicy(Protocol):
     def measures(self) -> Mapping[str, float]:
         """Numbers about itself, by name, for ``/metrics``. Optional."""
         return {}
+
+    def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
+        """Why the newest requests started when they did, as ``SpeculationPolicy.decisions`` does. Optional.
+
+        For ``vllm-instant explain --queue`` a decision has ``request_id``, ``waited_ms``, ``bound_ms`` (the longest
+        that it might have waited), ``expected_tokens``, ``tokens`` (None while it runs) and ``older_waiting``.
+        """
+        return ()
 
     def close(self) -> None:
         """The engine stops: keep what the next start should know. Optional."""

@@ -32,12 +32,16 @@ def explain(
     request: Annotated[
         str | None, typer.Option(help="Only decisions about this request: the id of its answer, or its beginning.")
     ] = None,
+    queue: Annotated[
+        bool, typer.Option("--queue", help="The queue instead: why requests started when they did.")
+    ] = False,
     api_key: Annotated[str | None, typer.Option(help="The server's API key; VLLM_API_KEY by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what the server answers.")] = False,
 ) -> None:
-    """Show the newest decisions of a server's speculation policy: what was expected, what was chosen, what came out."""
+    """Show the newest decisions of a server's policies: what was expected, what was chosen, what came out."""
     key = api_key or os.environ.get("VLLM_API_KEY")
     parameters: dict[str, Any] = {"last": last} | ({"request_id": request} if request else {})
+    parameters |= {"queue": True} if queue else {}
     try:
         response = httpx.get(
             f"{url.rstrip('/')}/v1/instant/decisions",
@@ -67,11 +71,14 @@ def explain(
     for engine in decided:
         if len(answer["engines"]) > 1:
             print(f"engine {engine['engine']}")
+        if queue:
+            print_columns(_QUEUE_HEADINGS, (_queue_row(decision) for decision in engine["decisions"]))
+            continue
         headings = list(_HEADINGS)
         if request:
             headings[3:5] = ["its acceptance", "its drafts"]
         print_columns(headings, (_row(decision, of_request=request is not None) for decision in engine["decisions"]))
-    for reason in sorted({d["reason"] for engine in decided for d in engine["decisions"]} & REASONS.keys()):
+    for reason in sorted({d.get("reason") for engine in decided for d in engine["decisions"]} & REASONS.keys()):
         print(f"{reason}: {REASONS[reason]}")
 
 
@@ -106,4 +113,20 @@ def _row(decision: dict[str, Any], of_request: bool) -> list[str]:
         f"{expected['milliseconds_without_drafts']:.1f}",
         f"{outcome['tokens']} in {outcome['milliseconds']:.1f}" if outcome else "…",
         f"{outcome['accepted']} of {outcome['drafted']}" if outcome and outcome["drafted"] else "–",
+    ]
+
+
+_QUEUE_HEADINGS = ("request", "waited ms", "at most ms", "expected tokens", "tokens", "older ones left waiting")
+
+
+def _queue_row(decision: dict[str, Any]) -> list[str]:
+    tokens = decision["tokens"]
+    bound = decision["bound_ms"]
+    return [
+        decision["request_id"],
+        f"{decision['waited_ms']:.0f}",
+        "–" if bound is None else f"{bound:.0f}",
+        f"{decision['expected_tokens']:.0f}",
+        "…" if tokens is None else str(tokens),
+        str(decision["older_waiting"]),
     ]

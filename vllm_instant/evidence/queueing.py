@@ -84,6 +84,11 @@ def serve(
     running: list[tuple[float, int]] = []
     start, end = np.full(len(jobs), np.nan), np.full(len(jobs), np.nan)
     coming = 0
+
+    def moment() -> QueueMoment:
+        here, there = [_known(states[n]) for n in waiting], [_known(states[n]) for _, n in running]
+        return QueueMoment(here, there, now, slots, free_kv_tokens=1_000_000)
+
     while coming < len(jobs) or waiting or running:
         while coming < len(jobs) and jobs[coming].arrival <= now:
             job = jobs[coming]
@@ -108,21 +113,12 @@ def serve(
             state.num_output_tokens = jobs[number].output_tokens
             batching.finished(state, complete=True)
             live.forget(state.request_id)
+        for _, number in running:
+            reading = seconds_per_prompt_token * jobs[number].prompt_tokens
+            _known(states[number]).num_output_tokens = max(0, int((now - start[number] - reading) / seconds_per_token))
         started = 0
         while waiting and len(running) < slots:
-            for number in (n for _, n in running):
-                passed = (
-                    now - start[number] - seconds_per_prompt_token * jobs[number].prompt_tokens
-                ) / seconds_per_token
-                _known(states[number]).num_output_tokens = max(0, int(passed))
-            moment = QueueMoment(
-                [_known(states[n]) for n in waiting],
-                [_known(states[n]) for _, n in running],
-                now,
-                slots,
-                1_000_000,
-            )
-            admission = batching.admit(moment)
+            admission = batching.admit(moment())
             if admission.most is not None and started >= admission.most:
                 break
             number = waiting.pop(admission.order[0] if admission.order else 0)
@@ -135,6 +131,8 @@ def serve(
             oldest = _known(states[waiting[0]]).arrival if waiting else now
             batching.started(_known(states[number]), oldest)
             started += 1
+        if batching.thinks:
+            batching.while_the_model_runs(moment())
         events = [running[0][0]] if running else []
         if coming < len(jobs):
             events.append(jobs[coming].arrival)

@@ -8,7 +8,8 @@ output, KV connectors, streaming sessions and pauses go on working as they do.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 from vllm_instant import carrier
 from vllm_instant.batching import Batching
@@ -20,13 +21,41 @@ from vllm_instant.seams.undrafted_sampling import needs_no_drafts
 from vllm_instant.seams.waiting_queue import InstantQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 SHORT_OF_BLOCKS = 2
 """KV blocks are short when there are fewer free ones than so many for each running request."""
+
+
+class RunningStates(Sequence[RequestState]):
+    """The states of the running requests, brought up to date when somebody looks: most decisions need their number."""
+
+    def __init__(self, running: Sequence[Any], states: Mapping[str, RequestState]) -> None:
+        self._running, self._states = running, states
+        self._found: list[RequestState] | None = None
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    @overload
+    def __getitem__(self, place: int) -> RequestState: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[RequestState]: ...
+    def __getitem__(self, place: int | slice) -> RequestState | Sequence[RequestState]:
+        return self._look()[place]
+
+    def __iter__(self) -> Iterator[RequestState]:
+        return iter(self._look())
+
+    def _look(self) -> list[RequestState]:
+        if self._found is None:
+            self._found = []
+            for request in self._running:
+                state = self._states[request.request_id]
+                state.num_output_tokens = len(request.output_token_ids)
+                self._found.append(state)
+        return self._found
 
 
 class LiveRequestsMixin:
@@ -107,7 +136,7 @@ class BatchingMixin(LiveRequestsMixin):
         """Let vLLM schedule with the queue, the victims and the prompt tokens of the policy."""
         queue, batching = self.instant_queue, self.instant_batching
         if queue is None or batching is None:
-            return super().schedule(*args, **kwargs)  # type: ignore[misc, no-any-return]
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         if batching.spares and free < SHORT_OF_BLOCKS * len(self.running) and not self._instant_by_priority:
             self._put_victims_last(batching)
@@ -147,11 +176,16 @@ class BatchingMixin(LiveRequestsMixin):
         batching = self.instant_batching
         return Admission() if batching is None else batching.admit(self._moment(waiting))
 
+    def instant_think(self) -> None:
+        """Called while the model runs."""
+        batching, queue = self.instant_batching, self.instant_queue
+        if batching is not None and queue is not None and batching.thinks:
+            batching.while_the_model_runs(self._moment(queue.states()))
+
     def _moment(self, waiting: Sequence[RequestState]) -> QueueMoment:
-        states = self.instant_requests.states
         return QueueMoment(
             waiting,
-            [states[request.request_id] for request in self.running],
+            RunningStates(self.running, self.instant_requests.states),
             time.monotonic(),
             self.max_num_active_reqs,
             self.kv_cache_manager.block_pool.get_num_free_blocks() * self.block_size,
@@ -159,8 +193,7 @@ class BatchingMixin(LiveRequestsMixin):
 
     def _put_victims_last(self, batching: Batching) -> None:
         """Sort the running requests: vLLM preempts from the end of the list."""
-        states = self.instant_requests.states
-        order = batching.spare([states[request.request_id] for request in self.running])
+        order = batching.spare(RunningStates(self.running, self.instant_requests.states))
         if order is not None:
             self.running = [self.running[place] for place in order]
 

@@ -60,10 +60,14 @@ async def _show_decisions(
     request: Request,
     last: Annotated[int, Query(ge=1, le=2048)] = 20,
     request_id: Annotated[str | None, Query()] = None,
+    queue: Annotated[bool, Query()] = False,
 ) -> dict[str, Any]:
-    """Why the newest draft lengths were chosen, by engine, the oldest first; optionally those of one request."""
+    """Why the newest draft lengths were chosen, by engine, the oldest first; optionally those of one request.
+
+    With ``queue``: why requests started when they did.
+    """
     client = request.app.state.engine_client.engine_core
-    engines = await client.call_utility_all_async(DECISIONS_METHOD, last, request_id)
+    engines = await client.call_utility_all_async(DECISIONS_METHOD, last, request_id, queue)
     return {"engines": [{"engine": number, "decisions": decisions} for number, decisions in enumerate(engines)]}
 
 

@@ -20,10 +20,10 @@ def instant_totals(self: Any) -> dict[str, Any]:
     return totals() if totals is not None else {"speculation": None, "batching": None, "failures": []}
 
 
-def instant_decisions(self: Any, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
-    """Why the newest draft lengths were chosen, as plain data; empty without a policy that explains itself."""
+def instant_decisions(self: Any, last: int, request_id: str | None = None, queue: bool = False) -> list[dict[str, Any]]:
+    """Why the newest draft lengths (``queue``: starts) were chosen; empty without a policy that explains itself."""
     decisions = getattr(self.scheduler, "instant_decisions", None)
-    return decisions(last, request_id) if decisions is not None else []
+    return decisions(last, request_id, queue) if decisions is not None else []
 
 
 def _change(module: ModuleType) -> None:

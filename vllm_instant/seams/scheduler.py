@@ -116,6 +116,7 @@ class InstantMixin(BatchingMixin):
         bitmask = super().get_grammar_bitmask(scheduler_output)  # type: ignore[misc]
         if self.instant_budget is not None:
             self.instant_budget.while_the_model_runs()
+        self.instant_think()
         return bitmask
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -136,7 +137,7 @@ class InstantMixin(BatchingMixin):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         """Learn what was accepted before the base class ends requests."""
         budget, batching = self.instant_budget, self.instant_batching
-        if budget is not None or batching is not None:
+        if budget is not None or (batching is not None and batching.observes):
             self._observe(scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         if not self.running and not len(self.waiting):
@@ -182,7 +183,7 @@ class InstantMixin(BatchingMixin):
                 num_scheduled_requests=len(scheduler_output.num_scheduled_tokens),
                 draft_passes=scheduler_output.num_spec_tokens_to_schedule or 0,
             )
-        if self.instant_batching is not None:
+        if self.instant_batching is not None and self.instant_batching.observes:
             now = time.perf_counter()
             if self._latest_output is not None:
                 # The time between two outputs of a busy engine, which sums to wall-clock time.
@@ -209,9 +210,10 @@ class InstantMixin(BatchingMixin):
             if policy is not None:
                 policy.close()
 
-    def instant_decisions(self, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
-        """Why the newest draft lengths were chosen; see ``SpeculationPolicy.decisions``."""
-        return self.instant_budget.decisions(last, request_id) if self.instant_budget is not None else []
+    def instant_decisions(self, last: int, request_id: str | None = None, queue: bool = False) -> list[dict[str, Any]]:
+        """Why the newest draft lengths were chosen, or with ``queue`` why requests started when they did."""
+        decider = self.instant_batching if queue else self.instant_budget
+        return decider.decisions(last, request_id) if decider is not None else []
 
     def instant_totals(self) -> dict[str, Any]:
         """What the metrics show of this scheduler."""

@@ -72,6 +72,11 @@ class InstantQueue:
         self._mend_order_of_arrival()
         return next(iter(self._line.values()), None) or next(iter(self._front), None)
 
+    def states(self) -> list[RequestState]:
+        """Of those that wait for their first start, in the order of arrival."""
+        self._mend_order_of_arrival()
+        return list(self._states.values())
+
     # ---------------------------------------------------------------------------------------- vLLM's methods
 
     def add_request(self, request: Any) -> None:
@@ -144,7 +149,7 @@ class InstantQueue:
 
     def __iter__(self) -> Iterator[Any]:
         if self._by_priority:
-            return iter(reversed(self._sorted(Admission())))
+            return reversed(self._sorted(()))
         self._mend_order_of_arrival()
         return iter([*self._front, *self._line.values()])
 
@@ -166,22 +171,25 @@ class InstantQueue:
 
     def _order_now(self) -> list[Any]:
         if self._order is None:
-            self._mend_order_of_arrival()
-            admission = self._ask(list(self._states.values())) if self._scheduling and self._line else Admission()
+            admission = self._ask(self.states()) if self._scheduling and self._line else Admission()
             self._most = admission.most
-            self._order = self._sorted(admission)
+            self._order = self._sorted(admission.order)
+        elif not self._order and (self._line or self._front):
+            # All that the policy named have started: the others follow as they came.
+            self._order = self._sorted(())
         return self._order
 
-    def _sorted(self, admission: Admission) -> list[Any]:
+    def _sorted(self, order: Sequence[int]) -> list[Any]:
+        """The first ones in their order, the next one last; with priorities, and without an order, all of them."""
         line = list(self._line.values())
-        if admission.order:
-            named = [line[place] for place in admission.order]
-            if len(named) < len(line):
-                left_out = set(range(len(line))).difference(admission.order)
+        if len(order):
+            named = [line[place] for place in order]
+            if self._by_priority and len(named) < len(line):
+                left_out = set(range(len(line))).difference(order)
                 named += [line[place] for place in sorted(left_out)]
             line = named
-        order = [*self._front, *line]
+        first = [*self._front, *line]
         if self._by_priority:
-            order.sort(key=lambda request: request.priority)
-        order.reverse()
-        return order
+            first.sort(key=lambda request: request.priority)
+        first.reverse()
+        return first

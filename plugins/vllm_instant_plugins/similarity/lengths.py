@@ -10,6 +10,7 @@ forgetting), so that a useless one costs nothing and none has to be chosen.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -59,16 +60,19 @@ def _survival(events: Array, risk: Array, rows: npt.NDArray[np.intp], weights: A
 
 
 @compiled
-def _remaining(survival: Array, done: Array, limit: Array, edges: Array, out: Array) -> None:
+def _remaining(
+    curves: Array, indices: npt.NDArray[np.intp], done: Array, limits: Array, edges: Array, out: Array
+) -> None:
     """Expected tokens after ``done``, never beyond ``limit``: the integral of the chance to be still running."""
     for n in range(len(done)):
         # What goes on says at least one more; a sum over whole tokens is an integral between their middles.
-        start, stop = done[n] + 1.0, limit[n] + 1.0
+        survival = curves[indices[n]]
+        start, stop = done[n] + 1.0, limits[indices[n]] + 1.0
         now, total = -1.0, 0.0
         for b in range(len(edges)):
             left = edges[b]
             right = edges[b + 1] if b + 1 < len(edges) else max(2.0 * left, stop)
-            at, to = survival[n, b], survival[n, b + 1]
+            at, to = survival[b], survival[b + 1]
             low, high = max(left, start), min(right, stop)
             if high <= low:
                 continue
@@ -81,6 +85,16 @@ def _remaining(survival: Array, done: Array, limit: Array, edges: Array, out: Ar
 
 
 _POINTS: Array = np.append(EDGES, 2 * EDGES[-1])
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What is still to be known of a request that is gone, until it was learned from."""
+
+    contexts: Contexts
+    features: Any
+    first_guess: Array
+    limit: float
 
 
 class LengthPredictor:
@@ -108,6 +122,7 @@ class LengthPredictor:
         self._row: npt.NDArray[np.intp] = np.zeros((most_requests, len(KINDS)), np.intp)
         self._limit: Array = np.ones(most_requests)
         self._first_guess: Array = np.ones((most_requests, BINS + 1))
+        self._curve: Array = np.ones((most_requests, BINS + 1))
         self._random = np.random.default_rng(0)
 
     @property
@@ -128,13 +143,15 @@ class LengthPredictor:
             more = max(index + 1, 2 * len(self._limit)) - len(self._limit)
             self._row = np.pad(self._row, ((0, more), (0, 0)))
             self._limit = np.pad(self._limit, (0, more), constant_values=1.0)
-            self._first_guess = np.pad(self._first_guess, ((0, more), (0, 0)), constant_values=1.0)
+            self._first_guess, self._curve = (
+                np.pad(curves, ((0, more), (0, 0)), constant_values=1.0) for curves in (self._first_guess, self._curve)
+            )
         features = self.scorer.features(request)
         described = contexts(request, self.scorer.score(features))
         self._features[index], self._contexts[index] = features, described
         self._row[index] = [self._row_of(kind, context) for kind, context in enumerate(described)]
         self._limit[index] = max(1, request.max_tokens)
-        self._first_guess[index] = self.survival(np.array([index]))[0]
+        self._first_guess[index] = self._curve[index] = self.survival(np.array([index]))[0]
 
     def survival(self, indices: npt.NDArray[np.intp]) -> Array:
         """``[requests, bins + 1]``: the chance to get as far as each of ``EDGES``, as it is believed now."""
@@ -142,36 +159,38 @@ class LengthPredictor:
         _survival(self._events, self._risk, self._row[indices], self.weights, self._prior, out)
         return out
 
-    def remaining(self, indices: npt.NDArray[np.intp], done: Array, survival: Array | None = None) -> Array:
+    def refresh(self, indices: npt.NDArray[np.intp]) -> None:
+        """Foretell again, from what is known now; ``remaining`` goes by what was foretold last."""
+        self._curve[indices] = self.survival(indices)
+
+    def remaining(self, indices: npt.NDArray[np.intp], done: Array) -> Array:
         """Expected further tokens of requests that have said ``done`` and go on."""
         out: Array = np.empty(len(indices))
-        _remaining(
-            self.survival(indices) if survival is None else survival,
-            np.ascontiguousarray(done, np.float64),
-            self._limit[indices],
-            EDGES,
-            out,
-        )
+        done = np.ascontiguousarray(done, np.float64)
+        _remaining(self._curve, np.ascontiguousarray(indices), done, self._limit, EDGES, out)
         return out
 
     def quantile(self, index: int, level: float, done: float = 0.0) -> float:
         """So many tokens in all that a request stays below them with the chance ``level``, if it says over ``done``."""
-        survival = self.survival(np.array([index]))[0]
+        survival = self._curve[index]
         alive = np.interp(done + 1, _POINTS, survival)
         reached = np.interp(alive * (1 - level), survival[::-1], _POINTS[::-1])
         return float(min(max(reached, done), self._limit[index]))
 
-    def learn(self, request: RequestState) -> None:
-        """The request ended by itself, or at its limit."""
-        index = request.index
-        described, features = self._contexts.get(index), self._features.get(index)
+    def release(self, index: int) -> Ticket | None:
+        """The request is gone, and its index with it; what ``learn`` needs to know of it."""
+        described, features = self._contexts.pop(index, None), self._features.pop(index, None)
         if described is None or features is None:
-            return
-        tokens = max(1, request.num_output_tokens)
-        cut_off = tokens >= self._limit[index]
+            return None
+        return Ticket(described, features, self._first_guess[index].copy(), float(self._limit[index]))
+
+    def learn(self, ticket: Ticket, tokens: int) -> None:
+        """A request has said ``tokens`` and ended by itself, or at its limit."""
+        tokens = max(1, tokens)
+        cut_off = tokens >= ticket.limit
         last = int(np.searchsorted(EDGES, tokens, side="right")) - 1
-        self._check(index, tokens, cut_off)
-        rows = np.array([self._row_of(kind, context) for kind, context in enumerate(described)], np.intp)
+        self._check(ticket.first_guess, tokens, cut_off)
+        rows = np.array([self._row_of(kind, context) for kind, context in enumerate(ticket.contexts)], np.intp)
         self._compare(rows, last, cut_off)
         for row in rows:
             self._events[row] *= MEMORY
@@ -181,13 +200,8 @@ class LengthPredictor:
             else:
                 self._risk[row, : last + 1] += 1
                 self._events[row, last] += 1
-        self.scorer.learn(features, tokens, cut_off)
+        self.scorer.learn(ticket.features, tokens, cut_off)
         self.observed += 1
-
-    def forget(self, index: int) -> None:
-        """The request is gone."""
-        self._contexts.pop(index, None)
-        self._features.pop(index, None)
 
     @property
     def calibration_error(self) -> float:
@@ -196,9 +210,8 @@ class LengthPredictor:
 
     # ------------------------------------------------------------------------------------------------ learning
 
-    def _check(self, index: int, tokens: int, cut_off: bool) -> None:
+    def _check(self, survival: Array, tokens: int, cut_off: bool) -> None:
         """Where the outcome fell in what was foretold when the request came."""
-        survival = self._first_guess[index]
         # Lengths are whole numbers: anywhere within the token's own share.
         before, after = 1 - np.interp([tokens, tokens + 1], _POINTS, survival)
         if cut_off:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from vllm_instant import Plugin, PluginContext, PluginOptions, QueueMoment, RequestState
 from vllm_instant_plugins.keeping import KeptFile, default_folder
+from vllm_instant_plugins.similarity.pacing import PacedSimilarityPolicy
 from vllm_instant_plugins.similarity.policy import SimilarityPolicy
 
 
@@ -38,8 +39,10 @@ def warm_up() -> None:
         policy.enter(state)
     policy.admit(QueueMoment(states, (), 0.0, 2, 1024))
     policy.started(states[0], 0.0)
+    policy.think(QueueMoment(states[1:], states[:1], 0.0, 2, 1024))
     states[0].num_output_tokens = 4
     policy.finished(states[0], 0.1, True)
+    policy.close()
 
 
 def _build(options: SimilarityOptions, context: PluginContext) -> SimilarityPolicy:
@@ -50,13 +53,10 @@ def _build(options: SimilarityOptions, context: PluginContext) -> SimilarityPoli
         # How long answers are depends on the model alone; how long they take is learned again soon.
         store = KeptFile(folder, {"model": context.identity.get("model", context.model)}, "lengths")
     goal = options.itl_slo_ms if options.itl_slo_ms is not None else context.itl_slo_ms
-    return SimilarityPolicy(
-        context.max_num_seqs,
-        options.wait_ratio,
-        options.wait_seconds,
-        None if goal is None else goal / 1e3,
-        store,
-    )
+    places, ratio, seconds = context.max_num_seqs, options.wait_ratio, options.wait_seconds
+    if goal is None:
+        return SimilarityPolicy(places, ratio, seconds, store)
+    return PacedSimilarityPolicy(places, goal / 1e3, wait_ratio=ratio, wait_seconds=seconds, store=store)
 
 
 PLUGIN = Plugin(

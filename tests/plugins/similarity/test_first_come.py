@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vllm_instant_plugins.similarity.first_come import FirstComeFirstServed
 from vllm_instant_plugins.similarity.times import LinearTime
 
@@ -53,7 +54,8 @@ def test_settled_requests_are_forgotten():
         queue.served(number % 3, 0.5)
     assert len(queue) == 0
     assert len(queue._arrival) == 256
-    assert len(queue.latencies) == 512 and queue.latencies == pytest.approx(0.5)
+    assert len(queue.latencies) == 512
+    assert queue.latencies == pytest.approx(0.5)
 
 
 def test_prices_are_learned_and_outliers_forgiven():
@@ -72,4 +74,5 @@ def test_prices_are_never_negative(measured):
     time = LinearTime([0.0, 0.001, 0.03])
     for seconds, prompt, output in measured:
         time.observe(seconds, 1.0, prompt, output)
-    assert (time.prices >= 0).all() and np.isfinite(time.prices).all()
+    assert (time.prices >= 0).all()
+    assert np.isfinite(time.prices).all()

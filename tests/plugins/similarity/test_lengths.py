@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm_instant_plugins.similarity.features import Scorer
-from vllm_instant_plugins.similarity.lengths import USEFUL, LengthPredictor
 
 from vllm_instant import RequestState
 from vllm_instant.live_requests import prompt_class
+from vllm_instant_plugins.similarity.features import Scorer
+from vllm_instant_plugins.similarity.lengths import USEFUL, LengthPredictor
 
 
 def _request(prompt=(), max_tokens=4096, output=0, index=0, temperature=0.0):
@@ -22,11 +22,8 @@ def _request(prompt=(), max_tokens=4096, output=0, index=0, temperature=0.0):
 
 
 def _learn(predictor, prompt, tokens, max_tokens=4096):
-    request = _request(prompt, max_tokens, 0)
-    predictor.enter(request)
-    request.num_output_tokens = min(tokens, max_tokens)
-    predictor.learn(request)
-    predictor.forget(0)
+    predictor.enter(_request(prompt, max_tokens))
+    predictor.learn(predictor.release(0), min(tokens, max_tokens))
 
 
 def _expected(predictor, prompt, done=0, max_tokens=4096):
@@ -50,7 +47,8 @@ def taught():
 
 
 def test_fifty_finished_requests_are_enough(taught):
-    assert taught.useful and not LengthPredictor().useful
+    assert taught.useful
+    assert not LengthPredictor().useful
     assert taught.observed == 80 > USEFUL
     assert 8 < _expected(taught, [*CHAT, 7]) < 20
     assert 230 < _expected(taught, [*REPORT, 7]) < 370
@@ -79,7 +77,8 @@ def test_what_is_foretold_is_a_distribution(history, done, limit):
     predictor.enter(_request([0] * 40, limit))
     [survival] = predictor.survival(np.array([0]))
     assert survival[0] == pytest.approx(1.0)
-    assert (np.diff(survival) <= 1e-12).all() and survival[-1] >= -1e-12
+    assert (np.diff(survival) <= 1e-12).all()
+    assert survival[-1] >= -1e-12
     remaining = predictor.remaining(np.array([0]), np.array([float(done)]))[0]
     assert 1.0 <= remaining <= max(1.0, limit)
     quantiles = [predictor.quantile(0, level, done) for level in (0.1, 0.5, 0.9)]
@@ -115,7 +114,7 @@ def test_the_calibration_error_shows_a_wrong_predictor(taught):
         # Foretold from the same counts again and again, while the world is another.
         request = _request([*CHAT, 7])
         predictor.enter(request)
-        predictor._check(0, 700, False)
+        predictor._check(predictor.release(0).first_guess, 700, False)
     assert predictor.calibration_error > before + 0.1
 
 
@@ -145,6 +144,17 @@ def test_a_predictor_is_kept_and_restored(taught):
 def test_what_another_release_kept_is_refused(taught, harm):
     with pytest.raises((KeyError, TypeError, ValueError)):
         LengthPredictor().restore(taught.kept() | harm)
+
+
+def test_who_waits_is_foretold_again(taught):
+    predictor = LengthPredictor()
+    predictor.enter(_request([*CHAT, 7], index=1))
+    before = predictor.remaining(np.array([1]), np.zeros(1))[0]
+    for _ in range(60):
+        _learn(predictor, CHAT, 12)
+    assert predictor.remaining(np.array([1]), np.zeros(1))[0] == before, "what was foretold stands"
+    predictor.refresh(np.array([1]))
+    assert predictor.remaining(np.array([1]), np.zeros(1))[0] < before / 4
 
 
 def test_contexts_are_bounded(monkeypatch):

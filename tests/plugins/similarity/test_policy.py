@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_instant_plugins.keeping import KeptFile
-from vllm_instant_plugins.similarity.policy import SimilarityPolicy
 
 from vllm_instant import QueueMoment, RequestState, StepOutcome
 from vllm_instant.evidence.queueing import Job, serve
 from vllm_instant.live_requests import LiveRequests
+from vllm_instant_plugins.keeping import KeptFile
+from vllm_instant_plugins.similarity.ledger import told_tokens
+from vllm_instant_plugins.similarity.pacing import PacedSimilarityPolicy
+from vllm_instant_plugins.similarity.policy import SimilarityPolicy
 
 SLOTS = 8
 STEP = 0.03
@@ -234,7 +236,7 @@ def test_after_a_preemption_nobody_starts_until_there_is_room(live):
 
 
 def test_prompts_are_read_in_pieces_that_keep_the_goal(live):
-    policy = _policy(itl_seconds=0.050)
+    policy = PacedSimilarityPolicy(SLOTS, 0.050, clock=lambda: 0.0)
     decoding = [_enter(policy, live, n, 300, num_output_tokens=5) for n in range(4)]
     waiting = [_enter(policy, live, 9, 16, prompt=[1] * 900)]
     assert policy.most_prompt_tokens(_moment(waiting, decoding)) is None, "nothing was measured yet"
@@ -250,7 +252,7 @@ def test_prompts_are_read_in_pieces_that_keep_the_goal(live):
 
 
 def test_a_goal_that_cannot_be_kept_does_not_stop_prompts(live):
-    policy = _policy(itl_seconds=0.001)
+    policy = PacedSimilarityPolicy(SLOTS, 0.001, clock=lambda: 0.0)
     decoding = [_enter(policy, live, 0, 300, num_output_tokens=5)]
     for _ in range(20):
         policy.observe(StepOutcome(decoding, [0], [0], 1, 0.02))
@@ -263,6 +265,7 @@ def test_aborted_requests_teach_nothing(live):
     policy.started(state, 0.0)
     state.num_output_tokens = 3
     policy.finished(state, 1.0, complete=False)
+    policy.close()
     assert policy.lengths.observed == 0
     assert len(policy._as_they_came) == 0
 
@@ -285,10 +288,9 @@ def test_a_file_of_another_release_is_a_warning_and_a_fresh_start(tmp_path, capl
 
 
 @pytest.mark.parametrize("nonsense", ["long", -5, 0, True, None, [3]])
-def test_nonsense_from_a_client_counts_as_nothing(live, nonsense):
-    policy = _policy()
-    state = _enter(policy, live, 0, tokens=nonsense)
-    assert np.isnan(policy._told[state.index])
+def test_nonsense_from_a_client_counts_as_nothing(nonsense):
+    state = RequestState("r", 16, 4096, 0.0, extra_args={"instant_output_tokens": nonsense})
+    assert np.isnan(told_tokens(state))
 
 
 def test_measures_have_names():
@@ -297,3 +299,25 @@ def test_measures_have_names():
         "output_length_calibration_error",
         "seconds_per_output_token",
     }
+
+
+def test_starts_are_explained(live):
+    policy = _policy()
+    long, short = _enter(policy, live, 0, 300), _enter(policy, live, 1, 16, arrival=0.2)
+    policy.admit(_moment([long, short], now=0.5))
+    policy.started(short, 0.5)
+    short.num_output_tokens = 14
+    policy.finished(short, 0.9, complete=True)
+    policy.started(long, 0.9)
+    first, second = policy.decisions(10)
+    assert first == {
+        "request_id": "r1",
+        "waited_ms": pytest.approx(300),
+        "bound_ms": pytest.approx(1000),
+        "expected_tokens": 16,
+        "tokens": 14,
+        "older_waiting": 1,
+    }
+    assert (second["request_id"], second["tokens"], second["older_waiting"]) == ("r0", None, 0)
+    assert policy.decisions(1) == [second]
+    assert policy.decisions(5, "r1") == [first]

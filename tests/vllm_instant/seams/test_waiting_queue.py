@@ -57,7 +57,8 @@ def test_the_policys_order_and_then_as_they_came():
         queue.add_request(Request(name))
     assert _names(queue) == list("abcde")
     assert _take_all(queue) == list("dbace")
-    assert not queue and len(queue) == 0
+    assert not queue
+    assert len(queue) == 0
 
 
 def test_the_order_does_not_change_within_one_call_of_schedule():
@@ -79,7 +80,8 @@ def test_nobody_is_asked_while_all_places_are_taken():
     queue = _queue(lambda waiting: pytest.fail("asked"), running, places=2)
     queue.add_request(Request("a"))
     queue.begin()
-    assert queue and len(queue) == 1
+    assert queue
+    assert len(queue) == 1
     queue.end()
 
 

@@ -1,0 +1,124 @@
+"""What the ``similarity`` queue costs in the scheduler: ours beside stock, step by step, in one process.
+
+    .venv/bin/python benchmarks/queue_overhead.py [--running 256] [--waiting 1000] [--rounds 30]
+
+Rounds of the two schedulers alternate. A step is everything that the engine core does between two model executions:
+taking in the requests that came (as many as ended, so that as many wait all the time), ``schedule`` and
+``update_from_output``. What the policy does while the model runs (``get_grammar_bitmask``) is timed by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import scheduler_harness as harness
+from results import write
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_instant import carrier
+from vllm_instant.demo import assets, expand
+from vllm_instant.evidence.statistics import median_interval, ratio_interval
+from vllm_instant.seams.scheduler import create_scheduler
+from vllm_instant.settings import resolve
+
+STEPS_A_ROUND = 25
+LENGTHS = (20, 300)
+
+
+class Arm:
+    """One scheduler with a full batch and a queue."""
+
+    def __init__(self, factory: Any, config: Any, running: int, waiting: int) -> None:
+        self.scheduler = harness.make_scheduler(factory, config)
+        self.present, self.number, self.beside = running + waiting, 0, 0.0
+        self._random = random.Random(0)
+        self._fill()
+        # Until the first generation has ended, all began together.
+        for _ in range(LENGTHS[1]):
+            self._step()
+
+    def _fill(self) -> None:
+        while len(self.scheduler.requests) < self.present:
+            self.number += 1
+            tokens = self._random.randrange(*LENGTHS)
+            self.scheduler.add_request(harness.make_request(self.number, prompt_tokens=48, max_tokens=tokens))
+
+    def _step(self) -> float:
+        scheduler = self.scheduler
+        started = time.perf_counter()
+        self._fill()
+        output = scheduler.schedule()
+        scheduled = time.perf_counter() - started
+        reading = {i for i in output.num_scheduled_tokens if scheduler.requests[i].is_prefill_chunk}
+        reported = harness.answer(output, {}, reading)
+        started = time.perf_counter()
+        scheduler.get_grammar_bitmask(output)
+        self.beside += time.perf_counter() - started
+        started = time.perf_counter()
+        scheduler.update_from_output(output, reported)
+        return scheduled + time.perf_counter() - started
+
+    def round(self) -> tuple[float, float]:
+        """Mean microseconds of a step over one round, and of what is done beside the model."""
+        self.beside = 0.0
+        taken = sum(self._step() for _ in range(STEPS_A_ROUND))
+        return 1e6 * taken / STEPS_A_ROUND, 1e6 * self.beside / STEPS_A_ROUND
+
+
+def measure(running: int, waiting: int, rounds: int, asynchronous: bool) -> dict[str, Any]:
+    """Alternate both arms and return medians with intervals, in microseconds a step."""
+    pair = assets.prepare(size=expand.SMALL, dtype="float32")
+    config = harness.engine_config(pair.target, 0, running, asynchronous)
+    carrier.publish(
+        resolve(None, ["speculation.plugin=off", "batching.plugin=similarity", "batching.keep_lengths=false"])
+    )
+    arms = {
+        "stock": Arm(AsyncScheduler if asynchronous else Scheduler, config, running, waiting),
+        "ours": Arm(create_scheduler, config, running, waiting),
+    }
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    beside: list[float] = []
+    for number in range(rounds):
+        for name in list(arms) if number % 2 else list(arms)[::-1]:
+            taken, while_running = arms[name].round()
+            times[name].append(taken)
+            if name == "ours":
+                beside.append(while_running)
+    return {
+        "scheduling": "asynchronous" if asynchronous else "synchronous",
+        "running": running,
+        "waiting": waiting,
+        "rounds": rounds,
+        "stock_us": vars(median_interval(times["stock"])),
+        "ours_us": vars(median_interval(times["ours"])),
+        "ratio": vars(ratio_interval(times["ours"], times["stock"])),
+        "while_the_model_runs_us": vars(median_interval(beside)),
+    }
+
+
+def main() -> None:
+    """Measure, print and write ``benchmarks/results/queue_overhead.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--running", type=int, default=256)
+    parser.add_argument("--waiting", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/queue_overhead.json")
+    options = parser.parse_args()
+    cells = [measure(options.running, options.waiting, options.rounds, asynchronous) for asynchronous in (False, True)]
+    for cell in cells:
+        print(
+            f"{cell['scheduling']}, {cell['running']} running, {cell['waiting']} waiting: stock "
+            f"{cell['stock_us']['median']:.0f} µs, ours {cell['ours_us']['median']:.0f} µs a step "
+            f"({cell['ratio']['median']:.2f}× [{cell['ratio']['low']:.2f}, {cell['ratio']['high']:.2f}]); "
+            f"while the model runs {cell['while_the_model_runs_us']['median']:.0f} µs"
+        )
+    write(options.output, cells)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Who waits how long: the ``similarity`` queue beside first come, first served, on live servers.
+
+    .venv/bin/python benchmarks/scheduling.py [--traffic burst,0.7,0.9,1.1,heavy,adversarial] [--rounds 3]
+
+Two servers of the demo target without speculation. One is stock vLLM (``--scheduling-policy priority``, which with
+equal priorities serves as requests come): the arms ``stock`` and ``stock, priority`` (each request's true length as its
+priority). The other is ours, whose arms differ in the queue alone: ``fcfs``, ``similarity`` (lengths learned from 150
+requests before), ``similarity, told`` (lengths told by the client), ``static`` (a batch starts when the last one is
+done). Requests are sent when they are due. All arms of a round get the same prompts at the same times, every round
+fresh ones, and the prefix cache is off.
+
+Answers end by themselves at a length that no policy can see in the request: ``min_tokens`` keeps the end away, and a
+bias forces it then. System prompt and question tell what kind of answer it will be, as they do in life.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from regret_setup import snippets
+from results import earlier, merged, write
+
+from vllm_instant.demo import assets
+from vllm_instant.evidence.open_loop import Due, Followed, send
+from vllm_instant.evidence.servers import Server, running, settle
+from vllm_instant.evidence.statistics import median_interval, ratio_interval
+
+HERE = Path(__file__).resolve().parent
+MODEL = "demo"
+STOCK, PRIORITY, FCFS, LEARNED, TOLD, STATIC = (
+    "stock",
+    "stock, priority",
+    "fcfs",
+    "similarity",
+    "similarity, told",
+    "static",
+)
+LOADS = ("0.7", "0.9", "1.1")
+SHORT, LONG, LONG_SHARE = 16, 256, 0.2
+WAIT_RATIO, WAIT_SECONDS = 2.0, 1.0
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A request of a traffic: when, how long, and its prompt."""
+
+    at: float
+    tokens: int
+    prompt: str
+    kind: str
+
+
+def lengths(traffic: str, count: int, random: np.random.Generator) -> np.ndarray:
+    """Output lengths, in tokens."""
+    if traffic == "heavy":
+        return np.clip(random.lognormal(np.log(24), 1.2, count), 4, 700).astype(int)
+    share = 0.04 if traffic == "adversarial" else LONG_SHARE
+    is_long = np.zeros(count, bool)
+    is_long[random.choice(count, round(share * count), replace=False)] = True
+    spread = random.uniform(0.6, 1.4, count)
+    return np.maximum(2, np.where(is_long, LONG, SHORT) * spread).astype(int)
+
+
+def wishes(traffic: str, count: int, tokens_per_second: float, seed: int) -> list[Wish]:
+    """One round's requests; ``tokens_per_second`` is what the server can do."""
+    random = np.random.default_rng(seed)
+    tokens = lengths(traffic, count, random)
+    if traffic == "burst":
+        at = np.sort(random.uniform(0, 0.2, count))
+    else:
+        load = {"heavy": 1.1, "adversarial": 1.2}.get(traffic) or float(traffic)
+        at = np.cumsum(random.exponential(tokens.mean() / tokens_per_second / load, count))
+    texts = snippets("structured", 0.0, count, seed)
+    made = []
+    for number in range(count):
+        slow = tokens[number] > 4 * SHORT
+        # The system prompts are long enough to be told apart, and different from the first tokens on.
+        head = "Report: write out every step in full.\n" * 6 if slow else "Quick answer, in a word or two only.\n" * 6
+        text = texts[number % len(texts)].text
+        made.append(Wish(float(at[number]), int(tokens[number]), f"{head}{number} {text}", "long" if slow else "short"))
+    return made
+
+
+def bodies(made: Sequence[Wish], arm: str, end_token: int) -> list[Due]:
+    """What is sent for one arm."""
+    sent = []
+    for wish in made:
+        extra: dict[str, Any] = {}
+        if arm == PRIORITY:
+            extra = {"priority": wish.tokens}
+        elif arm != STOCK:
+            extra = {"vllm_xargs": {"benchmark_arm": arm}}
+            if arm == TOLD:
+                extra["vllm_xargs"]["instant_output_tokens"] = wish.tokens
+        body = {
+            "model": MODEL,
+            "prompt": wish.prompt,
+            "temperature": 0,
+            "max_tokens": 720,
+            "min_tokens": wish.tokens - 1,
+            "logit_bias": {str(end_token): 100},
+            **extra,
+        }
+        sent.append(Due(wish.at, body, wish.kind))
+    return sent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm's run over one round's requests."""
+
+    followed: Sequence[Followed]
+    preemptions: float
+
+    def numbers(self) -> dict[str, float]:
+        """What is reported of it; seconds, and tokens a second."""
+        latency = np.array([f.ended for f in self.followed])
+        ttft = np.array([f.ttft for f in self.followed])
+        gaps = np.concatenate([f.gaps() for f in self.followed])
+        ends = np.array([f.due + f.ended for f in self.followed])
+        found = {
+            "mean_latency": latency.mean(),
+            "p50_latency": np.percentile(latency, 50),
+            "p99_latency": np.percentile(latency, 99),
+            "mean_ttft": ttft.mean(),
+            "p99_ttft": np.percentile(ttft, 99),
+            "p99_itl": np.percentile(gaps, 99),
+            "throughput": sum(f.tokens for f in self.followed) / (ends.max() - self.followed[0].due),
+            "preemptions": self.preemptions,
+        }
+        for kind in ("short", "long"):
+            of_kind = [f.ended / max(f.tokens, 1) for f in self.followed if f.kind == kind]
+            if of_kind:
+                found[f"{kind}_seconds_per_token"] = float(np.mean(of_kind))
+        return {name: float(value) for name, value in found.items()}
+
+
+def worst_wait(ours: Run, fcfs: Run) -> float:
+    """The most that a request waited over the bound, in seconds: below 0 the bound held.
+
+    Time to the first token stands for the wait; in both runs it contains the reading of the request's own prompt.
+    """
+    return max(o.ttft - (WAIT_RATIO * f.ttft + WAIT_SECONDS) for o, f in zip(ours.followed, fcfs.followed, strict=True))
+
+
+class Servers:
+    """The two servers and their arms."""
+
+    def __init__(self, folder: Path, slots: int) -> None:
+        target = assets.prepare().target
+        self.end_token = int(json.loads((Path(target) / "config.json").read_text())["eos_token_id"])
+        shared = [
+            *("--served-model-name", MODEL, "--max-model-len", "1024", "--max-num-seqs", str(slots)),
+            *("--block-size", "32", "--enforce-eager", "--no-enable-prefix-caching"),
+        ]
+        metadata = folder / "scheduling_arms-0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: scheduling-arms\nVersion: 0\n")
+        (metadata / "entry_points.txt").write_text("[vllm_instant]\narms = scheduling_arms\n")
+        deployment = folder / "ours.toml"
+        deployment.write_text('[speculation]\nplugin = "off"\n\n[batching]\nplugin = "arms"\n')
+        self.stock = Server(
+            target,
+            [*shared, "--scheduling-policy", "priority"],
+            log=folder / "stock.log",
+            environment={"VLLM_PLUGINS": ""},
+        )
+        self.ours = Server(
+            target,
+            [*shared, "--plugins", "vllm_instant", "--instant-config", str(deployment)],
+            log=folder / "ours.log",
+            environment={"PYTHONPATH": f"{HERE}:{folder}"},
+        )
+
+    def run(self, arm: str, made: Sequence[Wish]) -> Run:
+        """One arm's turn; raises RuntimeError when a request fails."""
+        server = self.stock if arm in (STOCK, PRIORITY) else self.ours
+        before = server.metrics()
+        followed = send(server.url, bodies(made, arm, self.end_token))
+        failed = [f.error for f in followed if f.error]
+        if failed:
+            raise RuntimeError(f"{arm}: {len(failed)} of {len(followed)} requests failed, for example: {failed[0]}")
+        name = "vllm:num_preemptions_total"
+        preemptions = server.metrics().get(name, 0) - before.get(name, 0)
+        settle()
+        return Run(followed, preemptions)
+
+
+def measure(
+    servers: Servers, traffic: str, arms: Sequence[str], rounds: int, count: int, speed: float
+) -> dict[str, Any]:
+    """All arms of one traffic, round by round."""
+    numbers: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+    over: dict[str, list[float]] = {arm: [] for arm in arms if arm in (LEARNED, TOLD)}
+    for number in range(rounds):
+        made = wishes(traffic, count, speed, seed=1000 * number + hash_of(traffic))
+        turns = list(arms) if number % 2 else list(arms)[::-1]
+        runs = {arm: servers.run(arm, made) for arm in turns}
+        for arm, run in runs.items():
+            numbers[arm].append(run.numbers())
+        for arm in over:
+            over[arm].append(worst_wait(runs[arm], runs[FCFS]))
+        print(f"  {traffic}, round {number + 1} of {rounds}", flush=True)
+    names = numbers[FCFS][0]
+    return {
+        "traffic": traffic,
+        "requests": count,
+        "rounds": rounds,
+        "arms": {
+            arm: {name: vars(median_interval([r[name] for r in runs])) for name in names}
+            for arm, runs in numbers.items()
+        },
+        "against_fcfs": {
+            arm: {
+                name: vars(ratio_interval([r[name] for r in runs], [r[name] for r in numbers[FCFS]]))
+                for name in names
+                if name != "preemptions"
+            }
+            for arm, runs in numbers.items()
+            if arm != FCFS
+        },
+        "throughput_against_static": vars(
+            ratio_interval([r["throughput"] for r in numbers[LEARNED]], [r["throughput"] for r in numbers[STATIC]])
+        )
+        if STATIC in arms
+        else None,
+        "most_seconds_over_the_bound": over,
+    }
+
+
+def hash_of(traffic: str) -> int:
+    """A seed of its own for each traffic."""
+    return sum(map(ord, traffic))
+
+
+def show(cell: dict[str, Any]) -> None:
+    """Print one traffic."""
+    print(f"{cell['traffic']}, {cell['requests']} requests, {cell['rounds']} rounds; against fcfs:")
+    for arm, ratios in cell["against_fcfs"].items():
+        shown = ("mean_latency", "mean_ttft", "p99_latency", "p99_itl", "throughput")
+        row = "  ".join(
+            f"{name} {ratios[name]['median']:.2f} [{ratios[name]['low']:.2f}, {ratios[name]['high']:.2f}]"
+            for name in shown
+        )
+        over = cell["most_seconds_over_the_bound"].get(arm)
+        print(f"  {arm:16} {row}" + (f"  over the bound by at most {max(over):.2f} s" if over else ""))
+    if cell["throughput_against_static"]:
+        ratio = cell["throughput_against_static"]
+        print(f"  throughput against static: {ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]")
+
+
+def main() -> None:
+    """Measure, print and write ``benchmarks/results/scheduling.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traffic", default="burst,0.7,0.9,1.1,heavy,adversarial")
+    parser.add_argument("--arms", default=",".join((STOCK, "stock priority", FCFS, LEARNED, "similarity told", STATIC)))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--training", type=int, default=150, help="requests that the predictor learns from before")
+    parser.add_argument("--output", type=Path, default=HERE / "results/scheduling.json")
+    options = parser.parse_args()
+    known = {name.replace(",", ""): name for name in (STOCK, PRIORITY, FCFS, LEARNED, TOLD, STATIC)}
+    arms = [known[name.strip()] for name in options.arms.split(",")]
+    if FCFS not in arms:
+        parser.error("--arms needs fcfs, which all others are compared with")
+    cells = []
+    with tempfile.TemporaryDirectory() as folder:
+        servers = Servers(Path(folder), options.slots)
+        with running(servers.stock, servers.ours):
+            for arm in (STOCK, FCFS):
+                servers.run(arm, wishes("burst", 12, 1.0, seed=7))
+            # What the server can do is what it does under a burst.
+            saturated = servers.run(FCFS, wishes("burst", 48, 1.0, seed=8)).numbers()
+            speed = saturated["throughput"]
+            print(f"capacity {speed:.0f} output tokens/s with {options.slots} places", flush=True)
+            servers.run(LEARNED, wishes("1.1", options.training, speed, seed=9))
+            for traffic in options.traffic.split(","):
+                cells.append(measure(servers, traffic, arms, options.rounds, options.requests, speed))
+                show(cells[-1])
+                cells[-1]["capacity_tokens_per_second"] = speed
+                # Written after each traffic: a run that is cut off keeps what it has.
+                write(options.output, merged(earlier(options.output), cells, "traffic"))
+
+
+if __name__ == "__main__":
+    main()

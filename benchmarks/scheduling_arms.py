@@ -1,0 +1,98 @@
+"""A batching plugin for ``scheduling.py``: one server that serves all arms in turn.
+
+Each request names its arm in ``vllm_xargs``. Arms do not overlap in time, so that the newest request's arm is the
+server's. What ``similarity`` learns stays between its turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vllm_instant import (
+    Admission,
+    BatchingPolicy,
+    Plugin,
+    PluginContext,
+    PluginOptions,
+    QueueMoment,
+    RequestState,
+    hookimpl,
+)
+from vllm_instant_plugins.similarity.plugin import warm_up
+from vllm_instant_plugins.similarity.policy import SimilarityPolicy
+
+ARM_KEY = "benchmark_arm"
+
+
+class FirstComeFirstServed(BatchingPolicy):
+    """vLLM's own order."""
+
+    def admit(self, moment: QueueMoment) -> Admission:
+        """As they came."""
+        return Admission()
+
+
+class StaticBatches(BatchingPolicy):
+    """A batch starts when the one before it is done."""
+
+    def admit(self, moment: QueueMoment) -> Admission:
+        """Nobody while anybody runs."""
+        return Admission(most=0 if moment.running else None)
+
+
+class Arms(BatchingPolicy):
+    """Does what the policy of the newest request's arm does."""
+
+    def __init__(self, slots: int) -> None:
+        self.policies: dict[str, BatchingPolicy] = {
+            "fcfs": FirstComeFirstServed(),
+            "static": StaticBatches(),
+            "similarity": SimilarityPolicy(slots),
+            "similarity, told": SimilarityPolicy(slots),
+        }
+        self.arm = "fcfs"
+
+    def enter(self, request: RequestState) -> None:
+        """Its arm is the server's from now on."""
+        self.arm = str(request.extra_args.get(ARM_KEY, "fcfs"))
+        self.policies[self.arm].enter(request)
+
+    def admit(self, moment: QueueMoment) -> Admission:
+        """Passed on."""
+        return self.policies[self.arm].admit(moment)
+
+    def started(self, request: RequestState, now: float) -> None:
+        """Passed on."""
+        self.policies[self.arm].started(request, now)
+
+    def preempted(self, request: RequestState, now: float) -> None:
+        """Passed on."""
+        self.policies[self.arm].preempted(request, now)
+
+    def finished(self, request: RequestState, now: float, complete: bool) -> None:
+        """Passed on."""
+        self.policies[self.arm].finished(request, now, complete)
+
+    def spare(self, running: Sequence[RequestState]) -> Sequence[int] | None:
+        """Passed on."""
+        return self.policies[self.arm].spare(running)
+
+    def think(self, moment: QueueMoment) -> None:
+        """Passed on."""
+        self.policies[self.arm].think(moment)
+
+    def measures(self) -> Mapping[str, float]:
+        """What ``similarity`` measures of itself."""
+        return self.policies["similarity"].measures()
+
+
+def _build(options: Any, context: PluginContext) -> Arms:
+    warm_up()
+    return Arms(context.max_num_seqs)
+
+
+@hookimpl
+def instant_plugins() -> Iterable[Plugin]:
+    """The arms, for the benchmark's deployment."""
+    return [Plugin(slot="batching", name="arms", summary="benchmark", options=PluginOptions, build=_build)]
