@@ -24,7 +24,7 @@ from vllm_instant.contracts import (
     UpcomingStep,
 )
 from vllm_instant.hookspecs import hookimpl
-from vllm_instant.live_requests import prompt_class
+from vllm_instant.live_requests import prompt_class, told_output_tokens
 from vllm_instant.settings import Deployment
 from vllm_instant.verification import DraftRows, Verification, draft_rows
 
@@ -55,4 +55,5 @@ __all__ = [
     "draft_rows",
     "hookimpl",
     "prompt_class",
+    "told_output_tokens",
 ]

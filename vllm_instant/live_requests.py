@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,25 @@ PROMPT_HEAD = 32
 def prompt_class(token_ids: Sequence[int] | npt.NDArray[np.int32]) -> int:
     """What ``RequestState.prompt_class`` is for a prompt; the same in every process."""
     return hash(tuple(int(token) for token in token_ids[:PROMPT_HEAD]))
+
+
+OUTPUT_TOKENS_KEY = "instant_output_tokens"
+"""What a client that knows how long its answer will be writes into ``vllm_xargs``: a number of tokens."""
+
+
+def told_output_tokens(extra_args: Mapping[str, Any] | None) -> float | None:
+    """How many tokens a client expects of its answer; None when it says nothing.
+
+    Raises:
+        ValueError: when it is no positive number.
+
+    """
+    value = (extra_args or {}).get(OUTPUT_TOKENS_KEY)
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        return float(value)
+    raise ValueError(f"vllm_xargs: {OUTPUT_TOKENS_KEY} must be a number of tokens from 1, found {value!r}")
 
 
 class LiveRequests:

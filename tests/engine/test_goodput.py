@@ -80,13 +80,18 @@ def test_a_client_decides_for_its_request(server, wish, most):
         assert proposed >= most * (steps - 3)
 
 
-def test_a_wrong_wish_is_refused_in_one_sentence(server):
-    response = _complete(server, "class Cache:", vllm_xargs={"instant_speculation": "sometimes"})
+@pytest.mark.parametrize(
+    ("wish", "sentence"),
+    [
+        ({"instant_speculation": "sometimes"}, 'must be "off", "auto" or a whole number from 0, found'),
+        ({"instant_output_tokens": "few"}, "instant_output_tokens must be a number of tokens from 1, found"),
+    ],
+    ids=lambda value: next(iter(value), ""),
+)
+def test_a_wrong_wish_is_refused_in_one_sentence(server, wish, sentence):
+    response = _complete(server, "class Cache:", vllm_xargs=wish)
     assert response.status_code == 400
-    assert (
-        'instant_speculation must be "off", "auto" or a whole number from 0, found'
-        in response.json()["error"]["message"]
-    )
+    assert sentence in response.json()["error"]["message"]
 
 
 def test_changes_are_logged(server):

@@ -63,6 +63,9 @@ def test_fifty_prompts_and_the_numbers_behind_them(server, prompts, expected):
     assert totals["vllm_instant:draft_tokens_budgeted_total"] >= proposed
     assert totals["vllm_instant:plugin_info"] == 7
     assert "vllm_instant:plugin_failures_total" not in totals
+    if httpx.get(f"{server.url}/v1/instant/deployment").json()["slots"]["batching"]["plugin"] != "fcfs":
+        # Whatever the order, and however small the pieces: everybody started once.
+        assert totals["vllm_instant:requests_started_total"] == len(prompts)
 
 
 def test_a_seed_says_what_it_says_without_speculation(server, stock, prompts):

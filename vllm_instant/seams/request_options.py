@@ -6,6 +6,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
+from vllm_instant.live_requests import told_output_tokens
 from vllm_instant.seams.import_hooks import when_imported
 from vllm_instant.seams.requirements import Function, Name, Seam
 from vllm_instant.speculation import requested_draft_length
@@ -19,7 +20,9 @@ def _wrap(module: ModuleType) -> None:
     @functools.wraps(process_inputs)
     def checked(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            requested_draft_length(getattr(params, "extra_args", None))
+            extra_args = getattr(params, "extra_args", None)
+            requested_draft_length(extra_args)
+            told_output_tokens(extra_args)
         except ValueError as error:
             from vllm.exceptions import VLLMValidationError
 
@@ -44,6 +47,6 @@ SEAM = Seam(
         ),
         Name("exceptions.py", "VLLMValidationError"),
     ),
-    slots=("speculation",),
+    slots=("speculation", "batching"),
     optional=True,
 )

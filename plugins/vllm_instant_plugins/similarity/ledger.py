@@ -5,21 +5,19 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import RequestState
+from vllm_instant import RequestState, told_output_tokens
 from vllm_instant_plugins.similarity.features import prefix_group
 
 Array = npt.NDArray[np.float64]
 
-CLIENT_KEY = "instant_output_tokens"
-"""What a client that knows how long its answer will be writes into ``vllm_xargs``: a number of tokens."""
-
 
 def told_tokens(request: RequestState) -> float:
-    """The output length that the client told; NaN when it told none, or nonsense."""
-    told = request.extra_args.get(CLIENT_KEY)
-    if isinstance(told, int | float) and not isinstance(told, bool) and told > 0:
-        return min(float(told), float(request.max_tokens))
-    return float("nan")
+    """The output length that the client told; NaN when it told none, or nonsense where nobody refused it."""
+    try:
+        told = told_output_tokens(request.extra_args)
+    except ValueError:
+        told = None
+    return float("nan") if told is None else min(told, float(request.max_tokens))
 
 
 class Ledger:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant import QueueMoment, RequestState, StepOutcome
+from vllm_instant import QueueMoment, RequestState, StepOutcome, told_output_tokens
 from vllm_instant.evidence.queueing import Job, serve
 from vllm_instant.live_requests import LiveRequests
 from vllm_instant_plugins.keeping import KeptFile
@@ -291,6 +291,9 @@ def test_a_file_of_another_release_is_a_warning_and_a_fresh_start(tmp_path, capl
 def test_nonsense_from_a_client_counts_as_nothing(nonsense):
     state = RequestState("r", 16, 4096, 0.0, extra_args={"instant_output_tokens": nonsense})
     assert np.isnan(told_tokens(state))
+    if nonsense is not None:
+        with pytest.raises(ValueError, match=r"instant_output_tokens must be a number of tokens from 1, found"):
+            told_output_tokens(state.extra_args)
 
 
 def test_measures_have_names():
