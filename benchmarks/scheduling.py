@@ -4,7 +4,7 @@
 
 Two servers of the demo target without speculation. One is stock vLLM (``--scheduling-policy priority``, which with
 equal priorities serves as requests come): the arms ``stock`` and ``stock, priority`` (each request's true length as its
-priority). The other is ours, whose arms differ in the queue alone: ``fcfs``, ``similarity`` (lengths learned from 150
+priority). The other is ours, whose arms differ in the queue alone: ``fcfs``, ``similarity`` (lengths learned from 100
 requests before), ``similarity, told`` (lengths told by the client), ``static`` (a batch starts when the last one is
 done). Requests are sent when they are due. All arms of a round get the same prompts at the same times, every round
 fresh ones, and the prefix cache is off.
@@ -43,7 +43,7 @@ STOCK, PRIORITY, FCFS, LEARNED, TOLD, STATIC = (
     "static",
 )
 LOADS = ("0.7", "0.9", "1.1")
-SHORT, LONG, LONG_SHARE = 16, 256, 0.2
+SHORT, LONG, LONG_SHARE = 12, 192, 0.2
 WAIT_RATIO, WAIT_SECONDS = 2.0, 1.0
 
 
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--training", type=int, default=150, help="requests that the predictor learns from before")
+    parser.add_argument("--training", type=int, default=100, help="requests that the predictor learns from before")
     parser.add_argument("--output", type=Path, default=HERE / "results/scheduling.json")
     options = parser.parse_args()
     known = {name.replace(",", ""): name for name in (STOCK, PRIORITY, FCFS, LEARNED, TOLD, STATIC)}
