@@ -23,7 +23,15 @@ from triton.runtime.jit import JITFunction
 
 OPTIONS = {"num_warps", "num_stages"}
 """Keywords of a launch that are no parameters of the kernel."""
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 @dataclass(frozen=True)
@@ -99,12 +107,14 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Machine:
     signature, constants, attributes = {}, {}, {}
     for position, (name, value) in enumerate(launch.arguments.items()):
         unchanged = launch.kernel.params[position].do_not_specialize
-        signature[name] = _type(value)
         if launch.kernel.params[position].is_constexpr or value is None or (_is_int(value) and value == 1):
             signature[name] = "constexpr"
             constants[(position,)] = value
-        elif not unchanged and (isinstance(value, torch.Tensor) or (_is_int(value) and value % 16 == 0)):
-            # Memory that PyTorch allocates is aligned.
+            continue
+        signature[name] = _type(value)
+        # Memory that PyTorch allocates is aligned, on a device as here; a view of it need not be.
+        place = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if not unchanged and _is_int(place) and place % 16 == 0:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
@@ -125,7 +135,7 @@ def _type(value: Any) -> str:
         return "*" + TYPES[value.dtype]
     if isinstance(value, float):
         return "fp32"
-    return "i1" if isinstance(value, bool) else "i32" if value is None or -(2**31) <= value < 2**31 else "i64"
+    return "i1" if isinstance(value, bool) else "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _assembled(ptx: str, capability: int, folder: Path) -> str:
