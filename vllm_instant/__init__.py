@@ -4,7 +4,11 @@ This module is the public API for plugin authors; ``vllm_instant.contracts`` say
 """
 
 from vllm_instant.contracts import (
+    AttentionLayer,
+    AttentionProvider,
+    AttentionStep,
     BatchingPolicy,
+    CacheParts,
     Draft,
     Drafter,
     DrafterOptions,
@@ -28,7 +32,11 @@ from vllm_instant.verification import DraftRows, Verification, draft_rows
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionLayer",
+    "AttentionProvider",
+    "AttentionStep",
     "BatchingPolicy",
+    "CacheParts",
     "Deployment",
     "Draft",
     "DraftPrice",

@@ -7,6 +7,7 @@ import logging
 from vllm_instant import carrier
 from vllm_instant.problems import DeploymentError, Problem
 from vllm_instant.seams import (
+    attention,
     catalogue,
     cpu_sampling,
     cpu_seeds,
@@ -70,6 +71,7 @@ def activate() -> None:
     cpu_sampling.install()
     drafter.install()
     rejection_sampler.install()
+    attention.install()
     # Optional: a vLLM that they do not fit is served without them.
     for seam in (
         default_drafter,

@@ -56,7 +56,6 @@ SLOTS: dict[str, Slot] = {
             "worker",
             "native",
             contracts.AttentionProvider,
-            served=False,
         ),
         Slot(
             "streaming",

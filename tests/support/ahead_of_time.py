@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from triton.runtime.jit import JITFunction
 
 OPTIONS = {"num_warps", "num_stages"}
 """Keywords of a launch that are no parameters of the kernel."""
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+"""Bytes that a load moves for each thread, by the part of its name that says so; without one it is 4."""
+TENSOR_CORES = {"HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "OMMA"}
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -59,6 +63,21 @@ class Machine:
     """Bytes of a thread's registers that did not fit, stores and loads together."""
     shared: int
     """Bytes of shared memory."""
+    instructions: Mapping[str, int]
+    """How often each one stands in the code, by its full name."""
+
+    def loads(self) -> dict[int, int]:
+        """Loads from global memory by their width in bytes, asynchronous copies included."""
+        widths: Counter[int] = Counter()
+        for name, times in self.instructions.items():
+            parts = name.split(".")
+            if parts[0] in ("LDG", "LDGSTS"):
+                widths[next((WIDTHS[part] for part in parts if part in WIDTHS), 4)] += times
+        return dict(sorted(widths.items()))
+
+    def products(self) -> int:
+        """Instructions for tensor cores."""
+        return sum(times for name, times in self.instructions.items() if name.split(".")[0] in TENSOR_CORES)
 
 
 def launches(module: ModuleType, function: Callable[..., Any], *arguments: Any) -> list[Launch]:
@@ -123,7 +142,18 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Machine:
     registers = re.search(r"Used (\d+) registers", log)
     if not spills or not registers:
         raise ValueError(f"the assembler says nothing about registers or spills:\n{log}")
-    return Machine(result.asm["cubin"], int(registers[1]), int(spills[1]) + int(spills[2]), result.metadata.shared)
+    spilled = int(spills[1]) + int(spills[2])
+    cubin = result.asm["cubin"]
+    return Machine(cubin, int(registers[1]), spilled, result.metadata.shared, _instructions(cubin, folder))
+
+
+def _instructions(cubin: bytes, folder: Path) -> Counter[str]:
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(cubin)
+    disassembler = Path(get_ptxas(90).path).with_name("nvdisasm")
+    run = subprocess.run([str(disassembler), "-c", str(binary)], capture_output=True, text=True, check=True)
+    # "        /*0120*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;"
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", run.stdout, re.MULTILINE))
 
 
 def _is_int(value: Any) -> bool:

@@ -68,6 +68,12 @@ def planted(name):
     return build
 
 
+def plain_attention(options, context):
+    from plain_attention import PlainAttention
+
+    return PlainAttention()
+
+
 def cannot_start(options, context):
     raise OSError("the model of this policy is not there")
 
@@ -108,5 +114,6 @@ def instant_plugins():
                 ("out_of_range", "OutOfRange"),
             )
         ),
+        Plugin(slot="attention", name="plain", summary="test", lossy=True, build=plain_attention),
         Plugin(slot="experts", name="unserved", summary="test", lossy=True, build=incomplete),
     ]
