@@ -40,12 +40,9 @@ ATTENTION = {
 PREFILL = {"FP8, head 128, group 4": (128, 4), "FP8, head 256, group 4": (256, 4)}
 WRITE = {"FP8, head 128, rotated": (128, True), "FP8, head 128": (128, False), "FP8, head 96, rotated": (96, True)}
 FEED_FORWARD = {
-    f"{kind}, {size}, {name}": (hidden, inner, kind == "FP8", name)
-    for size, hidden, inner in (("1B", 2048, 8192), ("8B", 4096, 14336))
+    f"{kind}, 1B, {name}": (2048, 8192, kind == "FP8", name)
     for kind in ("BF16", "FP8")
     for name in ("_project", "_gate_and_up", "_down")
-    # Launches that differ in sizes only say the same.
-    if size == "1B" or kind == "BF16"
 }
 STOCK_CASES = {
     "FP8, head 128, group 4, 1 token": (1, None),
@@ -165,7 +162,7 @@ def _prefill(case: str, capability: int) -> Any:
         made.starts,
         torch.empty_like(made.query),
     )
-    keywords = {"scale": 0.1, "workspace": workspace_for(made.query.device, head), "splits": 8}
+    keywords = {"scale": 0.1, "workspace": workspace_for(made.query.device, head), "splits": 4}
     return _one(module, partial(module.prefill_attention, made.query, *arguments, **keywords))
 
 
@@ -211,61 +208,24 @@ def _feed_forward(case: str, capability: int) -> Any:
 
 def _stock(case: str, capability: int) -> Any:
     """The kernel of vLLM over the layout of vLLM, decoding or verifying drafts, as its host function launches it."""
+    import stock_attention
     import torch
-    import triton
-    import triton.language as tl
-    import vllm.triton_utils as imported_by_vllm
 
-    # Without a device vLLM takes stand-ins for Triton; its kernels need the real one to be compiled.
-    imported_by_vllm.triton, imported_by_vllm.tl = triton, tl
-    from vllm.v1.attention.ops import triton_unified_attention as module
-    from vllm.v1.kv_cache_interface import KVQuantMode
-
+    module = stock_attention.kernel_module()
     tokens, tile = STOCK_CASES[case]
-    head, heads = 128, 4 * KV_HEADS
-    cache = torch.zeros(8, KV_HEADS, 16, 2 * (head + 4), dtype=torch.uint8).transpose(1, 2)
-    keys, values = cache.view(torch.float8_e4m3fn).split(head + 4, -1)
-    floats = torch.empty(0).set_(cache.untyped_storage())
-    shape, strides = cache.shape[:3], [step // 4 for step in cache.stride()[:3]]
-    query = torch.zeros(REQUESTS * tokens, heads, head, dtype=torch.bfloat16)
-    sums = torch.empty(REQUESTS * tokens, heads, 16, head)
+    made = _batch(128, 4, tokens)
+    cache = torch.zeros(*made.cache.shape[:3], stock_attention.row_bytes(128), dtype=torch.uint8)
+    sums = stock_attention.sums_for(len(made.query), made.query.shape[1], 128, cache.device)
+    arguments = (made.query, stock_attention.views(cache, 128), made.block_tables, made.lengths, made.starts)
+    keywords = {"most_query_tokens": tokens, "longest": 40, "sums": sums}
     chosen = module._get_tile_size
     if tile is not None:
         module._get_tile_size = lambda *_, **__: tile
     try:
-        [launch, *_] = _all(
-            module,
-            partial(
-                module.unified_attention,
-                q=query,
-                k=keys,
-                v=values,
-                out=torch.empty_like(query),
-                cu_seqlens_q=torch.arange(REQUESTS + 1, dtype=torch.int32) * tokens,
-                max_seqlen_q=tokens,
-                seqused_k=torch.full((REQUESTS,), 40, dtype=torch.int32),
-                max_seqlen_k=40,
-                softmax_scale=0.1,
-                causal=True,
-                window_size=(-1, -1),
-                block_table=torch.zeros(REQUESTS, 16, dtype=torch.int32),
-                softcap=0,
-                q_descale=None,
-                k_descale=None,
-                v_descale=None,
-                seq_threshold_3D=16,
-                num_par_softmax_segments=16,
-                softmax_segm_output=sums,
-                softmax_segm_max=sums[..., 0].contiguous(),
-                softmax_segm_expsum=sums[..., 0].contiguous(),
-                kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD,
-                k_scale_cache=floats.as_strided(shape, strides, head // 4),
-                v_scale_cache=floats.as_strided(shape, strides, (2 * head + 4) // 4),
-            ),
-        )
+        output = torch.empty_like(made.query)
+        return _all(module, partial(stock_attention.attend, module, *arguments, output, **keywords))[0]
     finally:
         module._get_tile_size = chosen
-    return launch
 
 
 _LAUNCHES: dict[str, Callable[[str, int], Any]] = {

@@ -9,39 +9,43 @@ import httpx
 import pytest
 from asking import ask
 
-from vllm_instant.evidence.servers import Server, ServerError
+from vllm_instant.evidence.servers import ServerError
 from vllm_instant_kernels.cache_layout import row_bytes
 
 PROMPT = "import os\nimport sys\n\ndef main(argv):\n    for name in argv:\n        print(name)\n\ndef main(argv):\n"
-TOKENS = 12
+TOKENS = 8
 DEPLOYMENT = '[attention]\nplugin = "{}"\n'
 
 
 @pytest.fixture(scope="module")
 def servers(launch):
-    """Ours in the interpreter and the plain one, both with the default drafter, started together."""
-    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+    """Ours in the interpreter, the plain one, and vLLM's own FP8; all with the default drafter, started together."""
+    with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
 
         def start(plugin, **environment):
             words = ["--max-num-seqs", "4"]
             return stack.enter_context(launch(DEPLOYMENT.format(plugin), *words, **environment))
 
-        starting = pool.submit(start, "fp8_fused", TRITON_INTERPRET="1"), pool.submit(start, "plain")
-        yield tuple(future.result() for future in starting)
+        starting = {
+            "fp8_fused": pool.submit(start, "fp8_fused", TRITON_INTERPRET="1"),
+            "plain": pool.submit(start, "plain"),
+            "fp8": pool.submit(start, "fp8"),
+        }
+        yield {plugin: future.result() for plugin, future in starting.items()}
 
 
 def _said(server, **parameters):
     """Several prompts at a time, so that steps mix pieces of prompts with decoding and verification."""
-    prompts = [PROMPT, PROMPT[:40], PROMPT[20:] + "    import re\n"]
-    with ThreadPoolExecutor(3) as pool:
+    prompts = [PROMPT, PROMPT[20:60]]
+    with ThreadPoolExecutor(2) as pool:
         asked = pool.map(lambda p: ask(server, p, max_tokens=TOKENS, return_token_ids=True, **parameters), prompts)
         return [choices[0]["token_ids"] for choices in asked]
 
 
 def test_tokens_are_those_of_plain_tensor_operations(servers):
-    fused, plain = servers
+    fused = servers["fp8_fused"]
     found = _said(fused)
-    assert found == _said(plain)
+    assert found == _said(servers["plain"])
     assert all(len(tokens) == TOKENS for tokens in found)
     drafted = fused.metrics()["vllm:spec_decode_num_draft_tokens_total"]
     assert drafted > 0, "nothing was verified"
@@ -65,22 +69,13 @@ def test_more_requests_fit_into_the_same_memory(servers, stock, demo_pair):
 
     config = AutoConfig.from_pretrained(demo_pair.target)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    (tokens, concurrency), (of_stock, concurrency_of_stock) = _capacity(servers[0]), _capacity(stock)
+    (tokens, concurrency), (of_stock, concurrency_of_stock) = _capacity(servers["fp8_fused"]), _capacity(stock)
     print(f"{tokens} tokens, {concurrency}x; stock {of_stock} tokens, {concurrency_of_stock}x; head size {head}")
     expected = row_bytes(head, 4) / row_bytes(head)
     assert math.isclose(tokens / of_stock, expected, rel_tol=0.02)
     assert math.isclose(concurrency / concurrency_of_stock, expected, rel_tol=0.02)
     # Against BF16, too.
     assert tokens / of_stock > 2 * 1.7
-
-
-def test_without_a_device_it_says_no(demo_pair, launch):
-    with pytest.raises(ServerError) as caught, launch(DEPLOYMENT.format("fp8_fused")):
-        pass
-    assert (
-        "plugin fp8_fused of slot attention cannot start: ValueError: it needs an NVIDIA GPU of compute capability 8.9 "
-        "or later, and this is cpu; choose attention.plugin=fp8 or native"
-    ) in caught.value.log
 
 
 def test_a_cache_that_the_cpu_cannot_read_is_refused_at_once(launch):
@@ -93,10 +88,8 @@ def test_a_cache_that_the_cpu_cannot_read_is_refused_at_once(launch):
     assert "fp8_per_token_head and would give wrong tokens; valid: auto, fp8, fp8_e4m3, fp8_e5m2" in caught.value.log
 
 
-def test_vllms_own_fp8_cache_serves_on_the_cpu(launch, expected, prompts):
-    with launch(DEPLOYMENT.format("fp8")) as server:
-        said = ask(server, prompts[0])[0]["text"]
-        # FP8 is not exact, but no other language.
-        assert said[:4] == expected[0][:4]
-        assert httpx.get(f"{server.url}/v1/instant/deployment").json()["slots"]["attention"]["plugin"] == "fp8"
-        assert isinstance(server, Server)
+def test_vllms_own_fp8_cache_serves_on_the_cpu(servers, stock):
+    server = servers["fp8"]
+    # FP8 is not exact, but what is certain stays what it is.
+    assert ask(server, PROMPT)[0]["text"][:8] == ask(stock, PROMPT)[0]["text"][:8]
+    assert httpx.get(f"{server.url}/v1/instant/deployment").json()["slots"]["attention"]["plugin"] == "fp8"

@@ -81,8 +81,8 @@ def test_what_cannot_be_computed_is_refused(numbers):
         fused_feed_forward(attention.repeat(9, 1)[:17], residual, weights)
     with pytest.raises(ValueError, match=r"gate_and_up is .* must be contiguous, of shape \(256, 64\)"):
         fused_feed_forward(attention, residual, FeedForwardWeights(output, norm, down, down))
+    fp8 = Weight(torch.zeros(64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"with scales of shape None; .* with scales of shape \(64,\)"):
-        fp8 = Weight(torch.zeros(64, 64, dtype=torch.uint8))
         fused_feed_forward(attention, residual, FeedForwardWeights(fp8, norm, both, down))
 
 
