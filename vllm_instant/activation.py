@@ -71,8 +71,7 @@ def activate() -> None:
     cpu_sampling.install()
     drafter.install()
     rejection_sampler.install()
-    attention.install()
-    # Optional: a vLLM that they do not fit is served without them.
+    # A vLLM that they do not fit is served without them, unless a chosen plugin needs one.
     for seam in (
         default_drafter,
         draft_skipping,
@@ -81,6 +80,7 @@ def activate() -> None:
         plain_sampling,
         cpu_seeds,  # around what the sampling of a step has become
         undrafted_sampling,
+        attention,
         request_options,
         engine_core,
     ):

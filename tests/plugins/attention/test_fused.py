@@ -70,5 +70,5 @@ def test_which_kernel(monkeypatch, most, kernel):
 
 
 def test_the_cache_must_have_bytes(in_interpreter):
-    with pytest.raises(ValueError, match="the cache is of torch.float16; it must be of a type of one byte"):
+    with pytest.raises(ValueError, match=r"the cache is of torch\.float16; it must be of a type of one byte"):
         in_interpreter.parts(torch.zeros(2, 2, 16, 128, dtype=torch.float16), LAYER)

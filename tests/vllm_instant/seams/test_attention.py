@@ -70,7 +70,7 @@ def test_which_backend_serves(choose, caplog):
 
 def test_a_cpu_does_not_get_a_cache_that_it_cannot_read(choose):
     for backend in ("CPU_ATTN", None):
-        with pytest.raises(ValueError, match="cannot read a KV cache of type fp8_per_token_head .* valid: auto, fp8"):
+        with pytest.raises(ValueError, match=r"cannot read a KV cache of type fp8_per_token_head .* valid: auto, fp8"):
             choose(backend, on_cpu=True)
         assert choose(backend, on_cpu=True, kv_cache_dtype="fp8") == f"vLLM {backend}"
     # What a plugin leaves alone ends there, too.
