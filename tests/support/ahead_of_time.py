@@ -126,7 +126,11 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Machine:
     signature, constants, attributes = {}, {}, {}
     for position, (name, value) in enumerate(launch.arguments.items()):
         unchanged = launch.kernel.params[position].do_not_specialize
-        if launch.kernel.params[position].is_constexpr or value is None or (_is_int(value) and value == 1):
+        if (
+            launch.kernel.params[position].is_constexpr
+            or value is None
+            or (not unchanged and _is_int(value) and value == 1)
+        ):
             signature[name] = "constexpr"
             constants[(position,)] = value
             continue

@@ -8,7 +8,7 @@ float16, so that keys and values need no more than a conversion; their scales ar
 probabilities instead. Probabilities go into the second product as float16, between 0 and ``2 ** 11``: each tile's value
 scales are divided by the tile's largest, and probabilities below ``2 ** -25`` are still normal numbers then. The
 second product is summed at two levels: the tensor cores sum one tile from zero, and a fused multiply-add in float32
-takes that to the running sum of all tiles; running sums of parts of the cache (``SPLITS``) are merged in float32. No
+takes that to the running sum of all tiles; running sums of parts of the cache (splits) are merged in float32. No
 sum that tensor cores round is longer than a tile.
 
 One launch. Every program of a request leaves its sums in a workspace and counts itself; whoever finds that it is the
@@ -131,6 +131,7 @@ def attend_and_merge(
     chunk,
     kv_head,
     split,
+    splits,
     query_ptr,
     output_ptr,
     keys_ptr,
@@ -161,7 +162,6 @@ def attend_and_merge(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
     LEAST_TILES: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -197,7 +197,7 @@ def attend_and_merge(
         if WINDOW > 0:
             begin = tl.maximum(before + chunk * TOKENS - WINDOW + 1, 0) // TILE * TILE
         tiles = tl.cdiv(end - begin, TILE)
-        tiles_each = tl.maximum(tl.cdiv(tiles, SPLITS), LEAST_TILES)
+        tiles_each = tl.maximum(tl.cdiv(tiles, splits), LEAST_TILES)
         parts = tl.cdiv(tiles, tiles_each)
         if split < parts:
             first = begin + split * tiles_each * TILE
@@ -231,10 +231,10 @@ def attend_and_merge(
             if parts == 1:
                 result = weighted / tl.where(total > 0.0, total, 1.0)[:, None]
                 tl.store(output_rows, result.to(output_ptr.dtype.element_ty), mask=mask)
-            elif SPLITS > 1:
+            else:
                 # A part's sums: weighted values, then maxima and totals.
                 SIZE: tl.constexpr = ROWS * (HEAD_PADDED + 2)
-                of_head = sums_ptr + place_in_workspace.to(tl.int64) * (SPLITS * SIZE)
+                of_head = sums_ptr + place_in_workspace.to(tl.int64) * (splits * SIZE)
                 mine = of_head + split * SIZE
                 cells = index[:, None] * HEAD_PADDED + lane[None, :]
                 tl.store(mine + cells, weighted)

@@ -30,7 +30,7 @@ from vllm_instant_kernels.attention_tiles import (
 from vllm_instant_kernels.cache_layout import CacheViews
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _paged_attention(
     query_ptr,
     output_ptr,
@@ -43,6 +43,7 @@ def _paged_attention(
     starts_ptr,
     sums_ptr,
     arrivals_ptr,
+    splits,
     scale,
     query_token_stride,
     query_head_stride,
@@ -62,13 +63,12 @@ def _paged_attention(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
     LEAST_TILES: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
-    """Grid ``[requests, chunks of query tokens * KV heads, SPLITS]``."""
+    """Grid ``[requests, chunks of query tokens * KV heads, splits]``."""
     request = tl.program_id(0)
     head_and_chunk = tl.program_id(1)
     attend_and_merge(
@@ -76,6 +76,7 @@ def _paged_attention(
         head_and_chunk // KV_HEADS,
         head_and_chunk % KV_HEADS,
         tl.program_id(2),
+        splits,
         query_ptr,
         output_ptr,
         keys_ptr,
@@ -106,7 +107,6 @@ def _paged_attention(
         BLOCK,
         TILE,
         ROWS,
-        SPLITS,
         LEAST_TILES,
         WINDOW,
         SOFT_CAP,
@@ -187,6 +187,7 @@ def paged_attention(
         starts,
         workspace.sums,
         workspace.arrivals,
+        splits,
         scale * LOG2_E,
         *query.stride()[:2],
         *output.stride()[:2],
@@ -200,7 +201,6 @@ def paged_attention(
         BLOCK=cache.keys.shape[1],
         TILE=64 if head <= 128 else 32,
         ROWS=rows,
-        SPLITS=splits,
         LEAST_TILES=LEAST_TILES,
         WINDOW=window,
         SOFT_CAP=soft_cap,

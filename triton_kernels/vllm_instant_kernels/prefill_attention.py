@@ -32,7 +32,7 @@ from vllm_instant_kernels.cache_layout import CacheViews
 from vllm_instant_kernels.paged_attention import most_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "requests"])
 def _prefill_attention(
     query_ptr,
     output_ptr,
@@ -46,6 +46,7 @@ def _prefill_attention(
     sums_ptr,
     arrivals_ptr,
     requests,
+    splits,
     scale,
     query_token_stride,
     query_head_stride,
@@ -64,13 +65,12 @@ def _prefill_attention(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
     LEAST_TILES: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
-    """Grid ``[tokens // TOKENS + requests, KV heads, SPLITS]``: at least as many chunks as there are.
+    """Grid ``[tokens // TOKENS + requests, KV heads, splits]``: at least as many chunks as there are.
 
     Chunks of request ``r`` begin at number ``starts[r] // TOKENS + r``, which leaves room for those before it.
     """
@@ -91,6 +91,7 @@ def _prefill_attention(
         number - (tl.load(starts_ptr + low) // TOKENS + low),
         kv_head,
         tl.program_id(2),
+        splits,
         query_ptr,
         output_ptr,
         keys_ptr,
@@ -121,7 +122,6 @@ def _prefill_attention(
         BLOCK,
         TILE,
         ROWS,
-        SPLITS,
         LEAST_TILES,
         WINDOW,
         SOFT_CAP,
@@ -174,6 +174,7 @@ def prefill_attention(
         workspace.sums,
         workspace.arrivals,
         requests,
+        splits,
         scale * LOG2_E,
         *query.stride()[:2],
         *output.stride()[:2],
@@ -186,7 +187,6 @@ def prefill_attention(
         BLOCK=cache.keys.shape[1],
         TILE=64 if head <= 128 else 32,
         ROWS=rows,
-        SPLITS=splits,
         LEAST_TILES=LEAST_TILES,
         WINDOW=window,
         SOFT_CAP=soft_cap,
