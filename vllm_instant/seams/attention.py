@@ -29,6 +29,7 @@ from vllm_instant.settings import ATTENTION_ARGUMENTS, Deployment
 
 logger = logging.getLogger("vllm.instant")
 
+REGISTRY_MODULE = "vllm.v1.attention.backends.registry"
 SELECTOR_MODULE = "vllm.v1.attention.selector"
 BACKEND = "vllm_instant.seams.attention_backend.InstantAttentionBackend"
 PLACE = "CUSTOM"
@@ -120,12 +121,9 @@ def refuse_unreadable_cache(arguments: Any) -> None:
 def _wrap(module: ModuleType) -> None:
     """Wrap the platform's choice, when the module that asks for it is loaded."""
     from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     place = getattr(AttentionBackendEnum, PLACE)
-    deployment = carrier.current()
-    if deployment is not None and deployment.offer("attention").plugin.build is not None:
-        register_backend(place, BACKEND)
     platform = type(current_platform)
     original = platform.get_attn_backend_cls.__func__
     platform.get_attn_backend_cls = classmethod(_choosing(original, place, current_platform.is_cpu()))
@@ -152,8 +150,16 @@ def _choosing(original: Callable[..., str], place: Any, on_cpu: bool) -> Callabl
     return get_attn_backend_cls
 
 
+def _register(module: ModuleType) -> None:
+    """Name our backend in vLLM's registry, which others than the wrapped choice ask, too."""
+    deployment = carrier.current()
+    if deployment is not None and deployment.offer("attention").plugin.build is not None:
+        module.register_backend(getattr(module.AttentionBackendEnum, PLACE), BACKEND)
+
+
 def install() -> None:
-    """Change the platform when backends are chosen for the first time."""
+    """Register the backend, and change the platform when backends are chosen for the first time."""
+    when_imported(REGISTRY_MODULE, _register)
     when_imported(SELECTOR_MODULE, _wrap)
 
 
