@@ -42,12 +42,12 @@ def test_shared_memory_leaves_room(ours):
 
 
 def test_no_byte_is_loaded_by_itself(ours):
-    """The widths are those of the layout: the cache is read 16 and 8 bytes at a time, scales and tables 4."""
+    """Keys are read 16 bytes at a time, values 16 or 8, scales and tables 4."""
     assert [_name(row) for row in ours if "1" in row["loads"]] == []
     for row in ours:
         if row["kernel"].endswith("attention"):
             assert set(row["loads"]) <= {"4", "8", "16"}, _name(row)
-            assert row["loads"].get("16", 0) >= 8, _name(row)
+            assert row["loads"].get("16", 0) >= 4, _name(row)
         if row["kernel"] == "fused_feed_forward":
             assert row["loads"].get("16", 0) >= 4, _name(row)
 
