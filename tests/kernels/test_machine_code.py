@@ -58,18 +58,22 @@ def test_products_are_made_by_tensor_cores(ours):
 
 
 def test_vllms_kernel_loads_its_layout_by_bytes_and_takes_more(rows):
-    """Compiled in the same way: over vLLM's layout, and with tiles as large as ours."""
+    """Compiled in the same way over vLLM's layout; compared where a program has as many rows and keys as ours.
+
+    With several query tokens ours has rows for all of them and vLLM's has not, which takes fewer registers and reads
+    the cache more than once.
+    """
     ours = {(row["case"], row["capability"]): row for row in rows if row["kernel"] == "paged_attention"}
     compared = 0
     for row in rows:
         if row["kernel"] == machine_code.STOCK:
             assert row["loads"]["1"] >= 32, _name(row)
             case, _, tiles = row["case"].partition(", tiles")
-            if tiles:
+            if tiles and case.endswith("1 token"):
                 of_ours = ours[case, row["capability"]]
                 assert (of_ours["registers"], of_ours["spilled"]) < (row["registers"], row["spilled"]), _name(row)
                 compared += 1
-    assert compared == 4
+    assert compared == 2
 
 
 def test_nothing_takes_more_than_was_recorded(rows):
