@@ -5,7 +5,11 @@ This module is the public API for plugin authors; ``vllm_instant.contracts`` say
 
 from vllm_instant.contracts import (
     Admission,
+    AttentionLayer,
+    AttentionProvider,
+    AttentionStep,
     BatchingPolicy,
+    CacheParts,
     Draft,
     Drafter,
     DrafterOptions,
@@ -32,7 +36,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Admission",
+    "AttentionLayer",
+    "AttentionProvider",
+    "AttentionStep",
     "BatchingPolicy",
+    "CacheParts",
     "Deployment",
     "Draft",
     "DraftPrice",

@@ -7,6 +7,7 @@ import logging
 from vllm_instant import carrier
 from vllm_instant.problems import DeploymentError, Problem
 from vllm_instant.seams import (
+    attention,
     catalogue,
     cpu_sampling,
     cpu_seeds,
@@ -70,7 +71,7 @@ def activate() -> None:
     cpu_sampling.install()
     drafter.install()
     rejection_sampler.install()
-    # Optional: a vLLM that they do not fit is served without them.
+    # A vLLM that they do not fit is served without them, unless a chosen plugin needs one.
     for seam in (
         default_drafter,
         draft_skipping,
@@ -79,6 +80,7 @@ def activate() -> None:
         plain_sampling,
         cpu_seeds,  # around what the sampling of a step has become
         undrafted_sampling,
+        attention,
         request_options,
         engine_core,
     ):

@@ -26,6 +26,8 @@ CONFIG_VARIABLE = "INSTANT_CONFIG"
 DEFAULT_ORIGIN = "default"
 PLUGIN_DRAFTER = "vllm_instant.seams.drafter.PluginDrafter"
 """What vLLM instantiates for a drafter plugin."""
+ATTENTION_ARGUMENTS = {"attention_backend": "CUSTOM", "kv_cache_dtype": "fp8_per_token_head"}
+"""What makes vLLM ask an attention plugin (``seams.attention``)."""
 
 
 class SlotChoice(BaseModel):
@@ -71,6 +73,8 @@ class Deployment(BaseModel):
                     arguments.update(self.drafter_arguments(manager))
             elif plugin.engine_arguments is not None:
                 arguments.update(plugin.engine_arguments(self.options(slot, manager)))
+            if slot == "attention" and plugin.build is not None:
+                arguments.update(ATTENTION_ARGUMENTS)
         arguments.update(self.vllm)
         if not speculating:
             arguments.pop("speculative_config", None)

@@ -55,7 +55,6 @@ SLOTS: dict[str, Slot] = {
             "worker",
             "native",
             contracts.AttentionProvider,
-            served=False,
         ),
         Slot(
             "streaming",

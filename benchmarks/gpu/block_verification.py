@@ -17,21 +17,16 @@ once launched from Python and once replayed as a CUDA graph, which leaves the ti
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-# A checkout is enough.
-sys.path[:0] = [str(ROOT / "triton_kernels"), str(ROOT / "tests/support")]
+from timing import ROOT, can_run, graph, summary, times, write
 
 BATCH, DRAFTED = 16, 8
 VOCABULARIES = (32_000, 150_000)
@@ -169,59 +164,11 @@ def measure(vocab: int, certain: bool, runs: int) -> dict[str, Any]:
         "vocabulary": vocab,
         "kept": statistics.fmean(kept),
         "requests_with_a_draw": statistics.fmean(k < DRAFTED for k in kept),
-        "launched_us": _summary(_times(arms, runs)),
+        "launched_us": summary(times(arms, runs)),
     }
-    graphs = {arm: [_graph(function).replay for function in functions] for arm, functions in arms.items()}
-    cell["replayed_us"] = _summary(_times(graphs, runs))
+    graphs = {arm: [graph(function).replay for function in functions] for arm, functions in arms.items()}
+    cell["replayed_us"] = summary(times(graphs, runs))
     return cell
-
-
-def _graph(function: Callable[[], Any]) -> Any:
-    import torch
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph
-
-
-def _times(arms: dict[str, list[Callable[[], Any]]], runs: int) -> dict[str, list[float]]:
-    """Microseconds between events around each call, after a tenth as many calls that do not count."""
-    import torch
-
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
-    for run in range(-runs // 10, runs):
-        for arm, functions in arms.items():
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            began.record()
-            functions[run % len(functions)]()
-            ended.record()
-            torch.cuda.synchronize()
-            if run >= 0:
-                times[arm].append(1000 * began.elapsed_time(ended))
-    return times
-
-
-def _summary(times: dict[str, list[float]]) -> dict[str, Any]:
-    return {arm: median_interval(values) for arm, values in times.items()}
-
-
-def median_interval(values: Sequence[float], confidence: float = 0.95, draws: int = 2000) -> dict[str, float]:
-    """Median with its percentile-bootstrap interval.
-
-    As in ``vllm_instant.evidence.statistics``, with nothing but the standard library.
-    """
-    generator = random.Random(0)
-    resampled = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
-    tail = (1 - confidence) / 2
-    low, high = resampled[int(tail * draws)], resampled[int((1 - tail) * draws) - 1]
-    return {"median": statistics.median(values), "low": low, "high": high}
 
 
 def main() -> int:
@@ -230,14 +177,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=300)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/block_verification.json")
     options = parser.parse_args()
-    try:
-        import torch
-        import triton
-    except ImportError as error:
-        print(f"This needs PyTorch and Triton on a machine with a CUDA device: {error}.", file=sys.stderr)
-        return 2
-    if not torch.cuda.is_available():
-        print("This needs a CUDA device, and PyTorch finds none.", file=sys.stderr)
+    if not can_run():
         return 2
     compared = compare()
     timed = [measure(vocab, certain, options.runs) for vocab in VOCABULARIES for certain in (False, True)]
@@ -248,21 +188,8 @@ def main() -> int:
             )
             drafts = "certain drafts" if cell["certain"] else "drawn drafts"
             print(f"{cell['vocabulary']:,} tokens, {drafts}, {how.partition('_')[0]}: {figures} µs")
-    record = {
-        "command": " ".join(["python", str(Path(__file__).resolve().relative_to(ROOT)), *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-        },
-        "measured": {"batch": BATCH, "drafts": DRAFTED, "runs": options.runs, "compared": compared, "timed": timed},
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"wrote {options.output}")
+    measured = {"batch": BATCH, "drafts": DRAFTED, "runs": options.runs, "compared": compared, "timed": timed}
+    write(options.output, measured)
     return 0
 
 

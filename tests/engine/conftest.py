@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ def launch(demo_pair: Pair, plugin_folder: Path, tmp_path_factory: pytest.TempPa
     @contextmanager
     def start(deployment: str, *words: str, **environment: str) -> Iterator[Server]:
         folder = tmp_path_factory.mktemp("instant")
+        inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         file = folder / "deploy.toml"
         file.write_text(deployment.replace("DRAFT", str(demo_pair.draft)))
         selection = ["--plugins", "vllm_instant", "--instant-config", str(file)]
@@ -69,7 +71,7 @@ def launch(demo_pair: Pair, plugin_folder: Path, tmp_path_factory: pytest.TempPa
             demo_pair.target,
             [*COMMON, *NAMED, *selection, *words],
             log=folder / "server.log",
-            environment={"PYTHONPATH": str(plugin_folder), **environment},
+            environment={"PYTHONPATH": os.pathsep.join([str(plugin_folder), *inherited]), **environment},
         )
         with server:
             yield server

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,18 @@ from triton.runtime.jit import JITFunction
 
 OPTIONS = {"num_warps", "num_stages"}
 """Keywords of a launch that are no parameters of the kernel."""
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+"""Bytes that a load moves for each thread, by the part of its name that says so; without one it is 4."""
+TENSOR_CORES = {"HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "OMMA"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,21 @@ class Machine:
     """Bytes of a thread's registers that did not fit, stores and loads together."""
     shared: int
     """Bytes of shared memory."""
+    instructions: Mapping[str, int]
+    """How often each one stands in the code, by its full name."""
+
+    def loads(self) -> dict[int, int]:
+        """Loads from global memory by their width in bytes, asynchronous copies included."""
+        widths: Counter[int] = Counter()
+        for name, times in self.instructions.items():
+            parts = name.split(".")
+            if parts[0] in ("LDG", "LDGSTS"):
+                widths[next((WIDTHS[part] for part in parts if part in WIDTHS), 4)] += times
+        return dict(sorted(widths.items()))
+
+    def products(self) -> int:
+        """Instructions for tensor cores."""
+        return sum(times for name, times in self.instructions.items() if name.split(".")[0] in TENSOR_CORES)
 
 
 def launches(module: ModuleType, function: Callable[..., Any], *arguments: Any) -> list[Launch]:
@@ -99,12 +126,18 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Machine:
     signature, constants, attributes = {}, {}, {}
     for position, (name, value) in enumerate(launch.arguments.items()):
         unchanged = launch.kernel.params[position].do_not_specialize
-        signature[name] = _type(value)
-        if launch.kernel.params[position].is_constexpr or value is None or (_is_int(value) and value == 1):
+        if (
+            launch.kernel.params[position].is_constexpr
+            or value is None
+            or (not unchanged and _is_int(value) and value == 1)
+        ):
             signature[name] = "constexpr"
             constants[(position,)] = value
-        elif not unchanged and (isinstance(value, torch.Tensor) or (_is_int(value) and value % 16 == 0)):
-            # Memory that PyTorch allocates is aligned.
+            continue
+        signature[name] = _type(value)
+        # Memory that PyTorch allocates is aligned, on a device as here; a view of it need not be.
+        place = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if not unchanged and _is_int(place) and place % 16 == 0:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
@@ -113,7 +146,18 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Machine:
     registers = re.search(r"Used (\d+) registers", log)
     if not spills or not registers:
         raise ValueError(f"the assembler says nothing about registers or spills:\n{log}")
-    return Machine(result.asm["cubin"], int(registers[1]), int(spills[1]) + int(spills[2]), result.metadata.shared)
+    spilled = int(spills[1]) + int(spills[2])
+    cubin = result.asm["cubin"]
+    return Machine(cubin, int(registers[1]), spilled, result.metadata.shared, _instructions(cubin, folder))
+
+
+def _instructions(cubin: bytes, folder: Path) -> Counter[str]:
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(cubin)
+    disassembler = Path(get_ptxas(90).path).with_name("nvdisasm")
+    run = subprocess.run([str(disassembler), "-c", str(binary)], capture_output=True, text=True, check=True)
+    # "        /*0120*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;"
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", run.stdout, re.MULTILINE))
 
 
 def _is_int(value: Any) -> bool:
@@ -125,7 +169,7 @@ def _type(value: Any) -> str:
         return "*" + TYPES[value.dtype]
     if isinstance(value, float):
         return "fp32"
-    return "i1" if isinstance(value, bool) else "i32" if value is None or -(2**31) <= value < 2**31 else "i64"
+    return "i1" if isinstance(value, bool) else "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _assembled(ptx: str, capability: int, folder: Path) -> str:

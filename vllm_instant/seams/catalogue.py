@@ -10,6 +10,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 
 from vllm_instant.seams import (
+    attention,
     batching,
     building,
     cpu_sampling,
@@ -52,6 +53,7 @@ SEAMS: tuple[Seam, ...] = tuple(
         rejection_sampler,
         undrafted_sampling,
         default_drafter,
+        attention,
         request_options,
         cpu_sampling,
         cpu_seeds,

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from vllm_instant import carrier, settings
 from vllm_instant.problems import EXIT_CODE, DeploymentError, Problem
+from vllm_instant.seams.attention import refuse_unreadable_cache
 from vllm_instant.seams.default_drafter import chooses_drafter, may_be_used
 from vllm_instant.seams.engine_options import as_arguments
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
@@ -263,7 +264,9 @@ def _select(parsed: Any, serve: Serve) -> None:
         return
     try:
         deployment = settings.resolve(selection.config, selection.overrides)
-        serve(deployment, _take_scheduler(parsed, deployment))
+        speculates = _take_scheduler(parsed, deployment)
+        refuse_unreadable_cache(parsed)
+        serve(deployment, speculates)
     except DeploymentError as error:
         _fail(error)
 
@@ -343,6 +346,7 @@ def _select_offline(engine_args: Any, serve: Serve) -> None:
     if problems:
         raise DeploymentError(problems)
     speculates = _take_scheduler(engine_args, deployment)
+    refuse_unreadable_cache(engine_args)
     engine_args.additional_config = {k: v for k, v in additional.items() if k != ADDITIONAL_CONFIG_KEY}
     serve(deployment, speculates)
     _published_offline = True

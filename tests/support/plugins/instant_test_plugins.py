@@ -135,6 +135,12 @@ def planted(name):
     return build
 
 
+def plain_attention(options, context):
+    from plain_attention import PlainAttention
+
+    return PlainAttention()
+
+
 def cannot_start(options, context):
     raise OSError("the model of this policy is not there")
 
@@ -183,5 +189,6 @@ def instant_plugins():
             build=lambda o, c: Backwards(o),
         ),
         Plugin(slot="batching", name="shuffled", summary="test", build=lambda o, c: Shuffled()),
+        Plugin(slot="attention", name="plain", summary="test", lossy=True, build=plain_attention),
         Plugin(slot="experts", name="unserved", summary="test", lossy=True, build=incomplete),
     ]

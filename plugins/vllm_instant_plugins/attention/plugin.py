@@ -1,0 +1,49 @@
+"""The plugins of the slot ``attention``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from vllm_instant import AttentionProvider, Plugin, PluginContext, PluginOptions
+
+
+class FusedOptions(PluginOptions):
+    """Options of ``fp8_fused``."""
+
+    longest_piece: int = Field(
+        128,
+        ge=0,
+        description="Steps in which a prompt brings more tokens than this are left to vLLM's kernel.",
+    )
+
+
+def _fused(options: FusedOptions, context: PluginContext) -> AttentionProvider:
+    from vllm_instant_plugins.attention.fused import FusedAttention
+
+    return FusedAttention(context.device, options.longest_piece)
+
+
+def _fp8(options: PluginOptions) -> Mapping[str, Any]:
+    return {"kv_cache_dtype": "fp8"}
+
+
+PLUGINS = (
+    Plugin(
+        slot="attention",
+        name="fp8_fused",
+        summary="FP8 KV cache with a scale a token and head, read and written by our kernels; NVIDIA GPUs from 8.9 on",
+        lossy=True,
+        options=FusedOptions,
+        build=_fused,
+    ),
+    Plugin(
+        slot="attention",
+        name="fp8",
+        summary="vLLM's own FP8 KV cache, also on CPUs",
+        lossy=True,
+        engine_arguments=_fp8,
+    ),
+)

@@ -1,0 +1,95 @@
+"""An attention plugin inside vLLM: our kernels, in Triton's interpreter, say what plain tensor operations say."""
+
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import httpx
+import pytest
+from asking import ask
+
+from vllm_instant.evidence.servers import ServerError
+from vllm_instant_kernels.cache_layout import row_bytes
+
+PROMPT = "import os\nimport sys\n\ndef main(argv):\n    for name in argv:\n        print(name)\n\ndef main(argv):\n"
+TOKENS = 8
+DEPLOYMENT = '[attention]\nplugin = "{}"\n'
+
+
+@pytest.fixture(scope="module")
+def servers(launch):
+    """Ours in the interpreter, the plain one, and vLLM's own FP8; all with the default drafter, started together."""
+    with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
+
+        def start(plugin, **environment):
+            words = ["--max-num-seqs", "4"]
+            return stack.enter_context(launch(DEPLOYMENT.format(plugin), *words, **environment))
+
+        starting = {
+            "fp8_fused": pool.submit(start, "fp8_fused", TRITON_INTERPRET="1"),
+            "plain": pool.submit(start, "plain"),
+            "fp8": pool.submit(start, "fp8"),
+        }
+        yield {plugin: future.result() for plugin, future in starting.items()}
+
+
+def _said(server, **parameters):
+    """Several prompts at a time, so that steps mix pieces of prompts with decoding and verification."""
+    prompts = [PROMPT, PROMPT[20:60]]
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.map(lambda p: ask(server, p, max_tokens=TOKENS, return_token_ids=True, **parameters), prompts)
+        return [choices[0]["token_ids"] for choices in asked]
+
+
+def test_tokens_are_those_of_plain_tensor_operations(servers):
+    fused = servers["fp8_fused"]
+    found = _said(fused)
+    assert found == _said(servers["plain"])
+    assert all(len(tokens) == TOKENS for tokens in found)
+    drafted = fused.metrics()["vllm:spec_decode_num_draft_tokens_total"]
+    assert drafted > 0, "nothing was verified"
+    assert "raised in" not in fused.log_text()
+    assert "leaves layers to vLLM" not in fused.log_text()
+
+
+def _capacity(server):
+    """Tokens that fit, and bytes for them, as vLLM's start-up says."""
+    log = server.log_text()
+    tokens = re.search(r"KV cache size: ([\d,]+) tokens", log)
+    concurrency = re.search(r"Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x", log)
+    assert tokens, log[-3000:]
+    assert concurrency, log[-3000:]
+    return int(tokens[1].replace(",", "")), float(concurrency[2])
+
+
+def test_more_requests_fit_into_the_same_memory(servers, stock, demo_pair):
+    """Stock vLLM computes in float32 here: its cache takes twice the bytes of BF16."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(demo_pair.target)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    (tokens, concurrency), (of_stock, concurrency_of_stock) = _capacity(servers["fp8_fused"]), _capacity(stock)
+    print(f"{tokens} tokens, {concurrency}x; stock {of_stock} tokens, {concurrency_of_stock}x; head size {head}")
+    expected = row_bytes(head, 4) / row_bytes(head)
+    assert math.isclose(tokens / of_stock, expected, rel_tol=0.02)
+    assert math.isclose(concurrency / concurrency_of_stock, expected, rel_tol=0.02)
+    # Against BF16, too.
+    assert tokens / of_stock > 2 * 1.7
+
+
+def test_a_cache_that_the_cpu_cannot_read_is_refused_at_once(launch):
+    with (
+        pytest.raises(ServerError) as caught,
+        launch('[vllm]\nkv_cache_dtype = "fp8_per_token_head"\n'),
+    ):
+        pass
+    assert "vllm-instant: --kv-cache-dtype: vLLM's attention on CPUs cannot read a KV cache of type" in caught.value.log
+    assert "fp8_per_token_head and would give wrong tokens; valid: auto, fp8, fp8_e4m3, fp8_e5m2" in caught.value.log
+
+
+def test_vllms_own_fp8_cache_serves_on_the_cpu(servers, stock):
+    server = servers["fp8"]
+    # FP8 is not exact, but what is certain stays what it is.
+    assert ask(server, PROMPT)[0]["text"][:8] == ask(stock, PROMPT)[0]["text"][:8]
+    assert httpx.get(f"{server.url}/v1/instant/deployment").json()["slots"]["attention"]["plugin"] == "fp8"

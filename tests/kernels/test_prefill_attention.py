@@ -1,0 +1,82 @@
+"""Pieces of prompts over what the cache holds already, in the interpreter, against plain tensor operations."""
+
+import pytest
+import torch
+from attention_cases import attended, batch, largest_error
+from attention_reference import paged_attention_reference
+from interpreting import interpreted
+
+from vllm_instant_kernels.cache_layout import split
+
+pytestmark = pytest.mark.kernel
+
+
+def _error(made, options, splits, rounded_to=""):
+    arguments = (made.query, made.cache, made.block_tables, made.lengths, made.starts, made.head, 0)
+    found, arrivals = interpreted(attended, "prefill_attention", *arguments, options, splits, rounded_to)
+    assert not arrivals.any()
+    expected = torch.full_like(made.query, torch.nan, dtype=torch.float64)
+    arguments = (
+        made.query,
+        split(made.cache, made.head, False),
+        made.block_tables,
+        made.lengths,
+        made.starts,
+        expected,
+    )
+    paged_attention_reference(*arguments, scale=made.head**-0.5, **options)
+    return largest_error(found, expected)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("head", [64, 96, 128, 256])
+def test_it_equals_the_reference_for_all_shapes(numbers, head, group):
+    """Pieces of all sizes, whole prompts, requests that decode and requests that wait, in any order."""
+    most = max(24, 48 // group)
+    requests = [
+        (numbers.randint(100, 400), numbers.randint(16, most)),  # a piece with much before it
+        (numbers.randint(1, most),) * 2,  # a whole prompt
+        (numbers.choice([1, 15, 16, 17]), 1),
+        (numbers.randint(1, 50), 0),
+    ]
+    numbers.shuffle(requests)
+    options = {"window": numbers.choice([0, 0, 30]), "soft_cap": numbers.choice([0.0, 0.0, 2.0])}
+    splits = numbers.choice([None, 1, 2])
+    made = batch(
+        numbers.randrange(2**31),
+        requests,
+        head=head,
+        kv_heads=1,
+        group=group,
+        block_size=numbers.choice([16, 32]),
+        token_major=numbers.random() < 0.5,
+    )
+    print(f"{requests}, {options}, splits {splits}")
+    assert _error(made, options, splits) <= 1e-6
+
+
+def test_requests_without_tokens_hide_nobody(numbers):
+    """Which request a chunk belongs to is found by bisection, also among many that have none."""
+    requests = [(9, 0)] * 5 + [(70, 33)] + [(9, 0)] * 6 + [(40, 40)] + [(5, 0)] * 3
+    made = batch(numbers.randrange(2**31), requests, kv_heads=1, group=2)
+    assert _error(made, {}, 1) <= 1e-6
+
+
+def test_sixteen_bit_queries(numbers):
+    made = batch(numbers.randrange(2**31), [(150, 40), (33, 33)], head=128, kv_heads=1, dtype=torch.bfloat16)
+    made.query = made.query.float()
+    assert _error(made, {}, 2, rounded_to="bfloat16") <= 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", [64, 96, 128, 256])
+def test_the_device_equals_the_reference(numbers, head):
+    requests = [(3000, 700), (1, 1), (512, 512), (80, 0), (5000, 16)]
+    made = batch(numbers.randrange(2**31), requests, head=head, dtype=torch.float16)
+    on_device = [t.cuda() for t in (made.query, made.cache, made.block_tables, made.lengths, made.starts)]
+    expected = torch.full_like(made.query, torch.nan, dtype=torch.float64)
+    arguments = (made.query, split(made.cache, head, False), made.block_tables, made.lengths, made.starts, expected)
+    paged_attention_reference(*arguments, scale=head**-0.5)
+    for splits in (None, 1):
+        found, _ = attended("prefill_attention", *on_device, head, 0, {}, splits)
+        assert largest_error(found.cpu(), expected) <= 1e-3

@@ -1,0 +1,74 @@
+"""``fp8_fused`` as a plugin: what it refuses, what it leaves to vLLM, which kernel it takes."""
+
+import pytest
+import torch
+import triton
+
+from vllm_instant import AttentionLayer, AttentionStep
+from vllm_instant_plugins.attention import fused
+from vllm_instant_plugins.attention.fused import FusedAttention
+
+LAYER = AttentionLayer(num_query_heads=8, num_kv_heads=2, head_size=64, scale=0.1, window=7, soft_cap=3.0)
+
+
+@pytest.fixture
+def in_interpreter(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    return FusedAttention("cpu", 100)
+
+
+def _on_gpu(monkeypatch, capability, longest_piece=100):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    return FusedAttention("cuda", longest_piece)
+
+
+@pytest.mark.parametrize("device", ["cpu", "xpu"])
+def test_devices_without_fp8_numbers_are_refused(device):
+    with pytest.raises(ValueError, match=f"8.9 or later, and this is {device}; choose attention.plugin=fp8 or native"):
+        FusedAttention(device, 100)
+
+
+def test_older_gpus_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"and this is a GPU of compute capability 8\.0"):
+        _on_gpu(monkeypatch, (8, 0))
+    assert _on_gpu(monkeypatch, (8, 9)).objection(128, torch.bfloat16) is None
+
+
+def test_layers_that_it_does_not_serve_get_a_sentence(monkeypatch):
+    plugin = _on_gpu(monkeypatch, (9, 0))
+    assert plugin.objection(96, torch.float16) is None
+    assert plugin.objection(72, torch.float16) == "heads are of size 72, and it serves multiples of 16 from 32 to 256"
+    assert "of size 512" in plugin.objection(512, torch.float16)
+    assert plugin.objection(64, torch.float32) == (
+        "the model computes in torch.float32, and it serves float16 and bfloat16"
+    )
+
+
+def test_kv_memory_a_token(in_interpreter):
+    assert in_interpreter.row_bytes(128) == 272
+
+
+@pytest.mark.parametrize(
+    ("most", "kernel"), [(1, "paged_attention"), (16, "paged_attention"), (17, "prefill_attention"), (101, None)]
+)
+def test_which_kernel(monkeypatch, most, kernel):
+    called = []
+    monkeypatch.setattr(fused, "workspace_for", lambda *_: "workspace")
+    for name in ("paged_attention", "prefill_attention"):
+        monkeypatch.setattr(fused, name, lambda *arguments, name=name, **options: called.append((name, options)))
+    plugin = _on_gpu(monkeypatch, (9, 0))
+    plugin.prepare(LAYER)
+    parts = fused.CacheParts(*(torch.empty(0) for _ in range(4)))
+    step = AttentionStep(*(torch.empty(0) for _ in range(5)), most_query_tokens=most)
+    assert plugin.attend(LAYER, parts, step) == (kernel is not None)
+    assert [name for name, _ in called] == ([kernel] if kernel else [])
+    for _, options in called:
+        assert options["scale"] == LAYER.scale
+        assert options["window"] == LAYER.window
+        assert options["soft_cap"] == LAYER.soft_cap
+        assert options["workspace"] == "workspace"
+
+
+def test_the_cache_must_have_bytes(in_interpreter):
+    with pytest.raises(ValueError, match=r"the cache is of torch\.float16; it must be of a type of one byte"):
+        in_interpreter.parts(torch.zeros(2, 2, 16, 128, dtype=torch.float16), LAYER)
