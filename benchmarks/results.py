@@ -13,6 +13,8 @@ import numpy as np
 
 from vllm_instant.evidence.circumstances import circumstances
 
+HERE = Path(__file__).resolve().parent
+
 
 def write(path: Path, measured: Any) -> None:
     """Write ``measured`` with its circumstances as JSON."""

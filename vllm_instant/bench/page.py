@@ -18,6 +18,8 @@ from vllm_instant.evidence.statistics import Estimate
 SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "=", "not measured": "–"}
 MOST = 8.0
 """Ratios beyond this, or below its inverse, are drawn at the edge."""
+LEAST = 1e-9
+"""Stands for zero on a logarithmic axis."""
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 460.0, 240.0, 44.0, 30.0, 10.0
 
 
@@ -69,7 +71,7 @@ class Axis:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         ends = [
-            abs(math.log(end))
+            abs(math.log(max(end, LEAST)))
             for row in rows
             for contrast in row.contrasts.values()
             if contrast.scale == "ratio"
@@ -79,7 +81,7 @@ class Axis:
 
     def place(self, ratio: float) -> float:
         """Percent from the left."""
-        share = 0.5 + math.log(ratio) / (2 * self._reach)
+        share = 0.5 + math.log(max(ratio, LEAST)) / (2 * self._reach)
         return round(100 * min(1.0, max(0.0, share)), 2)
 
     def span(self, estimate: Estimate) -> Span:
@@ -88,12 +90,11 @@ class Axis:
 
     def ticks(self) -> list[Tick]:
         """Round ratios that fit."""
-        for ratios in ((1.5, 2, 4, 8), (1.1, 1.25, 1.5), (1.05, 1.1, 1.2)):
-            fitting = [ratio for ratio in ratios if math.log(ratio) < self._reach]
-            if len(fitting) >= 2:
-                break
+        choices = ((3.2, (2, 4, 8)), (1.8, (1.5, 2, 3)), (1.4, (1.2, 1.5)), (0, (1.1, 1.2, 1.3)))
+        ratios = next(ratios for least, ratios in choices if self._reach >= math.log(max(least, 1)))
+        fitting = [ratio for ratio in ratios if math.log(ratio) < 0.97 * self._reach]
         chosen = [1 / ratio for ratio in reversed(fitting)] + [1.0, *fitting]
-        return [Tick(self.place(ratio), f"{ratio:.2g}×") for ratio in chosen]
+        return [Tick(self.place(ratio), f"{ratio:.2f}".rstrip("0").rstrip(".") + "×") for ratio in chosen]
 
 
 def render(record: Mapping[str, Any]) -> str:

@@ -46,9 +46,9 @@ def record(
     if not local:
         about["device"] = f"the servers' machines are not known; asked from {about['device']}"
     places = {users: [state.turns[number, users] for number in range(plan.rounds)] for users in plan.concurrency}
-    return about | {
+    found = about | {
         "format": FORMAT,
-        "model": state.served[STOCK]["root"].rstrip("/").rpartition("/")[2],
+        "model": state.served[STOCK]["name"].rstrip("/").rpartition("/")[2],
         "setup": plan.setup() | {"salt": state.salt},
         "margin": stated,
         "arms": {arm: state.served[arm] | {"deployment": deployments.get(arm, "")} for arm in state.arms},
@@ -65,6 +65,7 @@ def record(
         },
         "notes": notes(plan, state, local),
     }
+    return dict(_without_home(found))
 
 
 def notes(plan: Plan, state: State, local: bool) -> list[str]:
@@ -157,3 +158,14 @@ def _quantiles(turns: Sequence[Any]) -> list[list[float]]:
 
 def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _without_home(value: Any) -> Any:
+    """Results are shown to others: no path says whose they are."""
+    if isinstance(value, str):
+        return value.replace(str(Path.home()), "~")
+    if isinstance(value, list):
+        return [_without_home(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_home(item) for key, item in value.items()}
+    return value

@@ -134,6 +134,8 @@ class _Rounds:
     def row(self, margin: float, comparisons: int) -> Row:
         """The row, when it is known how many get a verdict."""
         for arm in deployed(list(self._arms)) if not self._row.missing else ():
+            if self._row.values[arm].mean == self._row.values[STOCK].mean == 0:
+                continue  # two rates of nothing
             contrast = ratio(
                 self._arms[arm],
                 self._arms[STOCK],

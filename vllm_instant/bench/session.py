@@ -154,11 +154,12 @@ def run(plan: Plan, arms: Arms, state: State, say: Callable[[str, int], None]) -
 
 def _warm_up(plan: Plan, asked: Mapping[str, Arm], attempt: int, start: int) -> None:
     """All servers at once and with few tokens: caches fill and kernels compile; nothing of it is measured."""
+    # Made before there are threads: Python 3.11 cannot parse sources in several of them.
+    prompts = {users: plan.prompts_of(-1 - start, users, attempt) for users in plan.concurrency}
 
     def one(arm: Arm) -> None:
-        for users in plan.concurrency:
-            prompts = plan.prompts_of(-1 - start, users, attempt)
-            take_turn(arm, prompts, concurrency=users, tokens=min(plan.tokens, WARM_UP_TOKENS))
+        for users, asked_for in prompts.items():
+            take_turn(arm, asked_for, concurrency=users, tokens=min(plan.tokens, WARM_UP_TOKENS))
 
     with ThreadPoolExecutor(len(asked)) as pool:
         list(pool.map(one, asked.values()))

@@ -90,9 +90,12 @@ class State:
             self.quality = line.get("quality", self.quality)
 
     def _append(self, record: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise BadInputError(f"{self.path} cannot be written: {error.strerror or error}") from None
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

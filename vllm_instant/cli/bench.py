@@ -58,8 +58,12 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(help="One prompt a line, or .jsonl; by default built-in classes.")
     ] = None,
-    concurrency: Annotated[str, typer.Option(help="Numbers of users, each measured on its own.")] = "1,8,32",
-    rounds: Annotated[int, typer.Option(min=3, help="Rounds, in each of which every server takes a turn.")] = 6,
+    concurrency: Annotated[
+        str | None, typer.Option(help="Numbers of users, each measured on its own; 1,8,32 by default.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=3, help="Rounds, in each of which every server takes a turn; 6 by default.")
+    ] = None,
     starts: Annotated[
         int | None, typer.Option(min=1, help="How often each server is started anew; 2, or 1 for running servers.")
     ] = None,
@@ -98,32 +102,31 @@ def bench(
         if compare is not None:
             _compare(*compare)
             return
-        chosen: dict[str, Any] = {"concurrency": _levels(concurrency), "rounds": rounds}
-        chosen["starts"] = starts or (1 if stock_url is not None else 2)
-        if short:
-            chosen |= SHORT
-        if not with_quality:
-            chosen["texts"] = 0
-        if chosen["starts"] > chosen["rounds"]:
-            raise BadInputError(f"--starts {chosen['starts']} needs at least as many --rounds, not {chosen['rounds']}")
-        plan = Plan(
-            **chosen,
-            tokens=tokens,
-            prompts=None if prompts is None else read_prompts(prompts),
-            ttft_slo_ms=ttft_slo_ms,
-            itl_slo_ms=itl_slo_ms,
-        )
+        chosen: dict[str, Any] = {
+            "concurrency": None if concurrency is None else _levels(concurrency),
+            "rounds": rounds,
+            "starts": starts or (1 if stock_url is not None else None),
+            "texts": None if with_quality else 0,
+            "prompts": None if prompts is None else read_prompts(prompts),
+            "ttft_slo_ms": ttft_slo_ms,
+            "itl_slo_ms": itl_slo_ms,
+        }
+        given = {key: value for key, value in chosen.items() if value is not None}
+        plan = Plan(**{**(SHORT if short else {}), **given}, tokens=tokens)
+        if plan.starts > plan.rounds:
+            raise BadInputError(f"--starts {plan.starts} needs at least as many --rounds, not {plan.rounds}")
         price = None if price_per_hour is None else Price.parse(price_per_hour)
         named = _named(arms or [])
         if (stock_url is None) != (our_url is None):
             raise BadInputError("--stock and --ours belong together")
-        if (model is None) == (stock_url is None):
+        if model is None and stock_url is None:
             raise BadInputError("give a MODEL to start, or --stock and --ours with the addresses of running servers")
+        if model is not None and stock_url is not None:
+            words = shlex.join([model, *context.args])
+            raise BadInputError(f"{words}: running servers take no MODEL and no words for it")
         with ExitStack() as stack:
             stack.enter_context(terminable())
             if stock_url is not None and our_url is not None:
-                if context.args:
-                    raise BadInputError(f"{shlex.join(context.args)}: running servers take no words for vllm serve")
                 if plan.starts > 1:
                     raise BadInputError("--starts is for servers that are started here, not for running ones")
                 urls = {STOCK: stock_url, **({AGAIN: again_url} if again_url else {}), OURS: our_url, **named}

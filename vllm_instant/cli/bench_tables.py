@@ -30,9 +30,9 @@ def show(found: Mapping[str, Any]) -> None:
         print_columns(headings, _table(lines, arm))
         console.print(summary(lines, arm), highlight=False)
     console.print(
-        f"\nBetter or worse: the interval that holds for all rows at once ({1 - FALSE_ALARMS:.0%}) lies farther from "
-        f"no difference than the stated margin (speed: {found['margin']:.0%}) and than the interval of the second "
-        "stock server.",
+        f"\nBetter or worse: the interval that holds for all rows at once ({1 - FALSE_ALARMS:.0%}) excludes no "
+        f"difference, and the difference is larger than the stated margin (speed: {found['margin']:.0%}) and than the "
+        "interval of the second stock server.",
         highlight=False,
     )
     for note in found["notes"]:

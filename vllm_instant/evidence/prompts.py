@@ -55,7 +55,8 @@ BUILT_IN: dict[str, Callable[[int, str], list[Prompt]]] = {
     "code": lambda count, seed: snippets("code", 0.0, count, seed),
     "structured": lambda count, seed: snippets("structured", 0.0, count, seed),
     "math-like": sums,
-    "free": free,
+    # Not the texts of the code class again, which a prefix cache would know.
+    "free": lambda count, seed: free(count, f"{seed}/free"),
 }
 """Classes with something to predict in different ways: ``make(count, seed)``."""
 

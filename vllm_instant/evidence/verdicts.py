@@ -1,7 +1,8 @@
 """Whether an arm is better or worse than stock, or not to be told from a second stock server.
 
 Two processes of one kind differ in speed for as long as they live (where their memory lies), which no number of rounds
-averages out. So a difference counts only if it is larger than what two stock servers differ by. The rule, for each row:
+averages out. So a difference counts only if it is certain, and larger than what two stock servers differ by. The rule,
+for each row:
 
 1. The *effect* is the arm's statistic by the geometric mean of both stock servers' (or, for some rows, a difference).
 2. Its *certain* interval holds for all rows of the run at once (Bonferroni): noise alone gets any row wrong in one run
@@ -9,7 +10,8 @@ averages out. So a difference counts only if it is larger than what two stock se
 3. The *threshold* is the larger of a stated margin and the far end of the 95 % interval of the second stock server by
    the first. The margin stands for what two processes can differ by; where every server was started twice or more, luck
    would have to repeat itself, and the margin is smaller.
-4. Better or worse: the whole certain interval lies beyond the threshold. Otherwise: no difference.
+4. Better or worse: the certain interval excludes no difference, and the effect lies beyond the threshold. Otherwise: no
+   difference.
 
 Intervals of rounds: bootstrap standard errors (rounds drawn again, the same ones for all arms, so that the machine's
 drift cancels), widened for their small number by Student's t with ``2 (rounds - 1)`` degrees of freedom: both the
@@ -38,7 +40,7 @@ FALSE_ALARMS = 0.05
 """Chance that noise alone gives any row of a run a verdict; what intervals are shown at, too."""
 MARGIN_ONE_START, MARGIN = 0.10, 0.05
 """Stated margins: with one process an arm, and with several one after the other."""
-DRAWS = 1000
+DRAWS = 500
 
 
 def margin_for(starts: int) -> float:
@@ -68,19 +70,15 @@ class Contrast:
     floor: Estimate
     """The same of the second stock server beside the first, 95 %."""
     threshold: float
-    """How far from no difference (1, or 0) the certain interval must lie; for ratios the factor, above 1."""
+    """How far from no difference (1, or 0) the effect must lie; for ratios the factor, above 1."""
 
     @property
     def verdict(self) -> Verdict:
         """The rule of this module."""
-        low, high = self._oriented()
-        if low > self._beyond():
-            higher = True
-        elif high < -self._beyond():
-            higher = False
-        else:
+        effect, low, high = map(self._scaled, (self.effect.mean, self.certain.low, self.certain.high))
+        if abs(effect) <= self._beyond() or low <= 0 <= high:
             return "no difference"
-        return "better" if self.better == ("higher" if higher else "lower") else "worse"
+        return "better" if self.better == ("higher" if effect > 0 else "lower") else "worse"
 
     def plain(self) -> dict[str, Any]:
         """As JSON types."""
@@ -94,21 +92,22 @@ class Contrast:
 
     def since(self, before: Contrast) -> Contrast:
         """How the arm has changed from an earlier run, each run beside its own stock servers."""
-        threshold = max(self.threshold, before.threshold)
-        combined = replace(self, threshold=threshold)
+        # Two runs, each with luck of its own.
+        luck = math.hypot(self._beyond(), before._beyond())
         return replace(
-            combined,
+            self,
+            threshold=math.exp(luck) if self.scale == "ratio" else luck,
             effect=_change(before.effect, self.effect, self.scale),
             certain=_change(before.certain, self.certain, self.scale),
             floor=max(self.floor, before.floor, key=lambda floor: _reach(floor, self.scale)),
         )
 
-    def _oriented(self) -> tuple[float, float]:
-        ends = (self.certain.low, self.certain.high)
-        return (math.log(ends[0]), math.log(ends[1])) if self.scale == "ratio" else ends
+    def _scaled(self, value: float) -> float:
+        """So that 0 is no difference."""
+        return math.log(value) if self.scale == "ratio" else value
 
     def _beyond(self) -> float:
-        return math.log(self.threshold) if self.scale == "ratio" else self.threshold
+        return self._scaled(self.threshold)
 
 
 def resampled(rounds: Sequence[np.ndarray], statistic: Statistic, draws: int = DRAWS, seed: int = 0) -> Resampled:
