@@ -90,9 +90,8 @@ class Axis:
 
     def ticks(self) -> list[Tick]:
         """Round ratios that fit."""
-        choices = ((3.2, (2, 4, 8)), (1.8, (1.5, 2, 3)), (1.4, (1.2, 1.5)), (0, (1.1, 1.2, 1.3)))
-        ratios = next(ratios for least, ratios in choices if self._reach >= math.log(max(least, 1)))
-        fitting = [ratio for ratio in ratios if math.log(ratio) < 0.97 * self._reach]
+        choices = ((6, (2, 6)), (3, (3,)), (2, (2,)), (1.5, (1.5,)), (1, (1.2,)))
+        fitting = next(ratios for least, ratios in choices if self._reach >= math.log(least))
         chosen = [1 / ratio for ratio in reversed(fitting)] + [1.0, *fitting]
         return [Tick(self.place(ratio), f"{ratio:.2f}".rstrip("0").rstrip(".") + "×") for ratio in chosen]
 

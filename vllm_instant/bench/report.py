@@ -117,6 +117,8 @@ def summary(lines: Sequence[Row], arm: str) -> str:
 
 def number(value: float, unit: str) -> str:
     """Three significant digits with the unit."""
+    if unit in ("share", "ratio"):
+        return f"{value:.3f}"
     if value == 0:
         shown = "0"
     elif abs(value) >= 100:
@@ -125,7 +127,7 @@ def number(value: float, unit: str) -> str:
         shown = f"{value:.3g}"
     else:
         shown = f"{value:.2g}"
-    return f"{shown} {unit}" if unit not in ("share", "ratio") else shown
+    return f"{shown} {unit}"
 
 
 def comparison(contrast: Contrast) -> str:
