@@ -75,7 +75,7 @@ def bench(
     ] = None,
     margin: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="What two equal servers may differ by: 0.05, or 0.1 if started once."),
+        typer.Option(min=0, max=1, help="What two equal servers may differ by; 0.1 by the root of --starts."),
     ] = None,
     with_quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Measure quality, too.")] = True,
     short: Annotated[

@@ -8,8 +8,8 @@ for each row:
 2. Its *certain* interval holds for all rows of the run at once (Bonferroni): noise alone gets any row wrong in one run
    of twenty at most.
 3. The *threshold* is the larger of a stated margin and the far end of the 95 % interval of the second stock server by
-   the first. The margin stands for what two processes can differ by; where every server was started twice or more, luck
-   would have to repeat itself, and the margin is smaller.
+   the first. The margin stands for what two processes can differ by; where every server was started several
+   times, luck averages out, by the root of that number.
 4. Better or worse: the certain interval excludes no difference, and the effect lies beyond the threshold. Otherwise: no
    difference.
 
@@ -38,14 +38,14 @@ Statistic = Callable[[np.ndarray], float]
 
 FALSE_ALARMS = 0.05
 """Chance that noise alone gives any row of a run a verdict; what intervals are shown at, too."""
-MARGIN_ONE_START, MARGIN = 0.10, 0.05
-"""Stated margins: with one process an arm, and with several one after the other."""
+MARGIN = 0.10
+"""What two processes of one kind can differ by in speed on a small machine."""
 DRAWS = 500
 
 
 def margin_for(starts: int) -> float:
-    """The stated margin when each server was started so many times."""
-    return MARGIN_ONE_START if starts < 2 else MARGIN
+    """The stated margin when each server was started so many times: luck averages out by the root of it."""
+    return MARGIN / math.sqrt(starts)
 
 
 @dataclass(frozen=True)
