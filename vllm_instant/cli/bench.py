@@ -138,6 +138,9 @@ def bench(
             _measure(plan, servers, deployments, setup, price, margin, output, fresh)
     except (BadInputError, RefusedError, ServerError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        print("vllm-instant: interrupted; the same command goes on with what was measured", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _measure(
