@@ -1,6 +1,6 @@
 """A/A: `vllm-instant bench` beside itself. Three stock servers, of which one is called ours; no row may have a verdict.
 
-    .venv/bin/python benchmarks/bench_aa.py [--runs 9] [--append]
+    .venv/bin/python benchmarks/bench_aa.py [--runs 9] [--rounds 6] [--no-quality] [--append]
 
 The short form runs against servers of the demo's small target, the three processes taking the roles by turns. Each call
 starts new processes; ``--append`` adds its runs to those of earlier calls. What a run measured in rounds is also judged
@@ -31,10 +31,10 @@ from vllm_instant.evidence.servers import Server, running
 WORDS = ["--served-model-name", "demo", "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
 
 
-def one_run(urls: Sequence[str], path: Path) -> dict[str, Any]:
+def one_run(urls: Sequence[str], path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """One bench: what got a verdict, and how far the rows were from one."""
     arms = RunningArms(dict(zip((STOCK, AGAIN, OURS), urls, strict=True)), {})
-    plan = Plan(**SHORT)
+    plan = Plan(**{**SHORT, **given})
     state = State(path, plan.setup(), arms.names)
     plan = replace(plan, salt=state.salt)
     run(plan, arms, state, lambda text, done: None)
@@ -83,9 +83,12 @@ def main() -> None:
     """Measure, print, write ``benchmarks/results/bench_aa.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=SHORT["rounds"])
+    parser.add_argument("--no-quality", action="store_true", help="only what is measured in rounds")
     parser.add_argument("--append", action="store_true", help="keep the runs of earlier calls")
     parser.add_argument("--output", type=Path, default=HERE / "results/bench_aa.json")
     options = parser.parse_args()
+    given = {"rounds": options.rounds} | ({"texts": 0} if options.no_quality else {})
     kept = earlier(options.output) if options.append else []
     runs: list[dict[str, Any]] = []
     console = Console()
@@ -96,7 +99,7 @@ def main() -> None:
         with running(*servers):
             roles = itertools.cycle(itertools.permutations([server.url for server in servers]))
             for number, urls in zip(range(options.runs), roles, strict=False):
-                runs.append(one_run(urls, folder / f"run{number}.jsonl"))
+                runs.append(one_run(urls, folder / f"run{number}.jsonl", given))
                 speed = runs[-1]["rows"]["concurrency 4: output tokens/s"]["effect"]
                 console.print(
                     f"{len(kept) + len(runs)}: verdicts on {runs[-1]['false_verdicts'] or 'nothing'} (other roles: "

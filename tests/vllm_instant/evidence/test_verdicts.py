@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from bench_power import simulated_verdicts
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from simulated_bench import simulated_verdicts
 
 from vllm_instant.evidence.statistics import Estimate
 from vllm_instant.evidence.verdicts import Contrast, difference, exact, ratio, resampled
