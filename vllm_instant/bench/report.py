@@ -83,7 +83,7 @@ def notes(plan: Plan, state: State, local: bool) -> list[str]:
             "stated margin stands for that."
         )
     if state.attempt:
-        said.append(f"The run was interrupted and continued {state.attempt} times.")
+        said.append(f"The run was interrupted and went on {_times(state.attempt)}.")
     if plan.repeats() > 1:
         said.append(
             f"There are fewer prompts than requests: each was asked about {plan.repeats():.0f} times, so prefix caches "
@@ -156,6 +156,10 @@ def _quantiles(turns: Sequence[Any]) -> list[list[float]]:
         [share, round(float(value), 3)]
         for share, value in zip(_QUANTILES, np.quantile(gaps * 1e3, _QUANTILES), strict=True)
     ]
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _listed(values: Mapping[str, Any]) -> str:

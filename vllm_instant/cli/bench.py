@@ -159,8 +159,12 @@ def _measure(
         unfinished.unlink(missing_ok=True)
     state = State(unfinished, plan.setup() | setup, servers.names)
     plan = replace(plan, salt=state.salt)
-    with _progress(plan.rounds * len(plan.concurrency) * len(servers.names)) as say:
-        run(plan, servers, state, say)
+    try:
+        with _progress(plan.rounds * len(plan.concurrency) * len(servers.names)) as say:
+            run(plan, servers, state, say)
+    finally:
+        if not state.turns:
+            state.finished()  # nothing to go on with
     found = report.record(
         plan,
         state,
