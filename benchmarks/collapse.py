@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from regret_setup import MAX_TOKENS, MODEL, OFF, OURS, Servers, record_answers, snippets
+from regret_setup import MAX_TOKENS, MODEL, OFF, OURS, Servers, record_answers
 from results import write
 from rich.console import Console
 
 from vllm_instant.evidence.load import Measured, measure
+from vllm_instant.evidence.prompts import snippets
 from vllm_instant.evidence.servers import running, settle
 from vllm_instant.evidence.statistics import Interval, ratio_interval
 

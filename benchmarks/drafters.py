@@ -25,16 +25,17 @@ from typing import Any
 import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
-from regret_setup import HERE, MODEL, snippets
+from regret_setup import HERE, MODEL
 from results import earlier, merged, write
 from rich.console import Console
 from rich.table import Table
 
 from vllm_instant.demo import assets
-from vllm_instant.demo.corpus import documents
 from vllm_instant.evidence.load import Prompt, measure
+from vllm_instant.evidence.prompts import free, records, snippets, sums
 from vllm_instant.evidence.servers import Server, running, settle
 from vllm_instant.evidence.statistics import median_interval, ratio_interval
+from vllm_instant.evidence.turns import interleaved
 
 OFF, SUFFIX, MODEL_ARM, HYBRID = "off", "suffix", "model", "hybrid"
 POSITIONS = 8
@@ -43,42 +44,14 @@ METRICS_SECONDS = 2.5
 """After which the numbers of a load are on ``/metrics``: they are polled once a second."""
 
 
-def records(count: int, seed: int) -> list[Prompt]:
-    """Repetitive structured text: a few records, over and over."""
-    choose = random.Random(seed)
-    lines = [
-        line
-        for document in documents()
-        if document.kind == "structured" and document.held_out
-        for line in document.text.splitlines()
-        if 80 < len(line) < 140
-    ]
-    prompts = []
-    for _ in range(count):
-        chosen = choose.sample(lines, 3)
-        prompts.append(Prompt("\n".join([*chosen, *chosen, chosen[0][:60]]), 0.0, "repetitive"))
-    return prompts
-
-
-def sums(count: int, seed: int) -> list[Prompt]:
-    """Math-like text: sums, one below the other."""
-    choose = random.Random(seed)
-    prompts = []
-    for _ in range(count):
-        pairs = [(choose.randrange(10, 99), choose.randrange(10, 99)) for _ in range(8)]
-        prompts.append(Prompt("\n".join(f"x = {a} + {b}  # {a + b}" for a, b in pairs) + "\nx =", 0.0, "math-like"))
-    return prompts
-
-
 def workloads() -> dict[str, Sequence[Prompt]]:
     """The classes of prompts."""
-    free = [Prompt(p.text, 1.0, "free") for p in snippets("code", 1.0, 256, 12)]
     return {
         "code": snippets("code", 0.0, 256, 11),
         "structured": snippets("structured", 0.0, 256, 13),
         "repetitive": records(256, 14),
         "math-like": sums(256, 15),
-        "free": free,
+        "free": free(256, 12),
     }
 
 
@@ -130,7 +103,6 @@ def totals_of(url: str) -> np.ndarray:
 
 def turn(server: Server, prompts: Sequence[Prompt], users: int, seconds: float, number: int, **extra: Any) -> float:
     """One turn's tokens a second."""
-    settle()
     measured = measure(
         server.url,
         MODEL,
@@ -153,17 +125,17 @@ def one_class(
     acceptance = {}
     for arm in (SUFFIX, MODEL_ARM, HYBRID):
         before = totals_of(arms[arm].url)
+        settle()
         turn(arms[arm], prompts, users, seconds, 0, vllm_xargs={"instant_speculation": POSITIONS})
         gained = totals_of(arms[arm].url) - before
         # Each step grants each request what its client asked for.
         acceptance[arm] = [float(share) for share in gained[:-1] * POSITIONS / gained[-1]]
     speeds: dict[str, list[float]] = {arm: [] for arm in arms}
     order = random.Random(name)
-    for number in range(-1, rounds):
-        for arm in order.sample(list(arms), len(arms)):
-            speed = turn(arms[arm], prompts, users, seconds, number + 1)
-            if number >= 0:  # the first round is for the policy to learn
-                speeds[arm].append(speed)
+    for number, arm in interleaved(list(arms), range(-1, rounds), order):
+        speed = turn(arms[arm], prompts, users, seconds, number + 1)
+        if number >= 0:  # the first round is for the policy to learn
+            speeds[arm].append(speed)
     better = max((SUFFIX, MODEL_ARM), key=lambda arm: float(np.median(speeds[arm])))
     return {
         "class": name,

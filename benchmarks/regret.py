@@ -46,13 +46,13 @@ from regret_setup import (
     arms_of,
     mixed,
     record_answers,
-    snippets,
 )
 from results import earlier, merged, write
 from rich.console import Console
 from rich.table import Table
 
 from vllm_instant.evidence.load import Measured, measure
+from vllm_instant.evidence.prompts import snippets
 from vllm_instant.evidence.servers import running, settle
 from vllm_instant.evidence.statistics import Interval, median_interval, ratio_interval
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,15 +12,14 @@ from typing import Any
 import httpx
 
 from vllm_instant.demo import assets
-from vllm_instant.demo.corpus import documents
 from vllm_instant.evidence.load import Prompt
+from vllm_instant.evidence.prompts import free, snippets
 from vllm_instant.evidence.servers import Server
 
 HERE = Path(__file__).resolve().parent
 MODEL = "demo"
 MAX_DRAFT_TOKENS = 8
 MAX_TOKENS = (64, 112)
-PROMPT_CHARACTERS = 140
 OFF, AGAIN, OURS = "off", "off again", "ours"
 PINNED_OFF = "ours, off"
 
@@ -60,23 +58,10 @@ def arms_of(servers: Servers, workload: Workload) -> dict[str, Arm]:
     return arms
 
 
-def snippets(kind: str, temperature: float, count: int, seed: int) -> list[Prompt]:
-    """Beginnings to continue, from documents that the demo models were not trained on, cut at line ends."""
-    texts = [d.text for d in documents() if d.kind == kind and d.held_out and len(d.text) > 4 * PROMPT_CHARACTERS]
-    choose = random.Random(seed)
-    prompts = []
-    for _ in range(count):
-        text = choose.choice(texts)
-        start = text.find("\n", choose.randrange(len(text) - PROMPT_CHARACTERS)) + 1
-        prompts.append(Prompt(text[start : start + PROMPT_CHARACTERS], temperature, kind))
-    return [p for p in prompts if p.text.strip()]
-
-
 def mixed(count: int, seed: int) -> list[Prompt]:
     """Structured prompts at temperature 0 and open-ended ones at temperature 1, in turn."""
     structured = snippets("structured", 0.0, count, seed)
-    free = [Prompt(p.text, 1.0, "free") for p in snippets("code", 1.0, count, seed + 1)]
-    return [prompt for pair in zip(structured, free, strict=False) for prompt in pair]
+    return [prompt for pair in zip(structured, free(count, seed + 1), strict=False) for prompt in pair]
 
 
 class Servers:

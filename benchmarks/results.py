@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 import shlex
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vllm_instant.evidence.circumstances import circumstances
+
+HERE = Path(__file__).resolve().parent
+
 
 def write(path: Path, measured: Any) -> None:
     """Write ``measured`` with its circumstances as JSON."""
-    record = {
-        "command": command(),
-        "date": datetime.date.today().isoformat(),
-        "device": f"{_processor()}, {os.cpu_count()} cores",
-        "versions": {
-            "python": platform.python_version(),
-            "vllm": version("vllm"),
-            "torch": version("torch"),
-            "vllm-instant": version("vllm-instant"),
-        },
-        "measured": measured,
-    }
+    record = circumstances(command()) | {"measured": measured}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2, default=_plain) + "\n")
     print(f"wrote {path}")
@@ -45,8 +35,8 @@ def earlier(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     record = json.loads(path.read_text())
-    circumstances = {"command": record["command"], "date": record["date"]}
-    return [circumstances | cell for cell in record["measured"]]
+    origin = {"command": record["command"], "date": record["date"]}
+    return [origin | cell for cell in record["measured"]]
 
 
 def merged(kept: list[dict[str, Any]], new: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
@@ -60,10 +50,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

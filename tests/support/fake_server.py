@@ -1,4 +1,4 @@
-"""A completions server that samples from a made-up distribution: what `vllm-instant verify` asks, without a model."""
+"""A completions server that samples from a made-up distribution: what `verify` and `bench` ask, without a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import random
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,7 +15,7 @@ CHANCES = {7: 0.5, 8: 0.3, 9: 0.15, 10: 0.05}
 
 
 class FakeServer:
-    """Answers like vLLM's completions route, as far as `verify` looks.
+    """Answers like vLLM's completions route, as far as `verify` and `bench` look.
 
     Args:
         chances: of each token, the same at every position.
@@ -22,11 +23,27 @@ class FakeServer:
         deployment: what ``/v1/instant/deployment`` answers; None for stock vLLM.
         keeps_seeds: whether a seed says the same twice.
         bias: added to the log-probability of each text token.
+        root: the model that it was started with.
+        step_seconds: time between the events of a stream.
+        step_tokens: tokens of one event; all but one count as accepted draft tokens.
+        kv_tokens: capacity of the KV cache; None leaves it out of the metrics.
 
     """
 
     def __init__(
-        self, chances=None, drafts=0, deployment=None, keeps_seeds=True, bias=0.0, status=200, lossy=False, key=None
+        self,
+        chances=None,
+        drafts=0,
+        deployment=None,
+        keeps_seeds=True,
+        bias=0.0,
+        status=200,
+        lossy=False,
+        key=None,
+        root="models/fake",
+        step_seconds=0.002,
+        step_tokens=1,
+        kv_tokens=1000,
     ):
         self.chances = dict(chances or CHANCES)
         self.drafts = drafts
@@ -36,8 +53,37 @@ class FakeServer:
         self.status = status
         self.lossy = lossy
         self.key = key
+        self.root = root
+        self.step_seconds = step_seconds
+        self.step_tokens = step_tokens
+        self.kv_tokens = kv_tokens
         self.drafted = 0
         self.requests: list[dict[str, Any]] = []
+
+    def metrics(self) -> str:
+        """What ``/metrics`` says."""
+        lines = [f'vllm_instant:plugin_info{{plugin="x",lossy="{"yes" if self.lossy else "no"}"}} 1.0']
+        if self.drafts:
+            lines.append(f'vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {float(self.drafted)}')
+            lines.append(f'vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {float(self.drafted // 2)}')
+        if self.kv_tokens:
+            labels = f'kv_cache_size_tokens="{self.kv_tokens}",kv_cache_memory_bytes="64000"'
+            lines.append(f'vllm:cache_config_info{{{labels},engine="0"}} 1.0')
+        return "\n".join(lines) + "\n"
+
+    def stream(self, body: dict[str, Any]):
+        """The events of a streamed answer, as vLLM writes them when asked for ``continuous_usage_stats``."""
+        self.requests.append(body)
+        tokens = 0
+        while tokens < body["max_tokens"]:
+            time.sleep(self.step_seconds)
+            tokens = min(body["max_tokens"], tokens + self.step_tokens)
+            event: dict[str, Any] = {"choices": [{"text": "x"}], "usage": {"completion_tokens": tokens}}
+            if tokens == body["max_tokens"] and self.drafts:
+                steps = -(-tokens // self.step_tokens)
+                event["metrics"] = {"speculative_decoding": {"num_accepted_draft_tokens": tokens - steps}}
+            yield f"data: {json.dumps(event)}\n\n"
+        yield "data: [DONE]\n\n"
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         self.requests.append(body)
@@ -74,19 +120,20 @@ def serving(fake: FakeServer):
             self.end_headers()
             self.wfile.write(data)
 
+        def _chunk(self, text):
+            data = text.encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+            self.wfile.flush()
+
         def do_GET(self):
             if fake.key is not None and self.headers.get("Authorization") != f"Bearer {fake.key}":
                 self._answer(401, "{}")
             elif self.path == "/v1/models":
-                self._answer(200, json.dumps({"data": [{"id": "fake"}]}))
+                self._answer(200, json.dumps({"data": [{"id": "fake", "root": fake.root, "max_model_len": 100}]}))
+            elif self.path == "/version":
+                self._answer(200, '{"version": "9.9"}')
             elif self.path == "/metrics":
-                half = fake.drafted // 2
-                self._answer(
-                    200,
-                    f'vllm_instant:plugin_info{{plugin="x",lossy="{"yes" if fake.lossy else "no"}"}} 1.0\n'
-                    f'vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {float(fake.drafted)}\n'
-                    f'vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {float(half)}\n',
-                )
+                self._answer(200, fake.metrics())
             elif self.path == "/v1/instant/deployment" and fake.deployment is not None:
                 self._answer(200, json.dumps(fake.deployment))
             else:
@@ -96,6 +143,13 @@ def serving(fake: FakeServer):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if fake.status != 200:
                 self._answer(fake.status, "the engine is dead")
+            elif body.get("stream"):
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                for event in fake.stream(body):
+                    self._chunk(event)
+                self._chunk("")
             else:
                 self._answer(200, json.dumps(fake.complete(body)))
 

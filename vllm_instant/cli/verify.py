@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +18,9 @@ from rich.text import Text
 
 from vllm_instant.cli.common import Overrides, fail, print_columns, problems_reported, working
 from vllm_instant.evidence import quality, verify
+from vllm_instant.evidence.prompts import held_out_texts
 from vllm_instant.evidence.sampling import PROMPTS, Arm, RefusedError
+from vllm_instant.evidence.served import authorization, look
 from vllm_instant.evidence.servers import Server, ServerError, terminable
 from vllm_instant.settings import Deployment, resolve
 
@@ -102,11 +103,8 @@ def _running(
     stock: str, ours: str, api_key: str | None, plan: verify.Plan, length: int | None, with_quality: bool
 ) -> dict[str, Any]:
     """Check one running server against another."""
-    key = api_key or os.environ.get("VLLM_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    arms = [
-        Arm(url.rstrip("/").removesuffix("/v1"), _served_model(url, headers), headers=headers) for url in (stock, ours)
-    ]
+    headers = authorization(api_key)
+    arms = [look(url, headers).arm(headers) for url in (stock, ours)]
     # The server says what it serves: its plugins need not be installed here.
     try:
         answer = httpx.get(f"{arms[1].url}/v1/instant/deployment", timeout=10, headers=headers)
@@ -119,7 +117,9 @@ def _running(
     with working("Asking …") as status:
         expected = verify.baseline(arms[0], plan, status.update)
         checks = verify.verify(arms[1], expected, plan, exact=False, lossy=lossy, tick=status.update)
-        measured = quality.report(arms[1], arms[0], _texts(), [*plan.prompts] * 8) if with_quality or lossy else None
+        measured = (
+            quality.report(arms[1], arms[0], held_out_texts(40), [*plan.prompts] * 8) if with_quality or lossy else None
+        )
     return _printed(ours, plan, checks, measured)
 
 
@@ -157,7 +157,7 @@ def _started(
                 measured = None
                 if with_quality or lossy:
                     status.update("Quality")
-                    measured = quality.report(ours, stock, _texts(), [*plan.prompts] * 8)
+                    measured = quality.report(ours, stock, held_out_texts(40), [*plan.prompts] * 8)
             status.stop()
             reports.append(_printed(_described(config, deployment), plan, checks, measured))
             status.start()
@@ -177,25 +177,6 @@ def _length(drafter: Mapping[str, Any], asked: int | None, tokens: int) -> int:
     """
     most = int(drafter.get("num_speculative_tokens", tokens))
     return min(asked or max(1, tokens - 2), most)
-
-
-def _served_model(url: str, headers: dict[str, str]) -> str:
-    base = url.rstrip("/").removesuffix("/v1")
-    try:
-        answer = httpx.get(f"{base}/v1/models", timeout=10, headers=headers)
-        if answer.status_code == 401:
-            raise RefusedError(f"{url} wants an API key: give --api-key or set VLLM_API_KEY")
-        return str(answer.json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, KeyError, IndexError):
-        raise RefusedError(f"{url} is no running vLLM server") from None
-
-
-def _texts() -> list[str]:
-    """Held-out text for the quality report: what the running Python brings, in pieces."""
-    from vllm_instant.demo.corpus import documents
-
-    pieces = [document.text[:1500] for document in documents() if document.held_out and len(document.text) > 400]
-    return pieces[:40]
 
 
 def _printed(

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_instant.demo import assets
-from vllm_instant.evidence.servers import Server, ServerError, settle, stop_all, terminable
+from vllm_instant.evidence.servers import Server, ServerError, settle, stop_all, terminable, words_of
 from vllm_instant.evidence.streams import StreamedAnswer, stream_completion
 
 DEPLOYMENT = Path(__file__).parent / "deploy.toml"
@@ -69,11 +69,7 @@ TASKS = (
 
 def shared_arguments() -> list[str]:
     """The ``[vllm]`` table of the demo's deployment file, for the stock server, which does not read such files."""
-    words = []
-    for key, value in tomllib.loads(DEPLOYMENT.read_text())["vllm"].items():
-        option = f"--{key.replace('_', '-')}"
-        words += [option] if value is True else [option, str(value)]
-    return words
+    return words_of(tomllib.loads(DEPLOYMENT.read_text())["vllm"])
 
 
 def our_arguments(pair: assets.Pair) -> list[str]:

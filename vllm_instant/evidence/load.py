@@ -10,7 +10,7 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,12 +169,10 @@ async def _user(
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")
                 raise RuntimeError(f"HTTP {response.status_code}: {text[:300]}")
-            async for chunk in response.aiter_raw():
-                now = time.perf_counter()
-                counts = _TOKENS.findall(chunk)
-                if not counts or int(counts[-1]) <= have:
+            async for now, total, _ in arrivals(response):
+                if total <= have:
                     continue
-                new = int(counts[-1]) - have
+                new = total - have
                 if not begun:
                     begun = True
                     window.begun += 1
@@ -186,5 +184,21 @@ async def _user(
                         measured.ttft.append(now - sent)
                     else:
                         measured.gaps.append((now - before, new))
-                have += new
+                have = total
                 before = now
+
+
+async def arrivals(response: httpx.Response) -> AsyncIterator[tuple[float, int, bytes]]:
+    """What arrives together of a stream that was asked for ``continuous_usage_stats``.
+
+    Yields:
+        When it arrived (``time.perf_counter``), how many tokens the answer then has (0 if it does not say), and the
+        text of the events.
+
+    """
+    rest = b""
+    async for chunk in response.aiter_raw():
+        now = time.perf_counter()
+        whole, _, rest = (rest + chunk).rpartition(b"\n")
+        counts = _TOKENS.findall(whole)
+        yield now, int(counts[-1]) if counts else 0, whole

@@ -63,58 +63,80 @@ def report(
         temperature: of the answers.
 
     """
-    of_stock, of_ours = (_read(arm, texts) for arm in (stock, ours))
-    losses = np.array(
-        [
-            (sum(-p.chosen for p in a), sum(-p.chosen for p in b), sum(map(_divergence, a, b)), len(a))
-            for a, b in zip(of_stock, of_ours, strict=True)
-        ]
-    )
-    answer_gaps = _gaps(ours, stock, prompts, tokens, temperature)
+    losses = compare_readings(read(ours, texts), read(stock, texts))
+    judged = [likelihood(arm, stock, prompts, tokens, temperature) for arm in (ours, stock)]
+    answer_gaps = judged[0] - judged[1]
     total = losses.sum(0)
     return Quality(
         texts=len(texts),
         tokens=int(total[3]),
         stock_perplexity=math.exp(total[0] / total[3]),
         our_perplexity=math.exp(total[1] / total[3]),
-        perplexity_ratio=estimate(losses, lambda s: np.exp((s[:, 1] - s[:, 0]) / s[:, 3])),
-        divergence=estimate(losses, lambda s: s[:, 2] / s[:, 3]),
+        perplexity_ratio=estimate(losses, perplexity_ratio),
+        divergence=estimate(losses, divergence),
         answers=len(answer_gaps),
         answer_gap=estimate(answer_gaps[:, None], lambda s: s[:, 0] / len(answer_gaps)),
     )
 
 
+def compare_readings(ours: Reading, stock: Reading) -> np.ndarray:
+    """By text: stock's loss, ours, the divergence of ours from stock's (sums over tokens, nats), and tokens."""
+    return np.array(
+        [
+            (sum(-p.chosen for p in a), sum(-p.chosen for p in b), sum(map(_divergence, a, b)), len(a))
+            for a, b in zip(stock, ours, strict=True)
+        ]
+    )
+
+
+def perplexity_ratio(sums: np.ndarray) -> np.ndarray:
+    """Ours by stock's, of sums of the columns of ``compare_readings``."""
+    return np.asarray(np.exp((sums[:, 1] - sums[:, 0]) / sums[:, 3]))
+
+
+def divergence(sums: np.ndarray) -> np.ndarray:
+    """Nats a token, of sums of the columns of ``compare_readings``."""
+    return np.asarray(sums[:, 2] / sums[:, 3])
+
+
 @dataclass(frozen=True)
-class _Position:
+class Position:
+    """What a server thinks of one token of a text."""
+
     chosen: float
     """Log-probability of the text's token."""
     likeliest: dict[int, float]
     """Log-probabilities of the likeliest tokens, by id."""
 
 
-def _read(arm: Arm, texts: Sequence[str]) -> list[list[_Position]]:
+Reading = list[list[Position]]
+"""By text, by token."""
+
+
+def read(arm: Arm, texts: Sequence[str]) -> Reading:
+    """Let a server read texts (at most 512 tokens of each)."""
     bodies = [
         arm.body(text, temperature=0, max_tokens=1, prompt_logprobs=LIKELIEST, truncate_prompt_tokens=512)
         for text in texts
     ]
-    read = []
+    reading = []
     for text, choices in zip(texts, complete(arm, bodies), strict=True):
         positions, ids = choices[0].get("prompt_logprobs"), choices[0].get("prompt_token_ids")
         if not positions or not ids:
             raise RefusedError(f"{arm.url} gave no log-probabilities for a text of {len(text)} characters")
-        read.append(
+        reading.append(
             [
-                _Position(
+                Position(
                     float(entry[str(token)]["logprob"]),
                     {int(key): float(value["logprob"]) for key, value in entry.items()},
                 )
                 for token, entry in zip(ids[1:], positions[1:], strict=True)
             ]
         )
-    return read
+    return reading
 
 
-def _divergence(stock: _Position, ours: _Position) -> float:
+def _divergence(stock: Position, ours: Position) -> float:
     """``sum p ln(p / q)`` over the tokens that both report, and over all others as one outcome."""
     shared = stock.likeliest.keys() & ours.likeliest.keys()
     p = [math.exp(stock.likeliest[token]) for token in shared]
@@ -123,16 +145,13 @@ def _divergence(stock: _Position, ours: _Position) -> float:
     return sum(a * math.log(a / b) for a, b in zip([*p, rest_p], [*q, rest_q], strict=True) if a > 0)
 
 
-def _gaps(ours: Arm, stock: Arm, prompts: Sequence[str], tokens: int, temperature: float) -> np.ndarray:
-    """By prompt: what stock thinks of a token of our answer, less what it thinks of one of its own."""
-    judged = []
-    for arm in (ours, stock):
-        bodies = [arm.body(prompt, temperature=temperature, max_tokens=tokens) for prompt in prompts]
-        whole = [[*choices[0]["prompt_token_ids"], *choices[0]["token_ids"]] for choices in complete(arm, bodies)]
-        read = [stock.body("", temperature=0, max_tokens=1, prompt_logprobs=0) | {"prompt": ids} for ids in whole]
-        means = []
-        for ids, choices in zip(whole, complete(stock, read), strict=True):
-            entries = choices[0]["prompt_logprobs"][-tokens:]
-            means.append(np.mean([entry[str(t)]["logprob"] for t, entry in zip(ids[-tokens:], entries, strict=True)]))
-        judged.append(np.array(means))
-    return np.asarray(judged[0] - judged[1])
+def likelihood(arm: Arm, stock: Arm, prompts: Sequence[str], tokens: int, temperature: float) -> np.ndarray:
+    """By prompt: the mean log-probability that stock gives to the tokens of the arm's sampled answer."""
+    bodies = [arm.body(prompt, temperature=temperature, max_tokens=tokens) for prompt in prompts]
+    whole = [[*choices[0]["prompt_token_ids"], *choices[0]["token_ids"]] for choices in complete(arm, bodies)]
+    asked = [stock.body("", temperature=0, max_tokens=1, prompt_logprobs=0) | {"prompt": ids} for ids in whole]
+    means = []
+    for ids, choices in zip(whole, complete(stock, asked), strict=True):
+        entries = choices[0]["prompt_logprobs"][-tokens:]
+        means.append(np.mean([entry[str(t)]["logprob"] for t, entry in zip(ids[-tokens:], entries, strict=True)]))
+    return np.array(means)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -235,6 +236,20 @@ def serving_environment() -> dict[str, str]:
     for name in ("INSTANT_SETTINGS", "INSTANT_CONFIG", "VLLM_PLUGINS"):
         environment.pop(name, None)
     return environment
+
+
+def words_of(arguments: Mapping[str, Any]) -> list[str]:
+    """Engine arguments, as a deployment file's ``[vllm]`` table has them, as words for ``vllm serve``."""
+    words = []
+    for key, value in arguments.items():
+        option = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list):
+            words += [f"--{option}", *map(str, value)] if value else []
+        else:
+            words += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
 
 
 def _free_port() -> int:

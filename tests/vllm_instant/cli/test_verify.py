@@ -80,7 +80,7 @@ def test_the_quality_of_equal_servers_is_equal(verify):
     quality = report["quality"]
     assert quality["perplexity_ratio"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert quality["divergence"]["mean"] == pytest.approx(0, abs=1e-9)
-    assert quality["answer_gap"]["low"] < 0 < quality["answer_gap"]["high"]
+    assert abs(quality["answer_gap"]["mean"]) < 0.15  # five standard errors
 
 
 def test_seeds_that_do_not_hold_are_seen(verify):
