@@ -34,8 +34,8 @@ Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
 BINS_PER_OCTAVE = 2
-IMPATIENCE = 2.0
-"""What a request costs counts less with this power of the share of its patience that is left: with 1 the bound is
+IMPATIENCE = 1.5
+"""What a request costs counts less with this power of the share of its patience that is left: with less the bound is
 overstepped by some, with more the short ones lose what they gained (simulated: ``tests/plugins/similarity``)."""
 SECONDS_PER_TOKEN = 0.03
 SECONDS_PER_PROMPT_TOKEN = 0.001
@@ -54,6 +54,8 @@ TAIL_QUANTILE = 0.97
 TAIL_GIVES = 0.3
 """In a crowd it may, by up to this share: without, nothing could be moved there (simulated, as above)."""
 ENOUGH_FOR_A_TAIL = 100
+MARGIN = 0.85
+"""Share of the bound that is used: a place becomes free a little after somebody is due, and services are estimates."""
 LEAST_PATIENCE = 1e-3
 
 _index_of = operator.attrgetter("index")
@@ -129,7 +131,7 @@ class SimilarityPolicy(BatchingPolicy):
         start = {
             "request_id": request.request_id,
             "waited_ms": 1e3 * float(now - arrival),
-            "bound_ms": 1e3 * float(ledger.due[index] - arrival) if self._acts_on(request) else None,
+            "bound_ms": 1e3 * float(ledger.due[index] - arrival) / MARGIN if self._acts_on(request) else None,
             "expected_tokens": float(ledger.tokens[index]),
             "tokens": None,
             "older_waiting": self._passes.get(index, 0),
@@ -223,7 +225,7 @@ class SimilarityPolicy(BatchingPolicy):
         indices, starts = self._as_they_came.starts(stay)
         arrival = ledger.arrival[indices]
         would_wait = np.maximum(starts - arrival, 0.0)
-        patience = self._ratio * would_wait + self._seconds
+        patience = MARGIN * (self._ratio * would_wait + self._seconds)
         latency = np.concatenate([self._as_they_came.latencies, would_wait + stay[indices]])
         if len(latency) >= ENOUGH_FOR_A_TAIL:
             # Nor shall the slowest become slower: what is left of a latency that few exceed anyway, after the stay.
