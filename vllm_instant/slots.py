@@ -64,7 +64,6 @@ SLOTS: dict[str, Slot] = {
             "API server",
             "off",
             contracts.StreamingPrefill,
-            served=False,
         ),
     )
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from vllm_instant import Deployment, Plugin, hookimpl
 from vllm_instant_plugins import drafters, speculation, stock
+from vllm_instant_plugins.chunked import plugin as chunked
 from vllm_instant_plugins.goodput.plugin import PLUGIN as GOODPUT
 from vllm_instant_plugins.hybrid.plugin import PLUGIN as HYBRID
 from vllm_instant_plugins.samplers.plugin import PLUGINS as SAMPLERS
@@ -15,10 +16,14 @@ from vllm_instant_plugins.suffix.plugin import PLUGIN as SUFFIX
 @hookimpl
 def instant_plugins() -> Iterable[Plugin]:
     """Everything in this package, vLLM's own behaviour included."""
-    return [GOODPUT, *speculation.PLUGINS, SUFFIX, HYBRID, *drafters.PLUGINS, *SAMPLERS, *stock.PLUGINS]
+    return [GOODPUT, *speculation.PLUGINS, SUFFIX, HYBRID, *drafters.PLUGINS, *SAMPLERS, chunked.PLUGIN, *stock.PLUGINS]
 
 
 @hookimpl
 def instant_check(deployment: Deployment) -> Iterable[str]:
     """What these plugins say against a deployment."""
-    return [*speculation.contradictions(deployment), *drafters.contradictions(deployment)]
+    return [
+        *speculation.contradictions(deployment),
+        *drafters.contradictions(deployment),
+        *chunked.contradictions(deployment),
+    ]

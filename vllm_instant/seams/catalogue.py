@@ -26,6 +26,7 @@ from vllm_instant.seams import (
     rejection_sampler,
     request_options,
     scheduler,
+    streaming,
     undrafted_sampling,
     verdicts,
 )
@@ -55,6 +56,7 @@ SEAMS: tuple[Seam, ...] = tuple(
         cpu_seeds,
         engine_core,
         endpoints,
+        streaming,
     )
 )
 
