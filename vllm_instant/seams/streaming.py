@@ -24,6 +24,7 @@ from vllm_instant.seams.building import PluginStartError, build_contained, conte
 from vllm_instant.seams.import_hooks import when_imported
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
 from vllm_instant.settings import Deployment
+from vllm_instant.slots import SLOTS
 from vllm_instant.streaming.engine import ChatRequest, Early, Prompt, RequestError
 
 logger = logging.getLogger("vllm.instant")
@@ -39,8 +40,12 @@ _AUTHENTICATION = "AuthenticationMiddleware"
 
 
 def is_served(deployment: Deployment | None) -> bool:
-    """Whether a deployment reads prompts ahead."""
-    return deployment is not None and deployment.offer("streaming").plugin.build is not None
+    """Whether a deployment reads prompts ahead.
+
+    Asked in every process, so from the name alone: loading the plugins would load Numba, and a worker of vLLM's CPU
+    build that starts with it fails (its search for kernels stumbles over llvmlite's wrapper of its library).
+    """
+    return deployment is not None and deployment.slots["streaming"].plugin != SLOTS["streaming"].default
 
 
 class VllmStreamingEngine:
