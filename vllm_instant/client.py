@@ -107,6 +107,8 @@ class StreamingSession:
         await self._send({"type": "input_text.commit"})
         while (event := await self._next("response.chunk", "response.done"))["type"] != "response.done":
             yield event["chunk"]
+        if "error" in event:
+            raise StreamingError(event["error"]["message"], event["error"]["code"])
         self.first_token_seconds = event.get("first_token_seconds")
 
     async def cancel(self) -> None:

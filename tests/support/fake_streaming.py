@@ -19,7 +19,12 @@ from vllm_instant.streaming.engine import Early, Prompt, RequestError
 from vllm_instant.streaming.host import Host
 from vllm_instant.streaming.numbers import StreamingNumbers
 
-CONTRACTIONS_AND_NUMBERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CONTRACTIONS_AND_NUMBERS = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    )
+)
 """How several families of models split text before they merge."""
 
 

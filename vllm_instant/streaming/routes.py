@@ -244,7 +244,7 @@ class HttpSession:
         first = await answer.get()
         while first["type"] == "input_text.committed":
             first = await answer.get()
-        if first["type"] == "error":
+        if "error" in first:
             self._answer = None
             await self.session.finished()
             return failed(first)
@@ -255,9 +255,9 @@ class HttpSession:
             while event["type"] != "response.done":
                 if event["type"] == "response.chunk":
                     yield f"data: {json.dumps(event['chunk'])}\n\n"
-                elif event["type"] == "error":
-                    yield f"data: {json.dumps({'error': event['error']})}\n\n"
                 event = await answer.get()
+            if "error" in event:
+                yield f"data: {json.dumps({'error': event['error']})}\n\n"
             yield "data: [DONE]\n\n"
         finally:
             self._answer = None

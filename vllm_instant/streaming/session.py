@@ -211,8 +211,7 @@ class Session:
         with suppress(TextError):
             self._text.replace(0, 0, text)
         self._changed.set()
-        await self._send(event)
-        await self._send({"type": "response.done", "status": "failed"})
+        await self._send({**event, "type": "response.done", "status": "failed"})
 
     async def close(self) -> None:
         """Free everything; no event is sent any more."""
