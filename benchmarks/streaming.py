@@ -223,7 +223,7 @@ async def _with_typists(url: str, prompts: Prompts, arm: str, seconds: float) ->
     return measured, answers
 
 
-async def identity_part(url: str, count: int = 50) -> dict[str, Any]:
+async def identity_part(url: str, count: int = 50, key: str = "none") -> dict[str, Any]:
     """Typed with edits against whole."""
     request = {"model": MODEL, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
     choose = random.Random(5)
@@ -234,23 +234,25 @@ async def identity_part(url: str, count: int = 50) -> dict[str, Any]:
         nonlocal same
         edits = typing(text, random.Random(number))
         async with gate:
-            answer = await typed(url, edits, 0.02 * len(edits), choose.choice((0.0, 0.2)), **request)
+            answer = await typed(url, edits, 0.02 * len(edits), choose.choice((0.0, 0.2)), api_key=key, **request)
             # The salt keeps this request from using what the session has read.
             expected = await whole(client, url, text, **request, cache_salt=f"whole {number}")
             same += answer.text == expected.text
             if answer.text != expected.text:
                 print(f"differs: {text!r}: {answer.text!r} instead of {expected.text!r}")
 
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}) as client:
         texts = [pieces(choose.randrange(20, 1500), 1, 1000 + i, odd=True)[0] for i in range(count)]
         await asyncio.gather(*(one(client, number, text) for number, text in enumerate(texts)))
     return {"part": "identity", "prompts": count, "identical": same}
 
 
-async def abuse_part(server: Server, sessions: int = 200) -> dict[str, Any]:
+async def abuse_part(server: Server, sessions: int = 200, key: str = "none") -> dict[str, Any]:
     """Sessions that misbehave, while others are served."""
     url = server.url
     request = {"model": MODEL, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    typist = {**request, "api_key": key}
+    headers = {"Authorization": f"Bearer {key}"}
     choose = random.Random(9)
     texts = pieces(1500, 40, 77, odd=True)
     errors: list[str] = []
@@ -273,20 +275,20 @@ async def abuse_part(server: Server, sessions: int = 200) -> dict[str, Any]:
 
     async def dropping(gate: asyncio.Semaphore) -> None:
         async with gate:
-            moment = await drop_at_random(url, texts, choose, MODEL)
+            moment = await drop_at_random(url, texts, choose, MODEL, headers)
             moments[moment] = moments.get(moment, 0) + 1
 
-    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64)) as client:
+    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64), headers=headers) as client:
         await whole(client, url, "warm", **request)
         usage_before = await _settled_usage(client, server)
         users = [asyncio.create_task(user(client, number)) for number in range(2)]
         await asyncio.sleep(4)
         phase = "during"
-        idle = [StreamingSession(url, **request) for _ in range(8)]
+        idle = [StreamingSession(url, **typist) for _ in range(8)]
         for session in idle:
             await session.__aenter__()
             await session.append(texts[0])
-        too_long = await _type_beyond(url, request)
+        too_long = await _type_beyond(url, typist)
         gate = asyncio.Semaphore(24)
         await asyncio.gather(*(dropping(gate) for _ in range(sessions)))
         answered = [await _read(session) for session in idle]
@@ -357,7 +359,7 @@ def main() -> None:
     timed, checked = ("typed", "short", "neighbour", "background"), ("identity", "abuse")
     parser.add_argument("--parts", default=",".join((*timed, *checked)))
     parser.add_argument(
-        "--rounds", type=int, default=5, help="of the parts with long prompts; others have 4 times more"
+        "--rounds", type=int, default=4, help="of the parts with long prompts; others have 3 times more"
     )
     parser.add_argument("--append", action="store_true", help="keep what the output file has of other parts")
     parser.add_argument("--output", type=Path, default=HERE / "results/streaming.json")
@@ -381,9 +383,9 @@ def main() -> None:
                 asyncio.run(short_part(server.url, Prompts(), 1))  # first requests are slower
                 url = server.url
                 run("typed", lambda: typed_part(url, prompts, rounds))
-                run("short", lambda: short_part(url, prompts, 4 * rounds))
-                run("neighbour", lambda: neighbour_part(url, prompts, 4 * rounds))
-                run("background", lambda: background_part(url, prompts, max(1, rounds - 1)))
+                run("short", lambda: short_part(url, prompts, 3 * rounds))
+                run("neighbour", lambda: neighbour_part(url, prompts, 3 * rounds))
+                run("background", lambda: background_part(url, prompts, rounds))
         if set(parts) & set(checked):
             with running(checking := serve(Path(name), "float32")):
                 run("identity", lambda: identity_part(checking.url))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +55,7 @@ class Answer:
 def pieces(characters: int, count: int, seed: int, odd: bool = False) -> list[str]:
     """Text that the demo models were not trained on, no two pieces with the same beginning."""
     choose = random.Random(seed)
-    texts = [document.text for document in documents() if document.held_out and len(document.text) > 2 * characters]
+    texts = [text for text in _held_out() if len(text) > 2 * characters]
     found = []
     for _ in range(count):
         text = choose.choice(texts)
@@ -65,6 +66,11 @@ def pieces(characters: int, count: int, seed: int, odd: bool = False) -> list[st
             piece = piece[:at] + choose.choice(ODD) + piece[at:]
         found.append(piece)
     return found
+
+
+@functools.cache
+def _held_out() -> list[str]:
+    return [document.text for document in documents() if document.held_out]
 
 
 def typing(text: str, choose: random.Random) -> list[Edit]:
@@ -155,11 +161,13 @@ def keystrokes(text: str, characters: int = 5) -> list[Edit]:
     return [(at, at, text[at : at + characters]) for at in range(0, len(text), characters)]
 
 
-async def drop_at_random(url: str, texts: Sequence[str], choose: random.Random, model: str) -> str:
+async def drop_at_random(
+    url: str, texts: Sequence[str], choose: random.Random, model: str, headers: Mapping[str, str]
+) -> str:
     """Open a session and go away at a random moment, without a word; returns when it was."""
     address = "ws" + url.removeprefix("http") + "/v1/instant/session"
     moment = choose.choice(("opened", "configured", "typing", "typing", "answering", "nonsense"))
-    connection = await websockets.connect(address)
+    connection = await websockets.connect(address, additional_headers=headers)
     try:
         if moment != "opened":
             session = {"model": model, "max_tokens": 40, "temperature": 0, "ignore_eos": True}

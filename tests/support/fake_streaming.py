@@ -72,7 +72,7 @@ class FakeEngine:
         self.prefilled: list[list[int]] = []
         self.answered: list[dict[str, Any]] = []
         self.open_answers = 0
-        self.at_once = self.most_at_once = 0
+        self.at_once = self.most_at_once = self.stopped = 0
         self.answer_gate = asyncio.Event()
         self.answer_gate.set()
         self.prefill_gate = asyncio.Event()
@@ -103,6 +103,9 @@ class FakeEngine:
             await asyncio.sleep(0)
             await self.prefill_gate.wait()
             self.prefilled.append(prompt.token_ids[:length])
+        except asyncio.CancelledError:
+            self.stopped += 1
+            raise
         finally:
             self.at_once -= 1
 
