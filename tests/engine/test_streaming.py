@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 import websockets
-from conftest import Launch
 from streaming import abuse_part, identity_part
 from streaming_harness import pieces, typed, typing
 
+from conftest import Launch
 from vllm_instant.client import StreamingError, StreamingSession
 from vllm_instant.evidence.servers import Server
 

@@ -49,7 +49,11 @@ class EarlyAnswer:
         finally:
             await self.discard()
 
-    async def discard(self) -> None:
-        """Stop, whatever is left; returns when the engine has let go."""
+    def stop(self) -> None:
+        """Stop, whatever is left."""
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def discard(self) -> None:
+        """Stop, and return when the engine has let go."""
+        self.stop()
+        await asyncio.wait([self._task])

@@ -111,11 +111,15 @@ def check(found: Any) -> ClientEvent:
         name = kind if isinstance(kind, str) else ""
         raise EventError(f"there is no event type {shown(kind)}; {choices(name, TYPES)}", "unknown_type", event_id)
     try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise EventError(
+            f"{kind}: has half of a surrogate pair: cut text between characters", event_id=event_id
+        ) from None
+    try:
         return _ADAPTER.validate_python(found)
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(str(part) for part in detail["loc"][1:])
         message = str(detail["msg"])
-        if detail["type"] == "string_unicode":
-            message = "has half of a surrogate pair: cut text between characters"
         raise EventError(f"{kind}: {key}: {message[:1].lower()}{message[1:]}", event_id=event_id) from None

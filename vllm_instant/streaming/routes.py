@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from importlib.resources import files
@@ -16,8 +17,10 @@ from starlette.requests import HTTPConnection
 
 from vllm_instant.streaming.events import Commit, EventError, check, parse
 from vllm_instant.streaming.host import Host, RefusedError
-from vllm_instant.streaming.session import Session, error_event
+from vllm_instant.streaming.session import Send, Session, error_event
 from vllm_instant.streaming.tokens import CLIENT, SessionTokens
+
+logger = logging.getLogger("vllm.instant")
 
 BASE = "/v1/instant"
 DEMO_PATH = f"{BASE}/demo"
@@ -88,21 +91,21 @@ class Streaming:
             session = Session(host, number, send)
             try:
                 await send(created(session, host))
-                await self._follow(websocket, session, host)
+                await self._follow(websocket, session, host, send)
             finally:
                 await session.close()
         finally:
             host.leave(client)
 
-    async def _follow(self, websocket: WebSocket, session: Session, host: Host) -> None:
+    async def _follow(self, websocket: WebSocket, session: Session, host: Host, send: Send) -> None:
         while True:
             try:
                 message = await asyncio.wait_for(websocket.receive(), max(session.seconds_left, 0.01))
             except TimeoutError:
                 if session.seconds_left > 0:
                     continue
+                await send(idle_event(host))
                 with suppress(WebSocketDisconnect, RuntimeError):
-                    await websocket.send_text(json.dumps(idle_event(host)))
                     await websocket.close(GOING_AWAY)
                 return
             if message["type"] == "websocket.disconnect":
@@ -111,9 +114,10 @@ class Streaming:
             try:
                 await session.handle(parse(frame if frame is not None else message.get("bytes") or b""))
             except EventError as error:
-                event = error_event(str(error), error.code, error.event_id)
-                with suppress(WebSocketDisconnect, RuntimeError):
-                    await websocket.send_text(json.dumps(event))
+                await send(error_event(str(error), error.code, error.event_id))
+            except Exception as error:
+                logger.exception("An event of session %s failed", session.id)
+                await send(error_event(f"the event failed: {type(error).__name__}", "server_error", status=500))
 
     # ------------------------------------------------------------------------------------------- plain HTTP
 

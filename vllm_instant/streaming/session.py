@@ -157,7 +157,7 @@ class Session:
     async def finished(self) -> None:
         """Return when no answer is on its way."""
         if self._answering is not None:
-            await asyncio.gather(self._answering, return_exceptions=True)
+            await asyncio.wait([self._answering])
 
     async def cancel(self) -> None:
         """Stop the answer, if there is one."""
@@ -218,7 +218,9 @@ class Session:
         tasks = [task for task in (self._reading, self._prefilling, self._answering) if task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._early is not None:
+            self._early.stop()
+        await asyncio.wait(tasks)
         await self._discard_early()
 
     # -------------------------------------------------------------------------------------- reading ahead

@@ -72,5 +72,5 @@ def test_it_brings_the_prefix_cache_and_on_cpus_small_blocks(write_file):
 
 
 def test_without_prefix_cache_there_is_nothing_to_read_into(write_file):
-    with pytest.raises(DeploymentError, match="which .vllm. enable_prefix_caching = false switches off"):
+    with pytest.raises(DeploymentError, match=r"which \[vllm\] enable_prefix_caching = false switches off"):
         resolve(write_file('[streaming]\nplugin = "chunked"\n[vllm]\nenable_prefix_caching = false\n'))
