@@ -57,6 +57,7 @@ class Session:
         self._configured = False
         self._changed = asyncio.Event()
         self._settled: list[int] = []
+        self._suffix = 0
         self._prompt = Prompt([])
         self._rendered: tuple[int, str] | None = None
         self._cached: list[int] = []
@@ -292,13 +293,20 @@ class Session:
             if characters < self._host.worth_rendering(len(self._settled), CHARACTERS_A_TOKEN):
                 return
         engine, text = self._host.engine, self._text.text
+        if self._rendered is None or self._rendered[0] != version:
+            self._suffix = await self._suffix_length()
         # What the prompt has in common with that of other text at its end is the template's beginning and the text.
         one = await engine.render(self._body(settled))
         other = await engine.render(self._body(text if text else "."))
-        common = common_length(one.token_ids, other.token_ids)
+        common = min(common_length(one.token_ids, other.token_ids), len(one.token_ids) - self._suffix)
         # Where there is no text yet, nothing says how the template's last token goes together with what comes.
         self._settled = one.token_ids[: common if text else max(0, common - 1)]
         self._prompt, self._rendered = one, key
+
+    async def _suffix_length(self) -> int:
+        """Tokens that the template puts behind the text: they come with the commit."""
+        one, other = [(await self._host.engine.render(self._body(text))).token_ids for text in ("a", ".")]
+        return common_length(one[::-1], other[::-1])
 
     async def _answer_early(self) -> None:
         """Begin the answer if the person pauses and the plugin wants it."""
