@@ -359,7 +359,7 @@ def main() -> None:
     timed, checked = ("typed", "short", "neighbour", "background"), ("identity", "abuse")
     parser.add_argument("--parts", default=",".join((*timed, *checked)))
     parser.add_argument(
-        "--rounds", type=int, default=4, help="of the parts with long prompts; others have 3 times more"
+        "--rounds", type=int, default=3, help="of the parts with long prompts; others have 3 times more"
     )
     parser.add_argument("--append", action="store_true", help="keep what the output file has of other parts")
     parser.add_argument("--output", type=Path, default=HERE / "results/streaming.json")
