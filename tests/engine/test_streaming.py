@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -127,8 +127,9 @@ def test_what_is_read_ahead_is_cached_and_not_counted_as_requests(server: Server
 def test_the_answer_begins_in_a_pause_and_counts_once_it_is_asked_for(server: Server) -> None:
     time.sleep(0.5)
     before = server.metrics()
-    answer = asyncio.run(typed(server.url, [(0, 0, "Why is the sky blue?")], 0.1, 0.6, api_key=KEY, **GREEDY))
-    assert answer.text == whole(server, "Why is the sky blue?")[0]["message"]["content"]
+    request = {**GREEDY, "max_tokens": 200, "ignore_eos": True}
+    answer = asyncio.run(typed(server.url, [(0, 0, "Why is the sky blue?")], 0.1, 0.4, api_key=KEY, **request))
+    assert answer.text == whole(server, "Why is the sky blue?", **request)[0]["message"]["content"]
     assert answer.in_server < 0.01
     time.sleep(0.3)
     after = server.metrics()
@@ -194,7 +195,9 @@ def test_the_same_over_plain_http(server: Server) -> None:
             assert client.post(f"/v1/instant/sessions/{identity}", json=event).status_code == 200
         lines = client.post(f"/v1/instant/sessions/{identity}", json={"type": "input_text.commit"}).text
         assert lines.endswith("data: [DONE]\n\n")
-        assert f'"content": "{whole(server, text)[0]["message"]["content"][:1]}' in lines or '"content"' in lines
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines.split("\n\n")[:-2]]
+        said = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+        assert said == whole(server, text)[0]["message"]["content"]
         assert client.delete(f"/v1/instant/sessions/{identity}").status_code == 204
 
 
@@ -224,20 +227,15 @@ def test_a_person_types_into_the_page(server: Server) -> None:
                 page.keyboard.press("Backspace")
             page.keyboard.press("Enter")
             answer = page.locator("#answer")
-            playwright.expect(page.locator("#status")).to_contain_text("first text after", timeout=10_000)
-            expected = whole(server, text, temperature=None)[0]["message"]["content"]
+            playwright.expect(page.locator("#time")).to_contain_text("first text after", timeout=10_000)
+            expected = whole(server, text)[0]["message"]["content"]
             playwright.expect(answer).to_have_text(expected, timeout=10_000, use_inner_text=True)
             assert faults == []
         finally:
             chromium.close()
 
 
-def test_it_can_be_switched_off(stock: Server) -> None:
-    """A server without the plugin has no such routes."""
-    assert httpx.post(f"{stock.url}/v1/instant/sessions").status_code == 404
-
-
-def test_a_log_without_failures(server: Server) -> None:
-    """Runs last: whatever clients did, nothing went wrong inside."""
-    assert "Traceback" not in server.log_text()
-    assert Path(server.log).exists()
+def test_nothing_went_wrong_inside_whatever_clients_did(server: Server) -> None:
+    """Runs last."""
+    for fault in ("Exception in ASGI", "of session", "reads no more ahead", "is disabled"):
+        assert fault not in server.log_text()

@@ -252,31 +252,27 @@ class Session:
         progress = PrefillProgress(len(self._settled), len(self._cached), self._host.engine.block_size)
         if self._host.next_chunk(progress, idle=True) <= progress.cached_tokens:
             return False
+        # Who waits for room in the engine keeps the turn: there is none for the others either.
         async with self._host.turn:
+            while (length := self._host.next_chunk(progress)) <= progress.cached_tokens:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), RETRY_SECONDS)
+                    return True
             if self.is_answering or (self._rendered or (-1, ""))[0] != self._version:
                 return False  # committed meanwhile
             load = self._host.engine.load()
-            length = self._host.next_chunk(progress)
-            if length <= progress.cached_tokens:
-                busy = True
-            else:
-                busy = False
-                began = self._host.clock()
-                prompt = self._prompt
-                self._prefilling = asyncio.get_running_loop().create_task(
-                    self._host.engine.prefill(prompt, length, self._number)
-                )
-                await asyncio.wait([self._prefilling])
-                if self._prefilling.cancelled():
-                    return False
-                self._prefilling.result()
-                tokens = length - progress.cached_tokens
-                self._host.observe(PrefillOutcome(tokens, self._host.clock() - began, load))
-                self._cached = prompt.token_ids[:length]
-        if busy:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), RETRY_SECONDS)
-            return True
+            began = self._host.clock()
+            prompt = self._prompt
+            self._prefilling = asyncio.get_running_loop().create_task(
+                self._host.engine.prefill(prompt, length, self._number)
+            )
+            await asyncio.wait([self._prefilling])
+            if self._prefilling.cancelled():
+                return False
+            self._prefilling.result()
+            tokens = length - progress.cached_tokens
+            self._host.observe(PrefillOutcome(tokens, self._host.clock() - began, load))
+            self._cached = prompt.token_ids[:length]
         await self._send({"type": "input_text.prefilled", "tokens": length})
         return True
 
