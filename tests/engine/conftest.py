@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,12 +65,13 @@ def launch(demo_pair: Pair, plugin_folder: Path, tmp_path_factory: pytest.TempPa
         folder = tmp_path_factory.mktemp("instant")
         file = folder / "deploy.toml"
         file.write_text(deployment.replace("DRAFT", str(demo_pair.draft)))
+        path = [str(plugin_folder), *filter(None, [os.environ.get("PYTHONPATH")])]
         selection = ["--plugins", "vllm_instant", "--instant-config", str(file)]
         server = Server(
             demo_pair.target,
             [*COMMON, *NAMED, *selection, *words],
             log=folder / "server.log",
-            environment={"PYTHONPATH": str(plugin_folder), **environment},
+            environment={"PYTHONPATH": os.pathsep.join(path), **environment},
         )
         with server:
             yield server
