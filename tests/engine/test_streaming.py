@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -16,7 +16,6 @@ import websockets
 from streaming import abuse_part, identity_part
 from streaming_harness import pieces, typed, typing
 
-from conftest import Launch
 from vllm_instant.client import StreamingError, StreamingSession
 from vllm_instant.evidence.servers import Server
 
@@ -33,7 +32,7 @@ GREEDY = {"model": "demo", "temperature": 0, "max_tokens": 24}
 
 
 @pytest.fixture(scope="module")
-def server(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     template = tmp_path_factory.mktemp("template") / "chat.jinja"
     template.write_text(TEMPLATE)
     with launch(DEPLOYMENT, "--api-key", KEY, "--chat-template", str(template)) as running:
