@@ -222,7 +222,9 @@ def _let_tokens_in(app: FastAPI, streaming: Any) -> None:
         if getattr(middleware.cls, "__name__", "") == _AUTHENTICATION:
             (key, *_) = cast(list[str], middleware.kwargs["tokens"])
             public = (DEMO_PATH,) if streaming.host.limits.demo_page else ()
-            app.add_middleware(TokenGate, tokens=streaming.tokens, key=key, public=public)
+            # Before everything: vLLM has put its middleware together by now.
+            stack = app.middleware_stack or app.build_middleware_stack()
+            app.middleware_stack = TokenGate(stack, tokens=streaming.tokens, key=key, public=public)
             return
 
 

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from starlette.responses import JSONResponse
 
 from vllm_instant import carrier
 from vllm_instant.seams import streaming
@@ -184,3 +186,31 @@ def test_a_server_that_cannot_read_ahead_says_why(write_file, monkeypatch, engin
     monkeypatch.setattr(streaming, "context_of", lambda *_: None)
     with pytest.raises(PluginStartError, match=told):
         streaming.start(None, FastAPI(), engine_client, state, deployment)
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_tokens_stand_before_the_key_check_whenever_that_was_put_together(built):
+    class AuthenticationMiddleware:
+        def __init__(self, app, tokens):
+            self.app, self.tokens = app, tokens
+
+        async def __call__(self, scope, receive, send):
+            headers = dict(scope.get("headers", ()))
+            if scope["type"] == "http" and headers.get(b"authorization") != f"Bearer {self.tokens[0]}".encode():
+                await JSONResponse({}, status_code=401)(scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
+
+    app = FastAPI()
+    routes = streaming.attach(app)
+    app.add_middleware(AuthenticationMiddleware, tokens=["key"])
+    if built:
+        app.middleware_stack = app.build_middleware_stack()
+    routes.host = SimpleNamespace(limits=SimpleNamespace(demo_page=False))
+    streaming._let_tokens_in(app, routes)
+    routes.host = None
+    client = TestClient(app)
+    assert client.post("/v1/instant/sessions").status_code == 401
+    token = {"Authorization": f"Bearer {routes.tokens.make(None, 60)}"}
+    assert client.post("/v1/instant/sessions", headers=token).status_code == 503  # let in, but nothing serves here
+    assert client.get("/v1/instant/demo").status_code == 401
