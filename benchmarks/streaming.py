@@ -168,12 +168,14 @@ async def background_part(url: str, prompts: Prompts, rounds: int) -> dict[str, 
     """What four decoders notice of four typists."""
     seconds = 2 * TYPING_SECONDS
     p99: dict[str, list[float]] = {"no typists": [], "whole": [], "streamed": []}
+    longest: dict[str, list[float]] = {arm: [] for arm in p99}
     speed: dict[str, list[float]] = {arm: [] for arm in p99}
     ttft: dict[str, list[float]] = {"whole": [], "streamed": []}
     for number in range(rounds):
         for arm in random.Random(number).sample(list(p99), len(p99)):
             measured, answers = await _with_typists(url, prompts, arm, seconds if arm != "no typists" else 8.0)
             p99[arm].append(float(np.quantile(measured.inter_token_latencies(), 0.99)))
+            longest[arm].append(float(measured.inter_token_latencies().max()))
             speed[arm].append(measured.tokens_per_second)
             if arm != "no typists":
                 ttft[arm] += answers
@@ -181,6 +183,7 @@ async def background_part(url: str, prompts: Prompts, rounds: int) -> dict[str, 
         "part": "background",
         "rounds": rounds,
         "itl_p99_ms": {arm: summary(values) for arm, values in p99.items()},
+        "itl_longest_ms": {arm: summary(values) for arm, values in longest.items()},
         "tokens_per_second": {arm: vars(median_interval(values)) for arm, values in speed.items()},
         "typists_ttft_ms": {arm: summary(values) for arm, values in ttft.items()},
         "p99_streamed_to_whole": vars(ratio_interval(p99["streamed"], p99["whole"])),
@@ -195,14 +198,16 @@ async def _with_typists(url: str, prompts: Prompts, arm: str, seconds: float) ->
     answers: list[float] = []
 
     async def type_on(number: int, client: httpx.AsyncClient) -> None:
-        await asyncio.sleep(number * TYPING_SECONDS / TYPISTS)
+        # From the beginning one of them is done every so often: the first prompts are shorter and typed in less time.
+        part = (number + 1) / TYPISTS
         while True:
-            text = prompts.new(LONG)
+            text = prompts.new(int(LONG * part))
             if arm == "streamed":
-                answer = await typed(url, keystrokes(text, 12), TYPING_SECONDS, 0.0, **request)
+                answer = await typed(url, keystrokes(text, 12), TYPING_SECONDS * part, 0.0, **request)
             else:
-                await asyncio.sleep(TYPING_SECONDS)
+                await asyncio.sleep(TYPING_SECONDS * part)
                 answer = await whole(client, url, text, **request)
+            part = 1.0
             answers.append(answer.after_commit)
 
     with ThreadPoolExecutor(1) as pool:

@@ -126,8 +126,9 @@ def test_what_is_read_ahead_is_cached_and_not_counted_as_requests(server: Server
 def test_the_answer_begins_in_a_pause_and_counts_once_it_is_asked_for(server: Server) -> None:
     time.sleep(0.5)
     before = server.metrics()
-    request = {**GREEDY, "max_tokens": 200, "ignore_eos": True}
-    answer = asyncio.run(typed(server.url, [(0, 0, "Why is the sky blue?")], 0.1, 0.4, api_key=KEY, **request))
+    # Without drafts the answer is not complete before the commit.
+    request = {**GREEDY, "max_tokens": 200, "ignore_eos": True, "vllm_xargs": {"instant_speculation": "off"}}
+    answer = asyncio.run(typed(server.url, [(0, 0, "Why is the sky blue?")], 0.1, 0.25, api_key=KEY, **request))
     assert answer.text == whole(server, "Why is the sky blue?", **request)[0]["message"]["content"]
     assert answer.in_server < 0.01
     time.sleep(0.3)
@@ -236,5 +237,5 @@ def test_a_person_types_into_the_page(server: Server) -> None:
 
 def test_nothing_went_wrong_inside_whatever_clients_did(server: Server) -> None:
     """Runs last."""
-    for fault in ("Exception in ASGI", "of session", "reads no more ahead", "is disabled"):
+    for fault in ("Exception in ASGI", "of session", "reads no more ahead", "raised in"):
         assert fault not in server.log_text()
