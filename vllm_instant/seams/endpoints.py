@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 
 from vllm_instant import carrier
+from vllm_instant.containment import Contained, failure_counts
 from vllm_instant.metrics import InstantMetrics
 from vllm_instant.seams import streaming
 from vllm_instant.seams.building import uses_drafter_plugin
@@ -23,6 +24,8 @@ from vllm_instant.settings import Deployment, SlotChoice
 logger = logging.getLogger("vllm.instant")
 
 POLL_SECONDS = 1.0
+API_SERVER = "api server"
+"""Where failures of plugins are counted that run in no engine."""
 
 
 class InstantEndpoints:
@@ -55,12 +58,13 @@ class InstantEndpoints:
             return
         chosen = ", ".join(f"{slot}={choice.plugin}" for slot, choice in deployment.slots.items())
         logger.info("Serving with vllm-instant: %s (from %s)", chosen, deployment.file or "defaults")
+        reader = None
         if self._app is not None:
-            streaming.start(self._streaming, self._app, engine_client, state, deployment)
+            reader = streaming.start(self._streaming, self._app, engine_client, state, deployment)
         if engine_client.vllm_config.parallel_config._api_process_rank > 0:
             return
         metrics = InstantMetrics(deployment)
-        self._polling = asyncio.get_running_loop().create_task(_poll(engine_client, metrics))
+        self._polling = asyncio.get_running_loop().create_task(_poll(engine_client, metrics, reader))
 
 
 async def _show_decisions(
@@ -88,7 +92,7 @@ def as_served(deployment: Deployment, speculative_config: Any) -> Deployment:
     return deployment.model_copy(update={"slots": deployment.slots | {"drafter": SlotChoice(plugin="native")}})
 
 
-async def _poll(engine_client: Any, metrics: InstantMetrics) -> None:
+async def _poll(engine_client: Any, metrics: InstantMetrics, reader: Contained[Any] | None = None) -> None:
     client = engine_client.engine_core
     failures = 0
     while failures < 3:
@@ -96,6 +100,7 @@ async def _poll(engine_client: Any, metrics: InstantMetrics) -> None:
             totals = await client.call_utility_all_async(METHOD)
             for engine, of_engine in enumerate(totals):
                 metrics.update(str(engine), of_engine)
+            metrics.update(API_SERVER, {"failures": failure_counts(reader)})
             failures = 0
         except asyncio.CancelledError:
             raise

@@ -19,7 +19,8 @@ from uuid import uuid4
 
 from fastapi import FastAPI
 
-from vllm_instant.contracts import EngineLoad
+from vllm_instant.containment import Contained
+from vllm_instant.contracts import EngineLoad, StreamingPrefill
 from vllm_instant.seams.building import PluginStartError, build_contained, context_of
 from vllm_instant.seams.import_hooks import when_imported
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
@@ -190,15 +191,17 @@ def attach(app: FastAPI) -> Any:
     return streaming
 
 
-def start(streaming: Any, app: FastAPI, engine_client: Any, state: Any, deployment: Deployment) -> None:
-    """Begin to serve; raises PluginStartError where that cannot be."""
+def start(
+    streaming: Any, app: FastAPI, engine_client: Any, state: Any, deployment: Deployment
+) -> Contained[StreamingPrefill] | None:
+    """Begin to serve; returns the plugin. Raises PluginStartError where that cannot be."""
     from vllm_instant.streaming.host import Host
     from vllm_instant.streaming.numbers import StreamingNumbers
 
     config = engine_client.vllm_config
     plugin = build_contained("streaming", deployment, context_of(config, deployment))
     if plugin is None:
-        return
+        return None
     if not config.cache_config.enable_prefix_caching:
         raise PluginStartError(
             f"plugin {plugin.plugin} of slot streaming cannot start: it reads ahead into the prefix cache, "
@@ -211,6 +214,7 @@ def start(streaming: Any, app: FastAPI, engine_client: Any, state: Any, deployme
         )
     streaming.start(Host(VllmStreamingEngine(engine_client, chat), plugin, StreamingNumbers()))
     _let_tokens_in(app, streaming)
+    return plugin
 
 
 def _let_tokens_in(app: FastAPI, streaming: Any) -> None:

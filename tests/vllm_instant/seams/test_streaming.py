@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
 from starlette.responses import JSONResponse
 
-from vllm_instant import carrier
-from vllm_instant.seams import streaming
+from vllm_instant import StreamingPrefill, carrier
+from vllm_instant.containment import Contained
+from vllm_instant.metrics import InstantMetrics
+from vllm_instant.seams import endpoints, streaming
 from vllm_instant.seams.building import PluginStartError
 from vllm_instant.seams.endpoints import InstantEndpoints
 from vllm_instant.settings import resolve
@@ -214,3 +217,27 @@ def test_tokens_stand_before_the_key_check_whenever_that_was_put_together(built)
     token = {"Authorization": f"Bearer {routes.tokens.make(None, 60)}"}
     assert client.post("/v1/instant/sessions", headers=token).status_code == 503  # let in, but nothing serves here
     assert client.get("/v1/instant/demo").status_code == 401
+
+
+def test_a_failure_in_the_api_server_is_counted():
+    class Broken(StreamingPrefill):
+        def next_chunk(self, progress, load):
+            raise ValueError("no")
+
+    plugin = Contained("streaming", "broken", Broken())
+    plugin.call("next_chunk", lambda p: p.next_chunk(None, None), 0)
+
+    async def answer(method):
+        return [{"speculation": None, "failures": []}]
+
+    registry = CollectorRegistry()
+
+    async def run():
+        engine_client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=answer))
+        polling = asyncio.create_task(endpoints._poll(engine_client, InstantMetrics(resolve(), registry), plugin))
+        await asyncio.sleep(0.05)
+        polling.cancel()
+
+    asyncio.run(run())
+    labels = {"engine": endpoints.API_SERVER, "slot": "streaming", "plugin": "broken", "hook": "next_chunk"}
+    assert registry.get_sample_value("vllm_instant:plugin_failures_total", labels) == 1
