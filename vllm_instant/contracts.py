@@ -348,6 +348,8 @@ class EngineLoad:
     """Requests in the engine, waiting ones included; what is read ahead of a prompt's end is not counted."""
     max_running: int
     """Most requests that can run at once."""
+    ahead: int = 0
+    """Requests in the engine that nobody waits for: chunks that are read ahead, and answers begun early."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,8 @@ class VllmStreamingEngine:
         parallel = config.parallel_config
         shared = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
         self._ranks = 1 if shared else parallel.data_parallel_size
-        self._unasked = 0
+        self._prefills = 0
+        self._early: list[Early] = []
 
     @property
     def block_size(self) -> int:
@@ -75,7 +76,8 @@ class VllmStreamingEngine:
 
     def load(self) -> EngineLoad:
         unfinished = self._client.get_num_unfinished_requests()
-        return EngineLoad(max(0, unfinished - self._unasked), self._max_running * self._ranks)
+        ahead = self._prefills + sum(not early.wanted for early in self._early)
+        return EngineLoad(max(0, unfinished - ahead), self._max_running * self._ranks, ahead)
 
     async def render(self, request: ChatRequest) -> Prompt:
         from vllm.exceptions import GracefulHTTPError, VLLMClientError
@@ -107,7 +109,7 @@ class VllmStreamingEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={"instant_speculation": "off"},
         )
-        self._unasked += 1
+        self._prefills += 1
         try:
             outputs = self._client.generate(
                 tokens_input(prompt.token_ids[:length], cache_salt=cache_salt),
@@ -123,7 +125,7 @@ class VllmStreamingEngine:
         except (VLLMClientError, GracefulHTTPError) as error:
             raise RequestError(str(error)) from None
         finally:
-            self._unasked -= 1
+            self._prefills -= 1
 
     async def answer(
         self, request: ChatRequest, affinity: int, early: Early | None = None
@@ -135,7 +137,7 @@ class VllmStreamingEngine:
         chat_request = self._chat_request({**request, "stream": True, "request_id": name})
         if early is not None:
             _EARLY[f"chatcmpl-{name}"] = early
-            self._unasked += 1
+            self._early.append(early)
         try:
             lines = await self._chat.create_chat_completion(chat_request, self._raw_request(affinity))
             if not hasattr(lines, "__aiter__"):
@@ -153,7 +155,7 @@ class VllmStreamingEngine:
             raise RequestError(str(error)) from None
         finally:
             if early is not None:
-                self._unasked -= 1
+                self._early.remove(early)
                 _EARLY.pop(f"chatcmpl-{name}", None)
 
     def _chat_request(self, request: ChatRequest) -> Any:

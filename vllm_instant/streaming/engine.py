@@ -58,7 +58,7 @@ class StreamingEngine(Protocol):
         ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Early:
     """Whether an answer that was begun before its prompt was committed has been asked for since."""
 

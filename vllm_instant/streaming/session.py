@@ -312,7 +312,14 @@ class Session:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), seconds)
             return
-        if self.is_answering or not self._host.starts_early():
+        deadline = self._host.clock() + self._host.most_early_seconds()
+        while not self.is_answering and not self._host.starts_early():
+            if self._host.clock() >= deadline:
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), RETRY_SECONDS)
+                return
+        if self.is_answering:
             return
         self._tried_early = True
         early = self._early = EarlyAnswer(self._host.engine, self._body(self._text.text), self._number)

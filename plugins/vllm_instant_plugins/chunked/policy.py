@@ -59,7 +59,8 @@ class ChunkedPrefill(StreamingPrefill):
         return self._early
 
     def starts_early(self, load: EngineLoad) -> bool:
-        return load.running == 0
+        # One at a time: together they could take the places of requests that come meanwhile.
+        return load.running == load.ahead == 0
 
     def limits(self) -> SessionLimits:
         return self._limits

@@ -60,6 +60,7 @@ def test_answers_are_begun_early_only_for_nobody_elses_harm():
     assert policy().early_after() == 0.1
     assert policy().starts_early(IDLE)
     assert not policy().starts_early(BUSY)
+    assert not policy().starts_early(EngineLoad(0, 8, ahead=1))
     assert chunked._build(chunked.ChunkedOptions(early_answer_ms=0), None).early_after() is None
 
 

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 from starlette.responses import JSONResponse
 
-from vllm_instant import StreamingPrefill, carrier
+from vllm_instant import EngineLoad, StreamingPrefill, carrier
 from vllm_instant.containment import Contained
 from vllm_instant.metrics import InstantMetrics
 from vllm_instant.seams import endpoints, streaming
@@ -131,10 +131,11 @@ def test_an_answer_that_is_left_is_stopped_and_forgotten():
     chat = Chat(['data: {"choices": [1]}\n\n'] * 9)
     engine = streaming.VllmStreamingEngine(client(unfinished=1), chat)
     before = dict(streaming._EARLY)
+    assert engine.load() == EngineLoad(1, 8)
     assert len(chunks(engine, Early(), most=2)) == 2
     assert chat.closed
     assert streaming._EARLY == before
-    assert engine.load().running == 1
+    assert engine.load() == EngineLoad(1, 8)
 
 
 @pytest.mark.engine

@@ -248,6 +248,20 @@ def test_an_answer_that_was_begun_in_vain_is_discarded(then):
     asyncio.run(run())
 
 
+def test_an_answer_is_begun_early_a_little_later_if_others_were_just_served():
+    async def run():
+        engine = FakeEngine()
+        engine.running = 1
+        async with session_on(engine, Eager(pause=0.001)) as (session, _, _):
+            await append(session, "Well?")
+            await asyncio.sleep(0.01)
+            assert not engine.answered
+            engine.running = 0
+            await until(lambda: engine.answered)
+
+    asyncio.run(run())
+
+
 def test_nothing_is_begun_early_while_others_are_served():
     async def run():
         engine = FakeEngine()
