@@ -242,3 +242,20 @@ def test_a_failure_in_the_api_server_is_counted():
     asyncio.run(run())
     labels = {"engine": endpoints.API_SERVER, "slot": "streaming", "plugin": "broken", "hook": "next_chunk"}
     assert registry.get_sample_value("vllm_instant:plugin_failures_total", labels) == 1
+
+
+@pytest.mark.engine
+def test_an_answer_loads_the_engine_from_when_it_is_asked_for():
+    chat = Chat(['data: {"choices": [1]}\n\n'] * 3)
+    engine = streaming.VllmStreamingEngine(client(unfinished=1), chat)
+
+    async def run():
+        early = Early()
+        answer = engine.answer(REQUEST, 5, early)
+        await anext(answer)
+        assert engine.load() == EngineLoad(0, 8, ahead=1)
+        early.wanted = True
+        assert engine.load() == EngineLoad(1, 8)
+        await answer.aclose()
+
+    asyncio.run(run())
