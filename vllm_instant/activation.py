@@ -20,6 +20,7 @@ from vllm_instant.seams import (
     plain_sampling,
     rejection_sampler,
     request_options,
+    streaming,
     undrafted_sampling,
 )
 from vllm_instant.settings import Deployment
@@ -71,6 +72,8 @@ def activate() -> None:
     cpu_sampling.install()
     drafter.install()
     rejection_sampler.install()
+    if streaming.is_served(carrier.current()):
+        streaming.install()
     # A vLLM that they do not fit is served without them, unless a chosen plugin needs one.
     for seam in (
         default_drafter,

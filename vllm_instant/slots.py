@@ -62,7 +62,6 @@ SLOTS: dict[str, Slot] = {
             "API server",
             "off",
             contracts.StreamingPrefill,
-            served=False,
         ),
     )
 }

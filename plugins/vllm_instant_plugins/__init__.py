@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from vllm_instant import Deployment, Plugin, hookimpl
 from vllm_instant_plugins import drafters, speculation, stock
 from vllm_instant_plugins.attention.plugin import PLUGINS as ATTENTION
+from vllm_instant_plugins.chunked import plugin as chunked
 from vllm_instant_plugins.goodput.plugin import PLUGIN as GOODPUT
 from vllm_instant_plugins.hybrid.plugin import PLUGIN as HYBRID
 from vllm_instant_plugins.samplers.plugin import PLUGINS as SAMPLERS
@@ -26,6 +27,7 @@ def instant_plugins() -> Iterable[Plugin]:
         *SAMPLERS,
         SIMILARITY,
         *ATTENTION,
+        chunked.PLUGIN,
         *stock.PLUGINS,
     ]
 
@@ -33,4 +35,8 @@ def instant_plugins() -> Iterable[Plugin]:
 @hookimpl
 def instant_check(deployment: Deployment) -> Iterable[str]:
     """What these plugins say against a deployment."""
-    return [*speculation.contradictions(deployment), *drafters.contradictions(deployment)]
+    return [
+        *speculation.contradictions(deployment),
+        *drafters.contradictions(deployment),
+        *chunked.contradictions(deployment),
+    ]

@@ -28,6 +28,7 @@ from vllm_instant.seams import (
     rejection_sampler,
     request_options,
     scheduler,
+    streaming,
     undrafted_sampling,
     verdicts,
 )
@@ -59,6 +60,7 @@ SEAMS: tuple[Seam, ...] = tuple(
         cpu_seeds,
         engine_core,
         endpoints,
+        streaming,
     )
 )
 

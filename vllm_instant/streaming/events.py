@@ -1,0 +1,125 @@
+"""What clients send: events in the style of OpenAI's realtime API, checked, with one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from vllm_instant.problems import choices, shown
+
+
+class EventError(Exception):
+    """An event that cannot be carried out; the message is for the client.
+
+    Attributes:
+        code: a word for programs.
+        event_id: the client's own name for the event, if it gave one.
+
+    """
+
+    def __init__(self, message: str, code: str = "invalid_event", event_id: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.event_id = event_id
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    event_id: str | None = Field(None, max_length=512)
+
+
+class UpdateSession(_Event):
+    """Say what the request is apart from the text that is being typed."""
+
+    type: Literal["session.update"]
+    session: dict[str, Any]
+    """A chat-completions body; ``messages`` are the system prompt and earlier turns. Replaces what was said before."""
+
+
+class AppendText(_Event):
+    """Add text at the end."""
+
+    type: Literal["input_text.append"]
+    text: str
+
+
+class ReplaceText(_Event):
+    """Put text in the place of ``start:end`` (characters); without ``end`` in that of everything from ``start``."""
+
+    type: Literal["input_text.replace"]
+    start: int = Field(ge=0, strict=True)
+    end: Annotated[int, Field(ge=0, strict=True)] | None = None
+    text: str = ""
+
+
+class ClearText(_Event):
+    """Forget the text."""
+
+    type: Literal["input_text.clear"]
+
+
+class Commit(_Event):
+    """The prompt is complete: answer."""
+
+    type: Literal["input_text.commit"]
+
+
+class CancelResponse(_Event):
+    """Stop the answer."""
+
+    type: Literal["response.cancel"]
+
+
+ClientEvent = UpdateSession | AppendText | ReplaceText | ClearText | Commit | CancelResponse
+_ADAPTER: TypeAdapter[ClientEvent] = TypeAdapter(Annotated[ClientEvent, Field(discriminator="type")])
+TYPES = (
+    "session.update",
+    "input_text.append",
+    "input_text.replace",
+    "input_text.clear",
+    "input_text.commit",
+    "response.cancel",
+)
+
+
+def parse(frame: str | bytes) -> ClientEvent:
+    """The event in a frame.
+
+    Raises:
+        EventError: with what is wrong with it.
+
+    """
+    try:
+        found = json.loads(frame)
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise EventError(f"the frame is not JSON: {error}", "invalid_json") from None
+    except RecursionError:
+        raise EventError("the frame is JSON nested too deeply", "invalid_json") from None
+    return check(found)
+
+
+def check(found: Any) -> ClientEvent:
+    """The event that parsed JSON means; raises EventError."""
+    if not isinstance(found, dict):
+        raise EventError(f"an event is a JSON object with a type; found {shown(found)}")
+    event_id = found.get("event_id") if isinstance(found.get("event_id"), str) else None
+    kind = found.get("type")
+    if kind not in TYPES:
+        name = kind if isinstance(kind, str) else ""
+        raise EventError(f"there is no event type {shown(kind)}; {choices(name, TYPES)}", "unknown_type", event_id)
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise EventError(
+            f"{kind}: has half of a surrogate pair: cut text between characters", event_id=event_id
+        ) from None
+    try:
+        return _ADAPTER.validate_python(found)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(str(part) for part in detail["loc"][1:])
+        message = str(detail["msg"])
+        raise EventError(f"{kind}: {key}: {message[:1].lower()}{message[1:]}", event_id=event_id) from None
