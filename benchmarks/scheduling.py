@@ -122,8 +122,8 @@ class Run:
     def numbers(self) -> dict[str, float]:
         """What is reported of it; seconds, and tokens a second."""
         latency = np.array([f.ended for f in self.followed])
-        ttft = np.array([f.ttft for f in self.followed])
-        gaps = np.concatenate([f.gaps() for f in self.followed])
+        ttft = np.array([f.answer.ttft for f in self.followed])
+        gaps = np.concatenate([f.answer.inter_token_latencies() for f in self.followed])
         ends = np.array([f.due + f.ended for f in self.followed])
         found = {
             "mean_latency": latency.mean(),
@@ -132,11 +132,11 @@ class Run:
             "mean_ttft": ttft.mean(),
             "p99_ttft": np.percentile(ttft, 99),
             "p99_itl": np.percentile(gaps, 99),
-            "throughput": sum(f.tokens for f in self.followed) / (ends.max() - self.followed[0].due),
+            "throughput": sum(f.answer.tokens for f in self.followed) / (ends.max() - self.followed[0].due),
             "preemptions": self.preemptions,
         }
         for kind in ("short", "long"):
-            of_kind = [f.ended / max(f.tokens, 1) for f in self.followed if f.kind == kind]
+            of_kind = [f.ended / f.answer.tokens for f in self.followed if f.kind == kind]
             if of_kind:
                 found[f"{kind}_seconds_per_token"] = float(np.mean(of_kind))
         return {name: float(value) for name, value in found.items()}
@@ -147,7 +147,10 @@ def worst_wait(ours: Run, fcfs: Run) -> float:
 
     Time to the first token stands for the wait; in both runs it contains the reading of the request's own prompt.
     """
-    return max(o.ttft - (WAIT_RATIO * f.ttft + WAIT_SECONDS) for o, f in zip(ours.followed, fcfs.followed, strict=True))
+    return max(
+        o.answer.ttft - (WAIT_RATIO * f.answer.ttft + WAIT_SECONDS)
+        for o, f in zip(ours.followed, fcfs.followed, strict=True)
+    )
 
 
 class Servers:

@@ -7,17 +7,15 @@ load does not depend on the server (no coordinated omission), and latencies coun
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import numpy as np
-import numpy.typing as npt
 
-_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+from vllm_instant.evidence.load import arrivals
+from vllm_instant.evidence.turns import Answer
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,9 @@ class Followed:
     error: str | None = None
 
     @property
-    def ttft(self) -> float:
-        """Time to the first token; NaN if none came."""
-        return self.arrivals[0][0] if self.arrivals else float("nan")
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the answer."""
-        return self.arrivals[-1][1] if self.arrivals else 0
-
-    def gaps(self) -> npt.NDArray[np.float64]:
-        """Inter-token latencies, one a token: those that arrive together share the time since the event before."""
-        if len(self.arrivals) < 2:
-            return np.zeros(0)
-        when, tokens = np.array([a[0] for a in self.arrivals]), np.array([a[1] for a in self.arrivals])
-        new = np.diff(tokens)
-        return np.repeat(np.diff(when) / new, new)
+    def answer(self) -> Answer:
+        """What came; an answer without any token has an error beside it."""
+        return Answer(self.kind, self.arrivals)
 
 
 def send(url: str, requests: Sequence[Due], timeout: float = 600.0) -> list[Followed]:
@@ -92,12 +77,13 @@ async def _follow(client: httpx.AsyncClient, request: Due, began: float) -> Foll
                 text = (await response.aread()).decode(errors="replace")
                 followed.error = f"HTTP {response.status_code}: {text[:300]}"
                 return followed
-            async for chunk in response.aiter_raw():
-                counts = _TOKENS.findall(chunk)
-                if counts and int(counts[-1]) > have:
-                    have = int(counts[-1])
-                    followed.arrivals.append((time.perf_counter() - due, have))
+            async for now, total, _ in arrivals(response):
+                if total > have:
+                    have = total
+                    followed.arrivals.append((now - due, total))
     except httpx.HTTPError as error:
         followed.error = f"{type(error).__name__}: {error}"
+    if not have and followed.error is None:
+        followed.error = "the answer ended without a token"
     followed.ended = time.perf_counter() - due
     return followed
