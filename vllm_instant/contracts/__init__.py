@@ -1,0 +1,55 @@
+"""What a plugin of each kind implements.
+
+A plugin is offered as a ``Plugin`` and built, in the process that its slot names, into an object that follows its
+slot's protocol, one file each here. Derive from the protocol: that brings the optional methods along.
+
+Units: lengths and counts are in tokens, times in seconds. Everything runs on the hot path of a server: a method that
+raises is not called again (stock vLLM behaviour takes over, see ``vllm_instant.containment``).
+"""
+
+from vllm_instant.contracts.attention import AttentionLayer, AttentionProvider, AttentionStep, CacheParts
+from vllm_instant.contracts.batching import Admission, BatchingPolicy, QueueMoment
+from vllm_instant.contracts.drafter import Draft, Drafter, DraftRequest, Share, SharingDrafter
+from vllm_instant.contracts.experts import ExpertRouter
+from vllm_instant.contracts.plugins import DrafterOptions, Plugin, PluginContext, PluginOptions
+from vllm_instant.contracts.rejection_sampler import RejectionSampler
+from vllm_instant.contracts.requests import RequestState
+from vllm_instant.contracts.speculation import DraftPrice, SpeculationPolicy, StepOutcome, UpcomingStep
+from vllm_instant.contracts.streaming import (
+    EngineLoad,
+    PrefillOutcome,
+    PrefillProgress,
+    SessionLimits,
+    StreamingPrefill,
+)
+
+__all__ = [
+    "Admission",
+    "AttentionLayer",
+    "AttentionProvider",
+    "AttentionStep",
+    "BatchingPolicy",
+    "CacheParts",
+    "Draft",
+    "DraftPrice",
+    "DraftRequest",
+    "Drafter",
+    "DrafterOptions",
+    "EngineLoad",
+    "ExpertRouter",
+    "Plugin",
+    "PluginContext",
+    "PluginOptions",
+    "PrefillOutcome",
+    "PrefillProgress",
+    "QueueMoment",
+    "RejectionSampler",
+    "RequestState",
+    "SessionLimits",
+    "Share",
+    "SharingDrafter",
+    "SpeculationPolicy",
+    "StepOutcome",
+    "StreamingPrefill",
+    "UpcomingStep",
+]
