@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ def _choose_interpreter() -> None:
     if "triton" in sys.modules:
         raise RuntimeError("Triton is imported before it is told to interpret")
     os.environ["TRITON_INTERPRET"] = "1"
+    # Functions of test modules are called tests.….test_….name.
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
     torch.set_num_threads(1)
 
 
