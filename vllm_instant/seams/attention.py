@@ -26,6 +26,7 @@ from vllm_instant.seams.building import build_contained, context_of
 from vllm_instant.seams.import_hooks import when_imported
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
 from vllm_instant.settings import ATTENTION_ARGUMENTS, Deployment
+from vllm_instant.slots import SLOTS
 
 logger = logging.getLogger("vllm.instant")
 
@@ -153,7 +154,8 @@ def _choosing(original: Callable[..., str], place: Any, on_cpu: bool) -> Callabl
 def _register(module: ModuleType) -> None:
     """Name our backend in vLLM's registry, which others than the wrapped choice ask, too."""
     deployment = carrier.current()
-    if deployment is not None and deployment.offer("attention").plugin.build is not None:
+    # By the name alone: in a worker it is too early to load plugins (see activation.activate).
+    if deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default:
         module.register_backend(getattr(module.AttentionBackendEnum, PLACE), BACKEND)
 
 
