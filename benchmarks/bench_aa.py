@@ -26,7 +26,7 @@ from vllm_instant.bench.rows import Row, rows
 from vllm_instant.bench.session import RunningArms, run
 from vllm_instant.bench.state import State
 from vllm_instant.demo import assets, expand
-from vllm_instant.evidence.servers import Server, running
+from vllm_instant.evidence.servers import Server, running, terminable
 
 WORDS = ["--served-model-name", "demo", "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
 
@@ -92,7 +92,7 @@ def main() -> None:
     kept = earlier(options.output) if options.append else []
     runs: list[dict[str, Any]] = []
     console = Console()
-    with tempfile.TemporaryDirectory(prefix="bench-aa-") as name:
+    with terminable(), tempfile.TemporaryDirectory(prefix="bench-aa-") as name:
         folder = Path(name)
         target = assets.prepare(size=expand.SMALL).target
         servers = [Server(target, WORDS, log=folder / f"stock{i}.log") for i in range(3)]
