@@ -70,8 +70,8 @@ def serve(deployment: Deployment, speculates: bool | None = None) -> None:
 def activate() -> None:
     """Install the seams of a published deployment; each waits for the module that it changes.
 
-    No seam may load plugins here: they bring Numba, and a worker of vLLM's CPU build that has it in memory when it looks
-    for kernels to replace does not start (``triton_utils/dispatcher.py`` stumbles over llvmlite).
+    No seam may load plugins here: they bring Numba, and a worker of vLLM's CPU build that has it in memory when it
+    looks for kernels to replace does not start (``triton_utils/dispatcher.py`` stumbles over llvmlite).
     """
     cpu_sampling.install()
     drafter.install()
