@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/wait_bound.py
 
-A burst of 128 requests for 8 places, a fifth of the answers about 320 tokens long and the others about 16; 0.03 s a token.
+A burst of 128 requests for 8 places, a fifth of the answers about 320 tokens long, the others about 16; 0.03 s a token.
 Lengths are told by the clients or learned from 150 requests before. No engine: moments, and the same in every run.
 """
 
