@@ -29,7 +29,7 @@ from results import earlier, merged, write
 
 from vllm_instant.demo import assets
 from vllm_instant.evidence.open_loop import Due, Followed, send
-from vllm_instant.evidence.servers import Server, running, settle
+from vllm_instant.evidence.servers import Server, running, settle, terminable
 from vllm_instant.evidence.statistics import median_interval, ratio_interval
 
 HERE = Path(__file__).resolve().parent
@@ -277,7 +277,7 @@ def main() -> None:
     cells = []
     with tempfile.TemporaryDirectory() as folder:
         servers = Servers(Path(folder), options.slots)
-        with running(servers.stock, servers.ours):
+        with terminable(), running(servers.stock, servers.ours):
             for arm in (STOCK, FCFS):
                 servers.run(arm, wishes("burst", 12, 1.0, seed=7))
             # What the server can do is what it does under a burst.
