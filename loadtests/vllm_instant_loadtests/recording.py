@@ -1,0 +1,191 @@
+"""The raw data of a load test: a folder of JSON lines, written while it runs and read by the spike detector.
+
+All times are seconds after the beginning of the run, on one clock. Files: ``run.json`` (what ran), ``requests.jsonl``,
+``samples.jsonl`` (the servers' ``/metrics``), ``steps.jsonl`` (the servers' decision traces, where they have one),
+``client.jsonl`` (how late the load generator itself was), ``events.jsonl`` (what the scenario did to the servers on
+purpose: the ground truth of a chaos run). A line that was cut off by a kill is skipped when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, Self, TypeVar
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request and what came of it."""
+
+    id: str
+    """As the server knows it, so that its log and decision trace can be searched for it."""
+    server: str
+    """Name of the server (the arm)."""
+    kind: str
+    """What sort of traffic it is, e.g. "creative"."""
+    route: str
+    """``chat``, ``completions`` or ``typist``."""
+    due: float
+    """When it should have been sent; latencies count from here (no coordinated omission)."""
+    sent: float
+    """When it was sent."""
+    arrivals: list[tuple[float, int]]
+    """``(when, tokens so far)`` for everything that arrived together."""
+    ended: float
+    """When its answer, or the connection, ended."""
+    prompt_tokens: int | None = None
+    """Length of the prompt, where the server says."""
+    error: str | None = None
+    """Why it failed; None if it did not. A disconnect that was meant is no error."""
+    left: bool = False
+    """The client hung up on purpose."""
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from when it was due to its first token; NaN without one."""
+        return self.arrivals[0][0] - self.due if self.arrivals else float("nan")
+
+    @property
+    def tokens(self) -> int:
+        """Output tokens that arrived."""
+        return self.arrivals[-1][1] if self.arrivals else 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reading of a server's ``/metrics``."""
+
+    server: str
+    at: float
+    """When the answer was there."""
+    took: float
+    """Seconds that the server took to answer."""
+    values: dict[str, float]
+    """By metric name (``vllm:…``, ``vllm_instant_…``), summed over labels; histograms as ``…_sum`` and ``…_count``."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decision of our scheduler's trace, placed on the run's clock."""
+
+    server: str
+    at: float
+    decision: dict[str, Any]
+    """As ``vllm-instant explain --json`` has it."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """How the load generator itself was doing."""
+
+    at: float
+    late: float
+    """Seconds by which a timer of its event loop came late."""
+    cpu: float
+    """Share of one core that its process used since the reading before."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that was done to a server on purpose."""
+
+    server: str
+    cause: str
+    """One of the causes that attribution knows."""
+    began: float
+    ended: float
+    note: str = ""
+
+
+@dataclass
+class Run:
+    """What ran, and everything that was recorded."""
+
+    about: dict[str, Any]
+    """Scenario, servers (name, address, version, deployment), goals, circumstances."""
+    requests: list[Request] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    client: list[Client] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """A recorded run; raises FileNotFoundError if ``folder`` has none."""
+        about = json.loads((folder / "run.json").read_text())
+        requests = [_request(plain) for plain in _lines(folder / "requests.jsonl")]
+        read = {name: [kind(**plain) for plain in _lines(folder / f"{name}.jsonl")] for name, kind in _KINDS.items()}
+        return cls(about, requests, **read)
+
+    def of(self, server: str) -> Run:
+        """The part that concerns one server."""
+        return Run(
+            self.about,
+            _only(self.requests, server),
+            _only(self.samples, server),
+            _only(self.steps, server),
+            self.client,
+            _only(self.events, server),
+        )
+
+
+class Recorder:
+    """Writes a run while it happens; every record is on disk at once, so that a killed run can be read.
+
+    Args:
+        folder: made if it is missing; must not hold another run (FileExistsError).
+
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "run.json").open("x") as file:
+            json.dump(about, file, indent=2)
+        self.folder = folder
+        self._files: dict[str, IO[str]] = {}
+
+    def add(self, record: Request | Sample | Step | Client | Event) -> None:
+        """Append one record."""
+        name = _FILES[type(record)]
+        if name not in self._files:
+            self._files[name] = (self.folder / f"{name}.jsonl").open("a", buffering=1)
+        self._files[name].write(json.dumps(_plain(record)) + "\n")
+
+    def close(self) -> None:
+        """Close the files; idempotent."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+_KINDS: dict[str, Any] = {"samples": Sample, "steps": Step, "client": Client, "events": Event}
+_FILES: dict[type, str] = {Request: "requests", **{kind: name for name, kind in _KINDS.items()}}
+_OfServer = TypeVar("_OfServer", Request, Sample, Step, Event)
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    plain = asdict(record)
+    if isinstance(record, Request):
+        plain["arrivals"] = [[round(when, 5), tokens] for when, tokens in record.arrivals]
+    return plain
+
+
+def _request(plain: dict[str, Any]) -> Request:
+    arrivals = [(when, tokens) for when, tokens in plain.pop("arrivals")]
+    return Request(**plain, arrivals=arrivals)
+
+
+def _only(records: list[_OfServer], server: str) -> list[_OfServer]:
+    return [record for record in records if record.server == server]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
