@@ -38,17 +38,35 @@ def _change(module: ModuleType) -> None:
             post_step(self, model_executed)
 
     module.EngineCore.post_step = post_step_unless_nothing_was_drafted
+    handle_shutdown = module.EngineCoreProc._handle_shutdown
+
+    @functools.wraps(handle_shutdown)
+    def keep_before_the_loop_ends(self: Any) -> bool:
+        # Once the loop has ended, the next signal kills; and whoever stops a server often sends two (to the process
+        # group, then the front end to its children).
+        goes_on: bool = handle_shutdown(self)
+        if not goes_on:
+            _close(self)
+        return goes_on
+
+    module.EngineCoreProc._handle_shutdown = keep_before_the_loop_ends
     shutdown = module.EngineCore.shutdown
 
     @functools.wraps(shutdown)
     def shutdown_after_saving(self: Any) -> None:
-        # Before the workers are waited for: who stops a server may not wait that long.
-        close = getattr(self.scheduler, "instant_close", None)
-        if close is not None:
-            close()
+        # An engine inside the user's own process has no such loop.
+        _close(self)
         shutdown(self)
 
     module.EngineCore.shutdown = shutdown_after_saving
+
+
+def _close(core: Any) -> None:
+    """Let the policies keep what they learned, once."""
+    close = getattr(core.scheduler, "instant_close", None)
+    if close is not None and not getattr(core, "instant_closed", False):
+        core.instant_closed = True
+        close()
 
 
 def install() -> None:
@@ -62,6 +80,7 @@ SEAM = Seam(
     requirements=(
         Function("v1/engine/core.py", "EngineCore.post_step", ("self", "model_executed"), exact=True),
         Function("v1/engine/core.py", "EngineCore.shutdown", ("self",), exact=True),
+        Function("v1/engine/core.py", "EngineCoreProc._handle_shutdown", ("self",), exact=True),
         Mentions("v1/engine/core.py", "EngineCore.__init__", ("scheduler", "model_executor")),
         Function("v1/engine/core_client.py", "AsyncMPClient.call_utility_all_async", ("self", "method")),
     ),
