@@ -204,7 +204,16 @@ def test_the_same_over_plain_http(server: Server) -> None:
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 
+SLOW_LINE = """
+const Native = WebSocket;
+window.WebSocket = class extends Native {
+  set onmessage(hear) { super.onmessage = hear && ((message) => setTimeout(() => hear(message), 250)); }
+};
+"""
+
+
 def test_a_person_types_into_the_page(server: Server) -> None:
+    """Over a line so slow that the session is opened again (the key's field loses the focus) while they type."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
@@ -215,6 +224,7 @@ def test_a_person_types_into_the_page(server: Server) -> None:
             page = chromium.new_page()
             faults: list[str] = []
             page.on("pageerror", lambda error: faults.append(str(error)))
+            page.add_init_script(SLOW_LINE)
             page.goto(f"{server.url}/v1/instant/demo")
             playwright.expect(page.locator("#error")).to_have_text("the server wants its API key")
             page.fill("#tokens", "24")
