@@ -34,8 +34,9 @@ test-unit: env
 regret: env
 	$(BIN)/python benchmarks/regret.py --short
 
+# Two processes: one for the tests with engines, one for all others (see tests/conftest.py).
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
