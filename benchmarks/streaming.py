@@ -56,7 +56,7 @@ DEPLOYMENT = """
 plugin = "off"
 
 [streaming]
-plugin = "chunked"
+plugin = "PLUGIN"
 max_sessions_per_client = 256
 
 [vllm]
@@ -349,11 +349,11 @@ async def _settled_usage(client: httpx.AsyncClient, server: Server) -> float:
     return server.metrics()["vllm:kv_cache_usage_perc"]
 
 
-def serve(folder: Path, dtype: str | None = None) -> Server:
+def serve(folder: Path, plugin: str, dtype: str | None = None) -> Server:
     """The server; in ``dtype`` with the demo's smallest target."""
     pair = assets.prepare() if dtype is None else assets.prepare(size=expand.SMALL, dtype=dtype)
     file = folder / f"{dtype}.toml"
-    file.write_text(DEPLOYMENT)
+    file.write_text(DEPLOYMENT.replace("PLUGIN", plugin))
     words = ["--plugins", "vllm_instant", "--instant-config", str(file), *(["--dtype", dtype] if dtype else [])]
     return Server(pair.target, words, log=folder / f"{dtype}.log", environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
 
@@ -366,7 +366,10 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=3, help="of the parts with long prompts; others have 3 times more"
     )
-    parser.add_argument("--append", action="store_true", help="keep what the output file has of other parts")
+    parser.add_argument("--plugin", choices=("chunked", "resumable"), default="chunked")
+    parser.add_argument(
+        "--append", action="store_true", help="keep what the output file has of other parts and plugins"
+    )
     parser.add_argument("--output", type=Path, default=HERE / "results/streaming.json")
     options = parser.parse_args()
     kept = earlier(options.output) if options.append else []
@@ -377,14 +380,14 @@ def main() -> None:
     def run(part: str, work: Callable[[], Coroutine[Any, Any, dict[str, Any]]]) -> None:
         if part in parts:
             began = time.monotonic()
-            measured.append(asyncio.run(work()))
+            measured.append({"plugin": options.plugin} | asyncio.run(work()))
             print(f"{part} ({time.monotonic() - began:.0f} s): {measured[-1]}")
-            write(options.output, merged(kept, measured, "part"))
+            write(options.output, merged(kept, measured, "plugin", "part"))
 
     with tempfile.TemporaryDirectory(prefix="streaming-") as name:
         prompts = Prompts()
         if set(parts) & set(timed):
-            with running(server := serve(Path(name))):
+            with running(server := serve(Path(name), options.plugin)):
                 asyncio.run(short_part(server.url, Prompts(), 1))  # first requests are slower
                 url = server.url
                 run("typed", lambda: typed_part(url, prompts, rounds))
@@ -392,7 +395,7 @@ def main() -> None:
                 run("neighbour", lambda: neighbour_part(url, prompts, 3 * rounds))
                 run("background", lambda: background_part(url, prompts, rounds))
         if set(parts) & set(checked):
-            with running(checking := serve(Path(name), "float32")):
+            with running(checking := serve(Path(name), options.plugin, "float32")):
                 run("identity", lambda: identity_part(checking.url))
                 run("abuse", lambda: abuse_part(checking))
 

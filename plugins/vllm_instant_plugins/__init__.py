@@ -27,7 +27,7 @@ def instant_plugins() -> Iterable[Plugin]:
         *SAMPLERS,
         SIMILARITY,
         *ATTENTION,
-        chunked.PLUGIN,
+        *chunked.PLUGINS,
         *stock.PLUGINS,
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +24,12 @@ KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 DEPLOYMENT = """
 [streaming]
-plugin = "chunked"
+plugin = "resumable"
+held_sessions = 4
 max_sessions_per_client = 64
 demo_page = true
 """
+HELD = "vllm_instant:streaming_held_sessions"
 TEMPLATE = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}### assistant:\n"
 GREEDY = {"model": "demo", "temperature": 0, "max_tokens": 24}
 
@@ -121,6 +124,28 @@ def test_what_is_read_ahead_is_cached_and_not_counted_as_requests(server: Server
     assert grown["chunk tokens"] >= read > 300
     assert grown["hits"] >= read // 32 * 32
     assert grown["prompt tokens"] < read + 150
+
+
+def test_what_a_session_holds_is_kept_to_the_last_token(server: Server) -> None:
+    """The prefix cache alone would keep whole blocks of 32 tokens."""
+
+    async def hits(extra: str) -> float:
+        before = server.metrics()
+        async with session(server, max_tokens=2) as typist:
+            for word in (extra + "explain why the tests of a project are the first thing to read").split(" "):
+                await typist.append(word + " ")
+                await asyncio.sleep(0.03)
+            await asyncio.sleep(0.3)
+            assert server.metrics()[HELD] == before[HELD] + 1
+            read_before = server.metrics()["vllm:prefix_cache_hits_total"]
+            await typist.append("thoroughly")
+            async for _ in typist.commit():
+                pass
+            return server.metrics()["vllm:prefix_cache_hits_total"] - read_before
+
+    found = [asyncio.run(hits(extra)) for extra in ("Please ", "Kindly and shortly ")]
+    assert all(tokens > 0 for tokens in found)
+    assert any(tokens % 32 for tokens in found), found
 
 
 def test_the_answer_begins_in_a_pause_and_counts_once_it_is_asked_for(server: Server) -> None:
@@ -230,7 +255,7 @@ def test_a_person_types_into_the_page(server: Server) -> None:
             page.fill("#tokens", "24")
             page.fill("#key", KEY)
             page.dispatch_event("#key", "change")
-            playwright.expect(page.locator("#status")).to_have_text("ready", timeout=10_000)
+            playwright.expect(page.locator("#status")).to_have_text(re.compile("ready|read ahead"), timeout=10_000)
             text = "Explain 👩‍👩‍👧 families to me, please, and how they"
             page.locator("#prompt").press_sequentially(text + "xx", delay=10)
             for _ in range(2):
@@ -247,5 +272,6 @@ def test_a_person_types_into_the_page(server: Server) -> None:
 
 def test_nothing_went_wrong_inside_whatever_clients_did(server: Server) -> None:
     """Runs last."""
+    assert server.metrics()[HELD] == 0
     for fault in ("Exception in ASGI", "of session", "reads no more ahead", "raised in"):
         assert fault not in server.log_text()

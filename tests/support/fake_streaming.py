@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from vllm_instant import EngineLoad, SessionLimits, StreamingPrefill
+from vllm_instant import EngineLoad, Holds, SessionLimits, StreamingPrefill
 from vllm_instant.containment import Contained
 from vllm_instant.demo.assets import ASSETS
 from vllm_instant.streaming.engine import Early, Prompt, RequestError
@@ -75,6 +75,9 @@ class FakeEngine:
         self.at_once = self.most_at_once = self.stopped = 0
         self.answer_gate = asyncio.Event()
         self.answer_gate.set()
+        self.holding: list[str] = []
+        self.held_for: list[str | None] = []
+        self.why_not: str | None = None
         self.prefill_gate = asyncio.Event()
         self.prefill_gate.set()
 
@@ -96,7 +99,16 @@ class FakeEngine:
             raise RequestError(f"the prompt has {len(ids)} tokens")
         return Prompt(ids)
 
-    async def prefill(self, prompt: Prompt, length: int, affinity: int) -> None:
+    async def hold(self, name: str, holds: Holds) -> str | None:
+        if self.why_not is None:
+            self.holding.append(name)
+        return self.why_not
+
+    async def let_go(self, name: str) -> None:
+        self.holding.remove(name)
+
+    async def prefill(self, prompt: Prompt, length: int, affinity: int, hold: str | None = None) -> None:
+        self.held_for.append(hold)
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
@@ -110,8 +122,9 @@ class FakeEngine:
             self.at_once -= 1
 
     async def answer(
-        self, request: Mapping[str, Any], affinity: int, early: Early | None = None
+        self, request: Mapping[str, Any], affinity: int, early: Early | None = None, hold: str | None = None
     ) -> AsyncIterator[dict[str, Any]]:
+        self.held_for.append(hold)
         ids = (await self.render(request)).token_ids
         self.open_answers += 1
         self.answered.append(dict(request))
@@ -129,16 +142,21 @@ class Eager(StreamingPrefill):
 
     Args:
         pause: before an early answer.
+        holds: which sessions hold what they have read.
         **limits: of sessions.
 
     """
 
-    def __init__(self, pause: float | None = None, **limits: Any) -> None:
+    def __init__(self, pause: float | None = None, holds: Holds | None = None, **limits: Any) -> None:
         self._pause = pause
+        self._holds = holds
         self._limits = SessionLimits(**limits)
 
     def next_chunk(self, progress, load):
         return progress.settled_tokens if load.running < load.max_running else 0
+
+    def holds(self):
+        return self._holds
 
     def early_after(self):
         return self._pause

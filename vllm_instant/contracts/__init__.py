@@ -17,6 +17,7 @@ from vllm_instant.contracts.requests import RequestState
 from vllm_instant.contracts.speculation import DraftPrice, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant.contracts.streaming import (
     EngineLoad,
+    Holds,
     PrefillOutcome,
     PrefillProgress,
     SessionLimits,
@@ -37,6 +38,7 @@ __all__ = [
     "DrafterOptions",
     "EngineLoad",
     "ExpertRouter",
+    "Holds",
     "Plugin",
     "PluginContext",
     "PluginOptions",

@@ -27,7 +27,9 @@ class PrefillProgress:
     cached_tokens: int
     """Those of them whose keys and values were computed ahead."""
     block_size: int
-    """Tokens of a KV block: only whole ones are kept."""
+    """Tokens of a KV block."""
+    is_held: bool = False
+    """Whether any number of tokens is kept (see ``Holds``); otherwise only whole blocks are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,23 @@ class SessionLimits:
     """How long a session token can be used to open sessions."""
     demo_page: bool = False
     """Whether a page to try it is served."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holds:
+    """Which sessions keep their KV blocks between chunks. All others lose what does not fill a block.
+
+    Whenever the engine is short of blocks, held ones are given back before a request waits for them.
+    """
+
+    sessions: int
+    """Most at once, in each engine."""
+    tokens: int
+    """Most of one prompt; what lies behind is not held."""
+    cache_share: float
+    """Most of all KV blocks, for all sessions together."""
+    idle_seconds: float
+    """Without new text, after which a session holds nothing any more."""
 
 
 @runtime_checkable
@@ -94,6 +113,10 @@ class StreamingPrefill(Protocol):
     def most_early_seconds(self) -> float:
         """How long such an answer goes on when nobody commits. Optional."""
         return 1.0
+
+    def holds(self) -> Holds | None:
+        """Whether sessions keep their KV blocks between chunks; asked once. Optional."""
+        return None
 
     def limits(self) -> SessionLimits:
         """What clients may take; asked once. Optional."""

@@ -12,6 +12,8 @@ from vllm_instant.seams.requirements import Function, Mentions, Seam
 MODULE = "vllm.v1.engine.core"
 METHOD = "instant_totals"
 DECISIONS_METHOD = "instant_decisions"
+HOLD_METHOD = "instant_hold"
+LET_GO_METHOD = "instant_let_go"
 
 
 def instant_totals(self: Any) -> dict[str, Any]:
@@ -26,9 +28,24 @@ def instant_decisions(self: Any, last: int, request_id: str | None = None, queue
     return decisions(last, request_id, queue) if decisions is not None else []
 
 
+def instant_hold(self: Any, name: str, sessions: int, tokens: int, share: float) -> str | None:
+    """Let a session hold its prefix (``seams.holding``); returns why not, if not."""
+    hold = getattr(self.scheduler, "instant_hold", None)
+    return hold(name, sessions, tokens, share) if hold is not None else "the scheduler is not vllm-instant's"
+
+
+def instant_let_go(self: Any, name: str) -> None:
+    """The session holds nothing any more."""
+    let_go = getattr(self.scheduler, "instant_let_go", None)
+    if let_go is not None:
+        let_go(name)
+
+
 def _change(module: ModuleType) -> None:
     setattr(module.EngineCore, METHOD, instant_totals)
     setattr(module.EngineCore, DECISIONS_METHOD, instant_decisions)
+    setattr(module.EngineCore, HOLD_METHOD, instant_hold)
+    setattr(module.EngineCore, LET_GO_METHOD, instant_let_go)
     post_step = module.EngineCore.post_step
 
     @functools.wraps(post_step)

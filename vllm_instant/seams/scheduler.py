@@ -21,6 +21,7 @@ from vllm_instant.contracts import RequestState, StepOutcome
 from vllm_instant.drafting import DraftPlan
 from vllm_instant.seams.batching import BatchingMixin
 from vllm_instant.seams.building import build_contained, context_of
+from vllm_instant.seams.holding import HoldingMixin
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
 from vllm_instant.speculation import SpeculationBudget
 
@@ -37,8 +38,8 @@ REPORT_ATTRIBUTE = "instant_draft_report"
 PADDING = -1
 
 
-class InstantMixin(BatchingMixin):
-    """Serves the ``speculation`` slot beside ``batching``; put before vLLM's scheduler in a class's bases."""
+class InstantMixin(BatchingMixin, HoldingMixin):
+    """Serves ``speculation`` beside ``batching``, and holds prefixes; put before vLLM's scheduler in the bases."""
 
     # What the mixin uses of its vLLM base class, beside what BatchingMixin does.
     num_spec_tokens: int

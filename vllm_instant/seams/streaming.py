@@ -20,8 +20,10 @@ from uuid import uuid4
 from fastapi import FastAPI
 
 from vllm_instant.containment import Contained
-from vllm_instant.contracts import EngineLoad, StreamingPrefill
+from vllm_instant.contracts import EngineLoad, Holds, StreamingPrefill
 from vllm_instant.seams.building import PluginStartError, build_contained, context_of
+from vllm_instant.seams.engine_core import HOLD_METHOD, LET_GO_METHOD
+from vllm_instant.seams.holding import HOLD
 from vllm_instant.seams.import_hooks import when_imported
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
 from vllm_instant.settings import Deployment
@@ -95,7 +97,7 @@ class VllmStreamingEngine:
             return Prompt([])
         return Prompt(list(inputs[0]["prompt_token_ids"]), (inputs[0].get("cache_salt"), lora))
 
-    async def prefill(self, prompt: Prompt, length: int, affinity: int) -> None:
+    async def prefill(self, prompt: Prompt, length: int, affinity: int, hold: str | None = None) -> None:
         from vllm.exceptions import GracefulHTTPError, VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -107,7 +109,7 @@ class VllmStreamingEngine:
             temperature=0.0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"instant_speculation": "off"},
+            extra_args={"instant_speculation": "off", **_held(hold)},
         )
         self._prefills += 1
         try:
@@ -128,13 +130,15 @@ class VllmStreamingEngine:
             self._prefills -= 1
 
     async def answer(
-        self, request: ChatRequest, affinity: int, early: Early | None = None
+        self, request: ChatRequest, affinity: int, early: Early | None = None, hold: str | None = None
     ) -> AsyncIterator[dict[str, Any]]:
         from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
         # Known only as long as it matters: the chat endpoint puts its own word before the id.
         name = f"{_EARLY_PREFIX if early is not None else 'instant-'}{uuid4().hex}"
-        chat_request = self._chat_request({**request, "stream": True, "request_id": name})
+        extra = {**(request.get("vllm_xargs") or {}), **_held(hold)}
+        own = {"stream": True, "request_id": name} | ({"vllm_xargs": extra} if extra else {})
+        chat_request = self._chat_request({**request, **own})
         if early is not None:
             _EARLY[f"chatcmpl-{name}"] = early
             self._early.append(early)
@@ -157,6 +161,15 @@ class VllmStreamingEngine:
             if early is not None:
                 self._early.remove(early)
                 _EARLY.pop(f"chatcmpl-{name}", None)
+
+    async def hold(self, name: str, holds: Holds) -> str | None:
+        limits = (name, holds.sessions, holds.tokens, holds.cache_share)
+        answers = await self._client.engine_core.call_utility_all_async(HOLD_METHOD, *limits)
+        # With several engines the session's affinity chooses one; the others hold nothing.
+        return next((why_not for why_not in answers if why_not is not None), None)
+
+    async def let_go(self, name: str) -> None:
+        await self._client.engine_core.call_utility_all_async(LET_GO_METHOD, name)
 
     def _chat_request(self, request: ChatRequest) -> Any:
         from pydantic import ValidationError
@@ -181,6 +194,10 @@ class VllmStreamingEngine:
 
         headers = [(b"x-data-parallel-rank", str(rank).encode())]
         return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""})
+
+
+def _held(session: str | None) -> dict[str, str]:
+    return {HOLD: session} if session is not None else {}
 
 
 def attach(app: FastAPI) -> Any:

@@ -19,19 +19,20 @@ class EarlyAnswer:
         engine: where it comes from.
         request: what it answers.
         affinity: of the session.
+        hold: name of the session, where it holds its prefix.
 
     """
 
-    def __init__(self, engine: StreamingEngine, request: ChatRequest, affinity: int) -> None:
+    def __init__(self, engine: StreamingEngine, request: ChatRequest, affinity: int, hold: str | None = None) -> None:
         self.request = request
         self._early = Early()
         # The last entry is None or what went wrong.
         self._chunks: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue(CHUNKS_AHEAD)
-        self._task = asyncio.get_running_loop().create_task(self._fill(engine, affinity))
+        self._task = asyncio.get_running_loop().create_task(self._fill(engine, affinity, hold))
 
-    async def _fill(self, engine: StreamingEngine, affinity: int) -> None:
+    async def _fill(self, engine: StreamingEngine, affinity: int, hold: str | None) -> None:
         try:
-            async for chunk in engine.answer(self.request, affinity, self._early):
+            async for chunk in engine.answer(self.request, affinity, self._early, hold):
                 await self._chunks.put(chunk)
         except Exception as error:  # handed to whoever reads
             await self._chunks.put(error)

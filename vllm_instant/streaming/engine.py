@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vllm_instant.contracts import EngineLoad
+from vllm_instant.contracts import EngineLoad, Holds
 
 ChatRequest = Mapping[str, Any]
 """The body of a request to ``/v1/chat/completions``."""
@@ -49,12 +49,22 @@ class StreamingEngine(Protocol):
         """The prompt of a chat request, chat template included; raises RequestError."""
         ...
 
-    async def prefill(self, prompt: Prompt, length: int, affinity: int) -> None:
-        """Have the first ``length`` tokens of a prompt in the prefix cache."""
+    async def prefill(self, prompt: Prompt, length: int, affinity: int, hold: str | None = None) -> None:
+        """Have the first ``length`` tokens of a prompt in the prefix cache; ``hold``: of the session of this name."""
         ...
 
-    def answer(self, request: ChatRequest, affinity: int, early: Early | None = None) -> AsyncIterator[dict[str, Any]]:
+    def answer(
+        self, request: ChatRequest, affinity: int, early: Early | None = None, hold: str | None = None
+    ) -> AsyncIterator[dict[str, Any]]:
         """The chunks of the answer in OpenAI's chat-chunk format; raises RequestError. ``early``: not asked for yet."""
+        ...
+
+    async def hold(self, name: str, holds: Holds) -> str | None:
+        """Let a session hold what its requests leave in the KV cache; returns why not, if not."""
+        ...
+
+    async def let_go(self, name: str) -> None:
+        """The session holds nothing any more."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections import Counter
@@ -10,9 +11,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from vllm_instant.containment import Contained, ContractError
-from vllm_instant.contracts import EngineLoad, PrefillOutcome, PrefillProgress, SessionLimits, StreamingPrefill
+from vllm_instant.contracts import EngineLoad, Holds, PrefillOutcome, PrefillProgress, SessionLimits, StreamingPrefill
 from vllm_instant.streaming.engine import StreamingEngine
 from vllm_instant.streaming.numbers import StreamingNumbers
+
+logger = logging.getLogger("vllm.instant")
+
+HELD_TOKENS = 2
+"""New text of so many tokens is looked at, where a session keeps any number of them."""
 
 
 class RefusedError(Exception):
@@ -41,12 +47,14 @@ class Host:
         self.numbers = numbers
         self.clock = clock
         self.limits = plugin.call("limits", lambda p: p.limits(), SessionLimits())
+        self.holds: Holds | None = plugin.call("holds", lambda p: p.holds(), None)
         # Whoever asked first is first.
         self.turn = asyncio.Semaphore(self.limits.prefills_in_flight)
         self._plugin = plugin
         self._clients: Counter[str] = Counter()
         self._number = 0
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._said: set[str] = set()
 
     @property
     def sessions(self) -> int:
@@ -83,6 +91,23 @@ class Host:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def hold(self, name: str) -> bool:
+        """Let a session keep its KV blocks between chunks, if the plugin wants that and there is room for one more."""
+        if self.holds is None:
+            return False
+        why_not = await self.engine.hold(name, self.holds)
+        if why_not is None:
+            self.numbers.held.inc()
+        elif why_not not in self._said:
+            self._said.add(why_not)
+            logger.warning("A session does not keep its KV blocks between chunks: %s", why_not)
+        return why_not is None
+
+    async def let_go(self, name: str) -> None:
+        """The session keeps none any more."""
+        self.numbers.held.dec()
+        await self.engine.let_go(name)
+
     # ------------------------------------------------------------------------------------------ the plugin
 
     def next_chunk(self, progress: PrefillProgress, idle: bool = False) -> int:
@@ -117,10 +142,11 @@ class Host:
         """How long that goes on."""
         return self._plugin.call("most_early_seconds", lambda p: p.most_early_seconds(), 0.0)
 
-    def worth_rendering(self, tokens: int, characters_a_token: float) -> int:
+    def worth_rendering(self, tokens: int, characters_a_token: float, is_held: bool = False) -> int:
         """Characters of new text for which the prompt is tokenised again.
 
         That takes time in proportion to the whole prompt. Waiting for a part of it bounds what is left to read at the
         end to that part, and the work to so many times the prompt.
         """
-        return int(characters_a_token * max(self.engine.block_size // 4, 4, tokens // 64))
+        least = HELD_TOKENS if is_held else max(self.engine.block_size // 4, 4)
+        return int(characters_a_token * max(least, tokens // 64))

@@ -24,6 +24,12 @@ class StreamingNumbers:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.held = Gauge(
+            f"{PREFIX}streaming_held_sessions",
+            "Sessions that keep their KV blocks between chunks.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.refused = Counter(
             f"{PREFIX}streaming_refused_sessions", "Sessions refused by a limit.", ["limit"], registry=registry
         )

@@ -65,6 +65,9 @@ class Session:
         """Of the request without its last message."""
         self._early: EarlyAnswer | None = None
         self._tried_early = False
+        self._holds = False
+        """Whether the engine keeps the blocks of what was read."""
+        self._asked_to_hold = False
         self._prefilling: asyncio.Task[None] | None = None
         self._answering: asyncio.Task[None] | None = None
         self._reading = asyncio.get_running_loop().create_task(self._read_ahead())
@@ -142,7 +145,7 @@ class Session:
             await early.discard()
         if self._prefilling is not None:
             self._prefilling.cancel()  # what it has read is cached; the rest the answer reads itself
-        return self._host.engine.answer(request, self._number)
+        return self._host.engine.answer(request, self._number, hold=self._hold_name)
 
     @property
     def is_answering(self) -> bool:
@@ -223,6 +226,7 @@ class Session:
             self._early.stop()
         await asyncio.wait(tasks)
         await self._discard_early()
+        await self._let_go()
 
     # -------------------------------------------------------------------------------------- reading ahead
 
@@ -243,13 +247,38 @@ class Session:
                 except Exception:
                     logger.exception("Session %s reads no more ahead", self.id)
                     return
-            await self._changed.wait()
+            await self._wait_for_more()
+
+    async def _wait_for_more(self) -> None:
+        """Return when there is something to look at; meanwhile nothing is held for longer than allowed."""
+        holds = self._host.holds
+        if self._holds and holds is not None:
+            try:
+                await asyncio.wait_for(self._changed.wait(), holds.idle_seconds)
+            except TimeoutError:
+                await self._let_go()
+                # With new text it may hold again; till then what it has read may be lost.
+                self._asked_to_hold = False
+        await self._changed.wait()
+
+    @property
+    def _hold_name(self) -> str | None:
+        return self.id if self._holds else None
+
+    async def _let_go(self) -> None:
+        if self._holds:
+            self._holds = False
+            await self._host.let_go(self.id)
 
     async def _read_more(self) -> bool:
         """Read one chunk, if that is due; whether something may be due right after."""
         await self._render()
         self._cached = self._cached[: common_length(self._cached, self._settled)]
-        progress = PrefillProgress(len(self._settled), len(self._cached), self._host.engine.block_size)
+        if self._settled and not self._asked_to_hold:
+            self._asked_to_hold = True
+            self._holds = await self._host.hold(self.id)
+        block_size = self._host.engine.block_size
+        progress = PrefillProgress(len(self._settled), len(self._cached), block_size, self._holds)
         if self._host.next_chunk(progress, idle=True) <= progress.cached_tokens:
             return False
         # Who waits for room in the engine keeps the turn: there is none for the others either.
@@ -264,7 +293,7 @@ class Session:
             began = self._host.clock()
             prompt = self._prompt
             self._prefilling = asyncio.get_running_loop().create_task(
-                self._host.engine.prefill(prompt, length, self._number)
+                self._host.engine.prefill(prompt, length, self._number, self._hold_name)
             )
             await asyncio.wait([self._prefilling])
             if self._prefilling.cancelled():
@@ -286,7 +315,7 @@ class Session:
             return
         if self._rendered is not None and self._rendered[0] == version and settled.startswith(self._rendered[1]):
             characters = len(settled) - len(self._rendered[1])
-            if characters < self._host.worth_rendering(len(self._settled), CHARACTERS_A_TOKEN):
+            if characters < self._host.worth_rendering(len(self._settled), CHARACTERS_A_TOKEN, self._holds):
                 return
         engine, text = self._host.engine, self._text.text
         if self._rendered is None or self._rendered[0] != version:
@@ -322,7 +351,7 @@ class Session:
         if self.is_answering:
             return
         self._tried_early = True
-        early = self._early = EarlyAnswer(self._host.engine, self._body(self._text.text), self._number)
+        early = self._early = EarlyAnswer(self._host.engine, self._body(self._text.text), self._number, self._hold_name)
         self._host.numbers.early.labels("begun").inc()
         asyncio.get_running_loop().call_later(self._host.most_early_seconds(), self._expire_early, early)
 

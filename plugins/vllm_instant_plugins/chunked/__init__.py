@@ -1,1 +1,1 @@
-"""Reads prompts ahead in chunks of whole KV blocks."""
+"""Reads prompts ahead in chunks: ``chunked`` leaves whole KV blocks behind, ``resumable`` holds everything."""

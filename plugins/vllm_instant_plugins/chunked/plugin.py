@@ -1,4 +1,4 @@
-"""``chunked``, as a deployment file chooses it."""
+"""``chunked`` and ``resumable``, as a deployment file chooses them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from vllm_instant import Deployment, Plugin, PluginContext, PluginOptions, SessionLimits, StreamingPrefill
+from vllm_instant import Deployment, Holds, Plugin, PluginContext, PluginOptions, SessionLimits, StreamingPrefill
 
 CPU_BLOCK_SIZE = 32
 """Tokens: the smallest that vLLM's attention on CPUs likes. Its default, 128, would leave that many to the commit."""
@@ -37,7 +37,46 @@ class ChunkedOptions(PluginOptions):
     demo_page: bool = Field(False, description="Serve a page to try it on /v1/instant/demo.")
 
 
+class ResumableOptions(ChunkedOptions):
+    """Options of ``resumable``."""
+
+    held_sessions: int | None = Field(
+        None,
+        ge=1,
+        description="Sessions that hold KV blocks at once, in each engine; default: a quarter of max_num_seqs.",
+    )
+    held_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Most tokens of a prompt that are held; below max_model_len, default: half of it.",
+    )
+    held_seconds: float = Field(
+        30.0, gt=0, description="Without new text, after which a session holds nothing any more."
+    )
+    held_cache_share: float = Field(
+        0.25, gt=0, le=0.9, description="Most of the KV cache that all sessions together hold."
+    )
+
+
 def _build(options: ChunkedOptions, context: PluginContext) -> StreamingPrefill:
+    return _policy(options, None)
+
+
+def _build_resumable(options: ResumableOptions, context: PluginContext) -> StreamingPrefill:
+    longest = context.max_model_len
+    tokens = longest // 2 if options.held_tokens is None else options.held_tokens
+    if tokens >= longest:
+        raise ValueError(f"held_tokens = {tokens} must be below the model's length, {longest}")
+    holds = Holds(
+        sessions=options.held_sessions or max(1, context.max_num_seqs // 4),
+        tokens=tokens,
+        cache_share=options.held_cache_share,
+        idle_seconds=options.held_seconds,
+    )
+    return _policy(options, holds)
+
+
+def _policy(options: ChunkedOptions, holds: Holds | None) -> StreamingPrefill:
     from vllm_instant_plugins.chunked.policy import ChunkedPrefill
 
     limits = SessionLimits(
@@ -50,7 +89,7 @@ def _build(options: ChunkedOptions, context: PluginContext) -> StreamingPrefill:
         demo_page=options.demo_page,
     )
     early = options.early_answer_ms / 1000 if options.early_answer_ms > 0 else None
-    return ChunkedPrefill(options.stall_ms / 1000, early, limits)
+    return ChunkedPrefill(options.stall_ms / 1000, early, limits, holds)
 
 
 def _engine_arguments(options: ChunkedOptions) -> Mapping[str, Any]:
@@ -69,18 +108,29 @@ def _is_cpu_build() -> bool:
 
 def contradictions(deployment: Deployment) -> Iterator[str]:
     """What reading ahead cannot be combined with."""
-    if deployment.slots["streaming"].plugin == "chunked" and deployment.vllm.get("enable_prefix_caching") is False:
+    plugin = deployment.slots["streaming"].plugin
+    if plugin in ("chunked", "resumable") and deployment.vllm.get("enable_prefix_caching") is False:
         yield (
-            "[streaming] plugin = 'chunked' reads ahead into the prefix cache, "
+            f"[streaming] plugin = {plugin!r} reads ahead into the prefix cache, "
             "which [vllm] enable_prefix_caching = false switches off: remove one of them"
         )
 
 
-PLUGIN = Plugin(
-    slot="streaming",
-    name="chunked",
-    summary="prompts are read in chunks while they are typed; holds nothing between chunks",
-    options=ChunkedOptions,
-    build=_build,
-    engine_arguments=_engine_arguments,
+PLUGINS = (
+    Plugin(
+        slot="streaming",
+        name="chunked",
+        summary="prompts are read in chunks while they are typed; holds nothing between chunks",
+        options=ChunkedOptions,
+        build=_build,
+        engine_arguments=_engine_arguments,
+    ),
+    Plugin(
+        slot="streaming",
+        name="resumable",
+        summary="as chunked, but some sessions hold their KV blocks between chunks, within limits",
+        options=ResumableOptions,
+        build=_build_resumable,
+        engine_arguments=_engine_arguments,
+    ),
 )

@@ -6,12 +6,14 @@ from collections import deque
 
 import numpy as np
 
-from vllm_instant import EngineLoad, PrefillOutcome, PrefillProgress, SessionLimits, StreamingPrefill
+from vllm_instant import EngineLoad, Holds, PrefillOutcome, PrefillProgress, SessionLimits, StreamingPrefill
 
 REMEMBERED = 32
 """Chunks whose time is kept."""
 LEAST_TOKENS = 16
 """Of a chunk: each costs an engine step."""
+LEAST_HELD_TOKENS = 4
+"""Of a chunk that is held, while nobody else is served."""
 
 
 class ChunkedPrefill(StreamingPrefill):
@@ -25,10 +27,14 @@ class ChunkedPrefill(StreamingPrefill):
         stall_seconds: by which a chunk may lengthen a step.
         early_seconds: pause after which an answer is begun if nobody else is served; None: never.
         limits: what clients may take.
+        holds: which sessions keep their KV blocks between chunks; for them any number of tokens is a chunk.
 
     """
 
-    def __init__(self, stall_seconds: float, early_seconds: float | None, limits: SessionLimits) -> None:
+    def __init__(
+        self, stall_seconds: float, early_seconds: float | None, limits: SessionLimits, holds: Holds | None = None
+    ) -> None:
+        self._holds = holds
         self._stall = stall_seconds
         self._early = early_seconds
         self._limits = limits
@@ -38,9 +44,12 @@ class ChunkedPrefill(StreamingPrefill):
         block = progress.block_size
         whole = progress.settled_tokens // block * block
         start = progress.cached_tokens // block * block
-        if whole - start < LEAST_TOKENS:
+        if progress.is_held:
+            block, whole, start = 1, progress.settled_tokens, progress.cached_tokens
+        alone = load.running == 0
+        if whole - start < (LEAST_HELD_TOKENS if progress.is_held and alone else LEAST_TOKENS):
             return 0
-        if load.running == 0:
+        if alone:
             return whole
         if load.running >= load.max_running:
             return 0
@@ -61,6 +70,9 @@ class ChunkedPrefill(StreamingPrefill):
     def starts_early(self, load: EngineLoad) -> bool:
         # One at a time: together they could take the places of requests that come meanwhile.
         return load.running == load.ahead == 0
+
+    def holds(self) -> Holds | None:
+        return self._holds
 
     def limits(self) -> SessionLimits:
         return self._limits

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_instant import EngineLoad, PrefillOutcome, PrefillProgress, SessionLimits
+from vllm_instant import EngineLoad, Holds, PluginContext, PrefillOutcome, PrefillProgress, SessionLimits
 from vllm_instant.problems import DeploymentError
 from vllm_instant.settings import resolve
 from vllm_instant_plugins.chunked import plugin as chunked
@@ -75,3 +75,42 @@ def test_it_brings_the_prefix_cache_and_on_cpus_small_blocks(write_file):
 def test_without_prefix_cache_there_is_nothing_to_read_into(write_file):
     with pytest.raises(DeploymentError, match=r"which \[vllm\] enable_prefix_caching = false switches off"):
         resolve(write_file('[streaming]\nplugin = "chunked"\n[vllm]\nenable_prefix_caching = false\n'))
+
+
+HELD = Holds(sessions=2, tokens=100, cache_share=0.5, idle_seconds=1.0)
+
+
+def test_what_is_held_is_read_token_by_token_while_nobody_waits():
+    tested = ChunkedPrefill(0.06, None, SessionLimits(), HELD)
+    assert tested.next_chunk(PrefillProgress(37, 33, 32, is_held=True), IDLE) == 37
+    assert tested.next_chunk(PrefillProgress(36, 33, 32, is_held=True), IDLE) == 0
+    assert tested.next_chunk(PrefillProgress(48, 33, 32, is_held=True), BUSY) == 0
+    assert tested.next_chunk(PrefillProgress(60, 33, 32, is_held=True), BUSY) == 49
+    assert tested.next_chunk(PrefillProgress(60, 33, 32, is_held=True), FULL) == 0
+    assert tested.next_chunk(PrefillProgress(37, 33, 32), IDLE) == 0
+
+
+class TestResumable:
+    CONTEXT = PluginContext(
+        model="m", max_model_len=512, max_num_seqs=8, vocab_size=100, num_speculative_tokens=0, device="cpu"
+    )
+
+    def test_by_default_a_quarter_of_the_requests_hold_half_of_the_length(self):
+        holds = chunked._build_resumable(chunked.ResumableOptions(), self.CONTEXT).holds()
+        assert (holds.sessions, holds.tokens, holds.cache_share, holds.idle_seconds) == (2, 256, 0.25, 30.0)
+
+    def test_options_decide(self):
+        options = chunked.ResumableOptions(
+            held_sessions=3, held_tokens=64, held_seconds=5, held_cache_share=0.5, stall_ms=1, max_sessions=7
+        )
+        built = chunked._build_resumable(options, self.CONTEXT)
+        holds = built.holds()
+        assert (holds.sessions, holds.tokens, holds.cache_share, holds.idle_seconds) == (3, 64, 0.5, 5.0)
+        assert built.limits().sessions == 7
+
+    def test_a_prompt_as_long_as_the_model_reads_is_not_held(self):
+        with pytest.raises(ValueError, match="held_tokens = 512 must be below the model's length, 512"):
+            chunked._build_resumable(chunked.ResumableOptions(held_tokens=512), self.CONTEXT)
+
+    def test_chunked_holds_nothing(self):
+        assert chunked._build(chunked.ChunkedOptions(), self.CONTEXT).holds() is None

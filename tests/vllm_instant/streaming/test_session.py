@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming_texts import TEXTS
 
-from vllm_instant import PrefillProgress
+from vllm_instant import Holds, PrefillProgress
 from vllm_instant.streaming.events import EventError, check
 from vllm_instant.streaming.session import Session
 
@@ -346,5 +346,75 @@ def test_a_plugin_that_fails_costs_only_the_reading_ahead():
             await committed(session)
             assert not engine.prefilled
             assert heard[-1]["status"] == "completed"
+
+    asyncio.run(run())
+
+
+HOLDS = Holds(sessions=4, tokens=1000, cache_share=0.25, idle_seconds=60.0)
+
+
+def test_a_session_that_holds_says_so_with_all_its_requests_and_lets_go_at_its_end():
+    async def run():
+        engine = FakeEngine()
+        async with session_on(engine, Eager(pause=0.01, holds=HOLDS)) as (session, _, host):
+            await append(session, LONG)
+            await until(lambda: engine.answered)  # begun early
+            await append(session, "And at night, why is it black then? Nobody knows that, do they?")
+            await committed(session)
+            assert engine.holding == [session.id]
+            assert len(engine.held_for) >= 3
+            assert set(engine.held_for) == {session.id}
+            assert host.numbers.held._value.get() == 1
+        assert engine.holding == []
+        assert host.numbers.held._value.get() == 0
+
+    asyncio.run(run())
+
+
+def test_without_new_text_nothing_is_held_for_long():
+    async def run():
+        engine = FakeEngine()
+        holds = Holds(sessions=4, tokens=1000, cache_share=0.25, idle_seconds=0.05)
+        async with session_on(engine, Eager(holds=holds)) as (session, _, _):
+            await append(session, LONG)
+            await until(lambda: engine.holding)
+            await until(lambda: not engine.holding)
+            await append(session, LONG)
+            await until(lambda: engine.holding)
+
+    asyncio.run(run())
+
+
+def test_where_nothing_can_be_held_prompts_are_read_as_ever(caplog):
+    async def run():
+        engine = FakeEngine()
+        engine.why_not = "a KV connector is configured"
+        for _ in range(2):
+            async with session_on(engine, Eager(holds=HOLDS)) as (session, heard, _):
+                await append(session, LONG)
+                await until(lambda: engine.prefilled)
+                await committed(session)
+                assert words_of(heard).endswith("tokens")
+        assert set(engine.held_for) == {None}
+
+    asyncio.run(run())
+    assert caplog.text.count("A session does not keep its KV blocks between chunks: a KV connector is configured") == 2
+
+
+def test_the_plugin_is_told_which_prompts_are_held():
+    told = []
+
+    class Curious(Eager):
+        def next_chunk(self, progress, load):
+            told.append(progress.is_held)
+            return super().next_chunk(progress, load)
+
+    async def run():
+        for holds in (None, HOLDS):
+            async with session_on(FakeEngine(), Curious(holds=holds)) as (session, _, _):
+                await append(session, LONG)
+                await until(lambda: told)
+            assert set(told) == {holds is not None}
+            told.clear()
 
     asyncio.run(run())
