@@ -27,6 +27,8 @@ from vllm_instant.streaming.text import TextBuffer, TextError, common_length, se
 logger = logging.getLogger("vllm.instant")
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
+TOGETHER_SECONDS = 0.004
+"""Text and the commit right behind it arrive so close together: a chunk begun between them would be in the way."""
 RETRY_SECONDS = 0.02
 """After which a session asks again when the engine had no room for it."""
 OWN_FIELDS = ("stream",)
@@ -236,6 +238,7 @@ class Session:
     async def _read_ahead(self) -> None:
         """Keep as much of the prompt in the cache as the plugin wants, as long as the session lives."""
         while True:
+            await asyncio.sleep(TOGETHER_SECONDS)
             self._changed.clear()
             if self._configured and not self.is_answering:
                 try:

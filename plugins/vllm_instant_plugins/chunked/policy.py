@@ -12,7 +12,7 @@ REMEMBERED = 32
 """Chunks whose time is kept."""
 LEAST_TOKENS = 16
 """Of a chunk: each costs an engine step."""
-LEAST_HELD_TOKENS = 4
+LEAST_HELD_TOKENS = 2
 """Of a chunk that is held, while nobody else is served."""
 
 

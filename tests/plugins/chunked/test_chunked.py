@@ -83,7 +83,7 @@ HELD = Holds(sessions=2, tokens=100, cache_share=0.5, idle_seconds=1.0)
 def test_what_is_held_is_read_token_by_token_while_nobody_waits():
     tested = ChunkedPrefill(0.06, None, SessionLimits(), HELD)
     assert tested.next_chunk(PrefillProgress(37, 33, 32, is_held=True), IDLE) == 37
-    assert tested.next_chunk(PrefillProgress(36, 33, 32, is_held=True), IDLE) == 0
+    assert tested.next_chunk(PrefillProgress(34, 33, 32, is_held=True), IDLE) == 0
     assert tested.next_chunk(PrefillProgress(48, 33, 32, is_held=True), BUSY) == 0
     assert tested.next_chunk(PrefillProgress(60, 33, 32, is_held=True), BUSY) == 49
     assert tested.next_chunk(PrefillProgress(60, 33, 32, is_held=True), FULL) == 0

@@ -389,16 +389,16 @@ def test_where_nothing_can_be_held_prompts_are_read_as_ever(caplog):
     async def run():
         engine = FakeEngine()
         engine.why_not = "a KV connector is configured"
-        for _ in range(2):
-            async with session_on(engine, Eager(holds=HOLDS)) as (session, heard, _):
-                await append(session, LONG)
-                await until(lambda: engine.prefilled)
-                await committed(session)
-                assert words_of(heard).endswith("tokens")
+        async with session_on(engine, Eager(holds=HOLDS)) as (session, heard, host):
+            await append(session, LONG)
+            await until(lambda: engine.prefilled)
+            assert not await host.hold("another session")
+            await committed(session)
+            assert words_of(heard).endswith("tokens")
         assert set(engine.held_for) == {None}
 
     asyncio.run(run())
-    assert caplog.text.count("A session does not keep its KV blocks between chunks: a KV connector is configured") == 2
+    assert caplog.text.count("A session does not keep its KV blocks between chunks: a KV connector is configured") == 1
 
 
 def test_the_plugin_is_told_which_prompts_are_held():
@@ -416,5 +416,22 @@ def test_the_plugin_is_told_which_prompts_are_held():
                 await until(lambda: told)
             assert set(told) == {holds is not None}
             told.clear()
+
+    asyncio.run(run())
+
+
+def test_a_commit_right_behind_the_last_words_finds_the_engine_free():
+    async def run():
+        engine = FakeEngine()
+        async with session_on(engine) as (session, _, _):
+            await append(session, LONG)
+            await until(lambda: engine.prefilled)
+            await asyncio.sleep(0.02)
+            chunks = len(engine.held_for)
+            for _ in range(3):
+                await append(session, LONG)
+                await asyncio.sleep(0)
+            await committed(session)
+            assert len(engine.held_for) == chunks + 1, "the answer, and no chunk before it"
 
     asyncio.run(run())
