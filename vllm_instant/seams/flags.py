@@ -280,6 +280,9 @@ def _take_scheduler(arguments: Any, deployment: settings.Deployment) -> bool:
         chooses_drafter(arguments) or (not replaced and may_be_used(arguments, deployment))
     )
     if not (speculates or batches):
+        if not replaced and deployment.offer("streaming").plugin.build is not None:
+            # Sessions may hold KV blocks there; under another scheduler they go without.
+            arguments.scheduler_cls = SCHEDULER
         return False
     if replaced:
         remedies = [*(["speculation.plugin=off"] * speculates), *(["batching.plugin=fcfs"] * batches)]

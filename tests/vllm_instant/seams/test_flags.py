@@ -155,6 +155,15 @@ def test_who_brings_a_scheduler_gets_no_default_drafter(parse):
     assert parsed.scheduler_cls == "theirs.Scheduler"
 
 
+@pytest.mark.parametrize(("scheduler", "served"), [(None, SCHEDULER), ("theirs.Scheduler", "theirs.Scheduler")])
+def test_reading_prompts_ahead_brings_our_scheduler_where_nobody_brings_another(parse, write_file, scheduler, served):
+    file = write_file('[speculation]\nplugin = "off"\n[streaming]\nplugin = "resumable"\n')
+    words = ["--scheduler-cls", scheduler] if scheduler else []
+    parsed = parse("serve", "MODEL", "--plugins", "vllm_instant", "--instant-config", str(file), *words)
+    assert parsed.scheduler_cls == served
+    assert parsed.speculative_config is None
+
+
 def test_a_speculative_method_on_the_command_line_replaces_the_default_drafter(parse):
     config = '{"method": "ngram", "num_speculative_tokens": 3}'
     parsed = parse("serve", "MODEL", "--plugins", "vllm_instant", "-sc", config)
