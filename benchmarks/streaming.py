@@ -115,7 +115,8 @@ async def typed_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
 async def short_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
     """Short queries."""
     request = {"model": MODEL, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
-    pauses = {"committed at once": 0.0, "committed after a pause": PAUSE}
+    # With one letter there is next to nothing to read: what is left is the way into the engine and one step of it.
+    pauses = {"committed at once": 0.0, "committed after a pause": PAUSE, "one letter": 0.0}
     in_server: dict[str, list[float]] = {arm: [] for arm in pauses}
     whole_ttft: list[float] = []
     steps: list[float] = []
@@ -123,7 +124,7 @@ async def short_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
         for number in range(rounds):
             found: list[float] = []
             for arm in random.Random(number).sample(list(pauses), len(pauses)):
-                edits = keystrokes(prompts.new(SHORT), 3)
+                edits = keystrokes("a" if arm == "one letter" else prompts.new(SHORT), 3)
                 answer = await typed(url, edits, len(edits) * 0.12, pauses[arm], **request)
                 in_server[arm].append(answer.in_server)
                 # What was begun early comes in a burst: a decode step is what the other answers show.
