@@ -24,6 +24,7 @@ from vllm_instant.demo.recipe import classes
 from vllm_instant.distillation.teacher import TaughtWindows, Teacher
 from vllm_instant.distillation.text import TokenClass, tokenized
 from vllm_instant.distillation.training import Training, train
+from vllm_instant.experts.side_by_side import side_by_side
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, MixtralForCausalLM
@@ -57,7 +58,7 @@ def run(output: Path, report: Callable[[str, int, int, float], None], assets: Pa
 
     teacher = Teacher(dense.to(torch.bfloat16))
     windows = TaughtWindows(stream, teacher, WINDOWS, TRAINING.context, TRAINING.seed)
-    moe_training.train_side_by_side(model)
+    side_by_side(model)
     train(model, TRAINING, moe_training.loss_of(windows, teacher, TRAINING), work / "moe", progress)
     return store_with_card(
         output / moe_assets.MOE_IN_ASSETS, model, dense, tokens, round(json.loads(clock.read_text()))
@@ -79,7 +80,7 @@ def store_with_card(
 
     moe_assets.store(model, folder)
     stored = moe_assets.load(folder)
-    moe_training.train_side_by_side(stored)
+    side_by_side(stored)
     card = {
         "experts": asdict(EXPERTS) | {"parameters": stored.num_parameters()},
         "training": asdict(TRAINING),

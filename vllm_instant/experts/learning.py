@@ -21,6 +21,8 @@ LEARN_SHARE = 0.7
 LEAST_REQUESTS = 8
 """With fewer requests neither a split nor an interval means anything."""
 RESAMPLES = 1000
+NEARLY = 0.05
+"""How much less modularity a larger number of clusters may have."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,11 @@ def clusters_of(pairs: Floats, clusters: int, seed: int = 0) -> Labels:
 
 
 def choose_clusters_count(trace: Trace, seed: int = 0) -> tuple[int, dict[int, float]]:
-    """The number of clusters with the largest modularity on requests that were not learned from.
+    """The number of clusters that explains requests best which were not learned from.
 
     Modularity (Newman 2006) is the share of pairs within clusters minus what popularity alone would give; it does not
-    grow by itself with larger or with smaller clusters.
+    grow by itself with larger or with smaller clusters. Of numbers that are nearly as good as the best, the largest is
+    taken: more clusters say more.
 
     Returns:
         The number, and the modularity of each number that was tried (powers of two, clusters of at least two).
@@ -125,7 +128,8 @@ def choose_clusters_count(trace: Trace, seed: int = 0) -> tuple[int, dict[int, f
         count *= 2
     if not tried:
         return 1, {}
-    return max(tried, key=lambda number: tried[number]), tried
+    best = max(tried.values())
+    return max(number for number, value in tried.items() if value >= best - NEARLY * abs(best)), tried
 
 
 def modularity(pairs: Floats, labels: npt.NDArray[np.int64]) -> float:
