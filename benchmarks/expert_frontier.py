@@ -55,7 +55,7 @@ def main() -> None:
     print(judged.sentence(), flush=True)
     pairs = learning.co_activation(trace)
     cluster = learning.clusters_of(pairs, HARD_CLUSTERS)
-    frontier = Frontier(model, held_out.tokens, PROMPT, cluster, strength(trace))
+    frontier = Frontier(model, held_out.tokens, PROMPT, cluster, learning.strength(trace))
     points = [frontier.measure(Setting(NATIVE), batch) for batch in (1, *BATCHES)]
     for batch in BATCHES:
         for setting in settings(batch):
@@ -94,18 +94,6 @@ def settings(batch: int) -> list[Setting]:
         found += [Setting(CLUSTER_PRIOR, budget, 1, 4.0) for budget in BUDGETS[1::2]]
         found += [Setting(EXPERT_PRIOR, budget, 1) for budget in BUDGETS[1::2]]
     return found
-
-
-def strength(trace: Trace) -> np.ndarray:
-    """A prior to try: the weight that an expert has when it is chosen, relative to the layer's mean, 0.5 to 2."""
-    found = []
-    for layer in range(trace.model.layers):
-        chosen = trace.experts[:, layer].ravel().astype(np.int64)
-        weights = trace.weights[:, layer].ravel().astype(np.float64)
-        use = np.bincount(chosen, minlength=trace.model.experts)
-        mean = np.bincount(chosen, weights=weights, minlength=trace.model.experts) / np.maximum(use, 1)
-        found.append(np.clip(mean / mean[use > 0].mean(), 0.5, 2.0))
-    return np.stack(found)
 
 
 def judged_clusters(trace: Trace, other: Trace, cluster: np.ndarray) -> dict[str, object]:

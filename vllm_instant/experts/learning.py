@@ -248,6 +248,23 @@ def class_distance(affinity: dict[str, tuple[tuple[float, ...], ...]]) -> float:
     return float(np.mean(found)) if found else 0.0
 
 
+def strength(trace: Trace) -> Floats:
+    """The weight that an expert has when it is chosen, relative to the layer's mean, 0.5 to 2: ``[layers, experts]``.
+
+    An expert that is only ever chosen as the seventh or eighth is missed less than its demand says.
+    """
+    found = []
+    for layer in range(trace.model.layers):
+        chosen = trace.experts[:, layer].ravel().astype(np.int64)
+        weights = trace.weights[:, layer].ravel().astype(np.float64)
+        use = np.bincount(chosen, minlength=trace.model.experts)
+        mean = np.bincount(chosen, weights=weights, minlength=trace.model.experts) / np.maximum(use, 1)
+        # An expert that was never chosen is worth as much as others: nothing is known of it.
+        mean[use == 0] = mean[use > 0].mean()
+        found.append(np.clip(mean / mean.mean(), 0.5, 2.0))
+    return np.stack(found)
+
+
 def learn(trace: Trace, clusters: int | None = None, seed: int = 0) -> tuple[SuperExperts, Judgement]:
     """Super-experts of every layer, and what they are worth on requests that were kept back.
 
@@ -291,7 +308,7 @@ def learn(trace: Trace, clusters: int | None = None, seed: int = 0) -> tuple[Sup
     found = SuperExperts(
         model,
         tuple(tuple(row) for row in labels.tolist()),
-        ((1.0,) * model.experts,) * model.layers,
+        tuple(tuple(row) for row in strength(trace).tolist()),
         affinity,
         learned_from=notes,
     )
