@@ -10,6 +10,7 @@ docs/expert_frontier.png.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,17 @@ from vllm_instant.demo.corpus import documents
 from vllm_instant.demo.recipe import classes
 from vllm_instant.distillation.text import encode
 from vllm_instant.experts import learning, pictures, placement
-from vllm_instant.experts.frontier import BUDGET, CLUSTER_PRIOR, EXPERT_PRIOR, HARD, NATIVE, OEA, Frontier, Setting
+from vllm_instant.experts.frontier import (
+    BUDGET,
+    CLUSTER_PRIOR,
+    EXPERT_PRIOR,
+    HARD,
+    NATIVE,
+    OEA,
+    Frontier,
+    Point,
+    Setting,
+)
 from vllm_instant.experts.offline import OfflineModel
 from vllm_instant.experts.traces import Trace
 from vllm_instant.experts.windows import Windows, cut
@@ -35,13 +46,19 @@ TRACED = 192
 DEVICES = (2, 4, 8)
 DOCUMENTS, PARTS = 6, 16
 COMPANY_BUDGET = 32
+RESULT = results.HERE / "results/expert_frontier.json"
 
 
 def main() -> None:
     """Learn, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=96)
+    parser.add_argument("--redraw", action="store_true", help="only draw what was measured before")
     arguments = parser.parse_args()
+    if arguments.redraw:
+        measured = json.loads(RESULT.read_text())["measured"]
+        draw([Point.read(point) for point in measured["points"]], measured["model"])
+        return
     folder = moe_assets.prepare(size=expand_experts.SMALL, dtype="float32")
     model = OfflineModel(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -62,11 +79,9 @@ def main() -> None:
             points.append(frontier.measure(setting, batch))
             show = points[-1]
             print(batch, setting, show.saved, show.perplexity, show.kl, f"{show.mass:.3f}", flush=True)
-    drawn = [point for point in points if point.setting.form not in (EXPERT_PRIOR,)]
-    docs = Path(__file__).resolve().parent.parent / "docs"
-    pictures.draw(drawn, docs / "expert_frontier.png", f"demo mixture of experts: {model.routed.shape()}")
+    draw(points, model.routed.shape())
     results.write(
-        results.HERE / "results/expert_frontier.json",
+        RESULT,
         {
             "model": model.routed.shape(),
             "windows": arguments.windows,
@@ -81,6 +96,20 @@ def main() -> None:
             "company": company(model, held_out, tokenizer),
         },
     )
+
+
+def draw(points: list[Point], shape: str) -> None:
+    """The forms that differ, at one strength each."""
+    drawn = [
+        point
+        for point in points
+        if point.setting.form != EXPERT_PRIOR
+        and point.setting.cohesion <= 1
+        and (point.setting.form != BUDGET or point.setting.keep == 1)
+    ]
+    picture = Path(__file__).resolve().parent.parent / "docs" / "expert_frontier.png"
+    pictures.draw(drawn, picture, f"demo mixture of experts: {shape}")
+    print(f"wrote {picture}")
 
 
 def settings(batch: int) -> list[Setting]:
