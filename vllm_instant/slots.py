@@ -48,7 +48,7 @@ SLOTS: dict[str, Slot] = {
             "fcfs",
             contracts.BatchingPolicy,
         ),
-        Slot("experts", "which experts a batch may use", "worker", "native", contracts.ExpertRouter, served=False),
+        Slot("experts", "which experts a batch may use", "worker", "native", contracts.ExpertRouter),
         Slot(
             "attention",
             "the attention kernel and the KV-cache format",
