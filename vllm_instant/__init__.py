@@ -40,6 +40,8 @@ from vllm_instant.contracts import (
     StreamingPrefill,
     UpcomingStep,
 )
+from vllm_instant.experts.clusters import SuperExperts
+from vllm_instant.experts.traces import RoutedModel, Trace
 from vllm_instant.hookspecs import hookimpl
 from vllm_instant.live_requests import prompt_class, told_output_tokens
 from vllm_instant.settings import Deployment
@@ -74,6 +76,7 @@ __all__ = [
     "QueueMoment",
     "RejectionSampler",
     "RequestState",
+    "RoutedModel",
     "RouterStep",
     "RoutingMeasures",
     "RowKind",
@@ -84,6 +87,8 @@ __all__ = [
     "StepOutcome",
     "StepRows",
     "StreamingPrefill",
+    "SuperExperts",
+    "Trace",
     "UpcomingStep",
     "Verification",
     "draft_rows",

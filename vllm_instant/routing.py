@@ -90,7 +90,7 @@ class Scoring:
 
 
 def one_hot(picks: torch.Tensor, experts: int) -> torch.Tensor:
-    """bool ``[tokens, experts]``: which experts each token picked; ``picks`` are int64 ``[tokens, top_k]``."""
+    """Bool ``[tokens, experts]``: which experts each token picked; ``picks`` are int64 ``[tokens, top_k]``."""
     return picks.new_zeros((len(picks), experts)).scatter_(1, picks, 1).bool()
 
 

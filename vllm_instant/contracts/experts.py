@@ -23,6 +23,10 @@ class ExpertLayer:
     num_experts: int
     top_k: int
     """Experts that the model picks for each token."""
+    function: str = "softmax"
+    """From what the weights come: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``."""
+    renormalizes: bool = True
+    """Whether the weights of the picked experts are divided by their sum."""
 
 
 class RowKind(IntEnum):
@@ -46,7 +50,7 @@ class StepRows:
     is_decode: npt.NDArray[np.bool_]
     """``[requests]``: whether its rows are ``RowKind.DECODE``; otherwise they are ``PREFILL``."""
     prompt_classes: Sequence[str]
-    """One a request: what its client called its kind of prompt (``instant_prompt_class`` in ``vllm_xargs``), or empty."""
+    """One a request: its kind of prompt, as its client says (``instant_prompt_class`` in ``vllm_xargs``), or empty."""
     first_positions: npt.NDArray[np.int64]
     """``[requests]``: the position of each request's first row in its sequence."""
 
@@ -58,7 +62,7 @@ class RouterStep:
     weights: torch.Tensor
     """float32 ``[tokens, experts]``: what each expert would weigh, before any normalisation over the picked ones."""
     ranking: torch.Tensor
-    """float32 ``[tokens, experts]``: what the model's top-k compares: the weights, with its bias if it has one, and -inf
+    """float32 ``[tokens, experts]``: what the model's top-k compares: the weights, with its bias if it has one; -inf
     where its groups leave a token no choice."""
     picks: torch.Tensor
     """int64 ``[tokens, top_k]``: what the model itself would pick, the best first."""

@@ -73,7 +73,7 @@ SEAM = Seam(
             exact=True,
         ),
         Name("v1/worker/worker_base.py", "WorkerBase"),
-        Mentions("v1/worker/gpu_worker.py", "Worker.init_device", ("model_runner",)),
+        Mentions("v1/worker/gpu_worker.py", "Worker.load_model", ("model_runner",)),
         Mentions("v1/worker/cpu_worker.py", "CPUWorker.init_device", ("model_runner",)),
         Function("v1/engine/async_llm.py", "AsyncLLM.collective_rpc", ("self", "method", "timeout", "args")),
         Name("v1/outputs.py", "ModelRunnerOutput.sampled_token_ids"),

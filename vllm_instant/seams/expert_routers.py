@@ -100,7 +100,7 @@ def adopt(router: Any) -> None:
 
     if isinstance(router, BaseRouter) and not hasattr(router, LAYER):
         register_operator()
-        base = type(router)
+        base: Any = type(router)
         router.__class__ = _subclass(base, not hasattr(base, "supports_monolithic_kernels"))
 
 

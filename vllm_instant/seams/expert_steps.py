@@ -50,7 +50,7 @@ class ServedLayer:
         scores = self.scoring.weights(logits)
         ranking = self.scoring.ranking(scores)
         own = picks.to(torch.int64)
-        order = ranking.gather(1, own).argsort(-1, descending=True, stable=True)
+        order = ranking.gather(1, own).argsort(dim=-1, descending=True, stable=True)
         own, own_weights = own.gather(1, order), weights.gather(1, order)
         step = RouterStep(scores, ranking, own, own_weights, kinds)
         allowed = serving.plugin.call("allowed", lambda plugin: self._checked(plugin.allowed(self.layer, step)), None)

@@ -92,7 +92,8 @@ def served_layers(model: Any, name: str) -> list[tuple[Any, ExpertLayer, Any]]:
             raise PluginStartError(f"plugin {name} of slot experts cannot serve {runner.layer_name}: {error}") from None
         # With redundant replicas (EPLB) there are more physical experts; the router speaks of logical ones.
         experts = runner.moe_config.num_logical_experts or router.global_num_experts
-        found.append((router, ExpertLayer(len(found), runner.layer_name, experts, router.top_k), scoring))
+        layer = ExpertLayer(len(found), runner.layer_name, experts, router.top_k, scoring.function, scoring.renormalize)
+        found.append((router, layer, scoring))
     if not found:
         raise PluginStartError(
             f"plugin {name} of slot experts has nothing to do: this model has no mixture-of-experts layers that vLLM "
@@ -315,7 +316,7 @@ SEAM = Seam(
     purpose="experts plugins: which routed experts a step may use",
     requirements=(
         Name(f"{_MOE}/layer.py", "FusedMoEFactory"),
-        Mentions(f"{_MOE}/layer.py", "FusedMoEFactory", ("create_fused_moe_router", "routing_method")),
+        Mentions(f"{_MOE}/layer.py", "FusedMoEFactory", ("create_fused_moe_router",)),
         Function(
             f"{_MOE}/router/base_router.py",
             "BaseRouter._compute_routing",
@@ -375,7 +376,9 @@ SEAM = Seam(
         Function(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config")),
         Name("forward_context.py", "ForwardContext.moe_layer_index"),
         Name("config/vllm.py", "VllmConfig.additional_config"),
-        Mentions("v1/worker/gpu_input_batch.py", "InputBatch.__init__", ("num_prompt_tokens", "num_computed_tokens_cpu")),
+        Mentions(
+            "v1/worker/gpu_input_batch.py", "InputBatch.__init__", ("num_prompt_tokens", "num_computed_tokens_cpu")
+        ),
         Function("v1/worker/gpu/model_runner.py", "GPUModelRunner.__init__", ("self",)),
     ),
     slots=("experts",),

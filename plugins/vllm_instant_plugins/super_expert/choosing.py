@@ -44,7 +44,7 @@ class LayerChoice:
             self._company = cohesion * (of_expert[:, None] == of_expert[None]).float()
 
     def allowed(self, step: RouterStep) -> torch.Tensor:
-        """bool ``[1, experts]``."""
+        """Bool ``[1, experts]``."""
         experts = step.weights.shape[1]
         decoding = step.kinds == RowKind.DECODE
         wanted = step.weights.gather(1, step.picks) * decoding[:, None]

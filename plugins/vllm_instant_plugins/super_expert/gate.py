@@ -2,10 +2,10 @@
 
 Plain Python, told in numbers of steps; no clock and no chance, so that all workers come to the same decisions.
 
-Level 0 is the configured budget, the last one the model's own routing. What is measured of a level is forgotten when it
-is left. The divergence of tokens has a heavy tail, so that few of them prove little: until ``ENOUGH_TOKENS`` are seen
-the mean must exceed the limit by ``SIGMAS`` standard errors, from then on by nothing. To go back up a level takes a mean
-well below the limit, and after each relapse twice the time.
+Level 0 is the configured budget, the last one the model's own routing. What is measured of a level is forgotten when
+it is left. The divergence of tokens has a heavy tail, so that few of them prove little: until ``ENOUGH_TOKENS`` are
+seen the mean must exceed the limit by ``SIGMAS`` standard errors, from then on by nothing. To go back a level takes a
+mean well below the limit, and after each relapse twice the time.
 """
 
 from __future__ import annotations

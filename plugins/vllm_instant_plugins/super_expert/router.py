@@ -1,0 +1,174 @@
+"""Fewer distinct experts a step, held to a quality budget by what is measured while serving."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from vllm_instant import ExpertLayer, ExpertRouter, Look, RouterStep, RoutingMeasures, SuperExperts
+from vllm_instant_plugins.super_expert.choosing import LayerChoice
+from vllm_instant_plugins.super_expert.gate import QualityGate, Verdict
+
+logger = logging.getLogger("vllm.instant")
+
+COUNT_EVERY = 8
+PROBE_STEPS = 32
+"""After a change of the budget the shadow comes more often for so many steps, …"""
+PROBE_EVERY = 4
+"""… in one step of so many."""
+
+
+class SuperExpertRouter(ExpertRouter):
+    """Keeps each token's best experts and re-routes the rest to those that the batch pays for anyway.
+
+    Args:
+        budget: experts that a step may use in a layer, as a share of all.
+        keep: of its own best experts no token is refused so many.
+        gate: what keeps the quality, None to go without.
+        clusters: what is known of the model's experts; None for nothing.
+        cohesion: how much the demand for its cluster adds to that for an expert.
+        shadow_every: one step of so many runs once more for comparison; 0 for none.
+        adjustable: whether settings may change while serving.
+
+    """
+
+    def __init__(
+        self,
+        budget: float,
+        keep: int,
+        gate: QualityGate | None,
+        clusters: SuperExperts | None = None,
+        cohesion: float = 0.0,
+        shadow_every: int = 100,
+        adjustable: bool = False,
+    ) -> None:
+        self.budget = budget
+        self.gate = gate
+        self._keep = keep
+        self._clusters = clusters
+        self._cohesion = cohesion
+        self._shadow_every = shadow_every
+        self._adjustable = adjustable
+        self._choices: list[LayerChoice] = []
+        self._num_experts: list[int] = []
+        self._changed = 0
+        """The step at which the budget changed last."""
+        self._number = 0
+        self._served_share = budget
+
+    def prepare(self, layers: Sequence[ExpertLayer], max_rows: int, device: torch.device) -> None:
+        """Tables and budgets of all layers on the device."""
+        clusters = self._clusters
+        if clusters is not None:
+            found = {(layer.num_experts, layer.top_k) for layer in layers}
+            expected = (clusters.model.experts, clusters.model.top_k)
+            if len(layers) != clusters.model.layers or found != {expected}:
+                experts, top_k = next(iter(found))
+                raise ValueError(
+                    f"the clusters were learned for {clusters.model.name} ({clusters.model.shape()}), but this model "
+                    f"has {len(layers)} layers of {experts} experts, {top_k} for a token; learn from a trace of it"
+                )
+        self._num_experts = [layer.num_experts for layer in layers]
+        self._choices = [
+            LayerChoice(
+                layer,
+                self._keep,
+                None if clusters is None else list(clusters.prior[layer.index]),
+                None if clusters is None else list(clusters.cluster[layer.index]),
+                self._cohesion,
+                device,
+            )
+            for layer in layers
+        ]
+        self._apply(self.budget)
+
+    def allowed(self, layer: ExpertLayer, step: RouterStep) -> torch.Tensor | None:
+        """The experts that this step pays for."""
+        # Where nothing is captured, what refuses nobody need not be computed.
+        if step.weights.device.type == "cpu" and self._served_share >= 1.0:
+            return None
+        return self._choices[layer.index].allowed(step)
+
+    def look(self, number: int) -> Look:
+        """Counts now and then, a shadow more rarely, both more often after a change."""
+        self._number = number
+        since = number - self._changed
+        if self._shadow_every and (
+            since % PROBE_EVERY == 0 if since < PROBE_STEPS else since % self._shadow_every == 0
+        ):
+            return Look.SHADOW
+        return Look.COUNTS if number % COUNT_EVERY == 0 else Look.NOTHING
+
+    def shadow(self, active: bool) -> None:
+        """The shadow is the model's own routing; where that serves, the level that may come next."""
+        if not active:
+            self._apply(self.share)
+            return
+        level = self.gate.compared_level if self.gate is not None else None
+        self._apply(1.0 if level is None or self.gate is None else self.gate.share(level))
+
+    def observe(self, measures: RoutingMeasures) -> None:
+        """Let the gate judge."""
+        gate = self.gate
+        if gate is None:
+            return
+        kept = measures.routed_mass / measures.native_mass if measures.native_mass else None
+        before = gate.evidence
+        verdict = gate.observe(self._number, measures.kl_tokens, measures.kl, measures.kl_squared, kept)
+        if verdict is Verdict.STAYS:
+            return
+        self._changed = self._number
+        self._apply(self.share)
+        found = [f"{before.mean_kl:.4f} nats a token" if before.mean_kl is not None else ""]
+        found.append(f"{before.mean_kept:.3f} of the router's mass kept" if before.mean_kept is not None else "")
+        logger.warning(
+            "Plugin super_expert %s its budget to %.0f %% of the experts%s at step %d: found %s; allowed are %g nats%s",
+            verdict.value,
+            100 * self.share,
+            " (the model's own routing)" if self.share >= 1.0 else "",
+            self._number,
+            " and ".join(filter(None, found)),
+            gate.max_kl,
+            f" and {gate.min_kept:g} of the mass" if gate.min_kept else "",
+        )
+
+    @property
+    def share(self) -> float:
+        """The share of experts that a step may use now."""
+        return self.budget if self.gate is None else self.gate.share()
+
+    def _apply(self, share: float) -> None:
+        self._served_share = share
+        for choice, experts in zip(self._choices, self._num_experts, strict=True):
+            choice.budget.fill_(math.ceil(share * experts - 1e-9))
+
+    def measures(self) -> Mapping[str, float]:
+        """The budget and the gate."""
+        found: dict[str, float] = {"budget": self.share, "budget_configured": self.budget}
+        if self.gate is not None:
+            found |= {"level": self.gate.level, "loosened": self.gate.loosened}
+            if self.gate.evidence.mean_kl is not None:
+                found["kl"] = self.gate.evidence.mean_kl
+            if self.gate.evidence.mean_kept is not None:
+                found["kept_mass"] = self.gate.evidence.mean_kept
+        return found
+
+    def control(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Take another budget: ``{"budget": 0.4}``."""
+        if not self._adjustable:
+            raise ValueError("the budget may not be changed while serving: set adjustable = true below [experts]")
+        unknown = sorted(set(settings) - {"budget"})
+        budget = settings.get("budget")
+        if unknown or isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+            found = f"{unknown[0]!r}" if unknown else f"budget = {budget!r}"
+            raise ValueError(f"expected a budget above 0 and up to 1, found {found}")
+        self.budget = float(budget)
+        self._changed = self._number
+        if self.gate is not None:
+            self.gate.start(self.budget, self._number)
+        self._apply(self.share)
+        return {"budget": self.budget}
