@@ -91,6 +91,9 @@ class ExpertCount:
     draft_tokens: int
     """That were verified behind them."""
     experts: float
+    num_experts: int
+    """Of a layer."""
+    top_k: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def count_in(model_runner_output: Any) -> ExpertCount | None:
     """The distinct experts that a worker counted in a step, if its output says so."""
     report = getattr(model_runner_output, SERVING, None)
     count = report and report["count"]
-    return ExpertCount(count["requests"], count["draft_tokens"], count["experts"]) if count else None
+    return ExpertCount(**count) if count else None
 
 
 def _wrap_scheduler(module: ModuleType) -> None:

@@ -108,7 +108,7 @@ class ServedExperts:
         self._overdue = 0
         self._decode_rows: list[int] = []
         self._step: StepRows | None = None
-        self._latest: dict[str, float] | None = None
+        self._latest: dict[str, Any] | None = None
         self.idle = not self._replays
         """Whether nobody has to be asked in this step."""
         self.counting = self._replays
@@ -268,6 +268,8 @@ class ServedExperts:
                 "requests": self._requests,
                 "draft_tokens": self._drafts,
                 "experts": measures.routed_experts / layer_steps,
+                "num_experts": self.layers[0].layer.num_experts,
+                "top_k": self.layers[0].layer.top_k,
             }
         self.plugin.call("observe", lambda plugin: plugin.observe(measures), None)
 
