@@ -52,6 +52,8 @@ def scoring_of(router: Any) -> Scoring:
         raise UnservedRouterError(f"plugins do not know routers of type {kind}")
     bias = getattr(router, "e_score_correction_bias", None)
     grouped = kind == "GroupedTopKRouter" or getattr(router, "use_grouped_topk", False)
+    if kind == "CPURouter" and not grouped and function == "softmax":
+        bias = None  # vLLM's CPU build does not look at it either
     groups, top_groups = (router.num_expert_group, router.topk_group) if grouped else (1, 1)
     if router.global_num_experts <= groups or router.global_num_experts % groups:
         groups = top_groups = 1

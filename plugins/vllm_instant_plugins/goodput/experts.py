@@ -45,8 +45,9 @@ class ExpertUse:
         used = min(count.experts, count.num_experts - 0.5) / count.num_experts
         tokens = math.log1p(-used) / math.log1p(-alone)
         x = np.array([count.requests, count.draft_tokens], float)
-        # Relative errors: large batches must not drown small ones.
-        weight = 1.0 / max(tokens, 1.0) ** 2
+        # Errors relative to what is used: large batches must not drown small ones, and where hardly an expert is left
+        # over, how many tokens it took can hardly be told.
+        weight = ((1.0 - used) / used) ** 2
         self._products = _MEMORY * self._products + weight * np.outer(x, x)
         self._targets = _MEMORY * self._targets + weight * tokens * x
         # What forgetting leaves of a direction that is not measured any more stays solvable.

@@ -97,9 +97,8 @@ class SuperExpertRouter(ExpertRouter):
         """Counts now and then, a shadow more rarely, both more often after a change."""
         self._number = number
         since = number - self._changed
-        if self._shadow_every and (
-            since % PROBE_EVERY == 0 if since < PROBE_STEPS else since % self._shadow_every == 0
-        ):
+        probing = since < PROBE_STEPS or (self.gate is not None and self.gate.suspicious)
+        if self._shadow_every and since % (PROBE_EVERY if probing else self._shadow_every) == 0:
             return Look.SHADOW
         return Look.COUNTS if number % COUNT_EVERY == 0 else Look.NOTHING
 
@@ -118,7 +117,8 @@ class SuperExpertRouter(ExpertRouter):
             return
         kept = measures.routed_mass / measures.native_mass if measures.native_mass else None
         before = gate.evidence
-        verdict = gate.observe(self._number, measures.kl_tokens, measures.kl, measures.kl_squared, kept)
+        divergence = measures.kl / measures.kl_tokens if measures.kl_tokens else None
+        verdict = gate.observe(self._number, divergence, kept)
         if verdict is Verdict.STAYS:
             return
         self._changed = self._number
