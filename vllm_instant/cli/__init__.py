@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from vllm_instant.cli import bench, calibrate, config, demo, distill, doctor, explain, plugins, verify
+from vllm_instant.cli import bench, calibrate, config, demo, distill, doctor, experts, explain, plugins, verify
 
 app = typer.Typer(
     name="vllm-instant",
@@ -14,6 +14,7 @@ app = typer.Typer(
 )
 app.add_typer(config.app, name="config")
 app.add_typer(demo.app, name="demo")
+app.add_typer(experts.app, name="experts")
 app.command(name="plugins")(plugins.list_plugins)
 app.command(name="doctor")(doctor.doctor)
 app.command(name="distill")(distill.distill)

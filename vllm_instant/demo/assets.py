@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,26 +45,44 @@ def prepare(
     if not weights.is_file():
         raise FileNotFoundError(f"the demo models are missing: no {weights}")
     fingerprint = hashlib.sha256(weights.read_bytes() + repr((size, dtype)).encode()).hexdigest()[:12]
-    folder = output or Path(platformdirs.user_cache_dir("vllm-instant")) / f"demo-{fingerprint}"
-    pair = Pair(folder / "target", folder / "draft")
+
+    def make(folder: Path) -> None:
+        import torch
+        from transformers import LlamaForCausalLM
+
+        torch_dtype = getattr(torch, dtype)
+        base = LlamaForCausalLM.from_pretrained(assets / BASE_IN_ASSETS, dtype=torch.float32)
+        expand.expand(base, size).to(torch_dtype).save_pretrained(folder / "target")
+        draft = LlamaForCausalLM.from_pretrained(assets / DRAFT_IN_ASSETS, dtype=torch_dtype)
+        draft.save_pretrained(folder / "draft")
+        for model in ("target", "draft"):
+            copy_tokenizer(assets / BASE_IN_ASSETS, folder / model)
+
+    folder = made_once(output or cache_folder(f"demo-{fingerprint}"), fingerprint, make)
+    return Pair(folder / "target", folder / "draft")
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of this name in the user's cache."""
+    return Path(platformdirs.user_cache_dir("vllm-instant")) / name
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Lay the demo's tokenizer beside a model."""
+    for name in TOKENIZER_FILES:
+        shutil.copy(source / name, folder / name)
+
+
+def made_once(folder: Path, fingerprint: str, make: Callable[[Path], None]) -> Path:
+    """Fill a folder, unless it was filled completely from the same before; returns the folder."""
     marker = folder / "complete"
     if marker.is_file() and marker.read_text() == fingerprint:
-        return pair
-
-    import torch
-    from transformers import LlamaForCausalLM
+        return folder
     from transformers.utils import logging
 
     # The demo has a progress line of its own; bars of single files would break it.
     logging.disable_progress_bar()
     marker.unlink(missing_ok=True)
-    torch_dtype = getattr(torch, dtype)
-    base = LlamaForCausalLM.from_pretrained(assets / BASE_IN_ASSETS, dtype=torch.float32)
-    expand.expand(base, size).to(torch_dtype).save_pretrained(pair.target)
-    draft = LlamaForCausalLM.from_pretrained(assets / DRAFT_IN_ASSETS, dtype=torch_dtype)
-    draft.save_pretrained(pair.draft)
-    for name in TOKENIZER_FILES:
-        for model in (pair.target, pair.draft):
-            shutil.copy(assets / BASE_IN_ASSETS / name, model / name)
+    make(folder)
     marker.write_text(fingerprint)
-    return pair
+    return folder

@@ -77,8 +77,8 @@ def expand(base: LlamaForCausalLM, size: Size, seed: int = 0) -> LlamaForCausalL
     with torch.no_grad():
         for parameter in new.parameters():
             parameter.normal_(0, 0.02, generator=generator)
-        _widen(new.model.embed_tokens.weight, base.model.embed_tokens.weight, rows_free=False)
-        _scale_norm(new.model.norm.weight, base.model.norm.weight, ratio)
+        widen(new.model.embed_tokens.weight, base.model.embed_tokens.weight, rows_free=False)
+        scale_norm(new.model.norm.weight, base.model.norm.weight, ratio)
         for index, layer in enumerate(new.model.layers):
             if index >= old.num_hidden_layers:
                 layer.self_attn.o_proj.weight.zero_()
@@ -87,18 +87,18 @@ def expand(base: LlamaForCausalLM, size: Size, seed: int = 0) -> LlamaForCausalL
                 layer.post_attention_layernorm.weight.fill_(1)
                 continue
             source = base.model.layers[index]
-            _scale_norm(layer.input_layernorm.weight, source.input_layernorm.weight, ratio)
-            _scale_norm(layer.post_attention_layernorm.weight, source.post_attention_layernorm.weight, ratio)
+            scale_norm(layer.input_layernorm.weight, source.input_layernorm.weight, ratio)
+            scale_norm(layer.post_attention_layernorm.weight, source.post_attention_layernorm.weight, ratio)
             for name in ("q_proj", "k_proj", "v_proj"):
-                _widen(getattr(layer.self_attn, name).weight, getattr(source.self_attn, name).weight, rows_free=True)
+                widen(getattr(layer.self_attn, name).weight, getattr(source.self_attn, name).weight, rows_free=True)
             for name in ("gate_proj", "up_proj"):
-                _widen(getattr(layer.mlp, name).weight, getattr(source.mlp, name).weight, rows_free=True)
-            _narrow_output(layer.self_attn.o_proj.weight, source.self_attn.o_proj.weight)
-            _narrow_output(layer.mlp.down_proj.weight, source.mlp.down_proj.weight)
+                widen(getattr(layer.mlp, name).weight, getattr(source.mlp, name).weight, rows_free=True)
+            narrow_output(layer.self_attn.o_proj.weight, source.self_attn.o_proj.weight)
+            narrow_output(layer.mlp.down_proj.weight, source.mlp.down_proj.weight)
     return new.eval()
 
 
-def _widen(new, old, rows_free: bool) -> None:  # type: ignore[no-untyped-def]
+def widen(new, old, rows_free: bool) -> None:  # type: ignore[no-untyped-def]
     """Copy into the top left, where old rows read old inputs only; added rows are random if ``rows_free``, or zero."""
     rows, columns = old.shape
     if not rows_free:
@@ -107,13 +107,14 @@ def _widen(new, old, rows_free: bool) -> None:  # type: ignore[no-untyped-def]
     new[:rows, :columns] = old
 
 
-def _narrow_output(new, old) -> None:  # type: ignore[no-untyped-def]
+def narrow_output(new, old) -> None:  # type: ignore[no-untyped-def]
     """Copy into the top left; outputs beyond the old ones are zero, and added inputs are ignored."""
     rows, columns = old.shape
     new.zero_()
     new[:rows, :columns] = old
 
 
-def _scale_norm(new, old, ratio: float) -> None:  # type: ignore[no-untyped-def]
+def scale_norm(new, old, ratio: float) -> None:  # type: ignore[no-untyped-def]
+    """RMSNorm weights for a state that is wider by zeros; ``ratio`` is the old width to the new one."""
     new.fill_(1)
     new[: old.shape[0]] = old * math.sqrt(ratio)

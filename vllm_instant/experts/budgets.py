@@ -20,9 +20,13 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Allowed:
-    """What a batch may use: ``experts`` bool ``[experts]``, the same for every row; ``kept`` bool of the same shape.
+    """What batches may use in one layer and step.
 
-    ``kept`` are those that some token may not be refused. ``demand`` is what the others were ranked by, float64.
+    Attributes:
+        experts: bool ``[..., experts]``, the same for every row of a batch.
+        kept: bool ``[..., experts]``, those that some token may not be refused.
+        demand: float64 ``[..., experts]``, what the others were ranked by.
+
     """
 
     experts: Mask
@@ -36,9 +40,9 @@ def softmax(logits: Floats) -> npt.NDArray[np.float64]:
     return np.asarray(shifted / shifted.sum(-1, keepdims=True))
 
 
-def ranks(scores: Floats) -> npt.NDArray[np.int64]:
-    """The rank of every entry in its row, 0 for the largest; of equal ones the first comes first."""
-    order = np.argsort(-np.asarray(scores), axis=-1, kind="stable")
+def ranks(scores: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """The rank of every entry along the last axis, 0 for the largest; of equal ones the first comes first."""
+    order = np.argsort(-np.asarray(scores), axis=-1, kind="stable").astype(np.int64)
     found = np.empty_like(order)
     np.put_along_axis(found, order, np.broadcast_to(np.arange(scores.shape[-1]), order.shape), axis=-1)
     return found
@@ -56,7 +60,7 @@ def choose(
     cluster: npt.NDArray[np.integer[Any]] | None = None,
     cohesion: float = 0.0,
 ) -> Allowed:
-    """Which experts one batch may use in one layer.
+    """Which experts one batch, or each of several, may use in one layer.
 
     An expert's demand is the router mass that the batch's native choices give it, times its prior. With clusters and
     a cohesion above zero, demand is multiplied with ``1 + cohesion * share``, where ``share`` is the part of the whole
@@ -64,37 +68,35 @@ def choose(
     others that are used wins.
 
     Args:
-        logits: float32 ``[tokens, experts]``; what the model chooses by (with the bias, where it has one for that).
+        logits: float32 ``[..., tokens, experts]``, one batch for each leading index; what the model chooses by (with
+            the bias, where it has one for that).
         top_k: experts that a token chooses.
         keep: how many of its own best experts no token is refused, 0 to ``top_k``.
         budget: experts that the batch may use, as far as it can be kept: the experts of ``keep`` are allowed also
             beyond it, and never fewer than ``top_k``.
         prior: positive ``[experts]``, or None for all the same.
-        padding: bool ``[tokens]``, rows that are no tokens: they want nothing. They may use what is allowed.
-        mass: not negative ``[tokens, experts]``, how much of a token's answer comes from an expert; the softmax of
-            ``logits`` without it (a model that scores by a sigmoid passes that).
+        padding: bool ``[..., tokens]``, rows that are no tokens: they want nothing. They may use what is allowed.
+        mass: not negative ``[..., tokens, experts]``, how much of a token's answer comes from an expert; the softmax
+            of ``logits`` without it (a model that scores by a sigmoid passes that).
         cluster: ``[experts]``, the super-expert of each.
         cohesion: see above.
 
     Returns:
-        At most ``max(budget, top_k, experts kept by some token)`` experts.
+        ``max(budget, top_k, experts kept by some token)`` experts for each batch.
 
     """
-    tokens, experts = logits.shape
-    real = np.ones(tokens, bool) if padding is None else ~np.asarray(padding)
+    real = ~padding[..., None] if padding is not None else np.ones((*logits.shape[:-1], 1), bool)
     place = ranks(logits)
-    wanted = (place < top_k) & real[:, None]
-    kept: Mask = ((place < keep) & real[:, None]).any(0)
-    demand = (np.where(wanted, softmax(logits) if mass is None else mass, 0.0)).sum(0)
+    kept = np.asarray(((place < keep) & real).any(-2))
+    demand = np.where((place < top_k) & real, softmax(logits) if mass is None else mass, 0.0).sum(-2)
     if prior is not None:
         demand = demand * prior
-    if cluster is not None and cohesion > 0 and demand.sum() > 0:
-        company = np.bincount(cluster, weights=demand)[cluster] / demand.sum()
+    if cluster is not None and cohesion > 0:
+        company = _by_cluster(demand, cluster)[..., cluster] / np.maximum(demand.sum(-1, keepdims=True), 1e-300)
         demand = demand * (1.0 + cohesion * company)
+    room = np.maximum(kept.sum(-1, keepdims=True), max(budget, top_k))
     # Kept experts come first, whatever the demand for them.
-    place_in_batch = ranks(np.where(kept, np.inf, demand))
-    room = max(budget, top_k, int(kept.sum()))
-    return Allowed(place_in_batch < min(room, experts), kept, np.asarray(demand, np.float64))
+    return Allowed(ranks(np.where(kept, np.inf, demand)) < room, kept, demand)
 
 
 def choose_clusters(
@@ -110,12 +112,18 @@ def choose_clusters(
 
     More clusters are taken, in the order of demand, when those do not have ``top_k`` experts together.
     """
-    every = choose(logits, top_k, 0, logits.shape[1], padding=padding, mass=mass)
-    place = ranks(np.bincount(cluster, weights=every.demand))
-    count = clusters
-    while (place < count)[cluster].sum() < top_k:
-        count += 1
-    return Allowed((place < count)[cluster], every.kept, every.demand)
+    every = choose(logits, top_k, 0, logits.shape[-1], padding=padding, mass=mass)
+    demand = _by_cluster(every.demand, cluster)
+    place = ranks(demand)
+    order = np.argsort(place, axis=-1)
+    room = np.cumsum(np.bincount(cluster)[order], axis=-1)
+    needed = (room < top_k).sum(-1, keepdims=True) + 1
+    return Allowed((place < np.maximum(needed, clusters))[..., cluster], every.kept, every.demand)
+
+
+def _by_cluster(demand: npt.NDArray[np.float64], cluster: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
+    """Sums over the experts of each cluster, ``[..., clusters]``."""
+    return np.asarray(demand @ np.eye(int(np.max(cluster)) + 1)[cluster])
 
 
 def route(
@@ -124,23 +132,24 @@ def route(
     """Each token's choice among the allowed experts, and the weights of these.
 
     Args:
-        logits: ``[tokens, experts]``.
+        logits: ``[..., tokens, experts]``.
         top_k: how many, at most as many as are allowed.
-        allowed: bool ``[experts]``.
-        mass: as in ``choose``.
-        renormalise: whether weights of a token add up to one, as far as they would natively.
+        allowed: bool ``[..., experts]``.
+        mass: as in ``choose``; without it the softmax over the allowed experts, as masked logits give it.
+        renormalise: whether the weights of a token are divided by their sum.
 
     Returns:
-        Experts int64 ``[tokens, top_k]``, best first, and weights float64 of the same shape.
+        Experts int64 ``[..., tokens, top_k]``, best first, and weights float64 of the same shape.
 
     """
-    order = np.argsort(-np.where(allowed, logits, -np.inf), axis=-1, kind="stable")[:, :top_k]
-    weights = np.take_along_axis(softmax(logits) if mass is None else np.asarray(mass, np.float64), order, -1)
+    masked = np.where(allowed[..., None, :], logits, -np.inf)
+    order = np.argsort(-masked, axis=-1, kind="stable").astype(np.int64)[..., :top_k]
+    weights = np.take_along_axis(softmax(masked) if mass is None else np.asarray(mass, np.float64), order, -1)
     return order, weights / weights.sum(-1, keepdims=True) if renormalise else weights
 
 
 def kept_mass(logits: Floats, top_k: int, allowed: Mask, *, mass: Floats | None = None) -> npt.NDArray[np.float64]:
-    """Router mass of what each token chooses among the allowed experts, relative to its native choice: ``[tokens]``."""
+    """Router mass of what each token chooses, relative to its native choice: ``[..., tokens]``, 0..1."""
     scores = softmax(logits) if mass is None else np.asarray(mass, np.float64)
     native = route(logits, top_k, np.ones_like(allowed), mass=scores, renormalise=False)[1]
     restricted = route(logits, top_k, allowed, mass=scores, renormalise=False)[1]

@@ -114,3 +114,17 @@ def test_kept_mass_counts_what_replaces_a_refused_choice():
     logits = np.log([[0.5, 0.3, 0.2]]).astype(np.float32)
     assert budgets.kept_mass(logits, 2, np.array([True, True, True])) == pytest.approx(1.0)
     assert budgets.kept_mass(logits, 2, np.array([True, False, True])) == pytest.approx(0.7 / 0.8)
+
+
+def test_several_batches_at_once_are_the_batches_one_by_one():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(3, 5, 8)).astype(np.float32)
+    cluster = np.arange(8) // 3
+    together = budgets.choose(logits, 3, 1, 4, cluster=cluster, cohesion=1.0)
+    hard = budgets.choose_clusters(logits, 3, 1, cluster)
+    for index, batch in enumerate(logits):
+        alone = budgets.choose(batch, 3, 1, 4, cluster=cluster, cohesion=1.0)
+        assert np.array_equal(together.experts[index], alone.experts)
+        assert np.array_equal(hard.experts[index], budgets.choose_clusters(batch, 3, 1, cluster).experts)
+        chosen_together = budgets.route(logits, 3, together.experts)[0][index]
+        assert np.array_equal(chosen_together, budgets.route(batch, 3, alone.experts)[0])
