@@ -38,7 +38,7 @@ class SuperExpertOptions(PluginOptions):
         description="One step of so many is run once more with the model's own routing, to measure the divergence; "
         "0 for none, which leaves the gate with the kept mass.",
     )
-    adjustable: bool = Field(False, description="Whether POST /v1/instant/experts may change the budget.")
+    adjustable: bool = Field(False, description="Whether POST /v1/instant/experts may change budget and shadow_every.")
 
 
 class ObservedOptions(PluginOptions):

@@ -158,17 +158,22 @@ class SuperExpertRouter(ExpertRouter):
         return found
 
     def control(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Take another budget: ``{"budget": 0.4}``."""
+        """Take another budget or look more or less often: ``{"budget": 0.4, "shadow_every": 20}``."""
         if not self._adjustable:
-            raise ValueError("the budget may not be changed while serving: set adjustable = true below [experts]")
-        unknown = sorted(set(settings) - {"budget"})
-        budget = settings.get("budget")
-        if unknown or isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
-            found = f"{unknown[0]!r}" if unknown else f"budget = {budget!r}"
-            raise ValueError(f"expected a budget above 0 and up to 1, found {found}")
+            raise ValueError("nothing may be changed while serving: set adjustable = true below [experts]")
+        budget = settings.get("budget", self.budget)
+        every = settings.get("shadow_every", self._shadow_every)
+        unknown = sorted(set(settings) - {"budget", "shadow_every"})
+        if unknown:
+            raise ValueError(f"budget and shadow_every may be changed, found {unknown[0]!r}")
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+            raise ValueError(f"expected a budget above 0 and up to 1, found {budget!r}")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+            raise ValueError(f"expected shadow_every as a number of steps, 0 for never, found {every!r}")
+        self._shadow_every = every
         self.budget = float(budget)
         self._changed = self._number
         if self.gate is not None:
             self.gate.start(self.budget, self._number)
         self._apply(self.share)
-        return {"budget": self.budget}
+        return {"budget": self.budget, "shadow_every": every}
