@@ -1,0 +1,144 @@
+"""What the demo's mixture of experts loses when a batch shares fewer experts, by the form of the restriction.
+
+python benchmarks/expert_frontier.py [--windows 96]
+
+Without a server: held-out text, decoded side by side as in a server (vllm_instant/experts/offline.py), every setting on
+the same windows as native routing. Clusters are learned from training text. Writes results/expert_frontier.json and
+docs/expert_frontier.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import results
+import torch
+from transformers import AutoTokenizer
+
+from vllm_instant.demo import expand_experts, moe_assets
+from vllm_instant.demo.corpus import documents
+from vllm_instant.demo.recipe import classes
+from vllm_instant.distillation.text import encode
+from vllm_instant.experts import learning, pictures, placement
+from vllm_instant.experts.frontier import BUDGET, CLUSTER_PRIOR, EXPERT_PRIOR, HARD, NATIVE, OEA, Frontier, Setting
+from vllm_instant.experts.offline import OfflineModel
+from vllm_instant.experts.traces import Trace
+from vllm_instant.experts.windows import Windows, cut
+
+CONTEXT, PROMPT = 256, 64
+BATCHES = (8, 16, 32)
+BUDGETS = (48, 40, 36, 32, 28, 24, 20, 16)
+HARD_CLUSTERS = 8
+TRACED = 192
+DEVICES = (2, 4, 8)
+DOCUMENTS, PARTS = 6, 16
+COMPANY_BUDGET = 32
+
+
+def main() -> None:
+    """Learn, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=96)
+    arguments = parser.parse_args()
+    folder = moe_assets.prepare(size=expand_experts.SMALL, dtype="float32")
+    model = OfflineModel(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = classes(list(documents()))
+    training = cut([(c.name, encode(tokenizer, c.training)) for c in texts], TRACED, CONTEXT).mixed()
+    held_out = cut([(c.name, encode(tokenizer, c.held_out)) for c in texts], arguments.windows, CONTEXT).mixed()
+    trace = model.trace(training.tokens, training.classes, PROMPT)
+    other = model.trace(held_out.tokens, held_out.classes, PROMPT)
+
+    learned, judged = learning.learn(trace)
+    print(judged.sentence(), flush=True)
+    pairs = learning.co_activation(trace)
+    cluster = learning.clusters_of(pairs, HARD_CLUSTERS)
+    frontier = Frontier(model, held_out.tokens, PROMPT, cluster, strength(trace))
+    points = [frontier.measure(Setting(NATIVE), batch) for batch in (1, *BATCHES)]
+    for batch in BATCHES:
+        for setting in settings(batch):
+            points.append(frontier.measure(setting, batch))
+            show = points[-1]
+            print(batch, setting, show.saved, show.perplexity, show.kl, f"{show.mass:.3f}", flush=True)
+    drawn = [point for point in points if point.setting.form not in (EXPERT_PRIOR,)]
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    pictures.draw(drawn, docs / "expert_frontier.png", f"demo mixture of experts: {model.routed.shape()}")
+    results.write(
+        results.HERE / "results/expert_frontier.json",
+        {
+            "model": model.routed.shape(),
+            "windows": arguments.windows,
+            "context": CONTEXT,
+            "prompt": PROMPT,
+            "perplexity": round(frontier.perplexity, 4),
+            "learned": dict(learned.learned_from),
+            "hard_clusters": HARD_CLUSTERS,
+            "judged_clusters": judged_clusters(trace, other, cluster),
+            "placement": [placement.compare(other, placement.place(trace, count), count).plain() for count in DEVICES],
+            "points": [point.plain() for point in points],
+            "company": company(model, held_out, tokenizer),
+        },
+    )
+
+
+def settings(batch: int) -> list[Setting]:
+    """The forms at every budget; variants of the budget at batch 16 only."""
+    found = [Setting(BUDGET, budget, 1) for budget in BUDGETS]
+    found += [Setting(CLUSTER_PRIOR, budget, 1, 1.0) for budget in BUDGETS[1::2]]
+    found += [Setting(OEA, 0, keep) for keep in (1, 2, 3, 4)]
+    found += [Setting(HARD, count) for count in (7, 6, 5, 4, 3)]
+    if batch == 16:
+        found += [Setting(BUDGET, budget, keep) for keep in (0, 2) for budget in BUDGETS[1::2]]
+        found += [Setting(CLUSTER_PRIOR, budget, 1, 4.0) for budget in BUDGETS[1::2]]
+        found += [Setting(EXPERT_PRIOR, budget, 1) for budget in BUDGETS[1::2]]
+    return found
+
+
+def strength(trace: Trace) -> np.ndarray:
+    """A prior to try: the weight that an expert has when it is chosen, relative to the layer's mean, 0.5 to 2."""
+    found = []
+    for layer in range(trace.model.layers):
+        chosen = trace.experts[:, layer].ravel().astype(np.int64)
+        weights = trace.weights[:, layer].ravel().astype(np.float64)
+        use = np.bincount(chosen, minlength=trace.model.experts)
+        mean = np.bincount(chosen, weights=weights, minlength=trace.model.experts) / np.maximum(use, 1)
+        found.append(np.clip(mean / mean[use > 0].mean(), 0.5, 2.0))
+    return np.stack(found)
+
+
+def judged_clusters(trace: Trace, other: Trace, cluster: np.ndarray) -> dict[str, object]:
+    """What the clusters of the hard form are worth on held-out text."""
+    found = learning.judge(other, cluster, learning.stability(trace, HARD_CLUSTERS))
+    return {
+        "together": found.together.plain(),
+        "beyond_popularity": found.beyond_popularity.plain(),
+        "best_cluster": found.best_cluster.plain(),
+        "stability": round(found.stability, 4),
+    }
+
+
+def company(model: OfflineModel, held_out: Windows, tokenizer: object) -> list[dict[str, object]]:
+    """Related requests side by side, or unrelated ones: distinct experts, and the perplexity at one budget."""
+    long = [(f"{d.kind}/{d.name}", encode(tokenizer, [d.text])) for d in documents() if d.held_out]
+    long = [(name, stream) for name, stream in long if len(stream) >= PARTS * CONTEXT][:DOCUMENTS]
+    parts = cut(long, PARTS * len(long), CONTEXT)
+    cells: list[dict[str, object]] = []
+    arms = (
+        ("kinds of text mixed", held_out.mixed()),
+        ("one kind of text in a batch", held_out.grouped()),
+        ("documents mixed", parts.mixed()),
+        ("parts of one document in a batch", parts.grouped()),
+    )
+    for name, windows in arms:
+        frontier = Frontier(model, windows.tokens, PROMPT, at_once=PARTS)
+        for setting in (Setting(NATIVE), Setting(BUDGET, COMPANY_BUDGET, 1)):
+            cells.append({"company": name} | frontier.measure(setting, PARTS).plain())
+            print(name, cells[-1]["distinct"], cells[-1]["perplexity"], flush=True)
+    return cells
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+from expert_traces import planted
+from sklearn.metrics import adjusted_rand_score
+
+from vllm_instant.experts import learning
+from vllm_instant.experts.grouping import balanced_groups
+from vllm_instant.experts.traces import TraceError
+
+
+def test_planted_clusters_are_found_and_their_number_too():
+    trace, truth = planted()
+    found, judged = learning.learn(trace)
+    assert found.clusters == (4, 4)
+    for labels, group in zip(found.cluster, truth, strict=True):
+        assert adjusted_rand_score(labels, group) == pytest.approx(1.0)
+    assert judged.structured
+    assert judged.together.low > 2
+    assert judged.stability > 0.9
+    assert "chosen together" in judged.sentence()
+
+
+def test_random_routing_is_said_to_have_no_structure():
+    trace, _ = planted(loyalty=0.25)
+    _, judged = learning.learn(trace, clusters=4)
+    assert not judged.structured
+    assert judged.together.low < 1.02
+    assert "no structure" in judged.sentence()
+
+
+def test_popular_experts_alone_are_no_structure():
+    # Every token chooses independently, but some experts are chosen far more often than others.
+    trace, _ = planted(loyalty=0.25)
+    generator = np.random.default_rng(1)
+    odds = np.log(np.repeat([8.0, 1.0], 16))
+    keys = odds + generator.gumbel(size=(len(trace), 2, 32))
+    trace.experts[:] = np.argsort(-keys, -1)[..., :4]
+    _, judged = learning.learn(trace, clusters=4)
+    assert not judged.structured
+
+
+def test_prompt_classes_show_in_the_affinity():
+    trace, truth = planted()
+    found, _ = learning.learn(trace, clusters=4)
+    for layer in range(2):
+        group = {found.cluster[layer][expert]: truth[layer][expert] for expert in range(32)}
+        even = found.affinity["even"][layer]
+        assert sum(even) == pytest.approx(1.0)
+        assert sum(share for cluster, share in enumerate(even) if group[cluster] < 2) > 0.8
+    assert learning.class_distance(found.affinity) > 0.5
+
+
+def test_what_cannot_be_learned_from_is_refused():
+    with pytest.raises(TraceError, match="5 requests are too few to learn from: at least 8"):
+        learning.learn(planted(requests=5)[0])
+    with pytest.raises(TraceError, match="40 clusters of 32 experts: valid are 1 to 32"):
+        learning.learn(planted()[0], clusters=40)
+
+
+@pytest.mark.parametrize(("things", "groups"), [(12, 3), (13, 3), (5, 5), (7, 1)])
+def test_groups_are_balanced_and_numbered_by_their_smallest_member(things, groups):
+    affinity = np.random.default_rng(0).random((things, things))
+    labels = balanced_groups(affinity + affinity.T, groups)
+    sizes = np.bincount(labels)
+    assert len(sizes) == groups
+    assert sizes.max() - sizes.min() <= 1
+    assert labels[0] == 0
+    with pytest.raises(ValueError, match="cannot be put into"):
+        balanced_groups(affinity, things + 1)
