@@ -17,8 +17,6 @@ class Slot:
     default: str
     """The plugin of a deployment that does not name one; always lossless."""
     contract: type
-    served: bool = True
-    """Whether this release can put plugins into the slot; otherwise the default is the only choice."""
     optional: bool = False
     """Whether the default only serves where it takes nothing away (``seams.default_drafter``)."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_instant import ExpertLayer, ExpertRouter, Look, RouterStep, RoutingMeasures, SuperExperts
-from vllm_instant_plugins.super_expert.choosing import LayerChoice
+from vllm_instant_plugins.super_expert.choosing import LayerChoice, warm_up
 from vllm_instant_plugins.super_expert.gate import QualityGate, Verdict
 
 logger = logging.getLogger("vllm.instant")
@@ -85,6 +85,8 @@ class SuperExpertRouter(ExpertRouter):
             for layer in layers
         ]
         self._apply(self.budget)
+        if device.type == "cpu":
+            warm_up()
 
     def allowed(self, layer: ExpertLayer, step: RouterStep) -> torch.Tensor | None:
         """The experts that this step pays for."""

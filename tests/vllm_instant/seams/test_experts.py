@@ -319,9 +319,7 @@ def test_the_square_root_of_softplus_is_known():
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
     bias = torch.rand(256, generator=torch.Generator().manual_seed(5))
-    router = CPURouter(
-        6, 256, scoring_func="sqrtsoftplus", e_score_correction_bias=bias, routed_scaling_factor=1.5
-    )
+    router = CPURouter(6, 256, scoring_func="sqrtsoftplus", e_score_correction_bias=bias, routed_scaling_factor=1.5)
     logits = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
     expected = _sorted(*router._compute_routing(torch.zeros(5, 8), logits, None))
     scoring = expert_routers.scoring_of(router)
