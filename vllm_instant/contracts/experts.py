@@ -150,9 +150,12 @@ class ExpertRouter(Protocol):
         """
         ...
 
-    def begin_step(self, rows: StepRows) -> None:
-        """The next calls of ``allowed`` are about these rows. Optional."""
-        return None
+    def begin_step(self, rows: StepRows) -> bool:
+        """The next calls of ``allowed`` are about these rows; False where they are not worth the question. Optional.
+
+        A graph that is replayed asks all the same.
+        """
+        return True
 
     def look(self, number: int) -> Look:
         """What to measure in the step with this number. Optional; nothing by default."""

@@ -44,7 +44,7 @@ class ServedLayer:
 
         weights, picks = expert_routers.native(self._router, hidden_states, logits, input_ids)
         serving, rows = self._serving, len(logits)
-        if serving.idle or rows > len(serving.kinds):
+        if rows > len(serving.kinds) or (serving.idle and not serving.counting):
             return weights, picks
         kinds = serving.kinds[:rows]
         scores = self.scoring.weights(logits)
@@ -53,7 +53,11 @@ class ServedLayer:
         order = ranking.gather(1, own).argsort(dim=-1, descending=True, stable=True)
         own, own_weights = own.gather(1, order), weights.gather(1, order)
         step = RouterStep(scores, ranking, own, own_weights, kinds)
-        allowed = serving.plugin.call("allowed", lambda plugin: self._checked(plugin.allowed(self.layer, step)), None)
+        allowed = None
+        if not serving.idle:
+            allowed = serving.plugin.call(
+                "allowed", lambda plugin: self._checked(plugin.allowed(self.layer, step)), None
+            )
         routed = own
         held = kinds == RowKind.DECODE
         if allowed is not None:
@@ -110,7 +114,7 @@ class ServedExperts:
         self._step: StepRows | None = None
         self._latest: dict[str, Any] | None = None
         self.idle = not self._replays
-        """Whether nobody has to be asked in this step."""
+        """Whether nobody has to be asked in this step, which does not mean that nothing is counted."""
         self.counting = self._replays
         self.number = 0
         self.totals = dict.fromkeys(("layer_steps", *_FIELDS, "kl_tokens", "kl"), 0.0)
@@ -157,7 +161,7 @@ class ServedExperts:
         self.kinds.copy_(self._pinned, non_blocking=True)
         self._decode_rows = np.flatnonzero(kinds == RowKind.DECODE).tolist()
         self._consume()
-        self.plugin.call("begin_step", lambda plugin: plugin.begin_step(rows), None)
+        asked = self.plugin.call("begin_step", lambda plugin: plugin.begin_step(rows), False)
         look = self.plugin.call("look", lambda plugin: plugin.look(self.number), Look.NOTHING)
         self._look = look if self._decode_rows else Look.NOTHING
         if look is Look.SHADOW and self.shadow_objection is not None:
@@ -170,7 +174,7 @@ class ServedExperts:
             else:
                 self._look, self._overdue = Look.COUNTS if self._decode_rows else Look.NOTHING, self._overdue + 1
         if not self._replays:
-            self.idle = self.plugin.disabled
+            self.idle = self.plugin.disabled or asked is False
             self.counting = self._look is not Look.NOTHING
         self._requests = int(rows.is_decode.sum())
         self._drafts = int(sum(drafts))

@@ -70,7 +70,7 @@ class Recorder(ExpertRouter):
         if device.type == "cuda":
             self._host_places = self._host_places.pin_memory()
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, rows: StepRows) -> bool:
         """Give places to the rows that are recorded."""
         if not self._capacity or self.used == self._capacity:
             if self._capacity and not self._full_said:
@@ -78,7 +78,7 @@ class Recorder(ExpertRouter):
                 self._places.fill_(self._capacity)
                 logger.info("The trace of experts is full: %d tokens; writing %s", self.used, self._file)
                 self.write()
-            return
+            return False
         counts = np.diff(rows.starts)
         owner = np.repeat(np.arange(len(counts)), counts)
         is_decode = rows.is_decode[owner]
@@ -93,6 +93,7 @@ class Recorder(ExpertRouter):
         self._step[places] = rows.number
         self._is_prefill[places] = ~is_decode[chosen]
         self.used += len(chosen)
+        return len(chosen) > 0
 
     def _number_of(self, request_id: str, prompt_class: str) -> int:
         number = self._requests.get(request_id)

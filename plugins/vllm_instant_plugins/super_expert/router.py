@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from vllm_instant import ExpertLayer, ExpertRouter, Look, RouterStep, RoutingMeasures, SuperExperts
+from vllm_instant import ExpertLayer, ExpertRouter, Look, RouterStep, RoutingMeasures, StepRows, SuperExperts
 from vllm_instant_plugins.super_expert.choosing import LayerChoice, warm_up
 from vllm_instant_plugins.super_expert.gate import QualityGate, Verdict
 
@@ -55,6 +56,7 @@ class SuperExpertRouter(ExpertRouter):
         self._adjustable = adjustable
         self._choices: list[LayerChoice] = []
         self._num_experts: list[int] = []
+        self._shapes: set[tuple[int, int]] = set()
         self._changed = 0
         """The step at which the budget changed last."""
         self._number = 0
@@ -62,17 +64,17 @@ class SuperExpertRouter(ExpertRouter):
 
     def prepare(self, layers: Sequence[ExpertLayer], max_rows: int, device: torch.device) -> None:
         """Tables and budgets of all layers on the device."""
+        self._num_experts = [layer.num_experts for layer in layers]
+        self._shapes = {(layer.num_experts, layer.top_k) for layer in layers}
         clusters = self._clusters
         if clusters is not None:
-            found = {(layer.num_experts, layer.top_k) for layer in layers}
             expected = (clusters.model.experts, clusters.model.top_k)
-            if len(layers) != clusters.model.layers or found != {expected}:
-                experts, top_k = next(iter(found))
+            if len(layers) != clusters.model.layers or self._shapes != {expected}:
+                experts, top_k = next(iter(self._shapes))
                 raise ValueError(
                     f"the clusters were learned for {clusters.model.name} ({clusters.model.shape()}), but this model "
                     f"has {len(layers)} layers of {experts} experts, {top_k} for a token; learn from a trace of it"
                 )
-        self._num_experts = [layer.num_experts for layer in layers]
         self._choices = [
             LayerChoice(
                 layer,
@@ -87,6 +89,18 @@ class SuperExpertRouter(ExpertRouter):
         self._apply(self.budget)
         if device.type == "cpu":
             warm_up()
+
+    def begin_step(self, rows: StepRows) -> bool:
+        """Only steps that could use more experts than the budget has are worth a question."""
+        tokens = int(np.diff(rows.starts)[rows.is_decode].sum())
+        # In the shadow of a step that needs no question the model's own routing is what serves, too, unless a level
+        # is tried there.
+        share = self.share
+        if self.gate is not None and self.gate.compared_level is not None:
+            share = min(share, self.gate.share(self.gate.compared_level))
+        return tokens > 1 and any(
+            tokens * top_k > math.ceil(share * experts - 1e-9) and share < 1.0 for experts, top_k in self._shapes
+        )
 
     def allowed(self, layer: ExpertLayer, step: RouterStep) -> torch.Tensor | None:
         """The experts that this step pays for."""
