@@ -10,6 +10,7 @@ docs/expert_frontier.png.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,17 @@ from vllm_instant.demo.corpus import documents
 from vllm_instant.demo.recipe import classes
 from vllm_instant.distillation.text import encode
 from vllm_instant.experts import learning, pictures, placement
-from vllm_instant.experts.frontier import BUDGET, CLUSTER_PRIOR, EXPERT_PRIOR, HARD, NATIVE, OEA, Frontier, Setting
+from vllm_instant.experts.frontier import (
+    BUDGET,
+    CLUSTER_PRIOR,
+    EXPERT_PRIOR,
+    HARD,
+    NATIVE,
+    OEA,
+    Frontier,
+    Point,
+    Setting,
+)
 from vllm_instant.experts.offline import OfflineModel
 from vllm_instant.experts.traces import Trace
 from vllm_instant.experts.windows import Windows, cut
@@ -35,13 +46,19 @@ TRACED = 192
 DEVICES = (2, 4, 8)
 DOCUMENTS, PARTS = 6, 16
 COMPANY_BUDGET = 32
+RESULT = results.HERE / "results/expert_frontier.json"
 
 
 def main() -> None:
     """Learn, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=96)
+    parser.add_argument("--redraw", action="store_true", help="only draw what was measured before")
     arguments = parser.parse_args()
+    if arguments.redraw:
+        measured = json.loads(RESULT.read_text())["measured"]
+        draw([Point.read(point) for point in measured["points"]], measured["model"])
+        return
     folder = moe_assets.prepare(size=expand_experts.SMALL, dtype="float32")
     model = OfflineModel(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -55,18 +72,16 @@ def main() -> None:
     print(judged.sentence(), flush=True)
     pairs = learning.co_activation(trace)
     cluster = learning.clusters_of(pairs, HARD_CLUSTERS)
-    frontier = Frontier(model, held_out.tokens, PROMPT, cluster, strength(trace))
+    frontier = Frontier(model, held_out.tokens, PROMPT, cluster, learning.strength(trace))
     points = [frontier.measure(Setting(NATIVE), batch) for batch in (1, *BATCHES)]
     for batch in BATCHES:
         for setting in settings(batch):
             points.append(frontier.measure(setting, batch))
             show = points[-1]
             print(batch, setting, show.saved, show.perplexity, show.kl, f"{show.mass:.3f}", flush=True)
-    drawn = [point for point in points if point.setting.form not in (EXPERT_PRIOR,)]
-    docs = Path(__file__).resolve().parent.parent / "docs"
-    pictures.draw(drawn, docs / "expert_frontier.png", f"demo mixture of experts: {model.routed.shape()}")
+    draw(points, model.routed.shape())
     results.write(
-        results.HERE / "results/expert_frontier.json",
+        RESULT,
         {
             "model": model.routed.shape(),
             "windows": arguments.windows,
@@ -83,6 +98,20 @@ def main() -> None:
     )
 
 
+def draw(points: list[Point], shape: str) -> None:
+    """The forms that differ, at one strength each."""
+    drawn = [
+        point
+        for point in points
+        if point.setting.form != EXPERT_PRIOR
+        and point.setting.cohesion <= 1
+        and (point.setting.form != BUDGET or point.setting.keep == 1)
+    ]
+    picture = Path(__file__).resolve().parent.parent / "docs" / "expert_frontier.png"
+    pictures.draw(drawn, picture, f"demo mixture of experts: {shape}")
+    print(f"wrote {picture}")
+
+
 def settings(batch: int) -> list[Setting]:
     """The forms at every budget; variants of the budget at batch 16 only."""
     found = [Setting(BUDGET, budget, 1) for budget in BUDGETS]
@@ -94,18 +123,6 @@ def settings(batch: int) -> list[Setting]:
         found += [Setting(CLUSTER_PRIOR, budget, 1, 4.0) for budget in BUDGETS[1::2]]
         found += [Setting(EXPERT_PRIOR, budget, 1) for budget in BUDGETS[1::2]]
     return found
-
-
-def strength(trace: Trace) -> np.ndarray:
-    """A prior to try: the weight that an expert has when it is chosen, relative to the layer's mean, 0.5 to 2."""
-    found = []
-    for layer in range(trace.model.layers):
-        chosen = trace.experts[:, layer].ravel().astype(np.int64)
-        weights = trace.weights[:, layer].ravel().astype(np.float64)
-        use = np.bincount(chosen, minlength=trace.model.experts)
-        mean = np.bincount(chosen, weights=weights, minlength=trace.model.experts) / np.maximum(use, 1)
-        found.append(np.clip(mean / mean[use > 0].mean(), 0.5, 2.0))
-    return np.stack(found)
 
 
 def judged_clusters(trace: Trace, other: Trace, cluster: np.ndarray) -> dict[str, object]:

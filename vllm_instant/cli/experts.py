@@ -129,13 +129,13 @@ def report(
         fail(f"--windows {windows} must be a multiple of --batch ({largest})")
     cluster = None
     try:
+        learned = SuperExperts.read(clusters) if clusters is not None else None
         with working("Loading the model …"):
             folder = _folder(model)
             offline = OfflineModel(folder)
             asked = _windows(folder, model, text, windows, context).mixed()
-        if clusters is not None:
-            learned = SuperExperts.read(clusters)
-            learned.require(offline.routed, clusters)
+        if learned is not None:
+            learned.require(offline.routed, str(clusters))
             cluster = np.array(learned.cluster)
     except (ModelError, TextError, ClusterError) as error:
         fail(str(error))

@@ -135,8 +135,9 @@ def route(
         logits: ``[..., tokens, experts]``.
         top_k: how many, at most as many as are allowed.
         allowed: bool ``[..., experts]``.
-        mass: as in ``choose``; without it the softmax over the allowed experts, as masked logits give it.
-        renormalise: whether the weights of a token are divided by their sum.
+        mass: as in ``choose``.
+        renormalise: whether the weights of a token are divided by their sum. Where a model does not do that, the
+            weights are those that the experts have natively: refusing others must not make these count for more.
 
     Returns:
         Experts int64 ``[..., tokens, top_k]``, best first, and weights float64 of the same shape.
@@ -144,7 +145,7 @@ def route(
     """
     masked = np.where(allowed[..., None, :], logits, -np.inf)
     order = np.argsort(-masked, axis=-1, kind="stable").astype(np.int64)[..., :top_k]
-    weights = np.take_along_axis(softmax(masked) if mass is None else np.asarray(mass, np.float64), order, -1)
+    weights = np.take_along_axis(softmax(logits) if mass is None else np.asarray(mass, np.float64), order, -1)
     return order, weights / weights.sum(-1, keepdims=True) if renormalise else weights
 
 

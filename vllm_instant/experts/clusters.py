@@ -30,7 +30,7 @@ class SuperExperts:
     Attributes:
         model: whose experts they are.
         cluster: ``[layers][experts]``, the cluster of each expert, numbered from 0 without gaps in each layer.
-        prior: ``[layers][experts]``, positive, mean 1: how much more than others an expert is worth keeping when a
+        prior: ``[layers][experts]``, positive, about 1: how much more than others an expert is worth keeping when a
             batch has to do without some.
         affinity: for each prompt class ``[layers][clusters]``: the share of its router weight that a cluster gets.
         placement: for each number of devices ``[layers][experts]``: the device of each expert.

@@ -81,6 +81,15 @@ class Point:
     mass: float
     by_layer: tuple[float, ...]
 
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Point:
+        """A point from what ``plain`` gave."""
+        setting = Setting(*(record[name] for name in ("form", "budget", "keep", "cohesion")))
+        intervals = [Interval(*record[name]) for name in ("distinct", "saved", "perplexity", "kl")]
+        distinct, saved, perplexity, kl = intervals
+        rest = (record["agreement"], record["mass"], tuple(record["by_layer"]))
+        return cls(setting, record["batch"], distinct, saved, perplexity, kl, *rest)
+
     def plain(self) -> dict[str, Any]:
         """As JSON types."""
         values = {name: getattr(self, name).plain() for name in ("distinct", "saved", "perplexity", "kl")}

@@ -84,4 +84,4 @@ def _embedding(affinity: npt.NDArray[np.floating], dimensions: int) -> npt.NDArr
     _, vectors = np.linalg.eigh(scale[:, None] * matrix * scale[None])
     points = vectors[:, -dimensions:]
     norms = np.linalg.norm(points, axis=1, keepdims=True)
-    return points / np.maximum(norms, 1e-12)
+    return np.asarray(points / np.maximum(norms, 1e-12), np.float64)

@@ -156,7 +156,7 @@ def judge(trace: Trace, labels: Labels, stability: float, seed: int = 0) -> Judg
     random = np.stack([generator.permuted(row) for row in labels])
     requests = trace.requests
     # One row of sums for each request: resampling requests is then resampling rows.
-    pairs = np.empty((len(requests), model.layers, 3))
+    pairs = np.empty((len(requests), model.layers, 2))
     masses = np.empty((len(requests), 3))
     for row, request in enumerate(requests):
         own = trace.select(trace.request == request)
@@ -164,7 +164,7 @@ def judge(trace: Trace, labels: Labels, stability: float, seed: int = 0) -> Judg
             counted = _pairs(own.use(layer))
             apart = counted - np.diag(np.diag(counted))
             same = labels[layer][:, None] == labels[layer][None]
-            pairs[row, layer] = (apart * same).sum(), apart.sum(), 0.0
+            pairs[row, layer] = (apart * same).sum(), apart.sum()
         masses[row] = _best_mass(own, labels), _best_mass(own, random), len(own) * model.layers
     by_chance = np.array([_pairs_by_chance(row) for row in labels])
     # Popularity is a property of all requests together; its own uncertainty is small beside that of pairs.
@@ -172,20 +172,20 @@ def judge(trace: Trace, labels: Labels, stability: float, seed: int = 0) -> Judg
         [_within_and_expected(m, row)[1] for m, row in zip(co_activation(trace), labels, strict=True)], np.float64
     )
 
-    def values(chosen: npt.NDArray[np.int64]) -> tuple[Floats, float, float, float]:
+    def values(chosen: npt.NDArray[np.int64]) -> tuple[Floats, list[float]]:
         sums = pairs[chosen].sum(0)
         within = sums[:, 0] / np.maximum(sums[:, 1], 1.0)
         mass = masses[chosen].sum(0)
         by_layer = within / np.maximum(by_chance, 1e-300)
         beyond = float(np.mean(within / np.maximum(popular, 1e-300)))
-        return by_layer, float(by_layer.mean()), beyond, float((mass[0] - mass[1]) / mass[2])
+        return by_layer, [float(by_layer.mean()), beyond, float((mass[0] - mass[1]) / mass[2])]
 
     every = np.arange(len(requests))
-    central = values(every)
-    drawn = np.array([values(generator.choice(every, len(every)))[1:] for _ in range(RESAMPLES)])
+    layers, central = values(every)
+    drawn = np.array([values(generator.choice(every, len(every)))[1] for _ in range(RESAMPLES)])
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    intervals = [Interval(central[i + 1], float(low[i]), float(high[i])) for i in range(3)]
-    return Judgement(*intervals, stability, tuple(float(value) for value in central[0]))
+    together, beyond, mass = (Interval(value, float(low[i]), float(high[i])) for i, value in enumerate(central))
+    return Judgement(together, beyond, mass, stability, tuple(layers.tolist()))
 
 
 def _pairs_by_chance(labels: npt.NDArray[np.int64]) -> float:
@@ -210,7 +210,7 @@ def stability(trace: Trace, clusters: int, seed: int = 0, splits: int = 3) -> fl
     """Adjusted Rand index between the clusters of two halves of the requests, mean over layers and splits."""
     from sklearn.metrics import adjusted_rand_score
 
-    found = []
+    found: list[float] = []
     for split in range(splits):
         halves = [clusters_of(co_activation(half), clusters, seed) for half in trace.split(0.5, seed + split)]
         found.extend(adjusted_rand_score(a, b) for a, b in zip(*halves, strict=True))
@@ -246,6 +246,23 @@ def class_distance(affinity: dict[str, tuple[tuple[float, ...], ...]]) -> float:
         for a, b in zip(affinity[first], affinity[second], strict=True)
     ]
     return float(np.mean(found)) if found else 0.0
+
+
+def strength(trace: Trace) -> Floats:
+    """The weight that an expert has when it is chosen, relative to the layer's mean, 0.5 to 2: ``[layers, experts]``.
+
+    An expert that is only ever chosen as the seventh or eighth is missed less than its demand says.
+    """
+    found = []
+    for layer in range(trace.model.layers):
+        chosen = trace.experts[:, layer].ravel().astype(np.int64)
+        weights = trace.weights[:, layer].ravel().astype(np.float64)
+        use = np.bincount(chosen, minlength=trace.model.experts)
+        mean = np.bincount(chosen, weights=weights, minlength=trace.model.experts) / np.maximum(use, 1)
+        # An expert that was never chosen is worth as much as others: nothing is known of it.
+        mean[use == 0] = mean[use > 0].mean()
+        found.append(np.clip(mean / mean.mean(), 0.5, 2.0))
+    return np.stack(found)
 
 
 def learn(trace: Trace, clusters: int | None = None, seed: int = 0) -> tuple[SuperExperts, Judgement]:
@@ -291,7 +308,7 @@ def learn(trace: Trace, clusters: int | None = None, seed: int = 0) -> tuple[Sup
     found = SuperExperts(
         model,
         tuple(tuple(row) for row in labels.tolist()),
-        ((1.0,) * model.experts,) * model.layers,
+        tuple(tuple(row) for row in strength(trace).tolist()),
         affinity,
         learned_from=notes,
     )

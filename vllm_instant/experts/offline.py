@@ -75,13 +75,14 @@ class OfflineModel:
             restricted = logits
             if self._restrict is not None:
                 restricted = self._restrict(layer, logits)
-                found = restricted.float().softmax(-1).topk(self.routed.top_k, -1)
-                weights, chosen = found.values, found.indices
+                chosen = restricted.topk(self.routed.top_k, -1).indices
+                # From all logits: where weights are not renormalised, refused experts must not lift the others'.
+                weights = logits.float().softmax(-1).gather(-1, chosen)
                 if self.routed.renormalise:
                     weights = weights / weights.sum(-1, keepdim=True)
                 weights = weights.to(logits.dtype)
             self._seen.append((logits, weights, chosen))
-            return restricted, weights, chosen
+            return logits, weights, chosen
 
         return forward
 
@@ -120,7 +121,7 @@ class OfflineModel:
         self._restrict = None
         seen = [tuple(part.view(count, context, -1).numpy() for part in layer) for layer in self._seen]
         self._seen.clear()
-        return logits, seen  # type: ignore[return-value]
+        return logits, seen
 
     def trace(
         self, windows: torch.Tensor, classes: Sequence[str], prompt: int, batch: int = 16, at_once: int = 32

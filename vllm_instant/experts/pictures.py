@@ -27,14 +27,16 @@ def draw(points: Sequence[Point], path: Path, title: str) -> None:
 
     batches = sorted({point.batch for point in points if point.setting.form != NATIVE})
     figure, axes = pyplot.subplots(len(batches), 2, figsize=(9.5, 3.6 * len(batches)), squeeze=False)
+    every = sorted({line_of(point) for point in points if point.setting.form != NATIVE})
+    every.sort(key=lambda name: not name.startswith(BUDGET))
+    colours = {name: f"C{number}" for number, name in enumerate(every)}
     for row, batch in zip(axes, batches, strict=True):
         of_batch = [point for point in points if point.batch == batch]
-        lines = sorted({line_of(point) for point in of_batch if point.setting.form != NATIVE})
-        lines.sort(key=lambda name: not name.startswith(BUDGET))
-        for name in lines:
+        here = {line_of(point) for point in of_batch if point.setting.form != NATIVE}
+        for name in (name for name in every if name in here):
             line = sorted((p for p in of_batch if line_of(p) == name), key=lambda p: p.distinct.value)
             x = [p.distinct.value for p in line]
-            style = {"marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1.2}
+            style = {"color": colours[name], "marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1.2}
             for axis, found, scale in ((row[0], [p.perplexity for p in line], 100), (row[1], [p.kl for p in line], 1)):
                 y = [interval.value * scale for interval in found]
                 spread = [
@@ -50,11 +52,15 @@ def draw(points: Sequence[Point], path: Path, title: str) -> None:
             for native in natives:
                 axis.axvline(native, color="grey", linestyle="--", linewidth=1)
         row[0].axhline(BOUND * 100, color="black", linestyle=":", linewidth=1)
+        # What lies above is of no use; it would press everything else to the ground.
         row[0].set_ylim(-0.5, 12)
-        row[1].set_ylim(bottom=0)
-    axes[0][0].legend(fontsize=8)
+        row[1].set_ylim(0, 0.2)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
+    handles: dict[str, object] = {}
+    for axis in axes[:, 0]:
+        handles |= dict(reversed(list(zip(*reversed(axis.get_legend_handles_labels()), strict=True))))
+    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.03 + 0.05 / len(batches), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -53,7 +53,8 @@ def cut(streams: Sequence[tuple[str, torch.Tensor]], count: int, context: int) -
 
     """
     each = count // len(streams)
-    tokens, classes = [], []
+    tokens: list[torch.Tensor] = []
+    classes: list[str] = []
     for name, stream in streams:
         if len(stream) < each * context:
             raise TextError(

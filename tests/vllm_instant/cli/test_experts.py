@@ -64,6 +64,12 @@ def test_what_learn_cannot_do_is_one_sentence(run, traces, tmp_path, words, said
     assert said in result.stderr
 
 
+def test_report_of_a_folder_without_a_model(run, tmp_path):
+    result = run("report", tmp_path, "-o", tmp_path / "r")
+    assert result.exit_code == 2
+    assert f"{tmp_path} cannot be loaded" in result.stderr
+
+
 def test_learn_without_a_trace(run, tmp_path):
     result = run("learn", tmp_path / "none.npz", "-o", tmp_path / "c.json")
     assert result.exit_code == 2
@@ -88,7 +94,6 @@ def test_report_measures_draws_and_writes(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("nowhere",), "nowhere cannot be loaded"),
         (("demo", "--prompt", "255"), "--prompt 255 leaves nothing of a --context of 256: at most 252"),
         (("demo", "--windows", "20"), "--windows 20 must be a multiple of --batch (16)"),
         (("demo", "--clusters", "none.json"), "there is no cluster file none.json"),

@@ -93,7 +93,7 @@ def test_preparing_writes_once_what_vllm_loads(tmp_path):
     assert moe_assets.prepare(tmp_path / "moe", expand_experts.SMALL, "float32") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     with pytest.raises(FileNotFoundError, match="mixture of experts is missing"):
-        moe_assets.prepare(tmp_path / "other", assets=tmp_path)
+        moe_assets.prepare(tmp_path / "other", assets=tmp_path / "nothing")
 
 
 def dense_toy():

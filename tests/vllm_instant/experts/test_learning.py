@@ -50,6 +50,17 @@ def test_prompt_classes_show_in_the_affinity():
     assert learning.class_distance(found.affinity) > 0.5
 
 
+def test_experts_that_weigh_more_have_a_larger_prior():
+    trace, _ = planted(loyalty=0.25)
+    trace.weights[trace.experts == 3] = 0.75
+    trace.experts[trace.experts == 5] = 6
+    prior = learning.strength(trace)
+    assert (prior[:, 3] == 2.0).all()
+    # An expert that was never chosen is as good as any.
+    assert prior[:, [0, 5]] == pytest.approx(1.0, abs=0.08)
+    assert learning.learn(trace, clusters=4)[0].prior[0][3] == 2.0
+
+
 def test_what_cannot_be_learned_from_is_refused():
     with pytest.raises(TraceError, match="5 requests are too few to learn from: at least 8"):
         learning.learn(planted(requests=5)[0])

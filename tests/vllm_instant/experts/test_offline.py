@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from vllm_instant.experts import budgets, pictures
-from vllm_instant.experts.frontier import BUDGET, CLUSTER_PRIOR, HARD, NATIVE, OEA, Frontier, Setting
+from vllm_instant.experts.frontier import BUDGET, CLUSTER_PRIOR, HARD, NATIVE, OEA, Frontier, Point, Setting
 from vllm_instant.experts.offline import ModelError, OfflineModel, budget_policy
 from vllm_instant.experts.windows import cut
 
@@ -131,6 +131,7 @@ def test_a_frontier_has_nothing_to_lose_natively_and_more_the_less_is_allowed(mo
     assert points[-1].distinct.value <= 4
     pictures.draw([*points, frontier.measure(Setting(CLUSTER_PRIOR, 3, 1, 1.0), 4)], tmp_path / "a.png", "toy")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert Point.read(some.plain()).plain() == some.plain()
     with pytest.raises(ValueError, match="needs clusters"):
         Frontier(model, windows, 4).measure(Setting(HARD, 1), 4)
 
