@@ -30,8 +30,8 @@ def trace(
 ) -> None:
     """Serve a mixture-of-experts model under prompts and record which experts it picks, into one file.
 
-    Further words are passed to `vllm serve`. With a URL, prompts go to a server that is served with
-    `[experts] plugin = "observed"` and writes the trace that its deployment names.
+    Further words are passed to `vllm serve`. With a URL, prompts go to a server whose experts plugin is `observed`; it
+    writes the trace that its deployment names.
     """
     from vllm_instant.experts.tracing import TracingError, built_in_prompts, read_prompts, record
 
