@@ -111,7 +111,6 @@ class ServedExperts:
         self._look = Look.NOTHING
         self._overdue = 0
         self._decode_rows: list[int] = []
-        self._step: StepRows | None = None
         self._latest: dict[str, Any] | None = None
         self.idle = not self._replays
         """Whether nobody has to be asked in this step, which does not mean that nothing is counted."""
@@ -152,7 +151,6 @@ class ServedExperts:
         import torch
 
         self.number += 1
-        self._step = rows
         counts = np.diff(rows.starts)
         kinds = np.where(rows.is_decode, RowKind.DECODE, RowKind.PREFILL).astype(np.int8).repeat(counts)
         total = len(kinds)
@@ -163,10 +161,12 @@ class ServedExperts:
         self._consume()
         asked = self.plugin.call("begin_step", lambda plugin: plugin.begin_step(rows), False)
         look = self.plugin.call("look", lambda plugin: plugin.look(self.number), Look.NOTHING)
+        if look is Look.SHADOW and asked is False:
+            look = Look.COUNTS  # both passes would be the same
         self._look = look if self._decode_rows else Look.NOTHING
         if look is Look.SHADOW and self.shadow_objection is not None:
             self._look = Look.COUNTS
-        elif (look is Look.SHADOW or self._overdue) and self.shadow_objection is None:
+        elif look is Look.SHADOW or (self._overdue and asked is not False):
             pure = len(self._decode_rows) == total
             late = self._overdue > PATIENCE and total <= MOST_MIXED_ROWS
             if self._decode_rows and (pure or late):

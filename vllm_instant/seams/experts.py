@@ -375,6 +375,10 @@ SEAM = Seam(
         Function(_RUNNER, "GPUModelRunner.sample_tokens", ("self",)),
         Function(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config")),
         Name("forward_context.py", "ForwardContext.moe_layer_index"),
+        *(
+            Name("config/parallel.py", f"ParallelConfig.{name}")
+            for name in ("pipeline_parallel_size", "data_parallel_size", "enable_dbo")
+        ),
         Name("config/vllm.py", "VllmConfig.additional_config"),
         Mentions(
             "v1/worker/gpu_input_batch.py", "InputBatch.__init__", ("num_prompt_tokens", "num_computed_tokens_cpu")

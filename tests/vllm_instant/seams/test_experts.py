@@ -1,13 +1,19 @@
 """Routers that ask a plugin, against vLLM's own classes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from vllm_instant import carrier
 from vllm_instant.containment import Contained
 from vllm_instant.contracts import ExpertLayer, ExpertRouter, Look, RowKind, StepRows
-from vllm_instant.seams import expert_routers
+from vllm_instant.seams import expert_reports, expert_routers
+from vllm_instant.seams import experts as seam
+from vllm_instant.seams.building import PluginStartError
 from vllm_instant.seams.expert_steps import ServedExperts
+from vllm_instant.settings import resolve
 
 pytestmark = pytest.mark.engine
 
@@ -330,6 +336,79 @@ def test_the_square_root_of_softplus_is_known():
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("pipeline_parallel_size", 2, "all layers"),
+        ("data_parallel_size", 4, "data_parallel_size = 4"),
+        ("enable_dbo", True, "microbatches"),
+    ],
+)
+def test_engines_that_split_a_step_are_refused(field, value, words):
+    fields = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "enable_dbo": False}
+    config = SimpleNamespace(parallel_config=SimpleNamespace(**fields))
+    assert seam.objection_to(config) is None
+    setattr(config.parallel_config, field, value)
+    assert words in seam.objection_to(config)
+
+
+def test_native_touches_nothing():
+    carrier.publish(resolve(None, []))
+    try:
+        assert seam.chosen() is None
+        carrier.publish(resolve(None, ["experts.plugin=observed"]))
+        assert seam.chosen() is not None
+    finally:
+        carrier.withdraw()
+
+
+def test_a_model_without_experts_is_refused():
+    with pytest.raises(PluginStartError, match="no mixture-of-experts layers"):
+        seam.served_layers(torch.nn.Linear(2, 2), "super_expert")
+
+
+def test_rows_that_decode():
+    """One new token and its drafts behind a prompt that was read; not what a preempted request reads again."""
+    params = SimpleNamespace(extra_args={"instant_prompt_class": "code"})
+    names = ["prompt", "decodes", "verifies", "resumed", "last of its prompt"]
+    runner = SimpleNamespace(
+        input_batch=SimpleNamespace(
+            req_ids=names,
+            num_computed_tokens_cpu=np.array([0, 30, 31, 25, 19], np.int32),
+            num_prompt_tokens=np.array([20, 20, 20, 20, 20], np.int32),
+        ),
+        requests={name: SimpleNamespace(sampling_params=params if name == "decodes" else None) for name in names},
+    )
+    output = SimpleNamespace(scheduled_spec_decode_tokens={"verifies": [5, 6]})
+    rows, drafts = seam.rows_of(runner, output, np.array([20, 1, 3, 7, 1], np.int32), 9)
+    assert rows.is_decode.tolist() == [False, True, True, False, False]
+    assert rows.starts.tolist() == [0, 20, 21, 24, 31, 32]
+    assert rows.prompt_classes == ["", "code", "", "", ""]
+    assert rows.first_positions.tolist() == [0, 30, 31, 25, 19]
+    assert (rows.number, drafts) == (9, [0, 0, 2, 0, 0])
+
+
+def test_counts_reach_the_scheduler_beside_the_output():
+    class Counting(Restricting):
+        def measures(self):
+            return {"budget": 0.5}
+
+    router, (hidden, logits) = _router("softmax"), _inputs()
+    serving = _serving(router, Counting())
+    router._compute_routing(hidden, logits, None)
+    serving.finish()
+    output = SimpleNamespace()
+    setattr(output, seam.SERVING, serving.report())
+    count = expert_reports.count_in(output)
+    assert (count.requests, count.draft_tokens) == (TOKENS, 0)
+    assert (count.num_experts, count.top_k) == (EXPERTS, TOP_K)
+    assert count.experts == serving.totals["routed_experts"]
+    assert serving.report() is None
+    assert expert_reports.count_in(SimpleNamespace()) is None
+    assert serving.control({"no such": 1})["error"]
+    assert serving.control({})["measures"] == {"budget": 0.5}
+
+
 class TestShadow:
     class Shy(Restricting):
         def look(self, number):
@@ -349,6 +428,15 @@ class TestShadow:
     def test_but_not_for_ever(self):
         serving = _serving(_router("softmax"), self.Shy())
         assert any(self._begin(serving, [RowKind.DECODE, RowKind.PREFILL]) for _ in range(80))
+
+    def test_a_step_that_nobody_asks_about_is_not_run_twice(self):
+        class Content(self.Shy):
+            def begin_step(self, rows):
+                return False
+
+        serving = _serving(_router("softmax"), Content())
+        assert not serving.wants_shadow
+        assert serving.counting
 
     def test_a_model_that_cannot_run_twice_is_only_counted(self):
         serving = _serving(_router("softmax"), self.Shy())
