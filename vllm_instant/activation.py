@@ -17,6 +17,8 @@ from vllm_instant.seams import (
     draft_skipping,
     drafter,
     engine_core,
+    expert_reports,
+    experts,
     plain_sampling,
     rejection_sampler,
     request_options,
@@ -88,6 +90,8 @@ def activate() -> None:
         cpu_seeds,  # around what the sampling of a step has become
         undrafted_sampling,
         attention,
+        experts,
+        expert_reports,
         request_options,
         engine_core,
     ):

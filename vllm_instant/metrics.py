@@ -28,6 +28,16 @@ _BATCHING = {
     "preemptions": ("requests_preempted", "Times that a running request lost its KV blocks."),
 }
 
+_EXPERTS = {
+    "layer_steps": ("expert_layer_steps_counted", "Layers times decoding steps whose experts were counted."),
+    "native_experts": ("experts_native", "Distinct experts that the model's own routing would have used in those."),
+    "routed_experts": ("experts_routed", "Distinct experts that were used in those."),
+    "native_mass": ("expert_mass_native", "Router weights of the model's own picks in those."),
+    "routed_mass": ("expert_mass_routed", "Router weights of what was picked in those."),
+    "kl_tokens": ("expert_shadow_tokens", "Tokens whose distribution was compared with that of a shadow pass."),
+    "kl": ("expert_shadow_kl_nats", "Sum of their divergences."),
+}
+
 
 class InstantMetrics:
     """Prometheus metrics fed with totals from the engine cores.
@@ -66,13 +76,24 @@ class InstantMetrics:
             registry=registry,
             multiprocess_mode="mostrecent",
         )
+        self._experts = {
+            field: Counter(f"{PREFIX}{name}", text, ["engine"], registry=registry)
+            for field, (name, text) in _EXPERTS.items()
+        }
+        self._expert_measures = Gauge(
+            f"{PREFIX}experts_measure",
+            "What the experts plugin says of itself: its budget and its gate, for example.",
+            ["engine", "measure"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
         self._failures = Counter(
             f"{PREFIX}plugin_failures",
             "Times that a plugin raised while serving (it is disabled at the first).",
             ["engine", "slot", "plugin", "hook"],
             registry=registry,
         )
-        self._seen: dict[tuple[str, ...], int] = defaultdict(int)
+        self._seen: dict[tuple[str, ...], float] = defaultdict(float)
 
     def update(self, engine: str, totals: dict[str, Any]) -> None:
         """Raise the counters to an engine's totals; a total that fell means that the engine was restarted."""
@@ -82,10 +103,16 @@ class InstantMetrics:
                     counter.labels(engine).inc(self._growth((engine, field), totals[slot][field]))
         for measure, value in (totals.get("batching") or {}).get("measures", {}).items():
             self._measures.labels(engine, measure).set(value)
+        experts = totals.get("experts")
+        if experts is not None:
+            for field, counter in self._experts.items():
+                counter.labels(engine).inc(self._growth((engine, f"experts {field}"), experts["totals"][field]))
+            for measure, value in experts["measures"].items():
+                self._expert_measures.labels(engine, measure).set(value)
         for failure in totals.get("failures", ()):
             labels = (engine, failure["slot"], failure["plugin"], failure["hook"])
             self._failures.labels(*labels).inc(self._growth(labels, failure["count"]))
 
-    def _growth(self, key: tuple[str, ...], total: int) -> int:
+    def _growth(self, key: tuple[str, ...], total: float) -> float:
         before, self._seen[key] = self._seen[key], total
         return total - before if total >= before else total

@@ -213,9 +213,6 @@ def _check_slot(
         rivals = " and ".join(offer.distribution for offer in offers)
         return None, [Problem(source("plugin"), f"[{slot}] plugin", f"{name!r} is offered by {rivals}: uninstall one")]
     plugin = offers[0].plugin
-    if not SLOTS[slot].served and plugin.name != SLOTS[slot].default:
-        message = f"this release cannot put plugins into this slot yet; valid: {SLOTS[slot].default}"
-        return None, [Problem(source("plugin"), f"[{slot}] plugin", message)]
     given = {key: value for key, value in table.items() if key != "plugin"}
     try:
         # JSON rules: strict about types ("4" is no number), yet lists may fill tuples and strings paths.

@@ -17,8 +17,6 @@ class Slot:
     default: str
     """The plugin of a deployment that does not name one; always lossless."""
     contract: type
-    served: bool = True
-    """Whether this release can put plugins into the slot; otherwise the default is the only choice."""
     optional: bool = False
     """Whether the default only serves where it takes nothing away (``seams.default_drafter``)."""
 
@@ -48,7 +46,7 @@ SLOTS: dict[str, Slot] = {
             "fcfs",
             contracts.BatchingPolicy,
         ),
-        Slot("experts", "which experts a batch may use", "worker", "native", contracts.ExpertRouter, served=False),
+        Slot("experts", "which experts a batch may use", "worker", "native", contracts.ExpertRouter),
         Slot(
             "attention",
             "the attention kernel and the KV-cache format",

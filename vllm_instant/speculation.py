@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_instant.containment import Contained, ContractError
-from vllm_instant.contracts import DraftPrice, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
+from vllm_instant.contracts import DraftPrice, ExpertCount, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant.drafting import DraftPlan, DraftReport
 from vllm_instant.live_requests import LiveRequests
 
@@ -218,6 +218,7 @@ class SpeculationBudget:
         num_scheduled_tokens: int,
         num_scheduled_requests: int = 0,
         draft_passes: int = 0,
+        experts: ExpertCount | None = None,
     ) -> None:
         """Count a finished step; the policy sees it when there is time."""
         now = self._clock()
@@ -228,7 +229,15 @@ class SpeculationBudget:
         self.counters.accepted += sum(accepted)
         self._outcomes.append(
             StepOutcome(
-                states, drafted, accepted, num_scheduled_tokens, seconds, num_scheduled_requests, number, draft_passes
+                states,
+                drafted,
+                accepted,
+                num_scheduled_tokens,
+                seconds,
+                num_scheduled_requests,
+                number,
+                draft_passes,
+                experts,
             )
         )
 

@@ -13,6 +13,7 @@ from vllm_instant_plugins.hybrid.plugin import PLUGIN as HYBRID
 from vllm_instant_plugins.samplers.plugin import PLUGINS as SAMPLERS
 from vllm_instant_plugins.similarity.plugin import PLUGIN as SIMILARITY
 from vllm_instant_plugins.suffix.plugin import PLUGIN as SUFFIX
+from vllm_instant_plugins.super_expert.plugin import PLUGINS as EXPERTS
 
 
 @hookimpl
@@ -27,6 +28,7 @@ def instant_plugins() -> Iterable[Plugin]:
         *SAMPLERS,
         SIMILARITY,
         *ATTENTION,
+        *EXPERTS,
         *chunked.PLUGINS,
         *stock.PLUGINS,
     ]

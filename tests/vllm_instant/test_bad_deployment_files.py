@@ -68,9 +68,9 @@ FILES = {
         '[speculation]\nplugin = "broken"\n',
         ["broken", "broken-plugin", "could not be loaded", "ModuleNotFoundError", "not_installed_anywhere"],
     ),
-    "unserved slot": (
-        '[experts]\nplugin = "unserved"\n',
-        ["[experts] plugin", "cannot put plugins into this slot yet"],
+    "budget beyond everything": (
+        '[experts]\nplugin = "super_expert"\nbudget = 1.5\n',
+        ["[experts] budget", "less than or equal to 1", "1.5"],
     ),
 }
 

@@ -33,6 +33,20 @@ def test_batching_counts_and_its_policys_measures():
     assert registry.get_sample_value("vllm_instant:batching_measure", labels) == 0.1
 
 
+def test_what_an_experts_plugin_counts_and_says_of_itself():
+    registry = CollectorRegistry()
+    metrics = InstantMetrics(resolve(), registry)
+    fields = ("layer_steps", "native_experts", "routed_experts", "native_mass", "routed_mass", "kl_tokens", "kl")
+    for factor in (1, 3):
+        totals = {field: factor * (number + 0.5) for number, field in enumerate(fields)}
+        experts = {"totals": totals, "measures": {"budget": 0.25 * factor}}
+        metrics.update("0", {"speculation": None, "failures": [], "experts": experts})
+    found = registry.get_sample_value
+    assert found("vllm_instant:experts_routed_total", {"engine": "0"}) == 7.5
+    assert found("vllm_instant:expert_shadow_kl_nats_total", {"engine": "0"}) == 19.5
+    assert found("vllm_instant:experts_measure", {"engine": "0", "measure": "budget"}) == 0.75
+
+
 def test_a_restarted_engine_does_not_turn_counters_back():
     registry = CollectorRegistry()
     metrics = InstantMetrics(resolve(), registry)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from vllm_instant.cli import experts_trace
 from vllm_instant.cli.common import fail, print_columns, working
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Mixtures of experts: trace what is used, learn what belongs together, report what fewer experts cost.",
     no_args_is_help=True,
+)
+app.command(name="trace", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    experts_trace.trace
 )
 
 DEMO = "demo"

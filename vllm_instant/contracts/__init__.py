@@ -10,7 +10,16 @@ raises is not called again (stock vLLM behaviour takes over, see ``vllm_instant.
 from vllm_instant.contracts.attention import AttentionLayer, AttentionProvider, AttentionStep, CacheParts
 from vllm_instant.contracts.batching import Admission, BatchingPolicy, QueueMoment
 from vllm_instant.contracts.drafter import Draft, Drafter, DraftRequest, Share, SharingDrafter
-from vllm_instant.contracts.experts import ExpertRouter
+from vllm_instant.contracts.experts import (
+    ExpertCount,
+    ExpertLayer,
+    ExpertRouter,
+    Look,
+    RouterStep,
+    RoutingMeasures,
+    RowKind,
+    StepRows,
+)
 from vllm_instant.contracts.plugins import DrafterOptions, Plugin, PluginContext, PluginOptions
 from vllm_instant.contracts.rejection_sampler import RejectionSampler
 from vllm_instant.contracts.requests import RequestState
@@ -37,8 +46,11 @@ __all__ = [
     "Drafter",
     "DrafterOptions",
     "EngineLoad",
+    "ExpertCount",
+    "ExpertLayer",
     "ExpertRouter",
     "Holds",
+    "Look",
     "Plugin",
     "PluginContext",
     "PluginOptions",
@@ -47,11 +59,15 @@ __all__ = [
     "QueueMoment",
     "RejectionSampler",
     "RequestState",
+    "RouterStep",
+    "RoutingMeasures",
+    "RowKind",
     "SessionLimits",
     "Share",
     "SharingDrafter",
     "SpeculationPolicy",
     "StepOutcome",
+    "StepRows",
     "StreamingPrefill",
     "UpcomingStep",
 ]

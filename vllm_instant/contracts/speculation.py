@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from vllm_instant.contracts.experts import ExpertCount
 from vllm_instant.contracts.requests import RequestState
 
 
@@ -46,6 +47,8 @@ class StepOutcome:
     number: int = 0
     draft_passes: int = 0
     """Draft tokens that the drafter made at the end of this step, for the next: the longest length that was planned."""
+    experts: ExpertCount | None = None
+    """Distinct experts that a step of late used, where an experts plugin counts them; most steps are not counted."""
 
 
 @dataclass(frozen=True, slots=True)

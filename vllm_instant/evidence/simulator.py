@@ -15,9 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant.containment import Contained
-from vllm_instant.contracts import Draft, RequestState, SpeculationPolicy
+from vllm_instant.contracts import Draft, ExpertCount, RequestState, SpeculationPolicy
 from vllm_instant.drafting import DraftPlan, worthwhile
 from vllm_instant.speculation import SpeculationBudget
+
+COUNT_EVERY = 8
+"""One step of so many has its distinct experts counted."""
 
 Acceptance = Callable[[int, int], float]
 """(step, draft position from 0) → chance that the token is accepted, given that those before it were."""
@@ -63,6 +66,11 @@ class StepCost:
         draft_pass_request: further seconds of each pass and request.
         draft_start: seconds that drafting costs at all.
         missed_second: tokens a second that the drafter reads of what came while it was off.
+        expert_second: seconds of each distinct expert; 0 for a model without.
+        num_experts: experts of each layer.
+        top_k: experts that a token picks.
+        draft_share: how many tokens on their own a draft token is worth in new experts; 0 when it always uses those
+            of the token before it.
 
     """
 
@@ -72,6 +80,18 @@ class StepCost:
     draft_pass_request: float = 0.0
     draft_start: float = 0.0
     missed_second: float = np.inf
+    expert_second: float = 0.0
+    num_experts: int = 64
+    top_k: int = 8
+    draft_share: float = 1.0
+
+    def experts(self, requests: int, drafts: int) -> ExpertCount | None:
+        """Distinct experts of a step in each layer; None for a model without."""
+        if not self.expert_second:
+            return None
+        tokens = requests + self.draft_share * drafts
+        used = self.num_experts * (1.0 - (1.0 - self.top_k / self.num_experts) ** tokens)
+        return ExpertCount(requests, drafts, used, self.num_experts, self.top_k)
 
     def seconds(self, rows: int, context: int, passes: int, requests: int, missed: int = 0) -> float:
         """Time of one step, without noise."""
@@ -81,6 +101,8 @@ class StepCost:
         else:
             target = times[-1] + (rows - sizes[-1]) * (times[-1] - times[-2]) / (sizes[-1] - sizes[-2])
         drafting = self.draft_start + passes * (self.draft_pass + self.draft_pass_request * requests) if passes else 0.0
+        experts = self.experts(requests, rows - requests)
+        target += experts.experts * self.expert_second if experts is not None else 0.0
         return target + context / self.context_second + drafting + missed / self.missed_second
 
 
@@ -249,7 +271,8 @@ def simulate(
             report.step_seconds.append(seconds)
             report.step_tokens.append(produced)
             report.step_drafted.append(sum(drafted))
-        tell = _outcome(budget, step, [r.state for r in running], drafted, accepted, rows, passes)
+        experts = cost.experts(len(running), sum(drafted)) if step % COUNT_EVERY == 0 else None
+        tell = _outcome(budget, step, [r.state for r in running], drafted, accepted, rows, passes, experts)
         late.append((clock.now, tell))
         if len(late) > feedback_delay:
             # It is told late, but what it tells happened in time.
@@ -310,6 +333,7 @@ def _outcome(
     accepted: list[int],
     rows: int,
     passes: int,
+    experts: ExpertCount | None,
 ) -> Callable[[], None]:
     return lambda: budget.step_finished(
         step,
@@ -319,4 +343,5 @@ def _outcome(
         num_scheduled_tokens=rows,
         num_scheduled_requests=len(states),
         draft_passes=passes,
+        experts=experts,
     )

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Body, FastAPI, HTTPException, Query, Request
 
 from vllm_instant import carrier
 from vllm_instant.containment import Contained, failure_counts
@@ -18,6 +18,7 @@ from vllm_instant.metrics import InstantMetrics
 from vllm_instant.seams import streaming
 from vllm_instant.seams.building import uses_drafter_plugin
 from vllm_instant.seams.engine_core import DECISIONS_METHOD, METHOD
+from vllm_instant.seams.expert_reports import METHOD as EXPERTS_METHOD
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
 from vllm_instant.settings import Deployment, SlotChoice
 
@@ -41,8 +42,13 @@ class InstantEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, under ``/v1`` so that the API key guards them."""
-        for path, endpoint in (("deployment", _show_deployment), ("decisions", _show_decisions)):
-            app.add_api_route(f"/v1/instant/{path}", endpoint, methods=["GET"], tags=["vllm-instant"])
+        for path, endpoint, method in (
+            ("deployment", _show_deployment, "GET"),
+            ("decisions", _show_decisions, "GET"),
+            ("experts", _show_experts, "GET"),
+            ("experts", _set_experts, "POST"),
+        ):
+            app.add_api_route(f"/v1/instant/{path}", endpoint, methods=[method], tags=["vllm-instant"])
         if streaming.is_served(carrier.current()):
             self._app, self._streaming = app, streaming.attach(app)
 
@@ -86,6 +92,25 @@ async def _show_deployment(request: Request) -> dict[str, Any]:
     """The deployment that is served: effective values and where each came from."""
     deployment: Deployment | None = getattr(request.app.state, "instant_deployment", None)
     return deployment.model_dump(mode="json") if deployment is not None else {}
+
+
+async def _show_experts(request: Request) -> dict[str, Any]:
+    """What the experts plugin measured, by engine; nothing without one."""
+    totals = await request.app.state.engine_client.engine_core.call_utility_all_async(METHOD)
+    return {"engines": [of_engine.get("experts") for of_engine in totals]}
+
+
+async def _set_experts(request: Request, settings: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
+    """Hand settings to the experts plugin in all workers; the first one's answer, its layers included."""
+    deployment: Deployment | None = getattr(request.app.state, "instant_deployment", None)
+    if deployment is None or deployment.offer("experts").plugin.build is None:
+        raise HTTPException(404, "this server has no experts plugin")
+    workers = await request.app.state.engine_client.collective_rpc(EXPERTS_METHOD, args=(settings,))
+    if not workers or workers[0] is None:
+        raise HTTPException(404, "no worker of this server asks an experts plugin")
+    if "error" in workers[0]:
+        raise HTTPException(400, workers[0]["error"])
+    return dict(workers[0])
 
 
 def as_served(deployment: Deployment, speculative_config: Any) -> Deployment:

@@ -6,6 +6,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
+from vllm_instant.seams.expert_reports import REPORT
 from vllm_instant.seams.import_hooks import when_imported
 from vllm_instant.seams.requirements import Function, Mentions, Seam
 
@@ -17,9 +18,12 @@ LET_GO_METHOD = "instant_let_go"
 
 
 def instant_totals(self: Any) -> dict[str, Any]:
-    """Totals since start: ``speculation``, ``batching`` (see their counters; or None) and ``failures`` of plugins."""
-    totals = getattr(self.scheduler, "instant_totals", None)
-    return totals() if totals is not None else {"speculation": None, "batching": None, "failures": []}
+    """Totals since start: ``speculation``, ``batching``, ``experts`` (or None each) and ``failures`` of plugins."""
+    of_scheduler = getattr(self.scheduler, "instant_totals", None)
+    totals = of_scheduler() if of_scheduler is not None else {"speculation": None, "batching": None, "failures": []}
+    experts = getattr(self.scheduler, REPORT, None)
+    failures = [*totals["failures"], *(experts["failures"] if experts is not None else ())]
+    return totals | {"experts": experts, "failures": failures}
 
 
 def instant_decisions(self: Any, last: int, request_id: str | None = None, queue: bool = False) -> list[dict[str, Any]]:

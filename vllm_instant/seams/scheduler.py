@@ -21,6 +21,7 @@ from vllm_instant.contracts import RequestState, StepOutcome
 from vllm_instant.drafting import DraftPlan
 from vllm_instant.seams.batching import BatchingMixin
 from vllm_instant.seams.building import build_contained, context_of
+from vllm_instant.seams.expert_reports import count_in
 from vllm_instant.seams.holding import HoldingMixin
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
 from vllm_instant.speculation import SpeculationBudget
@@ -183,6 +184,7 @@ class InstantMixin(BatchingMixin, HoldingMixin):
                 num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens,
                 num_scheduled_requests=len(scheduler_output.num_scheduled_tokens),
                 draft_passes=scheduler_output.num_spec_tokens_to_schedule or 0,
+                experts=count_in(model_runner_output),
             )
         if self.instant_batching is not None and self.instant_batching.observes:
             now = time.perf_counter()

@@ -84,7 +84,9 @@ def choose(
     """
     requests = len(reach)
     context_seconds = costs.context_seconds(context)
-    off_at_knots, at_knots = costs.at_knots(), costs.at_knots(sigmas)
+    # Drafts share experts with the token before them, other requests do not: rows alone do not say what they cost.
+    of_experts = costs.expert_seconds(costs.knots, requests)
+    off_at_knots, at_knots = costs.at_knots() + of_experts, costs.at_knots(sigmas) + of_experts
     lengths = np.empty(requests, np.intp)
     passes, lowest, tokens, seconds, off_seconds = best_plan(
         reach,

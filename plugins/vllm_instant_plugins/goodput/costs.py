@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant_plugins.goodput.compiled import learn_costs
+from vllm_instant_plugins.goodput.experts import ExpertUse
 
 Array = npt.NDArray[np.float64]
 
@@ -28,14 +29,24 @@ CONTEXT_UNIT = 1024.0
 """Tokens of context that one unit of the context weight stands for."""
 MISSED_UNIT = 128.0
 """The same for tokens that the drafter has to read before it drafts."""
-_EXTRA = ("context", "verifying", "drafting", "drafting rows", "passes", "pass requests", "resuming", "missed")
+_EXTRA = (
+    "context",
+    "verifying",
+    "drafting",
+    "drafting rows",
+    "passes",
+    "pass requests",
+    "resuming",
+    "missed",
+    "experts",
+)
 
 OUTLIER_SIGMAS = 3.0
 _COMMON_DRIFT = 0.002
 _OWN_DRIFT = 0.001
 _PRIOR_POWER = 0.2
 _PRIOR_STEP = 0.15
-_PRIOR_EXTRA = (0.02, 0.05, 0.05, 0.001, 0.05, 0.005, 0.01, 0.02)
+_PRIOR_EXTRA = (0.02, 0.05, 0.05, 0.001, 0.05, 0.005, 0.01, 0.02, 0.5)
 """Standard deviations of the further weights, relative to a step."""
 
 
@@ -58,6 +69,8 @@ class StepCosts:
         self._covariance: Array = np.zeros((len(self.weights), len(self.weights)))
         self._noise = 0.05**2
         """Variance of a measured time relative to the estimate."""
+        self.experts = ExpertUse()
+        """What steps use of a mixture-of-experts model; knows nothing, and costs nothing, with others."""
         self.observations = 0
         self.largest_rows = 0
         """Most rows that were ever measured."""
@@ -96,15 +109,18 @@ class StepCosts:
             passes * requests,
             missed > 0,
             missed / MISSED_UNIT,
+            self.experts.share(requests, drafts),
         )
         return x
 
-    def target_seconds(self, rows: Array, context: float, sigmas: float = 0.0) -> Array:
+    def target_seconds(self, rows: Array, context: float, sigmas: float = 0.0, requests: float | None = None) -> Array:
         """Estimates for steps with these many rows, without drafter and verification; same shape as ``rows``.
 
-        ``sigmas``: so many standard deviations of the estimate less, which is how little it may still turn out to be.
+        ``requests``: how many of the rows are no drafts; all of them by default. ``sigmas``: so many standard
+        deviations of the estimate less, which is how little it may still turn out to be.
         """
         curve = np.interp(rows, self.knots, self.at_knots(sigmas))
+        curve += self.expert_seconds(rows, requests)
         seconds: Array = np.maximum(curve + self.context_seconds(context), 1e-6)
         return seconds
 
@@ -116,6 +132,13 @@ class StepCosts:
             return mean
         below: Array = mean - sigmas * np.sqrt(np.maximum(self._covariance.diagonal()[:count], 0.0))
         return below
+
+    def expert_seconds(self, rows: Array, requests: float | None) -> Array:
+        """What the distinct experts of steps with these many rows take beyond what the rows say; 0 without experts."""
+        alone = rows if requests is None else np.minimum(rows, requests)
+        worth = max(0.0, float(self.weights[-1]))
+        share: Array = self.experts.share(alone, rows - alone)
+        return worth * share
 
     def context_seconds(self, context: float) -> float:
         """What attention to ``context`` tokens takes."""
@@ -138,7 +161,7 @@ class StepCosts:
 
     def resuming_seconds(self, missed: float) -> float:
         """What a drafter takes to read ``missed`` tokens: a draft model that was off has not seen them."""
-        some, each = self.weights[len(self.knots) + 6 :]
+        some, each = self.weights[len(self.knots) + 6 : len(self.knots) + 8]
         return max(0.0, float(some + each * missed / MISSED_UNIT)) if missed else 0.0
 
     def estimate(self, x: Array) -> tuple[float, float]:

@@ -119,7 +119,11 @@ class Explorer:
         idle = now.free[choice.lengths[now.free] == 0]
         if len(idle):
             # One row more for a request that gets none, so that it can show that it has become predictable.
-            row_seconds = float(np.diff(self._costs.target_seconds(np.array([0.0, 1.0]) + choice.requests, 0.0))[0])
+            row_seconds = float(
+                np.diff(
+                    self._costs.target_seconds(np.array([0.0, 1.0]) + choice.requests, 0.0, requests=choice.requests)
+                )[0]
+            )
             probed = idle[self._last_drafted[now.indices[idle]].argmin()]
             seconds = max(0.0, row_seconds) + self._reading_seconds(now.indices[[probed]])
             if self.allowance.take("request", seconds / choice.seconds):
@@ -191,5 +195,7 @@ class Explorer:
 
     def _seconds(self, passes: Array, rows: Array, now: Situation) -> Array:
         """Expected time of steps with drafts: of target, verification and drafter."""
-        target = self._costs.target_seconds(rows, now.context) + self._costs.verifying_seconds()
+        target = (
+            self._costs.target_seconds(rows, now.context, requests=len(now.indices)) + self._costs.verifying_seconds()
+        )
         return target + self._costs.drafting_seconds(passes, rows, now.choice.requests)

@@ -324,6 +324,8 @@ class GoodputPolicy(SpeculationPolicy):
         else:
             idle = planned.indices[np.array(planned.lengths) == 0]
             self.explorer.not_drafted(idle, 1)
+        if outcome.experts is not None:
+            self.costs.experts.observe(outcome.experts)
         rows = count + total
         if outcome.num_scheduled_tokens == rows and outcome.seconds > 0:
             # A drafter that shares the work may have left its model out.

@@ -50,7 +50,7 @@ class Pricing:
         rate = max(best.tokens / best.seconds, best.requests / best.off_seconds)
         counts = np.array([count for count in PRICED_COUNTS if count < most] + [most])
         rows = best.requests + more_rows + np.concatenate([[0.0], counts])
-        seconds = costs.target_seconds(rows, context)
+        seconds = costs.target_seconds(rows, context, requests=best.requests)
         extra = rate * (seconds[1:] - seconds[0])
         extra[rows[1:] > most_rows] = UNAFFORDABLE
         verifying = rate * costs.verifying_seconds()

@@ -16,7 +16,7 @@ def _costs(base=20.0, row=0.0, start=0.0, each=0.0, each_request=0.0, verifying=
     costs = StepCosts(512)
     extra = np.maximum(costs.knots - knee, 0) if knee is not None else costs.knots
     costs.weights[: len(costs.knots)] = (base + row * extra) / 1e3
-    costs.weights[len(costs.knots) :] = np.array([0, verifying, start, 0, each, each_request, 0, 0]) / 1e3
+    costs.weights[len(costs.knots) :] = np.array([0, verifying, start, 0, each, each_request, 0, 0, 0]) / 1e3
     return costs
 
 

@@ -159,7 +159,7 @@ class TestExplorer:
 
     def test_reading_what_was_missed_counts_as_loss(self):
         costs = _costs(row=0.002)
-        costs.weights[-1] = 0.1  # seconds for each 128 tokens
+        costs.weights[-2] = 0.1  # seconds for each 128 tokens
         explorer, now = _rich(costs), _situation(costs, 0.05)
         explorer.allowance.left = 0.5
         explorer.not_drafted(np.arange(4), 1000)

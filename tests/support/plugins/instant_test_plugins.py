@@ -190,5 +190,4 @@ def instant_plugins():
         ),
         Plugin(slot="batching", name="shuffled", summary="test", build=lambda o, c: Shuffled()),
         Plugin(slot="attention", name="plain", summary="test", lossy=True, build=plain_attention),
-        Plugin(slot="experts", name="unserved", summary="test", lossy=True, build=incomplete),
     ]

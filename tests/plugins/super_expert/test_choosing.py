@@ -1,0 +1,91 @@
+"""The batch-aware choice on tensors against the reference in NumPy."""
+
+import math
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_instant import ExpertLayer, RouterStep, RowKind
+from vllm_instant.experts import budgets
+from vllm_instant.routing import Scoring
+from vllm_instant_plugins.super_expert.choosing import LayerChoice
+
+CPU = torch.device("cpu")
+
+
+def _step(logits, top_k, kinds):
+    scoring = Scoring("softmax", top_k)
+    weights = scoring.weights(logits)
+    ranking = scoring.ranking(weights)
+    picks, picked = scoring.pick(weights, ranking)
+    return RouterStep(weights, ranking, picks, picked, kinds)
+
+
+def _case(tokens, experts, seed):
+    generator = np.random.default_rng(seed)
+    logits = torch.from_numpy(generator.normal(0, 2, (tokens, experts)).astype(np.float32))
+    kinds = torch.from_numpy(generator.choice([RowKind.PADDING, RowKind.DECODE], tokens, p=[0.3, 0.7]).astype(np.int8))
+    return generator, logits, kinds
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 20),
+    st.sampled_from([(8, 2), (16, 4), (64, 8)]),
+    st.integers(0, 9),
+    st.floats(0.05, 1.0),
+    st.sampled_from([0.0, 0.5, 3.0]),
+    st.booleans(),
+    st.integers(0, 10_000),
+)
+def test_it_is_the_reference(tokens, shape, keep, share, cohesion, with_prior, seed):
+    experts, top_k = shape
+    generator, logits, kinds = _case(tokens, experts, seed)
+    prior = generator.uniform(0.2, 3.0, experts) if with_prior else None
+    cluster = generator.integers(0, 4, experts)
+    layer = ExpertLayer(0, "layer", experts, top_k)
+    choice = LayerChoice(layer, keep, None if prior is None else prior.tolist(), cluster.tolist(), cohesion, CPU)
+    budget = math.ceil(share * experts)
+    choice.budget.fill_(budget)
+    step = _step(logits, top_k, kinds)
+    answers = [choice.allowed(step)[0].numpy(), choice.allowed_by_tensors(step)[0].numpy()]
+    expected = budgets.choose(
+        logits.numpy(),
+        top_k,
+        min(keep, top_k),
+        budget,
+        prior,
+        kinds.numpy() == RowKind.PADDING,
+        cluster=cluster,
+        cohesion=cohesion,
+    )
+    for found in answers:
+        if not np.array_equal(found, expected.experts):
+            # Experts that nobody wants, or wanted alike to the last digit, may stand in any order.
+            differing = expected.demand[found != expected.experts]
+            assert np.ptp(differing) <= 1e-5 * max(1.0, differing.max())
+        assert found.sum() == expected.experts.sum()
+
+
+@given(st.integers(2, 16), st.integers(0, 10_000))
+def test_what_prompts_use_is_paid_for(tokens, seed):
+    _, logits, _ = _case(tokens, 16, seed)
+    kinds = torch.full((tokens,), RowKind.DECODE, dtype=torch.int8)
+    kinds[0] = RowKind.PREFILL
+    choice = LayerChoice(ExpertLayer(0, "layer", 16, 4), 1, None, None, 0.0, CPU)
+    choice.budget.fill_(4)
+    step = _step(logits, 4, kinds)
+    for allowed in (choice.allowed(step)[0], choice.allowed_by_tensors(step)[0]):
+        assert allowed[step.picks[0]].all()
+        assert allowed[step.picks[:, 0]].all()
+
+
+@given(st.integers(0, 10_000))
+def test_one_token_alone_keeps_its_picks(seed):
+    _, logits, _ = _case(1, 64, seed)
+    choice = LayerChoice(ExpertLayer(0, "layer", 64, 8), 1, None, None, 0.0, CPU)
+    choice.budget.fill_(8)
+    step = _step(logits, 8, torch.full((1,), RowKind.DECODE, dtype=torch.int8))
+    assert choice.allowed(step)[0][step.picks[0]].all()
