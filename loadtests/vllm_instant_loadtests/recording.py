@@ -9,8 +9,8 @@ purpose: the ground truth of a chaos run). A line that was cut off by a kill is 
 
 * ``scenario``: ``name``, ``title``, ``description``, ``seconds`` (length of its timeline), ``kinds`` (of traffic);
 * ``goals``: the scenario's table, see ``goals.Goals``;
-* ``servers``: a list of ``name``, ``url``, ``model``, ``version``, ``deployment`` (how it was started, as text; empty if
-  unknown) and ``instant`` (whether vllm-instant runs in it);
+* ``servers``: a list of ``name``, ``url``, ``model``, ``version``, ``deployment`` (how it was started, as text; empty
+  if unknown) and ``instant`` (whether vllm-instant runs in it);
 * ``segments``: a list of ``server``, ``began`` and ``ended`` (when answers had ended, too), ``from`` and ``until`` (the
   part of the scenario's timeline that was played) and ``number``: all servers get the same part, with the same prompts,
   in segments of the same number. With ``together`` (also in ``run.json``) they get it at the same time;
