@@ -40,8 +40,7 @@ def creative(count: int, seed: str) -> list[str]:
         first, second, third = choose.sample(_THINGS, 3)
         mood, form = choose.choice(_MOODS), choose.choice(_FORMS)
         made.append(
-            f"Write a {mood} {form} in which a {first} meets a {second} and neither of them mentions the {third}. "
-            f"Begin with the words: {choose.choice(_THINGS)}, {choose.choice(_THINGS)}, {choose.randrange(2, 99)}.\n"
+            f"Write a {mood} {form} in which a {first} meets a {second} and neither of them mentions the {third}.\n"
         )
     return made
 

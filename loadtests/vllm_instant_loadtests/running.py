@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from vllm_instant.evidence.servers import SETTLE_SECONDS
 from vllm_instant_loadtests import plan, recording, rows
 from vllm_instant_loadtests.player import Part, Player, split
 from vllm_instant_loadtests.recording import Client, Recorder, Request
-from vllm_instant_loadtests.scenario import Scenario, ScenarioError, built_in, load
+from vllm_instant_loadtests.scenario import Scenario, ScenarioError, built_in, load, named_servers
 
 logger = logging.getLogger("loadtest")
 LEAD_SECONDS = 0.5
@@ -40,7 +39,6 @@ SENDING_SECONDS = 1.0
 DEPLOYMENTS = "LOADTEST_DEPLOYMENTS"
 """Variable with ``deployment`` and ``instant`` of each server, as JSON by name."""
 PART, RECORDS, PLAYED, STOP = "loadtest_part", "loadtest_records", "loadtest_played", "loadtest_stop"
-_SERVER = re.compile(r"([\w .+-]+?)\s*=\s*(https?://\S+)")
 
 
 def add_options(parser: Any) -> None:
@@ -91,15 +89,6 @@ class Choices:
         while (free / "run.json").exists():  # a second run from the web page
             free, number = output.with_name(f"{output.name}-{number}"), number + 1
         return cls(scenario, servers, str(options.seed), float(options.rate_scale), free)
-
-
-def named_servers(text: str) -> dict[str, str]:
-    """``NAME=URL NAME=URL …`` as addresses by name; raises ScenarioError."""
-    found = _SERVER.findall(text)
-    servers = {name.strip(): url.rstrip("/").removesuffix("/v1") for name, url in found}
-    if not servers or len(servers) != len(found) or _SERVER.sub("", text).strip():
-        raise ScenarioError(f"--servers {text} should be NAME=URL, each with a name of its own")
-    return servers
 
 
 class Conductor:

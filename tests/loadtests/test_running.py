@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mock_servers import MockServer, serving
 
-from conftest import Locust, MockServer, serving
 from vllm_instant_loadtests.mock import Pace
 from vllm_instant_loadtests.recording import Run
 
+Locust = Callable[..., subprocess.CompletedProcess[str]]
 SCENARIO = """
 title = "All sorts"
 seconds = 4
@@ -63,7 +67,7 @@ def played(locust: Locust, tmp_path_factory: pytest.TempPathFactory) -> Played:
         words = ["--scenario", str(folder / "all.toml"), "--output", str(folder / "run")]
         done = locust("--servers", f"quick={quick.url} slow={slow.url}", *words)
         assert done.returncode == 0, done.stderr
-    return Played(Run.read(folder / "run"), quick, slow, folder / "truth.jsonl", done.stdout)
+    return Played(Run.read(folder / "run"), quick, slow, folder / "truth.jsonl", done.stdout + done.stderr)
 
 
 def test_both_servers_get_the_same_requests_at_the_same_moments(played: Played) -> None:
@@ -85,7 +89,7 @@ def test_the_servers_take_turns(played: Played) -> None:
     assert sorted((s["number"], s["server"]) for s in segments) == [
         (number, server) for number in (0, 1) for server in ("quick", "slow")
     ]
-    for one, other in zip(segments, segments[1:], strict=False):
+    for one, other in itertools.pairwise(segments):
         assert one["ended"] < other["began"]
     for request in played.run.requests:
         segment = next(s for s in segments if (s["number"], s["server"]) == (request.segment, request.server))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import socket
 import threading
 import time
@@ -70,9 +72,9 @@ DONE = b"data: [DONE]\n\n"
 def test_however_the_bytes_are_cut_the_tokens_are_the_same(cuts: Sequence[int], chunk_cuts: Sequence[int]) -> None:
     body = b"".join(event(tokens) for tokens in (0, 1, 5, 123, 124)) + DONE
     places = sorted({0, len(body), *(place % len(body) for place in chunk_cuts)})
-    whole = HEAD + chunked(*(body[a:b] for a, b in zip(places, places[1:], strict=False)))
+    whole = HEAD + chunked(*(body[a:b] for a, b in itertools.pairwise(places)))
     ends = sorted({0, len(whole), *(cut % len(whole) for cut in cuts)})
-    with sending(*(whole[a:b] for a, b in zip(ends, ends[1:], strict=False))) as client:
+    with sending(*(whole[a:b] for a, b in itertools.pairwise(ends))) as client:
         answer = client.ask(DUE)
     assert answer.error is None
     assert answer.arrivals[-1][1] == 124
@@ -120,8 +122,6 @@ def test_what_goes_wrong_is_said(pieces: Sequence[bytes], message: str) -> None:
     with sending(*pieces) as client:
         answer = client.ask(DUE)
     assert answer.error is not None
-    import re
-
     assert re.search(message, answer.error)
 
 
