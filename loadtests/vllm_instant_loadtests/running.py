@@ -104,7 +104,7 @@ class Conductor:
         self._runner = environment.runner
         self._recorder: Recorder | None = None
         self._playing: gevent.Greenlet | None = None
-        self._stopped = False
+        self._stopped = self._lost = False
         self._played: dict[str, Event] = {}
         self._player = Player(self._record, self._report)
         if isinstance(self._runner, MasterRunner):
@@ -113,7 +113,7 @@ class Conductor:
 
     def start(self, **_: Any) -> None:
         """Begin a run; called when Locust starts a test."""
-        self._stopped = False
+        self._stopped = self._lost = False
         self._playing = gevent.spawn(self._run)
 
     def stop(self, **_: Any) -> None:
@@ -134,6 +134,9 @@ class Conductor:
             code = 2
         except gevent.GreenletExit:
             return
+        except Exception:  # Locust would wait for the end of the run for ever
+            logger.exception("the run failed")
+            code = 2
         self._end(code)
 
     def _end(self, code: int) -> None:
@@ -172,7 +175,7 @@ class Conductor:
                     break
                 about["segments"] += self._play_segment(segment, due, targets, epoch, scenario)
                 self._recorder.update(about)
-            about["finished"] = not self._stopped
+            about["finished"] = not self._stopped and not self._lost
         finally:
             watching.terminate()
             watching.wait()
@@ -227,6 +230,7 @@ class Conductor:
             while not self._played[worker].wait(timeout=1.0):
                 if time.time() > deadline or worker not in self._runner.clients:
                     logger.error("worker %s is lost, and what it had not sent yet", worker)
+                    self._lost = True
                     break
 
     def _warm_up(self, due: list[plan.Due], targets: Mapping[str, dict[str, Any]]) -> None:
