@@ -109,7 +109,9 @@ def compiling(scene: Scene) -> Finding:
     at, running = scene.meters.at, scene.meters.values(m.RUNNING)
     before, during = running[at < began], running[(at >= began) & (at <= ended + 2 * AROUND)]
     if len(before) and len(during) and np.nanmax(during) > np.nanmax(before):
-        lines.append(f"for the first time {np.nanmax(during):.0f} requests ran at once ({np.nanmax(before):.0f} before)")
+        lines.append(
+            f"for the first time {np.nanmax(during):.0f} requests ran at once ({np.nanmax(before):.0f} before)"
+        )
     lengths = [(reached(r), r.prompt_tokens) for r in scene.run.requests if r.prompt_tokens]
     old = [tokens for when, tokens in lengths if when < began]
     new = [tokens for when, tokens in lengths if began <= when <= ended + AROUND]

@@ -141,7 +141,13 @@ def compare(run: Run, ours: str, theirs: str) -> Comparison:
     )
     rounds = _rounds([first[n] for n in good])
     rows = [
-        _row(name, samples, share, [[first[good[i]] for i in r] for r in rounds], [[second[good[i]] for i in r] for r in rounds])
+        _row(
+            name,
+            samples,
+            share,
+            [[first[good[i]] for i in r] for r in rounds],
+            [[second[good[i]] for i in r] for r in rounds],
+        )
         for name, samples, share in _ROWS
     ]
     return Comparison(ours, theirs, len(good), len(rounds), rows, failed)

@@ -124,7 +124,9 @@ def entries(requests: Iterable[Request]) -> dict[str, Entries]:
     }
 
 
-def stretches(segments: Sequence[Mapping[str, Any]], server: str, requests: Sequence[Request]) -> list[tuple[float, float]]:
+def stretches(
+    segments: Sequence[Mapping[str, Any]], server: str, requests: Sequence[Request]
+) -> list[tuple[float, float]]:
     """``(began, ended)`` of the parts of a run in which a server was asked; all of it where the run does not say.
 
     A stretch ends with its last due request: what follows is the load running out.
