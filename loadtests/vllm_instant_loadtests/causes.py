@@ -38,6 +38,10 @@ FULL = 0.95
 """Share of the KV cache in use at which it is full: new blocks are taken one at a time."""
 LONG = 3.0
 """A long prompt has so many times the tokens of the baseline's longest usual ones."""
+BURST_SECONDS = 2.0
+"""In which requests count as having come together."""
+OWN_GROWTH = 0.4
+"""Of a batch's growth that is taken for a cause even where no more requests came: answers may be longer."""
 SILENT = 0.3
 """Seconds without anything for anybody that can be a stop."""
 
@@ -238,11 +242,14 @@ def batch(scene: Scene) -> Finding:
     if not now - before >= 1.5 or not now > 1.4 * before:
         return Finding(BATCH, 0.0, [])
     rise = scene.slower if scene.slower > 1 else scene.ratio(TTFT, STALL)
+    growth = now / max(before, 0.5)
+    # A batch also grows because its requests take longer; then something else is the reason, and this its sign.
+    came = max(_arrivals(scene))
     return Finding(
         BATCH,
-        0.75 * explained(now / max(before, 0.5), rise),
+        0.75 * explained(growth, rise) * max(explained(came, growth), OWN_GROWTH),
         [
-            f"{now:.1f} requests ran at once, {before:.1f} before",
+            f"{now:.1f} requests ran at once, {before:.1f} before; {came:.1f} times as many came",
             f"{_per(scene, m.STEP_TOKENS, m.STEPS)} tokens a step",
         ],
     )
@@ -271,6 +278,21 @@ def _pace(scene: Scene) -> float:
 def _per(scene: Scene, name: str, by: str) -> str:
     now, before = scene.meters.ratio(name, by, [scene.wide]), scene.meters.ratio(name, by, scene.quiet)
     return f"{now:.1f} (before: {before:.1f})" if math.isfinite(now) and math.isfinite(before) else "unknown numbers of"
+
+
+def _arrivals(scene: Scene) -> tuple[float, float]:
+    """By what factor more requests came than in the baseline: at most at once, and on the whole."""
+    span = (scene.span[0] - BURST_SECONDS, scene.span[1])
+    usual = max((_crowd(scene, quiet) for quiet in scene.quiet), default=0)
+    seconds = sum(end - begin for begin, end in scene.quiet)
+    rate, rate_before = len(scene.sent(span)) / (span[1] - span[0]), len(scene.sent_before()) / max(seconds, 1e-9)
+    return _crowd(scene, span) / max(usual, 1), rate / max(rate_before, 1e-9)
+
+
+def _crowd(scene: Scene, span: m.Span) -> int:
+    """The most requests that came within ``BURST_SECONDS``."""
+    due = np.sort([request.due for request in scene.sent(span)])
+    return int((np.searchsorted(due, due + BURST_SECONDS) - np.arange(len(due))).max(initial=0))
 
 
 def _streams(scene: Scene, spans: list[m.Span] | tuple[m.Span, ...]) -> float:

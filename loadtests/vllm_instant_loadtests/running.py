@@ -161,6 +161,13 @@ class Conductor:
         served = {name: look(url, headers) for name, url in choices.servers.items()}
         targets = {name: {"url": found.url, "model": found.name, "headers": headers} for name, found in served.items()}
         self._warm_up(due, targets)
+        other = plan.requests(scenario, f"{choices.seed}/warm-up", choices.trace_speed)
+        before = [request for request in other if request.at < scenario.warm_up_seconds]
+        for name in targets if before else ():
+            segment = plan.Segment(-1, (name,), 0.0, scenario.warm_up_seconds)
+            self._play_segment(segment, before, targets, time.time(), scenario)
+            if self._stopped:
+                return
         gevent.sleep(SETTLE_SECONDS)
         epoch, clock = time.time(), time.perf_counter()
         about = _about(choices, served, headers, clock)
@@ -258,7 +265,8 @@ class Conductor:
             self._recorder.add(record)
 
     def _report(self, request: Request) -> None:
-        rows.report(self._environment, request)
+        if self._recorder is not None:  # not while warming up
+            rows.report(self._environment, request)
 
     def _tell(self, message: str, data: dict[str, Any]) -> None:
         if isinstance(self._runner, MasterRunner):
@@ -284,8 +292,7 @@ class Worker:
 
     def _play(self, msg: Any, **_: Any) -> None:
         if self._player is None:
-            report = lambda request: rows.report(self._environment, request)  # noqa: E731
-            self._player = Player(self._record, report, max(0, self._runner.worker_index))
+            self._player = Player(self._record, self._report, max(0, self._runner.worker_index))
         self._player.play(Part(**msg.data))
         self._send()
         self._runner.send_message(PLAYED, {})
@@ -293,6 +300,10 @@ class Worker:
     def _stop(self, **_: Any) -> None:
         if self._player is not None:
             self._player.stop()
+
+    def _report(self, request: Request) -> None:
+        if (request.segment or 0) >= 0:  # not while warming up
+            rows.report(self._environment, request)
 
     def _record(self, record: Request | Client) -> None:
         self._records.append(("request" if isinstance(record, Request) else "client", recording.plain(record)))

@@ -110,6 +110,8 @@ class Scenario(_Table):
     seconds: Positive
     """Length of the timeline."""
     traffic: Annotated[list[Traffic], Field(min_length=1)]
+    warm_up_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Of the timeline that every server plays before the run, with other prompts; nothing of it is recorded."""
     servers: list[ServerSetup] = [ServerSetup(name="ours", instant=True)]
     vllm: dict[str, Any] = {}
     """Engine arguments of all servers that are started."""
