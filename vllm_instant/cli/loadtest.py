@@ -139,6 +139,13 @@ def _judge(folder: Path) -> int:
         fail(f"{folder} has a run without a single request: {folder / 'locust.log'} may say why")
     with working("looking for spikes"):
         analysis = analyse(run)
+    plain = analysis.plain()
+    print_columns(_PERCENTILES, [_percentiles(server) for server in plain["servers"]])
+    for comparison in plain["comparisons"]:
+        print_columns(
+            ("", comparison["theirs"], comparison["ours"], "ratio [95 %]", "verdict"),
+            [_compared(row, comparison["ours"], comparison["theirs"]) for row in comparison["rows"]],
+        )
     print(analysis.summary())
     if not run.about.get("finished", True):
         print("The run was interrupted: this is about what was recorded until then.")
@@ -147,6 +154,27 @@ def _judge(folder: Path) -> int:
     report.write_junit(analysis, folder / "junit.xml")
     print(f"wrote {folder / 'report.html'}, report.json and junit.xml")
     return 0 if analysis.met else 1
+
+
+_PERCENTILES = ("ms, p50 / p99", "requests", "failed", "TTFT", "ITL", "longest stall", "E2E", "tokens/s")
+
+
+def _percentiles(server: dict[str, Any]) -> tuple[str, ...]:
+    found = server["milliseconds"]
+    both = [
+        f"{found[name]['p50']:.0f} / {found[name]['p99']:.0f}" if name in found else "–"
+        for name in ("ttft", "itl", "stall", "e2e")
+    ]
+    speed = server["tokens_per_second"]
+    counts = str(server["requests"]), str(server["failed"])
+    return server["server"], *counts, *both, "–" if speed is None else f"{speed:.0f}"
+
+
+def _compared(row: dict[str, Any], ours: str, theirs: str) -> tuple[str, ...]:
+    values = ["–" if row[name] is None else f"{row[name]:.1f}" for name in (theirs, ours)]
+    effect = row.get("effect")
+    shown = f"{effect['mean']:.2f} [{effect['low']:.2f}, {effect['high']:.2f}]" if effect else "–"
+    return f"{row['name']}, {row['unit']}", *values, shown, row["verdict"] or row["why_not"]
 
 
 def _row(name: str, scenario: Scenario) -> tuple[str, str, str]:
