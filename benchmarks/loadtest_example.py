@@ -1,4 +1,4 @@
-"""The example report: creative text takes over; stock vLLM with a fixed draft length beside ours, and each beside itself.
+"""The example report: creative text takes over; stock vLLM with a fixed draft length, ours, and each beside itself.
 
 .venv/bin/python benchmarks/loadtest_example.py
 
