@@ -16,6 +16,8 @@ from vllm_instant_loadtests.windows import ITL, PACE, STALL, TTFT, Entries
 
 AROUND = 0.6
 """Seconds before and after a spike whose readings belong to it: they are half a second apart."""
+LATE = 0.1
+"""Seconds from which on a late timer of the load generator counts."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Scene:
     def ratio(self, *metrics: str) -> float:
         """By what factor the worst of these metrics rose; 1 where none did."""
         return max((rise.ratio.mean for rise in self.rises if rise.metric in metrics), default=1.0)
+
+    @cached_property
+    def lost(self) -> float:
+        """Seconds of delay that the spike brought, by its worst metric."""
+        return max(rise.lost for rise in self.rises)
 
     @cached_property
     def slower(self) -> float:
@@ -98,8 +105,9 @@ class Scene:
         return [r for r in self.run.requests if any(begin <= r.due < end for begin, end in self.quiet)]
 
     def late(self) -> float:
-        """The worst lateness of the load generator in the spike, seconds."""
-        return max((c.late for c in self.run.client if self.wide[0] <= c.at <= self.wide[1] + AROUND), default=0.0)
+        """By how much the load generator was late in the spike, seconds: all of its late timers, where they count."""
+        late = [c.late for c in self.run.client if self.wide[0] <= c.at <= self.wide[1]]
+        return float(sum(value for value in late if value >= LATE))
 
 
 def reached(request: Request) -> float:

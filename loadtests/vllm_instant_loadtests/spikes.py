@@ -12,8 +12,8 @@ For each metric (see ``windows``):
    candidate's p-value is the share of drawn runs whose largest mass reaches its own, which holds for all windows at
    once (max-statistic, Westfall & Young 1993). A baseline without its candidates has no tail; drawn blocks therefore
    have their excursions multiplied by a random factor (exponential, mean 1). Metrics are corrected for by Bonferroni.
-4. *Floors*: certain is not yet large. A spike is at least ``LEAST_RATIO`` times the baseline, lasts ``LEAST_SECONDS``
-   and costs somebody ``LEAST_LOST`` of delay.
+4. *Floors*: certain is not yet large. A spike is at least ``LEAST_RATIO`` times the baseline, costs ``LEAST_LOST``
+   seconds of delay, and where tokens came slower, the interval of its ratio excludes 1: not a single slow step.
 
 Spikes of several metrics at the same time are one spike.
 """
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_instant.evidence.statistics import Estimate
-from vllm_instant_loadtests.windows import HOP, PACE, STALL, TTFT, WIDTH, Array, Entries, Series, statistic
+from vllm_instant_loadtests.windows import HOP, PACE, STALL, TTFT, Array, Entries, Series, statistic
 
 ALPHA = 0.05
 """Chance that a run without any change gets a spike."""
@@ -36,14 +36,14 @@ LEVEL = 0.35
 LEAST_RATIO = 1.3
 NOISES = 2.5
 """Standard deviations of the baseline's noise that a window must lie above it to be a candidate."""
-LEAST_SECONDS = 1.0
 LEAST_LOST = 0.3
+"""Seconds by which answers fell behind; one slow step of a machine is no spike."""
 BLOCK_SECONDS = 4.0
 DRAWS = 2000
 CAP = math.log(6.0)
 """Log ratios count up to here: one frozen moment is not worth many seconds."""
-BRIDGED = 2
-"""Windows below the threshold that do not end a candidate."""
+BRIDGED = 1
+"""How many windows below the threshold do not end a candidate."""
 APART = 1.0
 """Seconds between spikes of several metrics that still make them one."""
 
@@ -63,6 +63,8 @@ class Rise:
     """``value / baseline`` with its 95 % interval."""
     p: float
     """Corrected for all windows and metrics."""
+    lost: float
+    """Seconds of delay: of the worst request or stall; else by which an answer that lasts through it falls behind."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def rises(series: Series, measured: Entries, metrics: int, alpha: float = ALPHA)
     quiet = np.ones(len(excess), bool)
     for c in suspects:
         quiet[max(0, c.first - 1) : c.last + 2] = False
-    if not suspects or quiet.sum() * HOP < LEAST_SECONDS:
+    if not suspects or quiet.sum() < 2:
         return []
     masses = largest_masses(excess, quiet, base.threshold)
     certain = []
@@ -177,17 +179,18 @@ def rises(series: Series, measured: Entries, metrics: int, alpha: float = ALPHA)
 
 
 def _span(series: Series, candidate: Candidate) -> tuple[float, float]:
-    """When a candidate began and ended: windows at its ends are only touched by it."""
-    inside = series.half * 0.5
-    return float(series.at[candidate.first] - inside), float(series.at[candidate.last] + inside)
+    """When a candidate began and ended: without what its neighbours, which have not risen, also cover."""
+    began = float(series.at[candidate.first]) + series.half - HOP
+    ended = float(series.at[candidate.last]) - series.half + HOP
+    if ended - began >= HOP:
+        return began, ended
+    middle = (began + ended) / 2
+    return middle - HOP / 2, middle + HOP / 2
 
 
 def _large(rise: Rise) -> bool:
-    lost = rise.value - rise.baseline
-    if rise.metric not in (TTFT, STALL):
-        lost *= (rise.ended - rise.began) / rise.value
-    long_enough = rise.ended - rise.began >= LEAST_SECONDS
-    return rise.ratio.mean >= LEAST_RATIO and lost >= LEAST_LOST and long_enough
+    steady = rise.metric in (TTFT, STALL) or rise.ratio.low > 1.0
+    return rise.ratio.mean >= LEAST_RATIO and steady and rise.lost >= LEAST_LOST
 
 
 class _Reference:
@@ -208,6 +211,7 @@ class _Reference:
             # The longest of a baseline is one moment; its usual longest is what windows are compared with.
             values = series.values[quiet & np.isfinite(series.values)]
             of_baseline = Entries(middles[: len(values)], middles[: len(values)], values, np.ones(len(values)))
+        self._pace = of_baseline.mean()
         self._blocks = _blocks(of_baseline, BLOCK_SECONDS)
         self.value = self._of(of_baseline)
         random = np.random.default_rng(0)
@@ -225,21 +229,21 @@ class _Reference:
         inside = self._measured.within(began, ended)
         value = statistic(self._metric, inside)
         random = np.random.default_rng(1)
-        parts = _blocks(inside, 2 * HOP) if self._metric != PACE else _blocks(inside, HOP)
-        ratios = []
-        for drawn in self._drawn:
-            again = _joined([parts[i] for i in random.integers(0, len(parts), len(parts))])
-            ratios.append(statistic(self._metric, again) / drawn)
-        low, high = np.quantile(ratios, [0.025, 0.975])
-        return Rise(
-            self._metric,
-            began,
-            ended,
-            self.value,
-            value,
-            Estimate(value / self.value, float(low), float(high)),
-            p,
-        )
+        if self._metric == STALL:
+            # One moment, which all answers share: they are drawn again, not parts of the time.
+            drawn = [
+                inside.values[random.integers(0, len(inside.values), len(inside.values))].max() for _ in self._drawn
+            ]
+        else:
+            parts = _blocks(inside, HOP if self._metric == PACE else 2 * HOP)
+            picks = [random.integers(0, len(parts), len(parts)) for _ in self._drawn]
+            drawn = [statistic(self._metric, _joined([parts[i] for i in pick])) for pick in picks]
+        low, high = np.quantile(np.array(drawn) / np.array(self._drawn), [0.025, 0.975])
+        ratio = Estimate(value / self.value, float(low), float(high))
+        lost = value - self.value
+        if self._metric not in (TTFT, STALL):
+            lost = (ended - began) * (1 - self._pace / inside.mean())
+        return Rise(self._metric, began, ended, self.value, value, ratio, p, lost)
 
 
 def _blocks(entries: Entries, seconds: float) -> list[Entries]:
