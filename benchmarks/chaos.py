@@ -1,7 +1,7 @@
 """Servers that are disturbed on purpose, at known times, under traffic that does not wait for them.
 
-Every disturbance works on stock vLLM. What is recorded is what a load test records (``vllm_instant_loadtests.recording``),
-with the disturbances as its events.
+Every disturbance works on stock vLLM. What is recorded is what a load test records
+(``vllm_instant_loadtests.recording``), with the disturbances as its events.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/spike_false_alarms.py --seed SEED [--runs 10] [--life drafting] [--append]
 
-Each run is 45 seconds of steady open-loop traffic, with prompts of its own, recorded and analysed as a load test is. One
-server lives through all runs of a call. ``--keep FOLDER`` keeps what was recorded.
+Each run is 45 seconds of steady open-loop traffic, with prompts of its own, recorded and analysed as a load test is.
+One server lives through all runs of a call. ``--keep FOLDER`` keeps what was recorded.
 """
 
 from __future__ import annotations

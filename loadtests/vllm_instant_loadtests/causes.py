@@ -1,8 +1,9 @@
 """Why a spike was there: each cause says how much of it the evidence for it explains, and what that evidence is.
 
-A score is the share of the rise that a cause explains, between 0 and 1; the highest one names the spike. A cause that is
-the reason of another's signs takes their part: while a load generator sleeps, nobody gets tokens, but the server has not
-stopped. Everything is read from what stock vLLM exports and from the requests themselves; a decision trace adds lines.
+A score is the share of the rise that a cause explains, between 0 and 1; the highest one names the spike. A cause that
+is the reason of another's signs takes their part: while a load generator sleeps, nobody gets tokens, but the server has
+not stopped. Everything is read from what stock vLLM exports and from the requests themselves; a decision trace, where
+there is one, adds lines.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Finding:
 
 
 def attribute(scene: Scene) -> list[Finding]:
-    """All causes with their scores, the likeliest first; the first one is ``UNKNOWN`` where nothing explains a spike."""
+    """All causes with their scores, the likeliest first; ``UNKNOWN`` is the first where nothing explains a spike."""
     found = {finding.cause: finding for finding in (judge(scene) for judge in _JUDGES)}
     for reason, sign, share in _TAKES:
         taken = 1 - share * found[reason].score
@@ -75,8 +76,8 @@ def client_side(scene: Scene) -> Finding:
         CLIENT,
         min(1.0, late / scene.lost),
         [
-            f"the load generator's own timers came {late:.2f} s late, of {scene.lost:.2f} s of delay; the longest wait for a "
-            f"token was {scene.longest:.2f} s ({scene.gap:.2f} s before)"
+            f"the load generator's own timers came {late:.2f} s late, of {scene.lost:.2f} s of delay; the longest wait "
+            f"for a token was {scene.longest:.2f} s ({scene.gap:.2f} s before)"
         ],
     )
 
@@ -177,8 +178,7 @@ def prefill(scene: Scene) -> Finding:
         PREFILL,
         share,
         [
-            f"{len(long)} long prompt{'s' if len(long) > 1 else ''} (up to {most} tokens; 9 of 10 had at most {usual:.0f} "
-            f"before) {'were' if len(long) > 1 else 'was'} read meanwhile",
+            f"long prompts were read meanwhile: {len(long)}, of up to {most} tokens; most had {usual:.0f} or less before",
             f"{share:.0%} of the time by which arrivals were late falls into that reading",
             f"{_per(scene, m.STEP_TOKENS, m.STEPS)} tokens a step",
         ],

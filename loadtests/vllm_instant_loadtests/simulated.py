@@ -79,8 +79,8 @@ def simulate(
 
     Args:
         seconds: length of the traffic.
-        events: disturbances; ``cause`` says what happens between ``began`` and ``ended``. ``causes.UNKNOWN`` makes every
-            step ``slower`` times as long, and nothing else.
+        events: disturbances; ``cause`` says what happens between ``began`` and ``ended``. ``causes.UNKNOWN`` makes
+            every step ``slower`` times as long, and nothing else.
         engine: what steps cost.
         load: the undisturbed traffic.
         slower: see ``events``.

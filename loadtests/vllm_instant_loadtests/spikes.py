@@ -2,10 +2,10 @@
 
 For each metric (see ``windows``):
 
-1. *Baseline*: the level is a low quantile of the windows' logarithms, so that it stays a baseline even where almost half
-   of the run is a spike; the noise is how far windows lie below it.
-2. *Candidates*: neighbouring windows above the baseline by more than a stated ratio and more than the noise. Their *mass*
-   is the area above the baseline (log ratio times seconds): long small rises and short large ones count alike.
+1. *Baseline*: the level is a low quantile of the windows' logarithms, so that it stays a baseline even where almost
+   half of the run is a spike; the noise is how far windows lie below it.
+2. *Candidates*: neighbouring windows above the baseline by more than a stated ratio and more than the noise. Their
+   *mass* is the area above the baseline (log ratio times seconds): long small rises and short large ones count alike.
 3. *Test*: cluster-based, as Maris & Oostenveld (2007) test time series of brain signals. Under the null hypothesis
    there are no spikes, and a run is made of blocks of its baseline in another order (windows depend on their
    neighbours, so blocks are drawn, not windows). The largest mass of each drawn run is what noise gets anywhere: a
