@@ -9,7 +9,7 @@ there is one, adds lines.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -178,7 +178,7 @@ def prefill(scene: Scene) -> Finding:
         PREFILL,
         share,
         [
-            f"long prompts were read meanwhile: {len(long)}, of up to {most} tokens; most had {usual:.0f} or less before",
+            f"long prompts were read meanwhile: {len(long)}, of up to {most} tokens ({usual:.0f} were usual before)",
             f"{share:.0%} of the time by which arrivals were late falls into that reading",
             f"{_per(scene, m.STEP_TOKENS, m.STEPS)} tokens a step",
         ],
@@ -293,7 +293,7 @@ def _per(scene: Scene, name: str, by: str) -> str:
     return f"{now:.1f} (before: {before:.1f})" if math.isfinite(now) and math.isfinite(before) else "unknown numbers of"
 
 
-def _streams(scene: Scene, spans: list[m.Span] | tuple[m.Span, ...]) -> float:
+def _streams(scene: Scene, spans: Sequence[m.Span]) -> float:
     """Answers under way on average, as the clients saw it."""
     total = sum(end - begin for begin, end in spans)
     under_way = sum(

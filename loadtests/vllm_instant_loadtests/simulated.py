@@ -124,7 +124,7 @@ class _Simulation:
                     self.samples.append(self._sample(next_sample))
                 next_sample += 0.5
             assert self.now > before  # noqa: S101 - a simulation that stands still never ends
-        client = [self._client(at) for at in np.arange(0.5, self.now, 0.5)]
+        client = [self._client(float(at)) for at in np.arange(0.5, self.now, 0.5)]
         segment = {"server": SERVER, "began": 0.0, "ended": self.now, "from": 0.0, "until": seconds, "number": 0}
         about = {"scenario": {"name": "simulated"}, "servers": [{"name": SERVER}], "segments": [segment]}
         return Run(about, self.ended, self.samples, [], client, list(self.events))
@@ -142,7 +142,7 @@ class _Simulation:
 
             extra = round(length * self.load.rate * 2.5)
             if event.cause == causes.BATCH:
-                lives += [self._live(at(), "burst") for _ in range(extra)]
+                lives += [self._live(at(), "burst") for _ in range(round(1.6 * extra))]
             elif event.cause == causes.QUEUEING:
                 lives += [self._live(at(), "burst") for _ in range(extra + 2 * self.engine.seats)]
             elif event.cause == causes.MEMORY:

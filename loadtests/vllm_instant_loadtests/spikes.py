@@ -23,8 +23,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_instant.evidence.statistics import Estimate
 from vllm_instant_loadtests.windows import HOP, PACE, STALL, TTFT, Array, Entries, Series, statistic
@@ -33,6 +35,8 @@ ALPHA = 0.05
 """Chance that a run without any change gets a spike."""
 LEVEL = 0.35
 """Quantile of the windows that is their baseline's level."""
+MOST_NOISE, MOST_NOISE_ABOVE = 0.4, 0.25
+"""Standard deviations of logarithms that are believed, and of those above the level."""
 LEAST_RATIO = 1.3
 NOISES = 2.5
 """Standard deviations of the baseline's noise that a window must lie above it to be a candidate."""
@@ -94,14 +98,15 @@ class Baseline:
 def baseline(values: Array) -> Baseline:
     """Level and noise of the logarithms of windows; robust against spikes that fill less than half of a run."""
     logs = np.log(values[np.isfinite(values)])
-    level = float(np.quantile(logs, LEVEL))
-    # Below the level, of Gaussian windows, 16 % of all lie one standard deviation under the median.
-    low, middle = np.quantile(logs, [LEVEL * 0.16 / 0.5, LEVEL])
-    spread = 0.6 * float(middle - low)
-    return Baseline(level + 0.3 * spread, spread)
+    lowest, level, higher = np.quantile(logs, [LEVEL * 0.32, LEVEL, 1 - LEVEL])
+    # In standard deviations of a Gaussian: LEVEL lies 0.39 below and 1 - LEVEL as much above the middle, the lowest 1.22
+    # below. Noise is not symmetric; but what lies above may be a spike, which counts only so far.
+    below, above = float(level - lowest) / 0.83, float(higher - level) / 0.77
+    noise = min(MOST_NOISE, max(below, min(above, MOST_NOISE_ABOVE)))
+    return Baseline(float(level) + 0.39 * min(below, above, MOST_NOISE_ABOVE), noise)
 
 
-def candidates(excess: Array, segment: Array, threshold: float) -> list[Candidate]:
+def candidates(excess: Array, segment: npt.NDArray[Any], threshold: float) -> list[Candidate]:
     """Clusters of windows.
 
     Args:
@@ -145,8 +150,32 @@ def largest_masses(excess: Array, quiet: Array, threshold: float, seed: int = 0,
     return np.array([max((c.mass for c in candidates(run, one, threshold)), default=0.0) for run in drawn])
 
 
+def certain(series: Series, metrics: int, alpha: float = ALPHA) -> tuple[list[tuple[Candidate, float]], Array]:
+    """Candidates that noise does not get, with their corrected p-values; and which windows are baseline.
+
+    Args:
+        series: of the metric.
+        metrics: how many are looked at; p-values are corrected for them.
+        alpha: chance of a false alarm.
+
+    """
+    base = baseline(series.values)
+    excess = np.log(series.values) - base.level
+    found = candidates(excess, series.segment, base.threshold)
+    # What could be noise by its size stays in the baseline.
+    suspects = [c for c in found if c.mass >= 1.5 * base.threshold]
+    quiet = np.ones(len(excess), bool)
+    for c in suspects:
+        quiet[max(0, c.first - 1) : c.last + 2] = False
+    if not suspects or (quiet & np.isfinite(excess)).sum() < 2:
+        return [], quiet
+    masses = largest_masses(excess, quiet, base.threshold)
+    judged = [(c, metrics * (1 + int((masses >= c.mass).sum())) / (1 + len(masses))) for c in suspects]
+    return [(c, min(1.0, p)) for c, p in judged if p <= alpha], quiet
+
+
 def rises(series: Series, measured: Entries, metrics: int, alpha: float = ALPHA) -> list[Rise]:
-    """The rises of one metric.
+    """The rises of one metric: certain and large.
 
     Args:
         series: of the metric.
@@ -157,24 +186,11 @@ def rises(series: Series, measured: Entries, metrics: int, alpha: float = ALPHA)
     """
     if series.too_little:
         return []
-    base = baseline(series.values)
-    excess = np.log(series.values) - base.level
-    found = candidates(excess, series.segment, base.threshold)
-    # What could be noise by its size stays in the baseline.
-    suspects = [c for c in found if c.mass >= 1.5 * base.threshold]
-    quiet = np.ones(len(excess), bool)
-    for c in suspects:
-        quiet[max(0, c.first - 1) : c.last + 2] = False
-    if not suspects or quiet.sum() < 2:
+    found, quiet = certain(series, metrics, alpha)
+    if not found:
         return []
-    masses = largest_masses(excess, quiet, base.threshold)
-    certain = []
-    for c in suspects:
-        p = min(1.0, metrics * (1 + int((masses >= c.mass).sum())) / (1 + len(masses)))
-        if p <= alpha:
-            certain.append((c, p))
     reference = _Reference(series, measured, quiet)
-    made = [reference.rise(*_span(series, c), p) for c, p in certain]
+    made = [reference.rise(*_span(series, c), p) for c, p in found]
     return [rise for rise in made if _large(rise)]
 
 
@@ -200,7 +216,7 @@ class _Reference:
         self._metric = series.metric
         self._measured = measured
         middles = series.at[quiet]
-        ends = np.clip(measured.ended, None, None)
+        ends = measured.ended
         nearest = np.searchsorted(middles, ends)
         close = np.minimum(
             np.abs(ends - middles[np.clip(nearest, 0, len(middles) - 1)]),
