@@ -1,7 +1,7 @@
 """Servers that are disturbed on purpose, at known times, under traffic that does not wait for them.
 
-Every disturbance works on stock vLLM. What is recorded is what a load test records (``vllm_instant_loadtests.recording``),
-with the disturbances as its events.
+Every disturbance works on stock vLLM. What is recorded is what a load test records
+(``vllm_instant_loadtests.recording``), with the disturbances as its events.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from vllm_instant_loadtests.prompts import creative, long
 from vllm_instant_loadtests.recording import Client, Event, Recorder, Request, Run
 
 MODEL = "demo"
-WARM_UP = 14.0
+WARM_UP = 12.0
 """Seconds of undisturbed traffic before the first disturbance."""
-QUIET = (9.0, 12.0)
+QUIET = (6.5, 9.0)
 """Seconds between the end of a disturbance and the next."""
 TIMER, READING = 0.05, 0.5
 
@@ -52,10 +52,10 @@ class Life:
 LIVES = {
     "drafting": Life(
         ("--max-num-seqs", "24"),
-        1.6,
-        (56, 88),
+        1.0,
+        (90, 130),
         (causes.ACCEPTANCE, causes.BATCH, causes.PREFILL, causes.STOPPED, causes.CLIENT, causes.DISCONNECTS),
-        drafts=5,
+        drafts=3,
     ),
     "few seats": Life(
         ("--max-num-seqs", "4"),
@@ -99,13 +99,16 @@ def server(name: str, folder: Path) -> Server:
 
 
 def undisturbed(name: str, seconds: float, seed: str) -> Plan:
-    """Steady Poisson traffic and nothing else."""
+    """Steady traffic and nothing else: one request in each slot of time, at a random moment of it.
+
+    Poisson's arrivals make bursts by chance, which are spikes in truth and in no list of what was done.
+    """
     life, choose = LIVES[name], random.Random(seed)
     prompts = snippets("structured", 0.0, int(life.rate * seconds * 2) + 40, seed)
-    requests, at = [], choose.expovariate(life.rate)
-    while at < seconds:
-        requests.append(_due(at, "steady", prompts[len(requests)].text, choose.randint(*life.tokens), choose))
-        at += choose.expovariate(life.rate)
+    requests = [
+        _due((slot + choose.random()) / life.rate, "steady", prompts[slot].text, choose.randint(*life.tokens), choose)
+        for slot in range(round(life.rate * seconds))
+    ]
     return Plan(requests, seconds=seconds)
 
 
@@ -139,7 +142,7 @@ def _disturb(plan: Plan, cause: str, at: float, seed: str, choose: random.Random
         made, when = creative(60, seed), at
         while when < at + seconds:
             plan.requests.append(_due(when, kind, made.pop(), choose.randint(*life.tokens), choose, temperature=1.0))
-            when += choose.expovariate(life.rate)
+            when += choose.uniform(0.5, 1.5) / life.rate
     elif cause == causes.PREFILL:
         seconds = choose.uniform(2.0, 3.0)
         for number, text in enumerate(long(3, seed, 3600)):
@@ -211,7 +214,7 @@ async def _act(target: Server, action: Event, clock: float) -> None:
     await asyncio.sleep(max(0.0, clock + action.began - time.perf_counter()))
     seconds = action.ended - action.began
     if action.cause == causes.CLIENT:
-        time.sleep(seconds)  # noqa: ASYNC251 - blocking our own loop is what is wanted
+        time.sleep(seconds)
         return
     family = [psutil.Process(target.pid), *psutil.Process(target.pid).children(recursive=True)]
     if action.note != "all processes":

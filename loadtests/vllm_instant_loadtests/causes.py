@@ -1,14 +1,15 @@
 """Why a spike was there: each cause says how much of it the evidence for it explains, and what that evidence is.
 
-A score is the share of the rise that a cause explains, between 0 and 1; the highest one names the spike. A cause that is
-the reason of another's signs takes their part: while a load generator sleeps, nobody gets tokens, but the server has not
-stopped. Everything is read from what stock vLLM exports and from the requests themselves; a decision trace adds lines.
+A score is the share of the rise that a cause explains, between 0 and 1; the highest one names the spike. A cause that
+is the reason of another's signs takes their part: while a load generator sleeps, nobody gets tokens, but the server has
+not stopped. Everything is read from what stock vLLM exports and from the requests themselves; a decision trace, where
+there is one, adds lines.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,10 +39,8 @@ FULL = 0.95
 """Share of the KV cache in use at which it is full: new blocks are taken one at a time."""
 LONG = 3.0
 """A long prompt has so many times the tokens of the baseline's longest usual ones."""
-BURST_SECONDS = 2.0
-"""In which requests count as having come together."""
-OWN_GROWTH = 0.4
-"""Of a batch's growth that is taken for a cause even where no more requests came: answers may be longer."""
+NEW = 1.25
+"""By what factor a batch or a prompt is larger than all before, to be something new to the engine."""
 SILENT = 0.3
 """Seconds without anything for anybody that can be a stop."""
 
@@ -56,7 +55,7 @@ class Finding:
 
 
 def attribute(scene: Scene) -> list[Finding]:
-    """All causes with their scores, the likeliest first; the first one is ``UNKNOWN`` where nothing explains a spike."""
+    """All causes with their scores, the likeliest first; ``UNKNOWN`` is the first where nothing explains a spike."""
     found = {finding.cause: finding for finding in (judge(scene) for judge in _JUDGES)}
     for reason, sign, share in _TAKES:
         taken = 1 - share * found[reason].score
@@ -71,16 +70,14 @@ def attribute(scene: Scene) -> list[Finding]:
 def client_side(scene: Scene) -> Finding:
     """The load generator itself was late: what it saw late need not have come late."""
     late = scene.late()
-    lost = max(scene.longest - scene.gap, scene.first_token[0] - scene.first_token[1], 1e-3)
-    if late < 0.1:
+    if not late:
         return Finding(CLIENT, 0.0, [])
-    score = min(1.0, late / lost)
     return Finding(
         CLIENT,
-        score,
+        min(1.0, late / scene.lost),
         [
-            f"the load generator's own timer came {late:.2f} s late, the longest wait was {scene.longest:.2f} s "
-            f"({scene.gap:.2f} s before)"
+            f"the load generator's own timers came {late:.2f} s late, of {scene.lost:.2f} s of delay; the longest wait "
+            f"for a token was {scene.longest:.2f} s ({scene.gap:.2f} s before)"
         ],
     )
 
@@ -91,9 +88,8 @@ def stopped(scene: Scene) -> Finding:
     silence = ended - began
     if silence < max(SILENT, 4 * scene.gap):
         return Finding(STOPPED, 0.0, [])
-    lost = max(scene.longest - scene.gap, scene.first_token[0] - scene.first_token[1], 1e-3)
     lines = [f"nobody got a token for {silence:.2f} s (waits were {scene.gap:.2f} s at most before, 99 of 100)"]
-    score = min(1.0, silence / lost)
+    score = min(1.0, silence / scene.lost)
     away, still = scene.meters.unanswered((began, ended)), scene.meters.stood_still(m.GENERATED, (began, ended))
     if away >= 0.8 * silence:
         lines.append(f"/metrics did not answer for {away:.2f} s")
@@ -110,21 +106,18 @@ def compiling(scene: Scene) -> Finding:
     if ended - began < max(SILENT, 4 * scene.gap):
         return Finding(COMPILE, 0.0, [])
     lines = []
-    at, running = scene.meters.at, scene.meters.values(m.RUNNING)
-    before, during = running[at < began], running[(at >= began) & (at <= ended + 2 * AROUND)]
-    if len(before) and len(during) and np.nanmax(during) > np.nanmax(before):
-        lines.append(
-            f"for the first time {np.nanmax(during):.0f} requests ran at once ({np.nanmax(before):.0f} before)"
-        )
-    lengths = [(reached(r), r.prompt_tokens) for r in scene.run.requests if r.prompt_tokens]
-    old = [tokens for when, tokens in lengths if when < began]
-    new = [tokens for when, tokens in lengths if began <= when <= ended + AROUND]
-    if old and new and max(new) > max(old):
-        lines.append(f"for the first time a prompt of {max(new)} tokens ({max(old)} before)")
+    under_way = _under_way(scene, began)
+    record = max((_under_way(scene, r.due) for r in scene.run.requests if r.due < began - AROUND), default=0)
+    if under_way >= NEW * record and record:
+        lines.append(f"{under_way} answers were under way for the first time ({record} at most before)")
+    old = [r.prompt_tokens for r in scene.run.requests if r.prompt_tokens and reached(r) < began]
+    new = [r for r in scene.run.requests if r.prompt_tokens and r.sent < began + AROUND / 3 and reached(r) >= ended]
+    longest = max((r.prompt_tokens or 0 for r in new), default=0)
+    if old and longest >= NEW * max(old):
+        lines.append(f"a prompt of {longest} tokens came for the first time ({max(old)} at most before)")
     if not lines:
         return Finding(COMPILE, 0.0, [])
-    first = f"nobody got a token for {ended - began:.2f} s"
-    return Finding(COMPILE, 0.55 if len(before) > 4 else 0.3, [first, *lines])
+    return Finding(COMPILE, 0.8, [f"nobody got a token for {ended - began:.2f} s", *lines])
 
 
 def acceptance(scene: Scene) -> Finding:
@@ -185,8 +178,7 @@ def prefill(scene: Scene) -> Finding:
         PREFILL,
         share,
         [
-            f"{len(long)} long prompt{'s' if len(long) > 1 else ''} (up to {most} tokens; 9 of 10 had at most {usual:.0f} "
-            f"before) {'were' if len(long) > 1 else 'was'} read meanwhile",
+            f"long prompts were read meanwhile: {len(long)}, of up to {most} tokens ({usual:.0f} were usual before)",
             f"{share:.0%} of the time by which arrivals were late falls into that reading",
             f"{_per(scene, m.STEP_TOKENS, m.STEPS)} tokens a step",
         ],
@@ -229,8 +221,10 @@ def queueing(scene: Scene) -> Finding:
         share = 0.6
     places = meters.gauge(m.RUNNING, [scene.wide], at_most=True)
     lines.append(f"{places:.0f} ran at once, at most")
+    # Where no more came than before, a queue is rather the sign of something else that made answers take longer.
+    more = 0.5 + 0.5 * _growth(scene)
     # What queues explain is the time to the first token.
-    return Finding(QUEUEING, share * (0.95 if scene.ratio(TTFT) > 1 else 0.4), lines)
+    return Finding(QUEUEING, more * share * (0.95 if scene.ratio(TTFT) > 1 else 0.4), lines)
 
 
 def batch(scene: Scene) -> Finding:
@@ -241,15 +235,14 @@ def batch(scene: Scene) -> Finding:
         now, before = _streams(scene, [scene.span]), _streams(scene, scene.quiet)
     if not now - before >= 1.5 or not now > 1.4 * before:
         return Finding(BATCH, 0.0, [])
+    # A batch also grows because answers take longer; only if more of them came it is a reason.
+    came, came_before = _arriving(scene)
     rise = scene.slower if scene.slower > 1 else scene.ratio(TTFT, STALL)
-    growth = now / max(before, 0.5)
-    # A batch also grows because its requests take longer; then something else is the reason, and this its sign.
-    came = max(_arrivals(scene))
     return Finding(
         BATCH,
-        0.75 * explained(growth, rise) * max(explained(came, growth), OWN_GROWTH),
+        0.75 * _growth(scene) * explained(now / max(before, 0.5), rise),
         [
-            f"{now:.1f} requests ran at once, {before:.1f} before; {came:.1f} times as many came",
+            f"{now:.1f} requests ran at once, {before:.1f} before; {came:.1f} came a second, {came_before:.1f} before",
             f"{_per(scene, m.STEP_TOKENS, m.STEPS)} tokens a step",
         ],
     )
@@ -270,6 +263,26 @@ def disconnects(scene: Scene) -> Finding:
     )
 
 
+def _under_way(scene: Scene, at: float) -> int:
+    return sum(r.due <= at < r.ended for r in scene.run.requests)
+
+
+def _arriving(scene: Scene) -> tuple[float, float]:
+    """Requests a second: at most over two seconds around the beginning of the spike, and in the baseline."""
+    began, ended = scene.span[0] - 2.0, scene.span[1]
+    dues = np.array([r.due for r in scene.run.requests])
+    starts = np.arange(began, max(ended - 2.0, began) + 0.01, 0.5)
+    most = max(float(((dues >= start) & (dues < start + 2.0)).sum()) / 2.0 for start in starts)
+    seconds = sum(end - begin for begin, end in scene.quiet)
+    return most, len(scene.sent_before()) / max(seconds, 1e-9)
+
+
+def _growth(scene: Scene) -> float:
+    """Between 0 (no more requests came than before) and 1 (twice as many, or more)."""
+    came, before = _arriving(scene)
+    return min(1.0, max(0.0, came / max(before, 1e-9) - 1.3) / 0.7)
+
+
 def _pace(scene: Scene) -> float:
     """By what factor tokens came slower on average; what fewer tokens a step explain."""
     return next((rise.ratio.mean for rise in scene.rises if rise.metric == PACE), scene.ratio(ITL))
@@ -280,22 +293,7 @@ def _per(scene: Scene, name: str, by: str) -> str:
     return f"{now:.1f} (before: {before:.1f})" if math.isfinite(now) and math.isfinite(before) else "unknown numbers of"
 
 
-def _arrivals(scene: Scene) -> tuple[float, float]:
-    """By what factor more requests came than in the baseline: at most at once, and on the whole."""
-    span = (scene.span[0] - BURST_SECONDS, scene.span[1])
-    usual = max((_crowd(scene, quiet) for quiet in scene.quiet), default=0)
-    seconds = sum(end - begin for begin, end in scene.quiet)
-    rate, rate_before = len(scene.sent(span)) / (span[1] - span[0]), len(scene.sent_before()) / max(seconds, 1e-9)
-    return _crowd(scene, span) / max(usual, 1), rate / max(rate_before, 1e-9)
-
-
-def _crowd(scene: Scene, span: m.Span) -> int:
-    """The most requests that came within ``BURST_SECONDS``."""
-    due = np.sort([request.due for request in scene.sent(span)])
-    return int((np.searchsorted(due, due + BURST_SECONDS) - np.arange(len(due))).max(initial=0))
-
-
-def _streams(scene: Scene, spans: list[m.Span] | tuple[m.Span, ...]) -> float:
+def _streams(scene: Scene, spans: Sequence[m.Span]) -> float:
     """Answers under way on average, as the clients saw it."""
     total = sum(end - begin for begin, end in spans)
     under_way = sum(
@@ -343,6 +341,7 @@ _TAKES = (
     (DISCONNECTS, BATCH, 0.9),
     (DISCONNECTS, QUEUEING, 0.7),
     (ACCEPTANCE, BATCH, 0.5),
+    (ACCEPTANCE, QUEUEING, 0.5),
 )
 """(reason, sign, share): what a reason explains, its sign does not explain again. In order: a score that was taken from
 takes less."""

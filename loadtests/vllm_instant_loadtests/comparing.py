@@ -1,8 +1,8 @@
 """Servers beside each other: the same requests, paired, with intervals and a verdict for each row.
 
 Every server got the same prompts in segments of the same number, so rounds are compared in pairs and the drift of the
-machine cancels. The rule is that of ``vllm_instant.evidence.verdicts``: a difference counts if it is certain for all rows
-at once, and larger than what two processes of one kind differ by.
+machine cancels. The rule is that of ``vllm_instant.evidence.verdicts``: a difference counts if it is certain for all
+rows at once, and larger than what two processes of one kind differ by.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Meters:
         return self.growth(name, spans) / below if below > 0 else float("nan")
 
     def gauge(self, name: str, spans: Sequence[Span], at_most: bool = False) -> float:
-        """Mean (or largest) reading in parts of the run, of each part at least the one nearest to it; NaN if unknown."""
+        """Mean (or largest) reading in parts of the run, of a single one at least the nearest; NaN if unknown."""
         values = self.values(name)
         known = np.isfinite(values)
         at, values = self.at[known], values[known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from vllm_instant_loadtests.windows import ITL, PACE, STALL, TTFT, Entries
 
 AROUND = 0.6
 """Seconds before and after a spike whose readings belong to it: they are half a second apart."""
+LATE = 0.1
+"""Seconds from which on a late timer of the load generator counts."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Scene:
         return max((rise.ratio.mean for rise in self.rises if rise.metric in metrics), default=1.0)
 
     @cached_property
+    def lost(self) -> float:
+        """Seconds of delay that the spike brought, by its worst metric."""
+        return max(rise.lost for rise in self.rises)
+
+    @cached_property
     def slower(self) -> float:
         """By what factor tokens came slower."""
         return max(self.ratio(ITL, PACE), 1.0)
@@ -74,10 +82,11 @@ class Scene:
         """The longest time in the spike in which answers were under way, but nobody got anything."""
         times = np.sort([when for request in self.run.requests for when, _ in request.arrivals])
         best = (self.span[0], self.span[0])
-        for before, after in zip(times[:-1], times[1:], strict=True):
-            if after > self.span[0] and before < self.span[1] and after - before > best[1] - best[0]:
-                if any(r.due < (before + after) / 2 < r.ended for r in self.run.requests):
-                    best = (float(before), float(after))
+        for before, after in itertools.pairwise(map(float, times)):
+            if after <= self.span[0] or before >= self.span[1] or after - before <= best[1] - best[0]:
+                continue
+            if any(r.due < (before + after) / 2 < r.ended for r in self.run.requests):
+                best = (before, after)
         return best
 
     @cached_property
@@ -98,8 +107,13 @@ class Scene:
         return [r for r in self.run.requests if any(begin <= r.due < end for begin, end in self.quiet)]
 
     def late(self) -> float:
-        """The worst lateness of the load generator in the spike, seconds."""
-        return max((c.late for c in self.run.client if self.wide[0] <= c.at <= self.wide[1] + AROUND), default=0.0)
+        """By how much the load generator was late, seconds: at worst, or in sum where the spike is one of pace.
+
+        A worst request or stall is one moment; answers that fall behind fall behind again and again.
+        """
+        late = [c.late for c in self.run.client if self.wide[0] <= c.at <= self.wide[1] and c.late >= LATE]
+        worst = max(self.rises, key=lambda rise: rise.lost)
+        return max(late, default=0.0) if worst.metric in (TTFT, STALL) else float(sum(late))
 
 
 def reached(request: Request) -> float:
