@@ -22,7 +22,7 @@ class Due:
 
     number: int
     at: float
-    """Second of the timeline when it is due; a typist's: when its prompt is complete."""
+    """Second of the timeline when it is due; a typist begins to type then."""
     kind: str
     route: str
     body: dict[str, Any]
@@ -31,6 +31,13 @@ class Due:
     """Tokens after which the client hangs up."""
     characters_per_second: float | None = None
     """How fast a typist types."""
+
+    @property
+    def typing_seconds(self) -> float:
+        """How long a typist types before the prompt is complete, from when latencies count."""
+        if self.characters_per_second is None:
+            return 0.0
+        return len(self.body["messages"][-1]["content"]) / self.characters_per_second
 
     def plain(self) -> dict[str, Any]:
         """As JSON types."""

@@ -70,8 +70,8 @@ class Player:
         clients = self._clients_of(part.servers)
         watch = gevent.spawn(self._watch_itself)
         try:
-            for due in sorted(map(_due, part.requests), key=_begins):
-                if self._wait_until(part.begins + _begins(due) - part.offset):
+            for due in (Due(**plain) for plain in part.requests):
+                if self._wait_until(part.begins + due.at - part.offset):
                     return
                 for server, client in clients.items():
                     self._group.spawn(self._follow, server, client, due, part)
@@ -98,7 +98,7 @@ class Player:
             client.close()
 
     def _follow(self, server: str, client: StreamingClient, due: Due, part: Part) -> None:
-        when = part.begins + due.at - part.offset
+        when = part.begins + due.at - part.offset + due.typing_seconds
         answer = client.ask(due, wait=lambda: self._sleep_until(when))
         request = Request(
             id=answer.id,
@@ -152,17 +152,6 @@ class Player:
 def split(requests: Sequence[Due], processes: int) -> list[list[dict[str, Any]]]:
     """The requests dealt out in turn, so that every process gets some of each moment."""
     return [[due.plain() for due in requests[number::processes]] for number in range(processes)]
-
-
-def _due(plain: Mapping[str, Any]) -> Due:
-    return Due(**plain)
-
-
-def _begins(due: Due) -> float:
-    """When something has to happen for it: typists begin before their prompt is due."""
-    if due.characters_per_second is None:
-        return due.at
-    return due.at - len(due.body["messages"][-1]["content"]) / due.characters_per_second
 
 
 def _second_zero(epoch: float) -> float:

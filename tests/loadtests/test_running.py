@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from mock_servers import MockServer, serving
 
+from vllm_instant_loadtests import plan
 from vllm_instant_loadtests.mock import Pace
 from vllm_instant_loadtests.recording import Run
+from vllm_instant_loadtests.scenario import load
 
 Locust = Callable[..., subprocess.CompletedProcess[str]]
 SCENARIO = """
@@ -40,7 +42,7 @@ kind = "typist"
 prompts = "creative"
 route = "typist"
 rate = 1.0
-characters_per_second = 400
+characters_per_second = 150
 max_tokens = 12
 
 [alternation]
@@ -53,6 +55,7 @@ class Played:
 
     def __init__(self, run: Run, quick: MockServer, slow: MockServer, truth: Path, output: str) -> None:
         self.run, self.quick, self.slow, self.output = run, quick, slow, output
+        self.planned = plan.requests(load(truth.parent / "all.toml"), "0")
         self.sent = {line["id"]: line["sent"] for line in map(json.loads, truth.read_text().splitlines())}
 
 
@@ -78,8 +81,9 @@ def test_both_servers_get_the_same_requests_at_the_same_moments(played: Played) 
         due[server] = {r.number: (r.kind, r.due - begins[r.segment or 0]) for r in requests}
     assert due["quick"].keys() == due["slow"].keys()
     assert len(due["quick"]) > 15
-    for number, (kind, when) in due["quick"].items():
-        assert due["slow"][number] == (kind, pytest.approx(when, abs=1e-3))
+    for one in played.planned:
+        expected = (one.kind, pytest.approx(one.at + one.typing_seconds, abs=1e-3))
+        assert due["quick"][one.number] == due["slow"][one.number] == expected
     asked = [sorted(json.dumps(b, sort_keys=True) for b in s.mock.asked) for s in (played.quick, played.slow)]
     assert asked[0] == asked[1]
 
@@ -93,7 +97,7 @@ def test_the_servers_take_turns(played: Played) -> None:
         assert one["ended"] < other["began"]
     for request in played.run.requests:
         segment = next(s for s in segments if (s["number"], s["server"]) == (request.segment, request.server))
-        assert segment["began"] <= request.due
+        assert segment["began"] <= request.due <= segment["ended"]
         assert request.ended <= segment["ended"]
 
 
