@@ -4,6 +4,18 @@ All times are seconds after the beginning of the run, on one clock. Files: ``run
 ``samples.jsonl`` (the servers' ``/metrics``), ``steps.jsonl`` (the servers' decision traces, where they have one),
 ``client.jsonl`` (how late the load generator itself was), ``events.jsonl`` (what the scenario did to the servers on
 purpose: the ground truth of a chaos run). A line that was cut off by a kill is skipped when it is read.
+
+``run.json`` has
+
+* ``scenario``: ``name``, ``title``, ``description``, ``seconds`` (length of its timeline), ``kinds`` (of traffic);
+* ``goals``: the scenario's table, see ``goals.Goals``;
+* ``servers``: a list of ``name``, ``url``, ``model``, ``version``, ``deployment`` (how it was started, as text; empty
+  if unknown) and ``instant`` (whether vllm-instant runs in it);
+* ``segments``: a list of ``server``, ``began`` and ``ended`` (when answers had ended, too), ``from`` and ``until`` (the
+  part of the scenario's timeline that was played) and ``number``: all servers get the same part, with the same prompts,
+  in segments of the same number. With ``together`` (also in ``run.json``) they get it at the same time;
+* ``began`` (ISO date), ``clock`` (what ``time.perf_counter`` said at second 0 on the machine of the load generator),
+  ``finished`` (false until the run is complete) and ``circumstances`` (machine, versions, command).
 """
 
 from __future__ import annotations
@@ -41,6 +53,10 @@ class Request:
     """Why it failed; None if it did not. A disconnect that was meant is no error."""
     left: bool = False
     """The client hung up on purpose."""
+    segment: int | None = None
+    """Number of the segment that it belongs to."""
+    number: int | None = None
+    """Of the request in the scenario: every server gets the same prompt under the same number."""
 
     @property
     def ttft(self) -> float:
@@ -85,6 +101,8 @@ class Client:
     """Seconds by which a timer of its event loop came late."""
     cpu: float
     """Share of one core that its process used since the reading before."""
+    process: int = 0
+    """Which of several load generators."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +133,8 @@ class Run:
     def read(cls, folder: Path) -> Self:
         """A recorded run; raises FileNotFoundError if ``folder`` has none."""
         about = json.loads((folder / "run.json").read_text())
-        requests = [_request(plain) for plain in _lines(folder / "requests.jsonl")]
-        read = {name: [kind(**plain) for plain in _lines(folder / f"{name}.jsonl")] for name, kind in _KINDS.items()}
+        requests = [request(values) for values in _lines(folder / "requests.jsonl")]
+        read = {name: [kind(**values) for values in _lines(folder / f"{name}.jsonl")] for name, kind in _KINDS.items()}
         return cls(about, requests, **read)
 
     def of(self, server: str) -> Run:
@@ -136,13 +154,15 @@ class Recorder:
 
     Args:
         folder: made if it is missing; must not hold another run (FileExistsError).
+        about: the run; None to add to one that another process has begun.
 
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, Any] | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "run.json").open("x") as file:
-            json.dump(about, file, indent=2)
+        if about is not None:
+            with (folder / "run.json").open("x") as file:
+                json.dump(about, file, indent=2)
         self.folder = folder
         self._files: dict[str, IO[str]] = {}
 
@@ -151,7 +171,13 @@ class Recorder:
         name = _FILES[type(record)]
         if name not in self._files:
             self._files[name] = (self.folder / f"{name}.jsonl").open("a", buffering=1)
-        self._files[name].write(json.dumps(_plain(record)) + "\n")
+        self._files[name].write(json.dumps(plain(record)) + "\n")
+
+    def update(self, about: Mapping[str, Any]) -> None:
+        """Replace what is said about the run."""
+        new = self.folder / "run.json.new"
+        new.write_text(json.dumps(about, indent=2))
+        new.replace(self.folder / "run.json")
 
     def close(self) -> None:
         """Close the files; idempotent."""
@@ -165,16 +191,18 @@ _FILES: dict[type, str] = {Request: "requests", **{kind: name for name, kind in 
 _OfServer = TypeVar("_OfServer", Request, Sample, Step, Event)
 
 
-def _plain(record: Any) -> dict[str, Any]:
-    plain = asdict(record)
+def plain(record: Request | Sample | Step | Client | Event) -> dict[str, Any]:
+    """A record as JSON types."""
+    values = asdict(record)
     if isinstance(record, Request):
-        plain["arrivals"] = [[round(when, 5), tokens] for when, tokens in record.arrivals]
-    return plain
+        values["arrivals"] = [[round(when, 5), tokens] for when, tokens in record.arrivals]
+    return values
 
 
-def _request(plain: dict[str, Any]) -> Request:
-    arrivals = [(when, tokens) for when, tokens in plain.pop("arrivals")]
-    return Request(**plain, arrivals=arrivals)
+def request(values: Mapping[str, Any]) -> Request:
+    """The other way."""
+    arrivals = [(when, tokens) for when, tokens in values["arrivals"]]
+    return Request(**{**values, "arrivals": arrivals})
 
 
 def _only(records: list[_OfServer], server: str) -> list[_OfServer]:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 from vllm_instant.bench.plan import AGAIN, STOCK, deployed
 from vllm_instant.bench.report import comparison, floor, number
 from vllm_instant.bench.rows import Row, verdicts
 from vllm_instant.evidence.statistics import Estimate
+from vllm_instant.pages import Line, Plot, Tick, across, round_ticks, template, up
 
 SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "=", "not measured": "–"}
 MOST = 8.0
 """Ratios beyond this, or below its inverse, are drawn at the edge."""
 LEAST = 1e-9
 """Stands for zero on a logarithmic axis."""
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 460.0, 240.0, 44.0, 30.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -30,40 +27,6 @@ class Span:
     left: float
     right: float
     middle: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """One arm in a plot."""
-
-    arm: str
-    style: int
-    points: list[tuple[float, float]]
-
-    @property
-    def path(self) -> str:
-        """For an SVG polyline."""
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A place on an axis."""
-
-    at: float
-    label: str
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A drawing of 460 by 240."""
-
-    title: str
-    x_label: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    lines: list[Line]
-    dots: bool
 
 
 class Axis:
@@ -100,10 +63,8 @@ def render(record: Mapping[str, Any]) -> str:
     """The page."""
     rows = [Row.read(plain) for plain in record["rows"]]
     axis = Axis(rows)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = files("vllm_instant.bench").joinpath("page.html").read_text(encoding="utf-8")
     arms = list(record["arms"])
-    return environment.from_string(source).render(
+    return template("vllm_instant.bench", "page.html").render(
         record=record,
         versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         arms=arms,
@@ -141,15 +102,15 @@ def _speeds(record: Mapping[str, Any], arms: Sequence[str]) -> list[Plot]:
     plots = []
     for users, by_arm in record["tokens_per_second_by_round"].items():
         top = max(speed for speeds in by_arm.values() for speed in speeds)
-        ticks = _round_ticks(top)
+        ticks = round_ticks(top)
         rounds = len(by_arm[STOCK])
-        x = [_across(i, 0, max(rounds - 1, 1), inset=12) for i in range(rounds)]
+        x = [across(i, 0, max(rounds - 1, 1), inset=12) for i in range(rounds)]
         lines = [
-            Line(arm, style, [(x[i], _up(speed, ticks[-1])) for i, speed in enumerate(by_arm[arm])])
+            Line(arm, style, [(x[i], up(speed, ticks[-1])) for i, speed in enumerate(by_arm[arm])])
             for style, arm in enumerate(arms)
         ]
         x_ticks = [Tick(x[i], str(i + 1)) for i in range(0, rounds, -(-rounds // 10))]
-        y_ticks = [Tick(_up(value, ticks[-1]), f"{value:g}") for value in ticks]
+        y_ticks = [Tick(up(value, ticks[-1]), f"{value:g}") for value in ticks]
         plots.append(Plot(f"Output tokens/s, {users} at a time", "round", x_ticks, y_ticks, lines, dots=True))
     return plots
 
@@ -166,31 +127,15 @@ def _latencies(record: Mapping[str, Any], arms: Sequence[str]) -> list[Plot]:
             Line(
                 arm,
                 style,
-                [(_across(math.log10(max(value, 0.01)), low, high), _up(share, 1.0)) for share, value in by_arm[arm]],
+                [(across(math.log10(max(value, 0.01)), low, high), up(share, 1.0)) for share, value in by_arm[arm]],
             )
             for style, arm in known
         ]
-        x_ticks = [Tick(_across(math.log10(value), low, high), f"{value:g}") for value in _log_ticks(low, high)]
-        y_ticks = [Tick(_up(share, 1.0), f"{share:.0%}") for share in (0, 0.25, 0.5, 0.75, 1)]
+        x_ticks = [Tick(across(math.log10(value), low, high), f"{value:g}") for value in _log_ticks(low, high)]
+        y_ticks = [Tick(up(share, 1.0), f"{share:.0%}") for share in (0, 0.25, 0.5, 0.75, 1)]
         title = f"Time between tokens, {users} at a time: share of tokens that took at most …"
         plots.append(Plot(title, "milliseconds", x_ticks, y_ticks, lines, dots=False))
     return plots
-
-
-def _across(value: float, low: float, high: float, inset: float = 0.0) -> float:
-    width = WIDTH - LEFT - 12 - 2 * inset
-    return LEFT + inset + width * (value - low) / max(high - low, 1e-9)
-
-
-def _up(value: float, top: float) -> float:
-    return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * value / top
-
-
-def _round_ticks(top: float) -> list[float]:
-    """From 0 to at least ``top``, four or five steps."""
-    step = 10 ** math.floor(math.log10(top / 4))
-    step = next(step * factor for factor in (1, 2, 2.5, 5, 10) if step * factor * 5 >= top)
-    return [step * i for i in range(math.ceil(top / step) + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

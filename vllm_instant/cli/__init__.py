@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from vllm_instant.cli import bench, calibrate, config, demo, distill, doctor, experts, explain, plugins, verify
+from vllm_instant.cli import (
+    bench,
+    calibrate,
+    config,
+    demo,
+    distill,
+    doctor,
+    experts,
+    explain,
+    loadtest,
+    plugins,
+    verify,
+)
 
 app = typer.Typer(
     name="vllm-instant",
@@ -26,3 +38,4 @@ app.command(name="verify", context_settings={"allow_extra_args": True, "ignore_u
     verify.verify_deployments
 )
 app.command(name="bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.bench)
+app.command(name="loadtest")(loadtest.loadtest)

@@ -7,15 +7,19 @@ load does not depend on the server (no coordinated omission), and latencies coun
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from vllm_instant.evidence.load import arrivals
-from vllm_instant.evidence.turns import Answer
+from vllm_instant.evidence.turns import TOGETHER, Answer
+
+_ID = re.compile(rb'"id":\s*"([^"]+)"')
+_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Due:
     body: Mapping[str, Any]
     """Of ``/v1/completions``; streaming is added."""
     kind: str = ""
+    leave_after: int | None = None
+    """Tokens after which the client hangs up."""
 
 
 @dataclass
@@ -41,6 +47,11 @@ class Followed:
     """(when, tokens so far) for every event that brought tokens."""
     ended: float = float("nan")
     error: str | None = None
+    id: str = ""
+    """As the server calls it."""
+    prompt_tokens: int | None = None
+    left: bool = False
+    """The client hung up on purpose."""
 
     @property
     def answer(self) -> Answer:
@@ -53,11 +64,34 @@ def send(url: str, requests: Sequence[Due], timeout: float = 600.0) -> list[Foll
     return asyncio.run(_send(url, requests, timeout))
 
 
-async def _send(url: str, requests: Sequence[Due], timeout: float) -> list[Followed]:
+async def follow_all(
+    client: httpx.AsyncClient,
+    requests: Sequence[Due],
+    began: float,
+    done: Callable[[Followed], None] = lambda followed: None,
+) -> list[Followed]:
+    """Send all requests when they are due, ``began`` being second 0 on the clock of ``time.perf_counter``.
+
+    ``done`` is handed each as soon as it has ended.
+    """
+
+    async def one(request: Due) -> Followed:
+        followed = await _follow(client, request, began)
+        done(followed)
+        return followed
+
+    return list(await asyncio.gather(*map(one, requests)))
+
+
+def open_client(url: str, timeout: float = 600.0) -> httpx.AsyncClient:
+    """A client without a limit of connections: were there one, requests would wait for each other."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) as client:
-        began = time.perf_counter() + 0.05
-        return list(await asyncio.gather(*(_follow(client, request, began) for request in requests)))
+    return httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits)
+
+
+async def _send(url: str, requests: Sequence[Due], timeout: float) -> list[Followed]:
+    async with open_client(url, timeout) as client:
+        return await follow_all(client, requests, time.perf_counter() + 0.05)
 
 
 async def _follow(client: httpx.AsyncClient, request: Due, began: float) -> Followed:
@@ -77,13 +111,33 @@ async def _follow(client: httpx.AsyncClient, request: Due, began: float) -> Foll
                 text = (await response.aread()).decode(errors="replace")
                 followed.error = f"HTTP {response.status_code}: {text[:300]}"
                 return followed
-            async for now, total, _ in arrivals(response):
+            async for now, total, events in arrivals(response):
+                if not have:
+                    _note(followed, events)
                 if total > have:
+                    _add(followed.arrivals, now - due, total)
                     have = total
-                    followed.arrivals.append((now - due, total))
+                if request.leave_after is not None and have >= request.leave_after:
+                    followed.left = True
+                    break
     except httpx.HTTPError as error:
         followed.error = f"{type(error).__name__}: {error}"
     if not have and followed.error is None:
         followed.error = "the answer ended without a token"
     followed.ended = time.perf_counter() - due
     return followed
+
+
+def _note(followed: Followed, events: bytes) -> None:
+    if found := _ID.search(events):
+        followed.id = found[1].decode()
+    if found := _PROMPT_TOKENS.search(events):
+        followed.prompt_tokens = int(found[1])
+
+
+def _add(came: list[tuple[float, int]], when: float, total: int) -> None:
+    """A sender that lags behind reads one event after the other, at once: they arrived together."""
+    if came and when - came[-1][0] < TOGETHER:
+        came[-1] = (came[-1][0], total)
+    else:
+        came.append((when, total))

@@ -160,6 +160,28 @@ def ratio(
     )
 
 
+def paired(
+    ours: Resampled, theirs: Resampled, *, better: Direction, margin: float, comparisons: int
+) -> Contrast | None:
+    """One arm beside another, round by round, where there is no second server of either kind.
+
+    What two processes of one kind differ by is then the stated margin alone. None where a ratio has no meaning.
+    """
+    if min(ours.value, theirs.value, float(np.min(ours.draws)), float(np.min(theirs.draws))) <= 0:
+        return None
+    effect = math.log(ours.value) - math.log(theirs.value)
+    error = _error(np.log(ours.draws) - np.log(theirs.draws), ours.by_round, theirs.by_round)
+    freedom = ours.rounds - 1
+    return Contrast(
+        "ratio",
+        better,
+        _exponential(_interval(effect, error, FALSE_ALARMS, freedom)),
+        _exponential(_interval(effect, error, FALSE_ALARMS / comparisons, freedom)),
+        Estimate(1.0, 1.0, 1.0),
+        1 + margin,
+    )
+
+
 def difference(effect: Estimate, certain: Estimate, floor: Estimate, *, better: Direction, margin: float) -> Contrast:
     """A contrast of estimates that somebody else has made; the effect is 0 where there is none."""
     return Contrast("difference", better, effect, certain, floor, max(margin, abs(floor.low), abs(floor.high)))

@@ -1,0 +1,283 @@
+"""Everything that a recorded run shows: percentiles, spikes and their causes, goals, servers beside each other."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vllm_instant_loadtests import causes, comparing, goals, spikes, windows
+from vllm_instant_loadtests.goals import Checked, Goals
+from vllm_instant_loadtests.meters import Meters, Span
+from vllm_instant_loadtests.recording import Event, Request, Run
+from vllm_instant_loadtests.scene import Scene
+from vllm_instant_loadtests.spikes import Rise
+from vllm_instant_loadtests.windows import ITL, STALL, TTFT, Entries, Series
+
+E2E = "e2e"
+MARGIN = 1.0
+"""Seconds around a spike that are no baseline."""
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A stretch of time in which a server was slower than it otherwise was, and why."""
+
+    server: str
+    began: float
+    ended: float
+    rises: list[Rise]
+    """By metric; the first one is the most certain."""
+    findings: list[causes.Finding]
+    """Causes with scores, the likeliest first."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that shows it most certainly."""
+        return self.rises[0].metric
+
+    @property
+    def cause(self) -> str:
+        """The likeliest one, or "unknown"."""
+        return self.findings[0].cause
+
+    @property
+    def evidence(self) -> list[str]:
+        """What speaks for the cause."""
+        return self.findings[0].evidence
+
+    @property
+    def alternatives(self) -> list[causes.Finding]:
+        """Other causes that something speaks for."""
+        return [finding for finding in self.findings[1:] if finding.score > 0]
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        rise = self.rises[0]
+        return (
+            f"{self.server}, {self.began:.1f} to {self.ended:.1f} s: {NAMES[rise.metric]} {rise.value * 1e3:.0f} ms, "
+            f"{rise.ratio.mean:.2f} [{rise.ratio.low:.2f}, {rise.ratio.high:.2f}] times its baseline "
+            f"({rise.baseline * 1e3:.0f} ms), p = {rise.p:.4f}: {self.cause}"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "server": self.server,
+            "began": round(self.began, 2),
+            "ended": round(self.ended, 2),
+            "metric": self.metric,
+            "cause": self.cause,
+            "evidence": self.evidence,
+            "alternatives": [asdict(finding) for finding in self.alternatives],
+            "score": self.findings[0].score,
+            "rises": [
+                {
+                    "metric": rise.metric,
+                    "began": round(rise.began, 2),
+                    "ended": round(rise.ended, 2),
+                    "baseline_ms": rise.baseline * 1e3,
+                    "value_ms": rise.value * 1e3,
+                    "ratio": vars(rise.ratio),
+                    "p": rise.p,
+                }
+                for rise in self.rises
+            ],
+        }
+
+
+NAMES = {windows.ITL: "p99 ITL", windows.PACE: "mean ITL", windows.TTFT: "p99 TTFT", windows.STALL: "longest stall"}
+
+
+@dataclass(frozen=True)
+class ServerAnalysis:
+    """What a run shows of one server."""
+
+    server: str
+    seconds: float
+    """In which it was asked."""
+    requests: int
+    failed: int
+    left: int
+    """Clients that hung up on purpose."""
+    tokens: int
+    percentiles: dict[str, dict[str, float]]
+    """``ttft``, ``itl``, ``stall``, ``e2e``: ``p50``, ``p95``, ``p99``, ``mean`` in milliseconds."""
+    too_little: dict[str, str]
+    """By metric: why it was not searched for spikes."""
+    spikes: list[Spike]
+    series: dict[str, Series]
+    """By metric; not in JSON."""
+    quiet: list[Span]
+    """The baseline: parts of the run without spikes."""
+    events: list[Event] = field(default_factory=list)
+    """What was done to it on purpose."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all streams together."""
+        return self.tokens / self.seconds if self.seconds > 0 else math.nan
+
+    def reached(self) -> dict[str, float | None]:
+        """What goals are compared with, by their names."""
+        found: dict[str, float | None] = {
+            f"{metric}_{share}_ms": value
+            for metric, by_share in self.percentiles.items()
+            for share, value in by_share.items()
+        }
+        found["error_rate"] = self.failed / self.requests if self.requests else None
+        # Spikes that could not be searched for are not none.
+        found["spikes"] = None if len(self.too_little) == len(windows.METRICS) else float(len(self.spikes))
+        found["tokens_per_second"] = self.tokens_per_second if self.seconds > 0 else None
+        return found
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "server": self.server,
+            "seconds": self.seconds,
+            "requests": self.requests,
+            "failed": self.failed,
+            "left": self.left,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_second if self.seconds > 0 else None,
+            "milliseconds": self.percentiles,
+            "too_little": self.too_little,
+            "spikes": [spike.plain() for spike in self.spikes],
+            "baseline": [[round(began, 2), round(ended, 2)] for began, ended in self.quiet],
+            "events": [asdict(event) for event in self.events],
+        }
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a run shows."""
+
+    about: dict[str, Any]
+    servers: list[ServerAnalysis]
+    comparisons: list[comparing.Comparison]
+    goals: list[Checked]
+
+    @property
+    def met(self) -> bool:
+        """Whether every goal was reached on every server; the exit code follows it."""
+        return all(checked.met for checked in self.goals)
+
+    @property
+    def spikes(self) -> list[Spike]:
+        """Of all servers."""
+        return [spike for server in self.servers for spike in server.spikes]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "run": self.about,
+            "met": self.met,
+            "goals": [asdict(checked) for checked in self.goals],
+            "servers": [server.plain() for server in self.servers],
+            "comparisons": [comparison.plain() for comparison in self.comparisons],
+        }
+
+    def summary(self) -> str:
+        """For a terminal: spikes with their evidence, verdicts and goals, one a line."""
+        lines: list[str] = []
+        for server in self.servers:
+            for spike in server.spikes:
+                lines += [spike.sentence, *(f"    {line}" for line in spike.evidence)]
+            if not server.spikes:
+                searched = [NAMES[metric] for metric in windows.METRICS if metric not in server.too_little]
+                looked = f"no spike in {', '.join(searched)}" if searched else "not searched for spikes"
+                lines.append(f"{server.server}: {looked}")
+            lines += [f"    {NAMES[metric]} was not searched: {why}" for metric, why in server.too_little.items()]
+        lines += [comparison.verdict for comparison in self.comparisons]
+        lines += [f"{'met' if checked.met else 'MISSED'}: {checked.sentence}" for checked in self.goals]
+        return "\n".join(lines)
+
+
+def analyse(run: Run, goals: Goals | None = None) -> Analysis:
+    """Everything about a run.
+
+    Args:
+        run: as recorded.
+        goals: what is to be reached; without, what the scenario said (``run.about["goals"]``).
+
+    """
+    wanted = goals if goals is not None else Goals(**run.about.get("goals", {}))
+    names = [str(server["name"]) for server in run.about.get("servers", [])]
+    names += sorted({request.server for request in run.requests} - set(names))
+    servers = [analyse_server(run.of(name), name) for name in names]
+    return Analysis(
+        run.about,
+        servers,
+        # The later server beside the earlier one: scenarios name stock first.
+        [comparing.compare(run, ours, theirs) for theirs, ours in itertools.combinations(names, 2)],
+        [checked for server in servers for checked in _checked(wanted, server)],
+    )
+
+
+def analyse_server(run: Run, name: str) -> ServerAnalysis:
+    """What the part of a run that concerns one server (``Run.of``) shows."""
+    requests = sorted(run.requests, key=lambda request: request.due)
+    parts = windows.stretches(run.about.get("segments", []), name, requests)
+    measured = windows.entries(requests)
+    series = {metric: windows.series(metric, measured[metric], parts) for metric in windows.METRICS}
+    searched = [one for one in series.values() if not one.too_little]
+    found = {one.metric: spikes.rises(one, measured[one.metric], len(searched)) for one in searched}
+    groups = spikes.together(found)
+    spans = [(min(r.began for r in group), max(r.ended for r in group)) for group in groups]
+    quiet = _without(parts, spans)
+    meters = Meters(run.samples)
+    made = []
+    for group, (began, ended) in zip(groups, spans, strict=True):
+        scene = Scene(run, meters, measured, group, quiet)
+        made.append(Spike(name, began, ended, group, causes.attribute(scene)))
+    return ServerAnalysis(
+        server=name,
+        seconds=sum(ended - began for began, ended in parts),
+        requests=len(requests),
+        failed=sum(request.error is not None for request in requests),
+        left=sum(request.left for request in requests),
+        tokens=sum(request.tokens for request in requests),
+        percentiles=_percentiles(requests, measured),
+        too_little={one.metric: one.too_little for one in series.values() if one.too_little},
+        spikes=made,
+        series=series,
+        quiet=quiet,
+        events=run.events,
+    )
+
+
+def _checked(wanted: Goals, server: ServerAnalysis) -> list[Checked]:
+    return list(goals.check(wanted, server.server, server.reached()))
+
+
+def _without(parts: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
+    """Parts of the run that are at least ``MARGIN`` away from every spike."""
+    left = [(began + windows.WARM_UP, ended) for began, ended in parts]
+    for low, high in taken:
+        cut = [((began, min(ended, low - MARGIN)), (max(began, high + MARGIN), ended)) for began, ended in left]
+        left = [(began, ended) for pair in cut for began, ended in pair]
+    return [(began, ended) for began, ended in left if ended > began]
+
+
+def _percentiles(requests: Sequence[Request], measured: dict[str, Entries]) -> dict[str, dict[str, float]]:
+    whole = np.array([r.ended - r.due for r in requests if not r.left and r.error is None])
+    longest = [max((b[0] - a[0] for a, b in itertools.pairwise(r.arrivals)), default=math.nan) for r in requests]
+    stalls = np.array([value for value in longest if math.isfinite(value)])
+    ones = {E2E: whole, STALL: stalls}
+    everything = {
+        TTFT: measured[TTFT],
+        ITL: measured[ITL],
+        **{name: Entries(values, values, values, np.ones(len(values))) for name, values in ones.items()},
+    }
+    return {
+        name: {f"p{share}": entries.quantile(share / 100) * 1e3 for share in (50, 95, 99)}
+        | {"mean": entries.mean() * 1e3}
+        for name, entries in everything.items()
+        if len(entries.values)
+    }

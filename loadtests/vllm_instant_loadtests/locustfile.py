@@ -1,0 +1,13 @@
+"""For ``locust -f``: plays scenarios against servers, with Locust's web page or without."""
+
+from __future__ import annotations
+
+from locust import events
+
+from vllm_instant_loadtests import running
+from vllm_instant_loadtests.users import ScenarioUser
+
+__all__ = ["ScenarioUser"]
+
+events.init_command_line_parser.add_listener(running.add_options)
+events.init.add_listener(running.install)

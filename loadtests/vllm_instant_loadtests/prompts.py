@@ -1,0 +1,144 @@
+"""What is asked: built-in classes of prompts, and files that users bring along; always fresh ones, by a seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_instant.evidence import prompts as evidence
+from vllm_instant.evidence.load import Prompt
+
+_FORMS = ("poem", "short story", "letter", "fairy tale", "song", "monologue", "dialogue", "diary entry")
+_MOODS = ("cheerful", "gloomy", "absurd", "solemn", "mysterious", "tender", "furious", "dreamlike")
+_THINGS = (
+    *("lighthouse", "violin", "glacier", "postman", "clock", "orchard", "comet", "harbour", "mirror", "fox", "bakery"),
+    *("umbrella", "desert", "library", "train", "island", "thunderstorm", "chessboard", "garden", "lantern", "whale"),
+)
+_LONG = 3000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt: a text, or the turns of a conversation up to the user's last."""
+
+    text: str
+    before: list[dict[str, str]] = field(default_factory=list)
+    """Earlier turns, as OpenAI's ``messages``."""
+    temperature: float | None = None
+    """Where the file says one."""
+
+
+def creative(count: int, seed: str) -> list[str]:
+    """Requests for inventions: the hardest text to draft."""
+    choose = random.Random(seed)
+    made = []
+    for _ in range(count):
+        first, second, third = choose.sample(_THINGS, 3)
+        mood, form = choose.choice(_MOODS), choose.choice(_FORMS)
+        made.append(
+            f"Write a {mood} {form} in which a {first} meets a {second} and neither of them mentions the {third}.\n"
+        )
+    return made
+
+
+def long(count: int, seed: str, characters: int = _LONG) -> list[str]:
+    """Documents, each of them another mixture of pieces, to be read more than answered."""
+    choose = random.Random(seed)
+    texts = [text for text in evidence.held_out_texts(200) if len(text) > 600]
+    made = []
+    for number in range(count):
+        pieces = [f"Document {seed}/{number}."]
+        while sum(map(len, pieces)) < characters:
+            text = choose.choice(texts)
+            start = choose.randrange(len(text) - 500)
+            pieces.append(text[start : start + 500])
+        made.append("\n\n".join(pieces)[:characters])
+    return made
+
+
+def _of(make: Callable[[int, str], list[Prompt]]) -> Callable[[int, str], list[str]]:
+    return lambda count, seed: [prompt.text for prompt in make(count, seed)]
+
+
+BUILT_IN: dict[str, Callable[[int, str], list[str]]] = {
+    **{name: _of(make) for name, make in evidence.BUILT_IN.items()},
+    "repetitive": _of(evidence.records),
+    "creative": creative,
+    "long": long,
+}
+"""Classes: ``make(count, seed)``; some leave out a few."""
+
+
+def of_class(name: str, count: int, seed: str, characters: int | None = None) -> list[Asked]:
+    """``count`` prompts of a built-in class, no two alike; only ``long`` knows ``characters``."""
+    made: dict[str, None] = {}
+    part = 0
+    while len(made) < count:
+        more, before, part = count - len(made), len(made), part + 1
+        texts = (
+            long(more, f"{seed}/{part}", characters or _LONG)
+            if name == "long"
+            else BUILT_IN[name](more, f"{seed}/{part}")
+        )
+        made |= dict.fromkeys(texts)
+        if part > 1 and len(made) - before < more / 4:  # the class runs out: a number makes a known prompt a new one
+            made |= dict.fromkeys(f"# {seed}/{part}/{number}\n{text}" for number, text in enumerate(texts))
+    return [Asked(text) for text in list(made)[:count]]
+
+
+def from_file(file: Path) -> list[Asked]:
+    """The prompts of a file.
+
+    ``.txt``: one a line. ``.jsonl`` (or a JSON list): objects with a ``prompt`` (and ``temperature``), with OpenAI's
+    ``messages``, or with ``conversations`` as ShareGPT has them, of which everything up to the last user's turn counts.
+
+    Raises:
+        ValueError: in one sentence, when there is nothing to read or an entry is none of these.
+
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if file.suffix not in (".json", ".jsonl"):
+        found = [Asked(line) for line in text.splitlines() if line.strip()]
+    else:
+        found = [_entry(file, number, entry) for number, entry in enumerate(_entries(file, text), 1)]
+    if not found:
+        raise ValueError(f"{file} has no prompts")
+    return found
+
+
+def _entries(file: Path, text: str) -> Sequence[Any]:
+    try:
+        whole = text.lstrip().startswith("[")
+        return list(json.loads(text)) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{file} is neither a JSON list nor one JSON object a line: {error}") from None
+
+
+def _entry(file: Path, number: int, entry: Any) -> Asked:
+    try:
+        temperature = None if entry.get("temperature") is None else float(entry["temperature"])
+        if "prompt" in entry:
+            return Asked(str(entry["prompt"]), temperature=temperature)
+        turns = [_turn(turn) for turn in entry["messages"] if turn] if "messages" in entry else _shared(entry)
+        last = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
+        return Asked(turns[last]["content"], turns[:last], temperature)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{file}: object {number} should have a prompt, messages or conversations with a user's turn"
+        ) from None
+
+
+def _turn(turn: Any) -> dict[str, str]:
+    return {"role": str(turn["role"]), "content": str(turn["content"])}
+
+
+def _shared(entry: Any) -> list[dict[str, str]]:
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    return [{"role": roles[turn["from"]], "content": str(turn["value"])} for turn in entry["conversations"]]

@@ -1,0 +1,213 @@
+"""What an analysis says, as files: one HTML page, JSON for programs, JUnit XML for CI."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from vllm_instant.pages import Band, Line, Plot, Tick, across, round_ticks, template, up
+from vllm_instant_loadtests import meters as m
+from vllm_instant_loadtests.analysis import NAMES, Analysis, ServerAnalysis, Spike
+from vllm_instant_loadtests.meters import Meters
+from vllm_instant_loadtests.recording import Run
+from vllm_instant_loadtests.windows import HOP, ITL, METRICS, PACE, STALL, TTFT, WARM_UP, Array
+
+SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "=", "not measured": "–"}
+# What a run that was recorded by something else need not say.
+_NO_SCENARIO: dict[str, Any] = {"title": "", "name": "", "description": ""}
+_NO_CIRCUMSTANCES: dict[str, Any] = {"device": "", "date": "", "command": "", "versions": {}}
+_NO_SERVER: dict[str, Any] = {"url": "", "version": "", "deployment": ""}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot, in the run's units."""
+
+    name: str
+    at: Array
+    values: Array
+
+
+def write_html(analysis: Analysis, run: Run, path: Path) -> None:
+    """One self-contained page: goals, spikes with their evidence, servers beside each other, everything over time."""
+    page = template("vllm_instant_loadtests", "report.html").render(
+        scenario=_NO_SCENARIO | (analysis.about.get("scenario") or {}),
+        circumstances=_NO_CIRCUMSTANCES | (analysis.about.get("circumstances") or {}),
+        finished=analysis.about.get("finished", True),
+        played=[_NO_SERVER | server for server in analysis.about.get("servers", [])],
+        analysis=analysis,
+        servers=[(server, plots(server, run.of(server.server))) for server in analysis.servers],
+        names=NAMES,
+        metrics=METRICS,
+        symbols=SYMBOLS,
+        number=number,
+        shares=("p50", "p95", "p99", "mean"),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def write_json(analysis: Analysis, path: Path) -> None:
+    """What ``Analysis.plain`` has; what is no number is null."""
+    path.write_text(json.dumps(_finite(analysis.plain()), indent=1) + "\n", encoding="utf-8")
+
+
+def write_junit(analysis: Analysis, path: Path) -> None:
+    """A test case a goal, which fails where it is missed, and one a spike.
+
+    A spike fails its case only where the number of spikes is a goal: without one, what is found is said and no failure.
+    """
+    judged = any(checked.goal == "spikes" for checked in analysis.goals)
+    scenario = str((analysis.about.get("scenario") or {}).get("name", "load test"))
+    suites = ElementTree.Element("testsuites", name="vllm-instant loadtest")
+    for server in analysis.servers:
+        suite = ElementTree.SubElement(suites, "testsuite", name=f"{scenario}: {server.server}")
+        cases = failures = 0
+        for checked in (one for one in analysis.goals if one.server == server.server):
+            case = ElementTree.SubElement(suite, "testcase", classname=server.server, name=checked.goal)
+            cases += 1
+            if not checked.met:
+                failures += 1
+                ElementTree.SubElement(case, "failure", message=checked.sentence)
+        for spike in server.spikes:
+            name = f"{spike.cause} at {spike.began:.1f} s"
+            case = ElementTree.SubElement(suite, "testcase", classname=f"{server.server}.spikes", name=name)
+            text = "\n".join([spike.sentence, *spike.evidence])
+            cases += 1
+            if judged and not all(c.met for c in analysis.goals if c.goal == "spikes" and c.server == server.server):
+                failures += 1
+                ElementTree.SubElement(case, "failure", message=spike.sentence).text = text
+            else:
+                ElementTree.SubElement(case, "system-out").text = text
+        suite.set("tests", str(cases))
+        suite.set("failures", str(failures))
+        suite.set("time", f"{server.seconds:.3f}")
+    ElementTree.indent(suites)
+    ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def plots(server: ServerAnalysis, run: Run) -> list[Plot]:
+    """What a server was like over time: latencies, and what explains them."""
+    meters = Meters(run.samples)
+    found = [_plot(server, f"{NAMES[metric]}, ms", _latency(server, metric)) for metric in (TTFT, ITL, PACE, STALL)]
+    running = [Curve(name, *_known(meters, key)) for name, key in (("running", m.RUNNING), ("waiting", m.WAITING))]
+    found.append(_plot(server, "Requests running and waiting", running))
+    if meters.has(m.DRAFTED):
+        found.append(_plot(server, "Share of draft tokens accepted, %", [_accepted(meters)], top=100.0))
+    found.append(_plot(server, "KV cache in use, %", [_percent(meters, m.KV_USE)]))
+    found.append(_plot(server, "Tokens a second, all streams", [_speed(server, run)]))
+    return [plot for plot in found if plot is not None]
+
+
+def number(value: float | None) -> str:
+    """For people; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _latency(server: ServerAnalysis, metric: str) -> list[Curve]:
+    series = server.series[metric]
+    return [Curve(NAMES[metric], series.at, series.values * 1e3)]
+
+
+def _plot(server: ServerAnalysis, title: str, curves: Sequence[Curve], top: float | None = None) -> Plot | None:
+    known = [curve for curve in curves if np.isfinite(curve.values).any()]
+    if not known:
+        return None
+    ends = [end for curve in known for end in (curve.at[0], curve.at[-1])]
+    low, high = min(ends), max(ends)
+    if high <= low:
+        return None
+    highest = top or max(float(np.nanmax(curve.values)) for curve in known)
+    ticks = round_ticks(max(highest, 1e-3))
+    lines = [
+        Line(curve.name, style * 2 + 2, part)
+        for style, curve in enumerate(known)
+        for part in _parts(curve, low, high, ticks[-1])
+    ]
+    seconds = [value for value in round_ticks(high) if low <= value <= high]
+    x_ticks = [Tick(across(value, low, high), f"{value:g}") for value in seconds]
+    y_ticks = [Tick(up(value, ticks[-1]), f"{value:g}") for value in ticks]
+    return Plot(title, "seconds", x_ticks, y_ticks, lines, dots=False, bands=_bands(server, low, high))
+
+
+def _parts(curve: Curve, low: float, high: float, top: float) -> list[list[tuple[float, float]]]:
+    """Polylines; nothing is drawn where nothing was measured, or nobody asked."""
+    parts: list[list[tuple[float, float]]] = []
+    before = -math.inf
+    for at, value in zip(curve.at, curve.values, strict=True):
+        if not math.isfinite(value):
+            continue
+        if at - before > 2 * WARM_UP + 2 * HOP:
+            parts.append([])
+        parts[-1].append((across(float(at), low, high), up(float(value), top)))
+        before = float(at)
+    return parts
+
+
+def _bands(server: ServerAnalysis, low: float, high: float) -> list[Band]:
+    def band(began: float, ended: float, style: str, title: str, label: str = "") -> Band:
+        left = across(max(began, low), low, high)
+        return Band(left, max(2.0, across(min(ended, high), low, high) - left), style, title, label)
+
+    events = [
+        band(event.began, event.ended, "event", f"done on purpose: {event.cause} {event.note}".strip())
+        for event in server.events
+        if event.ended > low and event.began < high
+    ]
+    return events + [
+        band(spike.began, spike.ended, "spike", _title(spike), str(number + 1))
+        for number, spike in enumerate(server.spikes)
+    ]
+
+
+def _title(spike: Spike) -> str:
+    return f"{spike.cause}: {spike.sentence}"
+
+
+def _known(meters: Meters, name: str) -> tuple[Array, Array]:
+    return meters.at, meters.values(name)
+
+
+def _percent(meters: Meters, name: str) -> Curve:
+    return Curve(name, meters.at, meters.values(name) * 100)
+
+
+def _accepted(meters: Meters) -> Curve:
+    at = np.arange(meters.at[0] + 1, meters.at[-1], HOP)
+    values = [meters.ratio(m.ACCEPTED, m.DRAFTED, [(float(end) - 1, float(end))]) for end in at]
+    return Curve("accepted", at - 0.5, np.array(values) * 100)
+
+
+def _speed(server: ServerAnalysis, run: Run) -> Curve:
+    series = server.series[STALL]
+    came = [
+        (when, have - had)
+        for request in run.requests
+        for (when, have), had in zip(request.arrivals, [0, *(n for _, n in request.arrivals)], strict=False)
+    ]
+    if not came or not len(series.at):
+        return Curve("tokens", np.empty(0), np.empty(0))
+    times, tokens = np.array(sorted(came)).T
+    cumulated = np.concatenate([[0.0], np.cumsum(tokens)])
+    began, ended = (np.searchsorted(times, series.at + side) for side in (-series.half, series.half))
+    return Curve("tokens", series.at, (cumulated[ended] - cumulated[began]) / (2 * series.half))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,285 @@
+"""Recorded runs without a server: an engine of steps under open-loop traffic, disturbed at known times.
+
+Much less than vLLM does, and enough for the tests of what reads recorded runs: who waits for whom, what ``/metrics``
+would have said, and what the truth is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_instant_loadtests import causes
+from vllm_instant_loadtests import meters as m
+from vllm_instant_loadtests.recording import Client, Event, Request, Run, Sample
+
+SERVER = "simulated"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What steps cost, in seconds, and what fits."""
+
+    step: float = 0.020
+    per_request: float = 0.0008
+    per_prompt_token: float = 0.0004
+    noise: float = 0.06
+    """Standard deviation of a step's logarithm; half of it drifts over seconds."""
+    hiccups: float = 0.2
+    """A second: steps that take some times as long, as on any machine."""
+    seats: int = 24
+    kv_tokens: int = 20_000
+    draft_tokens: int = 0
+    accepted: float = 0.7
+    """Chance that a draft token is accepted, given those before it."""
+    chunk: int = 2048
+    """Most prompt tokens in one step."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked."""
+
+    rate: float = 3.0
+    prompt: tuple[int, int] = (40, 80)
+    answer: tuple[int, int] = (60, 120)
+
+
+@dataclass
+class _Live:
+    due: float
+    prompt: int
+    answer: int
+    kind: str
+    leave: int | None
+    read: int = 0
+    tokens: int = 0
+    started: float | None = None
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+
+    @property
+    def kv(self) -> int:
+        return self.read + self.tokens
+
+
+def simulate(
+    seconds: float = 60.0,
+    events: Sequence[Event] = (),
+    *,
+    engine: Engine | None = None,
+    load: Load | None = None,
+    slower: float = 1.0,
+    seed: int = 0,
+) -> Run:
+    """A run.
+
+    Args:
+        seconds: length of the traffic.
+        events: disturbances; ``cause`` says what happens between ``began`` and ``ended``. ``causes.UNKNOWN`` makes
+            every step ``slower`` times as long, and nothing else.
+        engine: what steps cost.
+        load: the undisturbed traffic.
+        slower: see ``events``.
+        seed: of all that is random.
+
+    """
+    return _Simulation(engine or Engine(), load or Load(), events, slower, np.random.default_rng(seed)).run(seconds)
+
+
+class _Simulation:
+    def __init__(
+        self, engine: Engine, load: Load, events: Sequence[Event], slower: float, random: np.random.Generator
+    ) -> None:
+        self.engine, self.load, self.events, self.slower, self.random = engine, load, events, slower, random
+        self.now = 0.0
+        self.drift = 0.0
+        self.waiting: deque[_Live] = deque()
+        self.running: list[_Live] = []
+        self.ended: list[Request] = []
+        self.samples: list[Sample] = []
+        self.totals = dict.fromkeys(
+            (m.PREEMPTIONS, m.PROMPT_TOKENS, m.GENERATED, m.STEPS, m.STEP_TOKENS, m.QUEUE_SECONDS, m.QUEUED), 0.0
+        )
+        if engine.draft_tokens:
+            self.totals |= dict.fromkeys((m.DRAFTS, m.DRAFTED, m.ACCEPTED), 0.0)
+        self.compiled = False
+
+    def run(self, seconds: float) -> Run:
+        coming = deque(sorted(self._traffic(seconds), key=lambda live: live.due))
+        next_sample = 0.5
+        while coming or self.waiting or self.running:
+            while coming and coming[0].due <= self.now:
+                self.waiting.append(coming.popleft())
+            if not self.waiting and not self.running:
+                self.now = coming[0].due
+            before = self.now
+            self._admit()
+            self._step()
+            while next_sample <= self.now:
+                if not self._in(causes.STOPPED, next_sample):
+                    self.samples.append(self._sample(next_sample))
+                next_sample += 0.5
+            assert self.now > before  # noqa: S101 - a simulation that stands still never ends
+        client = [self._client(float(at)) for at in np.arange(0.5, self.now, 0.5)]
+        segment = {"server": SERVER, "began": 0.0, "ended": self.now, "from": 0.0, "until": seconds, "number": 0}
+        about = {"scenario": {"name": "simulated"}, "servers": [{"name": SERVER}], "segments": [segment]}
+        return Run(about, self.ended, self.samples, [], client, list(self.events))
+
+    def _traffic(self, seconds: float) -> list[_Live]:
+        # One in each slot: were arrivals Poisson's, chance would make bursts that no event stands for.
+        slots = np.arange(round(self.load.rate * seconds))
+        times = (slots + self.random.random(len(slots))) / self.load.rate
+        lives = [self._live(at, "steady") for at in times]
+        for event in self.events:
+            length = event.ended - event.began
+
+            def at(event: Event = event) -> float:
+                return float(self.random.uniform(event.began, event.ended))
+
+            extra = round(length * self.load.rate * 2.5)
+            if event.cause == causes.BATCH:
+                lives += [self._live(at(), "burst") for _ in range(round(1.6 * extra))]
+            elif event.cause == causes.QUEUEING:
+                lives += [self._live(at(), "burst") for _ in range(extra + 2 * self.engine.seats)]
+            elif event.cause == causes.MEMORY:
+                needs = self.engine.kv_tokens // 300 + 4
+                lives += [self._live(at(), "long answers", answer=400) for _ in range(needs)]
+            elif event.cause == causes.PREFILL:
+                lives += [self._live(at(), "documents", prompt=1800, answer=4) for _ in range(max(2, round(length)))]
+            elif event.cause == causes.COMPILE:
+                lives.append(self._live(event.began, "first of its length", prompt=2 * self.load.prompt[1]))
+            elif event.cause == causes.DISCONNECTS:
+                lives += [self._live(at(), "leaving", leave=int(self.random.integers(1, 6))) for _ in range(2 * extra)]
+        return lives
+
+    def _live(
+        self, due: float, kind: str, prompt: int | None = None, answer: int | None = None, leave: int | None = None
+    ) -> _Live:
+        drawn = [int(self.random.integers(low, high + 1)) for low, high in (self.load.prompt, self.load.answer)]
+        return _Live(float(due), prompt or drawn[0], answer or drawn[1], kind, leave)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.engine.seats:
+            used = sum(live.kv for live in self.running)
+            if used + self.waiting[0].prompt + self.waiting[0].tokens > self.engine.kv_tokens:
+                break
+            live = self.waiting.popleft()
+            if live.started is None:
+                live.started = self.now
+                self.totals[m.QUEUE_SECONDS] += self.now - live.due
+                self.totals[m.QUEUED] += 1
+            self.running.append(live)
+
+    def _step(self) -> None:
+        engine = self.engine
+        while sum(live.kv for live in self.running) + len(self.running) > engine.kv_tokens and len(self.running) > 1:
+            lost = self.running.pop()
+            lost.read = 0
+            self.waiting.appendleft(lost)
+            self.totals[m.PREEMPTIONS] += 1
+        room, prompt_tokens = engine.chunk, 0
+        decoding = [live for live in self.running if live.read >= live.prompt + live.tokens]
+        reading = []
+        for live in self.running:
+            need = live.prompt + live.tokens - live.read
+            if need > 0 and room > 0:
+                taken = min(need, room)
+                live.read += taken
+                room -= taken
+                prompt_tokens += taken
+                if live.read >= live.prompt + live.tokens:
+                    reading.append(live)
+        rows = len(decoding) * (1 + engine.draft_tokens) + prompt_tokens
+        took = engine.step + engine.per_request * len(decoding) * (1 + engine.draft_tokens / 2)
+        took = (took + engine.per_prompt_token * prompt_tokens) * self._luck()
+        if self._in(causes.UNKNOWN, self.now):
+            took *= self.slower
+        if self._in(causes.COMPILE, self.now) and not self.compiled:
+            self.compiled = True
+            took += next(e.ended - e.began for e in self.events if e.cause == causes.COMPILE)
+        end = self.now + took
+        for event in self.events:
+            if event.cause == causes.STOPPED and event.began < end and self.now < event.began:
+                end += event.ended - event.began
+        self.now = end
+        self.totals[m.STEPS] += 1
+        self.totals[m.STEP_TOKENS] += rows
+        seen = self._seen(self.now)
+        for live in decoding:
+            self._bring(live, 1 + self._accepted(), seen)
+        for live in reading:
+            self.totals[m.PROMPT_TOKENS] += live.prompt if not live.tokens else 0
+            self._bring(live, 1, seen)
+        self.running = [live for live in self.running if not self._finish(live, seen)]
+
+    def _accepted(self) -> int:
+        k = self.engine.draft_tokens
+        if not k:
+            return 0
+        chance = 0.1 if self._in(causes.ACCEPTANCE, self.now) else self.engine.accepted
+        refused = np.flatnonzero(self.random.random(k) > chance)
+        kept = int(refused[0]) if len(refused) else k
+        for name, value in ((m.DRAFTS, 1), (m.DRAFTED, k), (m.ACCEPTED, kept)):
+            self.totals[name] += value
+        return kept
+
+    def _bring(self, live: _Live, tokens: int, seen: float) -> None:
+        new = min(tokens, live.answer - live.tokens)
+        live.tokens += new
+        live.read += new
+        self.totals[m.GENERATED] += new
+        if live.arrivals and seen - live.arrivals[-1][0] < 0.001:
+            live.arrivals[-1] = (live.arrivals[-1][0], live.tokens)
+        else:
+            live.arrivals.append((seen, live.tokens))
+
+    def _finish(self, live: _Live, seen: float) -> bool:
+        left = live.leave is not None and live.tokens >= live.leave
+        if not left and live.tokens < live.answer:
+            return False
+        self.ended.append(
+            Request(
+                id=f"{len(self.ended)}",
+                server=SERVER,
+                kind=live.kind,
+                route="completions",
+                due=live.due,
+                sent=self._seen(live.due),
+                arrivals=live.arrivals,
+                ended=seen,
+                prompt_tokens=live.prompt,
+                left=left,
+            )
+        )
+        return True
+
+    def _seen(self, at: float) -> float:
+        """When a load generator that sleeps now and then notices."""
+        return next((e.ended for e in self.events if e.cause == causes.CLIENT and e.began <= at < e.ended), at)
+
+    def _luck(self) -> float:
+        half = self.engine.noise / math.sqrt(2)
+        self.drift = 0.98 * self.drift + math.sqrt(1 - 0.98**2) * half * self.random.standard_normal()
+        luck = math.exp(self.drift + half * self.random.standard_normal())
+        if self.random.random() < self.engine.hiccups * self.engine.step:
+            luck *= 1 + self.random.exponential(1.0)
+        return luck
+
+    def _in(self, cause: str, at: float) -> bool:
+        return any(event.cause == cause and event.began <= at < event.ended for event in self.events)
+
+    def _sample(self, at: float) -> Sample:
+        used = sum(live.kv for live in self.running) / self.engine.kv_tokens
+        gauges = {m.RUNNING: float(len(self.running)), m.WAITING: float(len(self.waiting)), m.KV_USE: min(1.0, used)}
+        return Sample(SERVER, at, 0.004, {**gauges, **self.totals})
+
+    def _client(self, at: float) -> Client:
+        late = max(
+            (e.ended - e.began for e in self.events if e.cause == causes.CLIENT and e.ended <= at < e.ended + 0.5),
+            default=0.002,
+        )
+        return Client(float(at), late, 0.2)

@@ -1,0 +1,287 @@
+"""Windows in which latency rose, tested against the run's own baseline.
+
+For each metric (see ``windows``):
+
+1. *Baseline*: the level is a low quantile of the windows' logarithms, so that it stays a baseline even where almost
+   half of the run is a spike; the noise is how far windows lie below it.
+2. *Candidates*: neighbouring windows above the baseline by more than a stated ratio and more than the noise. Their
+   *mass* is the area above the baseline (log ratio times seconds): long small rises and short large ones count alike.
+3. *Test*: cluster-based, as Maris & Oostenveld (2007) test time series of brain signals. Under the null hypothesis
+   there are no spikes, and a run is made of blocks of its baseline in another order (windows depend on their
+   neighbours, so blocks are drawn, not windows). The largest mass of each drawn run is what noise gets anywhere: a
+   candidate's p-value is the share of drawn runs whose largest mass reaches its own, which holds for all windows at
+   once (max-statistic, Westfall & Young 1993). A baseline without its candidates has no tail; drawn blocks therefore
+   have their excursions multiplied by a random factor (exponential, mean 1). Metrics are corrected for by Bonferroni.
+4. *Floors*: certain is not yet large. A spike is at least ``LEAST_RATIO`` times the baseline, costs ``LEAST_LOST``
+   seconds of delay, and where tokens came slower, the interval of its ratio excludes 1: not a single slow step.
+
+Spikes of several metrics at the same time are one spike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_instant.evidence.statistics import Estimate
+from vllm_instant_loadtests.windows import HOP, PACE, STALL, TTFT, Array, Entries, Series, statistic
+
+ALPHA = 0.05
+"""Chance that a run without any change gets a spike."""
+LEVEL = 0.35
+"""Quantile of the windows that is their baseline's level."""
+MOST_NOISE, MOST_NOISE_ABOVE = 0.4, 0.25
+"""Standard deviations of logarithms that are believed, and of those above the level."""
+LEAST_RATIO = 1.3
+NOISES = 2.5
+"""Standard deviations of the baseline's noise that a window must lie above it to be a candidate."""
+LEAST_LOST = 0.3
+"""Seconds by which answers fell behind; one slow step of a machine is no spike."""
+BLOCK_SECONDS = 4.0
+DRAWS = 2000
+CAP = math.log(6.0)
+"""Log ratios count up to here: one frozen moment is not worth many seconds."""
+BRIDGED = 1
+"""How many windows below the threshold do not end a candidate."""
+APART = 1.0
+"""Seconds between spikes of several metrics that still make them one."""
+
+
+@dataclass(frozen=True)
+class Rise:
+    """One metric's rise in one stretch of time."""
+
+    metric: str
+    began: float
+    ended: float
+    baseline: float
+    """The metric's statistic (p99; ``pace``: mean; ``stall``: longest) of the baseline, seconds."""
+    value: float
+    """The same of the rise."""
+    ratio: Estimate
+    """``value / baseline`` with its 95 % interval."""
+    p: float
+    """Corrected for all windows and metrics."""
+    lost: float
+    """Seconds of delay: of the worst request or stall; else by which an answer that lasts through it falls behind."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Neighbouring windows above the baseline."""
+
+    first: int
+    last: int
+    """Index of the last window."""
+    mass: float
+    """Area above the baseline: log ratio times seconds."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A metric's level and noise, in logarithms."""
+
+    level: float
+    noise: float
+
+    @property
+    def threshold(self) -> float:
+        """How far above the level a candidate's windows lie."""
+        return max(math.log(LEAST_RATIO), NOISES * self.noise)
+
+
+def baseline(values: Array) -> Baseline:
+    """Level and noise of the logarithms of windows; robust against spikes that fill less than half of a run."""
+    logs = np.log(values[np.isfinite(values)])
+    lowest, level, higher = np.quantile(logs, [LEVEL * 0.32, LEVEL, 1 - LEVEL])
+    # In standard deviations of a Gaussian: LEVEL lies 0.39 below and 1 - LEVEL as much above the middle, the lowest 1.22
+    # below. Noise is not symmetric; but what lies above may be a spike, which counts only so far.
+    below, above = float(level - lowest) / 0.83, float(higher - level) / 0.77
+    noise = min(MOST_NOISE, max(below, min(above, MOST_NOISE_ABOVE)))
+    return Baseline(float(level) + 0.39 * min(below, above, MOST_NOISE_ABOVE), noise)
+
+
+def candidates(excess: Array, segment: npt.NDArray[Any], threshold: float) -> list[Candidate]:
+    """Clusters of windows.
+
+    Args:
+        excess: ``[windows]``, log ratio to the baseline; NaN where nothing was measured.
+        segment: ``[windows]``, stretches of the run.
+        threshold: what windows of a cluster lie above.
+
+    """
+    above = np.flatnonzero(np.nan_to_num(excess, nan=-1.0) > threshold)
+    found: list[Candidate] = []
+    for i in above:
+        if found and i - found[-1].last <= 1 + BRIDGED and segment[i] == segment[found[-1].last]:
+            found[-1] = Candidate(found[-1].first, int(i), 0.0)
+        else:
+            found.append(Candidate(int(i), int(i), 0.0))
+    capped = np.clip(np.nan_to_num(excess), 0.0, CAP)
+    return [Candidate(c.first, c.last, float(capped[c.first : c.last + 1].sum() * HOP)) for c in found]
+
+
+def largest_masses(excess: Array, quiet: Array, threshold: float, seed: int = 0, draws: int = DRAWS) -> Array:
+    """The largest mass in each of ``draws`` runs made of blocks of the baseline; ``[draws]``.
+
+    Args:
+        excess: ``[windows]``, log ratio to the baseline.
+        quiet: ``[windows]``, bool: which windows are baseline.
+        threshold: of candidates.
+        seed: of the draws.
+        draws: how many.
+
+    """
+    pool = excess[quiet & np.isfinite(excess)]
+    length = int(np.isfinite(excess).sum())
+    block = max(1, min(round(BLOCK_SECONDS / HOP), len(pool) // 2))
+    blocks = -(-length // block)
+    random = np.random.default_rng(seed)
+    starts = random.integers(0, len(pool), (draws, blocks))
+    drawn = pool[(starts[:, :, None] + np.arange(block)) % len(pool)]
+    factor = random.exponential(1.0, (draws, blocks, 1))
+    drawn = np.where(drawn > 0, drawn * np.maximum(factor, 1.0), drawn).reshape(draws, -1)[:, :length]
+    one = np.zeros(length)
+    return np.array([max((c.mass for c in candidates(run, one, threshold)), default=0.0) for run in drawn])
+
+
+def certain(series: Series, metrics: int, alpha: float = ALPHA) -> tuple[list[tuple[Candidate, float]], Array]:
+    """Candidates that noise does not get, with their corrected p-values; and which windows are baseline.
+
+    Args:
+        series: of the metric.
+        metrics: how many are looked at; p-values are corrected for them.
+        alpha: chance of a false alarm.
+
+    """
+    base = baseline(series.values)
+    excess = np.log(series.values) - base.level
+    found = candidates(excess, series.segment, base.threshold)
+    # What could be noise by its size stays in the baseline.
+    suspects = [c for c in found if c.mass >= 1.5 * base.threshold]
+    quiet = np.ones(len(excess), bool)
+    for c in suspects:
+        quiet[max(0, c.first - 1) : c.last + 2] = False
+    if not suspects or (quiet & np.isfinite(excess)).sum() < 2:
+        return [], quiet
+    masses = largest_masses(excess, quiet, base.threshold)
+    judged = [(c, metrics * (1 + int((masses >= c.mass).sum())) / (1 + len(masses))) for c in suspects]
+    return [(c, min(1.0, p)) for c, p in judged if p <= alpha], quiet
+
+
+def rises(series: Series, measured: Entries, metrics: int, alpha: float = ALPHA) -> list[Rise]:
+    """The rises of one metric: certain and large.
+
+    Args:
+        series: of the metric.
+        measured: what it was made of.
+        metrics: how many are looked at; p-values are corrected for them.
+        alpha: chance of a false alarm.
+
+    """
+    if series.too_little:
+        return []
+    found, quiet = certain(series, metrics, alpha)
+    if not found:
+        return []
+    reference = _Reference(series, measured, quiet)
+    made = [reference.rise(*_span(series, c), p) for c, p in found]
+    return [rise for rise in made if _large(rise)]
+
+
+def _span(series: Series, candidate: Candidate) -> tuple[float, float]:
+    """When a candidate began and ended: without what its neighbours, which have not risen, also cover."""
+    began = float(series.at[candidate.first]) + series.half - HOP
+    ended = float(series.at[candidate.last]) - series.half + HOP
+    if ended - began >= HOP:
+        return began, ended
+    middle = (began + ended) / 2
+    return middle - HOP / 2, middle + HOP / 2
+
+
+def _large(rise: Rise) -> bool:
+    steady = rise.metric in (TTFT, STALL) or rise.ratio.low > 1.0
+    return rise.ratio.mean >= LEAST_RATIO and steady and rise.lost >= LEAST_LOST
+
+
+class _Reference:
+    """The baseline's raw entries, in blocks that are drawn again."""
+
+    def __init__(self, series: Series, measured: Entries, quiet: Array) -> None:
+        self._metric = series.metric
+        self._measured = measured
+        middles = series.at[quiet]
+        ends = measured.ended
+        nearest = np.searchsorted(middles, ends)
+        close = np.minimum(
+            np.abs(ends - middles[np.clip(nearest, 0, len(middles) - 1)]),
+            np.abs(ends - middles[np.clip(nearest - 1, 0, len(middles) - 1)]),
+        )
+        of_baseline = measured.chosen(close <= HOP)
+        if series.metric == STALL:
+            # The longest of a baseline is one moment; its usual longest is what windows are compared with.
+            values = series.values[quiet & np.isfinite(series.values)]
+            of_baseline = Entries(middles[: len(values)], middles[: len(values)], values, np.ones(len(values)))
+        self._pace = of_baseline.mean()
+        self._blocks = _blocks(of_baseline, BLOCK_SECONDS)
+        self.value = self._of(of_baseline)
+        random = np.random.default_rng(0)
+        self._drawn = [
+            self._of(_joined([self._blocks[i] for i in random.integers(0, len(self._blocks), len(self._blocks))]))
+            for _ in range(200)
+        ]
+
+    def _of(self, entries: Entries) -> float:
+        if self._metric == STALL:
+            return float(np.median(entries.values))
+        return statistic(self._metric, entries)
+
+    def rise(self, began: float, ended: float, p: float) -> Rise:
+        inside = self._measured.within(began, ended)
+        value = statistic(self._metric, inside)
+        random = np.random.default_rng(1)
+        if self._metric == STALL:
+            # One moment, which all answers share: they are drawn again, not parts of the time.
+            drawn = [
+                inside.values[random.integers(0, len(inside.values), len(inside.values))].max() for _ in self._drawn
+            ]
+        else:
+            parts = _blocks(inside, HOP if self._metric == PACE else 2 * HOP)
+            picks = [random.integers(0, len(parts), len(parts)) for _ in self._drawn]
+            drawn = [statistic(self._metric, _joined([parts[i] for i in pick])) for pick in picks]
+        low, high = np.quantile(np.array(drawn) / np.array(self._drawn), [0.025, 0.975])
+        ratio = Estimate(value / self.value, float(low), float(high))
+        lost = value - self.value
+        if self._metric not in (TTFT, STALL):
+            lost = (ended - began) * (1 - self._pace / inside.mean())
+        return Rise(self._metric, began, ended, self.value, value, ratio, p, lost)
+
+
+def _blocks(entries: Entries, seconds: float) -> list[Entries]:
+    number = np.floor(entries.ended / seconds).astype(int)
+    return [entries.chosen(number == one) for one in np.unique(number)]
+
+
+def _joined(parts: Sequence[Entries]) -> Entries:
+    return Entries(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("began", "ended", "values", "weights"))
+    )
+
+
+def together(found: Mapping[str, Sequence[Rise]]) -> list[list[Rise]]:
+    """Rises of all metrics, those at the same time as one spike; the most certain and largest rise first."""
+    groups: list[list[Rise]] = []
+    ends = -math.inf
+    for rise in sorted((rise for one in found.values() for rise in one), key=lambda rise: rise.began):
+        if groups and rise.began <= ends + APART:
+            groups[-1].append(rise)
+        else:
+            groups.append([rise])
+            ends = -math.inf
+        ends = max(ends, rise.ended)
+    return [sorted(group, key=lambda rise: (rise.p, -rise.ratio.mean)) for group in groups]

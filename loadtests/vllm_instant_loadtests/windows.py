@@ -1,0 +1,188 @@
+"""Requests as time series: what each second of a run was like.
+
+Windows overlap by half. A gap between two arrivals belongs to all windows that it touches, so that a window in which
+nothing arrived, because everybody waited, shows the wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_instant_loadtests.recording import Request
+
+Array = npt.NDArray[np.float64]
+ITL, PACE, TTFT, STALL = "itl", "pace", "ttft", "stall"
+METRICS = (ITL, PACE, TTFT, STALL)
+"""p99 time between tokens; mean time between tokens; p99 time to the first token; the longest wait for an arrival."""
+HOP = 0.5
+"""Seconds from one window to the next."""
+WIDTH = {ITL: 1.0, PACE: 1.0, TTFT: 2.0, STALL: 1.0}
+WARM_UP = 2.0
+"""Seconds at the beginning of a segment that are not looked at: there is no load yet."""
+LEAST_SECONDS = 15.0
+"""Of windows with data; with less there is no baseline."""
+LEAST_ENTRIES = {ITL: 300, PACE: 300, TTFT: 15, STALL: 300}
+"""Tokens, or first tokens, that a run must have."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Measured durations, each with the span of time in which it was."""
+
+    began: Array
+    """``[n]``, seconds of the run."""
+    ended: Array
+    values: Array
+    """Seconds."""
+    weights: Array
+    """Tokens."""
+
+    def within(self, began: float, ended: float) -> Entries:
+        """Those that touch a part of the run."""
+        return self.chosen((self.ended > began) & (self.began < ended))
+
+    def chosen(self, which: npt.NDArray[Any]) -> Entries:
+        """A mask's or an index's."""
+        return Entries(self.began[which], self.ended[which], self.values[which], self.weights[which])
+
+    def quantile(self, share: float) -> float:
+        """By weight; NaN without entries."""
+        if not len(self.values):
+            return float("nan")
+        order = np.argsort(self.values)
+        cumulated = np.cumsum(self.weights[order])
+        return float(self.values[order][np.searchsorted(cumulated, share * cumulated[-1])])
+
+    def mean(self) -> float:
+        """By weight; NaN without entries."""
+        return float(np.average(self.values, weights=self.weights)) if len(self.values) else float("nan")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over time."""
+
+    metric: str
+    at: Array
+    """``[windows]``: the middles, seconds of the run."""
+    values: Array
+    """``[windows]``: seconds; NaN where there is nothing to measure."""
+    segment: npt.NDArray[np.int64]
+    """``[windows]``: which stretch of the run each belongs to; windows of two stretches are not neighbours."""
+    too_little: str = ""
+    """Why the metric cannot be judged; empty if it can."""
+
+    @property
+    def half(self) -> float:
+        """Half a window, seconds."""
+        return WIDTH[self.metric] / 2
+
+
+def statistic(metric: str, entries: Entries) -> float:
+    """What a metric says of some entries."""
+    if metric == PACE:
+        return entries.mean()
+    if metric == STALL:
+        return float(entries.values.max()) if len(entries.values) else float("nan")
+    return entries.quantile(0.99)
+
+
+def entries(requests: Iterable[Request]) -> dict[str, Entries]:
+    """What was measured, by metric.
+
+    ``itl`` and ``pace``: one entry an arrival after the first, the time by token, weighted with its tokens. ``stall``:
+    the same gaps undivided; also the last one of an answer that failed, from its last token to its end. ``ttft``: from
+    when a request was due to its first token, or to its end where none came.
+    """
+    gaps: list[tuple[float, float, int]] = []
+    cut: list[tuple[float, float, float]] = []
+    first: list[tuple[float, float]] = []
+    for request in requests:
+        if request.arrivals:
+            first.append((request.due, request.arrivals[0][0]))
+            for (before, had), (when, have) in zip(request.arrivals, request.arrivals[1:], strict=False):
+                gaps.append((before, when, have - had))
+            if request.error:
+                cut.append((request.arrivals[-1][0], request.ended, 1.0))
+        elif not request.left:
+            first.append((request.due, request.ended))
+    between = np.array(gaps, float).reshape(-1, 3)
+    silent = np.concatenate([between, np.array(cut, float).reshape(-1, 3)])
+    starts = np.array(first, float).reshape(-1, 2)
+    tokens = np.maximum(between[:, 2], 1)
+    by_token = Entries(between[:, 0], between[:, 1], (between[:, 1] - between[:, 0]) / tokens, tokens)
+    return {
+        ITL: by_token,
+        PACE: by_token,
+        STALL: Entries(silent[:, 0], silent[:, 1], silent[:, 1] - silent[:, 0], np.ones(len(silent))),
+        TTFT: Entries(starts[:, 0], starts[:, 0] + 1e-6, starts[:, 1] - starts[:, 0], np.ones(len(starts))),
+    }
+
+
+def stretches(
+    segments: Sequence[Mapping[str, Any]], server: str, requests: Sequence[Request]
+) -> list[tuple[float, float]]:
+    """``(began, ended)`` of the parts of a run in which a server was asked; all of it where the run does not say.
+
+    A stretch ends with its last due request: what follows is the load running out.
+    """
+    asked = [(float(s["began"]), float(s["ended"]), s.get("number")) for s in segments if s["server"] == server]
+    if not requests:
+        return []
+    last = max(request.due for request in requests)
+    if not asked:
+        return [(min(request.due for request in requests), last)]
+    found = []
+    for began, ended, number in asked:
+        dues = [r.due for r in requests if (r.segment == number if r.segment is not None else began <= r.due < ended)]
+        if dues:
+            found.append((began, min(ended, max(dues))))
+    return found
+
+
+def series(metric: str, measured: Entries, parts: Sequence[tuple[float, float]]) -> Series:
+    """A metric in windows of every stretch."""
+    middles, segment = [], []
+    for number, (began, ended) in enumerate(parts):
+        at = np.arange(began + WARM_UP + WIDTH[metric] / 2, ended - WIDTH[metric] / 2 + 1e-9, HOP)
+        middles.append(at)
+        segment.append(np.full(len(at), number))
+    at: Array = np.concatenate([*middles, np.empty(0)]).astype(np.float64)
+    values = _in_windows(metric, measured, at)
+    stretch = np.concatenate([*segment, np.empty(0, int)]).astype(np.int64)
+    return Series(metric, at, values, stretch, _too_little(metric, measured, values))
+
+
+def _too_little(metric: str, measured: Entries, values: Array) -> str:
+    seconds, tokens = float(np.isfinite(values).sum() * HOP), measured.weights.sum()
+    if seconds < LEAST_SECONDS:
+        return f"{seconds:.0f} s with {metric} data, {LEAST_SECONDS:.0f} are needed for a baseline"
+    if tokens < LEAST_ENTRIES[metric]:
+        what = "first tokens" if metric == TTFT else "tokens"
+        return f"{tokens:.0f} {what}, {LEAST_ENTRIES[metric]} are needed for a baseline"
+    return ""
+
+
+def _in_windows(metric: str, measured: Entries, at: Array) -> Array:
+    values = np.full(len(at), np.nan)
+    if not len(measured.values):
+        return values
+    # Sorted by their ends, what touches a window lies between two places, but for gaps that are still open there.
+    order = np.argsort(measured.ended, kind="stable")
+    ordered = measured.chosen(order)
+    latest = np.minimum.accumulate(ordered.began[::-1])[::-1]
+    half = WIDTH[metric] / 2
+    first = np.searchsorted(ordered.ended, at - half, side="right")
+    # From here on, everything begins behind the window.
+    last = np.searchsorted(latest, at + half, side="left")
+    for i, (low, high) in enumerate(zip(first, last, strict=True)):
+        if high > low:
+            part = ordered.chosen(slice(low, high))  # type: ignore[arg-type]
+            touching = part.chosen(part.began < at[i] + half)
+            values[i] = statistic(metric, touching)
+    return values
