@@ -41,6 +41,8 @@ LONG = 3.0
 """A long prompt has so many times the tokens of the baseline's longest usual ones."""
 NEW = 1.25
 """By what factor a batch or a prompt is larger than all before, to be something new to the engine."""
+BURST_SECONDS = 2.0
+"""In which requests count as having come together."""
 SILENT = 0.3
 """Seconds without anything for anybody that can be a stop."""
 
@@ -236,13 +238,14 @@ def batch(scene: Scene) -> Finding:
     if not now - before >= 1.5 or not now > 1.4 * before:
         return Finding(BATCH, 0.0, [])
     # A batch also grows because answers take longer; only if more of them came it is a reason.
-    came, came_before = _arriving(scene)
+    came, came_before = _crowds(scene)
     rise = scene.slower if scene.slower > 1 else scene.ratio(TTFT, STALL)
     return Finding(
         BATCH,
         0.75 * _growth(scene) * explained(now / max(before, 0.5), rise),
         [
-            f"{now:.1f} requests ran at once, {before:.1f} before; {came:.1f} came a second, {came_before:.1f} before",
+            f"{now:.1f} requests ran at once, {before:.1f} before; up to {came} came within {BURST_SECONDS:.0f} s, "
+            f"{came_before} before",
             f"{_per(scene, m.STEP_TOKENS, m.STEPS)} tokens a step",
         ],
     )
@@ -267,20 +270,22 @@ def _under_way(scene: Scene, at: float) -> int:
     return sum(r.due <= at < r.ended for r in scene.run.requests)
 
 
-def _arriving(scene: Scene) -> tuple[float, float]:
-    """Requests a second: at most over two seconds around the beginning of the spike, and in the baseline."""
-    began, ended = scene.span[0] - 2.0, scene.span[1]
-    dues = np.array([r.due for r in scene.run.requests])
-    starts = np.arange(began, max(ended - 2.0, began) + 0.01, 0.5)
-    most = max(float(((dues >= start) & (dues < start + 2.0)).sum()) / 2.0 for start in starts)
-    seconds = sum(end - begin for begin, end in scene.quiet)
-    return most, len(scene.sent_before()) / max(seconds, 1e-9)
+def _crowds(scene: Scene) -> tuple[int, int]:
+    """The most requests that came together in the spike, and in the baseline."""
+    span = (scene.span[0] - BURST_SECONDS, scene.span[1])
+    return _crowd(scene, span), max((_crowd(scene, quiet) for quiet in scene.quiet), default=0)
+
+
+def _crowd(scene: Scene, span: m.Span) -> int:
+    """The most requests that came within ``BURST_SECONDS``."""
+    due = np.sort([request.due for request in scene.sent(span)])
+    return int((np.searchsorted(due, due + BURST_SECONDS) - np.arange(len(due))).max(initial=0))
 
 
 def _growth(scene: Scene) -> float:
-    """Between 0 (no more requests came than before) and 1 (twice as many, or more)."""
-    came, before = _arriving(scene)
-    return min(1.0, max(0.0, came / max(before, 1e-9) - 1.3) / 0.7)
+    """Between 0 (no more requests came together than before) and 1 (half as many again, or more)."""
+    now, before = _crowds(scene)
+    return min(1.0, max(0.0, now / max(before, 1) - 1.0) / 0.5)
 
 
 def _pace(scene: Scene) -> float:

@@ -95,8 +95,11 @@ def servers_of(
         servers[setup.name] = Server(
             model, words, log=logs / f"{setup.name}.log", environment=dict(scenario.environment)
         )
+        shown = shlex.join(["vllm", "serve", model, *words])
+        for path in (model, deployment.slots["drafter"].options.get("model"), config):
+            shown = shown.replace(str(path), Path(path).name) if path else shown  # where files lie is nobody's business
         deployments[setup.name] = {
-            "deployment": shlex.join(["vllm", "serve", Path(model).name, *words]),
+            "deployment": shown,
             "instant": setup.instant,
         }
     return servers, deployments

@@ -40,8 +40,7 @@ def creative(count: int, seed: str) -> list[str]:
         first, second, third = choose.sample(_THINGS, 3)
         mood, form = choose.choice(_MOODS), choose.choice(_FORMS)
         made.append(
-            f"Write a {mood} {form} in which a {first} meets a {second} and neither of them mentions the {third}. "
-            f"Begin with the words: {choose.choice(_THINGS)}, {choose.choice(_THINGS)}, {choose.randrange(2, 99)}.\n"
+            f"Write a {mood} {form} in which a {first} meets a {second} and neither of them mentions the {third}.\n"
         )
     return made
 
@@ -75,13 +74,20 @@ BUILT_IN: dict[str, Callable[[int, str], list[str]]] = {
 
 
 def of_class(name: str, count: int, seed: str, characters: int | None = None) -> list[Asked]:
-    """``count`` fresh prompts of a built-in class; only ``long`` knows ``characters``."""
-    made: list[str] = []
+    """``count`` prompts of a built-in class, no two alike; only ``long`` knows ``characters``."""
+    made: dict[str, None] = {}
+    part = 0
     while len(made) < count:
-        part = f"{seed}/{len(made)}"
-        more = count - len(made)
-        made += long(more, part, characters or _LONG) if name == "long" else BUILT_IN[name](more, part)
-    return [Asked(text) for text in made[:count]]
+        more, before, part = count - len(made), len(made), part + 1
+        texts = (
+            long(more, f"{seed}/{part}", characters or _LONG)
+            if name == "long"
+            else BUILT_IN[name](more, f"{seed}/{part}")
+        )
+        made |= dict.fromkeys(texts)
+        if part > 1 and len(made) - before < more / 4:  # the class runs out: a number makes a known prompt a new one
+            made |= dict.fromkeys(f"# {seed}/{part}/{number}\n{text}" for number, text in enumerate(texts))
+    return [Asked(text) for text in list(made)[:count]]
 
 
 def from_file(file: Path) -> list[Asked]:

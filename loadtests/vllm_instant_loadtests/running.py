@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from vllm_instant.evidence.servers import SETTLE_SECONDS
 from vllm_instant_loadtests import plan, recording, rows
 from vllm_instant_loadtests.player import Part, Player, split
 from vllm_instant_loadtests.recording import Client, Recorder, Request
-from vllm_instant_loadtests.scenario import Scenario, ScenarioError, built_in, load
+from vllm_instant_loadtests.scenario import Scenario, ScenarioError, built_in, load, named_servers
 
 logger = logging.getLogger("loadtest")
 LEAD_SECONDS = 0.5
@@ -40,7 +39,6 @@ SENDING_SECONDS = 1.0
 DEPLOYMENTS = "LOADTEST_DEPLOYMENTS"
 """Variable with ``deployment`` and ``instant`` of each server, as JSON by name."""
 PART, RECORDS, PLAYED, STOP = "loadtest_part", "loadtest_records", "loadtest_played", "loadtest_stop"
-_SERVER = re.compile(r"([\w .+-]+?)\s*=\s*(https?://\S+)")
 
 
 def add_options(parser: Any) -> None:
@@ -93,15 +91,6 @@ class Choices:
         return cls(scenario, servers, str(options.seed), float(options.rate_scale), free)
 
 
-def named_servers(text: str) -> dict[str, str]:
-    """``NAME=URL NAME=URL …`` as addresses by name; raises ScenarioError."""
-    found = _SERVER.findall(text)
-    servers = {name.strip(): url.rstrip("/").removesuffix("/v1") for name, url in found}
-    if not servers or len(servers) != len(found) or _SERVER.sub("", text).strip():
-        raise ScenarioError(f"--servers {text} should be NAME=URL, each with a name of its own")
-    return servers
-
-
 class Conductor:
     """Plays scenarios in Locust's process, or in its workers.
 
@@ -115,7 +104,7 @@ class Conductor:
         self._runner = environment.runner
         self._recorder: Recorder | None = None
         self._playing: gevent.Greenlet | None = None
-        self._stopped = False
+        self._stopped = self._lost = False
         self._played: dict[str, Event] = {}
         self._player = Player(self._record, self._report)
         if isinstance(self._runner, MasterRunner):
@@ -124,7 +113,7 @@ class Conductor:
 
     def start(self, **_: Any) -> None:
         """Begin a run; called when Locust starts a test."""
-        self._stopped = False
+        self._stopped = self._lost = False
         self._playing = gevent.spawn(self._run)
 
     def stop(self, **_: Any) -> None:
@@ -145,6 +134,9 @@ class Conductor:
             code = 2
         except gevent.GreenletExit:
             return
+        except Exception:  # Locust would wait for the end of the run for ever
+            logger.exception("the run failed")
+            code = 2
         self._end(code)
 
     def _end(self, code: int) -> None:
@@ -169,6 +161,13 @@ class Conductor:
         served = {name: look(url, headers) for name, url in choices.servers.items()}
         targets = {name: {"url": found.url, "model": found.name, "headers": headers} for name, found in served.items()}
         self._warm_up(due, targets)
+        other = plan.requests(scenario, f"{choices.seed}/warm-up", choices.trace_speed)
+        before = [request for request in other if request.at < scenario.warm_up_seconds]
+        for name in targets if before else ():
+            segment = plan.Segment(-1, (name,), 0.0, scenario.warm_up_seconds)
+            self._play_segment(segment, before, targets, time.time(), scenario)
+            if self._stopped:
+                return
         gevent.sleep(SETTLE_SECONDS)
         epoch, clock = time.time(), time.perf_counter()
         about = _about(choices, served, headers, clock)
@@ -183,7 +182,7 @@ class Conductor:
                     break
                 about["segments"] += self._play_segment(segment, due, targets, epoch, scenario)
                 self._recorder.update(about)
-            about["finished"] = not self._stopped
+            about["finished"] = not self._stopped and not self._lost
         finally:
             watching.terminate()
             watching.wait()
@@ -238,6 +237,7 @@ class Conductor:
             while not self._played[worker].wait(timeout=1.0):
                 if time.time() > deadline or worker not in self._runner.clients:
                     logger.error("worker %s is lost, and what it had not sent yet", worker)
+                    self._lost = True
                     break
 
     def _warm_up(self, due: list[plan.Due], targets: Mapping[str, dict[str, Any]]) -> None:
@@ -265,7 +265,8 @@ class Conductor:
             self._recorder.add(record)
 
     def _report(self, request: Request) -> None:
-        rows.report(self._environment, request)
+        if self._recorder is not None:  # not while warming up
+            rows.report(self._environment, request)
 
     def _tell(self, message: str, data: dict[str, Any]) -> None:
         if isinstance(self._runner, MasterRunner):
@@ -291,8 +292,7 @@ class Worker:
 
     def _play(self, msg: Any, **_: Any) -> None:
         if self._player is None:
-            report = lambda request: rows.report(self._environment, request)  # noqa: E731
-            self._player = Player(self._record, report, max(0, self._runner.worker_index))
+            self._player = Player(self._record, self._report, max(0, self._runner.worker_index))
         self._player.play(Part(**msg.data))
         self._send()
         self._runner.send_message(PLAYED, {})
@@ -300,6 +300,10 @@ class Worker:
     def _stop(self, **_: Any) -> None:
         if self._player is not None:
             self._player.stop()
+
+    def _report(self, request: Request) -> None:
+        if (request.segment or 0) >= 0:  # not while warming up
+            rows.report(self._environment, request)
 
     def _record(self, record: Request | Client) -> None:
         self._records.append(("request" if isinstance(record, Request) else "client", recording.plain(record)))

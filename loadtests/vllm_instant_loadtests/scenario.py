@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vllm_instant_loadtests.goals import Goals
 
 Rate = float | list[tuple[float, float]]
+_SERVER = re.compile(r"(?:^|\s)(?:([^\s=/]+)=)?(https?://[^\s/]\S*)")
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -108,6 +110,8 @@ class Scenario(_Table):
     seconds: Positive
     """Length of the timeline."""
     traffic: Annotated[list[Traffic], Field(min_length=1)]
+    warm_up_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Of the timeline that every server plays before the run, with other prompts; nothing of it is recorded."""
     servers: list[ServerSetup] = [ServerSetup(name="ours", instant=True)]
     vllm: dict[str, Any] = {}
     """Engine arguments of all servers that are started."""
@@ -184,3 +188,13 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{where} is missing"
     return f"{where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def named_servers(text: str) -> dict[str, str]:
+    """``NAME=URL NAME=URL …`` as addresses by name; one alone needs no name. Raises ScenarioError."""
+    found = _SERVER.findall(text)
+    servers = {name or "server": url.rstrip("/").removesuffix("/v1") for name, url in found}
+    unnamed = len(found) > 1 and any(not name for name, _ in found)
+    if not servers or unnamed or len(servers) != len(found) or _SERVER.sub("", text).strip():
+        raise ScenarioError(f"{text} should be addresses, each with a name of its own: NAME=http://HOST:PORT")
+    return servers

@@ -4,7 +4,7 @@ Load generators that look at every event as JSON are busy with a hundred streams
 at once, one regular expression finds the last number of tokens in it, and nothing else is looked at. Sockets, pools and
 the HTTP parser are geventhttpclient's, which also serves Locust's FastHttpUser.
 
-Importing this module needs a process that gevent has patched, as Locust's is.
+It uses gevent without patching anything: Locust does that, and only in its own process.
 """
 
 from __future__ import annotations

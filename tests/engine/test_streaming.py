@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,9 +17,12 @@ import pytest
 import websockets
 from streaming import abuse_part, identity_part
 from streaming_harness import pieces, typed, typing
+from typer.testing import CliRunner
 
+from vllm_instant.cli import app
 from vllm_instant.client import StreamingError, StreamingSession
 from vllm_instant.evidence.servers import Server
+from vllm_instant_loadtests.recording import Run
 
 KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -233,6 +238,43 @@ def test_a_person_types_into_the_page(server: Server) -> None:
             assert faults == []
         finally:
             chromium.close()
+
+
+def test_the_dashboard_asks_for_metrics_that_are_exported(server: Server) -> None:
+    exported = set()
+    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split()
+            parts = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+            exported |= {name + part for part in parts}
+    text = (Path(__file__).resolve().parents[2] / "examples/grafana/vllm-instant.json").read_text()
+    asked = set(re.findall(r"\b(?:vllm|vllm_instant):\w+", text))
+    assert len(asked) > 35
+    assert asked - exported == set()
+
+
+def test_a_load_test_measures_chats_completions_and_typists(server: Server, tmp_path: Path) -> None:
+    traffic = '[[traffic]]\nkind = "{0}"\nprompts = "creative"\nroute = "{0}"\nrate = 1.5\nmax_tokens = [8, 16]\n'
+    routes = ("chat", "completions", "typist")
+    text = 'title = "Three routes"\nseconds = 6\n' + "".join(traffic.format(route) for route in routes)
+    (tmp_path / "three.toml").write_text(text.replace('"typist"\nrate', '"typist"\ncharacters_per_second = 80\nrate'))
+    words = ["--url", server.url, "--api-key", KEY, "--output", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, ["loadtest", str(tmp_path / "three.toml"), *words])
+    assert done.exit_code == 0, done.output
+    run = Run.read(tmp_path / "run")
+    assert {request.route for request in run.requests} == set(routes)
+    for request in run.requests:
+        assert request.error is None
+        assert 8 <= request.tokens <= 16
+        assert request.id
+        assert 0 < request.ttft < 5
+        assert (request.prompt_tokens or 0) > 10
+    assert run.about["servers"][0]["instant"]
+    assert run.samples[-1].values["vllm:generation_tokens_total"] > 0
+    steps = [step.decision["step"] for step in run.steps]
+    assert len(steps) > 10
+    assert steps == sorted(set(steps))
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_nothing_went_wrong_inside_whatever_clients_did(server: Server) -> None:

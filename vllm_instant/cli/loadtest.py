@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_instant.cli import loadtest_summary
 from vllm_instant.cli.common import Overrides, fail, print_columns, problems_reported, working
 from vllm_instant.evidence.servers import ServerError, running, terminable
 
@@ -89,13 +88,12 @@ def loadtest(
                     web_port=web_port,
                     api_key=api_key,
                 )
-                with working(
-                    f"{played.title}: {played.seconds * (1 if together else len(servers)):.0f} s and a little"
-                ):
+                seconds = played.seconds * (1 if together else len(servers))
+                with working(f"{played.title}: {seconds:.0f} s and a little"):
                     drive(load, shlex.join(["vllm-instant", *sys.argv[1:]]))
         elif scenario is not None:
             raise DrivingError(f"--analyse {analyse} judges a recorded run and takes no scenario ({scenario})")
-        raise typer.Exit(loadtest_summary.judge(analyse))
+        raise typer.Exit(_judge(analyse))
     except (scenarios.ScenarioError, DrivingError, ServerError) as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -114,21 +112,69 @@ def _servers(
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Addresses by name, of running servers or of those that the scenario names and that run until the stack ends."""
     from vllm_instant_loadtests.driving import DrivingError, servers_of
+    from vllm_instant_loadtests.scenario import named_servers
 
     if urls:
         if config is not None or overrides:
-            raise DrivingError(
-                "--instant-config and --instant-set are for servers that are started here, not for --url"
-            )
-        named = dict(url.split("=", 1) if "=//" not in url and "=" in url else ("server", url) for url in urls)
-        if len(named) < len(urls):
-            raise DrivingError(f"--url {' --url '.join(urls)} should be NAME=URL, each with a name of its own")
-        return {name: url.rstrip("/").removesuffix("/v1") for name, url in named.items()}, {}
+            raise DrivingError("--instant-config and --instant-set are for servers started here, not for --url")
+        return named_servers(" ".join(urls)), {}
     with problems_reported():
         servers, deployments = servers_of(scenario, model, config, overrides, output / "logs")
     with working(f"starting {' and '.join(servers)}"):
         stack.enter_context(running(*servers.values()))
     return {name: server.url for name, server in servers.items()}, deployments
+
+
+def _judge(folder: Path) -> int:
+    """Say and write what a recorded run shows; the exit code."""
+    from vllm_instant_loadtests import report
+    from vllm_instant_loadtests.analysis import analyse
+    from vllm_instant_loadtests.recording import Run
+
+    try:
+        run = Run.read(folder)
+    except FileNotFoundError:
+        fail(f"{folder} has no recorded run: there is no run.json in it")
+    if not run.requests:
+        fail(f"{folder} has a run without a single request: {folder / 'locust.log'} may say why")
+    with working("looking for spikes"):
+        analysis = analyse(run)
+    plain = analysis.plain()
+    print_columns(_PERCENTILES, [_percentiles(server) for server in plain["servers"]])
+    for comparison in plain["comparisons"]:
+        print_columns(
+            ("", comparison["theirs"], comparison["ours"], "ratio [95 %]", "verdict"),
+            [_compared(row, comparison["ours"], comparison["theirs"]) for row in comparison["rows"]],
+        )
+    print(analysis.summary())
+    if not run.about.get("finished", True):
+        print("The run was interrupted: this is about what was recorded until then.")
+    report.write_html(analysis, run, folder / "report.html")
+    report.write_json(analysis, folder / "report.json")
+    report.write_junit(analysis, folder / "junit.xml")
+    print(f"wrote {folder / 'report.html'}, report.json and junit.xml")
+    return 0 if analysis.met else 1
+
+
+_PERCENTILES = ("ms, p50 / p99", "requests", "failed", "TTFT", "ITL", "longest stall", "E2E", "tokens/s")
+
+
+def _percentiles(server: dict[str, Any]) -> tuple[str, ...]:
+    found = server["milliseconds"]
+    both = [
+        f"{found[name]['p50']:.0f} / {found[name]['p99']:.0f}" if name in found else "–"
+        for name in ("ttft", "itl", "stall", "e2e")
+    ]
+    speed = server["tokens_per_second"]
+    counts = str(server["requests"]), str(server["failed"])
+    return server["server"], *counts, *both, "–" if speed is None else f"{speed:.0f}"
+
+
+def _compared(row: dict[str, Any], ours: str, theirs: str) -> tuple[str, ...]:
+    values = ["–" if row[name] is None else f"{row[name]:.1f}" for name in (theirs, ours)]
+    effect = row.get("effect")
+    shown = f"{effect['mean']:.2f} [{effect['low']:.2f}, {effect['high']:.2f}]" if effect else "–"
+    return f"{row['name']}, {row['unit']}", *values, shown, row["verdict"] or row["why_not"]
 
 
 def _row(name: str, scenario: Scenario) -> tuple[str, str, str]:

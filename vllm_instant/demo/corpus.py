@@ -37,19 +37,30 @@ class Document:
     @property
     def held_out(self) -> bool:
         """Whether the document is kept away from training (decided by its name alone)."""
-        digest = hashlib.sha256(f"{self.kind}/{self.name}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
+        return _held_out(self.kind, self.name)
 
 
-def documents() -> Iterator[Document]:
-    """Every document of the corpus, in an order that depends on names only."""
+def _held_out(kind: str, name: str) -> bool:
+    digest = hashlib.sha256(f"{kind}/{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
+
+
+def documents(held_out_only: bool = False) -> Iterator[Document]:
+    """Every document of the corpus (or those that are kept away from training), in an order that depends on names only.
+
+    Describing a module means parsing it: with ``held_out_only`` the others are left alone.
+    """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(stdlib.rglob("*.py")):
         relative = path.relative_to(stdlib)
         if _SKIPPED_FOLDERS.intersection(relative.parts[:-1]) or path.stat().st_size > _MAX_SOURCE_BYTES:
             continue
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        yield Document("code", relative.as_posix(), text)
+        wanted = [kind for kind in ("code", "structured") if not held_out_only or _held_out(kind, relative.as_posix())]
+        text = path.read_text(encoding="utf-8", errors="ignore") if wanted else ""
+        if "code" in wanted:
+            yield Document("code", relative.as_posix(), text)
+        if "structured" not in wanted:
+            continue
         records = _describe(text, relative.as_posix().removesuffix(".py").replace("/", "."))
         if records:
             yield Document("structured", relative.as_posix(), records)

@@ -82,7 +82,7 @@ def _at_least(make: Callable[[int, str], list[Prompt]], count: int, seed: str) -
 
 @functools.cache
 def _documents() -> tuple[Document, ...]:
-    return tuple(document for document in documents() if document.held_out)
+    return tuple(documents(held_out_only=True))
 
 
 def _held_out(kind: str) -> list[str]:

@@ -25,6 +25,7 @@ def test_the_corpus_is_the_same_every_time_and_keeps_something_back():
     assert len({(d.kind, d.name) for d in first}) == len(first)
     assert {d.kind for d in first} == {"code", "structured"}
     held_out = [d for d in first if d.held_out]
+    assert list(documents(held_out_only=True)) == held_out
     assert 0.02 < len(held_out) / len(first) < 0.08
     assert {d.kind for d in held_out} == {"code", "structured"}
 

@@ -1,0 +1,171 @@
+"""Whole runs: Locust in its own process against mock servers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mock_servers import MockServer, serving
+
+from vllm_instant_loadtests.mock import Pace
+from vllm_instant_loadtests.recording import Run
+
+Locust = Callable[..., subprocess.CompletedProcess[str]]
+SCENARIO = """
+title = "All sorts"
+seconds = 4
+
+[[traffic]]
+kind = "chat"
+prompts = "creative"
+rate = 4.0
+max_tokens = [10, 20]
+
+[[traffic]]
+kind = "leaving"
+prompts = "code"
+route = "completions"
+rate = 2.0
+max_tokens = 60
+leave_share = 1.0
+leave_after_tokens = [3, 6]
+
+[[traffic]]
+kind = "typist"
+prompts = "creative"
+route = "typist"
+rate = 1.0
+characters_per_second = 400
+max_tokens = 12
+
+[alternation]
+seconds = 2
+"""
+
+
+class Played:
+    """Two servers in turn: a quick one, and one that serves one request at a time."""
+
+    def __init__(self, run: Run, quick: MockServer, slow: MockServer, truth: Path, output: str) -> None:
+        self.run, self.quick, self.slow, self.output = run, quick, slow, output
+        self.sent = {line["id"]: line["sent"] for line in map(json.loads, truth.read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def played(locust: Locust, tmp_path_factory: pytest.TempPathFactory) -> Played:
+    folder = tmp_path_factory.mktemp("played")
+    (folder / "all.toml").write_text(SCENARIO)
+    with (
+        serving(Pace(first_ms=20, step_ms=10, tokens_per_step=2), folder / "truth.jsonl") as quick,
+        serving(Pace(first_ms=150, step_ms=10, tokens_per_step=2, slots=1)) as slow,
+    ):
+        words = ["--scenario", str(folder / "all.toml"), "--output", str(folder / "run")]
+        done = locust("--servers", f"quick={quick.url} slow={slow.url}", *words)
+        assert done.returncode == 0, done.stderr
+    return Played(Run.read(folder / "run"), quick, slow, folder / "truth.jsonl", done.stdout + done.stderr)
+
+
+def test_both_servers_get_the_same_requests_at_the_same_moments(played: Played) -> None:
+    due = {}
+    for server in ("quick", "slow"):
+        begins = {s["number"]: s["began"] - s["from"] for s in played.run.about["segments"] if s["server"] == server}
+        requests = played.run.of(server).requests
+        due[server] = {r.number: (r.kind, r.due - begins[r.segment or 0]) for r in requests}
+    assert due["quick"].keys() == due["slow"].keys()
+    assert len(due["quick"]) > 15
+    for number, (kind, when) in due["quick"].items():
+        assert due["slow"][number] == (kind, pytest.approx(when, abs=1e-3))
+    asked = [sorted(json.dumps(b, sort_keys=True) for b in s.mock.asked) for s in (played.quick, played.slow)]
+    assert asked[0] == asked[1]
+
+
+def test_the_servers_take_turns(played: Played) -> None:
+    segments = played.run.about["segments"]
+    assert sorted((s["number"], s["server"]) for s in segments) == [
+        (number, server) for number in (0, 1) for server in ("quick", "slow")
+    ]
+    for one, other in itertools.pairwise(segments):
+        assert one["ended"] < other["began"]
+    for request in played.run.requests:
+        segment = next(s for s in segments if (s["number"], s["server"]) == (request.segment, request.server))
+        assert segment["began"] <= request.due
+        assert request.ended <= segment["ended"]
+
+
+def test_a_slow_server_does_not_slow_the_load_down(played: Played) -> None:
+    slow = [r for r in played.run.of("slow").requests if r.route != "typist"]
+    assert max(r.ttft for r in slow) > 0.6  # they queue …
+    assert max(r.sent - r.due for r in slow) < 0.15  # … and are sent when they are due all the same
+
+
+def test_every_token_is_counted_and_timed_as_the_server_sent_it(played: Played) -> None:
+    clock = played.run.about["clock"]
+    errors = []
+    for request in played.run.of("quick").requests:
+        sent = {tokens: when - clock for when, tokens in played.sent[request.id]}
+        assert {tokens for _, tokens in request.arrivals} <= sent.keys()
+        if not request.left:
+            assert request.tokens == max(sent)
+        errors += [when - sent[tokens] for when, tokens in request.arrivals]
+    assert min(errors) > -0.002
+    assert np.median(errors) < 0.01
+
+
+def test_clients_leave_and_that_is_no_failure(played: Played) -> None:
+    leaving = [r for r in played.run.requests if r.kind == "leaving"]
+    assert all(r.left and r.error is None and 3 <= r.tokens <= 10 for r in leaving)
+    assert played.quick.mock.aborted > 0
+    assert not any(r.left or r.error for r in played.run.requests if r.kind != "leaving")
+
+
+def test_typists_commit_when_they_are_due(played: Played) -> None:
+    typists = [r for r in played.run.of("quick").requests if r.kind == "typist"]
+    assert typists
+    assert all(-0.001 < r.sent - r.due < 0.2 for r in typists)
+
+
+def test_servers_and_client_are_watched_meanwhile(played: Played) -> None:
+    for server in ("quick", "slow"):
+        samples = played.run.of(server).samples
+        assert len(samples) > 8
+        assert samples[-1].values["vllm:generation_tokens_total"] > 0
+        assert max(np.diff([s.at for s in samples])) < 2
+    assert played.run.client
+    assert all(0 <= reading.cpu < 1.2 for reading in played.run.client)
+
+
+def test_locust_shows_each_measure_in_a_row_of_its_own(played: Played) -> None:
+    for row in ("TTFT", "ITL", "stall", "tokens/s", "E2E"):
+        assert any(line.startswith(row) and "quick: chat" in line for line in played.output.splitlines())
+    total = next(line for line in played.output.splitlines() if "Aggregated" in line)
+    kept = [r for r in played.run.requests if not r.left]
+    assert int(total.split()[1]) == len(kept)
+
+
+def test_workers_lose_no_record(locust: Locust, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        'title = "t"\nseconds = 3\n[[traffic]]\nkind = "a"\nprompts = "code"\nrate = 12.0\nmax_tokens = 20\n'
+    )
+    with serving(Pace(first_ms=20, step_ms=10)) as server:
+        words = ["--scenario", str(tmp_path / "s.toml"), "--output", str(tmp_path / "run"), "--processes", "2"]
+        done = locust("--host", server.url, *words)
+        assert done.returncode == 0, done.stderr
+        answered = len(server.mock.asked)
+    run = Run.read(tmp_path / "run")
+    assert run.about["finished"]
+    assert len(run.requests) == answered - 1  # the warm-up is not recorded
+    assert sorted(r.number or 0 for r in run.requests) == list(range(len(run.requests)))
+    assert all(r.error is None and r.tokens == 20 for r in run.requests)
+    assert {reading.process for reading in run.client} == {0, 1}
+
+
+def test_a_run_that_cannot_be_made_says_why(locust: Locust, tmp_path: Path) -> None:
+    done = locust("--host", "http://127.0.0.1:9", "--output", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert "http://127.0.0.1:9 is no running vLLM server" in done.stderr
+    assert not (tmp_path / "run").exists()
