@@ -65,8 +65,8 @@ def attribute(scene: Scene) -> list[Finding]:
     ordered = sorted(found.values(), key=lambda finding: -finding.score)
     if ordered[0].score < LEAST_SCORE:
         seen = [line for finding in ordered for line in finding.evidence]
-        return [Finding(UNKNOWN, 0.0, ["nothing that was recorded explains it", *seen[:3]]), *ordered]
-    return ordered
+        ordered = [Finding(UNKNOWN, 0.0, ["nothing that was recorded explains it", *seen[:3]]), *ordered]
+    return [replace(ordered[0], evidence=[*ordered[0].evidence, *_traced(scene)]), *ordered[1:]]
 
 
 def client_side(scene: Scene) -> Finding:
@@ -132,9 +132,12 @@ def acceptance(scene: Scene) -> Finding:
     line = f"{now:.2f} of draft tokens accepted, {before:.2f} before"
     if not before - now >= LEAST_DROP:
         return Finding(ACCEPTANCE, 0.0, [line])
-    lines = [line, f"{a_step:.2f} tokens a step of a request, {a_step_before:.2f} before: drafts explain a factor of "]
-    lines[1] += f"{a_step_before / a_step:.2f} of the {scene.slower:.2f} by which tokens came slower"
-    lines += _kinds(scene)
+    lines = [
+        line,
+        f"{a_step:.2f} tokens a step of a request, {a_step_before:.2f} before: for that alone tokens come "
+        f"{a_step_before / a_step:.2f} times slower; they came {scene.paced:.2f} times slower on average",
+        *_kinds(scene),
+    ]
     return Finding(ACCEPTANCE, explained(a_step_before / a_step, min(scene.slower, _pace(scene))), lines)
 
 
@@ -312,6 +315,27 @@ def _kinds(scene: Scene) -> list[str]:
     old, new = {r.kind for r in scene.sent_before()}, [r.kind for r in scene.sent(scene.span)]
     fresh = sorted({kind for kind in new if kind not in old})
     return [f"new traffic: {', '.join(fresh)}"] if fresh else []
+
+
+def _traced(scene: Scene) -> list[str]:
+    """What the decision trace of our own scheduler says of the spike's steps."""
+
+    def outcomes(spans: Sequence[m.Span]) -> list[dict[str, float]]:
+        inside = [step for step in scene.run.steps if any(begin <= step.at < end for begin, end in spans)]
+        return [step.decision["outcome"] for step in inside if step.decision.get("outcome")]
+
+    now, before = outcomes([scene.span]), outcomes(scene.quiet)
+    if not now or not before:
+        return []
+    means = {
+        name: [float(np.mean([outcome[name] for outcome in some])) for some in (now, before)]
+        for name in ("drafted", "accepted", "milliseconds")
+    }
+    return [
+        f"decision trace: {means['drafted'][0]:.1f} draft tokens a step and {means['accepted'][0]:.1f} accepted "
+        f"({means['drafted'][1]:.1f} and {means['accepted'][1]:.1f} before), {means['milliseconds'][0]:.0f} ms a step "
+        f"({means['milliseconds'][1]:.0f} before)"
+    ]
 
 
 _JUDGES: tuple[Callable[[Scene], Finding], ...] = (
