@@ -21,6 +21,7 @@ LEARN_SHARE = 0.7
 LEAST_REQUESTS = 8
 """With fewer requests neither a split nor an interval means anything."""
 RESAMPLES = 1000
+ROWS = 65_536
 NEARLY = 0.05
 """How much less modularity a larger number of clusters may have."""
 
@@ -88,11 +89,18 @@ STABLE = 0.1
 
 def co_activation(trace: Trace) -> Floats:
     """How often two experts were chosen by one token: ``[layers, experts, experts]``, the diagonal is their use."""
-    return np.stack([_pairs(trace.use(layer)) for layer in range(trace.model.layers)])
+    return np.stack([_pairs(trace.experts[:, layer], trace.model.experts) for layer in range(trace.model.layers)])
 
 
-def _pairs(use: npt.NDArray[np.float32]) -> Floats:
-    return np.asarray(use.T @ use, np.float64)
+def _pairs(chosen: npt.NDArray[np.int16], experts: int) -> Floats:
+    """One layer's pairs, some ten thousand tokens at a time: a table of tokens and experts can be large."""
+    found = np.zeros((experts, experts))
+    for start in range(0, len(chosen), ROWS):
+        part = chosen[start : start + ROWS].astype(np.int64)
+        use = np.zeros((len(part), experts), np.float32)
+        np.put_along_axis(use, part, 1.0, axis=1)
+        found += use.T @ use
+    return found
 
 
 def clusters_of(pairs: Floats, clusters: int, seed: int = 0) -> Labels:
@@ -158,10 +166,12 @@ def judge(trace: Trace, labels: Labels, stability: float, seed: int = 0) -> Judg
     # One row of sums for each request: resampling requests is then resampling rows.
     pairs = np.empty((len(requests), model.layers, 2))
     masses = np.empty((len(requests), 3))
-    for row, request in enumerate(requests):
-        own = trace.select(trace.request == request)
+    trace = trace.select(np.argsort(trace.request, kind="stable"))
+    ends = np.searchsorted(trace.request, requests, side="right")
+    for row, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        own = trace.select(slice(start, end))
         for layer in range(model.layers):
-            counted = _pairs(own.use(layer))
+            counted = _pairs(own.experts[:, layer], model.experts)
             apart = counted - np.diag(np.diag(counted))
             same = labels[layer][:, None] == labels[layer][None]
             pairs[row, layer] = (apart * same).sum(), apart.sum()

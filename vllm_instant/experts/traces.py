@@ -88,8 +88,8 @@ class Trace:
         """The class of each token's request, int16 ``[tokens]``."""
         return self.class_of_request[self.request]
 
-    def select(self, rows: npt.NDArray[Any]) -> Trace:
-        """Some rows, by a mask or by their indices; requests keep their numbers."""
+    def select(self, rows: npt.NDArray[Any] | slice) -> Trace:
+        """Some rows, by a mask, indices or a slice; requests keep their numbers."""
         arrays = {name: getattr(self, name)[rows] for name in ("experts", "weights", "request", "step", "is_prefill")}
         return replace(self, **arrays)
 
@@ -107,12 +107,6 @@ class Trace:
             first.extend(generator.permutation(own)[: round(share * len(own))].tolist())
         chosen = np.isin(self.request, first)
         return self.select(chosen), self.select(~chosen)
-
-    def use(self, layer: int) -> npt.NDArray[np.float32]:
-        """Which experts each token chose in a layer, as zeros and ones: float32 ``[tokens, experts]``."""
-        table = np.zeros((len(self), self.model.experts), np.float32)
-        np.put_along_axis(table, self.experts[:, layer].astype(np.int64), 1.0, axis=1)
-        return table
 
     def write(self, path: Path) -> None:
         """Write the file, compressed; a file that is there is replaced when the new one is complete."""

@@ -20,6 +20,16 @@ def test_planted_clusters_are_found_and_their_number_too():
     assert "chosen together" in judged.sentence()
 
 
+def test_pairs_are_counted_in_every_part_of_a_long_trace(monkeypatch):
+    trace, _ = planted(requests=8)
+    whole = learning.co_activation(trace)
+    use = np.zeros((len(trace), 32))
+    np.put_along_axis(use, trace.experts[:, 1].astype(np.int64), 1.0, axis=1)
+    assert np.array_equal(whole[1], use.T @ use)
+    monkeypatch.setattr(learning, "ROWS", 100)
+    assert np.array_equal(learning.co_activation(trace), whole)
+
+
 def test_random_routing_is_said_to_have_no_structure():
     trace, _ = planted(loyalty=0.25)
     _, judged = learning.learn(trace, clusters=4)
