@@ -20,7 +20,7 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,11 @@ def ratio(arm: Sequence[float], native: Sequence[float]) -> dict[str, float]:
     return {"ratio": float(np.median(pairs)), "low": float(low), "high": float(high)}
 
 
-def routing(model: str, compiled: bool, batches: list[int], budgets: list[float], rounds: int, keep: int) -> Any:
-    """Counts and times of each batch size and budget."""
+def routing(
+    model: str, compiled: bool, batches: list[int], budgets: list[float], rounds: int, keep: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Counts and times of each budget, batch size by batch size."""
     arms = [1.0, *budgets]
-    cells = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = deployment(folder, budget=1.0, keep=keep, gate=False, adjustable=True, shadow_every=0)
@@ -116,6 +117,7 @@ def routing(model: str, compiled: bool, batches: list[int], budgets: list[float]
                     for arm in order:
                         client.control(budget=arm, shadow_every=0)
                         times[arm].append(client.generate(prompts(batch, turn)))
+                cells = []
                 for arm in arms:
                     client.control(budget=arm, shadow_every=4)
                     client.control(forget=True)
@@ -123,7 +125,7 @@ def routing(model: str, compiled: bool, batches: list[int], budgets: list[float]
                         client.generate(prompts(batch, 1000 + turn))
                     cells.append(_cell(client.control(), batch, arm, times, compiled, keep))
                     print(json.dumps(cells[-1]), flush=True)
-    return cells
+                yield cells
 
 
 def _cell(
@@ -161,9 +163,8 @@ def planted(folder: Path, model: str) -> Path:
     return path
 
 
-def gate(model: str, batch: int, max_kl: float) -> Any:
-    """How long a planted cluster file is followed."""
-    cells = []
+def gate(model: str, batch: int, max_kl: float) -> Iterator[list[dict[str, Any]]]:
+    """How long a planted cluster file is followed, with the gate and without."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clusters = planted(folder, model)
@@ -191,7 +192,7 @@ def gate(model: str, batch: int, max_kl: float) -> Any:
                     r"super_expert (\w+) its budget to (\d+) %.* at step (\d+): found ([\d.]+)", server.log_text()
                 )
             totals = after["totals"]
-            cells.append(
+            cells = [
                 {
                     "part": "gate",
                     "gate": gated,
@@ -206,9 +207,9 @@ def gate(model: str, batch: int, max_kl: float) -> Any:
                     "later_kl": totals["kl"] / totals["kl_tokens"] if totals["kl_tokens"] else None,
                     "later_experts": totals["routed_experts"] / totals["layer_steps"],
                 }
-            )
+            ]
             print(json.dumps(cells[-1]), flush=True)
-    return cells
+            yield cells
 
 
 def main() -> None:
@@ -226,13 +227,15 @@ def main() -> None:
     arguments = parser.parse_args()
     batches = [int(text) for text in arguments.batch.split(",")]
     if arguments.part == "gate":
-        cells = gate(arguments.model, batches[0], arguments.max_kl)
+        found, keys = gate(arguments.model, batches[0], arguments.max_kl), ("part", "gate")
     else:
         budgets = [float(text) for text in arguments.budget.split(",")]
-        cells = routing(arguments.model, arguments.compiled, batches, budgets, arguments.rounds, arguments.keep)
-    keys = ("part", "batch", "budget", "keep") if arguments.part == "routing" else ("part", "gate")
-    kept = [cell | dict.fromkeys(set(keys) - set(cell)) for cell in earlier(arguments.output)]
-    write(arguments.output, [_bare(cell) for cell in merged(kept, cells, *keys)])
+        found = routing(arguments.model, arguments.compiled, batches, budgets, arguments.rounds, arguments.keep)
+        keys = ("part", "batch", "budget", "keep")
+    # Written after every batch size: what was measured stays when a later one is cut short.
+    for cells in found:
+        kept = [dict.fromkeys(keys) | cell for cell in earlier(arguments.output)]
+        write(arguments.output, [_bare(cell) for cell in merged(kept, cells, *keys)])
 
 
 def _bare(cell: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class ServedLayer:
             )
         routed = own
         held = kinds == RowKind.DECODE
-        if allowed is not None:
+        if allowed is not None and (serving.replays or self._refuses_any(allowed, own, held)):
             changed, chosen, chosen_weights = held_to(self.scoring, scores, own, allowed, held)
             weights = torch.where(changed[:, None], chosen_weights, weights)
             picks = torch.where(changed[:, None], chosen.to(torch.int32), picks)
@@ -68,6 +68,12 @@ class ServedLayer:
         if serving.counting:
             serving.count(self.layer, scores, own, routed, held)
         return weights, picks
+
+    @staticmethod
+    def _refuses_any(allowed: Any, own: Any, held: Any) -> bool:
+        """Whether some row has to pick anew; where looking costs nothing."""
+        refused = ~allowed.expand(len(own), -1).gather(1, own).all(-1)
+        return bool((refused & held).any())
 
     def _checked(self, allowed: Any) -> Any:
         import torch
@@ -101,9 +107,9 @@ class ServedExperts:
         self.layers: list[ServedLayer] = []
         self.shadow_objection: str | None = None
         """Why the model cannot run a step twice here."""
-        # On a device that replays graphs nothing may branch: what is skipped there is skipped by multiplying with 0.
-        self._replays = device.type != "cpu"
-        self._pinned = torch.zeros(max_rows, dtype=torch.int8, pin_memory=self._replays)
+        self.replays = device.type != "cpu"
+        """On a device that replays graphs nothing may branch: what is skipped there is multiplied with 0."""
+        self._pinned = torch.zeros(max_rows, dtype=torch.int8, pin_memory=self.replays)
         self._counting = torch.zeros((), device=device)
         self._counted: Any = None
         self._kl = torch.zeros(3, dtype=torch.float64, device=device)
@@ -112,9 +118,9 @@ class ServedExperts:
         self._overdue = 0
         self._decode_rows: list[int] = []
         self._latest: dict[str, Any] | None = None
-        self.idle = not self._replays
+        self.idle = not self.replays
         """Whether nobody has to be asked in this step, which does not mean that nothing is counted."""
-        self.counting = self._replays
+        self.counting = self.replays
         self.number = 0
         self.totals = dict.fromkeys(("layer_steps", *_FIELDS, "kl_tokens", "kl"), 0.0)
         self.by_layer: npt.NDArray[np.float64] = np.zeros((0, 4))
@@ -142,7 +148,7 @@ class ServedExperts:
         native_mass = (scores.gather(1, own) * real).sum()
         routed_mass = (scores.gather(1, routed) * real).sum()
         row = torch.stack([before.float(), after.float(), native_mass, routed_mass])
-        self._counted[layer.index] += row * self._counting if self._replays else row
+        self._counted[layer.index] += row * self._counting if self.replays else row
 
     # ------------------------------------------------------------------------------------------ around a forward pass
 
@@ -173,7 +179,7 @@ class ServedExperts:
                 self._look, self._overdue = Look.SHADOW, 0
             else:
                 self._look, self._overdue = Look.COUNTS if self._decode_rows else Look.NOTHING, self._overdue + 1
-        if not self._replays:
+        if not self.replays:
             self.idle = self.plugin.disabled or asked is False
             self.counting = self._look is not Look.NOTHING
         self._requests = int(rows.is_decode.sum())
@@ -187,14 +193,14 @@ class ServedExperts:
     def shadow(self, active: bool) -> None:
         """The pass that begins is the one for comparison, or no longer."""
         self.plugin.call("shadow", lambda plugin: plugin.shadow(active), None)
-        if not self._replays:
+        if not self.replays:
             self.counting = not active
         else:
             self._counting.fill_(0.0 if active else 1.0)
 
     def before_forward(self) -> None:
         """The pass that counts begins."""
-        if self._replays:
+        if self.replays:
             self._counting.fill_(1.0 if self._look is not Look.NOTHING else 0.0)
 
     def compared_rows(self, logits_rows: Any) -> Any:
@@ -231,7 +237,7 @@ class ServedExperts:
         import torch
 
         everything = torch.cat([self._counted.flatten(), self._kl])
-        if not self._replays:
+        if not self.replays:
             self._take(everything.numpy().copy())
             return
         copy = torch.empty(everything.shape, dtype=everything.dtype, pin_memory=True)
