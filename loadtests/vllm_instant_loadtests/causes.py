@@ -41,6 +41,11 @@ LONG = 3.0
 """A long prompt has so many times the tokens of the baseline's longest usual ones."""
 NEW = 1.25
 """By what factor a batch or a prompt is larger than all before, to be something new to the engine."""
+<<<<<<< HEAD
+=======
+BURST_SECONDS = 2.0
+"""In which requests count as having come together."""
+>>>>>>> spikes
 SILENT = 0.3
 """Seconds without anything for anybody that can be a stop."""
 
@@ -63,8 +68,8 @@ def attribute(scene: Scene) -> list[Finding]:
     ordered = sorted(found.values(), key=lambda finding: -finding.score)
     if ordered[0].score < LEAST_SCORE:
         seen = [line for finding in ordered for line in finding.evidence]
-        return [Finding(UNKNOWN, 0.0, ["nothing that was recorded explains it", *seen[:3]]), *ordered]
-    return ordered
+        ordered = [Finding(UNKNOWN, 0.0, ["nothing that was recorded explains it", *seen[:3]]), *ordered]
+    return [replace(ordered[0], evidence=[*ordered[0].evidence, *_traced(scene)]), *ordered[1:]]
 
 
 def client_side(scene: Scene) -> Finding:
@@ -130,9 +135,12 @@ def acceptance(scene: Scene) -> Finding:
     line = f"{now:.2f} of draft tokens accepted, {before:.2f} before"
     if not before - now >= LEAST_DROP:
         return Finding(ACCEPTANCE, 0.0, [line])
-    lines = [line, f"{a_step:.2f} tokens a step of a request, {a_step_before:.2f} before: drafts explain a factor of "]
-    lines[1] += f"{a_step_before / a_step:.2f} of the {scene.slower:.2f} by which tokens came slower"
-    lines += _kinds(scene)
+    lines = [
+        line,
+        f"{a_step:.2f} tokens a step of a request, {a_step_before:.2f} before: for that alone tokens come "
+        f"{a_step_before / a_step:.2f} times slower; they came {scene.paced:.2f} times slower on average",
+        *_kinds(scene),
+    ]
     return Finding(ACCEPTANCE, explained(a_step_before / a_step, min(scene.slower, _pace(scene))), lines)
 
 
@@ -236,13 +244,18 @@ def batch(scene: Scene) -> Finding:
     if not now - before >= 1.5 or not now > 1.4 * before:
         return Finding(BATCH, 0.0, [])
     # A batch also grows because answers take longer; only if more of them came it is a reason.
-    came, came_before = _arriving(scene)
+    came, came_before = _crowds(scene)
     rise = scene.slower if scene.slower > 1 else scene.ratio(TTFT, STALL)
     return Finding(
         BATCH,
         0.75 * _growth(scene) * explained(now / max(before, 0.5), rise),
         [
+<<<<<<< HEAD
             f"{now:.1f} requests ran at once, {before:.1f} before; {came:.1f} came a second, {came_before:.1f} before",
+=======
+            f"{now:.1f} requests ran at once, {before:.1f} before; up to {came} came within {BURST_SECONDS:.0f} s, "
+            f"{came_before} before",
+>>>>>>> spikes
             f"{_per(scene, m.STEP_TOKENS, m.STEPS)} tokens a step",
         ],
     )
@@ -267,20 +280,22 @@ def _under_way(scene: Scene, at: float) -> int:
     return sum(r.due <= at < r.ended for r in scene.run.requests)
 
 
-def _arriving(scene: Scene) -> tuple[float, float]:
-    """Requests a second: at most over two seconds around the beginning of the spike, and in the baseline."""
-    began, ended = scene.span[0] - 2.0, scene.span[1]
-    dues = np.array([r.due for r in scene.run.requests])
-    starts = np.arange(began, max(ended - 2.0, began) + 0.01, 0.5)
-    most = max(float(((dues >= start) & (dues < start + 2.0)).sum()) / 2.0 for start in starts)
-    seconds = sum(end - begin for begin, end in scene.quiet)
-    return most, len(scene.sent_before()) / max(seconds, 1e-9)
+def _crowds(scene: Scene) -> tuple[int, int]:
+    """The most requests that came together in the spike, and in the baseline."""
+    span = (scene.span[0] - BURST_SECONDS, scene.span[1])
+    return _crowd(scene, span), max((_crowd(scene, quiet) for quiet in scene.quiet), default=0)
+
+
+def _crowd(scene: Scene, span: m.Span) -> int:
+    """The most requests that came within ``BURST_SECONDS``."""
+    due = np.sort([request.due for request in scene.sent(span)])
+    return int((np.searchsorted(due, due + BURST_SECONDS) - np.arange(len(due))).max(initial=0))
 
 
 def _growth(scene: Scene) -> float:
-    """Between 0 (no more requests came than before) and 1 (twice as many, or more)."""
-    came, before = _arriving(scene)
-    return min(1.0, max(0.0, came / max(before, 1e-9) - 1.3) / 0.7)
+    """Between 0 (no more requests came together than before) and 1 (half as many again, or more)."""
+    now, before = _crowds(scene)
+    return min(1.0, max(0.0, now / max(before, 1) - 1.0) / 0.5)
 
 
 def _pace(scene: Scene) -> float:
@@ -307,6 +322,27 @@ def _kinds(scene: Scene) -> list[str]:
     old, new = {r.kind for r in scene.sent_before()}, [r.kind for r in scene.sent(scene.span)]
     fresh = sorted({kind for kind in new if kind not in old})
     return [f"new traffic: {', '.join(fresh)}"] if fresh else []
+
+
+def _traced(scene: Scene) -> list[str]:
+    """What the decision trace of our own scheduler says of the spike's steps."""
+
+    def outcomes(spans: Sequence[m.Span]) -> list[dict[str, float]]:
+        inside = [step for step in scene.run.steps if any(begin <= step.at < end for begin, end in spans)]
+        return [step.decision["outcome"] for step in inside if step.decision.get("outcome")]
+
+    now, before = outcomes([scene.span]), outcomes(scene.quiet)
+    if not now or not before:
+        return []
+    means = {
+        name: [float(np.mean([outcome[name] for outcome in some])) for some in (now, before)]
+        for name in ("drafted", "accepted", "milliseconds")
+    }
+    return [
+        f"decision trace: {means['drafted'][0]:.1f} draft tokens a step and {means['accepted'][0]:.1f} accepted "
+        f"({means['drafted'][1]:.1f} and {means['accepted'][1]:.1f} before), {means['milliseconds'][0]:.0f} ms a step "
+        f"({means['milliseconds'][1]:.0f} before)"
+    ]
 
 
 _JUDGES: tuple[Callable[[Scene], Finding], ...] = (

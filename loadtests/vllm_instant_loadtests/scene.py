@@ -64,6 +64,13 @@ class Scene:
         return max(self.ratio(ITL, PACE), 1.0)
 
     @cached_property
+    def paced(self) -> float:
+        """By what factor the mean time between tokens differed from the baseline's, certain or not."""
+        between = self.measured[PACE]
+        quiet = Entries.joined([between.within(*span) for span in self.quiet])
+        return between.within(*self.span).mean() / quiet.mean()
+
+    @cached_property
     def gap(self) -> float:
         """A usual long wait between two arrivals: the baseline's 99th percentile, seconds."""
         gaps = self.measured[STALL]

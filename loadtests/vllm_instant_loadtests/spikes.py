@@ -99,8 +99,8 @@ def baseline(values: Array) -> Baseline:
     """Level and noise of the logarithms of windows; robust against spikes that fill less than half of a run."""
     logs = np.log(values[np.isfinite(values)])
     lowest, level, higher = np.quantile(logs, [LEVEL * 0.32, LEVEL, 1 - LEVEL])
-    # In standard deviations of a Gaussian: LEVEL lies 0.39 below and 1 - LEVEL as much above the middle, the lowest 1.22
-    # below. Noise is not symmetric; but what lies above may be a spike, which counts only so far.
+    # In standard deviations of a Gaussian, LEVEL lies 0.39 below the middle, 1 - LEVEL as much above it, and the lowest
+    # 1.22 below it. Noise is not symmetric; but what lies above may be a spike, which counts only so far.
     below, above = float(level - lowest) / 0.83, float(higher - level) / 0.77
     noise = min(MOST_NOISE, max(below, min(above, MOST_NOISE_ABOVE)))
     return Baseline(float(level) + 0.39 * min(below, above, MOST_NOISE_ABOVE), noise)
@@ -232,7 +232,9 @@ class _Reference:
         self.value = self._of(of_baseline)
         random = np.random.default_rng(0)
         self._drawn = [
-            self._of(_joined([self._blocks[i] for i in random.integers(0, len(self._blocks), len(self._blocks))]))
+            self._of(
+                Entries.joined([self._blocks[i] for i in random.integers(0, len(self._blocks), len(self._blocks))])
+            )
             for _ in range(200)
         ]
 
@@ -253,7 +255,7 @@ class _Reference:
         else:
             parts = _blocks(inside, HOP if self._metric == PACE else 2 * HOP)
             picks = [random.integers(0, len(parts), len(parts)) for _ in self._drawn]
-            drawn = [statistic(self._metric, _joined([parts[i] for i in pick])) for pick in picks]
+            drawn = [statistic(self._metric, Entries.joined([parts[i] for i in pick])) for pick in picks]
         low, high = np.quantile(np.array(drawn) / np.array(self._drawn), [0.025, 0.975])
         ratio = Estimate(value / self.value, float(low), float(high))
         lost = value - self.value
@@ -265,12 +267,6 @@ class _Reference:
 def _blocks(entries: Entries, seconds: float) -> list[Entries]:
     number = np.floor(entries.ended / seconds).astype(int)
     return [entries.chosen(number == one) for one in np.unique(number)]
-
-
-def _joined(parts: Sequence[Entries]) -> Entries:
-    return Entries(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("began", "ended", "values", "weights"))
-    )
 
 
 def together(found: Mapping[str, Sequence[Rise]]) -> list[list[Rise]]:

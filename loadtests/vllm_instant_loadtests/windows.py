@@ -46,6 +46,12 @@ class Entries:
         """Those that touch a part of the run."""
         return self.chosen((self.ended > began) & (self.began < ended))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Entries]) -> Entries:
+        """One behind the other."""
+        names = ("began", "ended", "values", "weights")
+        return cls(*(np.concatenate([np.empty(0), *(getattr(part, name) for part in parts)]) for name in names))
+
     def chosen(self, which: npt.NDArray[Any]) -> Entries:
         """A mask's or an index's."""
         return Entries(self.began[which], self.ended[which], self.values[which], self.weights[which])

@@ -7,7 +7,7 @@ import pytest
 from vllm_instant_loadtests import causes
 from vllm_instant_loadtests import meters as m
 from vllm_instant_loadtests.analysis import analyse
-from vllm_instant_loadtests.recording import Event, Run, Sample
+from vllm_instant_loadtests.recording import Event, Run, Sample, Step
 from vllm_instant_loadtests.simulated import SERVER, Engine, Load, simulate
 
 CASES = {
@@ -85,3 +85,12 @@ def test_meters():
     assert meters.gauge(m.RUNNING, [(1.9, 1.95)]) == 8
     assert meters.unanswered((0.2, 0.3)) == pytest.approx(1.0)
     assert not meters.has(m.DRAFTED)
+
+
+def test_a_decision_trace_adds_its_line():
+    run = _disturbed(causes.STOPPED, 1)
+    outcome = {"tokens": 8, "drafted": 6, "accepted": 4, "milliseconds": 21.0}
+    steps = [Step(SERVER, at / 2, {"step": at, "outcome": outcome}) for at in range(120)]
+    traced = Run(run.about, run.requests, run.samples, steps, run.client, run.events)
+    [spike] = [spike for spike in analyse(traced).spikes if spike.began < 33 and spike.ended > 30]
+    assert spike.evidence[-1].startswith("decision trace: 6.0 draft tokens a step and 4.0 accepted")
