@@ -41,11 +41,8 @@ LONG = 3.0
 """A long prompt has so many times the tokens of the baseline's longest usual ones."""
 NEW = 1.25
 """By what factor a batch or a prompt is larger than all before, to be something new to the engine."""
-<<<<<<< HEAD
-=======
 BURST_SECONDS = 2.0
 """In which requests count as having come together."""
->>>>>>> spikes
 SILENT = 0.3
 """Seconds without anything for anybody that can be a stop."""
 
@@ -250,12 +247,8 @@ def batch(scene: Scene) -> Finding:
         BATCH,
         0.75 * _growth(scene) * explained(now / max(before, 0.5), rise),
         [
-<<<<<<< HEAD
-            f"{now:.1f} requests ran at once, {before:.1f} before; {came:.1f} came a second, {came_before:.1f} before",
-=======
             f"{now:.1f} requests ran at once, {before:.1f} before; up to {came} came within {BURST_SECONDS:.0f} s, "
             f"{came_before} before",
->>>>>>> spikes
             f"{_per(scene, m.STEP_TOKENS, m.STEPS)} tokens a step",
         ],
     )
