@@ -60,6 +60,7 @@ def beside_itself(requests: Sequence[Request]) -> dict[str, Any]:
     before, after = ([r for r in requests if r.kind == kind] for kind in (BEFORE, AFTER))
     return {
         "ITL": ratio([itl(r) for r in before], [itl(r) for r in after]),
+        "gap": ratio([gaps(r) for r in before], [gaps(r) for r in after]),
         "TTFT": ratio([np.array([r.ttft]) for r in before], [np.array([r.ttft]) for r in after]),
     }
 
@@ -95,6 +96,11 @@ def itl(request: Request) -> np.ndarray:
     times, totals = np.array(request.arrivals).T
     tokens = np.diff(totals)
     return np.repeat(np.diff(times) / tokens, tokens.astype(int))
+
+
+def gaps(request: Request) -> np.ndarray:
+    """Seconds between arrivals, however many tokens they bring: for how long nothing moved."""
+    return np.diff([when for when, _ in request.arrivals])
 
 
 def shown(found: dict[str, float]) -> str:

@@ -56,9 +56,8 @@ def loadtest(
     Several servers play the scenario in turn, a part at a time, with the same prompts. Writes report.html, report.json
     and junit.xml; the exit code is 1 where a goal of the scenario is missed.
     """
-    for module in ("locust", "sklearn"):
-        if importlib.util.find_spec(module) is None:
-            fail(f"load tests need {module}: pip install 'vllm-instant[loadtest]'")
+    if importlib.util.find_spec("locust") is None:
+        fail("load tests need locust: pip install 'vllm-instant[loadtest]'")
     from vllm_instant_loadtests import scenario as scenarios
     from vllm_instant_loadtests.driving import DrivingError, Load, drive
 
