@@ -30,7 +30,7 @@ from results import HERE, earlier, merged, write
 
 from vllm_instant import RoutedModel, SuperExperts
 from vllm_instant.demo.corpus import documents
-from vllm_instant.evidence.servers import Server
+from vllm_instant.evidence.servers import Server, terminable
 from vllm_instant.experts.tracing import ROUTE
 
 OUTPUT = HERE / "results" / "experts.json"
@@ -233,9 +233,10 @@ def main() -> None:
         found = routing(arguments.model, arguments.compiled, batches, budgets, arguments.rounds, arguments.keep)
         keys = ("part", "batch", "budget", "keep")
     # Written after every batch size: what was measured stays when a later one is cut short.
-    for cells in found:
-        kept = [dict.fromkeys(keys) | cell for cell in earlier(arguments.output)]
-        write(arguments.output, [_bare(cell) for cell in merged(kept, cells, *keys)])
+    with terminable():
+        for cells in found:
+            kept = [dict.fromkeys(keys) | cell for cell in earlier(arguments.output)]
+            write(arguments.output, [_bare(cell) for cell in merged(kept, cells, *keys)])
 
 
 def _bare(cell: Mapping[str, Any]) -> dict[str, Any]:
