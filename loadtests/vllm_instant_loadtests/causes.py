@@ -61,7 +61,7 @@ def attribute(scene: Scene) -> list[Finding]:
     found = {finding.cause: finding for finding in (judge(scene) for judge in _JUDGES)}
     for reason, sign, share in _TAKES:
         taken = 1 - share * found[reason].score
-        found[sign] = replace(found[sign], score=found[sign].score * taken)
+        found[sign] = replace(found[sign], score=float(found[sign].score * taken))
     ordered = sorted(found.values(), key=lambda finding: -finding.score)
     if ordered[0].score < LEAST_SCORE:
         seen = [line for finding in ordered for line in finding.evidence]

@@ -252,10 +252,8 @@ class _Reference:
         value = statistic(self._metric, inside)
         random = np.random.default_rng(1)
         if self._metric == STALL:
-            # One moment, which all answers share: they are drawn again, not parts of the time.
-            drawn = [
-                inside.values[random.integers(0, len(inside.values), len(inside.values))].max() for _ in self._drawn
-            ]
+            # The longest wait is one event: what is uncertain of the ratio is the baseline.
+            drawn = [value] * len(self._drawn)
         else:
             parts = _blocks(inside, HOP if self._metric == PACE else 2 * HOP)
             picks = [random.integers(0, len(parts), len(parts)) for _ in self._drawn]
