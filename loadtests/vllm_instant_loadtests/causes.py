@@ -61,7 +61,7 @@ def attribute(scene: Scene) -> list[Finding]:
     found = {finding.cause: finding for finding in (judge(scene) for judge in _JUDGES)}
     for reason, sign, share in _TAKES:
         taken = 1 - share * found[reason].score
-        found[sign] = replace(found[sign], score=found[sign].score * taken)
+        found[sign] = replace(found[sign], score=float(found[sign].score * taken))
     ordered = sorted(found.values(), key=lambda finding: -finding.score)
     if ordered[0].score < LEAST_SCORE:
         seen = [line for finding in ordered for line in finding.evidence]
@@ -247,8 +247,8 @@ def batch(scene: Scene) -> Finding:
         BATCH,
         0.75 * _growth(scene) * explained(now / max(before, 0.5), rise),
         [
-            f"{now:.1f} requests ran at once, {before:.1f} before; up to {came} came within {BURST_SECONDS:.0f} s, "
-            f"{came_before} before",
+            f"{now:.1f} requests ran at once, {before:.1f} before; up to {came:.0f} came within {BURST_SECONDS:.0f} s, "
+            f"{came_before:.0f} before",
             f"{_per(scene, m.STEP_TOKENS, m.STEPS)} tokens a step",
         ],
     )
@@ -273,16 +273,17 @@ def _under_way(scene: Scene, at: float) -> int:
     return sum(r.due <= at < r.ended for r in scene.run.requests)
 
 
-def _crowds(scene: Scene) -> tuple[int, int]:
-    """The most requests that came together in the spike, and in the baseline."""
-    span = (scene.span[0] - BURST_SECONDS, scene.span[1])
-    return _crowd(scene, span), max((_crowd(scene, quiet) for quiet in scene.quiet), default=0)
+def _crowds(scene: Scene) -> tuple[float, float]:
+    """The most requests that came within ``BURST_SECONDS`` in the spike, and what is seldom more at the usual rate."""
+    dues = np.sort([request.due for request in scene.run.requests])
 
+    def counts(began: float, ended: float) -> list[float]:
+        starts = np.arange(began, max(ended - BURST_SECONDS, began) + 0.01, 0.5)
+        return list(np.searchsorted(dues, starts + BURST_SECONDS) - np.searchsorted(dues, starts))
 
-def _crowd(scene: Scene, span: m.Span) -> int:
-    """The most requests that came within ``BURST_SECONDS``."""
-    due = np.sort([request.due for request in scene.sent(span)])
-    return int((np.searchsorted(due, due + BURST_SECONDS) - np.arange(len(due))).max(initial=0))
+    before = [count for began, ended in scene.quiet for count in counts(began, ended)]
+    usual = float(np.median(before or [0.0]))
+    return max(counts(scene.span[0] - BURST_SECONDS, scene.span[1])), usual + 2 * math.sqrt(usual)
 
 
 def _growth(scene: Scene) -> float:

@@ -118,7 +118,8 @@ class Scene:
 
         A worst request or stall is one moment; answers that fall behind fall behind again and again.
         """
-        late = [c.late for c in self.run.client if self.wide[0] <= c.at <= self.wide[1] and c.late >= LATE]
+        began, ended = self.span
+        late = [c.late for c in self.run.client if c.at - c.late <= ended and c.at >= began and c.late >= LATE]
         worst = max(self.rises, key=lambda rise: rise.lost)
         return max(late, default=0.0) if worst.metric in (TTFT, STALL) else float(sum(late))
 

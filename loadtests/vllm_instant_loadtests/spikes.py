@@ -10,8 +10,8 @@ For each metric (see ``windows``):
    there are no spikes, and a run is made of blocks of its baseline in another order (windows depend on their
    neighbours, so blocks are drawn, not windows). The largest mass of each drawn run is what noise gets anywhere: a
    candidate's p-value is the share of drawn runs whose largest mass reaches its own, which holds for all windows at
-   once (max-statistic, Westfall & Young 1993). A baseline without its candidates has no tail; drawn blocks therefore
-   have their excursions multiplied by a random factor (exponential, mean 1). Metrics are corrected for by Bonferroni.
+   once (max-statistic, Westfall & Young 1993). A baseline without its candidates has no tail; the
+   masses of drawn runs are therefore enlarged at random (``TAIL``). Metrics are corrected for by Bonferroni.
 4. *Floors*: certain is not yet large. A spike is at least ``LEAST_RATIO`` times the baseline, costs ``LEAST_LOST``
    seconds of delay, and where tokens came slower, the interval of its ratio excludes 1: not a single slow step.
 
@@ -44,8 +44,11 @@ LEAST_LOST = 0.3
 """Seconds by which answers fell behind; one slow step of a machine is no spike."""
 BLOCK_SECONDS = 4.0
 DRAWS = 2000
-CAP = math.log(6.0)
-"""Log ratios count up to here: one frozen moment is not worth many seconds."""
+TAIL = 1.0
+"""The largest mass of a drawn run is enlarged by a share that is exponential with this mean: a baseline without its
+candidates has no tail of its own."""
+CAP = math.log(30.0)
+"""Log ratios count up to here."""
 BRIDGED = 1
 """How many windows below the threshold do not end a candidate."""
 APART = 1.0
@@ -144,10 +147,11 @@ def largest_masses(excess: Array, quiet: Array, threshold: float, seed: int = 0,
     random = np.random.default_rng(seed)
     starts = random.integers(0, len(pool), (draws, blocks))
     drawn = pool[(starts[:, :, None] + np.arange(block)) % len(pool)]
-    factor = random.exponential(1.0, (draws, blocks, 1))
-    drawn = np.where(drawn > 0, drawn * np.maximum(factor, 1.0), drawn).reshape(draws, -1)[:, :length]
     one = np.zeros(length)
-    return np.array([max((c.mass for c in candidates(run, one, threshold)), default=0.0) for run in drawn])
+    masses = [
+        max((c.mass for c in candidates(run[:length], one, threshold)), default=0.0) for run in drawn.reshape(draws, -1)
+    ]
+    return np.array(masses) * (1 + TAIL * random.exponential(1.0, draws))
 
 
 def certain(series: Series, metrics: int, alpha: float = ALPHA) -> tuple[list[tuple[Candidate, float]], Array]:
@@ -248,10 +252,8 @@ class _Reference:
         value = statistic(self._metric, inside)
         random = np.random.default_rng(1)
         if self._metric == STALL:
-            # One moment, which all answers share: they are drawn again, not parts of the time.
-            drawn = [
-                inside.values[random.integers(0, len(inside.values), len(inside.values))].max() for _ in self._drawn
-            ]
+            # The longest wait is one event: what is uncertain of the ratio is the baseline.
+            drawn = [value] * len(self._drawn)
         else:
             parts = _blocks(inside, HOP if self._metric == PACE else 2 * HOP)
             picks = [random.integers(0, len(parts), len(parts)) for _ in self._drawn]
