@@ -155,9 +155,9 @@ def series(metric: str, measured: Entries, parts: Sequence[tuple[float, float]])
     """A metric in windows of every stretch."""
     middles, segment = [], []
     for number, (began, ended) in enumerate(parts):
-        at = np.arange(began + WARM_UP + WIDTH[metric] / 2, ended - WIDTH[metric] / 2 + 1e-9, HOP)
-        middles.append(at)
-        segment.append(np.full(len(at), number))
+        inside = np.arange(began + WARM_UP + WIDTH[metric] / 2, ended - WIDTH[metric] / 2 + 1e-9, HOP)
+        middles.append(inside)
+        segment.append(np.full(len(inside), number))
     at: Array = np.concatenate([*middles, np.empty(0)]).astype(np.float64)
     values = _in_windows(metric, measured, at)
     stretch = np.concatenate([*segment, np.empty(0, int)]).astype(np.int64)
