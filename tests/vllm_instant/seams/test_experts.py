@@ -460,3 +460,95 @@ class TestShadow:
         rows = serving.compared_rows(torch.arange(0, 31, 2)).tolist()
         assert 0 not in rows
         assert 0 < len(rows) <= 8
+
+
+class TestRunner:
+    """The forward pass of a runner made of lists, with a shadow before it."""
+
+    @pytest.fixture
+    def runner(self, monkeypatch):
+        from vllm import forward_context
+
+        passes = []
+
+        class GPUModelRunner:
+            def __init__(self, vllm_config):
+                self.config = vllm_config
+
+            def load_model(self):
+                pass
+
+            def initialize_kv_cache(self, config):
+                pass
+
+            def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
+                return torch.arange(len(num_scheduled_tokens)), None
+
+            def _model_forward(self, *args, **kwargs):
+                passes.append((self.instant_experts.plugin.instance.shadowed, forward_context.get_forward_context()))
+                forward_context.get_forward_context().moe_layer_index += 6
+                return torch.full((3, 4), float(len(passes)))
+
+            def sample_tokens(self, grammar_output):
+                return SimpleNamespace()
+
+            def get_model(self):
+                return SimpleNamespace(compute_logits=lambda hidden: hidden.cumsum(-1))
+
+        module = SimpleNamespace(GPUModelRunner=GPUModelRunner)
+        seam._wrap(module)
+        monkeypatch.setattr("vllm.distributed.get_tp_group", lambda: SimpleNamespace(world_size=1))
+        context = SimpleNamespace(moe_layer_index=0)
+        monkeypatch.setattr(forward_context, "_forward_context", context)
+        runner = GPUModelRunner(SimpleNamespace())
+
+        class Shadowing(Restricting):
+            shadowed = False
+
+            def look(self, number):
+                return Look.SHADOW if number == 1 else Look.NOTHING
+
+            def shadow(self, active):
+                self.shadowed = active
+
+        serving = ServedExperts(Contained("experts", "test", Shadowing()), 64, torch.device("cpu"))
+        layer_router = _router("softmax")
+        expert_routers.adopt(layer_router)
+        layer = ExpertLayer(0, "layers.0.experts", EXPERTS, TOP_K)
+        serving.serve([(layer_router, layer, expert_routers.scoring_of(layer_router))])
+        runner.instant_experts = serving
+        runner.input_batch = SimpleNamespace(
+            req_ids=["a", "b", "c"],
+            num_computed_tokens_cpu=np.array([9, 9, 9], np.int32),
+            num_prompt_tokens=np.array([5, 5, 5], np.int32),
+        )
+        runner.requests = {name: SimpleNamespace(sampling_params=None) for name in "abc"}
+        return runner, passes, context
+
+    def _step(self, runner):
+        output = SimpleNamespace(scheduled_spec_decode_tokens={})
+        runner._prepare_inputs(output, np.array([1, 1, 1], np.int32))
+        hidden = runner._model_forward()
+        return hidden, runner.sample_tokens(None)
+
+    def test_the_pass_that_counts_comes_last(self, runner):
+        runner, passes, context = runner
+        hidden, _ = self._step(runner)
+        assert [shadowed for shadowed, _ in passes] == [True, False]
+        assert (hidden == 2.0).all()
+        # One pass's worth of layers was counted by vLLM.
+        assert context.moe_layer_index == 6
+        assert runner.instant_experts.totals["kl_tokens"] == 3
+        expected = torch.ones(4).cumsum(0).log_softmax(-1)
+        served = (2 * torch.ones(4)).cumsum(0).log_softmax(-1)
+        divergence = float((expected.exp() * (expected - served)).sum())
+        assert runner.instant_experts.totals["kl"] == pytest.approx(3 * divergence, rel=1e-4)
+
+    def test_other_steps_run_once_and_report_now_and_then(self, runner):
+        runner, passes, _ = runner
+        self._step(runner)
+        outputs = [self._step(runner)[1] for _ in range(40)]
+        assert len(passes) == 42
+        reports = [getattr(output, seam.SERVING) for output in outputs if hasattr(output, seam.SERVING)]
+        assert len(reports) == 1
+        assert reports[0]["totals"]["kl_tokens"] == 3
