@@ -138,7 +138,7 @@ def acceptance(scene: Scene) -> Finding:
         f"{a_step_before / a_step:.2f} times slower; they came {scene.paced:.2f} times slower on average",
         *_kinds(scene),
     ]
-    return Finding(ACCEPTANCE, explained(a_step_before / a_step, min(scene.slower, _pace(scene))), lines)
+    return Finding(ACCEPTANCE, explained(a_step_before / a_step, scene.paced), lines)
 
 
 def memory(scene: Scene) -> Finding:
@@ -292,11 +292,6 @@ def _growth(scene: Scene) -> float:
     return min(1.0, max(0.0, now / max(before, 1) - 1.0) / 0.5)
 
 
-def _pace(scene: Scene) -> float:
-    """By what factor tokens came slower on average; what fewer tokens a step explain."""
-    return next((rise.ratio.mean for rise in scene.rises if rise.metric == PACE), scene.ratio(ITL))
-
-
 def _per(scene: Scene, name: str, by: str) -> str:
     now, before = scene.meters.ratio(name, by, [scene.wide]), scene.meters.ratio(name, by, scene.quiet)
     return f"{now:.1f} (before: {before:.1f})" if math.isfinite(now) and math.isfinite(before) else "unknown numbers of"
@@ -371,7 +366,7 @@ _TAKES = (
     (DISCONNECTS, BATCH, 0.9),
     (DISCONNECTS, QUEUEING, 0.7),
     (ACCEPTANCE, BATCH, 0.5),
-    (ACCEPTANCE, QUEUEING, 0.5),
+    (ACCEPTANCE, QUEUEING, 0.8),
 )
 """(reason, sign, share): what a reason explains, its sign does not explain again. In order: a score that was taken from
 takes less."""
