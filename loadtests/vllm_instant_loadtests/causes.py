@@ -16,7 +16,7 @@ import numpy as np
 
 from vllm_instant_loadtests import meters as m
 from vllm_instant_loadtests.scene import AROUND, Scene, explained, reached
-from vllm_instant_loadtests.windows import ITL, PACE, STALL, TTFT
+from vllm_instant_loadtests.windows import STALL, TTFT
 
 ACCEPTANCE = "acceptance collapse"
 BATCH = "batch growth"
@@ -227,7 +227,7 @@ def queueing(scene: Scene) -> Finding:
     places = meters.gauge(m.RUNNING, [scene.wide], at_most=True)
     lines.append(f"{places:.0f} ran at once, at most")
     # Where no more came than before, a queue is rather the sign of something else that made answers take longer.
-    more = 0.5 + 0.5 * _growth(scene)
+    more = 0.25 + 0.75 * _growth(scene)
     # What queues explain is the time to the first token.
     return Finding(QUEUEING, more * share * (0.95 if scene.ratio(TTFT) > 1 else 0.4), lines)
 
