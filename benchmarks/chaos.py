@@ -160,9 +160,9 @@ def _disturb(plan: Plan, cause: str, at: float, seed: str, choose: random.Random
         for prompt in snippets("code", 0.0, 9, seed)[:8]:
             plan.requests.append(_due(at + choose.uniform(0, seconds), kind, prompt.text, 220, choose))
     else:  # disconnects
-        seconds = choose.uniform(2.0, 3.0)
-        for prompt in snippets("structured", 0.0, 24, seed):
-            due = _due(at + choose.uniform(0, seconds), kind, prompt.text, 96, choose, leave=choose.randint(1, 5))
+        seconds = choose.uniform(3.0, 4.0)
+        for prompt in snippets("structured", 0.0, 36, seed):
+            due = _due(at + choose.uniform(0, seconds), kind, prompt.text, 96, choose, leave=choose.randint(2, 16))
             plan.requests.append(due)
     plan.events.append((cause, at, at + seconds, kind))
     # What it leaves behind takes time, too.

@@ -273,7 +273,7 @@ def _percentiles(requests: Sequence[Request], measured: dict[str, Entries]) -> d
     everything = {
         TTFT: measured[TTFT],
         ITL: measured[ITL],
-        **{name: Entries(values, values, values, np.ones(len(values))) for name, values in ones.items()},
+        **{name: Entries.plain(values) for name, values in ones.items()},
     }
     return {
         name: {f"p{share}": entries.quantile(share / 100) * 1e3 for share in (50, 95, 99)}

@@ -16,7 +16,7 @@ import numpy as np
 
 from vllm_instant_loadtests import meters as m
 from vllm_instant_loadtests.scene import AROUND, Scene, explained, reached
-from vllm_instant_loadtests.windows import ITL, PACE, STALL, TTFT
+from vllm_instant_loadtests.windows import STALL, TTFT
 
 ACCEPTANCE = "acceptance collapse"
 BATCH = "batch growth"
@@ -138,7 +138,7 @@ def acceptance(scene: Scene) -> Finding:
         f"{a_step_before / a_step:.2f} times slower; they came {scene.paced:.2f} times slower on average",
         *_kinds(scene),
     ]
-    return Finding(ACCEPTANCE, explained(a_step_before / a_step, min(scene.slower, _pace(scene))), lines)
+    return Finding(ACCEPTANCE, explained(a_step_before / a_step, scene.paced), lines)
 
 
 def memory(scene: Scene) -> Finding:
@@ -227,7 +227,7 @@ def queueing(scene: Scene) -> Finding:
     places = meters.gauge(m.RUNNING, [scene.wide], at_most=True)
     lines.append(f"{places:.0f} ran at once, at most")
     # Where no more came than before, a queue is rather the sign of something else that made answers take longer.
-    more = 0.5 + 0.5 * _growth(scene)
+    more = 0.25 + 0.75 * _growth(scene)
     # What queues explain is the time to the first token.
     return Finding(QUEUEING, more * share * (0.95 if scene.ratio(TTFT) > 1 else 0.4), lines)
 
@@ -290,11 +290,6 @@ def _growth(scene: Scene) -> float:
     """Between 0 (no more requests came together than before) and 1 (half as many again, or more)."""
     now, before = _crowds(scene)
     return min(1.0, max(0.0, now / max(before, 1) - 1.0) / 0.5)
-
-
-def _pace(scene: Scene) -> float:
-    """By what factor tokens came slower on average; what fewer tokens a step explain."""
-    return next((rise.ratio.mean for rise in scene.rises if rise.metric == PACE), scene.ratio(ITL))
 
 
 def _per(scene: Scene, name: str, by: str) -> str:
@@ -371,7 +366,7 @@ _TAKES = (
     (DISCONNECTS, BATCH, 0.9),
     (DISCONNECTS, QUEUEING, 0.7),
     (ACCEPTANCE, BATCH, 0.5),
-    (ACCEPTANCE, QUEUEING, 0.5),
+    (ACCEPTANCE, QUEUEING, 0.8),
 )
 """(reason, sign, share): what a reason explains, its sign does not explain again. In order: a score that was taken from
 takes less."""

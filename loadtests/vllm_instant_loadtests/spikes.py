@@ -12,7 +12,10 @@ For each metric (see ``windows``):
    candidate's p-value is the share of drawn runs whose largest mass reaches its own, which holds for all windows at
    once (max-statistic, Westfall & Young 1993). A baseline without its candidates has no tail; the
    masses of drawn runs are therefore enlarged at random (``TAIL``). Metrics are corrected for by Bonferroni.
-4. *Floors*: certain is not yet large. A spike is at least ``LEAST_RATIO`` times the baseline, costs ``LEAST_LOST``
+4. *Answers*: where tokens came slower, so many answers must have been slow that their texts do not explain it
+   (Student's t over answers, without the slowest): with one or two under way, an unpredictable text is no slower
+   server.
+5. *Floors*: certain is not yet large. A spike is at least ``LEAST_RATIO`` times the baseline, costs ``LEAST_LOST``
    seconds of delay, and where tokens came slower, the interval of its ratio excludes 1: not a single slow step.
 
 Spikes of several metrics at the same time are one spike.
@@ -22,11 +25,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import t as student
 
 from vllm_instant.evidence.statistics import Estimate
 from vllm_instant_loadtests.windows import HOP, PACE, STALL, TTFT, Array, Entries, Series, statistic
@@ -43,6 +47,10 @@ NOISES = 2.5
 LEAST_LOST = 0.3
 """Seconds by which answers fell behind; one slow step of a machine is no spike."""
 BLOCK_SECONDS = 4.0
+LEAST_ANSWERS = 4
+"""Under way in a rise of pace: what fewer show may be their texts."""
+SLICE_SECONDS = 2.0
+"""Of an answer, whose pace is compared with that of others."""
 DRAWS = 2000
 TAIL = 1.0
 """The largest mass of a drawn run is enlarged by a share that is exponential with this mean: a baseline without its
@@ -195,7 +203,7 @@ def rises(series: Series, measured: Entries, metrics: int, alpha: float = ALPHA)
         return []
     reference = _Reference(series, measured, quiet)
     made = [reference.rise(*_span(series, c), p) for c, p in found]
-    return [rise for rise in made if _large(rise)]
+    return [rise for rise in made if _large(rise) and metrics * reference.chance(rise) <= alpha]
 
 
 def _span(series: Series, candidate: Candidate) -> tuple[float, float]:
@@ -230,8 +238,10 @@ class _Reference:
         if series.metric == STALL:
             # The longest of a baseline is one moment; its usual longest is what windows are compared with.
             values = series.values[quiet & np.isfinite(series.values)]
-            of_baseline = Entries(middles[: len(values)], middles[: len(values)], values, np.ones(len(values)))
+            of_baseline = replace(Entries.plain(values), ended=middles[: len(values)])
         self._pace = of_baseline.mean()
+        self._seconds = len(middles) * HOP
+        self._quiet = of_baseline
         self._blocks = _blocks(of_baseline, BLOCK_SECONDS)
         self.value = self._of(of_baseline)
         random = np.random.default_rng(0)
@@ -264,6 +274,40 @@ class _Reference:
         if self._metric not in (TTFT, STALL):
             lost = (ended - began) * (1 - self._pace / inside.mean())
         return Rise(self._metric, began, ended, self.value, value, ratio, p, lost)
+
+    def chance(self, rise: Rise) -> float:
+        """The chance that as many answers are as slow as those of a rise, by their texts alone.
+
+        How fast an answer comes depends on its text, above all under speculation. With one or two of them under way, a
+        second of an unpredictable one looks like a slower server to everything that counts tokens. So answers are
+        what is counted here, without the slowest: Student's t of their mean logarithms against the baseline's,
+        corrected for all places of the run.
+        """
+        if rise.metric in (TTFT, STALL):
+            return 0.0
+        slice_seconds = min(rise.ended - rise.began, SLICE_SECONDS)
+        usual = list(_paces(self._quiet, slice_seconds).values())
+        owners: dict[float, list[float]] = {}
+        for (owner, _), pace in _paces(self._measured.within(rise.began, rise.ended), slice_seconds).items():
+            owners.setdefault(owner, []).append(pace)
+        if len(owners) < LEAST_ANSWERS or len(usual) < LEAST_ANSWERS:
+            return 1.0
+        others = sorted(float(np.mean(paces)) for paces in owners.values())[:-1]
+        error = float(np.std(usual, ddof=1)) / math.sqrt(len(others))
+        places = self._seconds / (rise.ended - rise.began)
+        difference = float(np.mean(others) - np.mean(usual))
+        return float(min(1.0, places * student.sf(difference / max(error, 1e-9), len(usual) - 1)))
+
+
+def _paces(entries: Entries, seconds: float) -> dict[tuple[float, float], float]:
+    """Logarithm of the mean time between tokens, by answer and slice of the run that it fills for a good part."""
+    slices = np.floor(entries.ended / seconds)
+    keys, group = np.unique(np.stack([entries.owner, slices]), axis=1, return_inverse=True)
+    tokens = np.bincount(group.ravel(), entries.weights)
+    took = np.bincount(group.ravel(), entries.weights * entries.values)
+    full = took >= seconds / 3
+    paces = np.log(took[full] / tokens[full])
+    return {(owner, number): pace for owner, number, pace in zip(*keys[:, full], paces, strict=True)}
 
 
 def _blocks(entries: Entries, seconds: float) -> list[Entries]:

@@ -28,6 +28,7 @@ LEAST_SECONDS = 15.0
 """Of windows with data; with less there is no baseline."""
 LEAST_ENTRIES = {ITL: 300, PACE: 300, TTFT: 15, STALL: 300}
 """Tokens, or first tokens, that a run must have."""
+FIELDS = ("began", "ended", "values", "weights", "owner")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Entries:
     """Seconds."""
     weights: Array
     """Tokens."""
+    owner: Array
+    """Number of the request that each belongs to."""
 
     def within(self, began: float, ended: float) -> Entries:
         """Those that touch a part of the run."""
@@ -49,12 +52,16 @@ class Entries:
     @classmethod
     def joined(cls, parts: Sequence[Entries]) -> Entries:
         """One behind the other."""
-        names = ("began", "ended", "values", "weights")
-        return cls(*(np.concatenate([np.empty(0), *(getattr(part, name) for part in parts)]) for name in names))
+        return cls(*(np.concatenate([np.empty(0), *(getattr(part, name) for part in parts)]) for name in FIELDS))
+
+    @classmethod
+    def plain(cls, values: Array) -> Entries:
+        """Values that are just values."""
+        return cls(values, values, values, np.ones(len(values)), np.arange(len(values), dtype=float))
 
     def chosen(self, which: npt.NDArray[Any]) -> Entries:
         """A mask's or an index's."""
-        return Entries(self.began[which], self.ended[which], self.values[which], self.weights[which])
+        return Entries(*(getattr(self, name)[which] for name in FIELDS))
 
     def quantile(self, share: float) -> float:
         """By weight; NaN without entries."""
@@ -105,28 +112,30 @@ def entries(requests: Iterable[Request]) -> dict[str, Entries]:
     the same gaps undivided; also the last one of an answer that failed, from its last token to its end. ``ttft``: from
     when a request was due to its first token, or to its end where none came.
     """
-    gaps: list[tuple[float, float, int]] = []
-    cut: list[tuple[float, float, float]] = []
-    first: list[tuple[float, float]] = []
-    for request in requests:
+    gaps: list[tuple[float, float, int, int]] = []
+    cut: list[tuple[float, float, int, int]] = []
+    first: list[tuple[float, float, int]] = []
+    for number, request in enumerate(requests):
         if request.arrivals:
-            first.append((request.due, request.arrivals[0][0]))
+            first.append((request.due, request.arrivals[0][0], number))
             for (before, had), (when, have) in zip(request.arrivals, request.arrivals[1:], strict=False):
-                gaps.append((before, when, have - had))
+                gaps.append((before, when, have - had, number))
             if request.error:
-                cut.append((request.arrivals[-1][0], request.ended, 1.0))
+                cut.append((request.arrivals[-1][0], request.ended, 1, number))
         elif not request.left:
-            first.append((request.due, request.ended))
-    between = np.array(gaps, float).reshape(-1, 3)
-    silent = np.concatenate([between, np.array(cut, float).reshape(-1, 3)])
-    starts = np.array(first, float).reshape(-1, 2)
+            first.append((request.due, request.ended, number))
+    between = np.array(gaps, float).reshape(-1, 4)
+    silent = np.concatenate([between, np.array(cut, float).reshape(-1, 4)])
+    starts = np.array(first, float).reshape(-1, 3)
     tokens = np.maximum(between[:, 2], 1)
-    by_token = Entries(between[:, 0], between[:, 1], (between[:, 1] - between[:, 0]) / tokens, tokens)
+    by_token = Entries(between[:, 0], between[:, 1], (between[:, 1] - between[:, 0]) / tokens, tokens, between[:, 3])
     return {
         ITL: by_token,
         PACE: by_token,
-        STALL: Entries(silent[:, 0], silent[:, 1], silent[:, 1] - silent[:, 0], np.ones(len(silent))),
-        TTFT: Entries(starts[:, 0], starts[:, 0] + 1e-6, starts[:, 1] - starts[:, 0], np.ones(len(starts))),
+        STALL: Entries(silent[:, 0], silent[:, 1], silent[:, 1] - silent[:, 0], np.ones(len(silent)), silent[:, 3]),
+        TTFT: Entries(
+            starts[:, 0], starts[:, 0] + 1e-6, starts[:, 1] - starts[:, 0], np.ones(len(starts)), starts[:, 2]
+        ),
     }
 
 
