@@ -141,7 +141,8 @@ def _cell(
         "native_experts": totals["native_experts"] / steps,
         "routed_experts": totals["routed_experts"] / steps,
         "kept_mass": totals["routed_mass"] / totals["native_mass"],
-        "kl_nats": totals["kl"] / totals["kl_tokens"],
+        # Where nobody is refused anything, nothing is run twice.
+        "kl_nats": totals["kl"] / totals["kl_tokens"] if totals["kl_tokens"] else 0.0,
         "compared_tokens": totals["kl_tokens"],
         "ms_a_step": float(np.median(times[arm])),
         "turns": len(times[arm]),

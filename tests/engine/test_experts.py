@@ -48,7 +48,7 @@ num_speculative_tokens = 3
 [experts]
 plugin = "observed"
 trace = "TRACE"
-tokens = 600
+tokens = 6000
 prefill_share = 0.2
 """
 
@@ -161,10 +161,11 @@ def test_numbers_and_what_goes_wrong(servers: dict[str, Server], texts: list[str
 def test_a_trace_under_speculation_is_readable(servers: dict[str, Server], trace_file: Path) -> None:
     server = servers["observed"]
     texts = [*snippets("code", 0.0, 12, 0), *snippets("structured", 0.0, 12, 0)]
-    path, tokens = record(server.url, "demo", texts, 600, concurrency=6, output_tokens=24)
+    # Until all are sent; what other tests asked is in the trace, too.
+    path, tokens = record(server.url, "demo", texts, 6000, concurrency=6, output_tokens=24)
     assert path == trace_file
     trace = Trace.read(trace_file)
-    assert len(trace) == tokens == 600
+    assert len(trace) == tokens > 500
     assert trace.model.shape() == RoutedModel("", LAYERS, EXPERTS, TOP_K).shape()
     assert {"code", "structured"} <= set(trace.classes)
     assert trace.is_prefill.any()
