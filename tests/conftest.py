@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is not marked otherwise is a unit test; GPU tests are skipped where there is no device.
 
-    Where two processes run the tests, all engine tests stay in one of them (they share servers, and their engines
-    would not fit beside each other's), and each other file stays whole.
+    Where two processes run the tests, all that start servers stay in one of them (they share some, and engines beside
+    each other would be slow), and each other file stays whole.
     """
     for item in items:
-        engine = item.get_closest_marker("engine")
-        item.add_marker(pytest.mark.xdist_group("engine" if engine else item.nodeid.partition("::")[0]))
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("engine" if file.startswith("tests/engine/") else file))
         if not any(item.get_closest_marker(name) for name in ("engine", "kernel", "gpu", "unit")):
             item.add_marker(pytest.mark.unit)
         if item.get_closest_marker("gpu"):

@@ -14,7 +14,8 @@ from vllm_instant_kernels.cache_layout import row_bytes
 
 PROMPT = "import os\nimport sys\n\ndef main(argv):\n    for name in argv:\n        print(name)\n\ndef main(argv):\n"
 TOKENS = 8
-DEPLOYMENT = '[attention]\nplugin = "{}"\n'
+# Whether drafting pays in the interpreter is not the question: every draft is verified.
+DEPLOYMENT = '[attention]\nplugin = "{}"\n[speculation]\nplugin = "fixed"\n'
 
 
 @pytest.fixture(scope="module")
