@@ -21,6 +21,7 @@ hypothesis_settings.load_profile("tests")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is not marked otherwise is a unit test; GPU tests are skipped where there is no device.
 
