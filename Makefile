@@ -36,7 +36,7 @@ regret: env
 
 # Two processes: one for the tests with engines, one for all others (see tests/conftest.py).
 test: lint
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -21,20 +22,30 @@ hypothesis_settings.load_profile("tests")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is not marked otherwise is a unit test; GPU tests are skipped where there is no device.
-
-    Where two processes run the tests, all that start servers stay in one of them (they share some, and engines beside
-    each other would be slow), and each other file stays whole.
-    """
+    """What is not marked otherwise is a unit test; GPU tests are skipped where there is no device."""
     for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("engine" if file.startswith("tests/engine/") else file))
         if not any(item.get_closest_marker(name) for name in ("engine", "kernel", "gpu", "unit")):
             item.add_marker(pytest.mark.unit)
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skipif(not _has_gpu(), reason="no CUDA device"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes run the tests: files stay whole, and all that start servers stay in one process.
+
+    Those share some servers, and engines beside each other would be slow. (xdist's own groups get lost on the way to
+    its scheduler with pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = nodeid.partition("::")[0]
+            return "engine" if file.startswith("tests/engine/") else file
+
+    return ByFile(config, log)
 
 
 def _has_gpu() -> bool:

@@ -26,5 +26,4 @@ def pytest_runtest_makereport(item: pytest.Item):
 @pytest.fixture
 def numbers(request: pytest.FixtureRequest) -> random.Random:
     """Random numbers of this run and test, whichever other tests run."""
-    # Not the node id: where several processes run the tests, it names a group as well.
     return random.Random(f"{SEED} {request.node.path.stem} {request.node.name}")
