@@ -181,13 +181,30 @@ def play(target: Server, plan: Plan, folder: Path, about: dict[str, Any]) -> Run
             *(f"{MODEL}={target.url}", "--clock", str(clock), "--every", "0.25"),
         ]
     )
+    ours = [psutil.Process(), psutil.Process(watching.pid), *_family(target)]
+    before = _busy(ours)
     try:
         asyncio.run(_play(target, plan, recorder, clock))
+        used, others = (after - earlier for after, earlier in zip(_busy(ours), before, strict=True))
     finally:
         watching.terminate()
         watching.wait()
         recorder.close()
-    return Run.read(folder)
+    run = Run.read(folder)
+    run.about["cores_used"] = {"here": round(used / plan.seconds, 3), "elsewhere": round(others / plan.seconds, 3)}
+    return run
+
+
+def _busy(ours: Sequence[psutil.Process]) -> tuple[float, float]:
+    """Processor seconds of these processes and of all others, so far: whether the machine was otherwise quiet."""
+    times = psutil.cpu_times()
+    used = sum(one.cpu_times().user + one.cpu_times().system for one in ours)
+    return used, times.user + times.nice + times.system - used
+
+
+def _family(target: Server) -> list[psutil.Process]:
+    front = psutil.Process(target.pid)
+    return [front, *front.children(recursive=True)]
 
 
 async def _play(target: Server, plan: Plan, recorder: Recorder, clock: float) -> None:
@@ -216,7 +233,7 @@ async def _act(target: Server, action: Event, clock: float) -> None:
     if action.cause == causes.CLIENT:
         time.sleep(seconds)
         return
-    family = [psutil.Process(target.pid), *psutil.Process(target.pid).children(recursive=True)]
+    family = _family(target)
     if action.note != "all processes":
         family = [process for process in family if "EngineCore" in process.name()]
     if not family:

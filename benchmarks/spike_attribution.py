@@ -138,6 +138,7 @@ def main() -> None:
                 plan = chaos.disturbed(life, wanted(life), f"{options.seed}/{life}")
                 run = chaos.play(target, plan, folder / stem, {"scenario": {"name": f"chaos: {life}"}})
             found = judged(life, run, analyse(run)) | {"seed": options.seed, "command": command()}
+            found["cores_used"] = run.about["cores_used"]
             runs.append(found)
             hits = sum(event["hit"] for event in found["events"])
             console.print(f"{life}: {hits} of {len(found['events'])} found and named in {plan.seconds:.0f} s")

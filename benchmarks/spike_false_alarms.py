@@ -54,6 +54,7 @@ def main() -> None:
                         "life": options.life,
                         "seed": f"{options.seed}/{number}",
                         "command": command(),
+                        "cores_used": run.about["cores_used"],
                         "spikes": [spike.plain() for spike in analysis.spikes],
                         "too_little": server.too_little,
                         "milliseconds": server.percentiles,
