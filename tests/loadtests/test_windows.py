@@ -77,7 +77,7 @@ def test_too_little_data_is_said_instead_of_judged():
 )
 def test_a_quantile_by_tokens_is_that_of_the_tokens_one_by_one(gaps, share):
     values, weights = np.array(gaps).T
-    entries = Entries(values, values, values, weights)
+    entries = Entries(values, values, values, weights, np.zeros(len(values)))
     one_by_one = np.sort(np.repeat(values, weights.astype(int)))
     found = entries.quantile(share)
     assert (one_by_one <= found).mean() >= share - 1e-9
