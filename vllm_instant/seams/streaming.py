@@ -84,7 +84,8 @@ class VllmStreamingEngine:
     async def render(self, request: ChatRequest) -> Prompt:
         from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
-        chat_request = self._chat_request(request)
+        # Options of streams are refused where nothing is streamed; the answer will be.
+        chat_request = self._chat_request({**request, "stream": True})
         try:
             rendered = await self._chat.render_chat_request(chat_request)
             if not isinstance(rendered, tuple):
