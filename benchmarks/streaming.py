@@ -302,9 +302,8 @@ async def abuse_part(server: Server, sessions: int = 200, key: str = "none") -> 
         await asyncio.gather(*users)
         for session in idle:
             await session.__aexit__(None, None, None)
-        await asyncio.sleep(1.0)
+        sessions_left, requests_left = await _left(server)
         usage_after = await _settled_usage(client, server)
-        metrics = server.metrics()
         alive = (await client.get(f"{url}/health")).status_code == 200
     return {
         "part": "abuse",
@@ -316,8 +315,8 @@ async def abuse_part(server: Server, sessions: int = 200, key: str = "none") -> 
         "beyond_the_length": too_long,
         "idle_typists_answered": sum(bool(text) for text in answered),
         "kv_cache_usage": {"before": usage_before, "after": usage_after},
-        "sessions_left": metrics["vllm_instant:streaming_sessions"],
-        "requests_left": metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"],
+        "sessions_left": sessions_left,
+        "requests_left": requests_left,
         "alive": alive,
     }
 
@@ -340,6 +339,18 @@ async def _type_beyond(url: str, request: dict[str, Any]) -> str:
             return "answered"
         await session.replace(200, None, "")
         return told if await _read(session) else "never answered again"
+
+
+async def _left(server: Server) -> tuple[float, float]:
+    """Sessions and requests that are still there after everybody has gone; ten seconds to notice it."""
+    deadline = time.monotonic() + 10
+    while True:
+        await asyncio.sleep(1.0)
+        metrics = server.metrics()
+        sessions = metrics["vllm_instant:streaming_sessions"]
+        requests = metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]
+        if not sessions + requests or time.monotonic() > deadline:
+            return sessions, requests
 
 
 async def _settled_usage(client: httpx.AsyncClient, server: Server) -> float:

@@ -12,6 +12,7 @@ import re
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,9 @@ async def _until_terminated(recorder: Recorder, servers: Mapping[str, str], cloc
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     watching = asyncio.create_task(watch(recorder, servers, clock, every))
     while not stopped.is_set() and not watching.done() and os.getppid() == parent:
-        try:
-            await asyncio.wait_for(stopped.wait(), 0.5)
-        except TimeoutError:
-            continue
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await stopped.wait()
     watching.cancel()
 
 

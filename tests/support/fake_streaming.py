@@ -80,6 +80,8 @@ class FakeEngine:
         self.why_not: str | None = None
         self.prefill_gate = asyncio.Event()
         self.prefill_gate.set()
+        self.hold_gate = asyncio.Event()
+        self.hold_gate.set()
 
     def load(self) -> EngineLoad:
         return EngineLoad(self.running, self.slots)
@@ -102,6 +104,7 @@ class FakeEngine:
     async def hold(self, name: str, holds: Holds) -> str | None:
         if self.why_not is None:
             self.holding.append(name)
+        await self.hold_gate.wait()
         return self.why_not
 
     async def let_go(self, name: str) -> None:

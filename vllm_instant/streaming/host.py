@@ -95,7 +95,11 @@ class Host:
         """Let a session keep its KV blocks between chunks, if the plugin wants that and there is room for one more."""
         if self.holds is None:
             return False
-        why_not = await self.engine.hold(name, self.holds)
+        try:
+            why_not = await self.engine.hold(name, self.holds)
+        except asyncio.CancelledError:
+            self.keep(self.engine.let_go(name))  # the engine may have heard of it
+            raise
         if why_not is None:
             self.numbers.held.inc()
         elif why_not not in self._said:

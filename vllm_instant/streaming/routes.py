@@ -100,7 +100,8 @@ class Streaming:
     async def _follow(self, websocket: WebSocket, session: Session, host: Host, send: Send) -> None:
         while True:
             try:
-                message = await asyncio.wait_for(websocket.receive(), max(session.seconds_left, 0.01))
+                async with asyncio.timeout(max(session.seconds_left, 0.01)):
+                    message = await websocket.receive()
             except TimeoutError:
                 if session.seconds_left > 0:
                     continue

@@ -255,14 +255,19 @@ class Session:
     async def _wait_for_more(self) -> None:
         """Return when there is something to look at; meanwhile nothing is held for longer than allowed."""
         holds = self._host.holds
-        if self._holds and holds is not None:
-            try:
-                await asyncio.wait_for(self._changed.wait(), holds.idle_seconds)
-            except TimeoutError:
-                await self._let_go()
-                # With new text it may hold again; till then what it has read may be lost.
-                self._asked_to_hold = False
+        if self._holds and holds is not None and not await self._changes_within(holds.idle_seconds):
+            await self._let_go()
+            # With new text it may hold again; till then what it has read may be lost.
+            self._asked_to_hold = False
         await self._changed.wait()
+
+    async def _changes_within(self, seconds: float) -> bool:
+        """Wait for a change; whether there was one in time."""
+        # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with the change.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                return await self._changed.wait()
+        return False
 
     @property
     def _hold_name(self) -> str | None:
@@ -287,8 +292,7 @@ class Session:
         # Who waits for room in the engine keeps the turn: there is none for the others either.
         async with self._host.turn:
             while (length := self._host.next_chunk(progress)) <= progress.cached_tokens:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), RETRY_SECONDS)
+                if await self._changes_within(RETRY_SECONDS):
                     return True
             if self.is_answering or (self._rendered or (-1, ""))[0] != self._version:
                 return False  # committed meanwhile
@@ -341,15 +345,13 @@ class Session:
         seconds = self._host.early_after()
         if seconds is None or self._tried_early or not self._text.text:
             return
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
+        if await self._changes_within(seconds):
             return
         deadline = self._host.clock() + self._host.most_early_seconds()
         while not self.is_answering and not self._host.starts_early():
             if self._host.clock() >= deadline:
                 return
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), RETRY_SECONDS)
+            if await self._changes_within(RETRY_SECONDS):
                 return
         if self.is_answering:
             return

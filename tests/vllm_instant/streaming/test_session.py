@@ -385,6 +385,20 @@ def test_without_new_text_nothing_is_held_for_long():
     asyncio.run(run())
 
 
+def test_a_session_that_ends_while_it_asks_holds_nothing():
+    async def run():
+        engine = FakeEngine()
+        async with session_on(engine, Eager(holds=HOLDS)) as (session, _, host):
+            engine.hold_gate.clear()
+            await append(session, LONG)
+            await until(lambda: engine.holding)
+            await session.close()
+            await until(lambda: not engine.holding)
+            assert host.numbers.held._value.get() == 0
+
+    asyncio.run(run())
+
+
 def test_where_nothing_can_be_held_prompts_are_read_as_ever(caplog):
     async def run():
         engine = FakeEngine()
@@ -433,5 +447,27 @@ def test_a_commit_right_behind_the_last_words_finds_the_engine_free():
                 await asyncio.sleep(0)
             await committed(session)
             assert len(engine.held_for) == chunks + 1, "the answer, and no chunk before it"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("steps", range(8))
+@pytest.mark.parametrize(
+    "plugin",
+    [Eager(), Eager(pause=5.0), Eager(holds=HOLDS)],
+    ids=["reads", "early", "holds"],
+)
+def test_a_session_can_be_closed_in_the_very_moment_that_it_is_typed_in(steps, plugin):
+    """Text that was sent right before a connection broke is handled in the same turn of the event loop."""
+
+    async def run():
+        async with session_on(FakeEngine(), plugin) as (session, _, _):
+            await append(session, "what has been typed. ")
+            await asyncio.sleep(0.05)
+            await append(session, "and ")
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            async with asyncio.timeout(2):
+                await session.close()
 
     asyncio.run(run())
