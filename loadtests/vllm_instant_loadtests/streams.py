@@ -26,6 +26,8 @@ from vllm_instant_loadtests.plan import Due
 
 SECONDS = 600.0
 """After which an answer that has stopped coming is an error."""
+CLOSING_SECONDS = 5.0
+"""Most that the end of a typist's session may take; the server ends it itself when it has been idle."""
 AT_ONCE = 1 << 16
 MOST_CONNECTIONS = 1 << 16
 SLOWEST_PIECE = 0.25
@@ -113,9 +115,11 @@ class StreamingClient:
             answer.left = True
         except (AnswerError, CutOffError, HTTPParseError, OSError) as error:
             answer.error = str(error) if isinstance(error, AnswerError | CutOffError) else _what(error)
-        answer.ended = time.perf_counter()
+        now = time.perf_counter()
+        if answer.ended != answer.ended:  # closing a typist's session is no part of its answer
+            answer.ended = now
         if answer.sent != answer.sent:  # it failed before it was sent
-            answer.sent = answer.ended
+            answer.sent = now
         return answer
 
     def close(self) -> None:
@@ -139,8 +143,9 @@ class StreamingClient:
                 gevent.sleep(max(0.0, began + min(start + piece, len(text)) / speed - time.perf_counter()))
             wait()
             self._follow(path, {"type": "input_text.commit"}, answer, due.leave_after)
+            answer.ended = time.perf_counter()
         finally:
-            with suppress(AnswerError, HTTPParseError, OSError):
+            with gevent.Timeout(CLOSING_SECONDS, False), suppress(AnswerError, HTTPParseError, OSError):
                 self._exchange("DELETE", path, None)
 
     def _exchange(self, method: str, path: str, body: Any) -> Any:

@@ -287,13 +287,13 @@ def test_the_dashboard_asks_for_metrics_that_are_exported(server: Server) -> Non
     assert asked - exported == set()
 
 
-def test_a_load_test_measures_chats_and_completions(server: Server, tmp_path: Path) -> None:
+def test_a_load_test_measures_chats_completions_and_typists(server: Server, tmp_path: Path) -> None:
     traffic = '[[traffic]]\nkind = "{0}"\nprompts = "creative"\nroute = "{0}"\nrate = 1.5\nmax_tokens = [8, 16]\n'
-    routes = ("chat", "completions")
-    text = 'title = "Two routes"\nseconds = 6\n' + "".join(traffic.format(route) for route in routes)
-    (tmp_path / "two.toml").write_text(text)
+    routes = ("chat", "completions", "typist")
+    text = 'title = "Three routes"\nseconds = 6\n' + "".join(traffic.format(route) for route in routes)
+    (tmp_path / "three.toml").write_text(text.replace('"typist"\nrate', '"typist"\ncharacters_per_second = 80\nrate'))
     words = ["--url", server.url, "--api-key", KEY, "--output", str(tmp_path / "run")]
-    done = CliRunner().invoke(app, ["loadtest", str(tmp_path / "two.toml"), *words])
+    done = CliRunner().invoke(app, ["loadtest", str(tmp_path / "three.toml"), *words])
     assert done.exit_code == 0, done.output
     run = Run.read(tmp_path / "run")
     assert {request.route for request in run.requests} == set(routes)

@@ -8,13 +8,15 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_instant_loadtests import streams
 from vllm_instant_loadtests.plan import Due
 from vllm_instant_loadtests.streams import StreamingClient
 
@@ -23,8 +25,13 @@ DUE = Due(0, 0.0, "a", "completions", {"prompt": "p"})
 
 
 @contextmanager
-def sending(*pieces: bytes | float) -> Iterator[StreamingClient]:
-    """A client of a server that sends these pieces, and sleeps where one is a number, then closes."""
+def sending(
+    *pieces: bytes | float, to: Mapping[bytes, Sequence[bytes | float]] = MappingProxyType({})
+) -> Iterator[StreamingClient]:
+    """A client of a server that sends these pieces, and sleeps where one is a number, then closes.
+
+    ``to``: other pieces for requests that begin so.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -35,9 +42,9 @@ def sending(*pieces: bytes | float) -> Iterator[StreamingClient]:
                 return
             with connection:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                connection.recv(1 << 16)
+                request = connection.recv(1 << 16)
                 try:
-                    for piece in pieces:
+                    for piece in next((to[start] for start in to if request.startswith(start)), pieces):
                         if isinstance(piece, bytes):
                             connection.sendall(piece)
                         else:
@@ -129,3 +136,17 @@ def test_nobody_there_is_an_error_too() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     assert "Connection refused" in (StreamingClient(url, "m").ask(DUE).error or "")
+
+
+def test_a_session_that_does_not_end_is_no_part_of_a_typists_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "CLOSING_SECONDS", 0.3)
+    opened = (HEAD, chunked(b'{"id": "s"}'))
+    due = Due(0, 0.0, "a", "typist", {"messages": [{"role": "user", "content": ""}]})
+    answer = (HEAD, chunked(event(2), b"data: [DONE]\n\n"))
+    with sending(*answer, to={b"POST /v1/instant/sessions ": opened, b"DELETE": (2.0,)}) as client:
+        began = time.perf_counter()
+        got = client.ask(due)
+        assert 0.3 <= time.perf_counter() - began < 1.5
+    assert got.error is None
+    assert got.arrivals[-1][1] == 2
+    assert got.ended - began < 0.25
