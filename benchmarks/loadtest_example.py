@@ -1,10 +1,11 @@
-"""The example report: creative text takes over; stock vLLM with a fixed draft length, ours, and each beside itself.
+"""The example report: creative text takes over; stock vLLM with a fixed draft length and without drafts, and ours.
 
 .venv/bin/python benchmarks/loadtest_example.py
 
-Runs ``vllm-instant loadtest draft-collapse`` with the demo's models; its report becomes ``docs/loadtest_example.html``.
-The result file has the report's numbers and, for each server, how its 99th percentiles under creative text compare with
-those under the structured text before: ratios with 95 % bootstrap intervals, whole requests drawn anew.
+Runs ``vllm-instant loadtest draft-collapse`` with the demo's models, twice with other prompts; the first report becomes
+``docs/loadtest_example.html``. The result file has that report's numbers and, of both runs together: each server's 99th
+percentiles under creative text over its own under the structured text before, and those of ours over those of the
+server without drafts, to which all text is the same. Ratios have 95 % bootstrap intervals, whole requests drawn anew.
 """
 
 from __future__ import annotations
@@ -26,38 +27,63 @@ from vllm_instant_loadtests.recording import Request, Run
 
 HERE = Path(__file__).resolve().parent
 BEFORE, AFTER = "structured", "creative"
+PLAIN, OURS = "plain", "ours"
 DRAWS = 2000
 
 
 def main() -> None:
     """Run, judge, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="judge this recorded run instead of making one")
-    parser.add_argument("--keep", type=Path, help="keep the raw run here")
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--recorded", type=Path, nargs="+", help="judge these recorded runs instead of making any")
+    parser.add_argument("--keep", type=Path, help="keep the raw runs here")
     parser.add_argument("--output", type=Path, default=HERE / "results/loadtest_example.json")
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs/loadtest_example.html")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loadtest-example-") as name:
-        folder = options.run or Path(name) / "loadtest-example"
-        words = ["--analyse", str(folder)] if options.run else ["draft-collapse", "--output", folder.name]
-        where = None if options.run else name  # relative, so that the record does not name this machine's folders
-        subprocess.run([sys.executable, "-m", "vllm_instant.cli", "loadtest", *words], check=True, cwd=where)
+        folders = options.recorded or [play(Path(name), number) for number in range(options.runs)]
+        for folder in options.recorded or ():
+            loadtest(None, "--analyse", str(folder))
         if options.keep:
-            shutil.copytree(folder, options.keep, dirs_exist_ok=True)
-        run = Run.read(folder)
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-        shutil.copy(folder / "report.html", options.page)
-    own = {server["name"]: beside_itself(run.of(server["name"]).requests) for server in run.about["servers"]}
-    for server, found in own.items():
-        for metric, ratio in found.items():
-            print(f"{server}: p99 {metric} {ratio['before_ms']:.0f} → {ratio['after_ms']:.0f} ms, {shown(ratio)}")
+            shutil.copytree(name, options.keep, dirs_exist_ok=True)
+        runs = [Run.read(folder) for folder in folders]
+        report: dict[str, Any] = json.loads((folders[0] / "report.json").read_text())
+        shutil.copy(folders[0] / "report.html", options.page)
     report["run"].pop("circumstances", None)
-    write(options.output, {"beside_itself": own, "report": report})
+    requests = {
+        server["name"]: [request for run in runs for request in run.of(server["name"]).requests]
+        for server in runs[0].about["servers"]
+    }
+    own = {server: compared(of_kind(found, BEFORE), of_kind(found, AFTER)) for server, found in requests.items()}
+    plain = {kind: compared(of_kind(requests[PLAIN], kind), of_kind(requests[OURS], kind)) for kind in (BEFORE, AFTER)}
+    for title, tables in (("creative / structured", own), ("ours / plain", plain)):
+        for row, table in tables.items():
+            for metric, found in table.items():
+                times = f"{found['before_ms']:.0f} and {found['after_ms']:.0f} ms"
+                print(f"p99 {metric}, {title}, {row}: {times}, {shown(found)}")
+    write(options.output, {"runs": len(runs), "beside_itself": own, "ours_over_plain": plain, "report": report})
 
 
-def beside_itself(requests: Sequence[Request]) -> dict[str, Any]:
-    """99th percentiles under creative text over those under structured text."""
-    before, after = ([r for r in requests if r.kind == kind] for kind in (BEFORE, AFTER))
+def play(folder: Path, number: int) -> Path:
+    """Make a run; returns its folder."""
+    # Relative, so that the record does not name this machine's folders.
+    name = f"loadtest-example-{number}"
+    loadtest(folder, "draft-collapse", "--seed", str(number), "--output", name)
+    return folder / name
+
+
+def loadtest(folder: Path | None, *words: str) -> None:
+    """Call the command."""
+    subprocess.run([sys.executable, "-m", "vllm_instant.cli", "loadtest", *words], check=True, cwd=folder)
+
+
+def of_kind(requests: Sequence[Request], kind: str) -> list[Request]:
+    """The requests of one kind of traffic."""
+    return [request for request in requests if request.kind == kind]
+
+
+def compared(before: Sequence[Request], after: Sequence[Request]) -> dict[str, Any]:
+    """99th percentiles of some requests over those of others."""
     return {
         "ITL": ratio([itl(r) for r in before], [itl(r) for r in after]),
         "gap": ratio([gaps(r) for r in before], [gaps(r) for r in after]),

@@ -112,12 +112,15 @@ async def typed_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
     }
 
 
-async def short_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
-    """Short queries."""
+async def short_part(server: Server, prompts: Prompts, rounds: int) -> dict[str, Any]:
+    """Short queries; of the time in the server, how much the engine had them, and of that in which they waited."""
     request = {"model": MODEL, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    url = server.url
+    spans = {"waiting": "vllm:request_queue_time_seconds_sum", "reading": "vllm:request_prefill_time_seconds_sum"}
     # With one letter there is next to nothing to read: what is left is the way into the engine and one step of it.
     pauses = {"committed at once": 0.0, "committed after a pause": PAUSE, "one letter": 0.0}
     in_server: dict[str, list[float]] = {arm: [] for arm in pauses}
+    in_engine: dict[str, dict[str, list[float]]] = {arm: {span: [] for span in spans} for arm in pauses}
     whole_ttft: list[float] = []
     steps: list[float] = []
     async with httpx.AsyncClient() as client:
@@ -125,8 +128,12 @@ async def short_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
             found: list[float] = []
             for arm in random.Random(number).sample(list(pauses), len(pauses)):
                 edits = keystrokes("a" if arm == "one letter" else prompts.new(SHORT), 3)
+                before = server.metrics()
                 answer = await typed(url, edits, len(edits) * 0.12, pauses[arm], **request)
                 in_server[arm].append(answer.in_server)
+                after = server.metrics()
+                for span, name in spans.items():
+                    in_engine[arm][span].append(after[name] - before.get(name, 0.0))
                 # What was begun early comes in a burst: a decode step is what the other answers show.
                 if pauses[arm] == 0.0:
                     found += answer.steps
@@ -139,6 +146,7 @@ async def short_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
         "decode_step_ms": summary(steps),
         "whole_ms_seen_by_client": summary(whole_ttft),
         "ms_in_server": {arm: summary(values) for arm, values in in_server.items()},
+        "ms_in_engine": {arm: {span: summary(v) for span, v in found.items()} for arm, found in in_engine.items()},
         "in_server_to_decode_step": {arm: vars(ratio_interval(in_server[arm], steps)) for arm in pauses},
     }
 
@@ -400,10 +408,10 @@ def main() -> None:
         prompts = Prompts()
         if set(parts) & set(timed):
             with running(server := serve(Path(name), options.plugin)):
-                asyncio.run(short_part(server.url, Prompts(), 1))  # first requests are slower
+                asyncio.run(short_part(server, Prompts(), 1))  # first requests are slower
                 url = server.url
                 run("typed", lambda: typed_part(url, prompts, rounds))
-                run("short", lambda: short_part(url, prompts, 3 * rounds))
+                run("short", lambda: short_part(server, prompts, 3 * rounds))
                 run("neighbour", lambda: neighbour_part(url, prompts, 3 * rounds))
                 run("background", lambda: background_part(url, prompts, rounds))
         if set(parts) & set(checked):

@@ -114,13 +114,15 @@ def small_demo(monkeypatch, demo_pair):
 @pytest.mark.usefixtures("small_demo")
 def test_stock_and_ours_are_started_with_the_same_engine_arguments(tmp_path: Path):
     servers, deployments = servers_of(load("draft-collapse"), "demo", None, [], tmp_path)
-    stock, ours = servers["stock"], servers["ours"]
-    assert stock.model == ours.model
+    stock, plain, ours = servers["stock"], servers["plain"], servers["ours"]
+    assert stock.model == plain.model == ours.model
+    assert plain.arguments == stock.arguments[: len(plain.arguments)]
+    assert "--speculative-config" not in plain.arguments
     speculation = json.loads(stock.arguments[stock.arguments.index("--speculative-config") + 1])
     assert speculation["num_speculative_tokens"] == 6
     assert ours.arguments[:2] == ["--plugins", "vllm_instant"]
     assert any(word == f"--instant-set=drafter.model={speculation['model']}" for word in ours.arguments)
-    assert [deployments[name]["instant"] for name in servers] == [False, True]
+    assert [deployments[name]["instant"] for name in servers] == [False, False, True]
     words = stock.arguments
     assert words[words.index("--max-num-seqs") + 1] == "8"  # of the demo's deployment file
 
