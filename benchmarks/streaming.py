@@ -117,8 +117,10 @@ async def short_part(server: Server, prompts: Prompts, rounds: int) -> dict[str,
     request = {"model": MODEL, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
     url = server.url
     spans = {"waiting": "vllm:request_queue_time_seconds_sum", "reading": "vllm:request_prefill_time_seconds_sum"}
-    # With one letter there is next to nothing to read: what is left is the way into the engine and one step of it.
-    pauses = {"committed at once": 0.0, "committed after a pause": PAUSE, "one letter": 0.0}
+    # With one letter there is next to nothing to read: what is left is the way into the engine and one step of it, for
+    # a server that has just been busy, and for one that has been idle for as long as between two keystrokes.
+    letter = {"one letter": [(0, 0, "a")], "one letter, after a letter": [(0, 0, "b"), (0, 1, "a")]}
+    pauses = {"committed at once": 0.0, "committed after a pause": PAUSE, **dict.fromkeys(letter, 0.0)}
     in_server: dict[str, list[float]] = {arm: [] for arm in pauses}
     in_engine: dict[str, dict[str, list[float]]] = {arm: {span: [] for span in spans} for arm in pauses}
     whole_ttft: list[float] = []
@@ -127,7 +129,7 @@ async def short_part(server: Server, prompts: Prompts, rounds: int) -> dict[str,
         for number in range(rounds):
             found: list[float] = []
             for arm in random.Random(number).sample(list(pauses), len(pauses)):
-                edits = keystrokes("a" if arm == "one letter" else prompts.new(SHORT), 3)
+                edits = letter[arm] if arm in letter else keystrokes(prompts.new(SHORT), 3)
                 before = server.metrics()
                 answer = await typed(url, edits, len(edits) * 0.12, pauses[arm], **request)
                 in_server[arm].append(answer.in_server)
