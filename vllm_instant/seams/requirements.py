@@ -118,6 +118,22 @@ class Mentions:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """A function that ends with these statements, however they are formatted."""
+
+    file: str
+    name: str
+    statements: str
+
+    def check(self, vllm: Path) -> None:
+        node = _find(vllm, self.file, self.name)
+        wanted = [ast.dump(statement) for statement in ast.parse(self.statements).body]
+        body = node.body if isinstance(node, ast.FunctionDef) else []
+        if [ast.dump(statement) for statement in body[-len(wanted) :]] != wanted:
+            raise RequirementError(f"{self.file}: {self.name} no longer ends with {self.statements.strip()!r}")
+
+
+@dataclass(frozen=True)
 class Seam:
     """One place where this package reaches into vLLM.
 
