@@ -6,10 +6,11 @@ requirements check in vLLM's sources). What derives from them without another ``
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 from vllm_instant.contracts import FeedForwardLayer, LinearWeights
-from vllm_instant.seams.requirements import Ends, Requirement
+from vllm_instant.seams.requirements import Passage, Requirement
 
 MODELS = "vllm.model_executor.models"
 _HALF = """
@@ -75,7 +76,7 @@ class UnservedLayerError(Exception):
 def requirements() -> tuple[Requirement, ...]:
     """That vLLM's classes are still what ``KINDS`` says."""
     return tuple(
-        Ends(f"model_executor/models/{module}.py", f"{name}.forward", code)
+        Passage(f"model_executor/models/{module}.py", f"{name}.forward", tuple(map(ast.unparse, ast.parse(code).body)))
         for of_part in KINDS.values()
         for (module, name), code in ((known.split("."), code) for known, code in of_part.items())
     )

@@ -118,19 +118,21 @@ class Mentions:
 
 
 @dataclass(frozen=True)
-class Ends:
-    """A function that ends with these statements, however they are formatted."""
+class Passage:
+    """A function with these statements one right after another, at the top of its body."""
 
     file: str
     name: str
-    statements: str
+    statements: tuple[str, ...]
 
     def check(self, vllm: Path) -> None:
         node = _find(vllm, self.file, self.name)
-        wanted = [ast.dump(statement) for statement in ast.parse(self.statements).body]
-        body = node.body if isinstance(node, ast.FunctionDef) else []
-        if [ast.dump(statement) for statement in body[-len(wanted) :]] != wanted:
-            raise RequirementError(f"{self.file}: {self.name} no longer ends with {self.statements.strip()!r}")
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            raise RequirementError(f"{self.file}: {self.name} is no longer a function")
+        found = [ast.unparse(statement) for statement in node.body]
+        length = len(self.statements)
+        if not any(tuple(found[start : start + length]) == self.statements for start in range(len(found))):
+            raise RequirementError(f"{self.file}: {self.name} no longer says: {'; '.join(self.statements)}")
 
 
 @dataclass(frozen=True)
