@@ -13,6 +13,8 @@ from vllm_instant.containment import Contained
 from vllm_instant.seams import attention
 from vllm_instant.seams import feed_forward as seam
 from vllm_instant.seams.building import PluginStartError
+from vllm_instant.seams.feed_forward_layers import requirements
+from vllm_instant.seams.requirements import RequirementError, forget_sources, installed_vllm
 
 pytestmark = pytest.mark.engine
 
@@ -453,6 +455,28 @@ def test_batch_invariance_leaves_all_layers_to_vllm(loading, plugin, caplog, mon
         loader = loading(plugin)
     assert not hasattr(loader.layer.self_attn.attn, seam.SERVED)
     assert "(VLLM_BATCH_INVARIANT)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "line", "other"),
+    [
+        ("LlamaDecoderLayer", "hidden_states = self.mlp(hidden_states)", "hidden_states = 2 * self.mlp(hidden_states)"),
+        ("LlamaAttention", "output, _ = self.o_proj(attn_output)", "output, _ = self.o_proj(2 * attn_output)"),
+        ("LlamaMLP", "x, _ = self.down_proj(x)", "x, _ = self.down_proj(2 * x)"),
+    ],
+)
+def test_a_release_that_computes_something_else_is_noticed(tmp_path, part, line, other):
+    [requirement] = [r for r in requirements() if r.file.endswith("/llama.py") and r.name == f"{part}.forward"]
+    copy = tmp_path / requirement.file
+    copy.parent.mkdir(parents=True)
+    source = (installed_vllm() / requirement.file).read_text()
+    copy.write_text(source)
+    requirement.check(tmp_path)
+    assert line in source
+    copy.write_text(source.replace(line, other))
+    forget_sources()
+    with pytest.raises(RequirementError, match=rf"llama\.py: {part}\.forward no longer says: "):
+        requirement.check(tmp_path)
 
 
 class Whole(AttentionProvider):
