@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm_instant import carrier
-from vllm_instant.containment import Contained
+from vllm_instant.containment import Contained, ContractError
 from vllm_instant.contracts import FeedForwardProvider
 from vllm_instant.seams import attention
 from vllm_instant.seams.building import PluginStartError
@@ -112,10 +112,20 @@ class ServedHalf:
         """What the feed-forward adds, and the residual stream before it, from both behind the attention."""
         if 0 < len(attended) <= self._plugin.instance.most_rows:
             attended, residual = attended.contiguous(), residual.contiguous()
-            computed = self._plugin.call("compute", lambda _: self._compute(attended, residual), None)
+            computed = self._plugin.call("compute", lambda _: self._by_plugin(attended, residual), None)
             if computed is not None:
                 return computed
         return self._separately(attended, residual)
+
+    def _by_plugin(self, attended: Any, residual: Any) -> tuple[Any, Any]:
+        added, before = self._compute(attended, residual)
+        for found in (added, before):
+            if found.shape != residual.shape or found.dtype != residual.dtype:
+                raise ContractError(
+                    f"it returned {found.dtype} of shape {tuple(found.shape)} for a residual stream of "
+                    f"{residual.dtype} and shape {tuple(residual.shape)}"
+                )
+        return added, before
 
     def _separately(self, attended: Any, residual: Any) -> tuple[Any, Any]:
         (projection, project), (norm, normalise), (mlp, feed) = self._parts
@@ -172,7 +182,7 @@ def _feed_forward(attended: Any, residual: Any, layer_name: Any) -> Any:
     return getattr(layer, SERVED)(attended, residual)
 
 
-def _shape(attended: Any, residual: Any, layer_name: Any) -> Any:
+def _shape(attended: Any, residual: Any, layer_name: Any) -> tuple[Any, Any]:
     import torch
 
     return torch.empty_like(residual), torch.empty_like(residual)

@@ -240,6 +240,19 @@ def test_a_plugin_that_raises_is_disabled_and_vllm_takes_over(engine, plugin, ca
     assert "plain.feed_forward in slot attention raised in compute and is disabled" in record.getMessage()
 
 
+def test_a_result_of_another_form_is_not_used(engine, plugin, caplog):
+    layer = _layer("llama", engine)
+    expected = _run(layer, 4)
+    plugin.instance.serve = lambda half: lambda attended, residual: (residual[:1], residual.half())
+    _attach(layer, plugin, engine)
+    with caplog.at_level(logging.ERROR, "vllm.instant"):
+        torch.testing.assert_close(_run(layer, 4)[0], expected[0], rtol=1e-4, atol=1e-4)
+    [record] = caplog.records
+    assert "it returned torch.float32 of shape (1, 64) for a residual stream of torch.float32 and shape (4, 64)" in (
+        record.getMessage()
+    )
+
+
 def _with_bias(layer):
     layer.self_attn.o_proj.bias = torch.nn.Parameter(torch.zeros(HIDDEN))
 
