@@ -19,6 +19,7 @@ from vllm_instant.seams import (
     engine_core,
     expert_reports,
     experts,
+    feed_forward,
     plain_sampling,
     rejection_sampler,
     request_options,
@@ -90,6 +91,7 @@ def activate() -> None:
         cpu_seeds,  # around what the sampling of a step has become
         undrafted_sampling,
         attention,
+        feed_forward,
         experts,
         expert_reports,
         request_options,

@@ -78,6 +78,15 @@ class Deployment(BaseModel):
         arguments.update(self.vllm)
         if not speculating:
             arguments.pop("speculative_config", None)
+        drafting = arguments.get("speculative_config")
+        if (
+            isinstance(drafting, dict)
+            and drafting.get("method") != "custom_class"
+            and self.offer("attention", manager).plugin.build is not None
+        ):
+            # A draft model shares the type of the cache, and vLLM does not pass the backend on.
+            backend = ATTENTION_ARGUMENTS["attention_backend"]
+            arguments["speculative_config"] = {"attention_backend": backend, **drafting}
         return arguments
 
     @property

@@ -12,6 +12,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def graph(function: Callable[[], Any]) -> Any:
     return captured
 
 
+def replayed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A call as a CUDA graph; the tensors that it was captured with live as long as the result."""
+    return partial(_replay, graph(call), call)
+
+
+def _replay(captured: Any, _kept: Any) -> None:
+    captured.replay()
+
+
 def times(arms: dict[str, list[Callable[[], Any]]], runs: int) -> dict[str, list[float]]:
     """Microseconds between events around each call, after a tenth as many calls that do not count."""
     import torch
@@ -71,6 +81,16 @@ def times(arms: dict[str, list[Callable[[], Any]]], runs: int) -> dict[str, list
 def summary(found: dict[str, list[float]]) -> dict[str, Any]:
     """Median and interval of each arm."""
     return {arm: median_interval(values) for arm, values in found.items()}
+
+
+def copy_bandwidth(runs: int) -> float:
+    """Bytes a second that a copy of 1 GiB moves, read and written, median."""
+    import torch
+
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    found = times({"copy": [replayed(partial(target.copy_, source))]}, runs)
+    return 2 * (1 << 30) / (summary(found)["copy"]["median"] * 1e-6)
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95, draws: int = 2000) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """An attention plugin inside vLLM: our kernels, in Triton's interpreter, say what plain tensor operations say."""
 
+import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,27 @@ PROMPT = "import os\nimport sys\n\ndef main(argv):\n    for name in argv:\n     
 TOKENS = 8
 # Whether drafting pays in the interpreter is not the question: every draft is verified.
 DEPLOYMENT = '[attention]\nplugin = "{}"\n[speculation]\nplugin = "fixed"\n'
+FED_FORWARD = """
+[attention]
+plugin = "plain_watched"
+calls = "CALLS"
+[speculation]
+plugin = "fixed"
+[drafter]
+plugin = "model"
+model = "DRAFT"
+num_speculative_tokens = 2
+"""
 
 
 @pytest.fixture(scope="module")
-def servers(launch):
+def calls(tmp_path_factory):
+    """Where a server writes down what the fused feed-forward was asked for."""
+    return tmp_path_factory.mktemp("feed_forward") / "calls"
+
+
+@pytest.fixture(scope="module")
+def servers(launch, calls):
     """Ours in the interpreter, the plain one, and vLLM's own FP8; all with the default drafter, started together."""
     with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
 
@@ -27,10 +45,17 @@ def servers(launch):
             words = ["--max-num-seqs", "4"]
             return stack.enter_context(launch(DEPLOYMENT.format(plugin), *words, **environment))
 
+        def start_watched():
+            # Compiled by Dynamo, and Inductor left out, which takes long here.
+            words = ["--max-num-seqs", "4", "--no-enforce-eager", "--compilation-config.backend", "eager"]
+            deployment = FED_FORWARD.replace("CALLS", str(calls))
+            return stack.enter_context(launch(deployment, *words, TRITON_INTERPRET="1"))
+
         starting = {
             "fp8_fused": pool.submit(start, "fp8_fused", TRITON_INTERPRET="1"),
             "plain": pool.submit(start, "plain"),
             "fp8": pool.submit(start, "fp8"),
+            "watched": pool.submit(start_watched),
         }
         yield {plugin: future.result() for plugin, future in starting.items()}
 
@@ -52,6 +77,28 @@ def test_tokens_are_those_of_plain_tensor_operations(servers):
     assert drafted > 0, "nothing was verified"
     assert "raised in" not in fused.log_text()
     assert "leaves layers to vLLM" not in fused.log_text()
+
+
+def test_the_second_half_of_layers_in_three_launches(servers, calls, demo_pair):
+    """Inside of what vLLM compiles, in the target and in its draft model, and only in small batches."""
+    watched = servers["watched"]
+    tokens = httpx.post(f"{watched.url}/tokenize", json={"prompt": PROMPT}).json()["tokens"]
+    assert len(tokens) > 16
+    [found], [expected] = (
+        ask(server, PROMPT, max_tokens=4, return_token_ids=True) for server in (watched, servers["plain"])
+    )
+    assert found["token_ids"] == expected["token_ids"]
+    log = watched.log_text()
+    for model in (demo_pair.target, demo_pair.draft):
+        config = json.loads((model / "config.json").read_text())
+        layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+        assert f"computes {layers} layers of {model} in batches of up to 16 tokens" in log
+        rows = [int(r) for h, r in map(str.split, calls.read_text().splitlines()) if int(h) == hidden]
+        # A step runs all layers; that of the prompt is no small batch.
+        assert rows
+        assert len(rows) % layers == 0
+        assert set(rows) <= set(range(1, 17))
+    assert "raised in" not in log
 
 
 def _capacity(server):

@@ -2,10 +2,21 @@
 
 import pytest
 import torch
-from feed_forward_cases import fed_forward, feed_forward_reference, matrices
+from feed_forward_cases import (
+    fed_forward,
+    fed_forward_apart,
+    feed_forward_apart_reference,
+    feed_forward_reference,
+    matrices,
+)
 from interpreting import interpreted
 
-from vllm_instant_kernels.fused_feed_forward import FeedForwardWeights, Weight, fused_feed_forward
+from vllm_instant_kernels.fused_feed_forward import (
+    FeedForwardWeights,
+    Weight,
+    feed_forward_apart,
+    fused_feed_forward,
+)
 
 pytestmark = pytest.mark.kernel
 ALLOWED = {"float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
@@ -64,6 +75,23 @@ def test_sixteen_bit_activations(numbers, name, fp8):
     assert _error(wide, 2, name) <= ALLOWED[name]
 
 
+def fed_forward_apart_packed(attention, residual, norm, *rest):
+    *parts, splits = rest
+    return fed_forward_apart(attention, residual, norm, list(zip(parts[::2], parts[1::2], strict=True)), splits)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("rows", [1, 6, 16])
+def test_both_parts_equal_the_reference(numbers, rows, fp8):
+    case = _case(numbers, rows, 96, 144, 272, fp8)
+    found = interpreted(fed_forward_apart_packed, *_flat(case), 2)
+    expected = feed_forward_apart_reference(*case, 1e-5)
+    for one, other in zip(found[:2], expected, strict=True):
+        assert one.shape == other.shape
+        assert float((one - other).norm() / other.norm()) <= ALLOWED["float32"]
+    assert not found[2].any(), "counters are not back at 0"
+
+
 def test_a_row_does_not_depend_on_the_others(numbers):
     attention, residual, norm, made = _case(numbers, 16, 64, 64, 144, False)
     (together,) = interpreted(fed_forward_packed, *_flat((attention, residual, norm, made)), 2, "")
@@ -84,6 +112,8 @@ def test_what_cannot_be_computed_is_refused(numbers):
     fp8 = Weight(torch.zeros(64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"with scales of shape None; .* with scales of shape \(64,\)"):
         fused_feed_forward(attention, residual, FeedForwardWeights(fp8, norm, both, down))
+    with pytest.raises(ValueError, match="there are 3 counters; hidden size 64 needs 4"):
+        feed_forward_apart(attention, residual, weights, counters=torch.zeros(3, dtype=torch.int32))
 
 
 @pytest.mark.gpu
@@ -97,5 +127,8 @@ def test_the_device_equals_the_reference(numbers, rows, fp8):
         for w, s in made
     ]
     (found,) = fed_forward(attention.cuda(), residual.cuda(), norm.cuda(), on_device, 4)
-    expected = feed_forward_reference(attention, residual, norm, made, 1e-5)
-    assert float((found.cpu() - expected).norm() / expected.norm()) <= ALLOWED["float16"]
+    added, x = feed_forward_apart_reference(attention, residual, norm, made, 1e-5)
+    *parts, counters = fed_forward_apart(attention.cuda(), residual.cuda(), norm.cuda(), on_device, 4)
+    for one, other in zip((found, *parts), (x + added, added, x), strict=True):
+        assert float((one.cpu() - other).norm() / other.norm()) <= ALLOWED["float16"]
+    assert not counters.any()

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from attention_reference import quantized
 
-from vllm_instant_kernels.fused_feed_forward import FeedForwardWeights, Weight, fused_feed_forward
+from vllm_instant_kernels.fused_feed_forward import (
+    FeedForwardWeights,
+    Weight,
+    counters_for,
+    feed_forward_apart,
+    fused_feed_forward,
+)
 
 Matrix = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -24,6 +30,14 @@ def feed_forward_reference(
     attention: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, made: list[Matrix], epsilon: float
 ) -> torch.Tensor:
     """The same in float64."""
+    added, x = feed_forward_apart_reference(attention, residual, norm, made, epsilon)
+    return x + added
+
+
+def feed_forward_apart_reference(
+    attention: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, made: list[Matrix], epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is added, and what it is added to, in float64."""
     output, both, down = (
         numbers.double() if scales is None else numbers.view(torch.float8_e4m3fn).double() * scales.double()[:, None]
         for numbers, scales in made
@@ -31,7 +45,7 @@ def feed_forward_reference(
     x = residual.double() + attention.double() @ output.T
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * norm.double()
     gate, up = (normed @ both.T).chunk(2, -1)
-    return x + (torch.nn.functional.silu(gate) * up) @ down.T
+    return (torch.nn.functional.silu(gate) * up) @ down.T, x
 
 
 def fed_forward(
@@ -51,3 +65,15 @@ def fed_forward(
     output, both, down = weights
     layer = FeedForwardWeights(output, norm, both, down, 1e-5)
     return (fused_feed_forward(attention, residual, layer, splits).float(),)
+
+
+def fed_forward_apart(
+    attention: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, made: list[Matrix], splits: int
+) -> tuple[torch.Tensor, ...]:
+    """Both parts of a second call with the counters that a first one left, and these as the second leaves them."""
+    output, both, down = (Weight(*matrix) for matrix in made)
+    layer = FeedForwardWeights(output, norm, both, down, 1e-5)
+    counters = counters_for(residual.shape[1], residual.device)
+    for _ in range(2):
+        added, x = feed_forward_apart(attention, residual, layer, splits, counters)
+    return added.float(), x.float(), counters

@@ -86,6 +86,24 @@ def test_a_drafter_of_a_plugin_runs_as_custom_class(write_file):
     }
 
 
+FUSED = '[attention]\nplugin = "fp8_fused"\n'
+
+
+@pytest.mark.parametrize(
+    ("tables", "backend"),
+    [
+        (FUSED + '[drafter]\nplugin = "model"\nmodel = "org/name"\n', "CUSTOM"),
+        (FUSED + '[vllm.speculative_config]\nmodel = "org/name"\nattention_backend = "TRITON_ATTN"\n', "TRITON_ATTN"),
+        (FUSED + '[drafter]\nplugin = "suffix"\n', None),
+        ('[drafter]\nplugin = "model"\nmodel = "org/name"\n', None),
+    ],
+)
+def test_a_draft_model_gets_the_attention_of_the_target(write_file, tables, backend):
+    """Unless somebody says otherwise: both models have caches of one type."""
+    drafting = resolve(write_file(tables)).engine_arguments()["speculative_config"]
+    assert drafting.get("attention_backend") == backend
+
+
 def test_it_survives_the_journey_to_another_process(write_file):
     deployment = resolve(write_file('[drafter]\nplugin = "ngram"\n[vllm]\nmax_num_seqs = 3\n'))
     assert Deployment.model_validate_json(deployment.model_dump_json()) == deployment

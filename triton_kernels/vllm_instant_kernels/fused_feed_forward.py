@@ -4,13 +4,14 @@
 
     x  = residual + attention @ Wo.T                        _project: a program a tile of columns of x
     h  = silu(n @ Wg.T) * (n @ Wu.T),  n = RMSNorm(x) * g   _gate_and_up: a program a tile of columns of h
-    y  = x + h @ Wd.T                                       _down: a program a tile of columns of y and part of h
+    y  = h @ Wd.T, and x if it shall be added               _down: a program a tile of columns of y and part of h
 
 A launch must see all of what the one before wrote, so that fewer than three would need a barrier across the device.
 What falls away against one kernel an operation are the launches for norm and activation and their trips to memory:
 ``_project`` adds the residual and leaves each tile's sum of squares, ``_gate_and_up`` turns these into the norm's
 factor, which it applies to the products' results, and multiplies the norm's weights into x while it loads it; ``_down``
-is cut along h, and the last program to arrive adds the parts and x (as in ``attention_tiles``; nobody waits).
+is cut along h, and the last program to arrive adds the parts and x (as in ``attention_tiles``; nobody waits). Where the
+next layer's norm adds the residual, as in vLLM, x and what is added to it are returned apart.
 
 Roofline. With ``A`` columns of attention, hidden size ``H``, ``I`` of the feed-forward and batches up to 16, weights
 of ``A H + 3 H I`` numbers are read once, and nothing else is of that size. Separate kernels read them just as fast;
@@ -172,12 +173,13 @@ def _down(
     INNER: tl.constexpr,
     PART: tl.constexpr,
     SPLITS: tl.constexpr,
+    ADDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
-    """Grid ``[HIDDEN / COLUMNS, SPLITS]``. Writes ``y``."""
+    """Grid ``[HIDDEN / COLUMNS, SPLITS]``. Writes ``y``, to which x is added if ``ADDS``."""
     tile, split = tl.program_id(0), tl.program_id(1)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.arange(0, ROWS)
@@ -194,7 +196,8 @@ def _down(
             total += tl.load(sums_ptr + part * ROWS * HIDDEN + cells, cache_modifier=".cg")
         total = _scaled(total, scales_ptr, columns, weight_ptr.dtype.element_ty == tl.uint8)
         mask = (rows < count)[:, None]
-        total += tl.load(x_ptr + cells, mask=mask, other=0.0).to(tl.float32)
+        if ADDS:
+            total += tl.load(x_ptr + cells, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + cells, total.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(arrivals_ptr + tile, 0)
 
@@ -247,6 +250,15 @@ def _columns(outputs: int, most: int) -> int:
     return columns
 
 
+def counters_for(hidden: int, device: torch.device) -> torch.Tensor:
+    """What calls for a layer with this hidden size count arrivals in, int32; every call leaves zeros behind.
+
+    A call without makes and clears its own, which is one more launch. Calls that may run at the same time must not
+    share one.
+    """
+    return torch.zeros(hidden // 16, dtype=torch.int32, device=device)
+
+
 def fused_feed_forward(
     attention: torch.Tensor, residual: torch.Tensor, weights: FeedForwardWeights, splits: int = 4
 ) -> torch.Tensor:
@@ -267,6 +279,43 @@ def fused_feed_forward(
         ValueError: a shape or layout is not as above.
 
     """
+    return _launched(attention, residual, weights, splits, True, None)[0]
+
+
+def feed_forward_apart(
+    attention: torch.Tensor,
+    residual: torch.Tensor,
+    weights: FeedForwardWeights,
+    splits: int = 4,
+    counters: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in two parts: what the feed-forward adds, and the residual stream that it is to be added to.
+
+    Args:
+        attention: as above, like the next two and ``splits``.
+        residual: as above.
+        weights: as above.
+        splits: as above.
+        counters: of ``counters_for``, or none.
+
+    Returns:
+        ``h @ Wd.T`` and ``x``, each ``[rows, H]`` and of the residual's type.
+
+    Raises:
+        ValueError: a shape or layout is not as above.
+
+    """
+    return _launched(attention, residual, weights, splits, False, counters)
+
+
+def _launched(
+    attention: torch.Tensor,
+    residual: torch.Tensor,
+    weights: FeedForwardWeights,
+    splits: int,
+    adds: bool,
+    counters: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     (rows, length), (residual_rows, hidden) = attention.shape, residual.shape
     inner = weights.down.numbers.shape[1]
     if not 1 <= rows <= MOST_ROWS or residual_rows != rows:
@@ -278,6 +327,8 @@ def fused_feed_forward(
     weights.output.check("output", hidden, length)
     weights.gate_and_up.check("gate_and_up", 2 * inner, hidden)
     weights.down.check("down", hidden, inner)
+    if counters is not None and len(counters) < hidden // 16:
+        raise ValueError(f"there are {len(counters)} counters; hidden size {hidden} needs {hidden // 16}")
 
     kinds = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     products = kinds[attention.dtype]
@@ -324,7 +375,7 @@ def fused_feed_forward(
     part = triton.cdiv(triton.cdiv(inner, splits), 128) * 128
     splits = triton.cdiv(inner, part)
     sums = residual.new_empty(splits, MOST_ROWS, hidden, dtype=torch.float32)
-    arrivals = residual.new_zeros(tiles, dtype=torch.int32)
+    arrivals = counters_for(hidden, residual.device) if counters is None else counters
     _down[(tiles, splits)](
         h,
         weights.down.numbers,
@@ -338,8 +389,9 @@ def fused_feed_forward(
         INNER=inner,
         PART=part,
         SPLITS=splits,
+        ADDS=adds,
         COLUMNS=of_hidden,
         STEP=128,
         **common,
     )
-    return y
+    return y, x

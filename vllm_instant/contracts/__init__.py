@@ -20,6 +20,7 @@ from vllm_instant.contracts.experts import (
     RowKind,
     StepRows,
 )
+from vllm_instant.contracts.feed_forward import FeedForwardLayer, FeedForwardProvider, LinearWeights
 from vllm_instant.contracts.plugins import DrafterOptions, Plugin, PluginContext, PluginOptions
 from vllm_instant.contracts.rejection_sampler import RejectionSampler
 from vllm_instant.contracts.requests import RequestState
@@ -49,7 +50,10 @@ __all__ = [
     "ExpertCount",
     "ExpertLayer",
     "ExpertRouter",
+    "FeedForwardLayer",
+    "FeedForwardProvider",
     "Holds",
+    "LinearWeights",
     "Look",
     "Plugin",
     "PluginContext",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     import torch
 
+    from vllm_instant.contracts.feed_forward import FeedForwardProvider
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
@@ -86,3 +88,7 @@ class AttentionProvider(Protocol):
     def attend(self, layer: AttentionLayer, cache: CacheParts, step: AttentionStep) -> bool:
         """Write ``step.output``, or return False to leave the step to vLLM's kernel."""
         ...
+
+    def feed_forward(self) -> FeedForwardProvider | None:
+        """What computes the rest of decoder layers in small batches, too; None leaves it to vLLM. Optional."""
+        return None

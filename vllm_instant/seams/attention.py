@@ -188,6 +188,7 @@ SEAM = Seam(
         Mentions(_TRITON, "TritonAttentionBackend.customize_spec", ("state_content_bytes", "is_per_token_head")),
         Name("v1/kv_cache_interface.py", "AttentionSpec.state_content_bytes"),
         Mentions("v1/worker/utils.py", "customize_attention_spec", ("customize_spec",)),
+        Name("config/speculative.py", "SpeculativeConfig.attention_backend"),
         Function(_TRITON, "TritonAttentionImpl._pth_key_value_caches", ("self", "kv_cache"), exact=True),
         Mentions(
             _TRITON,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 import triton
 
-from vllm_instant import AttentionLayer, AttentionProvider, AttentionStep, CacheParts
+from vllm_instant import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, FeedForwardProvider
 from vllm_instant_kernels import cache_layout
 from vllm_instant_kernels.attention_tiles import Workspace
 from vllm_instant_kernels.cache_layout import CacheViews
 from vllm_instant_kernels.paged_attention import paged_attention, workspace_for
 from vllm_instant_kernels.prefill_attention import prefill_attention
 from vllm_instant_kernels.rope_quantize_write import quantize_write
+from vllm_instant_plugins.attention.feed_forward import FusedFeedForward
 
 LONGEST_VERIFIED = 16
 """Query tokens of a request up to which a step counts as decode or verification."""
@@ -24,13 +25,14 @@ class FusedAttention(AttentionProvider):
     Args:
         device: ``cuda`` with compute capability 8.9 or later, or ``cpu`` in Triton's interpreter, for tests.
         longest_piece: query tokens of a request up to which a step is attended here.
+        feed_forward: whether the second half of decoder layers is served, too.
 
     Raises:
         ValueError: the device has no FP8 numbers.
 
     """
 
-    def __init__(self, device: str, longest_piece: int) -> None:
+    def __init__(self, device: str, longest_piece: int, feed_forward: bool = False) -> None:
         self._interprets = device == "cpu" and bool(triton.knobs.runtime.interpret)
         if not self._interprets:
             found = device
@@ -44,6 +46,7 @@ class FusedAttention(AttentionProvider):
                 )
         self._device = torch.device(device)
         self._longest_piece = longest_piece
+        self._feed_forward = FusedFeedForward(self._interprets) if feed_forward else None
         self._workspaces: dict[int, Workspace] = {}
 
     def objection(self, head_size: int, dtype: torch.dtype) -> str | None:
@@ -103,6 +106,9 @@ class FusedAttention(AttentionProvider):
         else:
             return False
         return True
+
+    def feed_forward(self) -> FeedForwardProvider | None:
+        return self._feed_forward
 
 
 def _views(cache: CacheParts) -> CacheViews:

@@ -18,12 +18,16 @@ class FusedOptions(PluginOptions):
         ge=0,
         description="Steps in which a prompt brings more tokens than this are left to vLLM's kernel.",
     )
+    feed_forward: bool = Field(
+        False,
+        description="Whether the rest of each decoder layer runs as one operation in batches of up to 16 tokens.",
+    )
 
 
 def _fused(options: FusedOptions, context: PluginContext) -> AttentionProvider:
     from vllm_instant_plugins.attention.fused import FusedAttention
 
-    return FusedAttention(context.device, options.longest_piece)
+    return FusedAttention(context.device, options.longest_piece, options.feed_forward)
 
 
 def _fp8(options: PluginOptions) -> Mapping[str, Any]:

@@ -141,6 +141,18 @@ def plain_attention(options, context):
     return PlainAttention()
 
 
+class WatchedOptions(PluginOptions):
+    """Where calls are written down."""
+
+    calls: str
+
+
+def watched_attention(options, context):
+    from plain_attention import WatchedAttention
+
+    return WatchedAttention(options.calls)
+
+
 def cannot_start(options, context):
     raise OSError("the model of this policy is not there")
 
@@ -190,4 +202,12 @@ def instant_plugins():
         ),
         Plugin(slot="batching", name="shuffled", summary="test", build=lambda o, c: Shuffled()),
         Plugin(slot="attention", name="plain", summary="test", lossy=True, build=plain_attention),
+        Plugin(
+            slot="attention",
+            name="plain_watched",
+            summary="test",
+            lossy=True,
+            options=WatchedOptions,
+            build=watched_attention,
+        ),
     ]

@@ -1,0 +1,62 @@
+"""The fused feed-forward kernels as a part of the plugin ``fp8_fused``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from vllm_instant import FeedForwardLayer, FeedForwardProvider, LinearWeights
+from vllm_instant_kernels.fused_feed_forward import (
+    MOST_ROWS,
+    FeedForwardWeights,
+    Weight,
+    counters_for,
+    feed_forward_apart,
+)
+
+SPLITS = 4
+"""Parts that the last product is cut into."""
+
+
+class FusedFeedForward(FeedForwardProvider):
+    """Three launches a layer, for batches of up to 16 rows.
+
+    Args:
+        interprets: whether kernels run in Triton's interpreter.
+
+    """
+
+    def __init__(self, interprets: bool) -> None:
+        self.most_rows = MOST_ROWS
+        self._interprets = interprets
+
+    def objection(self, layer: FeedForwardLayer) -> str | None:
+        if layer.dtype not in (torch.float16, torch.bfloat16) and not self._interprets:
+            return f"the model computes in {layer.dtype}, and the kernels serve float16 and bfloat16"
+        hidden, inner = layer.down.numbers.shape
+        if hidden % 16 or inner % 16:
+            return f"the sizes of the layer are {hidden} and {inner}, and the kernels serve multiples of 16"
+        return None
+
+    def serve(
+        self, layer: FeedForwardLayer
+    ) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        weights = FeedForwardWeights(
+            self._weight(layer.output),
+            layer.norm,
+            self._weight(layer.gate_and_up),
+            self._weight(layer.down),
+            layer.epsilon,
+        )
+        # Of each layer its own: whatever runs side by side, the same layer does not.
+        counters = counters_for(len(layer.norm), layer.norm.device)
+        return partial(feed_forward_apart, weights=weights, splits=SPLITS, counters=counters)
+
+    def _weight(self, weights: LinearWeights) -> Weight:
+        numbers = weights.numbers
+        # The interpreter has no such numbers; of bytes the kernels make them by themselves.
+        if self._interprets and numbers.dtype == torch.float8_e4m3fn:
+            numbers = numbers.view(torch.uint8)
+        return Weight(numbers, weights.scales)
