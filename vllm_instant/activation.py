@@ -22,6 +22,7 @@ from vllm_instant.seams import (
     plain_sampling,
     rejection_sampler,
     request_options,
+    rotation,
     streaming,
     undrafted_sampling,
 )
@@ -90,6 +91,7 @@ def activate() -> None:
         cpu_seeds,  # around what the sampling of a step has become
         undrafted_sampling,
         attention,
+        rotation,
         experts,
         expert_reports,
         request_options,

@@ -23,13 +23,18 @@ def servers(launch):
     """Ours in the interpreter, the plain one, and vLLM's own FP8; all with the default drafter, started together."""
     with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
 
-        def start(plugin, **environment):
-            words = ["--max-num-seqs", "4"]
+        def start(plugin, *more, **environment):
+            words = ["--max-num-seqs", "4", *more]
             return stack.enter_context(launch(DEPLOYMENT.format(plugin), *words, **environment))
 
         starting = {
             "fp8_fused": pool.submit(start, "fp8_fused", TRITON_INTERPRET="1"),
             "plain": pool.submit(start, "plain"),
+            # Compiled by Dynamo, and Inductor left out: that takes minutes here.
+            "compiled": pool.submit(
+                start, "sole_rotation", "--no-enforce-eager", TRITON_INTERPRET="1", VLLM_CPU_CI_ENV="1"
+            ),
+            "sole_rotation": pool.submit(start, "sole_rotation", TRITON_INTERPRET="1"),
             "fp8": pool.submit(start, "fp8"),
         }
         yield {plugin: future.result() for plugin, future in starting.items()}
@@ -52,6 +57,18 @@ def test_tokens_are_those_of_plain_tensor_operations(servers):
     assert drafted > 0, "nothing was verified"
     assert "raised in" not in fused.log_text()
     assert "leaves layers to vLLM" not in fused.log_text()
+
+
+@pytest.mark.parametrize("how", ["sole_rotation", "compiled"])
+def test_rotation_and_write_are_one_launch(servers, how):
+    """Where nothing else can rotate or write."""
+    server = servers[how]
+    assert _said(server) == _said(servers["plain"])
+    log = server.log_text()
+    assert re.search(r"rotates in (\d+) of \1 layers", log)
+    assert re.search(r"SoleRotation: \d+ tokens were rotated and written", log)
+    assert "raised in" not in log
+    assert ("enforce_eager=True" in log) == (how != "compiled")
 
 
 def _capacity(server):

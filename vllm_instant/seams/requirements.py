@@ -118,6 +118,24 @@ class Mentions:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A function with these statements one right after another, at the top of its body."""
+
+    file: str
+    name: str
+    statements: tuple[str, ...]
+
+    def check(self, vllm: Path) -> None:
+        node = _find(vllm, self.file, self.name)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            raise RequirementError(f"{self.file}: {self.name} is no longer a function")
+        found = [ast.unparse(statement) for statement in node.body]
+        length = len(self.statements)
+        if not any(tuple(found[start : start + length]) == self.statements for start in range(len(found))):
+            raise RequirementError(f"{self.file}: {self.name} no longer says: {'; '.join(self.statements)}")
+
+
+@dataclass(frozen=True)
 class Seam:
     """One place where this package reaches into vLLM.
 

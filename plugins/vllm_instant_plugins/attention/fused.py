@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 
-from vllm_instant import AttentionLayer, AttentionProvider, AttentionStep, CacheParts
+from vllm_instant import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, Rotation
 from vllm_instant_kernels import cache_layout
 from vllm_instant_kernels.attention_tiles import Workspace
 from vllm_instant_kernels.cache_layout import CacheViews
 from vllm_instant_kernels.paged_attention import paged_attention, workspace_for
 from vllm_instant_kernels.prefill_attention import prefill_attention
-from vllm_instant_kernels.rope_quantize_write import quantize_write
+from vllm_instant_kernels.rope_quantize_write import quantize_write, rope_quantize_write
 
 LONGEST_VERIFIED = 16
 """Query tokens of a request up to which a step counts as decode or verification."""
@@ -24,13 +24,14 @@ class FusedAttention(AttentionProvider):
     Args:
         device: ``cuda`` with compute capability 8.9 or later, or ``cpu`` in Triton's interpreter, for tests.
         longest_piece: query tokens of a request up to which a step is attended here.
+        rotate: whether queries and keys are rotated here, too, in the launch that writes.
 
     Raises:
         ValueError: the device has no FP8 numbers.
 
     """
 
-    def __init__(self, device: str, longest_piece: int) -> None:
+    def __init__(self, device: str, longest_piece: int, rotate: bool = False) -> None:
         self._interprets = device == "cpu" and bool(triton.knobs.runtime.interpret)
         if not self._interprets:
             found = device
@@ -44,6 +45,7 @@ class FusedAttention(AttentionProvider):
                 )
         self._device = torch.device(device)
         self._longest_piece = longest_piece
+        self._rotates = rotate
         self._workspaces: dict[int, Workspace] = {}
 
     def objection(self, head_size: int, dtype: torch.dtype) -> str | None:
@@ -68,6 +70,30 @@ class FusedAttention(AttentionProvider):
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: CacheParts, slots: torch.Tensor) -> None:
         quantize_write(key, value, _views(cache), slots)
+
+    def rotates(self) -> bool:
+        return self._rotates
+
+    def objection_to_rotation(self, head_size: int, rotary: int, is_neox: bool) -> str | None:
+        if not is_neox:
+            return "they rotate neighbours in a head (GPT-J), and it rotates halves of a head (GPT-NeoX)"
+        return None
+
+    def rotate_and_write(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rotated: torch.Tensor,
+        rotation: Rotation,
+        cache: CacheParts,
+        slots: torch.Tensor,
+    ) -> bool:
+        if not (self._rotates and rotation.is_neox):
+            return False
+        # A single launch: it happens or it does not.
+        rope_quantize_write(query, key, value, _views(cache), slots, rotation.positions, rotation.cos_sin, rotated)
+        return True
 
     def attend(self, layer: AttentionLayer, cache: CacheParts, step: AttentionStep) -> bool:
         views, workspace = _views(cache), self._workspaces[layer.head_size]

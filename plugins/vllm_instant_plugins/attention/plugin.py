@@ -18,12 +18,16 @@ class FusedOptions(PluginOptions):
         ge=0,
         description="Steps in which a prompt brings more tokens than this are left to vLLM's kernel.",
     )
+    rotate: bool = Field(
+        False,
+        description="Rotate queries and keys in the launch that writes the cache, instead of in vLLM's own before it.",
+    )
 
 
 def _fused(options: FusedOptions, context: PluginContext) -> AttentionProvider:
     from vllm_instant_plugins.attention.fused import FusedAttention
 
-    return FusedAttention(context.device, options.longest_piece)
+    return FusedAttention(context.device, options.longest_piece, options.rotate)
 
 
 def _fp8(options: PluginOptions) -> Mapping[str, Any]:

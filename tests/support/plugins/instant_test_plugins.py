@@ -141,6 +141,12 @@ def plain_attention(options, context):
     return PlainAttention()
 
 
+def sole_rotation(options, context):
+    from sole_rotation import SoleRotation
+
+    return SoleRotation()
+
+
 def cannot_start(options, context):
     raise OSError("the model of this policy is not there")
 
@@ -190,4 +196,5 @@ def instant_plugins():
         ),
         Plugin(slot="batching", name="shuffled", summary="test", build=lambda o, c: Shuffled()),
         Plugin(slot="attention", name="plain", summary="test", lossy=True, build=plain_attention),
+        Plugin(slot="attention", name="sole_rotation", summary="test", lossy=True, build=sole_rotation),
     ]
