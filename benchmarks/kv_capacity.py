@@ -73,9 +73,10 @@ def main() -> None:
                 rows.append({"cache": name} | figures(server))
     for row in rows:
         row["times_bf16"] = row["tokens"] / rows[0]["tokens"]
+        row["bytes_of_bf16"] = rows[0]["tokens"] / row["tokens"]
         print(
             f"{row['cache']:32} {row['tokens']:>8,} tokens, {row['concurrency']:>6.2f} requests of {LONGEST:,} tokens, "
-            f"{row['times_bf16']:.2f} times BF16"
+            f"{row['times_bf16']:.2f} times BF16, {row['bytes_of_bf16']:.3f} times its bytes a token"
         )
     measured = {"head": HEAD, "kv_heads": KV_HEADS, "layers": LAYERS, "longest": LONGEST, "cache_gib": 1, "rows": rows}
     write(arguments.output, measured)

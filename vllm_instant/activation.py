@@ -23,6 +23,7 @@ from vllm_instant.seams import (
     plain_sampling,
     rejection_sampler,
     request_options,
+    rotation,
     streaming,
     undrafted_sampling,
 )
@@ -92,6 +93,7 @@ def activate() -> None:
         undrafted_sampling,
         attention,
         feed_forward,
+        rotation,
         experts,
         expert_reports,
         request_options,

@@ -38,11 +38,11 @@ def calls(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def servers(launch, calls):
-    """Ours in the interpreter, the plain one, and vLLM's own FP8; all with the default drafter, started together."""
+    """Ours in the interpreter, also rotating, the plain one, also with our feed-forward, and vLLM's own FP8."""
     with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
 
-        def start(plugin, **environment):
-            words = ["--max-num-seqs", "4"]
+        def start(plugin, *more, **environment):
+            words = ["--max-num-seqs", "4", *more]
             return stack.enter_context(launch(DEPLOYMENT.format(plugin), *words, **environment))
 
         def start_watched():
@@ -54,6 +54,10 @@ def servers(launch, calls):
         starting = {
             "fp8_fused": pool.submit(start, "fp8_fused", TRITON_INTERPRET="1"),
             "plain": pool.submit(start, "plain"),
+            # Compiled, but without Inductor, which takes long with two cores.
+            "sole_rotation": pool.submit(
+                start, "sole_rotation", "--no-enforce-eager", TRITON_INTERPRET="1", VLLM_CPU_CI_ENV="1"
+            ),
             "fp8": pool.submit(start, "fp8"),
             "watched": pool.submit(start_watched),
         }
@@ -68,10 +72,15 @@ def _said(server, **parameters):
         return [choices[0]["token_ids"] for choices in asked]
 
 
-def test_tokens_are_those_of_plain_tensor_operations(servers):
+@pytest.fixture(scope="module")
+def plainly_said(servers):
+    return _said(servers["plain"])
+
+
+def test_tokens_are_those_of_plain_tensor_operations(servers, plainly_said):
     fused = servers["fp8_fused"]
     found = _said(fused)
-    assert found == _said(servers["plain"])
+    assert found == plainly_said
     assert all(len(tokens) == TOKENS for tokens in found)
     drafted = fused.metrics()["vllm:spec_decode_num_draft_tokens_total"]
     assert drafted > 0, "nothing was verified"
@@ -99,6 +108,17 @@ def test_the_second_half_of_layers_in_three_launches(servers, calls, demo_pair):
         assert len(rows) % layers == 0
         assert set(rows) <= set(range(1, 17))
     assert "raised in" not in log
+
+
+def test_rotation_and_write_are_one_launch(servers, plainly_said):
+    """Where nothing else can rotate or write, in a compiled model."""
+    server = servers["sole_rotation"]
+    assert _said(server) == plainly_said
+    log = server.log_text()
+    assert re.search(r"rotates in (\d+) of \1 layers", log)
+    assert re.search(r"SoleRotation: \d+ tokens were rotated and written", log)
+    assert "raised in" not in log
+    assert "Detected eager backend" in log, "it was not compiled"
 
 
 def _capacity(server):

@@ -7,7 +7,7 @@ Units: lengths and counts are in tokens, times in seconds. Everything runs on th
 raises is not called again (stock vLLM behaviour takes over, see ``vllm_instant.containment``).
 """
 
-from vllm_instant.contracts.attention import AttentionLayer, AttentionProvider, AttentionStep, CacheParts
+from vllm_instant.contracts.attention import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, Rotation
 from vllm_instant.contracts.batching import Admission, BatchingPolicy, QueueMoment
 from vllm_instant.contracts.drafter import Draft, Drafter, DraftRequest, Share, SharingDrafter
 from vllm_instant.contracts.experts import (
@@ -63,6 +63,7 @@ __all__ = [
     "QueueMoment",
     "RejectionSampler",
     "RequestState",
+    "Rotation",
     "RouterStep",
     "RoutingMeasures",
     "RowKind",

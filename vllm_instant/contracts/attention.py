@@ -57,6 +57,18 @@ class AttentionStep:
     """No request has more new tokens, also whenever a CUDA graph that is captured now is replayed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Rotary position embedding of some tokens, by a table."""
+
+    positions: torch.Tensor
+    """Integers ``[tokens]``."""
+    cos_sin: torch.Tensor
+    """``[positions, rotary]``: cosines of ``rotary / 2`` angles, then their sines. What follows in a head stays."""
+    is_neox: bool
+    """Number ``i`` of a head goes with number ``i + rotary / 2`` (GPT-NeoX), or ``2i`` with ``2i + 1`` (GPT-J)."""
+
+
 @runtime_checkable
 class AttentionProvider(Protocol):
     """Attention over an FP8 cache whose rows it lays out. Runs in every worker process, under graph capture.
@@ -84,6 +96,33 @@ class AttentionProvider(Protocol):
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: CacheParts, slots: torch.Tensor) -> None:
         """Quantise and write ``[tokens or more, KV heads, head_size]`` to int64 ``slots`` ``[tokens]``; -1: nowhere."""
         ...
+
+    def rotates(self) -> bool:
+        """Whether ``rotate_and_write`` takes the place of vLLM's rotation and of ``write``. Optional."""
+        return False
+
+    def objection_to_rotation(self, head_size: int, rotary: int, is_neox: bool) -> str | None:
+        """Why it cannot for some layers, one sentence; None if it can. Asked once a layer, if ``rotates``."""
+        return "it has no rotation"
+
+    def rotate_and_write(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rotated: torch.Tensor,
+        rotation: Rotation,
+        cache: CacheParts,
+        slots: torch.Tensor,
+    ) -> bool:
+        """Rotate queries into ``rotated``, and keys on their way to the cache, where values go as with ``write``.
+
+        ``query`` and ``rotated`` are ``[tokens, query heads, head_size]`` and may be the same tensor; ``key`` and
+        ``value`` are ``[tokens, KV heads, head_size]``, ``slots`` are ``[tokens]``. False leaves the step to vLLM's
+        rotation and ``write``. Where it says False or raises, ``query`` and ``key`` must be what they were: they are
+        rotated then.
+        """
+        return False
 
     def attend(self, layer: AttentionLayer, cache: CacheParts, step: AttentionStep) -> bool:
         """Write ``step.output``, or return False to leave the step to vLLM's kernel."""

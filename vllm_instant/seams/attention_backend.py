@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from vllm._custom_ops import rotary_embedding
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
 from vllm_instant.containment import Contained
-from vllm_instant.contracts import AttentionLayer, AttentionProvider, AttentionStep, CacheParts
+from vllm_instant.contracts import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, Rotation
 from vllm_instant.seams import attention
 from vllm_instant.settings import ATTENTION_ARGUMENTS
 
@@ -89,6 +90,61 @@ class InstantAttentionImpl(TritonAttentionImpl):
 
         if not self.plugin.call("write", write, False):
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
+    def rotate_and_write(
+        self,
+        layer: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        rotated: Any,
+        rotation: Rotation,
+        kv_cache: Any,
+        slot_mapping: Any,
+    ) -> None:
+        """Rotate ``query`` into ``rotated``, which may be the same, and write rotated keys, and values, to the cache.
+
+        By the plugin in one go, or in two by vLLM's rotation and ``do_kv_cache_update``. Rows without a slot, which are
+        padding, may stay as they are.
+        """
+        parts, tokens = self.parts(kv_cache), slot_mapping.shape[0]
+        of_slots = Rotation(rotation.positions[:tokens], rotation.cos_sin, rotation.is_neox)
+
+        def write(plugin: AttentionProvider) -> bool:
+            return plugin.rotate_and_write(
+                query[:tokens], key[:tokens], value[:tokens], rotated[:tokens], of_slots, parts, slot_mapping
+            )
+
+        if self.plugin.call("rotate_and_write", write, False):
+            return
+        if rotated is not query:
+            rotated.copy_(query)
+            key = key.clone()
+        # In place. Heads must not be a dimension: the CPU's kernel would take them for tokens.
+        rows, keys = rotated.view(len(rotated), -1), key.view(len(key), -1)
+        rotary_embedding(rotation.positions, rows, keys, self.head_size, rotation.cos_sin, rotation.is_neox)
+        self.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
+    def fused_rope_kvcache_supported(self) -> bool:
+        """Asked by vLLM's own fusion pass, where it is on: ROCm only, so far."""
+        plugin = self.plugin.instance
+        return plugin.rotates() and plugin.objection_to_rotation(self.head_size, self.head_size, True) is None
+
+    def do_rope_and_kv_cache_update(
+        self,
+        layer: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        positions: Any,
+        cos_sin_cache: Any,
+        is_neox: bool,
+        kv_cache: Any,
+        layer_slot_mapping: Any,
+    ) -> None:
+        # Attention reads keys from the cache alone, so that ``key`` need not be rotated in place.
+        rotation = Rotation(positions, cos_sin_cache, is_neox)
+        self.rotate_and_write(layer, query, key, value, query, rotation, kv_cache, layer_slot_mapping)
 
     def forward(
         self,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 
-from vllm_instant import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, FeedForwardProvider
+from vllm_instant import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, FeedForwardProvider, Rotation
 from vllm_instant_kernels import cache_layout
 from vllm_instant_kernels.attention_tiles import Workspace
 from vllm_instant_kernels.cache_layout import CacheViews
 from vllm_instant_kernels.paged_attention import paged_attention, workspace_for
 from vllm_instant_kernels.prefill_attention import prefill_attention
-from vllm_instant_kernels.rope_quantize_write import quantize_write
+from vllm_instant_kernels.rope_quantize_write import quantize_write, rope_quantize_write
 from vllm_instant_plugins.attention.feed_forward import FusedFeedForward
 
 LONGEST_VERIFIED = 16
@@ -25,6 +25,7 @@ class FusedAttention(AttentionProvider):
     Args:
         device: ``cuda`` with compute capability 8.9 or later, or ``cpu`` in Triton's interpreter, for tests.
         longest_piece: query tokens of a request up to which a step is attended here.
+        rotate: whether queries and keys are rotated here, too, in the launch that writes.
         feed_forward: whether the second half of decoder layers is served, too.
 
     Raises:
@@ -32,7 +33,7 @@ class FusedAttention(AttentionProvider):
 
     """
 
-    def __init__(self, device: str, longest_piece: int, feed_forward: bool = False) -> None:
+    def __init__(self, device: str, longest_piece: int, rotate: bool = False, feed_forward: bool = False) -> None:
         self._interprets = device == "cpu" and bool(triton.knobs.runtime.interpret)
         if not self._interprets:
             found = device
@@ -47,6 +48,7 @@ class FusedAttention(AttentionProvider):
         self._device = torch.device(device)
         self._longest_piece = longest_piece
         self._feed_forward = FusedFeedForward(self._interprets) if feed_forward else None
+        self._rotates = rotate
         self._workspaces: dict[int, Workspace] = {}
 
     def objection(self, head_size: int, dtype: torch.dtype) -> str | None:
@@ -71,6 +73,30 @@ class FusedAttention(AttentionProvider):
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: CacheParts, slots: torch.Tensor) -> None:
         quantize_write(key, value, _views(cache), slots)
+
+    def rotates(self) -> bool:
+        return self._rotates
+
+    def objection_to_rotation(self, head_size: int, rotary: int, is_neox: bool) -> str | None:
+        if not is_neox:
+            return "they rotate neighbours in a head (GPT-J), and it rotates halves of a head (GPT-NeoX)"
+        return None
+
+    def rotate_and_write(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rotated: torch.Tensor,
+        rotation: Rotation,
+        cache: CacheParts,
+        slots: torch.Tensor,
+    ) -> bool:
+        if not (self._rotates and rotation.is_neox):
+            return False
+        # A single launch: it happens or it does not.
+        rope_quantize_write(query, key, value, _views(cache), slots, rotation.positions, rotation.cos_sin, rotated)
+        return True
 
     def attend(self, layer: AttentionLayer, cache: CacheParts, step: AttentionStep) -> bool:
         views, workspace = _views(cache), self._workspaces[layer.head_size]

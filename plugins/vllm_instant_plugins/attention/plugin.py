@@ -22,12 +22,16 @@ class FusedOptions(PluginOptions):
         False,
         description="Whether the rest of each decoder layer runs as one operation in batches of up to 16 tokens.",
     )
+    rotate: bool = Field(
+        False,
+        description="Rotate queries and keys in the launch that writes the cache, instead of in vLLM's own before it.",
+    )
 
 
 def _fused(options: FusedOptions, context: PluginContext) -> AttentionProvider:
     from vllm_instant_plugins.attention.fused import FusedAttention
 
-    return FusedAttention(context.device, options.longest_piece, options.feed_forward)
+    return FusedAttention(context.device, options.longest_piece, options.rotate, options.feed_forward)
 
 
 def _fp8(options: PluginOptions) -> Mapping[str, Any]:

@@ -4,9 +4,10 @@ import pytest
 import torch
 import triton
 
-from vllm_instant import AttentionLayer, AttentionStep
+from vllm_instant import AttentionLayer, AttentionStep, Rotation
 from vllm_instant_plugins.attention import fused
 from vllm_instant_plugins.attention.fused import FusedAttention
+from vllm_instant_plugins.attention.plugin import FusedOptions
 
 LAYER = AttentionLayer(num_query_heads=8, num_kv_heads=2, head_size=64, scale=0.1, window=7, soft_cap=3.0)
 
@@ -67,6 +68,29 @@ def test_which_kernel(monkeypatch, most, kernel):
         assert options["window"] == LAYER.window
         assert options["soft_cap"] == LAYER.soft_cap
         assert options["workspace"] == "workspace"
+
+
+@pytest.mark.parametrize(("rotate", "is_neox"), [(True, True), (True, False), (False, True)])
+def test_what_it_rotates(monkeypatch, rotate, is_neox):
+    called = []
+    monkeypatch.setattr(fused, "rope_quantize_write", lambda *arguments: called.append(arguments))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    plugin = FusedAttention("cuda", 100, rotate)
+    assert plugin.rotates() == rotate
+    assert (plugin.objection_to_rotation(128, 64, is_neox) is None) == is_neox
+    query, key, value, rotated, positions, table, slots = (torch.empty(0) for _ in range(7))
+    parts = fused.CacheParts(*(torch.empty(0) for _ in range(4)))
+    served = plugin.rotate_and_write(query, key, value, rotated, Rotation(positions, table, is_neox), parts, slots)
+    assert served == bool(called) == (rotate and is_neox)
+    if called:
+        [(*given, views, to, where, angles, into)] = called
+        expected = (query, key, value, slots, positions, table, rotated)
+        assert all(a is b for a, b in zip((*given, to, where, angles, into), expected, strict=True))
+        assert views.key_scales is parts.key_scales
+
+
+def test_it_does_not_rotate_unless_told():
+    assert not FusedOptions().rotate
 
 
 def test_the_cache_must_have_bytes(in_interpreter):

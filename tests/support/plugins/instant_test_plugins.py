@@ -153,6 +153,12 @@ def watched_attention(options, context):
     return WatchedAttention(options.calls)
 
 
+def sole_rotation(options, context):
+    from sole_rotation import SoleRotation
+
+    return SoleRotation()
+
+
 def cannot_start(options, context):
     raise OSError("the model of this policy is not there")
 
@@ -210,4 +216,5 @@ def instant_plugins():
             options=WatchedOptions,
             build=watched_attention,
         ),
+        Plugin(slot="attention", name="sole_rotation", summary="test", lossy=True, build=sole_rotation),
     ]

@@ -10,7 +10,7 @@ import platformdirs
 import pytest
 
 from vllm_instant.seams import catalogue, verdicts
-from vllm_instant.seams.requirements import Function, Mentions, Name, RequirementError, Seam, installed_vllm
+from vllm_instant.seams.requirements import Function, Mentions, Name, Passage, RequirementError, Seam, installed_vllm
 
 SOURCE = """
 LIMIT: int = 3
@@ -26,6 +26,11 @@ class Engine:
 
 def helper(a, b):
     pass
+
+def prepare(a):
+    a = 2 * a
+    b = a+1
+    return helper(a, b)
 """
 
 
@@ -46,6 +51,7 @@ def folder(tmp_path):
         Name("engine.py", "Engine.size"),
         Name("engine.py", "LIMIT"),
         Mentions("engine.py", "Engine.step", ("queue", "pop")),
+        Passage("engine.py", "prepare", ("b = a + 1", "return helper(a, b)")),
     ],
 )
 def test_what_holds(folder, requirement):
@@ -62,6 +68,9 @@ def test_what_holds(folder, requirement):
         (Name("engine.py", "Engine.width"), "has no Engine.width"),
         (Name("gone.py", "x"), "gone.py is gone"),
         (Mentions("engine.py", "Engine.step", ("pop", "push")), "no longer uses push"),
+        (Passage("engine.py", "prepare", ("a = 2 * a", "return helper(a, b)")), "prepare no longer says: a = 2 * a; r"),
+        (Passage("engine.py", "prepare", ("return helper(a, b)", "b = a + 1")), "prepare no longer says"),
+        (Passage("engine.py", "LIMIT", ()), "no longer a function"),
     ],
 )
 def test_what_does_not_hold_is_said(folder, requirement, words):
