@@ -64,11 +64,11 @@ def servers(launch, calls):
         yield {plugin: future.result() for plugin, future in starting.items()}
 
 
-def _said(server, **parameters):
+def _said(server, tokens=TOKENS, **parameters):
     """Several prompts at a time, so that steps mix pieces of prompts with decoding and verification."""
     prompts = [PROMPT, PROMPT[20:60]]
     with ThreadPoolExecutor(2) as pool:
-        asked = pool.map(lambda p: ask(server, p, max_tokens=TOKENS, return_token_ids=True, **parameters), prompts)
+        asked = pool.map(lambda p: ask(server, p, max_tokens=tokens, return_token_ids=True, **parameters), prompts)
         return [choices[0]["token_ids"] for choices in asked]
 
 
@@ -111,11 +111,13 @@ def test_the_second_half_of_layers_in_three_launches(servers, calls, demo_pair):
 
 
 def test_rotation_and_write_are_one_launch(servers, plainly_said):
-    """Where nothing else can rotate or write, in a compiled model."""
+    """Where nothing else can rotate or write, in a compiled model whose layers end with our feed-forward as well."""
     server = servers["sole_rotation"]
-    assert _said(server) == plainly_said
+    # The feed-forward takes long in the interpreter.
+    assert _said(server, 3) == [tokens[:3] for tokens in plainly_said]
     log = server.log_text()
     assert re.search(r"rotates in (\d+) of \1 layers", log)
+    assert "in batches of up to 16 tokens" in log
     assert re.search(r"SoleRotation: \d+ tokens were rotated and written", log)
     assert "raised in" not in log
     assert "Detected eager backend" in log, "it was not compiled"
