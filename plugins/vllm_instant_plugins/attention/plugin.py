@@ -31,7 +31,9 @@ class FusedOptions(PluginOptions):
 def _fused(options: FusedOptions, context: PluginContext) -> AttentionProvider:
     from vllm_instant_plugins.attention.fused import FusedAttention
 
-    return FusedAttention(context.device, options.longest_piece, options.rotate, options.feed_forward)
+    return FusedAttention(
+        context.device, options.longest_piece, rotate=options.rotate, feed_forward=options.feed_forward
+    )
 
 
 def _fp8(options: PluginOptions) -> Mapping[str, Any]:
