@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/best_order.py
 
 The burst of ``benchmarks/scheduling.py``, 64 requests for 8 places, in a simulated engine: a prompt is read in a step
-of its own, in which nobody gets a token; a step of decoding gives everybody a token. The three times are those of the
-demo's target on two cores, and first come, first served is printed beside the live one (``scheduling.json``). Simulated
+of its own, in which nobody gets a token; a step of decoding gives everybody a token. The three times are about those of
+the demo's target on two cores: first come, first served is printed beside the live one (``scheduling.json``). Simulated
 annealing looks for the order of starts with the least mean latency, under the bound on waiting (twice the wait first
 come, first served, and a second) and without it. A search proves nothing, so look longer: ``--steps``.
 """

@@ -143,10 +143,9 @@ def test_a_session_that_does_not_end_is_no_part_of_a_typists_answer(monkeypatch:
     opened = (HEAD, chunked(b'{"id": "s"}'))
     due = Due(0, 0.0, "a", "typist", {"messages": [{"role": "user", "content": ""}]})
     answer = (HEAD, chunked(event(2), b"data: [DONE]\n\n"))
-    with sending(*answer, to={b"POST /v1/instant/sessions ": opened, b"DELETE": (2.0,)}) as client:
-        began = time.perf_counter()
+    with sending(*answer, to={b"POST /v1/instant/sessions ": opened, b"DELETE": (30.0,)}) as client:
         got = client.ask(due)
-        assert 0.3 <= time.perf_counter() - began < 1.5
+        after = time.perf_counter() - got.ended
     assert got.error is None
     assert got.arrivals[-1][1] == 2
-    assert got.ended - began < 0.25
+    assert 0.29 <= after < 10
