@@ -17,7 +17,9 @@ import websockets
 
 from vllm_instant.client import StreamingError, StreamingSession
 from vllm_instant.demo.corpus import documents
+from vllm_instant.evidence.statistics import median_interval
 
+MODEL = "demo"
 ODD = (
     "🙂",
     "👩‍👩‍👧",
@@ -186,3 +188,8 @@ async def drop_at_random(
     finally:
         connection.transport.abort()
     return moment
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and interval, in milliseconds."""
+    return {name: value * 1000 for name, value in vars(median_interval(values)).items()}

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import websockets
-from streaming import abuse_part, identity_part
+from streaming_checks import abuse_part, identity_part
 from streaming_harness import pieces, typed, typing
 from typer.testing import CliRunner
 
