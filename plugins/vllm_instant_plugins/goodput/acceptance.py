@@ -111,6 +111,8 @@ class AcceptanceModel:
         row = self._similar.get(key)
         if row is not None:
             self._similar.move_to_end(key)
+            # Nobody of the class may have drafted since its parent learned something.
+            self._refresh([row])
             return row
         if key not in self._seen:
             self._seen[key] = None

@@ -172,3 +172,21 @@ def test_classes_that_are_idle_when_the_drafter_changes_do_not_go_on_believing_i
         model.observe([0, 1, 2, 3], [4] * 4, [0] * 4)
     model.enter(5, "greedy", 30)
     assert _conditional(model, np.array([5]))[0, 0] < 0.4
+
+
+def test_a_class_that_was_idle_follows_its_parent_when_its_prompt_comes_again():
+    """What its parent has learned since the change is believed of it, too."""
+    model = AcceptanceModel(4)
+    for _ in range(3):
+        for prompt in range(40):
+            model.enter(0, "greedy", prompt)
+            _observe(model, 0, 4, 4, times=5)
+    for prompt in range(4):
+        model.enter(prompt, "greedy", prompt)
+    for _ in range(30):
+        model.observe([0, 1, 2, 3], [4] * 4, [0] * 4)
+    model.enter(5, "greedy", 30)
+    model.enter(6, "greedy", "never seen")
+    idle, unknown = _conditional(model, np.array([5, 6]))[:, 0]
+    assert unknown < 0.05
+    assert idle < 0.2
