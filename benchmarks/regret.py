@@ -10,7 +10,8 @@ closed loop. A second server without speculation is the A/A arm: its difference 
 Two processes of one kind differ in speed by some percent for as long as they live, which no number of rounds averages
 out. Therefore our server also takes turns in which its clients pin the draft length (``vllm_xargs
 instant_speculation``): "ours, off" and "ours, K=n" are the same process as "ours" and differ from it by the decisions
-alone.
+alone. Their turns still scatter; closest is what ours says of its own steps ("step by step"): what their tokens would
+have taken in steps like those of the same seconds that did not draft (``vllm_instant.evidence.drafting_balance``).
 
 Regret = 1 − ours / best arm, in output tokens a second; the best arm is the one with the highest median, among stock
 servers and, in a column of its own, among the pinned arms. Fixed lengths that are more than 30 % behind after one round
@@ -51,8 +52,10 @@ from results import earlier, merged, write
 from rich.console import Console
 from rich.table import Table
 
+from vllm_instant.evidence.drafting_balance import balance
 from vllm_instant.evidence.load import Measured, measure
 from vllm_instant.evidence.prompts import snippets
+from vllm_instant.evidence.served import newest_decisions
 from vllm_instant.evidence.servers import running, settle
 from vllm_instant.evidence.statistics import Interval, median_interval, ratio_interval
 
@@ -69,6 +72,8 @@ class Cell:
     workload: str
     load: int
     turns: dict[str, list[Measured]] = field(default_factory=dict)
+    step_by_step: list[float] = field(default_factory=list)
+    """Speed of ours relative to its own steps without drafts, of the rounds that had such steps."""
 
     def speeds(self, arm: str) -> list[float]:
         """Tokens a second by round."""
@@ -122,6 +127,7 @@ class Cell:
             "ours_to_off": vars(self.ratio(OURS, OFF)),
             "best_pinned_arm": self.best_pinned(),
             "ours_to_best_pinned": vars(self.ratio(OURS, self.best_pinned())),
+            "ours_to_off_step_by_step": vars(median_interval(self.step_by_step)) if self.step_by_step else None,
             "pinned_off_to_off": vars(self.ratio(PINNED_OFF, OFF)),
             "regret": 1 - self.ratio(OURS, best).median,
             "noise_floor": vars(self.ratio(AGAIN, OFF)),
@@ -156,6 +162,7 @@ def run_cell(servers: Servers, workload: Workload, load: int, rounds: int, secon
         # Ours learns the new load before it counts, as it would have in the first seconds of it.
         for arm in arms if number >= 0 else [OURS]:
             settle()
+            before = newest_step(servers) if arm == OURS else 0
             turn = measure(
                 servers.url(asked[arm].server),
                 MODEL,
@@ -171,19 +178,31 @@ def run_cell(servers: Servers, workload: Workload, load: int, rounds: int, secon
                 raise SystemExit(f"{workload.name}, {load} users, {arm}: {why}")
             if number >= 0:
                 cell.turns.setdefault(arm, []).append(turn)
+            if arm == OURS and number >= 0:
+                decisions = newest_decisions(servers.url(OURS), 2048)
+                found = balance(decision for decision in decisions if decision["step"] > before)
+                if found is not None:
+                    cell.step_by_step.append(found.speed)
         if number in DROPPED_BELOW:
             least = DROPPED_BELOW[number] * max(np.median(cell.speeds(arm)) for arm in arms)
             arms = [a for a in arms if a in (OFF, AGAIN, OURS, PINNED_OFF) or np.median(cell.speeds(a)) >= least]
     best = cell.best()
+    closely = f"{median_interval(cell.step_by_step):.3f}" if cell.step_by_step else "never off"
     console.print(
         f"  {load:3} users: best {best} {np.median(cell.speeds(best)):.1f} tok/s, ours to best "
         f"{cell.ratio(OURS, best):.3f}, to off {cell.ratio(OURS, OFF):.3f}, floor {cell.ratio(AGAIN, OFF):.3f}; "
         f"to best pinned ({cell.best_pinned()}) {cell.ratio(OURS, cell.best_pinned()):.3f}, pinned off to off "
-        f"{cell.ratio(PINNED_OFF, OFF):.3f}; p99 ITL off/ours {cell.p99_ratio(OURS, OFF):.2f}, pinned off/ours "
-        f"{cell.p99_ratio(OURS, PINNED_OFF):.2f}",
+        f"{cell.ratio(PINNED_OFF, OFF):.3f}; step by step {closely}; p99 ITL off/ours "
+        f"{cell.p99_ratio(OURS, OFF):.2f}, pinned off/ours {cell.p99_ratio(OURS, PINNED_OFF):.2f}",
         soft_wrap=True,
     )
     return cell
+
+
+def newest_step(servers: Servers) -> int:
+    """Number of the step that ours decided last; 0 before the first."""
+    decisions = newest_decisions(servers.url(OURS), 1)
+    return int(decisions[-1]["step"]) if decisions else 0
 
 
 def table(cells: list[Cell], lengths: tuple[int, ...]) -> Table:

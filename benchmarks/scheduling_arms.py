@@ -82,6 +82,10 @@ class Arms(BatchingPolicy):
         """Passed on."""
         self.policies[self.arm].think(moment)
 
+    def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
+        """Those of the newest request's arm."""
+        return self.policies[self.arm].decisions(last, request_id)
+
     def measures(self) -> Mapping[str, float]:
         """What ``similarity`` measures of itself."""
         return self.policies["similarity"].measures()

@@ -103,3 +103,21 @@ def _number(label: str | None) -> float | None:
         return float(label or "")
     except ValueError:
         return None
+
+
+def newest_decisions(url: str, count: int, queue: bool = False) -> list[dict[str, Any]]:
+    """What a server with this package decided last (of its first engine): at most 2048 decisions, the oldest first.
+
+    Args:
+        url: without ``/v1``.
+        count: how many.
+        queue: about who started when, instead of about draft lengths.
+
+    Raises:
+        httpx.HTTPError: when it does not answer, or not with decisions.
+
+    """
+    answer = httpx.get(f"{url}/v1/instant/decisions", params={"last": count, "queue": queue}, timeout=30)
+    answer.raise_for_status()
+    found: list[dict[str, Any]] = answer.json()["engines"][0]["decisions"]
+    return found
