@@ -26,6 +26,7 @@ from vllm_instant.seams import (
     rotation,
     streaming,
     undrafted_sampling,
+    worker_messages,
 )
 from vllm_instant.settings import Deployment
 
@@ -98,6 +99,7 @@ def activate() -> None:
         expert_reports,
         request_options,
         engine_core,
+        worker_messages,  # around the engine core's own way of leaving out the question for drafts
     ):
         if catalogue.fits_installed(seam.SEAM):
             seam.install()

@@ -36,6 +36,7 @@ from vllm_instant.seams import (
     streaming,
     undrafted_sampling,
     verdicts,
+    worker_messages,
 )
 from vllm_instant.seams.requirements import Seam, forget_sources, installed_vllm
 from vllm_instant.settings import Deployment
@@ -69,6 +70,7 @@ SEAMS: tuple[Seam, ...] = tuple(
         cpu_sampling,
         cpu_seeds,
         engine_core,
+        worker_messages,
         endpoints,
         streaming,
     )
