@@ -180,7 +180,7 @@ class SpeculationBudget:
         """``plan`` as the workers need it."""
         lengths = self.plan(states, num_waiting, longest_wait)
         if self._named[0] != states:
-            self._named = states, [state.request_id for state in states]
+            self._named = list(states), [state.request_id for state in states]
         return DraftPlan(
             dict(zip(self._named[1], lengths, strict=True)),
             self._price,
@@ -193,7 +193,7 @@ class SpeculationBudget:
     def while_the_model_runs(self) -> None:
         """The step is on its way, and there is time: learn from those before it and plan the one after it."""
         self._show_outcomes()
-        alive = self._planned
+        alive = list(self._planned)
         if not self._none_left:
             alive = [state for state in alive if state.request_id in self.states]
         if alive:

@@ -224,3 +224,14 @@ def test_cache_salts_travel_while_somebody_has_one():
     plan = budget.plan_drafts(states[1:])
     assert plan.cache_salts == {}
     assert plan.lengths == {"b": 1}
+
+
+def test_a_list_that_its_owner_changes_is_read_again():
+    budget, _ = _budget(lambda n: [n] * n)
+    states = _states(3)
+    for state in states:
+        budget.admit(state)
+    assert budget.plan_drafts(states).lengths == {"r0": 3, "r1": 3, "r2": 3}
+    budget.while_the_model_runs()
+    del states[1]
+    assert budget.plan_drafts(states).lengths == {"r0": 3, "r2": 3}
