@@ -116,7 +116,8 @@ class StepCosts:
         deviations of the estimate less, which is how little it may still turn out to be.
         """
         curve = np.interp(rows, self.knots, self.at_knots(sigmas))
-        curve += self.expert_seconds(rows, requests)
+        if self.experts.counted:
+            curve += self.expert_seconds(rows, requests)
         seconds: Array = np.maximum(curve + self.context_seconds(context), 1e-6)
         return seconds
 
