@@ -1,5 +1,8 @@
 """How long the ``goodput`` policy thinks, by number of requests: planning a step, and learning from one.
 
+Half of the requests are predictable; and beside them the same where no draft ever comes true, so that almost none are
+made.
+
 .venv/bin/python benchmarks/policy_overhead.py
 
 Both happen while the model runs (``SpeculationBudget.while_the_model_runs``); only when a new request appears does the
@@ -10,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +27,19 @@ from vllm_instant.evidence.statistics import median_interval
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 
 MAX_DRAFT_TOKENS = 8
+BLOCK = 12
+HALF_PREDICTABLE = (0.8, 0.2), 2e-5, 64
+HOPELESS = (0.0, 0.0), 2e-4, 0
+"""Chances of drafts to come true, of every other request; seconds of each row beyond so many free ones."""
 
 
-def run(count: int, steps: int) -> dict[str, Any]:
-    """Microseconds of both calls with ``count`` requests, half of them predictable."""
+def run(count: int, steps: int, workload: tuple[tuple[float, float], float, int]) -> dict[str, Any]:
+    """Microseconds of both calls with ``count`` requests, see ``HALF_PREDICTABLE``.
+
+    A step's figure is a mean of ``BLOCK`` neighbouring steps, because those without drafts rest on an earlier one's.
+    """
     policy = GoodputPolicy(MAX_DRAFT_TOKENS, count)
+    chances, row_seconds, free_rows = workload
     states = [RequestState(f"r{i}", 100, 10_000, i % 2 * 1.0, index=i) for i in range(count)]
     for state in states:
         policy.enter(state)
@@ -34,40 +47,49 @@ def run(count: int, steps: int) -> dict[str, Any]:
     lengths = [0] * count
     planning, learning = [], []
     for number in range(1, steps + 1):
+        # The scheduler makes a new list of the same requests for each step.
+        upcoming = UpcomingStep(list(states), MAX_DRAFT_TOKENS, number=number)
         began = time.perf_counter()
-        planned = policy.draft_lengths(UpcomingStep(states, MAX_DRAFT_TOKENS, number=number))
+        planned = policy.draft_lengths(upcoming)
         planning.append(time.perf_counter() - began)
-        chances = [0.8 if i % 2 == 0 else 0.2 for i in range(count)]
-        accepted = [min(k, int(random.geometric(1 - c)) - 1) for k, c in zip(lengths, chances, strict=True)]
+        accepted = [min(k, int(random.geometric(1 - chances[i % 2])) - 1) for i, k in enumerate(lengths)]
         rows = count + sum(lengths)
-        seconds = 0.006 + 2e-5 * max(0, rows - 64)
-        outcome = StepOutcome(states, lengths, accepted, rows, seconds, count, number, max(lengths))
+        seconds = 0.006 + row_seconds * max(0, rows - free_rows)
+        outcome = StepOutcome(list(states), lengths, accepted, rows, seconds, count, number, max(lengths))
         began = time.perf_counter()
         policy.observe(outcome)
         learning.append(time.perf_counter() - began)
         lengths = list(planned)
     counted = slice(steps // 3, None)
     return {
-        "requests": count,
-        "planning_us": vars(median_interval([1e6 * t for t in planning[counted]])),
-        "learning_us": vars(median_interval([1e6 * t for t in learning[counted]])),
+        "planning_us": vars(median_interval(_blocks(planning[counted]))),
+        "learning_us": vars(median_interval(_blocks(learning[counted]))),
         "granted_at_the_end": sum(lengths),
     }
+
+
+def _blocks(seconds: Sequence[float]) -> list[float]:
+    """Means of neighbouring steps, in microseconds."""
+    starts = range(0, len(seconds) - BLOCK + 1, BLOCK)
+    return [1e6 * statistics.fmean(seconds[start : start + BLOCK]) for start in starts]
 
 
 def main() -> None:
     """Measure, print, write ``benchmarks/results/policy_overhead.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/policy_overhead.json")
     options = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    measured = [run(count, options.steps) for count in (1, 4, 16, 64, 256)]
-    for row in measured:
-        planning, learning = row["planning_us"], row["learning_us"]
+    measured = []
+    for count in (1, 4, 16, 64, 256):
+        drafting, off = run(count, options.steps, HALF_PREDICTABLE), run(count, options.steps, HOPELESS)
+        measured.append({"requests": count, **drafting, "hopeless_drafts": off})
         print(
-            f"{row['requests']:4} requests: planning {planning['median']:.0f} µs, learning {learning['median']:.0f} µs"
-        )  # type: ignore[index]
+            f"{count:4} requests: planning {drafting['planning_us']['median']:.0f} µs, "
+            f"learning {drafting['learning_us']['median']:.0f} µs; where drafts are hopeless "
+            f"{off['planning_us']['median']:.0f} and {off['learning_us']['median']:.0f} µs"
+        )
     write(options.output, measured)
 
 

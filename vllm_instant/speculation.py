@@ -87,6 +87,8 @@ class SpeculationBudget:
         self.states = self._requests.states
         """The live states of all admitted requests, by request id."""
         self._clock = clock
+        self._num_salted = 0
+        """Admitted requests that have a cache salt."""
         self._num_pinned = 0
         """Admitted requests whose clients asked for a length."""
         self._number = 0
@@ -98,8 +100,12 @@ class SpeculationBudget:
         """Finished steps that the policy has not seen yet."""
         self._planned: Sequence[RequestState] = ()
         """The requests of the newest plan."""
-        self._ahead: dict[str, int] | None = None
-        """The next plan by request id, made while the model ran."""
+        self._none_left = True
+        """None of them has ended since."""
+        self._ahead: tuple[Sequence[RequestState], list[int]] | None = None
+        """The next plan, made while the model ran: a length for each of these requests."""
+        self._named: tuple[Sequence[RequestState], list[str]] = ((), [])
+        """The ids of the requests of the newest plan: mostly those of the next one."""
         self._price = DraftPrice()
         self._waiting: tuple[int, float] = (0, 0.0)
 
@@ -114,6 +120,7 @@ class SpeculationBudget:
             length = None  # refused at the door where there is one (seams/request_options.py); else the policy decides
         if state.pinned_draft_length is None and length is not None:
             state.pinned_draft_length = min(length, self.max_draft_tokens)
+        self._num_salted += bool(state.cache_salt)
         self._num_pinned += state.pinned_draft_length is not None
         self.policy.call("enter", lambda policy: policy.enter(state), None)
 
@@ -121,6 +128,8 @@ class SpeculationBudget:
         """A request ended or was aborted."""
         state = self.states.get(request_id)
         if state is not None:
+            self._none_left = False
+            self._num_salted -= bool(state.cache_salt)
             self._num_pinned -= state.pinned_draft_length is not None
             self.policy.call("forget", lambda policy: policy.forget(request_id), None)
             if self._is_registrar:
@@ -138,14 +147,8 @@ class SpeculationBudget:
         When the policy is disabled every request gets the full length, which is what vLLM does by itself.
         """
         self._number += 1
-        self._planned, self._waiting = states, (num_waiting, longest_wait)
-        lengths: list[int] | None = None
-        if self._ahead is not None:
-            try:
-                lengths = [self._ahead[state.request_id] for state in states]
-            except KeyError:  # a request that is new
-                lengths = None
-            self._ahead = None
+        self._planned, self._none_left, self._waiting = states, True, (num_waiting, longest_wait)
+        lengths = self._planned_ahead(states)
         if lengths is None:
             self._show_outcomes()
             lengths = self._ask(states, self._number)
@@ -160,25 +163,41 @@ class SpeculationBudget:
         self.counters.steps_without_drafting += bool(states) and granted == 0
         return lengths
 
+    def _planned_ahead(self, states: Sequence[RequestState]) -> list[int] | None:
+        """What was planned for these requests while the model ran; None when one of them is new."""
+        if self._ahead is None:
+            return None
+        (known, lengths), self._ahead = self._ahead, None
+        if states == known:
+            return lengths
+        ahead = {state.request_id: length for state, length in zip(known, lengths, strict=True)}
+        try:
+            return [ahead[state.request_id] for state in states]
+        except KeyError:
+            return None
+
     def plan_drafts(self, states: Sequence[RequestState], num_waiting: int = 0, longest_wait: float = 0.0) -> DraftPlan:
         """``plan`` as the workers need it."""
         lengths = self.plan(states, num_waiting, longest_wait)
+        if self._named[0] != states:
+            self._named = list(states), [state.request_id for state in states]
         return DraftPlan(
-            {state.request_id: length for state, length in zip(states, lengths, strict=True)},
+            dict(zip(self._named[1], lengths, strict=True)),
             self._price,
             frozenset(state.request_id for state in states if state.pinned_draft_length)
             if self._num_pinned
             else NOBODY,
-            {state.request_id: state.cache_salt for state in states if state.cache_salt},
+            {state.request_id: state.cache_salt for state in states if state.cache_salt} if self._num_salted else {},
         )
 
     def while_the_model_runs(self) -> None:
         """The step is on its way, and there is time: learn from those before it and plan the one after it."""
         self._show_outcomes()
-        alive = [state for state in self._planned if state.request_id in self.states]
+        alive = list(self._planned)
+        if not self._none_left:
+            alive = [state for state in alive if state.request_id in self.states]
         if alive:
-            lengths = self._ask(alive, self._number + 1)
-            self._ahead = {state.request_id: length for state, length in zip(alive, lengths, strict=True)}
+            self._ahead = alive, self._ask(alive, self._number + 1)
 
     def _show_outcomes(self) -> None:
         while self._outcomes:
@@ -193,13 +212,14 @@ class SpeculationBudget:
             lengths = list(policy.draft_lengths(step))
             if len(lengths) != len(states):
                 raise ContractError(f"{len(states)} lengths were due, {len(lengths)} came")
-            if lengths and not (0 <= min(lengths) and max(lengths) <= most):
-                raise ContractError(f"lengths must lie in 0..{most}, found {min(lengths)}..{max(lengths)}")
+            different = set(lengths)
+            if not (0 <= min(different) and max(different) <= most):
+                raise ContractError(f"lengths must lie in 0..{most}, found {min(different)}..{max(different)}")
             return lengths
 
-        full = [most] * len(states)
         if not states:
-            return full
+            return []
+        full = [most] * len(states)
         lengths = self.policy.call("draft_lengths", ask, full)
         self._price = self.policy.call("price", lambda policy: policy.price(), DraftPrice())
         return lengths

@@ -55,7 +55,12 @@ class KeptFile:
         return None
 
     def save(self, knowledge: Mapping[str, Any]) -> None:
-        """Write now, replacing the file as a whole."""
+        """Write now, replacing the file as a whole; what is being written aside comes first."""
+        if self._writing is not None:
+            self._writing.join()
+        self._write(knowledge)
+
+    def _write(self, knowledge: Mapping[str, Any]) -> None:
         partial = self.path.with_suffix(f".{os.getpid()}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,5 +72,5 @@ class KeptFile:
     def save_aside(self, knowledge: Mapping[str, Any]) -> None:
         """Write in a thread, so that no step waits for a disk; skipped while the last writing still goes on."""
         if self._writing is None or not self._writing.is_alive():
-            self._writing = threading.Thread(target=self.save, args=(knowledge,), daemon=True)
+            self._writing = threading.Thread(target=self._write, args=(knowledge,), daemon=True)
             self._writing.start()

@@ -212,3 +212,26 @@ def test_times_are_those_of_the_clock():
     budget.while_the_model_runs()
     assert [outcome.seconds for outcome in policy.outcomes] == pytest.approx([0.5, 0.5, 0.25])
     assert [outcome.number for outcome in policy.outcomes] == [1, 2, 3]
+
+
+def test_cache_salts_travel_while_somebody_has_one():
+    budget, _ = _budget(lambda n: [1] * n)
+    states = [RequestState("a", 1, 1, 0.0, cache_salt="tenant"), RequestState("b", 1, 1, 0.0)]
+    for state in states:
+        budget.admit(state)
+    assert budget.plan_drafts(states).cache_salts == {"a": "tenant"}
+    budget.forget("a")
+    plan = budget.plan_drafts(states[1:])
+    assert plan.cache_salts == {}
+    assert plan.lengths == {"b": 1}
+
+
+def test_a_list_that_its_owner_changes_is_read_again():
+    budget, _ = _budget(lambda n: [n] * n)
+    states = _states(3)
+    for state in states:
+        budget.admit(state)
+    assert budget.plan_drafts(states).lengths == {"r0": 3, "r1": 3, "r2": 3}
+    budget.while_the_model_runs()
+    del states[1]
+    assert budget.plan_drafts(states).lengths == {"r0": 3, "r2": 3}

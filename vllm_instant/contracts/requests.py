@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RequestState:
-    """One request as the scheduler sees it; live, kept for the request's whole life, not to be written to."""
+    """One request as the scheduler sees it; live, kept for the request's whole life, not to be written to.
+
+    Two of them are equal when they are the same object, so that lists of them are compared quickly.
+    """
 
     request_id: str
     num_prompt_tokens: int

@@ -14,12 +14,18 @@ class, so that the news of one request reach the others.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_plugins.goodput.compiled import estimate_classes, learn_classes, learn_requests, reach_of
+from vllm_instant_plugins.goodput.compiled_acceptance import (
+    estimate_class,
+    learn_classes,
+    learn_requests,
+    reach_of,
+    refresh_classes,
+)
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
@@ -83,9 +89,13 @@ class AcceptanceModel:
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         """Beginnings of prompts that came once: a class of their own pays when they come again."""
         self._class_estimate: Array = np.full((rows, positions), OPTIMISM)
-        self._stale: OrderedDict[int, None] = OrderedDict()
-        self._refresh_all = False
-        self._refresh([0])
+        self._stale: Indices = np.zeros(rows, np.intp)
+        """Since when a class's estimate waits to be brought up to date, the longest the lowest; 0 when it is."""
+        self._changed: Indices = np.zeros(rows, np.intp)
+        # A step's observations by class; used again each step.
+        self._news_count: Array = np.zeros(rows)
+        self._news = _Level(rows, positions)
+        self._refresh(0)
 
     # ------------------------------------------------------------------------------------- requests, classes
 
@@ -104,7 +114,7 @@ class AcceptanceModel:
             if len(self._kinds) == MAX_KINDS:
                 return 0
             row = self._kinds[kind] = 1 + len(self._kinds)
-            self._refresh([row])
+            self._refresh(row)
         return row
 
     def _similar_class(self, key: Hashable, kind_row: int) -> int:
@@ -112,7 +122,7 @@ class AcceptanceModel:
         if row is not None:
             self._similar.move_to_end(key)
             # Nobody of the class may have drafted since its parent learned something.
-            self._refresh([row])
+            self._refresh(row)
             return row
         if key not in self._seen:
             self._seen[key] = None
@@ -129,7 +139,7 @@ class AcceptanceModel:
         self._parent[row] = kind_row
         for array in (self._classes.trials, self._classes.hits, self._short_trials, self._short_hits):
             array[row] = 0.0
-        self._refresh([row])
+        self._refresh(row)
         return row
 
     # ------------------------------------------------------------------------------------------- estimates
@@ -144,66 +154,60 @@ class AcceptanceModel:
     # ------------------------------------------------------------------------------------------- learning
 
     def observe(self, indices: npt.ArrayLike, drafted: npt.ArrayLike, accepted: npt.ArrayLike) -> None:
-        """Learn from one step: each request's index, its draft tokens (at least one) and how many were accepted."""
-        rows = np.asarray(indices, np.intp)
-        if not len(rows):
-            return
-        level = self._requests
-        count = np.zeros(len(self._parent))
-        trials, hits = np.zeros_like(self._classes.trials), np.zeros_like(self._classes.hits)
-        learn_requests(
-            rows,
+        """Learn from one step: each request's index, its draft tokens and how many of them were accepted.
+
+        Requests that drafted nothing ``fade``.
+        """
+        requests, classes, news, count = self._requests, self._classes, self._news, self._news_count
+        drafting = learn_requests(
+            np.asarray(indices, np.intp),
             np.asarray(drafted, np.intp),
             np.asarray(accepted, np.intp),
             REQUEST_MEMORY,
+            IDLE_MEMORY,
             self._class_of,
-            level.trials,
-            level.hits,
+            requests.trials,
+            requests.hits,
             count,
-            trials,
-            hits,
+            news.trials,
+            news.hits,
         )
-        self._learn(count, trials, hits)
+        if not drafting:
+            return
+        changed = learn_classes(
+            self._parent,
+            MAX_KINDS,
+            CLASS_MEMORY,
+            SHORT_MEMORY,
+            CHANGE_SIGMAS,
+            count,
+            news.trials,
+            news.hits,
+            classes.trials,
+            classes.hits,
+            self._short_trials,
+            self._short_hits,
+            self._changed,
+        )
+        for row in self._changed[:changed].tolist():
+            self._cut(row, np.flatnonzero(count))
+        refresh_classes(
+            count,
+            MAX_KINDS,
+            len(count) if changed else _REFRESHED_PER_STEP,
+            classes.trials,
+            classes.hits,
+            self._parent,
+            CLASS_PRIOR,
+            OPTIMISM,
+            self._stale,
+            self._class_estimate,
+        )
 
     def fade(self, indices: Indices) -> None:
         """These requests drafted nothing in a step: they become more like their class again."""
         self._requests.trials[indices] *= IDLE_MEMORY
         self._requests.hits[indices] *= IDLE_MEMORY
-
-    def _learn(self, count: Array, trials: Array, hits: Array) -> None:
-        """Take over a step's observations, summed up by the classes of the requests."""
-        classes = self._classes
-        learn_classes(
-            self._parent,
-            MAX_KINDS,
-            CLASS_MEMORY,
-            SHORT_MEMORY,
-            count,
-            trials,
-            hits,
-            classes.trials,
-            classes.hits,
-            self._short_trials,
-            self._short_hits,
-        )
-        touched = np.flatnonzero(count)
-        self._detect_change(touched)
-        for row in touched.tolist():
-            self._stale[row] = None
-        # Parents have the lowest numbers and go first; the others take turns.
-        chosen = [row for row in self._stale if row <= MAX_KINDS]
-        narrow_ones = [row for row in self._stale if row > MAX_KINDS]
-        chosen += narrow_ones if self._refresh_all else narrow_ones[:_REFRESHED_PER_STEP]
-        self._refresh_all = False
-        self._refresh(chosen)
-
-    def _detect_change(self, rows: Indices) -> None:
-        trials, hits = self._short_trials[rows], self._short_hits[rows]
-        long_trials = self._classes.trials[rows, 0]
-        long = np.clip(self._classes.hits[rows, 0] / np.maximum(long_trials, 1e-9), 0.02, 0.98)
-        surprising = np.abs(hits - trials * long) > CHANGE_SIGMAS * np.sqrt(trials * long * (1 - long))
-        for row in rows[surprising & (trials >= 2) & (long_trials >= 2 * trials)].tolist():
-            self._cut(row, rows)
 
     def _cut(self, row: int, touched: Indices) -> None:
         """The class changed: its long memory becomes as short as the short one, its requests' own memories fade."""
@@ -222,24 +226,15 @@ class AcceptanceModel:
         classes.hits[below] *= left[:, None]
         self._short_trials[below] *= left
         self._short_hits[below] *= left
-        for child in below[classes.trials[below, 0] > 0].tolist():
-            self._stale[child] = None
-        self._refresh_all = True
+        news = below[classes.trials[below, 0] > 0]
+        self._stale[news] = np.maximum(self._stale[news], 1)
         parent = self._parent[self._class_of]
         members = np.flatnonzero((self._class_of == row) | (parent == row) | (row == 0))
         self._requests.trials[members] *= FADING
         self._requests.hits[members] *= FADING
 
-    def _refresh(self, rows: Sequence[int]) -> None:
-        """Bring the estimates of classes up to date, parents first."""
-        for row in rows:
-            self._stale.pop(row, None)
-        estimate_classes(
-            np.array(sorted(rows), np.intp),
-            self._classes.trials,
-            self._classes.hits,
-            self._parent,
-            CLASS_PRIOR,
-            OPTIMISM,
-            self._class_estimate,
-        )
+    def _refresh(self, row: int) -> None:
+        """Bring the estimate of a class up to date; its parent's is."""
+        classes = self._classes
+        estimate_class(row, classes.trials, classes.hits, self._parent, CLASS_PRIOR, OPTIMISM, self._class_estimate)
+        self._stale[row] = 0

@@ -31,6 +31,11 @@ class Allowance:
         """Whether ``take`` would say yes; nothing is paid."""
         return self._silence.get(what, SHORTEST_SILENCE) >= SHORTEST_SILENCE and self.left >= loss
 
+    def may(self, what: str, saving: bool = False) -> bool:
+        """Whether ``take`` that ``must`` would say yes to the smallest loss; nothing is paid."""
+        silence = self._silence.setdefault(what, SHORTEST_SILENCE)
+        return silence >= LONGEST_SILENCE or not (saving or silence < SHORTEST_SILENCE or self.left < 0.0)
+
     def due(self, what: str) -> bool:
         """Whether ``what`` was not explored for so long that it must be now."""
         return self._silence.get(what, SHORTEST_SILENCE) >= LONGEST_SILENCE

@@ -14,13 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_plugins.goodput.compiled import LEVELS, best_plan
+from vllm_instant_plugins.goodput.compiled_plans import LEVELS, best_plan
 from vllm_instant_plugins.goodput.costs import StepCosts
 
 Array = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
+_EVEN: Array = np.ones(0)
+"""Weights or yields that are 1 for all."""
+_NO_DRAFTING: Array = np.zeros(4)
+
+
+@dataclass(slots=True)  # not frozen, which would take longer to make
 class Choice:
     """A plan for one step and what is expected of it; tokens and seconds are per step."""
 
@@ -84,20 +89,22 @@ def choose(
     """
     requests = len(reach)
     context_seconds = costs.context_seconds(context)
-    # Drafts share experts with the token before them, other requests do not: rows alone do not say what they cost.
-    of_experts = costs.expert_seconds(costs.knots, requests)
-    off_at_knots, at_knots = costs.at_knots() + of_experts, costs.at_knots(sigmas) + of_experts
+    off_at_knots, at_knots = costs.at_knots(), costs.at_knots(sigmas)
+    if costs.experts.counted:
+        # Drafts share experts with the token before them, other requests do not: rows alone do not say what they cost.
+        of_experts = costs.expert_seconds(costs.knots, requests)
+        off_at_knots, at_knots = off_at_knots + of_experts, at_knots + of_experts
     lengths = np.empty(requests, np.intp)
     passes, lowest, tokens, seconds, off_seconds = best_plan(
         reach,
-        np.ones(requests) if weights is None else weights,
-        np.ones(requests) if yields is None else yields,
+        _EVEN if weights is None else weights,
+        _EVEN if yields is None else yields,
         costs.knots,
         at_knots,
         off_at_knots,
         context_seconds,
         costs.verifying_seconds(),
-        costs.drafting_weights() if drafting_counts else np.zeros(4),
+        costs.drafting_weights() if drafting_counts else _NO_DRAFTING,
         float(more_rows),
         float(most_rows),
         float(most_seconds),

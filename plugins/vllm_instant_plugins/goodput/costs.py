@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_plugins.goodput.compiled import learn_costs
+from vllm_instant_plugins.goodput.compiled_costs import describe_step, estimate_step, learn_costs
 from vllm_instant_plugins.goodput.experts import ExpertUse
 
 Array = npt.NDArray[np.float64]
@@ -95,21 +95,17 @@ class StepCosts:
 
         """
         x = np.zeros(len(self.weights))
-        knots = self.knots
-        right = min(max(int(knots.searchsorted(rows)), 1), len(knots) - 1)
-        left = right - 1
-        share = (min(rows, knots[-1]) - knots[left]) / (knots[right] - knots[left])
-        x[left], x[right] = 1.0 - share, share
-        x[len(knots) :] = (
+        experts = self.experts.share(requests, drafts) if self.experts.counted else 0.0
+        describe_step(
+            self.knots,
+            float(rows),
             context / CONTEXT_UNIT,
-            drafts > 0,
-            passes > 0,
-            rows if passes else 0.0,
-            passes,
-            passes * requests,
-            missed > 0,
+            float(drafts),
+            float(passes),
+            float(requests),
             missed / MISSED_UNIT,
-            self.experts.share(requests, drafts),
+            float(experts),
+            x,
         )
         return x
 
@@ -120,7 +116,8 @@ class StepCosts:
         deviations of the estimate less, which is how little it may still turn out to be.
         """
         curve = np.interp(rows, self.knots, self.at_knots(sigmas))
-        curve += self.expert_seconds(rows, requests)
+        if self.experts.counted:
+            curve += self.expert_seconds(rows, requests)
         seconds: Array = np.maximum(curve + self.context_seconds(context), 1e-6)
         return seconds
 
@@ -166,17 +163,26 @@ class StepCosts:
 
     def estimate(self, x: Array) -> tuple[float, float]:
         """Expected seconds of a step with features ``x`` and their standard deviation, measurement noise excluded."""
-        return float(self.weights @ x), max(0.0, float(x @ self._covariance @ x)) ** 0.5
+        seconds, variance = estimate_step(x, self.weights, self._covariance)
+        return seconds, max(0.0, variance) ** 0.5
 
     def observe(self, x: Array, seconds: float) -> float:
         """Learn from one pure decoding step; returns how far off the estimate was, in standard deviations."""
         if not self.ready:
             self._start(x, seconds)
         self.observations += 1
-        self.largest_rows = max(self.largest_rows, int(x[: len(self.knots)] @ self.knots + 0.5))
-        surprise, still_off = learn_costs(
-            x, float(seconds), self._noise, OUTLIER_SIGMAS, _COMMON_DRIFT, _OWN_DRIFT, self.weights, self._covariance
+        surprise, still_off, rows = learn_costs(
+            x,
+            float(seconds),
+            self._noise,
+            OUTLIER_SIGMAS,
+            _COMMON_DRIFT,
+            _OWN_DRIFT,
+            self.knots,
+            self.weights,
+            self._covariance,
         )
+        self.largest_rows = max(self.largest_rows, int(rows + 0.5))
         residual = min(still_off, 0.3)
         rate = max(0.01, 1.0 / (self.observations + 1))
         self._noise = max((1 - rate) * self._noise + rate * residual * residual, 0.005**2)

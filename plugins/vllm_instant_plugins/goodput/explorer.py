@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from vllm_instant_plugins.goodput.allowance import Allowance
 from vllm_instant_plugins.goodput.choice import Choice
+from vllm_instant_plugins.goodput.compiled_requests import grant, miss_all, miss_idle
 from vllm_instant_plugins.goodput.costs import StepCosts
 
 Indices = npt.NDArray[np.intp]
@@ -33,7 +34,7 @@ VAGUE = 0.02
 MOST_PROBED_TOKENS = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would take longer to make
 class Situation:
     """What is known before a step is planned."""
 
@@ -85,16 +86,18 @@ class Explorer:
         self._last_drafted[index] = 0.0
         self._missed[index] = missed
 
-    def drafted(self, indices: Indices, number: int) -> float:
-        """These requests draft in step ``number``; returns how many tokens the drafter must read for that first."""
-        self._last_drafted[indices] = number
-        missed = float(self._missed[indices].sum())
-        self._missed[indices] = 0.0
-        return missed
+    def drafted(self, indices: Indices, lengths: Indices, number: int) -> tuple[float, int]:
+        """Step ``number`` grants ``lengths``; returns how many tokens the drafter must read first, and all lengths."""
+        reading, granted = grant(indices, lengths, number, self._last_drafted, self._missed)
+        return reading, granted
 
-    def not_drafted(self, indices: Indices, tokens: npt.NDArray[np.int_] | int) -> None:
-        """These requests drafted nothing in a step that gave them ``tokens``."""
-        self._missed[indices] += tokens
+    def not_drafted(self, indices: Indices, accepted: Indices) -> None:
+        """The drafter was off in a step that accepted so many tokens of each request's drafts."""
+        miss_all(indices, accepted, self._missed)
+
+    def not_all_drafted(self, indices: Indices, lengths: Indices) -> None:
+        """The drafter was off in a step for those of its requests that were granted nothing."""
+        miss_idle(indices, lengths, self._missed)
 
     # --------------------------------------------------------------------------------------- explorations
 
@@ -116,20 +119,18 @@ class Explorer:
     def while_drafting(self, now: Situation) -> tuple[Indices, str]:
         """The best plan's lengths, or with a request more, or none at all for comparison; and the reason."""
         choice = now.choice
-        idle = now.free[choice.lengths[now.free] == 0]
-        if len(idle):
-            # One row more for a request that gets none, so that it can show that it has become predictable.
-            row_seconds = float(
-                np.diff(
-                    self._costs.target_seconds(np.array([0.0, 1.0]) + choice.requests, 0.0, requests=choice.requests)
-                )[0]
-            )
-            probed = idle[self._last_drafted[now.indices[idle]].argmin()]
-            seconds = max(0.0, row_seconds) + self._reading_seconds(now.indices[[probed]])
-            if self.allowance.take("request", seconds / choice.seconds):
-                lengths = choice.lengths.copy()
-                lengths[probed] = 1
-                return lengths, "draft+probe"
+        if self.allowance.affords("request", 0.0):
+            idle = now.free[choice.lengths[now.free] == 0]
+            if len(idle):
+                # One row more for a request that gets none, so that it can show that it has become predictable.
+                rows = np.array([0.0, 1.0]) + choice.requests
+                row_seconds = float(np.diff(self._costs.target_seconds(rows, 0.0, requests=choice.requests))[0])
+                probed = idle[self._last_drafted[now.indices[idle]].argmin()]
+                seconds = max(0.0, row_seconds) + self._reading_seconds(now.indices[[probed]])
+                if self.allowance.take("request", seconds / choice.seconds):
+                    lengths = choice.lengths.copy()
+                    lengths[probed] = 1
+                    return lengths, "draft+probe"
         if choice.gain < 1.5 and self.allowance.affords("reference", 0.0):
             off = self._costs.features(choice.requests, now.context, 0, 0, choice.requests)
             seconds, deviation = self._costs.estimate(off)
@@ -173,6 +174,8 @@ class Explorer:
         choice = now.choice
         lengths = np.zeros(choice.requests, np.intp)
         follow_up, self.follow_up = self.follow_up, 0
+        if not follow_up and not self.allowance.may("drafter", self._saving):
+            return lengths, "off"
         probed = min(max(1, follow_up), len(now.free))
         trials = np.arange(1, min(MOST_PROBED_TOKENS, now.max_draft_tokens) + 1)
         passes: Array = trials.astype(np.float64)

@@ -31,12 +31,13 @@ class GoodputOptions(PluginOptions):
 
 def warm_up() -> None:
     """Compile the inner loops, or load what was compiled, now: not while a request waits."""
-    policy = GoodputPolicy(2, 2, LatencyGoals(1.0, 1.0))
+    policy = GoodputPolicy(2, 2, LatencyGoals(1.0, 1.0), confident_drafts=True)
     state = RequestState("warm-up", 1, 8, 0.0)
     policy.enter(state)
     for number in (1, 2, 3):
         [length] = policy.draft_lengths(UpcomingStep([state], 2, number=number))
         policy.observe(StepOutcome([state], [1], [1], 2, 1e-3, 1, number, length))
+    policy.costs.estimate(policy.costs.features(1, 8, 0, 0, 1))
 
 
 def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:

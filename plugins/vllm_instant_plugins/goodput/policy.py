@@ -10,7 +10,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,19 @@ import numpy.typing as npt
 from vllm_instant import DraftPrice, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
 from vllm_instant_plugins.goodput.choice import Choice, choose
+from vllm_instant_plugins.goodput.compiled_requests import believe
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.explorer import Explorer, Situation
 from vllm_instant_plugins.goodput.goals import LatencyGoals
 from vllm_instant_plugins.goodput.pricing import FREE, Pricing
+from vllm_instant_plugins.goodput.roster import Batch, Roster, whole_numbers
 from vllm_instant_plugins.goodput.trace import Decision, Trace
 from vllm_instant_plugins.keeping import KeptFile
 
 logger = logging.getLogger("vllm.instant")
 
 Indices = npt.NDArray[np.intp]
+Array = npt.NDArray[np.float64]
 
 SWITCH_ON_GAIN = 0.02
 """Drafting starts when this much more is expected than without; it stops when less than without is expected."""
@@ -71,6 +73,7 @@ class GoodputPolicy(SpeculationPolicy):
         self.acceptance = AcceptanceModel(max(1, max_draft_tokens))
         self.costs = StepCosts(max_requests * (max_draft_tokens + 1))
         self.explorer = Explorer(self.costs)
+        self.roster = Roster()
         self.trace = Trace()
         self.drafting = False
         """Whether drafting pays at present; changes with hysteresis."""
@@ -90,16 +93,9 @@ class GoodputPolicy(SpeculationPolicy):
         self._saved_observations = 0
         self._hoped, self._got = 10.0, 10.0
         """Accepted tokens that were expected and that came, recently."""
-        self._resting: tuple[npt.NDArray[np.float64], Choice, Indices] | None = None
+        self._resting: Decision | None = None
         self._resting_until = 0
         """While off with the same requests, the same decision holds for some steps without being worked out again."""
-        self._context = np.zeros(64)
-        self._granted = np.ones(64)
-        self._proposed = np.ones(64)
-        self._pins: Indices = np.full(64, -1)
-        """Draft lengths that clients asked for; -1 where the policy decides."""
-        self._entered = np.zeros(64)
-        """Number of the newest step when the request came: older decisions were about another one."""
         self._newest_step = 0
         if store is not None:
             saved = store.load()
@@ -111,18 +107,8 @@ class GoodputPolicy(SpeculationPolicy):
     def enter(self, request: RequestState) -> None:
         """Put the request into its class."""
         index = request.index
-        if index >= len(self._context):
-            more = max(index + 1, 2 * len(self._context)) - len(self._context)
-            self._context = np.pad(self._context, (0, more))
-            self._granted = np.pad(self._granted, (0, more), constant_values=1.0)
-            self._proposed = np.pad(self._proposed, (0, more), constant_values=1.0)
-            self._pins = np.pad(self._pins, (0, more), constant_values=-1)
-            self._entered = np.pad(self._entered, (0, more))
-        self._context[index] = request.num_prompt_tokens + request.num_output_tokens
-        self._granted[index] = self._proposed[index] = 1.0
+        self.roster.enter(request, self._newest_step)
         self.explorer.enter(index, 0.0 if self.drafting else request.num_prompt_tokens)
-        self._entered[index] = self._newest_step
-        self._pins[index] = -1 if request.pinned_draft_length is None else request.pinned_draft_length
         kind = (min(round(request.temperature * 2), 4), request.structured_output)
         self.acceptance.enter(index, kind, request.prompt_class)
         if self._goals is not None:
@@ -140,64 +126,64 @@ class GoodputPolicy(SpeculationPolicy):
         self.explorer.allowance.step()
         # What is tried in order to learn is not cut by what is believed.
         self._price = FREE
-        indices = np.array([request.index for request in requests], np.intp)
+        batch = self.roster.batch(requests)
         resting = self._resting
-        if resting is not None and step.number < self._resting_until and not self.explorer.follow_up:
-            reach, choice, rested = resting
-            if np.array_equal(rested, indices):
-                return self._decide(step, indices, reach, choice, choice.lengths, "off")
+        if (
+            resting is not None
+            and step.number < self._resting_until
+            and not self.explorer.follow_up
+            and (resting.batch is batch or np.array_equal(resting.batch.indices, batch.indices))
+        ):
+            return self._decide(step, batch, resting.first, resting.choice, resting.lengths, "off")
         self._resting = None
-        reach = self.acceptance.reach(indices)
-        pins = self._pins[indices]
-        pinned = pins >= 0
-        if pinned.all():
+        reach = self.acceptance.reach(batch.indices)
+        pins, free = batch.pins, batch.free
+        if not len(free):
             choice = Choice(pins, int(pins.max()), count, 1.0, 1.0, count, 1.0)
-            return self._decide(step, indices, reach, choice, pins, "pinned")
-        if pinned.any():
-            # No token is gained by a plan for them.
-            reach[pinned] = 0.0
-        realism = self._realism()
-        context = float(self._context[indices].sum())
+            return self._decide(step, batch, reach[:, 0].copy(), choice, pins, "pinned")
+        believed, first, yields, context = self._believe(batch, reach)
         if not self.costs.ready:
             # Nothing was measured yet; the first step shows what one costs without drafts.
             choice = Choice(np.zeros(count, np.intp), 0, count, 1.0, 1.0, count, 1.0)
-            return self._decide(step, indices, reach, choice, choice.lengths, "learning")
+            return self._decide(step, batch, first, choice, choice.lengths, "learning")
         goals = self._goals
-        more_rows = float(pins[pinned].sum())
-        believed = np.minimum(reach * realism, 1.0)
+        more_rows = 0.0 if batch.all_free else float(pins[pins >= 0].sum())
+        most_rows = self._most_rows(count)
         best = functools.partial(
             choose,
             costs=self.costs,
             context=context,
-            most_rows=self._most_rows(count),
+            most_rows=most_rows,
             most_seconds=goals.most_seconds(step) if goals is not None else np.inf,
-            weights=goals.weights(indices) if goals is not None else None,
-            yields=self._yields(indices),
+            weights=goals.weights(batch.indices) if goals is not None else None,
+            yields=yields,
             more_rows=more_rows,
             drafting_counts=not self._confident,
         )
         choice = best(believed)
         if self._calibrating:
-            return self._decide(step, indices, reach, choice, self._any_lengths(count, step), "calibrating")
-        free = np.flatnonzero(~pinned)
+            return self._decide(step, batch, first, choice, self._any_lengths(count, step), "calibrating")
         gain = choice.return_on_drafts if self._confident else choice.gain
-        worthwhile = choice.draft_tokens > 0 and gain >= self._least_gain(step.number)
+        worthwhile = choice.passes > 0 and gain >= self._least_gain(step.number)
         if worthwhile != self.drafting:
             self.drafting = worthwhile
             self.switches += 1
             self._switched_at = step.number
             if self._log_changes:
-                self._log_change(choice, reach)
-        now = Situation(step.number, indices, free, context, more_rows, believed, best, choice, step.max_draft_tokens)
+                self._log_change(choice, first)
+        now = Situation(
+            step.number, batch.indices, free, context, more_rows, believed, best, choice, step.max_draft_tokens
+        )
         explorer = self.explorer
         uncertain = explorer.uncertain(now)
         if uncertain is not None:
-            return self._decide(step, indices, reach, uncertain, uncertain.lengths, "costs")
+            return self._decide(step, batch, first, uncertain, uncertain.lengths, "costs")
+        rests = False
         if worthwhile:
             lengths, reason = explorer.while_drafting(now)
             if self._confident and reason != "reference":
                 self._price = self._pricing.price(
-                    choice, context, more_rows, len(free) * step.max_draft_tokens, self._most_rows(count)
+                    choice, context, more_rows, len(free) * step.max_draft_tokens, most_rows
                 )
             if self._confident and goals is None:
                 # Whose drafts come true may get as much as its drafter is sure of.
@@ -207,12 +193,36 @@ class GoodputPolicy(SpeculationPolicy):
             self._hoped, self._got = 0.1 + 0.99 * self._hoped, 0.1 + 0.99 * self._got
             trial = explorer.trial(now)
             if trial is not None:
-                return self._decide(step, indices, reach, trial, trial.lengths, "trial")
+                return self._decide(step, batch, first, trial, trial.lengths, "trial")
             lengths, reason = explorer.while_off(now)
-            if reason == "off" and goals is None and len(free) == count:
-                off = replace(choice, lengths=lengths)
-                self._resting, self._resting_until = (reach, off, indices), step.number + RESTING_STEPS
-        return self._decide(step, indices, reach, choice, lengths, reason)
+            rests = reason == "off" and goals is None and batch.all_free
+        plan = self._decide(step, batch, first, choice, lengths, reason)
+        if rests:
+            self._resting, self._resting_until = self.trace.newest_decision, step.number + RESTING_STEPS
+        return plan
+
+    def _believe(self, batch: Batch, reach: Array) -> tuple[Array, Array, Array | None, float]:
+        """What plans are made with, from the estimated chances, whose array is used again.
+
+        Returns:
+            Chances as far as such estimates have come true, the estimates of first draft tokens, the share of the
+            granted tokens that the drafter delivers (None: all; a lookup often finds nothing), and tokens of context.
+
+        """
+        first, yields = np.empty(len(reach)), np.empty(len(reach))
+        roster = self.roster
+        context, least = believe(
+            batch.indices,
+            batch.pins,
+            self._realism(),
+            roster.context,
+            roster.granted,
+            roster.proposed,
+            first,
+            yields,
+            reach,
+        )
+        return reach, first, None if least > 0.98 else yields, context
 
     def _most_rows(self, requests: int) -> float:
         """Not far beyond what was measured: the first steps go up by degrees."""
@@ -232,14 +242,14 @@ class GoodputPolicy(SpeculationPolicy):
             return 1.0 - (CLEAR_GAIN if recent else 0.0)
         return 1.0 + (CLEAR_GAIN if recent else SWITCH_ON_GAIN)
 
-    def _log_change(self, choice: Choice, reach: npt.NDArray[np.float64]) -> None:
+    def _log_change(self, choice: Choice, first: Array) -> None:
         logger.info(
             "step %d, %d requests: %s. Estimated acceptance of a first draft token %.0f %%; the best plan gives "
             "%.2f times the tokens a second of no drafts (%.1f tokens in %.1f ms against %d in %.1f ms)",
             self._newest_step,
             choice.requests,
             "drafting begins" if self.drafting else "drafting ends",
-            100 * float(reach[:, 0].mean()),
+            100 * float(first.mean()),
             choice.gain,
             choice.tokens,
             1e3 * choice.seconds,
@@ -251,11 +261,6 @@ class GoodputPolicy(SpeculationPolicy):
         """How many accepted tokens come for each that is expected: the best-looking estimates are often lucky ones."""
         return min(max(self._got / self._hoped, 0.6), 1.2)
 
-    def _yields(self, indices: Indices) -> npt.NDArray[np.float64] | None:
-        """Share of the granted tokens that the drafter delivers: a lookup often finds nothing."""
-        yields = self._proposed[indices] / self._granted[indices]
-        return None if yields.min() > 0.98 else yields
-
     def _any_lengths(self, count: int, step: UpcomingStep) -> Indices:
         """Lengths at random: the same for all, or for each request its own, or none."""
         most = int(self._sweep.integers(0, step.max_draft_tokens + 1))
@@ -264,35 +269,14 @@ class GoodputPolicy(SpeculationPolicy):
         return self._sweep.integers(0, most + 1, count)
 
     def _decide(
-        self,
-        step: UpcomingStep,
-        indices: Indices,
-        reach: npt.NDArray[np.float64],
-        choice: Choice,
-        lengths: Indices,
-        reason: str,
+        self, step: UpcomingStep, batch: Batch, first: Array, choice: Choice, lengths: Indices, reason: str
     ) -> Sequence[int]:
-        pins = self._pins[indices]
-        lengths = np.where(pins < 0, lengths, pins)
+        if not batch.all_free:
+            lengths = np.where(batch.pins < 0, lengths, batch.pins)
+        missed, granted = self.explorer.drafted(batch.indices, lengths, step.number)
+        hoped = (choice.tokens - choice.requests) / self._realism()
+        self.trace.add(Decision(step.number, reason, batch, lengths, first, choice, hoped, granted, missed))
         plan: list[int] = lengths.tolist()
-        missed = self.explorer.drafted(indices[lengths > 0], step.number)
-        self.trace.add(
-            Decision(
-                step.number,
-                reason,
-                step.requests,
-                plan,
-                reach[:, 0],
-                choice.tokens,
-                choice.seconds,
-                choice.off_seconds,
-                choice.gain,
-                choice.threshold,
-                (choice.tokens - choice.requests) / self._realism(),
-                indices,
-                missed,
-            )
-        )
         return plan
 
     # ------------------------------------------------------------------------------------------------ learning
@@ -302,28 +286,25 @@ class GoodputPolicy(SpeculationPolicy):
         count = len(outcome.requests)
         if count == 0:
             return
-        indices = np.array([request.index for request in outcome.requests], np.intp)
-        drafted, accepted = np.array(outcome.drafted), np.array(outcome.accepted)
-        context = float(self._context[indices].sum())
-        self._context[indices] += accepted + 1
+        batch = self.roster.batch(outcome.requests)
+        drafted, accepted = whole_numbers(outcome.drafted), whole_numbers(outcome.accepted)
+        context, total, kept = self.roster.advance(batch, drafted, accepted)
         if self._goals is not None:
-            self._goals.observe(indices, accepted + 1)
-        decision = self.trace.of_step(outcome.number - 1)
-        total = int(drafted.sum())
+            self._goals.observe(batch.indices, accepted + 1)
         self._pricing.observe(total)
+        decision = self.trace.of_step(outcome.number - 1)
         if decision is not None:
-            self._compare(decision, outcome, indices, drafted, accepted)
-        some = drafted > 0
-        if total:
-            self.acceptance.observe(indices[some], drafted[some], accepted[some])
-        self.acceptance.fade(indices[~some])
+            decision.drafted, decision.accepted, decision.took = total, kept, outcome.seconds
+            decision.produced = kept + count
+            if total or decision.granted:
+                self._compare(decision, batch, drafted, accepted)
+        self.acceptance.observe(batch.indices, drafted, accepted)
 
         planned = self.trace.of_step(outcome.number)
-        if planned is None or not any(planned.lengths):
-            self.explorer.not_drafted(indices, accepted + 1)
+        if planned is None or not planned.granted:
+            self.explorer.not_drafted(batch.indices, accepted)
         else:
-            idle = planned.indices[np.array(planned.lengths) == 0]
-            self.explorer.not_drafted(idle, 1)
+            self.explorer.not_all_drafted(planned.batch.indices, planned.lengths)
         if outcome.experts is not None:
             self.costs.experts.observe(outcome.experts)
         rows = count + total
@@ -334,38 +315,19 @@ class GoodputPolicy(SpeculationPolicy):
             self.costs.observe(features, outcome.seconds)
             self._keep()
 
-    def _compare(
-        self,
-        decision: Decision,
-        outcome: StepOutcome,
-        indices: Indices,
-        drafted: npt.NDArray[np.int_],
-        accepted: npt.NDArray[np.int_],
-    ) -> None:
+    def _compare(self, decision: Decision, batch: Batch, drafted: Indices, accepted: Indices) -> None:
         """Set what came out beside what was expected."""
-        total, kept = int(drafted.sum()), int(accepted.sum())
-        decision.drafted, decision.accepted, decision.took = total, kept, outcome.seconds
-        decision.produced = kept + len(indices)
-        if not total and not any(decision.lengths):
-            return
-        known = self._entered[indices] < decision.number
-        granted = np.zeros(max(int(indices.max()), int(decision.indices.max())) + 1)
-        granted[decision.indices] = decision.lengths
-        asked = np.maximum(np.where(known, granted[indices], 0.0), drafted)
-        rows = indices[asked > 0]
-        self._granted[rows] = self._granted[rows] * 0.9 + asked[asked > 0]
-        self._proposed[rows] = self._proposed[rows] * 0.9 + drafted[asked > 0]
+        planned, known, kept = self.roster.compare(
+            decision.number, decision.batch, decision.lengths, batch, drafted, accepted
+        )
         if decision.reason in ("draft", "trial", "costs"):
             # Requests that have ended since do not count, nor those that were not planned for.
-            ours = self._pins[indices] < 0
-            planned = int((self._pins[decision.indices] < 0).sum())
-            hoped = decision.hoped * int((known & ours).sum()) / max(planned, 1)
-            self._hoped = _FORGETTING * self._hoped + hoped
-            self._got = _FORGETTING * self._got + int(accepted[ours].sum())
-        elif decision.reason in ("probe", "follow-up") and total:
-            hoped = float((drafted > 0) @ self.acceptance.reach(indices)[:, 0])
-            if kept > hoped + 0.5:
-                self.explorer.follow_up = min(2 * int((drafted > 0).sum()), len(indices))
+            self._hoped = _FORGETTING * self._hoped + decision.hoped * known / max(planned, 1)
+            self._got = _FORGETTING * self._got + kept
+        elif decision.reason in ("probe", "follow-up") and decision.drafted:
+            hoped = float((drafted > 0) @ self.acceptance.reach(batch.indices)[:, 0])
+            if int(accepted.sum()) > hoped + 0.5:
+                self.explorer.follow_up = min(2 * int((drafted > 0).sum()), len(drafted))
 
     def _keep(self) -> None:
         """Save the costs now and then."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_instant import DraftPrice
 from vllm_instant_plugins.goodput.choice import Choice
+from vllm_instant_plugins.goodput.compiled_plans import price_drafts
 from vllm_instant_plugins.goodput.costs import StepCosts
+
+Array = npt.NDArray[np.float64]
 
 FREE = DraftPrice()
 PRICED_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 """Numbers of draft tokens whose verification is priced."""
-UNAFFORDABLE = 1e6
-"""Tokens that nothing is expected to bring."""
 FIRST_DRAFTS = 4.0
 _MEMORY = 0.95
 
@@ -29,6 +31,7 @@ class Pricing:
         self._costs = costs
         self._usual = FIRST_DRAFTS
         """Draft tokens of a step that has any: what one more costs depends on how many there are."""
+        self._counts: tuple[Array, list[int]] = np.zeros(1), []
 
     def observe(self, drafted: int) -> None:
         """A step verified so many draft tokens."""
@@ -47,22 +50,37 @@ class Pricing:
 
         """
         costs = self._costs
-        rate = max(best.tokens / best.seconds, best.requests / best.off_seconds)
-        counts = np.array([count for count in PRICED_COUNTS if count < most] + [most])
-        rows = best.requests + more_rows + np.concatenate([[0.0], counts])
-        seconds = costs.target_seconds(rows, context, requests=best.requests)
-        extra = rate * (seconds[1:] - seconds[0])
-        extra[rows[1:] > most_rows] = UNAFFORDABLE
+        requests, rows = best.requests, best.requests + more_rows
+        rate = max(best.tokens / best.seconds, requests / best.off_seconds)
+        counts, listed = self._counts_up_to(most)
         verifying = rate * costs.verifying_seconds()
-        # Roughly: the dearest of the usual number of drafts, half and twice as many.
-        usual = self._usual * np.array([0.5, 1.0, 2.0])
-        affordable = extra < UNAFFORDABLE
-        rough = np.interp(usual, counts[affordable], extra[affordable]) / usual if affordable.any() else extra[:1]
-        some, each_row, each, each_request = costs.drafting_weights()
-        return DraftPrice(
-            batch=tuple(zip(counts.tolist(), (extra + verifying).tolist(), strict=True)),
-            row=max(0.0, float(rough.max())),
-            verifying=verifying,
-            drafting=rate * max(float(some + each_row * rows[0]), 0.0),
-            draft_pass=rate * max(float(each + each_request * best.requests), 0.0),
+        of_experts = costs.expert_seconds(rows + counts, requests) if costs.experts.counted else np.zeros(len(counts))
+        batch = np.empty(len(counts) - 1)
+        rough = price_drafts(
+            counts,
+            float(rows),
+            float(most_rows),
+            self._usual,
+            rate,
+            verifying,
+            costs.context_seconds(context),
+            of_experts,
+            costs.knots,
+            costs.at_knots(),
+            batch,
         )
+        some, each_row, each, each_request = costs.drafting_weights().tolist()
+        return DraftPrice(
+            batch=tuple(zip(listed, batch.tolist(), strict=True)),
+            row=max(0.0, rough),
+            verifying=verifying,
+            drafting=rate * max(some + each_row * rows, 0.0),
+            draft_pass=rate * max(each + each_request * requests, 0.0),
+        )
+
+    def _counts_up_to(self, most: int) -> tuple[Array, list[int]]:
+        """The numbers of draft tokens that are priced, from 0 in the array and from 1 in the list."""
+        if self._counts[1][-1:] != [most]:
+            listed = [count for count in PRICED_COUNTS if count < most] + [most]
+            self._counts = np.array([0, *listed], float), listed
+        return self._counts

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import RequestState
+from vllm_instant_plugins.goodput.choice import Choice
+from vllm_instant_plugins.goodput.roster import Batch
 
 KEPT = 2048
 
@@ -21,19 +21,17 @@ class Decision:
 
     number: int
     reason: str
-    requests: Sequence[RequestState]
-    lengths: Sequence[int]
+    batch: Batch
+    lengths: npt.NDArray[np.intp]
+    """Draft tokens granted by request."""
     first: npt.NDArray[np.float64]
     """Estimated acceptance of the first draft token by request."""
-    tokens: float
-    seconds: float
-    off_seconds: float
-    gain: float
-    """Expected tokens a second relative to no drafting, of the best plan (whether or not it was chosen)."""
-    threshold: float
+    choice: Choice
+    """The best plan, whether or not it was chosen."""
     hoped: float
     """Accepted tokens that the acceptance estimates alone promised."""
-    indices: npt.NDArray[np.intp]
+    granted: int
+    """Draft tokens granted in all."""
     missed: float = 0.0
     """Tokens that the drafter has to read for this step's drafts, because it was off when they came."""
     produced: int | None = None
@@ -49,22 +47,23 @@ class Decision:
                 "draft_tokens": int(length),
                 "acceptance": round(float(chance), 3),
             }
-            for state, length, chance in zip(self.requests, self.lengths, self.first, strict=True)
+            for state, length, chance in zip(self.batch.requests, self.lengths, self.first, strict=True)
             if request_id is None or state.request_id.startswith(request_id)
         ]
         if not rows:
             return None
+        choice = self.choice
         return {
             "step": self.number,
             "reason": self.reason,
-            "num_requests": len(self.requests),
-            "draft_tokens": int(sum(self.lengths)),
+            "num_requests": len(self.batch.requests),
+            "draft_tokens": self.granted,
             "expected": {
-                "tokens": round(self.tokens, 2),
-                "milliseconds": round(self.seconds * 1e3, 3),
-                "milliseconds_without_drafts": round(self.off_seconds * 1e3, 3),
-                "gain": round(self.gain, 3),
-                "worth_from": round(self.threshold, 3),
+                "tokens": round(choice.tokens, 2),
+                "milliseconds": round(choice.seconds * 1e3, 3),
+                "milliseconds_without_drafts": round(choice.off_seconds * 1e3, 3),
+                "gain": round(choice.gain, 3),
+                "worth_from": round(choice.threshold, 3),
             },
             "outcome": None
             if self.took is None
@@ -83,6 +82,16 @@ class Trace:
 
     def __init__(self) -> None:
         self._ring: deque[Decision] = deque(maxlen=KEPT)
+
+    @property
+    def newest_decision(self) -> Decision:
+        """The one that was added last.
+
+        Raises:
+            IndexError: when none was.
+
+        """
+        return self._ring[-1]
 
     def add(self, decision: Decision) -> None:
         """Keep a new decision, forget the oldest."""

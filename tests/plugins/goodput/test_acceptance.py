@@ -122,7 +122,7 @@ def test_a_sudden_change_is_believed_within_a_dozen_observations_by_all_of_the_c
 
 def test_chance_alone_does_not_look_like_a_change(monkeypatch):
     cuts = []
-    monkeypatch.setattr(AcceptanceModel, "_cut", lambda self, row: cuts.append(row))
+    monkeypatch.setattr(AcceptanceModel, "_cut", lambda self, row, touched: cuts.append(row))
     model, random = _model(), np.random.default_rng(1)
     for _ in range(3000):
         _observe(model, 0, 1, int(random.random() < 0.6))
@@ -190,3 +190,18 @@ def test_a_class_that_was_idle_follows_its_parent_when_its_prompt_comes_again():
     idle, unknown = _conditional(model, np.array([5, 6]))[:, 0]
     assert unknown < 0.05
     assert idle < 0.2
+
+
+def test_many_classes_that_learn_in_one_step_take_turns():
+    model = AcceptanceModel(4)
+    everyone = np.arange(40)
+    for _ in range(2):
+        for index in everyone:
+            model.enter(index, "greedy", int(index))
+    before = model._class_estimate[acceptance.MAX_KINDS + 1 :, 0].copy()
+    fresh = []
+    for _ in range(6):
+        model.observe(everyone, [2] * 40, [2] * 40)
+        now = model._class_estimate[acceptance.MAX_KINDS + 1 :, 0]
+        fresh.append(int((now[:40] != before[:40]).sum()))
+    assert fresh[:5] == [8, 16, 24, 32, 40]

@@ -152,7 +152,7 @@ class TestExplorer:
     def test_the_request_that_drafted_longest_ago_is_probed(self):
         costs = _costs(row=0.02)
         explorer, now = _rich(costs), _situation(costs, 0.05)
-        explorer.drafted(np.array([0, 1, 3]), 7)
+        explorer.drafted(np.arange(4), np.array([1, 1, 0, 1]), 7)
         lengths, reason = explorer.while_off(now)
         assert reason == "probe"
         assert np.flatnonzero(lengths).tolist() == [2]
@@ -162,10 +162,17 @@ class TestExplorer:
         costs.weights[-2] = 0.1  # seconds for each 128 tokens
         explorer, now = _rich(costs), _situation(costs, 0.05)
         explorer.allowance.left = 0.5
-        explorer.not_drafted(np.arange(4), 1000)
+        explorer.not_drafted(np.arange(4), np.full(4, 999))
         assert explorer.while_off(now)[1] == "off"
-        assert explorer.drafted(np.arange(4), 3) == 4000
+        assert explorer.drafted(np.arange(4), np.full(4, 2), 3) == (4000, 8)
         assert explorer.while_off(now)[1] == "probe"
+
+    def test_only_what_comes_while_the_drafter_is_off_for_a_request_is_missed(self):
+        explorer = _rich(_costs())
+        explorer.not_drafted(np.arange(3), np.array([0, 2, 4]))
+        explorer.not_all_drafted(np.arange(3), np.array([1, 0, 0]))
+        assert explorer.drafted(np.arange(3), np.array([3, 0, 1]), 2) == (1 + 6, 4)
+        assert explorer.drafted(np.arange(3), np.array([1, 1, 1]), 3) == (4, 3)
 
     def test_steps_without_drafts_are_measured_again_when_their_time_is_vague(self):
         costs = _costs(row=0.0001)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -101,3 +102,22 @@ def test_saving_aside_does_not_wait(tmp_path):
         if thread is not threading.current_thread() and thread.daemon:
             thread.join(5)
     assert json.loads(store.path.read_text())["costs"] == {"weights": [2.0]}
+
+
+def test_what_is_saved_last_is_what_is_kept(tmp_path, monkeypatch):
+    """A writing that still goes on aside neither disturbs the last one nor comes after it."""
+    kept = KeptFile(tmp_path, {"device": "a"})
+    began, write = threading.Event(), kept._write
+
+    def slowly(knowledge):
+        if knowledge["number"] == 1:
+            began.set()
+            time.sleep(0.1)
+        write(knowledge)
+
+    monkeypatch.setattr(kept, "_write", slowly)
+    kept.save_aside({"number": 1})
+    assert began.wait(5)
+    kept.save({"number": 2})
+    assert kept.load() == {"number": 2}
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]

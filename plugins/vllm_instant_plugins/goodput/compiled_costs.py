@@ -1,0 +1,99 @@
+"""The inner loops of the cost model, compiled.
+
+Each function is the plain statement of what its caller documents; arrays that are written to come last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vllm_instant_plugins.jit import compiled
+
+
+@compiled
+def describe_step(
+    knots: Any,
+    rows: float,
+    context: float,
+    drafts: float,
+    passes: float,
+    requests: float,
+    missed: float,
+    experts: float,
+    x: Any,
+) -> None:
+    """The feature vector ``x`` of a step, which comes as zeros; see ``StepCosts.features``."""
+    count = len(knots)
+    right = min(max(int(np.searchsorted(knots, rows)), 1), count - 1)
+    left = right - 1
+    share = (min(rows, knots[-1]) - knots[left]) / (knots[right] - knots[left])
+    x[left], x[right] = 1.0 - share, share
+    x[count] = context
+    x[count + 1] = 1.0 if drafts > 0.0 else 0.0
+    if passes > 0.0:
+        x[count + 2], x[count + 3] = 1.0, rows
+    x[count + 4], x[count + 5] = passes, passes * requests
+    x[count + 6] = 1.0 if missed > 0.0 else 0.0
+    x[count + 7] = missed
+    x[count + 8] = experts
+
+
+@compiled
+def estimate_step(x: Any, weights: Any, covariance: Any) -> tuple[float, float]:
+    """Expected seconds of a step and their variance."""
+    seconds = variance = 0.0
+    for i in range(len(x)):
+        if x[i] != 0.0:
+            seconds += weights[i] * x[i]
+            for j in range(len(x)):
+                variance += x[i] * covariance[i, j] * x[j]
+    return seconds, variance
+
+
+@compiled
+def learn_costs(
+    x: Any,
+    seconds: float,
+    noise: float,
+    most_sigmas: float,
+    common_drift: float,
+    own_drift: float,
+    knots: Any,
+    weights: Any,
+    covariance: Any,
+) -> tuple[float, float, float]:
+    """One step of the Kalman filter over the cost weights, with bounded surprise and drift.
+
+    Returns how far off the estimate was, in standard deviations, by what share it is still off, and the step's rows.
+    """
+    size = len(x)
+    expected = 0.0
+    spread = np.zeros(size)
+    for i in range(size):
+        if x[i] != 0.0:
+            expected += weights[i] * x[i]
+            for j in range(size):
+                spread[j] += covariance[i, j] * x[i]
+    scale = max(expected, 1e-6)
+    variance = noise * scale * scale
+    for i in range(size):
+        variance += x[i] * spread[i]
+    deviation = np.sqrt(variance)
+    surprise = (seconds - expected) / deviation
+    bounded = min(max(surprise, -most_sigmas), most_sigmas) * deviation
+    after = 0.0
+    for i in range(size):
+        weights[i] += spread[i] / variance * bounded
+        after += weights[i] * x[i]
+    for i in range(size):
+        for j in range(size):
+            # Drift: everything together, and each weight by itself.
+            drift = weights[i] * weights[j] * common_drift * common_drift
+            covariance[i, j] += drift - spread[i] * spread[j] / variance
+        covariance[i, i] += (weights[i] * own_drift) ** 2
+    rows = 0.0
+    for i in range(len(knots)):
+        rows += x[i] * knots[i]
+    return surprise, abs(seconds - after) / scale, rows
