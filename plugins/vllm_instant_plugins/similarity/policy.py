@@ -16,7 +16,7 @@ import logging
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -97,7 +97,11 @@ class SimilarityPolicy(BatchingPolicy):
         self._line = Line(max(64, 2 * slots))
         """Those that have not started."""
         self._new: dict[int, RequestState] = {}
-        """Came, and nothing was foretold yet."""
+        """Came, and were not written down yet."""
+        self._just_started: list[tuple[RequestState, float, int]] = []
+        """When, and how many waited that had come before; not written down yet, either."""
+        self._just_ended: list[tuple[RequestState, float, bool]] = []
+        """When, and whether by themselves."""
         self._ended: list[tuple[Ticket, int, int, float]] = []
         """Ended by themselves, to be learned from: output tokens, prompt tokens, seconds."""
         self._starts: deque[dict[str, Any]] = deque(maxlen=512)
@@ -113,31 +117,15 @@ class SimilarityPolicy(BatchingPolicy):
     # ---------------------------------------------------------------------------------------------- requests
 
     def enter(self, request: RequestState) -> None:
-        """Note it down, and give it its place in the queue as it would have been."""
+        """It takes its place in line; the rest when there is time."""
         index = request.index
         self._live[index] = self._new[index] = request
         self._line.enter(index)
-        self._ledger.enter(request, self._seconds)
-        self._as_they_came.enter(index, request.arrival)
 
     def started(self, request: RequestState, now: float) -> None:
         """It waited so long; the first start counts."""
-        index, ledger = request.index, self._ledger
-        if index not in self._line:
-            return
-        older_waiting = self._leave_line(index)
-        ledger.started[index] = now
-        arrival = ledger.arrival[index]
-        start = {
-            "request_id": request.request_id,
-            "waited_ms": 1e3 * float(now - arrival),
-            "bound_ms": 1e3 * float(ledger.due[index] - arrival) / MARGIN if self._acts_on(request) else None,
-            "expected_tokens": float(ledger.tokens[index]),
-            "tokens": None,
-            "older_waiting": older_waiting,
-        }
-        self._starts.append(start)
-        self._start_of[index] = start
+        if request.index in self._line:
+            self._just_started.append((request, now, self._leave_line(request.index)))
 
     def preempted(self, request: RequestState, now: float) -> None:
         """KV blocks ran out: for a while nobody starts who would make them run out again."""
@@ -150,7 +138,49 @@ class SimilarityPolicy(BatchingPolicy):
             return
         if index in self._line:
             self._leave_line(index)
-        self._foretell_new((index,))
+        if self._just_started or index in self._new:
+            self._catch_up()
+        self._just_ended.append((request, now, complete))
+
+    def _leave_line(self, index: int) -> int:
+        self._ranking.pop(index, None)
+        return self._line.leave(index)
+
+    def _catch_up(self) -> list[int]:
+        """Write down what happened, the ends first: their indices may be others' now. Returns who came."""
+        for request, now, complete in self._just_ended:
+            self._write_down_end(request, now, complete)
+        self._just_ended.clear()
+        newcomers = list(self._new)
+        for request in self._new.values():
+            self._ledger.enter(request, self._seconds)
+            self._as_they_came.enter(request.index, request.arrival)
+            self.lengths.enter(request)
+        self._new.clear()
+        if newcomers:
+            self._expect(np.array(newcomers))
+        for request, now, older_waiting in self._just_started:
+            self._write_down_start(request, now, older_waiting)
+        self._just_started.clear()
+        return newcomers
+
+    def _write_down_start(self, request: RequestState, now: float, older_waiting: int) -> None:
+        index, ledger = request.index, self._ledger
+        ledger.started[index] = now
+        arrival = ledger.arrival[index]
+        start = {
+            "request_id": request.request_id,
+            "waited_ms": 1e3 * float(now - arrival),
+            "bound_ms": 1e3 * float(ledger.due[index] - arrival) / MARGIN if self._acts_on(index) else None,
+            "expected_tokens": float(ledger.tokens[index]),
+            "tokens": None,
+            "older_waiting": older_waiting,
+        }
+        self._starts.append(start)
+        self._start_of[index] = start
+
+    def _write_down_end(self, request: RequestState, now: float, complete: bool) -> None:
+        index = request.index
         start = self._start_of.pop(index, None)
         if start is not None:
             start["tokens"] = request.num_output_tokens
@@ -161,19 +191,15 @@ class SimilarityPolicy(BatchingPolicy):
         if complete and seconds > 0 and ticket is not None:
             self._ended.append((ticket, request.num_output_tokens, request.num_prompt_tokens, seconds))
 
-    def _leave_line(self, index: int) -> int:
-        self._ranking.pop(index, None)
-        return self._line.leave(index)
-
     # ---------------------------------------------------------------------------------------------- thinking
 
     def think(self, moment: QueueMoment) -> None:
         """Learn from those that ended, foretell those that came, and work out everybody's patience."""
+        newcomers = [index for index in self._catch_up() if index in self._line]
         self._learn()
         if self._store is not None and moment.now - self._saved_at > SAVE_SECONDS:
             self._saved_at, self._saved = moment.now, self.lengths.observed
             self._store.save_aside(self._kept())
-        newcomers = [index for index in self._foretell_new() if index in self._line]
         if not len(self._line):
             return
         self._foretell_again(moment.now)
@@ -190,18 +216,6 @@ class SimilarityPolicy(BatchingPolicy):
             self.service.observe(seconds, 1.0, prompt, tokens)
             self.lengths.learn(ticket, tokens)
         self._ended.clear()
-
-    def _foretell_new(self, only: Iterable[int] | None = None) -> list[int]:
-        """Foretell what has come since the last time, or those of it that are asked for; returns whom."""
-        found = []
-        for index in tuple(self._new) if only is None else only:
-            request = self._new.pop(index, None)
-            if request is not None:
-                self.lengths.enter(request)
-                found.append(index)
-        if found:
-            self._expect(np.array(found))
-        return found
 
     def _foretell_again(self, now: float) -> None:
         """Foretell those that live once more, when something was learned since."""
@@ -228,7 +242,7 @@ class SimilarityPolicy(BatchingPolicy):
         """By when each of those that wait shall have started."""
         self._patience_at = moment.now
         ledger = self._ledger
-        waiting, running = self._line.indices, _indices(moment.running)
+        waiting, running = self._written_down(), _indices(moment.running)
         stay = np.zeros(len(ledger))
         """Seconds from start to end that are expected of each."""
         stay[waiting] = self._stay(ledger.prompt[waiting], ledger.tokens[waiting])
@@ -257,28 +271,34 @@ class SimilarityPolicy(BatchingPolicy):
         seconds: Array = self.service.prices[1] * prompt + self.service.prices[2] * tokens
         return np.maximum(seconds, 1e-4)
 
-    def _acts_on(self, request: RequestState) -> bool:
+    def _acts_on(self, index: int) -> bool:
         """Whether anything is believed of the request's length."""
-        return self.lengths.useful or not np.isnan(self._ledger.told[request.index])
+        return self.lengths.useful or not np.isnan(self._ledger.told[index])
 
     # ---------------------------------------------------------------------------------------------- the queue
 
     def admit(self, moment: QueueMoment) -> Admission:
         """The order by cost and patience; as they came while too little is known."""
         most, line = self._guard(moment), self._line.indices
-        if not self.lengths.useful and np.isnan(self._ledger.told[line]).all():
-            return Admission((), most)
+        if not self.lengths.useful:
+            self._catch_up()
+            if np.isnan(self._ledger.told[line]).all():
+                return Admission(most=most)
         places = max(0, moment.most_running - len(moment.running))
         # Some of the line may be held back by the engine; those in front of it shall not be all that are named.
         needed = places + MORE_THAN_PLACES + max(0, len(line) - len(moment.waiting))
         if len(self._ranking) < min(needed, len(line)) or moment.now - self._ranked_at > STALE_SECONDS:
             # The newest are at the end; where others can take all places they are foretold when there is time for it.
-            if len(line) - len(self._new) < needed:
-                self._foretell_new()
+            if self._just_started or len(self._written_down()) < needed:
+                self._catch_up()
             if moment.now - self._patience_at > STALE_SECONDS:
                 self._work_out_patience(moment)
-            self._rank(line[: len(line) - len(self._new)], moment.now, max(needed, CANDIDATES))
+            self._rank(self._written_down(), moment.now, max(needed, CANDIDATES))
         return Admission(most=most, by_id=[self._live[index].request_id for index in islice(self._ranking, needed)])
+
+    def _written_down(self) -> Indices:
+        """Those in line of whom something is known, in the order of arrival."""
+        return self._line.indices[: len(self._line) - sum(index in self._line for index in self._new)]
 
     def _rank(self, indices: Indices, now: float, most: int) -> None:
         self._ranked_at = now
@@ -296,7 +316,7 @@ class SimilarityPolicy(BatchingPolicy):
         A victim's work (its whole context) is done twice; what is gained is its blocks, for as long as it would have
         kept them. Who was preempted before is spared the more.
         """
-        self._foretell_new(state.index for state in running)
+        self._catch_up()
         indices = _indices(running)
         done = np.array([state.num_output_tokens for state in running], float)
         remaining = self._expected_tokens(indices, done)
@@ -315,11 +335,13 @@ class SimilarityPolicy(BatchingPolicy):
 
     def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
         """The newest starts, the oldest first."""
+        self._catch_up()
         found = [s for s in self._starts if request_id is None or s["request_id"].startswith(request_id)]
         return found[-last:]
 
     def close(self) -> None:
         """Keep what was learned."""
+        self._catch_up()
         self._learn()
         if self._store is not None and self.lengths.observed != self._saved:
             self._store.save(self._kept())
