@@ -5,11 +5,16 @@
 Rounds of the two schedulers alternate. A step is everything that the engine core does between two model executions:
 taking in the requests that came (as many as ended, so that as many wait all the time), ``schedule`` and
 ``update_from_output``. What the policy does while the model runs (``get_grammar_bitmask``) is timed by itself.
+
+Three steps before each round are not timed: the caches held the other scheduler, and the clock that patience is told by
+went on without this one. Python's garbage collector runs between rounds and not within: a collection takes as long as
+half a step, and whose allocation crosses its threshold is chance. ``--collector`` leaves it on.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import time
 from pathlib import Path
@@ -27,6 +32,7 @@ from vllm_instant.seams.scheduler import create_scheduler
 from vllm_instant.settings import resolve
 
 STEPS_A_ROUND = 25
+UNTIMED_STEPS = 3
 LENGTHS = (20, 300)
 
 
@@ -63,14 +69,20 @@ class Arm:
         scheduler.update_from_output(output, reported)
         return scheduled + time.perf_counter() - started
 
-    def round(self) -> tuple[float, float]:
+    def round(self, collector: bool) -> tuple[float, float]:
         """Mean microseconds of a step over one round, and of what is done beside the model."""
+        gc.collect()
+        if not collector:
+            gc.disable()
+        for _ in range(UNTIMED_STEPS):
+            self._step()
         self.beside = 0.0
         taken = sum(self._step() for _ in range(STEPS_A_ROUND))
+        gc.enable()
         return 1e6 * taken / STEPS_A_ROUND, 1e6 * self.beside / STEPS_A_ROUND
 
 
-def measure(running: int, waiting: int, rounds: int, asynchronous: bool) -> dict[str, Any]:
+def measure(running: int, waiting: int, rounds: int, asynchronous: bool, collector: bool) -> dict[str, Any]:
     """Alternate both arms and return medians with intervals, in microseconds a step."""
     pair = assets.prepare(size=expand.SMALL, dtype="float32")
     config = harness.engine_config(pair.target, 0, running, asynchronous)
@@ -81,11 +93,14 @@ def measure(running: int, waiting: int, rounds: int, asynchronous: bool) -> dict
         "stock": Arm(AsyncScheduler if asynchronous else Scheduler, config, running, waiting),
         "ours": Arm(create_scheduler, config, running, waiting),
     }
+    # As an engine core does: what lives as long as the server is not collected again and again.
+    gc.collect()
+    gc.freeze()
     times: dict[str, list[float]] = {name: [] for name in arms}
     beside: list[float] = []
     for number in range(rounds):
         for name in list(arms) if number % 2 else list(arms)[::-1]:
-            taken, while_running = arms[name].round()
+            taken, while_running = arms[name].round(collector)
             times[name].append(taken)
             if name == "ours":
                 beside.append(while_running)
@@ -94,6 +109,7 @@ def measure(running: int, waiting: int, rounds: int, asynchronous: bool) -> dict
         "running": running,
         "waiting": waiting,
         "rounds": rounds,
+        "collector": collector,
         "stock_us": vars(median_interval(times["stock"])),
         "ours_us": vars(median_interval(times["ours"])),
         "ratio": vars(ratio_interval(times["ours"], times["stock"])),
@@ -107,9 +123,13 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=256)
     parser.add_argument("--waiting", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--collector", action="store_true", help="let Python's garbage collector run within rounds")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/queue_overhead.json")
     options = parser.parse_args()
-    cells = [measure(options.running, options.waiting, options.rounds, asynchronous) for asynchronous in (False, True)]
+    cells = [
+        measure(options.running, options.waiting, options.rounds, asynchronous, options.collector)
+        for asynchronous in (False, True)
+    ]
     for cell in cells:
         print(
             f"{cell['scheduling']}, {cell['running']} running, {cell['waiting']} waiting: stock "

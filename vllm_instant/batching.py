@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_instant.containment import Contained, ContractError
@@ -86,13 +86,15 @@ class Batching:
             order = admission.order
             if order and not (0 <= min(order) and max(order) < len(moment.waiting) and len(set(order)) == len(order)):
                 raise ContractError(f"an order names each of 0..{len(moment.waiting) - 1} at most once, found {order}")
+            if len(set(admission.by_id)) != len(admission.by_id):
+                raise ContractError(f"an order names each request at most once, found {admission.by_id}")
             if admission.most is not None and admission.most < 0:
                 raise ContractError(f"most must not be negative, found {admission.most}")
             return admission
 
         admission = self.policy.call("admit", ask, Admission())
         if admission.most == 0 and not moment.running:
-            return Admission(admission.order, 1)
+            return replace(admission, most=1)
         return admission
 
     def spare(self, running: Sequence[RequestState]) -> Sequence[int] | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ PROMPT_HEAD = 32
 
 def prompt_class(token_ids: Sequence[int] | npt.NDArray[np.int32]) -> int:
     """What ``RequestState.prompt_class`` is for a prompt; the same in every process."""
-    return hash(tuple(int(token) for token in token_ids[:PROMPT_HEAD]))
+    head = token_ids[:PROMPT_HEAD]
+    return hash(tuple(head) if isinstance(head, list) else tuple(int(token) for token in head))
 
 
 OUTPUT_TOKENS_KEY = "instant_output_tokens"
@@ -36,6 +37,38 @@ def told_output_tokens(extra_args: Mapping[str, Any] | None) -> float | None:
     if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
         return float(value)
     raise ValueError(f"vllm_xargs: {OUTPUT_TOKENS_KEY} must be a number of tokens from 1, found {value!r}")
+
+
+class StatesOnDemand(Sequence[RequestState]):
+    """States that are gathered when somebody looks: most decisions need their number only.
+
+    Args:
+        count: how many there are.
+        gather: all of them.
+
+    """
+
+    def __init__(self, count: int, gather: Callable[[], list[RequestState]]) -> None:
+        self._count, self._gather = count, gather
+        self._found: list[RequestState] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, place: int) -> RequestState: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[RequestState]: ...
+    def __getitem__(self, place: int | slice) -> RequestState | Sequence[RequestState]:
+        return self._look()[place]
+
+    def __iter__(self) -> Iterator[RequestState]:
+        return iter(self._look())
+
+    def _look(self) -> list[RequestState]:
+        if self._found is None:
+            self._found = self._gather()
+        return self._found
 
 
 class LiveRequests:

@@ -15,7 +15,8 @@ class QueueMoment:
     """What a batching policy decides about: who waits, who runs, and how much room there is."""
 
     waiting: Sequence[RequestState]
-    """In the order of arrival. Requests that lost their KV blocks are not among them: they always go first."""
+    """In the order of arrival; their number is known, they themselves are gathered when somebody looks. Requests that
+    lost their KV blocks are not among them: they always go first."""
     running: Sequence[RequestState]
     """With ``num_output_tokens`` up to date."""
     now: float
@@ -34,6 +35,9 @@ class Admission:
     """Indices into ``QueueMoment.waiting``, those first that shall start first; all others follow as they arrived."""
     most: int | None = None
     """At most so many start in this step; None: as many as there is room for."""
+    by_id: Sequence[str] = ()
+    """Request ids in place of ``order``, for a policy that knows who waits and need not look at everybody: a step costs
+    what is named then, however many wait. Ids of those that do not wait are passed over."""
 
 
 @runtime_checkable

@@ -121,7 +121,7 @@ def serve(
             admission = batching.admit(moment())
             if admission.most is not None and started >= admission.most:
                 break
-            number = waiting.pop(admission.order[0] if admission.order else 0)
+            number = waiting.pop(_first(admission, [_known(states[n]).request_id for n in waiting]))
             start[number] = now
             service = (
                 seconds_per_prompt_token * jobs[number].prompt_tokens + seconds_per_token * jobs[number].output_tokens
@@ -141,6 +141,14 @@ def serve(
     if contained.disabled:
         raise RuntimeError(f"the policy raised: {dict(contained.failures)}")
     return Served(np.array([job.arrival for job in jobs]), start, end)
+
+
+def _first(admission: Admission, waiting: Sequence[str]) -> int:
+    """The place in line of the one that starts next."""
+    for request_id in admission.by_id:
+        if request_id in waiting:
+            return waiting.index(request_id)
+    return 0 if admission.by_id else next(iter(admission.order), 0)
 
 
 def _known(state: RequestState | None) -> RequestState:

@@ -8,13 +8,13 @@ output, KV connectors, streaming sessions and pauses go on working as they do.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from vllm_instant import carrier
 from vllm_instant.batching import Batching
 from vllm_instant.contracts import Admission, QueueMoment, RequestState
-from vllm_instant.live_requests import LiveRequests
+from vllm_instant.live_requests import LiveRequests, StatesOnDemand
 from vllm_instant.seams.building import build_contained, context_of
 from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
 from vllm_instant.seams.undrafted_sampling import needs_no_drafts
@@ -26,36 +26,6 @@ if TYPE_CHECKING:
 
 SHORT_OF_BLOCKS = 2
 """KV blocks are short when there are fewer free ones than so many for each running request."""
-
-
-class RunningStates(Sequence[RequestState]):
-    """The states of the running requests, brought up to date when somebody looks: most decisions need their number."""
-
-    def __init__(self, running: Sequence[Any], states: Mapping[str, RequestState]) -> None:
-        self._running, self._states = running, states
-        self._found: list[RequestState] | None = None
-
-    def __len__(self) -> int:
-        return len(self._running)
-
-    @overload
-    def __getitem__(self, place: int) -> RequestState: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[RequestState]: ...
-    def __getitem__(self, place: int | slice) -> RequestState | Sequence[RequestState]:
-        return self._look()[place]
-
-    def __iter__(self) -> Iterator[RequestState]:
-        return iter(self._look())
-
-    def _look(self) -> list[RequestState]:
-        if self._found is None:
-            self._found = []
-            for request in self._running:
-                state = self._states[request.request_id]
-                state.num_output_tokens = len(request.output_token_ids)
-                self._found.append(state)
-        return self._found
 
 
 class LiveRequestsMixin:
@@ -182,10 +152,24 @@ class BatchingMixin(LiveRequestsMixin):
         if batching is not None and queue is not None and batching.thinks:
             batching.while_the_model_runs(self._moment(queue.states()))
 
+    def _running_states(self) -> StatesOnDemand:
+        """With their output tokens brought up to date, when somebody looks."""
+        running, states = self.running, self.instant_requests.states
+
+        def gather() -> list[RequestState]:
+            found = []
+            for request in running:
+                state = states[request.request_id]
+                state.num_output_tokens = len(request.output_token_ids)
+                found.append(state)
+            return found
+
+        return StatesOnDemand(len(running), gather)
+
     def _moment(self, waiting: Sequence[RequestState]) -> QueueMoment:
         return QueueMoment(
             waiting,
-            RunningStates(self.running, self.instant_requests.states),
+            self._running_states(),
             time.monotonic(),
             self.max_num_active_reqs,
             self.kv_cache_manager.block_pool.get_num_free_blocks() * self.block_size,
@@ -193,7 +177,7 @@ class BatchingMixin(LiveRequestsMixin):
 
     def _put_victims_last(self, batching: Batching) -> None:
         """Sort the running requests: vLLM preempts from the end of the list."""
-        order = batching.spare(RunningStates(self.running, self.instant_requests.states))
+        order = batching.spare(self._running_states())
         if order is not None:
             self.running = [self.running[place] for place in order]
 

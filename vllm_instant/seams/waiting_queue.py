@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from vllm_instant.contracts import Admission, RequestState
+from vllm_instant.live_requests import StatesOnDemand
 
 Ask = Callable[[Sequence[RequestState]], Admission]
 
@@ -72,10 +73,9 @@ class InstantQueue:
         self._mend_order_of_arrival()
         return next(iter(self._line.values()), None) or next(iter(self._front), None)
 
-    def states(self) -> list[RequestState]:
-        """Of those that wait for their first start, in the order of arrival."""
-        self._mend_order_of_arrival()
-        return list(self._states.values())
+    def states(self) -> Sequence[RequestState]:
+        """Of those that wait for their first start, in the order of arrival; to be looked at before that changes."""
+        return StatesOnDemand(len(self._states), self._all_states)
 
     # ---------------------------------------------------------------------------------------- vLLM's methods
 
@@ -83,6 +83,11 @@ class InstantQueue:
         """A new request."""
         request_id = request.request_id
         if request_id not in self._arrivals:
+            if request.num_preemptions:
+                # It has run before: a streaming session's turn that ended while it had no KV blocks.
+                self._front.append(request)
+                self._order = None
+                return
             self._next += 1
             self._arrivals[request_id] = self._next
         elif self._arrivals[request_id] != self._next:
@@ -149,11 +154,15 @@ class InstantQueue:
 
     def __iter__(self) -> Iterator[Any]:
         if self._by_priority:
-            return reversed(self._sorted(()))
+            return reversed(self._sorted(Admission()))
         self._mend_order_of_arrival()
         return iter([*self._front, *self._line.values()])
 
     # ------------------------------------------------------------------------------------------------ inside
+
+    def _all_states(self) -> list[RequestState]:
+        self._mend_order_of_arrival()
+        return list(self._states.values())
 
     def _take_off(self, request: Any) -> None:
         if self._line.pop(request.request_id, None) is not None:
@@ -173,21 +182,29 @@ class InstantQueue:
         if self._order is None:
             admission = self._ask(self.states()) if self._scheduling and self._line else Admission()
             self._most = admission.most
-            self._order = self._sorted(admission.order)
+            self._order = self._sorted(admission)
         elif not self._order and (self._line or self._front):
             # All that the policy named have started: the others follow as they came.
-            self._order = self._sorted(())
+            self._order = self._sorted(Admission())
         return self._order
 
-    def _sorted(self, order: Sequence[int]) -> list[Any]:
-        """The first ones in their order, the next one last; with priorities, and without an order, all of them."""
+    def _named(self, admission: Admission) -> list[Any]:
+        if admission.by_id:
+            return [self._line[request_id] for request_id in admission.by_id if request_id in self._line]
+        if not len(admission.order):
+            return []
         line = list(self._line.values())
-        if len(order):
-            named = [line[place] for place in order]
-            if self._by_priority and len(named) < len(line):
-                left_out = set(range(len(line))).difference(order)
-                named += [line[place] for place in sorted(left_out)]
-            line = named
+        return [line[place] for place in admission.order]
+
+    def _sorted(self, admission: Admission) -> list[Any]:
+        """The first ones in their order, the next one last; with priorities, and without an order, all of them."""
+        self._mend_order_of_arrival()
+        line = self._named(admission)
+        if not line:
+            line = list(self._line.values())
+        elif self._by_priority and len(line) < len(self._line):
+            named = {request.request_id for request in line}
+            line += [request for request_id, request in self._line.items() if request_id not in named]
         first = [*self._front, *line]
         if self._by_priority:
             first.sort(key=lambda request: request.priority)

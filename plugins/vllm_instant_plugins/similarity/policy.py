@@ -6,7 +6,8 @@ the more of its patience a request has used up, and its patience is what it woul
 as they came (``first_come``), times ``wait_ratio``, plus ``wait_seconds``. So a long request is passed by the short
 ones for a while, and not for ever.
 
-Whatever takes long (foretelling, learning, the other queue) is done in ``think``, while the model runs.
+Whatever takes long (foretelling, learning, the other queue, and the order of those that may be first soon) is done in
+``think``, while the model runs. ``admit`` reads names from a list then, however many wait.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ import operator
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vllm_instant import Admission, BatchingPolicy, QueueMoment, RequestState
 from vllm_instant_plugins.keeping import KeptFile
 from vllm_instant_plugins.similarity.first_come import FirstComeFirstServed
-from vllm_instant_plugins.similarity.ledger import Ledger
+from vllm_instant_plugins.similarity.ledger import Array, Ledger
 from vllm_instant_plugins.similarity.lengths import LengthPredictor, Ticket
+from vllm_instant_plugins.similarity.line import Indices, Line
+from vllm_instant_plugins.similarity.ranking import LEAST_PATIENCE, ranked
 from vllm_instant_plugins.similarity.times import LinearTime
 
 logger = logging.getLogger("vllm.instant")
 
-Array = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
-
 BINS_PER_OCTAVE = 2
-IMPATIENCE = 1.5
-"""What a request costs counts less with this power of the share of its patience that is left: with less the bound is
-overstepped by some, with more the short ones lose what they gained (simulated: ``tests/plugins/similarity``)."""
 SECONDS_PER_TOKEN = 0.03
 SECONDS_PER_PROMPT_TOKEN = 0.001
 STALE_SECONDS = 0.1
-"""Patience is worked out again after so long at the latest, when the model leaves time sooner."""
+"""Patience and order are worked out again after so long at the latest,"""
+RENEW_SECONDS = 0.05
+"""and after so long when the model leaves time for it."""
+CANDIDATES = 128
+"""So many are put in order meanwhile: many more than can start until the order is worked out again."""
 FORETOLD_SECONDS = 0.5
 """What was foretold of those that wait is foretold again after so long, if something was learned."""
 MORE_THAN_PLACES = 16
@@ -56,7 +57,6 @@ TAIL_GIVES = 0.3
 ENOUGH_FOR_A_TAIL = 100
 MARGIN = 0.85
 """Share of the bound that is used: a place becomes free a little after somebody is due, and services are estimates."""
-LEAST_PATIENCE = 1e-3
 
 _index_of = operator.attrgetter("index")
 
@@ -94,17 +94,21 @@ class SimilarityPolicy(BatchingPolicy):
         self._store = store
         self._saved_at, self._saved = clock(), 0
         self._live: dict[int, RequestState] = {}
-        self._waiting: dict[int, None] = {}
-        """Indices of those that have not started, in the order of their arrival."""
+        self._line = Line(max(64, 2 * slots))
+        """Those that have not started."""
         self._new: dict[int, RequestState] = {}
-        """Came, and nothing was foretold yet."""
+        """Came, and were not written down yet."""
+        self._just_started: list[tuple[RequestState, float, int]] = []
+        """When, and how many waited that had come before; not written down yet, either."""
+        self._just_ended: list[tuple[RequestState, float, bool]] = []
+        """When, and whether by themselves."""
         self._ended: list[tuple[Ticket, int, int, float]] = []
         """Ended by themselves, to be learned from: output tokens, prompt tokens, seconds."""
         self._starts: deque[dict[str, Any]] = deque(maxlen=512)
         self._start_of: dict[int, dict[str, Any]] = {}
-        self._passes: dict[int, int] = {}
-        """How many that came before them those passed that were put in order last."""
-        self._patience_at = self._foretold_at = -np.inf
+        self._ranking: dict[int, None] = {}
+        """Indices of those that wait and may be first soon, those first that go first."""
+        self._ranked_at = self._patience_at = self._foretold_at = -np.inf
         self._foretold_from = 0
         self._preempted_at = -np.inf
         if store is not None:
@@ -113,31 +117,15 @@ class SimilarityPolicy(BatchingPolicy):
     # ---------------------------------------------------------------------------------------------- requests
 
     def enter(self, request: RequestState) -> None:
-        """Note it down, and give it its place in the queue as it would have been."""
+        """It takes its place in line; the rest when there is time."""
         index = request.index
         self._live[index] = self._new[index] = request
-        self._waiting[index] = None
-        self._ledger.enter(request, self._seconds)
-        self._as_they_came.enter(index, request.arrival)
+        self._line.enter(index)
 
     def started(self, request: RequestState, now: float) -> None:
         """It waited so long; the first start counts."""
-        index, ledger = request.index, self._ledger
-        if index not in self._waiting:
-            return
-        del self._waiting[index]
-        ledger.started[index] = now
-        arrival = ledger.arrival[index]
-        start = {
-            "request_id": request.request_id,
-            "waited_ms": 1e3 * float(now - arrival),
-            "bound_ms": 1e3 * float(ledger.due[index] - arrival) / MARGIN if self._acts_on(request) else None,
-            "expected_tokens": float(ledger.tokens[index]),
-            "tokens": None,
-            "older_waiting": self._passes.get(index, 0),
-        }
-        self._starts.append(start)
-        self._start_of[index] = start
+        if request.index in self._line:
+            self._just_started.append((request, now, self._leave_line(request.index)))
 
     def preempted(self, request: RequestState, now: float) -> None:
         """KV blocks ran out: for a while nobody starts who would make them run out again."""
@@ -148,8 +136,51 @@ class SimilarityPolicy(BatchingPolicy):
         index = request.index
         if self._live.pop(index, None) is None:
             return
-        self._waiting.pop(index, None)
-        self._foretell_new(index)
+        if index in self._line:
+            self._leave_line(index)
+        if self._just_started or index in self._new:
+            self._catch_up()
+        self._just_ended.append((request, now, complete))
+
+    def _leave_line(self, index: int) -> int:
+        self._ranking.pop(index, None)
+        return self._line.leave(index)
+
+    def _catch_up(self) -> list[int]:
+        """Write down what happened, the ends first: their indices may be others' now. Returns who came."""
+        for request, now, complete in self._just_ended:
+            self._write_down_end(request, now, complete)
+        self._just_ended.clear()
+        newcomers = list(self._new)
+        for request in self._new.values():
+            self._ledger.enter(request, self._seconds)
+            self._as_they_came.enter(request.index, request.arrival)
+            self.lengths.enter(request)
+        self._new.clear()
+        if newcomers:
+            self._expect(np.array(newcomers))
+        for request, now, older_waiting in self._just_started:
+            self._write_down_start(request, now, older_waiting)
+        self._just_started.clear()
+        return newcomers
+
+    def _write_down_start(self, request: RequestState, now: float, older_waiting: int) -> None:
+        index, ledger = request.index, self._ledger
+        ledger.started[index] = now
+        arrival = ledger.arrival[index]
+        start = {
+            "request_id": request.request_id,
+            "waited_ms": 1e3 * float(now - arrival),
+            "bound_ms": 1e3 * float(ledger.due[index] - arrival) / MARGIN if self._acts_on(index) else None,
+            "expected_tokens": float(ledger.tokens[index]),
+            "tokens": None,
+            "older_waiting": older_waiting,
+        }
+        self._starts.append(start)
+        self._start_of[index] = start
+
+    def _write_down_end(self, request: RequestState, now: float, complete: bool) -> None:
+        index = request.index
         start = self._start_of.pop(index, None)
         if start is not None:
             start["tokens"] = request.num_output_tokens
@@ -164,13 +195,21 @@ class SimilarityPolicy(BatchingPolicy):
 
     def think(self, moment: QueueMoment) -> None:
         """Learn from those that ended, foretell those that came, and work out everybody's patience."""
+        newcomers = [index for index in self._catch_up() if index in self._line]
         self._learn()
         if self._store is not None and moment.now - self._saved_at > SAVE_SECONDS:
             self._saved_at, self._saved = moment.now, self.lengths.observed
             self._store.save_aside(self._kept())
-        if moment.waiting:
-            self._foretell(moment)
+        if not len(self._line):
+            return
+        self._foretell_again(moment.now)
+        # The order is for when it will be used: whoever becomes due until then is among the first already.
+        soon = moment.now + RENEW_SECONDS
+        if moment.now - self._patience_at >= RENEW_SECONDS:
             self._work_out_patience(moment)
+            self._rank(self._line.indices, soon, CANDIDATES)
+        elif newcomers:
+            self._rank(np.array([*self._ranking, *newcomers]), soon, CANDIDATES)
 
     def _learn(self) -> None:
         for ticket, tokens, prompt, seconds in self._ended:
@@ -178,23 +217,12 @@ class SimilarityPolicy(BatchingPolicy):
             self.lengths.learn(ticket, tokens)
         self._ended.clear()
 
-    def _foretell_new(self, *only: int) -> None:
-        """Foretell what has come since the last time."""
-        for index in only or tuple(self._new):
-            request = self._new.pop(index, None)
-            if request is not None:
-                self.lengths.enter(request)
-                self._expect(np.array([index]))
-
-    def _foretell(self, moment: QueueMoment) -> None:
-        """Foretell those that wait, the newest for the first time, the others when something was learned since."""
-        self._foretell_new()
-        due = moment.now - self._foretold_at >= FORETOLD_SECONDS and self.lengths.observed != self._foretold_from
-        if due:
-            self._foretold_at, self._foretold_from = moment.now, self.lengths.observed
-            live = np.fromiter(self._live, np.intp, len(self._live))
-            self.lengths.refresh(live)
-            self._expect(_indices(moment.waiting))
+    def _foretell_again(self, now: float) -> None:
+        """Foretell those that live once more, when something was learned since."""
+        if now - self._foretold_at >= FORETOLD_SECONDS and self.lengths.observed != self._foretold_from:
+            self._foretold_at, self._foretold_from = now, self.lengths.observed
+            self.lengths.refresh(np.fromiter(self._live, np.intp, len(self._live)))
+            self._expect(self._line.indices)
 
     def _expect(self, waiting: Indices) -> None:
         """Note down what those that wait are expected to say, and what their bins cost.
@@ -214,7 +242,7 @@ class SimilarityPolicy(BatchingPolicy):
         """By when each of those that wait shall have started."""
         self._patience_at = moment.now
         ledger = self._ledger
-        waiting, running = _indices(moment.waiting), _indices(moment.running)
+        waiting, running = self._written_down(), _indices(moment.running)
         stay = np.zeros(len(ledger))
         """Seconds from start to end that are expected of each."""
         stay[waiting] = self._stay(ledger.prompt[waiting], ledger.tokens[waiting])
@@ -243,59 +271,38 @@ class SimilarityPolicy(BatchingPolicy):
         seconds: Array = self.service.prices[1] * prompt + self.service.prices[2] * tokens
         return np.maximum(seconds, 1e-4)
 
-    def _acts_on(self, request: RequestState) -> bool:
+    def _acts_on(self, index: int) -> bool:
         """Whether anything is believed of the request's length."""
-        return self.lengths.useful or not np.isnan(self._ledger.told[request.index])
+        return self.lengths.useful or not np.isnan(self._ledger.told[index])
 
     # ---------------------------------------------------------------------------------------------- the queue
 
     def admit(self, moment: QueueMoment) -> Admission:
         """The order by cost and patience; as they came while too little is known."""
-        most = self._guard(moment)
-        if not self.lengths.useful and not any(map(self._acts_on, moment.waiting)):
-            return Admission((), most)
+        most, line = self._guard(moment), self._line.indices
+        if not self.lengths.useful:
+            self._catch_up()
+            if np.isnan(self._ledger.told[line]).all():
+                return Admission(most=most)
         places = max(0, moment.most_running - len(moment.running))
-        # The newest are at the end; where others can take all places they are foretold when there is time for it.
-        foretold = len(moment.waiting) - len(self._new)
-        if foretold < places + MORE_THAN_PLACES:
-            self._foretell_new()
-            foretold = len(moment.waiting)
-        if moment.now - self._patience_at > STALE_SECONDS:
-            self._work_out_patience(moment)
-        ledger, indices = self._ledger, _indices(moment.waiting[:foretold])
-        cost, arrival, due = ledger.cost[indices], ledger.arrival[indices], ledger.due[indices]
-        left = (due - moment.now) / np.maximum(due - arrival, LEAST_PATIENCE)
-        # Whose patience is at its end go before all others, in the order in which it ended.
-        weight = np.where(left > 0, cost * np.abs(left) ** IMPATIENCE, left)
-        needed = places + MORE_THAN_PLACES
-        if needed < len(weight):
-            first = np.argpartition(weight, needed)[:needed]
-            first.sort()
-        else:
-            first = np.arange(len(weight))
-        order = first[np.argsort(weight[first], kind="stable")]
-        chosen = self._beside_their_prefix(order, ledger.prefix[indices], cost, left)
-        self._passes = dict(zip(indices[chosen].tolist(), chosen, strict=True))
-        return Admission(chosen, most)
+        # Some of the line may be held back by the engine; those in front of it shall not be all that are named.
+        needed = places + MORE_THAN_PLACES + max(0, len(line) - len(moment.waiting))
+        if len(self._ranking) < min(needed, len(line)) or moment.now - self._ranked_at > STALE_SECONDS:
+            # The newest are at the end; where others can take all places they are foretold when there is time for it.
+            if self._just_started or len(self._written_down()) < needed:
+                self._catch_up()
+            if moment.now - self._patience_at > STALE_SECONDS:
+                self._work_out_patience(moment)
+            self._rank(self._written_down(), moment.now, max(needed, CANDIDATES))
+        return Admission(most=most, by_id=[self._live[index].request_id for index in islice(self._ranking, needed)])
 
-    @staticmethod
-    def _beside_their_prefix(order: Indices, prefix: npt.NDArray[np.int64], cost: Array, left: Array) -> list[int]:
-        """Put those of the same bin that share a long prefix with one of the first right behind it.
+    def _written_down(self) -> Indices:
+        """Those in line of whom something is known, in the order of arrival."""
+        return self._line.indices[: len(self._line) - sum(index in self._line for index in self._new)]
 
-        They read it from the cache then, before it is evicted. Nobody passes one whose patience is at its end.
-        """
-        if not prefix[order].any():
-            return [int(place) for place in order]
-        placed: dict[int, None] = {}
-        for number, place in enumerate(order.tolist()):
-            if place in placed:
-                continue
-            placed[place] = None
-            behind = order[number + 1 :]
-            if prefix[place] and not (left[behind] <= 0).any():
-                alike = behind[(prefix[behind] == prefix[place]) & (cost[behind] == cost[place])]
-                placed.update(dict.fromkeys(alike.tolist()))
-        return list(placed)
+    def _rank(self, indices: Indices, now: float, most: int) -> None:
+        self._ranked_at = now
+        self._ranking = dict.fromkeys(ranked(self._ledger, indices, now, most))
 
     def _guard(self, moment: QueueMoment) -> int | None:
         """After a preemption nobody starts until those that run have room to go on."""
@@ -309,7 +316,7 @@ class SimilarityPolicy(BatchingPolicy):
         A victim's work (its whole context) is done twice; what is gained is its blocks, for as long as it would have
         kept them. Who was preempted before is spared the more.
         """
-        self._foretell_new(*(state.index for state in running))
+        self._catch_up()
         indices = _indices(running)
         done = np.array([state.num_output_tokens for state in running], float)
         remaining = self._expected_tokens(indices, done)
@@ -328,11 +335,13 @@ class SimilarityPolicy(BatchingPolicy):
 
     def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
         """The newest starts, the oldest first."""
+        self._catch_up()
         found = [s for s in self._starts if request_id is None or s["request_id"].startswith(request_id)]
         return found[-last:]
 
     def close(self) -> None:
         """Keep what was learned."""
+        self._catch_up()
         self._learn()
         if self._store is not None and self.lengths.observed != self._saved:
             self._store.save(self._kept())

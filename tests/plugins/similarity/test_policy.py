@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant import QueueMoment, RequestState, StepOutcome, told_output_tokens
+from vllm_instant import Admission, QueueMoment, RequestState, StepOutcome, told_output_tokens
 from vllm_instant.evidence.queueing import Job, serve
 from vllm_instant.live_requests import LiveRequests
 from vllm_instant_plugins.keeping import KeptFile
@@ -172,45 +172,120 @@ def _moment(waiting, running=(), now=0.0, free=1_000_000):
     return QueueMoment(waiting, running, now, SLOTS, free)
 
 
+def _order(policy, waiting, **options):
+    """Whom the policy names, by their numbers."""
+    return [int(name[1:]) for name in policy.admit(_moment(waiting, **options)).by_id]
+
+
 def test_as_they_came_while_too_little_is_known(live):
     policy = _policy()
     waiting = [_enter(policy, live, n, tokens=None, prompt=[n] * 40) for n in range(5)]
-    assert policy.admit(_moment(waiting)).order == ()
+    assert policy.admit(_moment(waiting)) == Admission()
 
 
 def test_alike_requests_go_as_they_came(live):
     policy = _policy()
     lengths = [300, 16, 17, 300, 15, 16]
     waiting = [_enter(policy, live, n, tokens) for n, tokens in enumerate(lengths)]
-    assert list(policy.admit(_moment(waiting)).order) == [1, 2, 4, 5, 0, 3]
+    assert _order(policy, waiting) == [1, 2, 4, 5, 0, 3]
+
+
+class _Unseen(list):
+    """Waiting requests that nobody may look at."""
+
+    def __iter__(self):
+        pytest.fail("looked at everybody")
+
+    __getitem__ = __iter__
+
+
+def test_after_thinking_nobody_is_looked_at(live):
+    policy = _policy()
+    waiting = _Unseen(_enter(policy, live, n, tokens) for n, tokens in enumerate([300, 16, 300, 17]))
+    policy.think(_moment(waiting))
+    assert _order(policy, waiting, now=0.02) == [1, 3, 0, 2]
+
+
+def test_newcomers_find_their_place_among_those_in_order(live):
+    policy = _policy()
+    waiting = [_enter(policy, live, n, 300) for n in range(3)]
+    policy.think(_moment(waiting))
+    waiting += [_enter(policy, live, 3, 16, arrival=0.01), _enter(policy, live, 4, 300, arrival=0.01)]
+    policy.think(_moment(waiting, now=0.02))
+    assert _order(policy, waiting, now=0.03) == [3, 0, 1, 2, 4]
+
+
+def test_who_has_started_or_gone_is_not_named_though_another_has_its_index(live):
+    policy = _policy()
+    waiting = [_enter(policy, live, n, 16) for n in range(30)]
+    policy.think(_moment(waiting))
+    for state, leave in ((waiting.pop(3), True), (waiting.pop(0), False)):
+        if leave:
+            policy.started(state, 0.01)
+        policy.finished(state, 0.02, complete=leave)
+        live.forget(state.request_id)
+    waiting.append(_enter(policy, live, 40, 300, arrival=0.02))
+    assert _order(policy, waiting, now=0.03) == [1, 2, *range(4, 26)]
+    policy.think(_moment(waiting, now=0.03))
+    assert policy.decisions(5)[0]["request_id"] == "r3"
+
+
+def test_who_becomes_due_before_the_order_is_made_again_is_named(live, monkeypatch):
+    """Among many that cost less."""
+    monkeypatch.setattr("vllm_instant_plugins.similarity.policy.CANDIDATES", 30)
+    policy = _policy()
+    waiting = [_enter(policy, live, 0, 300), *(_enter(policy, live, n, 16, arrival=0.5) for n in range(1, 60))]
+    policy.think(_moment(waiting, now=0.6))
+    due = policy._ledger.due[waiting[0].index]
+    assert 0 not in _order(policy, waiting, now=0.61)
+    policy.think(_moment(waiting, now=due - 0.01))
+    assert _order(policy, waiting, now=due + 0.01)[0] == 0
+
+
+def test_when_those_in_order_are_used_up_everybody_is_put_in_order(live, monkeypatch):
+    monkeypatch.setattr("vllm_instant_plugins.similarity.policy.CANDIDATES", 25)
+    policy = _policy()
+    waiting = [_enter(policy, live, n, 16) for n in range(60)]
+    policy.think(_moment(waiting))
+    for state in waiting[:10]:
+        policy.started(state, 0.01)
+    assert _order(policy, waiting[10:], now=0.02) == [*range(10, 34)]
+
+
+def test_more_are_named_when_some_of_the_line_are_held_back(live):
+    """By the engine, which waits for their KV blocks from elsewhere, say."""
+    policy = _policy()
+    waiting = [_enter(policy, live, n, 16) for n in range(60)]
+    assert _order(policy, waiting[30:]) == [*range(54)]
 
 
 def test_long_prompts_cost_too(live):
     policy = _policy()
     waiting = [_enter(policy, live, 0, 16, prompt=[1] * 900), _enter(policy, live, 1, 16, prompt=[1] * 30)]
-    assert list(policy.admit(_moment(waiting)).order) == [1, 0]
+    assert _order(policy, waiting) == [1, 0]
 
 
 def test_whose_patience_is_at_its_end_goes_first(live):
     policy = _policy()
     waiting = [_enter(policy, live, 0, 300), *(_enter(policy, live, n, 16, arrival=0.2) for n in (1, 2))]
-    assert policy.admit(_moment(waiting, now=0.5)).order[0] == 1
-    assert policy.admit(_moment(waiting, now=1.1)).order[0] == 0
+    assert _order(policy, waiting, now=0.5)[0] == 1
+    assert _order(policy, waiting, now=1.1)[0] == 0
 
 
 def test_those_that_share_a_long_prefix_stand_together(live):
     policy = _policy()
     shared, other = [5] * 200, [6] * 200
     waiting = [_enter(policy, live, n, 16, prompt=(shared if n % 2 else other)) for n in range(6)]
-    assert list(policy.admit(_moment(waiting)).order) == [0, 2, 4, 1, 3, 5]
-    waiting = [_enter(policy, live, 10 + n, 16, prompt=(shared if n % 2 else other)[:100]) for n in range(6)]
-    assert list(policy.admit(_moment(waiting)).order) == [0, 1, 2, 3, 4, 5]
+    assert _order(policy, waiting) == [0, 2, 4, 1, 3, 5]
+    policy, live = _policy(), LiveRequests()
+    waiting = [_enter(policy, live, n, 16, prompt=(shared if n % 2 else other)[:100]) for n in range(6)]
+    assert _order(policy, waiting) == [0, 1, 2, 3, 4, 5]
 
 
 def test_salted_prefixes_are_not_shared(live):
     policy = _policy()
     waiting = [_enter(policy, live, n, 16, prompt=[5] * 200, cache_salt=str(n % 2)) for n in range(4)]
-    assert list(policy.admit(_moment(waiting)).order) == [0, 2, 1, 3]
+    assert _order(policy, waiting) == [0, 2, 1, 3]
 
 
 def test_victims_hold_much_for_long_and_cost_little(live):

@@ -20,9 +20,9 @@ class Request:
     num_preemptions: int = 0
 
 
-def _queue(admit=lambda waiting: Admission(), running=None, places=8, by_priority=False):
+def _queue(admit=lambda waiting: Admission(), running=None, places=8, by_priority=False, kind=InstantQueue):
     running = [] if running is None else running
-    return InstantQueue(
+    return kind(
         admit,
         running=lambda: len(running),
         has_room=lambda: len(running) < places,
@@ -59,6 +59,36 @@ def test_the_policys_order_and_then_as_they_came():
     assert _take_all(queue) == list("dbace")
     assert not queue
     assert len(queue) == 0
+
+
+def test_an_order_by_id_passes_over_those_that_do_not_wait():
+    named = ["d", "gone", "b"]
+    queue = _queue(lambda waiting: Admission(by_id=named))
+    for name in "abcde":
+        queue.add_request(Request(name))
+    assert _take_all(queue) == list("dbace")
+    for name in "fg":
+        queue.add_request(Request(name))
+    assert _take_all(queue) == list("fg"), "nobody named waits: as they came"
+
+
+def test_a_policy_that_does_not_look_at_those_that_wait_does_not_pay_for_them():
+    class Held(InstantQueue):
+        def _all_states(self):
+            pytest.fail("gathered")
+
+    queue = _queue(lambda waiting: Admission(by_id=["b"], most=len(waiting)), kind=Held)
+    for name in "abc":
+        queue.add_request(Request(name))
+    assert _take_all(queue) == list("bac")
+
+
+def test_who_has_run_before_comes_back_to_the_front():
+    queue = _queue()
+    for name in "ab":
+        queue.add_request(Request(name))
+    queue.add_request(Request("c", num_preemptions=1))
+    assert _take_all(queue) == list("cab")
 
 
 def test_the_order_does_not_change_within_one_call_of_schedule():
@@ -122,6 +152,13 @@ def test_priority_stands_above_the_policy():
     assert _take_all(queue) == ["b", "d", "c", "a"]
 
 
+def test_priority_stands_above_an_order_by_id():
+    queue = _queue(lambda waiting: Admission(by_id=["c"]), by_priority=True)
+    for name, priority in (("a", 1), ("b", 0), ("c", 1)):
+        queue.add_request(Request(name, priority))
+    assert _take_all(queue) == ["b", "c", "a"]
+
+
 def test_what_does_not_wait_cannot_be_taken():
     queue = _queue()
     with pytest.raises(IndexError):
@@ -147,7 +184,10 @@ class EveryRequestOnce(RuleBasedStateMachine):
         names = [state.request_id for state in waiting]
         assert names == sorted(names, key=lambda name: int(name)), "the policy sees them as they came"
         order = sorted(range(len(names)), key=lambda place: hash((self.seed, names[place])))
-        return Admission(order=order[: self.seed % 4], most=None if self.seed % 3 else 1)
+        order, most = order[: self.seed % 4], None if self.seed % 3 else 1
+        if self.seed % 2:
+            return Admission(most=most, by_id=["elsewhere", *(names[place] for place in order)])
+        return Admission(order, most)
 
     @rule()
     def add(self):
