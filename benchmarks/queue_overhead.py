@@ -6,6 +6,10 @@ Rounds of the two schedulers alternate. A step is everything that the engine cor
 taking in the requests that came (as many as ended, so that as many wait all the time), ``schedule`` and
 ``update_from_output``. What the policy does while the model runs (``get_grammar_bitmask``) is timed by itself.
 
+Answers end at a length that nothing foretells, so that both arms start and end as many requests in a step. With
+``--foretold`` the length is the request's ``max_tokens``, which the policy learns to use: then ours ends more requests
+in a step than stock does, and each costs vLLM its time, which the ratio then contains.
+
 Three steps before each round are not timed: the caches held the other scheduler, and the clock that patience is told by
 went on without this one. Python's garbage collector runs between rounds and not within: a collection takes as long as
 half a step, and whose allocation crosses its threshold is chance. ``--collector`` leaves it on.
@@ -16,12 +20,13 @@ from __future__ import annotations
 import argparse
 import gc
 import random
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import scheduler_harness as harness
-from results import write
+from results import earlier, merged, write
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -39,9 +44,11 @@ LENGTHS = (20, 300)
 class Arm:
     """One scheduler with a full batch and a queue."""
 
-    def __init__(self, factory: Any, config: Any, running: int, waiting: int) -> None:
+    def __init__(self, factory: Any, config: Any, running: int, waiting: int, foretold: bool) -> None:
+        self._foretold, self._lengths = foretold, dict[str, int]()
         self.scheduler = harness.make_scheduler(factory, config)
         self.present, self.number, self.beside = running + waiting, 0, 0.0
+        self.ended_a_step: list[float] = []
         self._random = random.Random(0)
         self._fill()
         # Until the first generation has ended, all began together.
@@ -52,7 +59,10 @@ class Arm:
         while len(self.scheduler.requests) < self.present:
             self.number += 1
             tokens = self._random.randrange(*LENGTHS)
-            self.scheduler.add_request(harness.make_request(self.number, prompt_tokens=48, max_tokens=tokens))
+            most = tokens if self._foretold else LENGTHS[1]
+            request = harness.make_request(self.number, prompt_tokens=48, max_tokens=most)
+            self._lengths[request.request_id] = tokens
+            self.scheduler.add_request(request)
 
     def _step(self) -> float:
         scheduler = self.scheduler
@@ -62,6 +72,9 @@ class Arm:
         scheduled = time.perf_counter() - started
         reading = {i for i in output.num_scheduled_tokens if scheduler.requests[i].is_prefill_chunk}
         reported = harness.answer(output, {}, reading)
+        for request_id, sampled in zip(reported.req_ids, reported.sampled_token_ids, strict=True):
+            if sampled and scheduler.requests[request_id].num_output_tokens + 1 >= self._lengths[request_id]:
+                sampled[0] = harness.STOP_TOKEN
         started = time.perf_counter()
         scheduler.get_grammar_bitmask(output)
         self.beside += time.perf_counter() - started
@@ -76,13 +89,16 @@ class Arm:
             gc.disable()
         for _ in range(UNTIMED_STEPS):
             self._step()
-        self.beside = 0.0
+        self.beside, before = 0.0, self.number
         taken = sum(self._step() for _ in range(STEPS_A_ROUND))
         gc.enable()
+        self.ended_a_step.append((self.number - before) / STEPS_A_ROUND)
         return 1e6 * taken / STEPS_A_ROUND, 1e6 * self.beside / STEPS_A_ROUND
 
 
-def measure(running: int, waiting: int, rounds: int, asynchronous: bool, collector: bool) -> dict[str, Any]:
+def measure(
+    running: int, waiting: int, rounds: int, asynchronous: bool, collector: bool, foretold: bool
+) -> dict[str, Any]:
     """Alternate both arms and return medians with intervals, in microseconds a step."""
     pair = assets.prepare(size=expand.SMALL, dtype="float32")
     config = harness.engine_config(pair.target, 0, running, asynchronous)
@@ -90,8 +106,8 @@ def measure(running: int, waiting: int, rounds: int, asynchronous: bool, collect
         resolve(None, ["speculation.plugin=off", "batching.plugin=similarity", "batching.keep_lengths=false"])
     )
     arms = {
-        "stock": Arm(AsyncScheduler if asynchronous else Scheduler, config, running, waiting),
-        "ours": Arm(create_scheduler, config, running, waiting),
+        "stock": Arm(AsyncScheduler if asynchronous else Scheduler, config, running, waiting, foretold),
+        "ours": Arm(create_scheduler, config, running, waiting, foretold),
     }
     # As an engine core does: what lives as long as the server is not collected again and again.
     gc.collect()
@@ -110,6 +126,8 @@ def measure(running: int, waiting: int, rounds: int, asynchronous: bool, collect
         "waiting": waiting,
         "rounds": rounds,
         "collector": collector,
+        "lengths": "foretold" if foretold else "hidden",
+        "ended_a_step": {name: statistics.mean(arm.ended_a_step) for name, arm in arms.items()},
         "stock_us": vars(median_interval(times["stock"])),
         "ours_us": vars(median_interval(times["ours"])),
         "ratio": vars(ratio_interval(times["ours"], times["stock"])),
@@ -124,20 +142,25 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--collector", action="store_true", help="let Python's garbage collector run within rounds")
+    parser.add_argument("--foretold", action="store_true", help="lengths that the policy learns to foretell")
+    parser.add_argument("--append", action="store_true", help="keep what the output file has of other cells")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/queue_overhead.json")
     options = parser.parse_args()
     cells = [
-        measure(options.running, options.waiting, options.rounds, asynchronous, options.collector)
+        measure(options.running, options.waiting, options.rounds, asynchronous, options.collector, options.foretold)
         for asynchronous in (False, True)
     ]
     for cell in cells:
         print(
-            f"{cell['scheduling']}, {cell['running']} running, {cell['waiting']} waiting: stock "
-            f"{cell['stock_us']['median']:.0f} µs, ours {cell['ours_us']['median']:.0f} µs a step "
+            f"{cell['scheduling']}, {cell['running']} running, {cell['waiting']} waiting, lengths "
+            f"{cell['lengths']}: stock {cell['stock_us']['median']:.0f} µs a step, ours "
+            f"{cell['ours_us']['median']:.0f} µs "
             f"({cell['ratio']['median']:.2f}× [{cell['ratio']['low']:.2f}, {cell['ratio']['high']:.2f}]); "
-            f"while the model runs {cell['while_the_model_runs_us']['median']:.0f} µs"
+            f"while the model runs {cell['while_the_model_runs_us']['median']:.0f} µs; ended a step: stock "
+            f"{cell['ended_a_step']['stock']:.2f}, ours {cell['ended_a_step']['ours']:.2f}"
         )
-    write(options.output, cells)
+    kept = earlier(options.output) if options.append else []
+    write(options.output, merged(kept, cells, "scheduling", "lengths"))
 
 
 if __name__ == "__main__":

@@ -65,12 +65,18 @@ def make_scheduler(factory: Any, config: Any) -> Any:
     )
 
 
+STOP_TOKEN = 7
+"""Ends a request that ``answer`` gives it to."""
+
+
 def make_request(number: int, prompt_tokens: int = 16, max_tokens: int = 512, temperature: float = 0.0) -> Request:
     """A request with a made-up prompt."""
     return Request(
         request_id=f"request-{number}",
         prompt_token_ids=[(number * 7 + i) % 4000 + 2 for i in range(prompt_tokens)],
-        sampling_params=SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True),
+        sampling_params=SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, ignore_eos=True, stop_token_ids=[STOP_TOKEN]
+        ),
         pooling_params=None,
         block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
     )
