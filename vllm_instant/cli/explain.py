@@ -10,6 +10,7 @@ import httpx
 import typer
 
 from vllm_instant.cli.common import fail, print_columns
+from vllm_instant.evidence.drafting_balance import balance
 
 REASONS = {
     "learning": "nothing measured yet: the first steps show what one costs without drafts",
@@ -78,6 +79,12 @@ def explain(
         if request:
             headings[3:5] = ["its acceptance", "its drafts"]
         print_columns(headings, (_row(decision, of_request=request is not None) for decision in engine["decisions"]))
+        found = balance(engine["decisions"]) if request is None else None
+        if found is not None and found.drafting:
+            print(
+                f"{found.steps} of these steps read no prompts, {found.drafting} of them had drafts: "
+                f"{found.speed:.2f} times the tokens a second of never drafting, by the steps beside them"
+            )
     for reason in sorted({d.get("reason") for engine in decided for d in engine["decisions"]} & REASONS.keys()):
         print(f"{reason}: {REASONS[reason]}")
 

@@ -15,11 +15,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Balance:
-    """The finished steps among some decisions."""
+    """The finished steps among some decisions that read no prompts."""
 
     steps: int
     drafting: int
-    """How many of them had draft tokens granted."""
+    """How many of them drafted or verified drafts."""
     milliseconds: float
     """How long all of them took."""
     undrafted_milliseconds: float
@@ -32,32 +32,35 @@ class Balance:
 
 
 def balance(decisions: Iterable[Mapping[str, Any]]) -> Balance | None:
-    """Compare the steps that drafted with those that did not.
+    """Compare the steps that drafted, or verified what the step before had drafted, with those that did neither.
 
     A step without drafts gives every request a token. How long it takes with as many requests is the median of such
-    steps here; where there was none, that of the nearest number of requests.
+    steps here; where there was none, that of the nearest number of requests. Steps that read prompts are passed over,
+    and those that have not finished.
 
     Args:
-        decisions: as the server answers them (``vllm_instant_plugins.goodput.trace.Decision.plain``); those whose steps
-            have not finished are passed over.
+        decisions: as the server answers them, the oldest first (``vllm_instant_plugins.goodput.trace.Decision.plain``):
+            the drafts of a decision are made in its step and verified in the next, whose tokens and time its outcome
+            says.
 
     Returns:
         None when no step went without drafts.
 
     """
+    # Of a step that was planned twice, because a request came, the later plan counts.
+    decided = {decision["step"]: decision for decision in decisions}
     plain: dict[int, list[float]] = defaultdict(list)
     drafting: list[tuple[int, float, float]] = []
-    for decision in decisions:
-        outcome = decision["outcome"]
-        if outcome is None:
+    for step, decision in decided.items():
+        outcome, following = decision["outcome"], decided.get(step + 1)
+        if outcome is None or outcome["prompt_tokens"] or following is None:
             continue
-        if decision["draft_tokens"]:
+        if decision["draft_tokens"] or following["draft_tokens"]:
             drafting.append((decision["num_requests"], outcome["tokens"], outcome["milliseconds"]))
         else:
             plain[decision["num_requests"]].append(outcome["milliseconds"])
     if not plain:
         return None
-
     medians = {requests: statistics.median(times) for requests, times in plain.items()}
 
     def usual(requests: int) -> float:

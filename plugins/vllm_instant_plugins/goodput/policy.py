@@ -296,6 +296,7 @@ class GoodputPolicy(SpeculationPolicy):
         if decision is not None:
             decision.drafted, decision.accepted, decision.took = total, kept, outcome.seconds
             decision.produced = kept + count
+            decision.prompt_tokens = outcome.num_scheduled_tokens - count - total
             if total or decision.granted:
                 self._compare(decision, batch, drafted, accepted)
         self.acceptance.observe(batch.indices, drafted, accepted)

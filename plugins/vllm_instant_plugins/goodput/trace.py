@@ -38,6 +38,8 @@ class Decision:
     drafted: int | None = None
     accepted: int | None = None
     took: float | None = None
+    prompt_tokens: int | None = None
+    """Tokens of prompts that were read beside."""
 
     def plain(self, request_id: str | None = None) -> dict[str, Any] | None:
         """The decision as JSON types; with a request id only that request's row, None when it has none."""
@@ -72,6 +74,7 @@ class Decision:
                 "drafted": self.drafted,
                 "accepted": self.accepted,
                 "milliseconds": round(self.took * 1e3, 3),
+                "prompt_tokens": self.prompt_tokens,
             },
             "requests": rows,
         }
