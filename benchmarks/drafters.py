@@ -9,8 +9,8 @@ tokens a second with the ``goodput`` policy deciding, as served. All arms take t
 Position j of the table is the share of a request's steps in which draft token j was there and was accepted; the sum
 over positions is what a step brings beside its one token.
 
-With one user, the time to the first tokens is the share of the time in which nothing can be drafted. That, and how many
-steps fewer its accepted tokens leave, is what limits ``hybrid`` beside the better single source, were its steps as fast:
+With one user, the time to first tokens is the share of the time in which nothing can be drafted. That, and how many
+steps fewer its accepted tokens leave, limits ``hybrid`` beside the better single source, were its steps as fast:
 ``limit`` = 1 / (share + (1 - share) · (1 + accepted by the source) / (1 + accepted by ``hybrid``)).
 """
 
