@@ -65,4 +65,5 @@ class Pricing:
             verifying=verifying,
             drafting=rate * max(float(some + each_row * rows[0]), 0.0),
             draft_pass=rate * max(float(each + each_request * best.requests), 0.0),
+            step=rate * best.off_seconds,
         )
