@@ -40,6 +40,8 @@ from vllm_instant.evidence.turns import interleaved
 OFF, SUFFIX, MODEL_ARM, HYBRID = "off", "suffix", "model", "hybrid"
 POSITIONS = 8
 MAX_TOKENS = (96, 160)
+PROMPTS_A_TURN = 32
+"""More than any turn gets through: a prompt that came in an earlier turn would be answered from the history."""
 METRICS_SECONDS = 2.5
 """After which the numbers of a load are on ``/metrics``: they are polled once a second."""
 
@@ -110,7 +112,7 @@ def turn(server: Server, prompts: Sequence[Prompt], users: int, seconds: float, 
         concurrency=users,
         seconds=seconds,
         max_tokens=MAX_TOKENS,
-        first_prompt=number * 4 * users,
+        first_prompt=number * PROMPTS_A_TURN,
         extra=extra,
     )
     if measured.errors:
@@ -133,7 +135,7 @@ def one_class(
     speeds: dict[str, list[float]] = {arm: [] for arm in arms}
     order = random.Random(name)
     for number, arm in interleaved(list(arms), range(-1, rounds), order):
-        speed = turn(arms[arm], prompts, users, seconds, number + 1)
+        speed = turn(arms[arm], prompts, users, seconds, number + 2)
         if number >= 0:  # the first round is for the policy to learn
             speeds[arm].append(speed)
     better = max((SUFFIX, MODEL_ARM), key=lambda arm: float(np.median(speeds[arm])))
