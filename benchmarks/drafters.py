@@ -8,10 +8,6 @@ tokens a second with the ``goodput`` policy deciding, as served. All arms take t
 
 Position j of the table is the share of a request's steps in which draft token j was there and was accepted; the sum
 over positions is what a step brings beside its one token.
-
-With one user, the time to first tokens is the share of the time in which nothing can be drafted. That, and how many
-steps fewer its accepted tokens leave, limits ``hybrid`` beside the better single source, were its steps as fast:
-``limit`` = 1 / (share + (1 - share) · (1 + accepted by the source) / (1 + accepted by ``hybrid``)).
 """
 
 from __future__ import annotations
@@ -35,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_instant.demo import assets
-from vllm_instant.evidence.load import Measured, Prompt, measure
+from vllm_instant.evidence.load import Prompt, measure
 from vllm_instant.evidence.prompts import free, records, snippets, sums
 from vllm_instant.evidence.servers import Server, running, settle
 from vllm_instant.evidence.statistics import median_interval, ratio_interval
@@ -44,6 +40,8 @@ from vllm_instant.evidence.turns import interleaved
 OFF, SUFFIX, MODEL_ARM, HYBRID = "off", "suffix", "model", "hybrid"
 POSITIONS = 8
 MAX_TOKENS = (96, 160)
+PROMPTS_A_TURN = 32
+"""More than any turn gets through: a prompt that came in an earlier turn would be answered from the history."""
 METRICS_SECONDS = 2.5
 """After which the numbers of a load are on ``/metrics``: they are polled once a second."""
 
@@ -105,8 +103,8 @@ def totals_of(url: str) -> np.ndarray:
     return totals
 
 
-def turn(server: Server, prompts: Sequence[Prompt], users: int, seconds: float, number: int, **extra: Any) -> Measured:
-    """One turn."""
+def turn(server: Server, prompts: Sequence[Prompt], users: int, seconds: float, number: int, **extra: Any) -> float:
+    """One turn's tokens a second."""
     measured = measure(
         server.url,
         MODEL,
@@ -114,12 +112,12 @@ def turn(server: Server, prompts: Sequence[Prompt], users: int, seconds: float, 
         concurrency=users,
         seconds=seconds,
         max_tokens=MAX_TOKENS,
-        first_prompt=number * 4 * users,
+        first_prompt=number * PROMPTS_A_TURN,
         extra=extra,
     )
     if measured.errors:
         raise SystemExit(measured.errors[0])
-    return measured
+    return measured.tokens_per_second
 
 
 def one_class(
@@ -134,29 +132,20 @@ def one_class(
         gained = totals_of(arms[arm].url) - before
         # Each step grants each request what its client asked for.
         acceptance[arm] = [float(share) for share in gained[:-1] * POSITIONS / gained[-1]]
-    turns: dict[str, list[Measured]] = {arm: [] for arm in arms}
+    speeds: dict[str, list[float]] = {arm: [] for arm in arms}
     order = random.Random(name)
     for number, arm in interleaved(list(arms), range(-1, rounds), order):
-        measured = turn(arms[arm], prompts, users, seconds, number + 1)
+        speed = turn(arms[arm], prompts, users, seconds, number + 2)
         if number >= 0:  # the first round is for the policy to learn
-            turns[arm].append(measured)
-    speeds = {arm: [measured.tokens_per_second for measured in found] for arm, found in turns.items()}
+            speeds[arm].append(speed)
     better = max((SUFFIX, MODEL_ARM), key=lambda arm: float(np.median(speeds[arm])))
-    accepted = {arm: sum(shares) for arm, shares in acceptance.items()}
-    waiting = {
-        arm: float(np.mean([sum(measured.ttft) / measured.seconds for measured in found])) / users
-        for arm, found in turns.items()
-    }
-    left = (1 + accepted[better]) / (1 + accepted[HYBRID])
     return {
         "class": name,
         "users": users,
         "acceptance_by_position": acceptance,
-        "accepted_a_step": accepted,
+        "accepted_a_step": {arm: sum(shares) for arm, shares in acceptance.items()},
         "tokens_per_second": {arm: vars(median_interval(found)) for arm, found in speeds.items()},
         "better_single_source": better,
-        "share_of_time_to_first_tokens": waiting,
-        "limit": 1 / (waiting[better] + (1 - waiting[better]) * left) if users == 1 else None,
         "hybrid_to_better": vars(ratio_interval(speeds[HYBRID], speeds[better])),
         "hybrid_to_off": vars(ratio_interval(speeds[HYBRID], speeds[OFF])),
         "suffix_to_off": vars(ratio_interval(speeds[SUFFIX], speeds[OFF])),
@@ -204,8 +193,7 @@ def main() -> None:
                 ratio = found["hybrid_to_better"]
                 console.print(
                     f"{kind}, {users} users: hybrid is {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] "
-                    f"times {found['better_single_source']}"
-                    + (f", of a limit of {found['limit']:.3f}" if found["limit"] else ""),
+                    f"times {found['better_single_source']}",
                     soft_wrap=True,
                 )
                 write(options.output, merged(kept, measured, "class", "users"))

@@ -25,6 +25,21 @@ def test_repetition_is_drafted_without_any_configuration(server):
     assert server.metrics()["vllm:spec_decode_num_accepted_tokens_total"] > 60
 
 
+def test_what_was_written_before_a_pause_is_drafted_behind_it(server):
+    """Between the two requests nobody is served, so that no step with drafts says that the first one has ended."""
+
+    def accepted():
+        time.sleep(2.5)  # the metrics are polled once a second
+        return server.metrics()["vllm:spec_decode_num_accepted_tokens_total"]
+
+    prompt = {"vllm_xargs": {"instant_speculation": 8}, "max_tokens": 96}
+    before = accepted()
+    ask(server, "def first_of(numbers):", **prompt)
+    first = accepted()
+    ask(server, "def first_of(numbers):", **prompt)
+    assert accepted() - first > max(first - before, 60)
+
+
 def test_an_idle_server_sleeps(server):
     ask(server, REPEATED)
     processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -58,8 +58,6 @@ class DraftSharer:
             arguments: of ``propose_draft_token_ids``, behind ``scheduler_output``.
 
         """
-        for request_id in scheduler_output.finished_req_ids:
-            self.drafter.call("forget", functools.partial(_forget, request_id=request_id), None)
         batch = self.runner.input_batch
         requests = self._requests(plan, arguments[0]) if any(plan.lengths.values()) else []
         # When the plugin is disabled the draft model does everything.
@@ -91,6 +89,11 @@ class DraftSharer:
         if self.runner._draft_probs is not None and own:
             self._certain(own)
         return drafts
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """These requests ended."""
+        for request_id in request_ids:
+            self.drafter.call("forget", functools.partial(_forget, request_id=request_id), None)
 
     def _requests(self, plan: DraftPlan, sampled: Any) -> list[DraftRequest]:
         """The requests that may get drafts, with the tokens of this step."""
@@ -196,6 +199,7 @@ def _wrap(module: ModuleType) -> None:
     runner_class = module.GPUModelRunner
     propose = runner_class.propose_draft_token_ids
     initialize = runner_class.initialize_kv_cache
+    update = runner_class._update_states
 
     @functools.wraps(initialize)
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -212,6 +216,15 @@ def _wrap(module: ModuleType) -> None:
             return propose(self, scheduler_output, *arguments)
         return sharer.propose(propose, scheduler_output, plan, arguments)
 
+    @functools.wraps(update)
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        # Not when drafts are due: the step that says that the last request has ended has no tokens, and drafts nothing.
+        sharer = getattr(self, SHARER_ATTRIBUTE, None)
+        if sharer is not None:
+            sharer.forget(scheduler_output.finished_req_ids)
+        return update(self, scheduler_output)
+
+    runner_class._update_states = _update_states
     runner_class.initialize_kv_cache = initialize_kv_cache
     runner_class.propose_draft_token_ids = propose_draft_token_ids
 
@@ -229,6 +242,8 @@ SEAM = Seam(
     requirements=(
         Function(_RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output", "sampled_token_ids")),
         Function(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config")),
+        Function(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), exact=True),
+        Mentions(_RUNNER, "GPUModelRunner.execute_model", ("_update_states",)),
         Mentions(_RUNNER, "GPUModelRunner._get_spec_decode_draft_probs", ("_draft_probs", "num_draft_tokens")),
         Mentions(_RUNNER, "GPUModelRunner.sample_tokens", ("propose_draft_token_ids", "_bookkeeping_sync")),
         Mentions("v1/worker/gpu_input_batch.py", "InputBatch", ("num_tokens_no_spec", "token_ids_cpu", "req_ids")),

@@ -55,7 +55,6 @@ class DraftModelKeeper:
         request_ids = batch.req_ids
         computed = batch.num_computed_tokens_cpu
         tables = batch.block_table[self.drafter.kv_cache_gid].get_numpy_array()
-        coverage.forget(scheduler_output.finished_req_ids)
         coverage.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
 
         starts = [int(computed[row]) for row in rows]
@@ -191,7 +190,18 @@ def _wrap(module: ModuleType) -> None:
             return keeper.propose(original, scheduler_output, plan.lengths, arguments)
         return original(self, scheduler_output, *arguments)
 
+    update = module.GPUModelRunner._update_states
+
+    @functools.wraps(update)
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        # The step that says that the last request has ended has no tokens, and drafts nothing.
+        keeper = self.__dict__.get("instant_draft_keeper")
+        if keeper is not None:
+            keeper.coverage.forget(scheduler_output.finished_req_ids)
+        return update(self, scheduler_output)
+
     module.GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+    module.GPUModelRunner._update_states = _update_states
 
 
 def install() -> None:
@@ -222,6 +232,8 @@ SEAM = Seam(
             ),
         ),
         Mentions(_RUNNER, "GPUModelRunner.sample_tokens", ("propose_draft_token_ids", "draft_after_bookkeeping")),
+        Function(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), exact=True),
+        Mentions(_RUNNER, "GPUModelRunner.execute_model", ("_update_states",)),
         Mentions(_RUNNER, "GPUModelRunner._get_draft_token_ids_cpu", ("_draft_token_ids", "list")),
         Mentions("v1/worker/gpu_input_batch.py", "InputBatch", ("num_computed_tokens_cpu", "token_ids_cpu")),
         Function(_PROPOSER, "SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata", ("self",)),

@@ -8,7 +8,7 @@ propose_draft_token_ids`` has both, so it is wrapped to lay them beside the draf
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -54,7 +54,6 @@ class PluginDrafter:
         request_ids: Sequence[str],
         prompt_lengths: npt.NDArray[np.int32],
         plan: DraftPlan,
-        finished: Sequence[str],
     ) -> None:
         """Take what vLLM does not pass to ``propose``.
 
@@ -62,13 +61,15 @@ class PluginDrafter:
             request_ids: by batch index.
             prompt_lengths: int32 ``[batch]`` (or longer), tokens of each prompt.
             plan: what the scheduler decided about drafts.
-            finished: requests that ended since the last step.
 
         """
         self._request_ids = request_ids
         self._prompt_lengths = prompt_lengths
         self._plan = plan
-        for request_id in finished:
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """These requests ended."""
+        for request_id in request_ids:
             self.drafter.call("forget", functools.partial(_forget, request_id=request_id), None)
 
     def propose(
@@ -162,11 +163,21 @@ def _wrap(module: ModuleType) -> None:
                 batch.req_ids,
                 batch.num_prompt_tokens,
                 getattr(scheduler_output, PLAN_ATTRIBUTE, NO_PLAN),
-                scheduler_output.finished_req_ids,
             )
         return original(self, scheduler_output, *args, **kwargs)
 
+    update = module.GPUModelRunner._update_states
+
+    @functools.wraps(update)
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        # Not when drafts are due: the step that says that the last request has ended has no tokens, and drafts nothing.
+        drafter = getattr(self, "drafter", None)
+        if isinstance(drafter, PluginDrafter):
+            drafter.forget(scheduler_output.finished_req_ids)
+        return update(self, scheduler_output)
+
     module.GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+    module.GPUModelRunner._update_states = _update_states
 
 
 def install() -> None:
@@ -181,6 +192,8 @@ SEAM = Seam(
     purpose="drafters that plugins bring",
     requirements=(
         Function(_RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output", "sampled_token_ids")),
+        Function(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), exact=True),
+        Mentions(_RUNNER, "GPUModelRunner.execute_model", ("_update_states",)),
         Mentions(
             _RUNNER,
             "GPUModelRunner.propose_draft_token_ids",

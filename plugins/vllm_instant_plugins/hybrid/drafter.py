@@ -7,12 +7,15 @@ passes of it is what all requests gain together, each from its better source, wo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_instant import Draft, DraftPrice, DraftRequest, Share, SharingDrafter, prompt_class
+from vllm_instant.drafting import worthwhile
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
+from vllm_instant_plugins.hybrid.silences import LEAST_GAIN, Silences
 from vllm_instant_plugins.suffix.calibration import came_true
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
 
@@ -21,6 +24,8 @@ Array = npt.NDArray[np.float64]
 PROBE_SHARE = 0.005
 """Share of the tokens that is spent on looking whether an unused draft model has become better."""
 LEAST_STEPS_BETWEEN_PROBES = 50
+PROBE_TOKENS = 3
+"""Drafted then: a first token alone does not show what those behind it are worth."""
 
 
 class HybridDrafter(SharingDrafter):
@@ -44,6 +49,7 @@ class HybridDrafter(SharingDrafter):
         self._lengths: dict[str, int] = {}
         """Tokens of each request when its share was last asked for."""
         self._unused_steps = 0
+        self._silences = Silences()
 
     def propose(self, requests: Sequence[DraftRequest]) -> Sequence[Draft]:
         """The lookup's drafts alone."""
@@ -53,41 +59,53 @@ class HybridDrafter(SharingDrafter):
         """The source of each request's draft, and how far the draft model drafts."""
         indices = self._learn(requests)
         lookups = self._lookup.propose(requests)
+        price = _whole(price)
         most = np.array([request.max_draft_tokens for request in requests])
+        pinned = np.array([request.is_pinned for request in requests])
+        kept = [len(tokens) for tokens in worthwhile(lookups, price, pinned.tolist())]
         # A client that asked for its length is served whatever it costs.
-        row_price = np.array([0.0 if request.is_pinned else price.row for request in requests])
-        own_worth, own_gain = _worth(lookups, row_price)
+        row_price = np.where(pinned, 0.0, _further_row(price, len(requests), self._most))
+        own_value, own_gain = _worth(lookups, kept, row_price)
+        value = self._silences.values(requests, own_gain, price, self._most)
+        own_value, own_gain = _worth(lookups, kept, row_price, value)
+        own_worth = np.array(kept)
 
-        earned = np.maximum(self.model.reach(indices) - row_price[:, None], 0.0)
-        earned[np.arange(self._most) >= most[:, None]] = 0.0
-        # [requests, passes]: what each gains from the draft model by passes, from 0 on.
-        by_passes = np.zeros((len(requests), self._most + 1))
+        reached = self.model.reach(indices) * value
+        reached[np.arange(self._most) >= most[:, None]] = 0.0
+        earned = np.maximum(reached - row_price[:, None], 0.0)
+        # [requests, passes]: what each gets and gains from the draft model by passes, from 0 on.
+        model_value, by_passes = np.zeros((2, len(requests), self._most + 1))
+        np.cumsum(np.where(earned > 0, reached, 0.0), axis=1, out=model_value[:, 1:])
         np.cumsum(earned, axis=1, out=by_passes[:, 1:])
+        model_rows = np.zeros((len(requests), self._most + 1))
+        np.cumsum(earned > 0, axis=1, out=model_rows[:, 1:])
         passes = np.arange(self._most + 1)
-        together = np.maximum(by_passes, own_gain[:, None]).sum(0)
+        with_model = by_passes > own_gain[:, None]
+        rows = np.where(with_model, model_rows, own_worth[:, None])
+        together = np.where(with_model, model_value, own_value[:, None]).sum(0)
+        together -= _rows_cost(price, np.where(pinned[:, None], 0.0, rows).sum(0))
         together -= np.where(passes > 0, price.drafting + price.draft_pass * passes, 0.0)
         best = int(together.argmax())
-        pinned = any(request.is_pinned for request in requests)
-        if together[best] <= price.verifying and price.verifying > 0 and not pinned:
+        if together[best] <= 0 and price.batch and not pinned.any():
             best, own_worth = 0, np.zeros_like(own_worth)
         use_model = by_passes[:, best] > own_gain
         worth = np.minimum((earned > 0).sum(1), best)
-        if best == 0:
-            self._unused_steps += 1
-            if self._probe_is_due(len(requests), price):
-                self._unused_steps = 0
-                use_model[int(own_gain.argmin())] = True
-                worth[:] = 1
-        else:
+        self._unused_steps = 0 if best else self._unused_steps + 1
+        probed = int(own_gain.argmin())
+        hoped = float(reached[probed, :PROBE_TOKENS].sum())
+        if best == 0 and own_gain[probed] < LEAST_GAIN and self._probe_is_due(len(requests), price, hoped):
             self._unused_steps = 0
+            use_model[probed] = True
+            worth = np.minimum(most, PROBE_TOKENS)
         self.model.fade(indices[~use_model])
         return [
             Share(lookup.token_ids[:length], int(model_length) if model else 0)
             for lookup, length, model, model_length in zip(lookups, own_worth, use_model, worth, strict=True)
         ]
 
-    def _probe_is_due(self, requests: int, price: DraftPrice) -> bool:
-        loss = price.drafting + price.draft_pass + price.row + price.verifying
+    def _probe_is_due(self, requests: int, price: DraftPrice, hoped: float) -> bool:
+        costs = price.drafting + PROBE_TOKENS * price.draft_pass + float(_rows_cost(price, np.array([PROBE_TOKENS]))[0])
+        loss = max(0.0, costs - hoped)
         return self._unused_steps >= max(LEAST_STEPS_BETWEEN_PROBES, loss / (PROBE_SHARE * requests))
 
     def model_drafted(self, drafts: Mapping[str, Sequence[int]]) -> None:
@@ -127,14 +145,36 @@ class HybridDrafter(SharingDrafter):
             self._free.append(index)
         self._drafted.pop(request_id, None)
         self._lengths.pop(request_id, None)
+        self._silences.forget(request_id)
 
 
-def _worth(lookups: Sequence[Draft], row_price: Array) -> tuple[npt.NDArray[np.intp], Array]:
-    """How much of each lookup earns its price, and what it gains; accepted tokens."""
-    worth, gain = np.zeros(len(lookups), np.intp), np.zeros(len(lookups))
-    for row, lookup in enumerate(lookups):
-        if len(lookup.token_ids):
-            reach = np.cumprod(np.asarray(lookup.confidence, float))
-            worth[row] = np.count_nonzero(reach >= row_price[row])
-            gain[row] = reach[: worth[row]].sum() - worth[row] * row_price[row]
+def _whole(price: DraftPrice) -> DraftPrice:
+    """The price with what batches cost, also where only the rough price is known."""
+    if price.batch or not (price.row or price.verifying):
+        return price
+    return replace(price, batch=[(count, count * price.row + price.verifying) for count in (1, 1024)])
+
+
+def _rows_cost(price: DraftPrice, rows: Array) -> Array:
+    """What verifying so many draft tokens in all costs; same shape as ``rows``."""
+    counts, costs = np.array([(0, 0.0), *price.batch]).T
+    return np.asarray(np.interp(rows, counts, costs))
+
+
+def _further_row(price: DraftPrice, requests: int, most: int) -> float:
+    """What one draft token more costs where every request has one: the first ones also pay for verifying at all."""
+    few, many = _rows_cost(price, requests * np.array([1.0, 1.0 + most / 2]))
+    return max(0.0, float(many - few) / (requests * most / 2))
+
+
+def _worth(
+    lookups: Sequence[Draft], kept: Sequence[int], row_price: Array, value: Array | None = None
+) -> tuple[Array, Array]:
+    """What that which is kept of each lookup is worth, and what of it is gained; accepted tokens."""
+    worth, gain = np.zeros(len(lookups)), np.zeros(len(lookups))
+    for row, (lookup, length) in enumerate(zip(lookups, kept, strict=True)):
+        if length:
+            reach = np.cumprod(np.asarray(lookup.confidence[:length], float))
+            worth[row] = reach.sum() if value is None else reach @ value[row, :length]
+            gain[row] = max(0.0, worth[row] - length * row_price[row])
     return worth, gain

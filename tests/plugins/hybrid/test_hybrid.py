@@ -1,10 +1,12 @@
 """Which source the hybrid takes, without an engine."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from vllm_instant import Draft, DraftPrice, DraftRequest, SharingDrafter
-from vllm_instant_plugins.hybrid.drafter import LEAST_STEPS_BETWEEN_PROBES, HybridDrafter
+from vllm_instant_plugins.hybrid.drafter import LEAST_STEPS_BETWEEN_PROBES, PROBE_TOKENS, HybridDrafter
 
 MOST = 4
 FREE = DraftPrice()
@@ -122,7 +124,7 @@ def test_an_unused_model_is_tried_again():
     ]
     assert asked[0] == 0
     assert 1 <= sum(1 for length in asked if length) <= 5
-    assert max(asked) == 1
+    assert max(asked) == PROBE_TOKENS
 
 
 def test_acceptance_of_the_model_is_learned_by_position():
@@ -143,3 +145,26 @@ def test_who_ended_is_forgotten():
     driven.tokens = {"c": [1, 2, 3], "b": driven.tokens["b"]}
     driven.share()
     assert sorted(driven.drafter._indices.values()) == [0, 1]
+
+
+def test_where_lookups_are_silent_a_token_saves_a_step():
+    """A step that is worth three average tokens: what does not pay at the average price pays there."""
+    price = DraftPrice(row=0.1, drafting=0.8, draft_pass=0.1)
+    accepted = {"a": 1, "b": 1}
+    average, silent = Driven(Lookup()), Driven(Lookup())
+    for _ in range(60):
+        average.step(accepted, price)
+        silent.step(accepted, replace(price, step=6.0))
+    assert [share.model_length for share in average.share(price).values()] == [1, 1]
+    dear = replace(price, drafting=2.5)
+    assert [share.model_length for share in average.share(dear).values()] == [0, 0]
+    assert [share.model_length for share in silent.share(replace(dear, step=6.0)).values()] == [1, 1]
+
+
+def test_lookups_are_cut_by_what_batches_cost():
+    driven = Driven(Lookup(a=[0.9, 0.9, 0.9, 0.9]), names=("a",))
+    driven.learn(60)
+    # The first token is dear because it is the first; the third would be the first that does not pay.
+    price = DraftPrice(batch=[(1, 0.8), (2, 0.9), (3, 2.5), (4, 4.0)], row=0.9, drafting=9.0)
+    share = driven.share(price)["a"]
+    assert (list(share.own), share.model_length) == ([7, 7], 0)

@@ -9,7 +9,7 @@ import torch
 from vllm_instant import Share, SharingDrafter
 from vllm_instant.containment import Contained
 from vllm_instant.drafting import DraftPlan
-from vllm_instant.seams.draft_sharing import DraftSharer
+from vllm_instant.seams.draft_sharing import SHARER_ATTRIBUTE, DraftSharer, _wrap
 from vllm_instant.seams.scheduler import PLAN_ATTRIBUTE
 
 LENGTH, VOCABULARY = 16, 50
@@ -72,8 +72,8 @@ def _sharer(shares, discarded=(False, False, False)):
     return DraftSharer(runner, Contained("drafter", "recording", plugin), VOCABULARY), plugin
 
 
-def _propose(sharer, model, plan, finished=()):
-    output = SimpleNamespace(finished_req_ids=set(finished), num_spec_tokens_to_schedule=9)
+def _propose(sharer, model, plan):
+    output = SimpleNamespace(num_spec_tokens_to_schedule=9)
     setattr(output, PLAN_ATTRIBUTE, plan)
     drafts = sharer.propose(model, output, plan, (SAMPLED,))
     assert output.num_spec_tokens_to_schedule == 9  # the scheduler's own object is not touched
@@ -165,5 +165,11 @@ def test_a_plugin_that_fails_leaves_the_model_alone(shares):
 
 def test_who_ended_is_forgotten():
     sharer, plugin = _sharer([Share()] * 3)
-    _propose(sharer, Model(), DraftPlan({"a": 1}), finished=["x"])
+    runner_class = type("Runner", (), dict.fromkeys(("propose_draft_token_ids", "initialize_kv_cache"), print))
+    runner_class._update_states = lambda self, scheduler_output: "updated"
+    _wrap(SimpleNamespace(GPUModelRunner=runner_class))
+    runner = runner_class()
+    setattr(runner, SHARER_ATTRIBUTE, sharer)
+    # Nothing is drafted in this step, nor asked: the engine only says who has ended before it goes to sleep.
+    assert runner._update_states(SimpleNamespace(finished_req_ids={"x"})) == "updated"
     assert plugin.forgotten == ["x"]

@@ -9,7 +9,7 @@ from vllm_instant import Draft, Drafter, DraftPrice
 from vllm_instant.containment import Contained
 from vllm_instant.drafting import DraftPlan
 from vllm_instant.seams.draft_reports import report_of
-from vllm_instant.seams.drafter import PluginDrafter
+from vllm_instant.seams.drafter import PluginDrafter, _wrap
 
 LENGTH = 12
 
@@ -42,7 +42,7 @@ def _adapter(answer):
 
 def _propose(adapter, sampled, plan=None, num_tokens=(4, 5, 6)):
     tokens = np.arange(3 * LENGTH, dtype=np.int32).reshape(3, LENGTH)
-    adapter.begin_step(["a", "b", "c"], np.array([2, 3, 4], np.int32), plan or DraftPlan(), [])
+    adapter.begin_step(["a", "b", "c"], np.array([2, 3, 4], np.int32), plan or DraftPlan())
     return adapter.propose(sampled, np.array(num_tokens, np.int32), tokens)
 
 
@@ -113,7 +113,13 @@ def test_what_could_harm_the_engine_disables_the_drafter(answer):
 
 def test_finished_requests_are_forgotten():
     adapter, plugin = _adapter(lambda requests: [])
-    adapter.begin_step(["a"], np.array([1], np.int32), DraftPlan(), ["x", "y"])
+    runner_class = type("Runner", (), {"propose_draft_token_ids": print})
+    runner_class._update_states = lambda self, scheduler_output: "updated"
+    _wrap(SimpleNamespace(GPUModelRunner=runner_class))
+    runner = runner_class()
+    runner.drafter = adapter
+    # Nothing is drafted in this step: the engine only says who has ended before it goes to sleep.
+    assert runner._update_states(SimpleNamespace(finished_req_ids=["x", "y"])) == "updated"
     assert plugin.forgotten == ["x", "y"]
 
 

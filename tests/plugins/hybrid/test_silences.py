@@ -1,0 +1,55 @@
+"""What the draft model's tokens are worth where lookups are silent."""
+
+import numpy as np
+import pytest
+
+from vllm_instant import DraftPrice, DraftRequest
+from vllm_instant_plugins.hybrid.silences import LEAST_GAIN, Silences
+
+PRICE = DraftPrice(row=0.1, step=3.0)
+
+
+def _values(silences, gain, price=PRICE, name="a", pinned=False):
+    request = DraftRequest(name, np.array([1, 2, 3], np.int32), 2, 4, "", pinned)
+    return silences.values([request], np.array([gain]), price, 4)[0]
+
+
+def test_a_token_is_a_token_where_the_lookup_speaks():
+    assert _values(Silences(), LEAST_GAIN).tolist() == [1.0] * 4
+
+
+def test_the_first_token_saves_a_step():
+    assert _values(Silences(), 0.0)[0] == pytest.approx(3.0)
+
+
+def test_the_time_of_a_step_is_shared_by_its_requests():
+    requests = [DraftRequest(name, np.array([1, 2], np.int32), 1, 4) for name in "abc"]
+    values = Silences().values(requests, np.array([0.0, 9.0, 0.0]), PRICE, 4)
+    assert values[0, 0] == values[2, 0] == pytest.approx(1.0)
+    assert values[1].tolist() == [1.0] * 4
+
+
+def test_how_long_silences_last_is_learned():
+    long, short = Silences(), Silences()
+    for step in range(200):
+        lasting = _values(long, 0.0)
+        ending = _values(short, 0.0 if step % 2 else 2.0)
+    assert lasting == pytest.approx([3.0] * 4, rel=0.1)
+    assert ending[0] == pytest.approx(3.0)
+    assert ending[1:] == pytest.approx([0.1] * 3, abs=0.3)
+
+
+def test_others_start_with_what_was_learned_and_who_ended_is_forgotten():
+    silences = Silences()
+    for _ in range(400):
+        _values(silences, 0.0, name="a")
+    assert _values(silences, 0.0, name="b")[3] > 2.8
+    silences.forget("a")
+    assert not silences._of
+    silences.forget("b")
+    assert not silences._silent
+
+
+@pytest.mark.parametrize("changed", [{"price": DraftPrice(row=0.1)}, {"pinned": True}], ids=["unpriced", "pinned"])
+def test_without_a_price_tokens_are_counted(changed):
+    assert _values(Silences(), 0.0, **changed).tolist() == [1.0] * 4
