@@ -6,9 +6,9 @@ Rounds of the two schedulers alternate. A step is everything that the engine cor
 taking in the requests that came (as many as ended, so that as many wait all the time), ``schedule`` and
 ``update_from_output``. What the policy does while the model runs (``get_grammar_bitmask``) is timed by itself.
 
-Answers end at a length that nothing foretells, so that both arms start and end as many requests in a step. With
-``--foretold`` the length is the request's ``max_tokens``, which the policy learns to use: then ours ends more requests
-in a step than stock does, and each costs vLLM its time, which the ratio then contains.
+Answers are as long as the request's ``max_tokens``, which the policy learns to use: ours ends more requests in a step
+than stock does, and each costs vLLM its time, which the ratio contains. With ``--hidden`` answers end at a length that
+nothing foretells, and both arms start and end as many.
 
 Three steps before each round are not timed: the caches held the other scheduler, and the clock that patience is told by
 went on without this one. Python's garbage collector runs between rounds and not within: a collection takes as long as
@@ -142,12 +142,12 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--collector", action="store_true", help="let Python's garbage collector run within rounds")
-    parser.add_argument("--foretold", action="store_true", help="lengths that the policy learns to foretell")
+    parser.add_argument("--hidden", action="store_true", help="lengths that nothing foretells")
     parser.add_argument("--append", action="store_true", help="keep what the output file has of other cells")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/queue_overhead.json")
     options = parser.parse_args()
     cells = [
-        measure(options.running, options.waiting, options.rounds, asynchronous, options.collector, options.foretold)
+        measure(options.running, options.waiting, options.rounds, asynchronous, options.collector, not options.hidden)
         for asynchronous in (False, True)
     ]
     for cell in cells:

@@ -20,7 +20,7 @@ DEPLOYMENTS = {
     "example_plugins": EXAMPLE,
 }
 PROPOSED, VLLM_PROPOSED = "vllm_instant:draft_tokens_proposed_total", "vllm:spec_decode_num_draft_tokens_total"
-TIGHT = ("--max-num-batched-tokens", "96", "--block-size", "32", "--num-gpu-blocks-override", "48")
+TIGHT = ("--max-num-batched-tokens", "96", "--block-size", "32", "--num-gpu-blocks-override", "40")
 
 
 @pytest.fixture(scope="module", params=DEPLOYMENTS)
