@@ -159,8 +159,8 @@ def test_requests_beyond_the_first_arrays():
     assert model.reach(np.array([5, 400, 63, 64])).shape == (4, 3)
 
 
-def test_classes_that_are_idle_when_the_drafter_changes_do_not_go_on_believing_in_it():
-    """Forty prompts come again and again, four at a time; the drafter turns hopeless while four others run."""
+def _after_forty_prompts():
+    """They came again and again, and all their drafts were accepted; four of them run now."""
     model = AcceptanceModel(4)
     for _ in range(3):
         for prompt in range(40):
@@ -168,6 +168,12 @@ def test_classes_that_are_idle_when_the_drafter_changes_do_not_go_on_believing_i
             _observe(model, 0, 4, 4, times=5)
     for prompt in range(4):
         model.enter(prompt, "greedy", prompt)
+    return model
+
+
+def test_classes_that_are_idle_when_the_drafter_changes_do_not_go_on_believing_in_it():
+    """Forty prompts come again and again, four at a time; the drafter turns hopeless while four others run."""
+    model = _after_forty_prompts()
     for _ in range(8):
         model.observe([0, 1, 2, 3], [4] * 4, [0] * 4)
     model.enter(5, "greedy", 30)
@@ -176,13 +182,7 @@ def test_classes_that_are_idle_when_the_drafter_changes_do_not_go_on_believing_i
 
 def test_a_class_that_was_idle_follows_its_parent_when_its_prompt_comes_again():
     """What its parent has learned since the change is believed of it, too."""
-    model = AcceptanceModel(4)
-    for _ in range(3):
-        for prompt in range(40):
-            model.enter(0, "greedy", prompt)
-            _observe(model, 0, 4, 4, times=5)
-    for prompt in range(4):
-        model.enter(prompt, "greedy", prompt)
+    model = _after_forty_prompts()
     for _ in range(30):
         model.observe([0, 1, 2, 3], [4] * 4, [0] * 4)
     model.enter(5, "greedy", 30)
