@@ -6,9 +6,9 @@ Rounds of the two schedulers alternate. A step is everything that the engine cor
 taking in the requests that came (as many as ended, so that as many wait all the time), ``schedule`` and
 ``update_from_output``. What the policy does while the model runs (``get_grammar_bitmask``) is timed by itself.
 
-Answers are as long as the request's ``max_tokens``, which the policy learns to use: ours ends more requests in a step
-than stock does, and each costs vLLM its time, which the ratio contains. With ``--hidden`` answers end at a length that
-nothing foretells, and both arms start and end as many.
+``hidden``: answers end at a length that nothing foretells. ``foretold``: the length is the request's ``max_tokens``,
+which the policy learns to use, so that requests start in another order than they came. How many end in a step is reported,
+since each costs vLLM its time.
 
 Three steps before each round are not timed: the caches held the other scheduler, and the clock that patience is told by
 went on without this one. Python's garbage collector runs between rounds and not within: a collection takes as long as
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import scheduler_harness as harness
-from results import earlier, merged, write
+from results import write
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -142,12 +142,12 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--collector", action="store_true", help="let Python's garbage collector run within rounds")
-    parser.add_argument("--hidden", action="store_true", help="lengths that nothing foretells")
-    parser.add_argument("--append", action="store_true", help="keep what the output file has of other cells")
+    parser.add_argument("--lengths", default="hidden,foretold")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/queue_overhead.json")
     options = parser.parse_args()
     cells = [
-        measure(options.running, options.waiting, options.rounds, asynchronous, options.collector, not options.hidden)
+        measure(options.running, options.waiting, options.rounds, asynchronous, options.collector, kind == "foretold")
+        for kind in options.lengths.split(",")
         for asynchronous in (False, True)
     ]
     for cell in cells:
@@ -159,8 +159,7 @@ def main() -> None:
             f"while the model runs {cell['while_the_model_runs_us']['median']:.0f} µs; ended a step: stock "
             f"{cell['ended_a_step']['stock']:.2f}, ours {cell['ended_a_step']['ours']:.2f}"
         )
-    kept = earlier(options.output) if options.append else []
-    write(options.output, merged(kept, cells, "scheduling", "lengths"))
+    write(options.output, cells)
 
 
 if __name__ == "__main__":
