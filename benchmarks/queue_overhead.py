@@ -7,8 +7,8 @@ taking in the requests that came (as many as ended, so that as many wait all the
 ``update_from_output``. What the policy does while the model runs (``get_grammar_bitmask``) is timed by itself.
 
 ``hidden``: answers end at a length that nothing foretells. ``foretold``: the length is the request's ``max_tokens``,
-which the policy learns to use, so that requests start in another order than they came. How many end in a step is reported,
-since each costs vLLM its time.
+which the policy learns to use, so that requests start in another order than they came. How many end in a step is
+reported, since each costs vLLM its time.
 
 Three steps before each round are not timed: the caches held the other scheduler, and the clock that patience is told by
 went on without this one. Python's garbage collector runs between rounds and not within: a collection takes as long as
