@@ -45,6 +45,7 @@ from vllm_instant.contracts import (
     StreamingPrefill,
     UpcomingStep,
 )
+from vllm_instant.drafting import worthwhile
 from vllm_instant.experts.clusters import SuperExperts
 from vllm_instant.experts.traces import RoutedModel, Trace
 from vllm_instant.hookspecs import hookimpl
@@ -105,4 +106,5 @@ __all__ = [
     "hookimpl",
     "prompt_class",
     "told_output_tokens",
+    "worthwhile",
 ]

@@ -133,7 +133,13 @@ def test_a_budget_means_fewer_distinct_experts_and_the_gate_leaves_bad_clusters(
     assert measures["budget"] > 0.25
     # From the change of the budget on, which came within the first steps of this batch.
     assert steps[-1] - steps[0] < 200
-    assert "the model's own routing" in log or measures["kl"] < 0.02
+    # A level whose divergence is near the limit takes some more measurements until the gate is sure.
+    for _ in range(4):
+        if "the model's own routing" in server.log_text() or _control(server)["measures"]["kl"] < 0.02:
+            break
+        _batch(server, texts, 200)
+    else:
+        pytest.fail(server.log_text()[-2000:])
 
 
 def test_numbers_and_what_goes_wrong(servers: dict[str, Server], texts: list[str]) -> None:

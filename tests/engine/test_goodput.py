@@ -101,6 +101,7 @@ def test_changes_are_logged(server):
 def test_costs_are_kept_when_the_server_stops(launch, tmp_path):
     with launch(GOODPUT + COSTS.format(folder=tmp_path)) as server:
         _complete(server, "def main():")
+        _complete(server, "def main():")
     [file] = tmp_path.glob("*.json")
     stored = json.loads(file.read_text())
     assert stored["identity"]["dtype"] == "float32"

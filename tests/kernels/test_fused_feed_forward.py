@@ -98,7 +98,8 @@ def test_a_row_does_not_depend_on_the_others(numbers):
     row = numbers.randrange(16)
     alone = (attention[row : row + 1].clone(), residual[row : row + 1].clone(), norm, made)
     (found,) = interpreted(fed_forward_packed, *_flat(alone), 2, "")
-    assert torch.equal(found[0], together[row])
+    # The interpreter multiplies with the BLAS at hand, which rounds by where its operands lie in memory.
+    torch.testing.assert_close(found[0], together[row], rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_computed_is_refused(numbers):

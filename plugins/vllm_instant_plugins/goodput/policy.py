@@ -40,6 +40,8 @@ CLEAR_GAIN = 0.05
 RESTING_STEPS = 4
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
+FIRST_OBSERVATIONS = 20
+"""Saved as soon as so much was learned for the first time: a server that is killed at once leaves something, too."""
 _FORGETTING = 0.97
 
 
@@ -336,7 +338,8 @@ class GoodputPolicy(SpeculationPolicy):
             return
         now = self._clock()
         news = self.costs.observations - self._saved_observations
-        if news >= SAVE_OBSERVATIONS and (now - self._saved_at >= SAVE_SECONDS or not self._saved_observations):
+        due = news >= SAVE_OBSERVATIONS and now - self._saved_at >= SAVE_SECONDS
+        if due or (not self._saved_observations and news >= FIRST_OBSERVATIONS):
             self._saved_at, self._saved_observations = now, self.costs.observations
             self._store.save_aside(self.costs.state())
 

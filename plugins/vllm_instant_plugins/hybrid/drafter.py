@@ -12,8 +12,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import Draft, DraftPrice, DraftRequest, Share, SharingDrafter, prompt_class
-from vllm_instant.drafting import worthwhile
+from vllm_instant import Draft, DraftPrice, DraftRequest, Share, SharingDrafter, prompt_class, worthwhile
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
 from vllm_instant_plugins.hybrid.silences import LEAST_GAIN, Silences
 from vllm_instant_plugins.suffix.calibration import came_true
