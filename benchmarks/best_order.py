@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/best_order.py
 
-The burst of ``benchmarks/scheduling.py``, 64 requests for 8 places, in a simulated engine: a prompt is read in a step
+The bursts of ``benchmarks/scheduling.py``, 64 requests for 8 places, in a simulated engine: a prompt is read in a step
 of its own, in which nobody gets a token; a step of decoding gives everybody a token. The three times are about those of
 the demo's target on two cores: first come, first served is printed beside the live one (``scheduling.json``). Simulated
 annealing looks for the order of starts with the least mean latency, under the bound on waiting (twice the wait first
@@ -19,22 +19,22 @@ from typing import Any
 
 import numpy as np
 from results import HERE, write
-from scheduling import WAIT_RATIO, WAIT_SECONDS, lengths
+from scheduling import TRAFFIC, WAIT_RATIO, WAIT_SECONDS
 
 PLACES = 8
-PROMPT_SECONDS = 0.12
+PROMPT_SECONDS = {"burst": 0.12, "chat burst": 0.05}
 """To read a prompt of the benchmark."""
 STEP_SECONDS, ROW_SECONDS = 0.017, 0.001
 """Of a decoding step, and for each request in it."""
 
 
-def run(order: Sequence[int], tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def run(order: Sequence[int], tokens: Sequence[int], prompt_seconds: float) -> tuple[np.ndarray, np.ndarray]:
     """Seconds until each request's first token, and until its last, when they start in this order."""
     first, last = np.zeros(len(tokens)), np.zeros(len(tokens))
     now, running, waiting = 0.0, [], list(reversed(order))
     while running or waiting:
         while waiting and len(running) < PLACES:
-            now += PROMPT_SECONDS
+            now += prompt_seconds
             request = waiting.pop()
             first[request] = now
             if tokens[request] > 1:
@@ -53,16 +53,16 @@ def run(order: Sequence[int], tokens: Sequence[int]) -> tuple[np.ndarray, np.nda
     return first, last
 
 
-def search(tokens: Sequence[int], bound: np.ndarray, steps: int, seed: int) -> list[int]:
+def search(tokens: Sequence[int], prompt_seconds: float, bound: np.ndarray, steps: int, seed: int) -> list[int]:
     """The order with the least mean latency that is found, nobody's first token being later than ``bound``."""
     random = np.random.default_rng(seed)
     order = list(range(len(tokens)))
-    current = best = run(order, tokens)[1].mean()
+    current = best = run(order, tokens, prompt_seconds)[1].mean()
     found = order
     for number in range(steps):
         new = order.copy()
         new.insert(int(random.integers(len(new))), new.pop(int(random.integers(len(new)))))
-        first, last = run(new, tokens)
+        first, last = run(new, tokens, prompt_seconds)
         warmth = 0.02 * best * (1 - number / steps) + 1e-9
         if (first > bound).any() or random.random() >= np.exp(min(0.0, current - last.mean()) / warmth):
             continue
@@ -72,28 +72,35 @@ def search(tokens: Sequence[int], bound: np.ndarray, steps: int, seed: int) -> l
     return found
 
 
-def measure(requests: int, bursts: int, steps: int) -> list[dict[str, Any]]:
+def measure(traffic: str, requests: int, bursts: int, steps: int) -> list[dict[str, Any]]:
     """Means over bursts: of the best orders, relative to first come, first served, and of that itself."""
     rows: dict[str, list[tuple[float, ...]]] = {"bound": [], "no bound": []}
     plain = []
+    prompt_seconds = PROMPT_SECONDS[traffic]
     for seed in range(bursts):
-        tokens = lengths("burst", requests, np.random.default_rng(seed)).tolist()
-        first, last = run(range(requests), tokens)
+        tokens = TRAFFIC[traffic][0].lengths(requests, np.random.default_rng(seed)).tolist()
+        first, last = run(range(requests), tokens, prompt_seconds)
         plain.append((last.mean(), first.mean(), sum(tokens) / last.max()))
         limits = {
-            "bound": WAIT_RATIO * (first - PROMPT_SECONDS) + WAIT_SECONDS + PROMPT_SECONDS,
+            "bound": WAIT_RATIO * (first - prompt_seconds) + WAIT_SECONDS + prompt_seconds,
             "no bound": np.full(requests, np.inf),
         }
         for name, limit in limits.items():
-            begun, ended = run(search(tokens, limit, steps, seed), tokens)
+            begun, ended = run(search(tokens, prompt_seconds, limit, steps, seed), tokens, prompt_seconds)
             rows[name].append((ended.mean() / last.mean(), begun.mean() / first.mean()))
     latency, ttft, throughput = np.mean(plain, axis=0)
     cells = [
-        {"order": "first come, first served", "mean_latency_s": latency, "mean_ttft_s": ttft, "throughput": throughput}
+        {
+            "traffic": traffic,
+            "order": "first come, first served",
+            "mean_latency_s": latency,
+            "mean_ttft_s": ttft,
+            "throughput": throughput,
+        }
     ]
     for name, found in rows.items():
         latency, ttft = np.mean(found, axis=0)
-        cells.append({"order": f"best, {name}", "mean_latency": latency, "mean_ttft": ttft})
+        cells.append({"traffic": traffic, "order": f"best, {name}", "mean_latency": latency, "mean_ttft": ttft})
     return cells
 
 
@@ -105,20 +112,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--output", type=Path, default=HERE / "results/best_order.json")
     options = parser.parse_args()
-    cells = measure(options.requests, options.bursts, options.steps)
-    live = next(
-        cell
-        for cell in json.loads((HERE / "results/scheduling.json").read_text())["measured"]
-        if cell["traffic"] == "burst"
-    )["arms"]["fcfs"]
-    cells.append(
-        {
-            "order": "first come, first served, live",
-            "mean_latency_s": live["mean_latency"]["median"],
-            "mean_ttft_s": live["mean_ttft"]["median"],
-            "throughput": live["throughput"]["median"],
-        }
-    )
+    lived = json.loads((HERE / "results/scheduling.json").read_text())["measured"]
+    cells = []
+    for traffic in PROMPT_SECONDS:
+        cells += measure(traffic, options.requests, options.bursts, options.steps)
+        for live in (cell["arms"]["fcfs"] for cell in lived if cell["traffic"] == traffic):
+            cells.append(
+                {
+                    "traffic": traffic,
+                    "order": "first come, first served, live",
+                    "mean_latency_s": live["mean_latency"]["median"],
+                    "mean_ttft_s": live["mean_ttft"]["median"],
+                    "throughput": live["throughput"]["median"],
+                }
+            )
     for cell in cells:
         print({name: round(float(value), 2) if isinstance(value, float) else value for name, value in cell.items()})
     write(options.output, cells)

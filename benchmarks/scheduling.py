@@ -1,6 +1,7 @@
 """Who waits how long: the ``similarity`` queue beside first come, first served, on live servers.
 
     .venv/bin/python benchmarks/scheduling.py [--traffic burst,0.7,0.9,1.1,heavy,adversarial] [--rounds 3]
+    .venv/bin/python benchmarks/scheduling.py --traffic "chat burst" --requests 64 --arms fcfs,similarity --rounds 5
 
 Two servers of the demo target without speculation. One is stock vLLM (``--scheduling-policy priority``, which with
 equal priorities serves as requests come): the arms ``stock`` and ``stock, priority`` (each request's true length as its
@@ -10,7 +11,9 @@ done). Requests are sent when they are due. All arms of a round get the same pro
 fresh ones, and the prefix cache is off.
 
 Answers end by themselves at a length that no policy can see in the request: ``min_tokens`` keeps the end away, and a
-bias forces it then. System prompt and question tell what kind of answer it will be, as they do in life.
+bias forces it then. System prompt and question tell what kind of answer it will be, as they do in life. Prompts have
+some 150 tokens and a fifth of the answers about 192, the others 12; in the ``chat`` traffics prompts have some 50, and
+a fifth of the answers about 480.
 """
 
 from __future__ import annotations
@@ -43,9 +46,46 @@ STOCK, PRIORITY, FCFS, LEARNED, TOLD, STATIC = (
     "similarity, told",
     "static",
 )
-LOADS = ("0.7", "0.9", "1.1")
-SHORT, LONG, LONG_SHARE = 12, 192, 0.2
 WAIT_RATIO, WAIT_SECONDS = 2.0, 1.0
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What requests are like."""
+
+    short: int = 12
+    """Tokens of most answers, about."""
+    long: int = 192
+    """Of the others."""
+    long_share: float = 0.2
+    log_normal: bool = False
+    """Instead: lengths of all sizes."""
+    head_lines: int = 6
+    """How often a prompt says what kind of answer is wanted."""
+    question: int | None = None
+    """Characters of what follows, all of them by default."""
+
+    def lengths(self, count: int, random: np.random.Generator) -> np.ndarray:
+        """Output lengths, in tokens."""
+        if self.log_normal:
+            return np.clip(random.lognormal(np.log(24), 1.2, count), 4, 700).astype(int)
+        is_long = np.zeros(count, bool)
+        is_long[random.choice(count, round(self.long_share * count), replace=False)] = True
+        spread = random.uniform(0.6, 1.4, count)
+        return np.maximum(2, np.where(is_long, self.long, self.short) * spread).astype(int)
+
+
+DOCUMENTS = Mix()
+CHAT = Mix(long=480, head_lines=2, question=40)
+TRAFFIC: dict[str, tuple[Mix, float | None]] = {
+    "burst": (DOCUMENTS, None),
+    **{load: (DOCUMENTS, float(load)) for load in ("0.7", "0.9", "1.1")},
+    "heavy": (Mix(log_normal=True), 1.1),
+    "adversarial": (Mix(long_share=0.04), 1.2),
+    "chat burst": (CHAT, None),
+    **{f"chat {load}": (CHAT, float(load)) for load in ("0.7", "0.9", "1.1", "1.5")},
+}
+"""What requests are like, and the load: a share of the capacity, or everybody at once."""
 
 
 @dataclass(frozen=True)
@@ -58,34 +98,26 @@ class Wish:
     kind: str
 
 
-def lengths(traffic: str, count: int, random: np.random.Generator) -> np.ndarray:
-    """Output lengths, in tokens."""
-    if traffic == "heavy":
-        return np.clip(random.lognormal(np.log(24), 1.2, count), 4, 700).astype(int)
-    share = 0.04 if traffic == "adversarial" else LONG_SHARE
-    is_long = np.zeros(count, bool)
-    is_long[random.choice(count, round(share * count), replace=False)] = True
-    spread = random.uniform(0.6, 1.4, count)
-    return np.maximum(2, np.where(is_long, LONG, SHORT) * spread).astype(int)
-
-
-def wishes(traffic: str, count: int, tokens_per_second: float, seed: int) -> list[Wish]:
+def wishes(mix: Mix, load: float | None, count: int, tokens_per_second: float, seed: int) -> list[Wish]:
     """One round's requests; ``tokens_per_second`` is what the server can do."""
     random = np.random.default_rng(seed)
-    tokens = lengths(traffic, count, random)
-    if traffic == "burst":
+    tokens = mix.lengths(count, random)
+    if load is None:
         at = np.sort(random.uniform(0, 0.2, count))
     else:
-        load = {"heavy": 1.1, "adversarial": 1.2}.get(traffic) or float(traffic)
         at = np.cumsum(random.exponential(tokens.mean() / tokens_per_second / load, count))
     texts = snippets("structured", 0.0, count, seed)
     made = []
     for number in range(count):
-        slow = tokens[number] > 4 * SHORT
+        slow = tokens[number] > 4 * mix.short
         # The system prompts are long enough to be told apart, and different from the first tokens on.
-        head = "Report: write out every step in full.\n" * 6 if slow else "Quick answer, in a word or two only.\n" * 6
-        text = texts[number % len(texts)].text
-        made.append(Wish(float(at[number]), int(tokens[number]), f"{head}{number} {text}", "long" if slow else "short"))
+        wanted = (
+            "Report: write out every step in full, with reasons" if slow else "Quick answer, in a word or two, yes?"
+        )
+        line = f"{wanted}\n"
+        question = texts[number % len(texts)].text[: mix.question]
+        prompt = f"{line * mix.head_lines}{number} {question}"
+        made.append(Wish(float(at[number]), int(tokens[number]), prompt, "long" if slow else "short"))
     return made
 
 
@@ -212,11 +244,12 @@ def measure(
     servers: Servers, traffic: str, arms: Sequence[str], rounds: int, count: int, speed: float
 ) -> dict[str, Any]:
     """All arms of one traffic, round by round."""
+    mix, load = TRAFFIC[traffic]
     numbers: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
     over: dict[str, list[float]] = {arm: [] for arm in arms if arm in (LEARNED, TOLD)}
     over_own: dict[str, list[float]] = {arm: [] for arm in over}
     for number in range(rounds):
-        made = wishes(traffic, count, speed, seed=1000 * number + hash_of(traffic))
+        made = wishes(mix, load, count, speed, seed=1000 * number + hash_of(traffic))
         turns = list(arms) if number % 2 else list(arms)[::-1]
         runs = {arm: servers.run(arm, made) for arm in turns}
         for arm, run in runs.items():
@@ -280,7 +313,11 @@ def show(cell: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, print and write ``benchmarks/results/scheduling.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traffic", default="burst,0.7,0.9,1.1,heavy,adversarial")
+    parser.add_argument(
+        "--traffic",
+        default="burst,0.7,0.9,1.1,heavy,adversarial",
+        help=f"of {', '.join(TRAFFIC)}; default: %(default)s",
+    )
     parser.add_argument("--arms", default=",".join((STOCK, "stock priority", FCFS, LEARNED, "similarity told", STATIC)))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=96)
@@ -290,6 +327,9 @@ def main() -> None:
     options = parser.parse_args()
     known = {name.replace(",", ""): name for name in (STOCK, PRIORITY, FCFS, LEARNED, TOLD, STATIC)}
     arms = [known[name.strip()] for name in options.arms.split(",")]
+    unknown = set(options.traffic.split(",")) - set(TRAFFIC)
+    if unknown:
+        parser.error(f"--traffic: no {', '.join(sorted(unknown))}; there are {', '.join(TRAFFIC)}")
     if FCFS not in arms:
         parser.error("--arms needs fcfs, which all others are compared with")
     cells = []
@@ -297,13 +337,17 @@ def main() -> None:
         servers = Servers(Path(folder), options.slots)
         with terminable(), running(servers.stock, servers.ours):
             for arm in (STOCK, FCFS):
-                servers.run(arm, wishes("burst", 12, 1.0, seed=7))
-            # What the server can do is what it does under a burst.
-            saturated = servers.run(FCFS, wishes("burst", 48, 1.0, seed=8)).numbers()
-            speed = saturated["throughput"]
-            print(f"capacity {speed:.0f} output tokens/s with {options.slots} places", flush=True)
-            servers.run(LEARNED, wishes("1.1", options.training, speed, seed=9))
+                servers.run(arm, wishes(DOCUMENTS, None, 12, 1.0, seed=7))
+            speeds: dict[Mix, float] = {}
             for traffic in options.traffic.split(","):
+                mix, _ = TRAFFIC[traffic]
+                if mix not in speeds:
+                    # What the server can do is what it does under a burst.
+                    saturated = servers.run(FCFS, wishes(mix, None, 48, 1.0, seed=8)).numbers()
+                    speeds[mix] = saturated["throughput"]
+                    print(f"capacity {speeds[mix]:.0f} output tokens/s with {options.slots} places", flush=True)
+                    servers.run(LEARNED, wishes(mix, 1.1, options.training, speeds[mix], seed=9))
+                speed = speeds[mix]
                 cells.append(measure(servers, traffic, arms, options.rounds, options.requests, speed))
                 show(cells[-1])
                 cells[-1]["capacity_tokens_per_second"] = speed
