@@ -7,6 +7,9 @@ One stock vLLM server without speculation, stock servers with K = 1, 2, 4, 8 dra
 hopeless (random tokens), perfect (recorded answers) or the demo's trained draft model; the load is 1 to 32 users in a
 closed loop. A second server without speculation is the A/A arm: its difference to the first is the noise floor.
 
+``mixed`` traffic (half structured at temperature 0, half open-ended at temperature 1) is drafted for by the model
+In ``mixed hybrid`` ours draws on lookups beside the same draft model, and vLLM's own lookup is an arm as well.
+
 Two processes of one kind differ in speed by some percent for as long as they live, which no number of rounds averages
 out. Therefore our server also takes turns in which its clients pin the draft length (``vllm_xargs
 instant_speculation``): "ours, off" and "ours, K=n" are the same process as "ours" and differ from it by the decisions
@@ -62,6 +65,12 @@ from vllm_instant.evidence.statistics import Interval, median_interval, ratio_in
 DROPPED_BELOW = {0: 0.7, 1: 0.85}
 """After the first and the second round: share of the best arm's speed below which a fixed length is given up."""
 MIXED_LOADS = (4, 8, 16)
+FAMILIES = {
+    "switchable": ("hopeless", "oracle"),
+    "pair": ("pair", "mixed"),
+    "hybrid": ("mixed hybrid",),
+}
+"""Which drafters are served by the same servers."""
 BOUND = 0.03
 
 
@@ -260,6 +269,9 @@ def workloads(servers: Servers, family: str, wanted: list[str], folder: Path, co
             stable = record_answers(servers, snippets("code", 0.0, 40, 5), answers)
             console.print(f"oracle: {len(stable)} prompts that every arm answers alike")
             found.append(Workload("oracle", family, {"mode": "oracle", "answers": str(answers)}, stable, (0, 8)))
+    elif family == "hybrid":
+        if "mixed hybrid" in wanted:
+            found.append(Workload("mixed hybrid", family, None, mixed(512, 9)))
     else:
         if "pair" in wanted:
             found.append(Workload("pair", family, None, snippets("code", 0.0, 512, 7), (0, 1, 2, 4)))
@@ -271,7 +283,7 @@ def workloads(servers: Servers, family: str, wanted: list[str], folder: Path, co
 def main() -> None:
     """Measure, print, write ``benchmarks/results/regret.json`` and ``regret.png``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--drafters", default="hopeless,oracle,pair,mixed")
+    parser.add_argument("--drafters", default="hopeless,oracle,pair,mixed,mixed hybrid")
     parser.add_argument("--loads", default="1,4,8,16,32")
     parser.add_argument("--oracle-loads", default=None, help="loads of the perfect drafter; --loads by default")
     parser.add_argument("--pair-loads", default=None, help="loads of the pair workload; --loads by default")
@@ -294,7 +306,7 @@ def main() -> None:
     console = Console()
     cells: list[Cell] = []
     began = time.monotonic()
-    for family, members in (("switchable", ("hopeless", "oracle")), ("pair", ("pair", "mixed"))):
+    for family, members in FAMILIES.items():
         if not set(members) & set(wanted):
             continue
         with tempfile.TemporaryDirectory(prefix="regret-") as name:
@@ -304,7 +316,7 @@ def main() -> None:
             console.print(f"[{elapsed:.0f} s] starting {len(servers.arms)} servers ({family} drafters)")
             with running(*servers.arms.values()):
                 for workload, load in itertools.product(workloads(servers, family, wanted, folder, console), loads):
-                    if workload.name == "mixed" and load not in MIXED_LOADS:
+                    if workload.name.startswith("mixed") and load not in MIXED_LOADS:
                         continue
                     if load not in {"pair": pair_loads, "oracle": oracle_loads}.get(workload.name, loads):
                         continue

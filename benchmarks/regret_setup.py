@@ -21,6 +21,8 @@ MODEL = "demo"
 MAX_DRAFT_TOKENS = 8
 MAX_TOKENS = (64, 112)
 OFF, AGAIN, OURS = "off", "off again", "ours"
+LOOKUP, LOOKUP_LENGTH = "ngram, K=4", 4
+"""vLLM's own lookup in the request's prompt and answer."""
 PINNED_OFF = "ours, off"
 
 
@@ -68,7 +70,8 @@ class Servers:
     """One server an arm, for one family of drafters.
 
     Args:
-        family: ``switchable`` or ``pair``.
+        family: ``switchable``, ``pair``, or ``hybrid``: in the latter ours draws on lookups beside the same draft
+            model, and vLLM's own lookup gets an arm.
         lengths: fixed draft lengths that get an arm.
         folder: for logs, the control file and learned costs.
 
@@ -89,7 +92,7 @@ class Servers:
         }
 
         def drafting(length: int) -> str:
-            if family == "pair":
+            if family != "switchable":
                 config: dict[str, Any] = {
                     "method": "draft_model",
                     "model": str(pair.draft),
@@ -100,7 +103,11 @@ class Servers:
             return json.dumps(config | {"num_speculative_tokens": length})
 
         ours = folder / "ours.toml"
-        ours.write_text(f'[speculation]\nplugin = "goodput"\ncosts_folder = {json.dumps(str(folder / "costs"))}\n')
+        text = f'[speculation]\nplugin = "goodput"\ncosts_folder = {json.dumps(str(folder / "costs"))}\n'
+        if family == "hybrid":
+            text += f'[drafter]\nplugin = "hybrid"\nmodel = {json.dumps(str(pair.draft))}\n'
+            text += f'num_speculative_tokens = {MAX_DRAFT_TOKENS}\ndraft_sample_method = "probabilistic"\n'
+        ours.write_text(text)
         select = ["--plugins", "vllm_instant", "--instant-config", str(ours)]
         # The repair of vLLM's sampling on the CPU (vLLM issue 55005) is ours; without it stock servers with drafts
         # sample wrongly at temperature 1. They get it, too, so that all arms answer from the same distribution.
@@ -109,17 +116,20 @@ class Servers:
         self.arms: dict[str, Server] = {
             arm: Server(pair.target, shared, log=folder / f"{arm}.log", environment=environment) for arm in (OFF, AGAIN)
         }
-        for length in lengths:
-            arguments = [*shared, "-sc", drafting(length)]
-            self.arms[f"K={length}"] = Server(
+        fixed = {f"K={length}": drafting(length) for length in lengths}
+        if family == "hybrid":
+            fixed[LOOKUP] = json.dumps({"method": "ngram", "num_speculative_tokens": LOOKUP_LENGTH})
+        for number, (arm, config) in enumerate(fixed.items()):
+            self.arms[arm] = Server(
                 pair.target,
-                [*arguments, *(repaired if family == "pair" else [])],
-                log=folder / f"fixed{length}.log",
+                [*shared, "-sc", config, *(repaired if family != "switchable" else [])],
+                log=folder / f"fixed{number}.log",
                 environment=environment,
             )
+        drafter = [] if family == "hybrid" else ["-sc", drafting(MAX_DRAFT_TOKENS)]
         self.arms[OURS] = Server(
             pair.target,
-            [*shared, "-sc", drafting(MAX_DRAFT_TOKENS), *select],
+            [*shared, *drafter, *select],
             log=folder / "ours.log",
             environment=environment,
         )

@@ -25,6 +25,10 @@ PROBE_SHARE = 0.005
 LEAST_STEPS_BETWEEN_PROBES = 50
 PROBE_TOKENS = 3
 """Drafted then: a first token alone does not show what those behind it are worth."""
+FORGETTING, RELAXING = 0.99, 0.998
+"""By draft, and by step, of how far expectations came true."""
+DOUBT = 10.0
+"""Accepted tokens that the belief in one's own expectations is worth."""
 
 
 class HybridDrafter(SharingDrafter):
@@ -43,8 +47,13 @@ class HybridDrafter(SharingDrafter):
         self._most = max_draft_tokens
         self._indices: dict[str, int] = {}
         self._free: list[int] = []
-        self._drafted: dict[str, tuple[int, npt.NDArray[np.int32]]] = {}
-        """The draft model's newest draft by request, and how many tokens there were before it."""
+        self._drafted: dict[str, tuple[int, npt.NDArray[np.int32], float]] = {}
+        """The draft model's newest draft by request, how many tokens there were before it, and how many of the draft
+        were expected to be accepted."""
+        self._expected: dict[str, Array] = {}
+        """Chances that each draft token and all before it are accepted, of the requests that get the model's."""
+        self._hoped = self._got = DOUBT
+        """Accepted tokens that were expected and that came: who is chosen for his estimate often was only lucky."""
         self._lengths: dict[str, int] = {}
         """Tokens of each request when its share was last asked for."""
         self._unused_steps = 0
@@ -69,7 +78,8 @@ class HybridDrafter(SharingDrafter):
         own_value, own_gain = _worth(lookups, kept, row_price, value)
         own_worth = np.array(kept)
 
-        reached = self.model.reach(indices) * value
+        reach = self.model.reach(indices)
+        reached = reach * min(1.0, self._got / self._hoped) * value
         reached[np.arange(self._most) >= most[:, None]] = 0.0
         earned = np.maximum(reached - row_price[:, None], 0.0)
         # [requests, passes]: what each gets and gains from the draft model by passes, from 0 on.
@@ -97,6 +107,7 @@ class HybridDrafter(SharingDrafter):
             use_model[probed] = True
             worth = np.minimum(most, PROBE_TOKENS)
         self.model.fade(indices[~use_model])
+        self._expected = {requests[row].request_id: reach[row] for row in np.flatnonzero(use_model)}
         return [
             Share(lookup.token_ids[:length], int(model_length) if model else 0)
             for lookup, length, model, model_length in zip(lookups, own_worth, use_model, worth, strict=True)
@@ -111,11 +122,14 @@ class HybridDrafter(SharingDrafter):
         """Remember what to compare with the tokens that come."""
         for request_id, draft in drafts.items():
             if draft:
-                self._drafted[request_id] = (self._lengths[request_id], np.asarray(draft, np.int32))
+                hoped = float(self._expected[request_id][: len(draft)].sum()) if request_id in self._expected else 0.0
+                self._drafted[request_id] = (self._lengths[request_id], np.asarray(draft, np.int32), hoped)
 
     def _learn(self, requests: Sequence[DraftRequest]) -> npt.NDArray[np.intp]:
         """Compare what came with what the model drafted; the indices of the requests."""
         indices, compared, kept, rows = [], [], [], []
+        self._hoped = RELAXING * self._hoped + (1 - RELAXING) * DOUBT
+        self._got = RELAXING * self._got + (1 - RELAXING) * DOUBT
         for request in requests:
             request_id = request.request_id
             index = self._indices.get(request_id)
@@ -126,12 +140,14 @@ class HybridDrafter(SharingDrafter):
             self._lengths[request_id] = len(request.token_ids)
             drafted = self._drafted.pop(request_id, None)
             if drafted is not None:
-                before, draft = drafted
+                before, draft, hoped = drafted
                 tried, right = came_true(draft, request.token_ids[before:])
                 if tried:
                     rows.append(index)
                     compared.append(tried)
                     kept.append(right)
+                    self._hoped = FORGETTING * self._hoped + hoped
+                    self._got = FORGETTING * self._got + right
         if rows:
             self.model.observe(rows, compared, kept)
         return np.array(indices, np.intp)

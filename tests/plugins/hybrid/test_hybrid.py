@@ -168,3 +168,17 @@ def test_lookups_are_cut_by_what_batches_cost():
     price = DraftPrice(batch=[(1, 0.8), (2, 0.9), (3, 2.5), (4, 4.0)], row=0.9, drafting=9.0)
     share = driven.share(price)["a"]
     assert (list(share.own), share.model_length) == ([7, 7], 0)
+
+
+def test_expectations_that_do_not_come_true_are_believed_less(monkeypatch):
+    """Who is chosen for an estimate is chosen most often when it is too high."""
+    driven = Driven(Lookup(), names=("a",))
+    monkeypatch.setattr(driven.drafter.model, "reach", lambda indices: np.full((len(indices), MOST), 0.8))
+    price = DraftPrice(row=0.1, drafting=0.3, draft_pass=0.2)
+    assert driven.step({"a": 1}, price)["a"].model_length == MOST
+    driven.learn(40, a=1)
+    assert driven.share(price)["a"].model_length == 0
+    driven.tokens["a"] += [5] * 3
+    for _ in range(2000):
+        driven.share(replace(price, drafting=99.0))
+    assert driven.share(price)["a"].model_length == MOST, "not for ever"
