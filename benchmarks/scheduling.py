@@ -111,9 +111,9 @@ def wishes(mix: Mix, load: float | None, count: int, tokens_per_second: float, s
     for number in range(count):
         slow = tokens[number] > 4 * mix.short
         # The system prompts are long enough to be told apart, and different from the first tokens on.
-        wanted = (
-            "Report: write out every step in full, with reasons" if slow else "Quick answer, in a word or two, yes?"
-        )
+        wanted = "Quick answer, in a word or two only, yes?"
+        if slow:
+            wanted = "Report: write out every step in full, with all reasons and sources."
         line = f"{wanted}\n"
         question = texts[number % len(texts)].text[: mix.question]
         prompt = f"{line * mix.head_lines}{number} {question}"
@@ -175,6 +175,13 @@ class Run:
             if of_kind:
                 found[f"{kind}_seconds_per_token"] = float(np.mean(of_kind))
         return {name: float(value) for name, value in found.items()}
+
+    def capacity(self) -> float:
+        """Tokens a second as long as anybody waited, in a burst: afterwards places are empty."""
+        until = max(f.due + f.answer.ttft for f in self.followed)
+        began = self.followed[0].due
+        said = [max((tokens for at, tokens in f.arrivals if f.due + at <= until), default=0) for f in self.followed]
+        return sum(said) / (until - began)
 
 
 def worst_wait(ours: Run, fcfs: Run) -> float:
@@ -343,8 +350,7 @@ def main() -> None:
                 mix, _ = TRAFFIC[traffic]
                 if mix not in speeds:
                     # What the server can do is what it does under a burst.
-                    saturated = servers.run(FCFS, wishes(mix, None, 48, 1.0, seed=8)).numbers()
-                    speeds[mix] = saturated["throughput"]
+                    speeds[mix] = servers.run(FCFS, wishes(mix, None, 48, 1.0, seed=8)).capacity()
                     print(f"capacity {speeds[mix]:.0f} output tokens/s with {options.slots} places", flush=True)
                     servers.run(LEARNED, wishes(mix, 1.1, options.training, speeds[mix], seed=9))
                 speed = speeds[mix]

@@ -113,6 +113,8 @@ class SpeculationBudget:
 
     def admit(self, state: RequestState) -> None:
         """A request entered the engine."""
+        # What the policy has not seen yet may be about one that ended, whose index this one may get.
+        self._show_outcomes()
         self._requests.admit(state)
         try:
             length = requested_draft_length(state.extra_args)

@@ -94,6 +94,19 @@ def test_outcomes_are_counted_and_shown():
     assert outcome.seconds > 0
 
 
+def test_what_an_ended_request_did_is_seen_before_another_gets_its_index():
+    budget, policy = _budget(lambda n: [1] * n)
+    first, second = _states(2)
+    seen = []
+    policy.enter = lambda state: seen.append((state.request_id, len(policy.outcomes)))
+    budget.admit(first)
+    budget.step_finished(0, [first], [1], [1], num_scheduled_tokens=2)
+    budget.forget("r0")
+    budget.admit(second)
+    assert second.index == first.index
+    assert seen == [("r0", 0), ("r1", 1)]
+
+
 def test_requests_are_forgotten_once():
     budget, policy = _budget(lambda n: [0] * n)
     [state] = _states(1)

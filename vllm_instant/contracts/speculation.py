@@ -69,7 +69,7 @@ class DraftPrice:
     draft_pass: float = 0.0
     """Each pass of a draft model, which brings one more token for every request."""
     step: float = 0.0
-    """The time of a step without drafts, which brings every request one token; 0 where it is not known."""
+    """One request's share of a step without drafts, which brings it one token; 0 where it is not known."""
 
 
 @runtime_checkable

@@ -53,7 +53,8 @@ def balance(decisions: Iterable[Mapping[str, Any]]) -> Balance | None:
     drafting: list[tuple[int, float, float]] = []
     for step, decision in decided.items():
         outcome, following = decision["outcome"], decided.get(step + 1)
-        if outcome is None or outcome["prompt_tokens"] or following is None:
+        # Of another policy, or an earlier release, it may not be known what prompts were read.
+        if outcome is None or outcome.get("prompt_tokens") != 0 or following is None:
             continue
         if decision["draft_tokens"] or following["draft_tokens"]:
             drafting.append((decision["num_requests"], outcome["tokens"], outcome["milliseconds"]))

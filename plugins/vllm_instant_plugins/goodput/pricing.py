@@ -76,7 +76,7 @@ class Pricing:
             verifying=verifying,
             drafting=rate * max(some + each_row * rows, 0.0),
             draft_pass=rate * max(each + each_request * requests, 0.0),
-            step=rate * best.off_seconds,
+            step=rate * best.off_seconds / requests,
         )
 
     def _counts_up_to(self, most: int) -> tuple[Array, list[int]]:

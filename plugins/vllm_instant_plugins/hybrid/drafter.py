@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from vllm_instant import Draft, DraftPrice, DraftRequest, Share, SharingDrafter, prompt_class, worthwhile
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
+from vllm_instant_plugins.goodput.compiled_plans import UNAFFORDABLE
 from vllm_instant_plugins.hybrid.silences import LEAST_GAIN, Silences
 from vllm_instant_plugins.suffix.calibration import came_true
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
@@ -47,9 +48,8 @@ class HybridDrafter(SharingDrafter):
         self._most = max_draft_tokens
         self._indices: dict[str, int] = {}
         self._free: list[int] = []
-        self._drafted: dict[str, tuple[int, npt.NDArray[np.int32], float]] = {}
-        """The draft model's newest draft by request, how many tokens there were before it, and how many of the draft
-        were expected to be accepted."""
+        self._drafted: dict[str, tuple[int, npt.NDArray[np.int32], Array]] = {}
+        """The draft model's newest draft by request, how many tokens there were before it, and ``_expected`` of it."""
         self._expected: dict[str, Array] = {}
         """Chances that each draft token and all before it are accepted, of the requests that get the model's."""
         self._hoped = self._got = DOUBT
@@ -122,8 +122,8 @@ class HybridDrafter(SharingDrafter):
         """Remember what to compare with the tokens that come."""
         for request_id, draft in drafts.items():
             if draft:
-                hoped = float(self._expected[request_id][: len(draft)].sum()) if request_id in self._expected else 0.0
-                self._drafted[request_id] = (self._lengths[request_id], np.asarray(draft, np.int32), hoped)
+                expected = self._expected.get(request_id, np.zeros(0))[: len(draft)]
+                self._drafted[request_id] = (self._lengths[request_id], np.asarray(draft, np.int32), expected)
 
     def _learn(self, requests: Sequence[DraftRequest]) -> npt.NDArray[np.intp]:
         """Compare what came with what the model drafted; the indices of the requests."""
@@ -140,13 +140,16 @@ class HybridDrafter(SharingDrafter):
             self._lengths[request_id] = len(request.token_ids)
             drafted = self._drafted.pop(request_id, None)
             if drafted is not None:
-                before, draft, hoped = drafted
-                tried, right = came_true(draft, request.token_ids[before:])
+                before, draft, expected = drafted
+                came = request.token_ids[before:]
+                tried, right = came_true(draft, came)
                 if tried:
                     rows.append(index)
                     compared.append(tried)
                     kept.append(right)
-                    self._hoped = FORGETTING * self._hoped + hoped
+                    # A request that is preempted loses its draft: what follows says nothing of the rest of it.
+                    known = len(came) if right == len(came) else len(draft)
+                    self._hoped = FORGETTING * self._hoped + float(expected[:known].sum())
                     self._got = FORGETTING * self._got + right
         if rows:
             self.model.observe(rows, compared, kept)
@@ -178,8 +181,12 @@ def _rows_cost(price: DraftPrice, rows: Array) -> Array:
 
 def _further_row(price: DraftPrice, requests: int, most: int) -> float:
     """What one draft token more costs where every request has one: the first ones also pay for verifying at all."""
-    few, many = _rows_cost(price, requests * np.array([1.0, 1.0 + most / 2]))
-    return max(0.0, float(many - few) / (requests * most / 2))
+    few, affordable = float(requests), max((count for count, cost in price.batch if cost < UNAFFORDABLE), default=0)
+    many = min(few * (1.0 + most / 2), affordable)
+    if many <= few:
+        return price.row
+    cost_of_few, cost_of_many = _rows_cost(price, np.array([few, many]))
+    return max(0.0, float(cost_of_many - cost_of_few) / (many - few))
 
 
 def _worth(

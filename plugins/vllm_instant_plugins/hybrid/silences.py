@@ -51,13 +51,12 @@ class Silences:
 
         """
         values = np.ones((len(requests), positions))
-        alone = price.step / max(len(requests), 1)
         further = np.arange(positions)
         for row, request in enumerate(requests):
             silent = gain[row] < LEAST_GAIN
             lasting = self._learn(request.request_id, bool(silent))
             if silent and price.step > 0 and not request.is_pinned:
-                values[row] = price.row + max(0.0, alone - price.row) * lasting**further
+                values[row] = price.row + max(0.0, price.step - price.row) * lasting**further
         return values
 
     def _learn(self, request_id: str, silent: bool) -> float:

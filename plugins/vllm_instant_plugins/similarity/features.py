@@ -15,7 +15,7 @@ DIMENSIONS = 4096
 """Size of the linear model that ``Scorer`` learns."""
 TAIL, HEAD, PAIRED = 96, 32, 32
 """So many last and first prompt tokens are looked at: what is asked stands at the end, who asks at the beginning."""
-KINDS = ("everybody", "prompt class", "prompt length", "limits", "score")
+KINDS = ("everybody", "prompt class", "prompt length", "limits", "score", "score of all")
 LONG_PREFIX = 128
 
 Contexts = tuple[tuple[int, ...], ...]
@@ -38,6 +38,8 @@ def contexts(request: RequestState, score: float) -> Contexts:
         (kind, _octaves(request.num_prompt_tokens, 2)),
         (kind, _octaves(request.max_tokens, 2), temperature, int(request.structured_output)),
         (kind, int(request.structured_output), round(2 * score)),
+        # Where every prompt begins in its own way.
+        (round(2 * score),),
     )
 
 

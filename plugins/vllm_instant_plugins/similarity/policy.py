@@ -25,7 +25,7 @@ import numpy as np
 from vllm_instant import Admission, BatchingPolicy, QueueMoment, RequestState
 from vllm_instant_plugins.keeping import KeptFile
 from vllm_instant_plugins.similarity.first_come import FirstComeFirstServed
-from vllm_instant_plugins.similarity.ledger import Array, Ledger
+from vllm_instant_plugins.similarity.ledger import Array, Ledger, told_tokens
 from vllm_instant_plugins.similarity.lengths import LengthPredictor, Ticket
 from vllm_instant_plugins.similarity.line import Indices, Line
 from vllm_instant_plugins.similarity.ranking import LEAST_PATIENCE, ranked
@@ -280,10 +280,8 @@ class SimilarityPolicy(BatchingPolicy):
     def admit(self, moment: QueueMoment) -> Admission:
         """The order by cost and patience; as they came while too little is known."""
         most, line = self._guard(moment), self._line.indices
-        if not self.lengths.useful:
-            self._catch_up()
-            if np.isnan(self._ledger.told[line]).all():
-                return Admission(most=most)
+        if not self.lengths.useful and not self._somebody_told():
+            return Admission(most=most)
         places = max(0, moment.most_running - len(moment.running))
         # Some of the line may be held back by the engine; those in front of it shall not be all that are named.
         needed = places + MORE_THAN_PLACES + max(0, len(line) - len(moment.waiting))
@@ -295,6 +293,12 @@ class SimilarityPolicy(BatchingPolicy):
                 self._work_out_patience(moment)
             self._rank(self._written_down(), moment.now, max(needed, CANDIDATES))
         return Admission(most=most, by_id=[self._live[index].request_id for index in islice(self._ranking, needed)])
+
+    def _somebody_told(self) -> bool:
+        """Whether any of those that wait told how long its answer will be."""
+        if not np.isnan(self._ledger.told[self._written_down()]).all():
+            return True
+        return any(not np.isnan(told_tokens(request)) for request in self._new.values())
 
     def _written_down(self) -> Indices:
         """Those in line of whom something is known, in the order of arrival."""

@@ -148,17 +148,17 @@ def test_who_ended_is_forgotten():
 
 
 def test_where_lookups_are_silent_a_token_saves_a_step():
-    """A step that is worth three average tokens: what does not pay at the average price pays there."""
+    """Its share of the step is worth three average tokens: what does not pay at the average price pays there."""
     price = DraftPrice(row=0.1, drafting=0.8, draft_pass=0.1)
     accepted = {"a": 1, "b": 1}
     average, silent = Driven(Lookup()), Driven(Lookup())
     for _ in range(60):
         average.step(accepted, price)
-        silent.step(accepted, replace(price, step=6.0))
+        silent.step(accepted, replace(price, step=3.0))
     assert [share.model_length for share in average.share(price).values()] == [1, 1]
     dear = replace(price, drafting=2.5)
     assert [share.model_length for share in average.share(dear).values()] == [0, 0]
-    assert [share.model_length for share in silent.share(replace(dear, step=6.0)).values()] == [1, 1]
+    assert [share.model_length for share in silent.share(replace(dear, step=3.0)).values()] == [1, 1]
 
 
 def test_lookups_are_cut_by_what_batches_cost():
@@ -182,3 +182,26 @@ def test_expectations_that_do_not_come_true_are_believed_less(monkeypatch):
     for _ in range(2000):
         driven.share(replace(price, drafting=99.0))
     assert driven.share(price)["a"].model_length == MOST, "not for ever"
+
+
+def test_batches_that_shall_not_be_run_do_not_make_rows_dear():
+    """A cold server: its policy lets steps grow by degrees."""
+    driven = Driven(Lookup())
+    driven.learn(60, a=4, b=4)
+    affordable = [(1, 0.2), (2, 0.3), (3, 0.4), (4, 0.5)]
+    price = DraftPrice(batch=[*affordable, (6, 1e6), (8, 1e6)], row=0.13, drafting=0.1, draft_pass=0.1)
+    assert [share.model_length for share in driven.share(price).values()] == [2, 2]
+    none = DraftPrice(batch=[(1, 1e6), (8, 1e6)], row=1e6, drafting=0.1, draft_pass=0.1)
+    assert not any(share.model_length for share in driven.share(none).values())
+
+
+def test_what_a_preempted_request_lost_does_not_count_as_hoped():
+    driven = Driven(Lookup(), names=("a",))
+    driven.learn(60, a=4)
+    before = driven.drafter._got / driven.drafter._hoped
+    for _ in range(20):
+        shares = driven.share()
+        draft = list(range(10, 10 + shares["a"].model_length))
+        driven.drafter.model_drafted({"a": draft})
+        driven.tokens["a"].append(draft[0])
+    assert driven.drafter._got / driven.drafter._hoped > 0.9 * before

@@ -22,10 +22,11 @@ def test_the_first_token_saves_a_step():
     assert _values(Silences(), 0.0)[0] == pytest.approx(3.0)
 
 
-def test_the_time_of_a_step_is_shared_by_its_requests():
+def test_each_request_saves_its_share_of_the_step():
+    """However many get drafts in it."""
     requests = [DraftRequest(name, np.array([1, 2], np.int32), 1, 4) for name in "abc"]
     values = Silences().values(requests, np.array([0.0, 9.0, 0.0]), PRICE, 4)
-    assert values[0, 0] == values[2, 0] == pytest.approx(1.0)
+    assert values[0, 0] == values[2, 0] == pytest.approx(3.0)
     assert values[1].tolist() == [1.0] * 4
 
 

@@ -179,3 +179,18 @@ def test_the_scorer_learns_from_what_was_cut_off_only_that_it_is_longer():
     for _ in range(50):
         scorer.learn(features, 2048, cut_off=True)
     assert scorer.score(features) > before + 0.5
+
+
+def test_a_word_of_the_question_tells_where_every_prompt_begins_in_its_own_way():
+    random = np.random.default_rng(1)
+
+    def prompt(long):
+        asked = [7, 8] if long else [9, 11]
+        return [*random.integers(100, 4000, 34).tolist(), *asked, *random.integers(100, 4000, 6).tolist()]
+
+    predictor = LengthPredictor()
+    for number in range(200):
+        long = number % 4 == 0
+        _learn(predictor, prompt(long), int(random.integers(200, 401) if long else random.integers(8, 17)))
+    short_ones, long_ones = ([_expected(predictor, prompt(long)) for _ in range(20)] for long in (False, True))
+    assert np.mean(long_ones) > 5 * np.mean(short_ones)
