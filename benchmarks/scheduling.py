@@ -12,8 +12,8 @@ fresh ones, and the prefix cache is off.
 
 Answers end by themselves at a length that no policy can see in the request: ``min_tokens`` keeps the end away, and a
 bias forces it then. System prompt and question tell what kind of answer it will be, as they do in life. Prompts have
-some 150 tokens and a fifth of the answers about 192, the others 12; in the ``chat`` traffics prompts have some 50, and
-a fifth of the answers about 480.
+some 150 tokens and a fifth of the answers about 192, the others 12; in the ``chat`` traffics prompts have some 50, a
+fifth of the answers about 600, and the others 8.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from results import earlier, merged, write
 from vllm_instant.demo import assets
 from vllm_instant.evidence.open_loop import Due, Followed, send
 from vllm_instant.evidence.served import newest_decisions
-from vllm_instant.evidence.servers import Server, running, settle, terminable
+from vllm_instant.evidence.servers import Server, running, settle
 from vllm_instant.evidence.statistics import median_interval, ratio_interval
 
 HERE = Path(__file__).resolve().parent
@@ -64,6 +64,8 @@ class Mix:
     """How often a prompt says what kind of answer is wanted."""
     question: int | None = None
     """Characters of what follows, all of them by default."""
+    limit: int = 720
+    """``max_tokens``, by which nothing can be told."""
 
     def lengths(self, count: int, random: np.random.Generator) -> np.ndarray:
         """Output lengths, in tokens."""
@@ -76,7 +78,7 @@ class Mix:
 
 
 DOCUMENTS = Mix()
-CHAT = Mix(long=480, head_lines=2, question=40)
+CHAT = Mix(short=8, long=600, head_lines=2, question=40, limit=860)
 TRAFFIC: dict[str, tuple[Mix, float | None]] = {
     "burst": (DOCUMENTS, None),
     **{load: (DOCUMENTS, float(load)) for load in ("0.7", "0.9", "1.1")},
@@ -96,6 +98,7 @@ class Wish:
     tokens: int
     prompt: str
     kind: str
+    limit: int
 
 
 def wishes(mix: Mix, load: float | None, count: int, tokens_per_second: float, seed: int) -> list[Wish]:
@@ -117,7 +120,7 @@ def wishes(mix: Mix, load: float | None, count: int, tokens_per_second: float, s
         line = f"{wanted}\n"
         question = texts[number % len(texts)].text[: mix.question]
         prompt = f"{line * mix.head_lines}{number} {question}"
-        made.append(Wish(float(at[number]), int(tokens[number]), prompt, "long" if slow else "short"))
+        made.append(Wish(float(at[number]), int(tokens[number]), prompt, "long" if slow else "short", mix.limit))
     return made
 
 
@@ -136,7 +139,7 @@ def bodies(made: Sequence[Wish], arm: str, end_token: int) -> list[Due]:
             "model": MODEL,
             "prompt": wish.prompt,
             "temperature": 0,
-            "max_tokens": 720,
+            "max_tokens": wish.limit,
             "min_tokens": wish.tokens - 1,
             "logit_bias": {str(end_token): 100},
             **extra,
@@ -342,7 +345,7 @@ def main() -> None:
     cells = []
     with tempfile.TemporaryDirectory() as folder:
         servers = Servers(Path(folder), options.slots)
-        with terminable(), running(servers.stock, servers.ours):
+        with running(servers.stock, servers.ours):
             for arm in (STOCK, FCFS):
                 servers.run(arm, wishes(DOCUMENTS, None, 12, 1.0, seed=7))
             speeds: dict[Mix, float] = {}

@@ -10,10 +10,11 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -202,15 +203,18 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
 
 @contextmanager
 def running(*servers: Server) -> Any:
-    """Launch all servers at once, wait for all, stop all, whatever happens between."""
-    try:
-        for server in servers:
-            server.launch()
-        for server in servers:
-            server.wait()
-        yield servers
-    finally:
-        stop_all(*servers)
+    """Launch all servers at once, wait for all, stop all, whatever happens between, a plain ``kill`` included."""
+    # Only the main thread may say what a signal does.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    with terminable() if in_main_thread else nullcontext():
+        try:
+            for server in servers:
+                server.launch()
+            for server in servers:
+                server.wait()
+            yield servers
+        finally:
+            stop_all(*servers)
 
 
 def stop_all(*servers: Server) -> None:

@@ -1,5 +1,6 @@
 """The whole policy in the simulator: regret, collapse, delayed feedback, starvation, time."""
 
+import functools
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ HOPELESS = [RequestClass(steady(0.0))]
 PERFECT = [RequestClass(steady(1.0))]
 PAIR = [RequestClass(steady(0.62, 0.92))]
 MIXED = [RequestClass(steady(0.85, 0.97)), RequestClass(steady(0.35, 0.9), temperature=1.0)]
+TRAFFIC = {"hopeless": HOPELESS, "perfect": PERFECT, "pair": PAIR, "mixed": MIXED}
 
 
 def _goodput(clock, **options):
@@ -58,24 +60,30 @@ def _best_fixed(classes, cost, users, **options):
     )
 
 
+@functools.cache
+def _best_fixed_there(traffic, cost, users, requests=None):
+    """Fixed lengths want no feedback, so that its delay makes no difference to them."""
+    return _best_fixed(TRAFFIC[traffic], COSTS[cost], users, requests=requests, hiccups=0.0)
+
+
 @pytest.mark.parametrize("delay", [0, 1], ids=["synchronous", "asynchronous"])
 @pytest.mark.parametrize("users", [1, 4, 16, 64])
-@pytest.mark.parametrize("classes", [HOPELESS, PERFECT, PAIR], ids=["hopeless", "perfect", "pair"])
-@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
-def test_regret_is_at_most_three_percent(cost, classes, users, delay):
-    if cost is TWO_CORES and users == 64:
+@pytest.mark.parametrize("traffic", ["hopeless", "perfect", "pair"])
+@pytest.mark.parametrize("cost", COSTS)
+def test_regret_is_at_most_three_percent(cost, traffic, users, delay):
+    if cost == "cpu" and users == 64:
         pytest.skip("two cores do not serve 64 users")
-    ours = _serve(classes, cost, users, feedback_delay=delay, hiccups=0.0)
-    assert ours.tokens_per_second >= 0.97 * _best_fixed(classes, cost, users, hiccups=0.0)
+    ours = _serve(TRAFFIC[traffic], COSTS[cost], users, feedback_delay=delay, hiccups=0.0)
+    assert ours.tokens_per_second >= 0.97 * _best_fixed_there(traffic, cost, users)
 
 
 @pytest.mark.parametrize("delay", [0, 1], ids=["synchronous", "asynchronous"])
 @pytest.mark.parametrize(("cost", "users"), [("cpu", 4), ("cpu", 16), ("cpu+model", 4), ("gpu", 64)])
 def test_mixed_traffic_is_served_at_least_as_well_as_by_every_fixed_length(cost, users, delay):
-    ours = _serve(MIXED, COSTS[cost], users, feedback_delay=delay, requests=20 * users)
+    ours = _serve(MIXED, COSTS[cost], users, feedback_delay=delay, requests=20 * users, hiccups=0.0)
     # Where rows are free up to a knee, the best fixed length is as good; exploring costs the difference.
     least = 0.965 if cost == "gpu" else 1.0
-    assert ours.tokens_per_second > least * _best_fixed(MIXED, COSTS[cost], users, requests=20 * users)
+    assert ours.tokens_per_second > least * _best_fixed_there("mixed", cost, users, 20 * users)
 
 
 @given(

@@ -1,6 +1,7 @@
 """Intervals, streams counted by token, servers that leave no process behind."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -144,21 +145,23 @@ class TestServers:
             pass
         assert not any(_alive(pid) for pid in good.process_ids())
 
-    def test_interrupting_leaves_nothing(self, tmp_path):
-        """Ctrl-C reaches us alone; the servers go with us."""
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
+    def test_interrupting_leaves_nothing(self, tmp_path, number):
+        """The signal reaches us alone; the servers go with us."""
         code = f"""
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background may have us ignore it
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from pathlib import Path
 from test_evidence import Pretend
-with Pretend(Path({str(tmp_path)!r})):
+from vllm_instant.evidence.servers import running
+with running(Pretend(Path({str(tmp_path)!r}))):
     print("up", flush=True)
     time.sleep(600)
 """
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert process.stdout.readline() == b"up\n"
         pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-        process.send_signal(2)
+        process.send_signal(number)
         process.wait(30)
         assert not any(_alive(pid) for pid in pids)
