@@ -72,6 +72,8 @@ FAMILIES = {
 }
 """Which drafters are served by the same servers."""
 BOUND = 0.03
+ANSWERS_A_TURN = 1.25
+"""So many of the longest answers a user gets in a turn at the speed of no speculation, at least."""
 
 
 @dataclass
@@ -169,7 +171,7 @@ def run_cell(servers: Servers, workload: Workload, load: int, rounds: int, secon
     for number in range(-1, rounds):
         order.shuffle(arms)
         # Ours learns the new load before it counts, as it would have in the first seconds of it.
-        for arm in arms if number >= 0 else [OURS]:
+        for arm in arms if number >= 0 else [OURS, OFF]:
             settle()
             before = newest_step(servers) if arm == OURS else 0
             turn = measure(
@@ -187,6 +189,9 @@ def run_cell(servers: Servers, workload: Workload, load: int, rounds: int, secon
                 raise SystemExit(f"{workload.name}, {load} users, {arm}: {why}")
             if number >= 0:
                 cell.turns.setdefault(arm, []).append(turn)
+            elif arm == OFF and workload.whole_answers:
+                seconds = max(seconds, ANSWERS_A_TURN * MAX_TOKENS[1] * load / turn.tokens_per_second)
+                prompts_per_round *= 2
             if arm == OURS and number >= 0:
                 decisions = newest_decisions(servers.url(OURS), 2048)
                 found = balance(decision for decision in decisions if decision["step"] > before)
@@ -268,15 +273,15 @@ def workloads(servers: Servers, family: str, wanted: list[str], folder: Path, co
             answers = folder / "answers.json"
             stable = record_answers(servers, snippets("code", 0.0, 40, 5), answers)
             console.print(f"oracle: {len(stable)} prompts that every arm answers alike")
-            found.append(Workload("oracle", family, {"mode": "oracle", "answers": str(answers)}, stable, (0, 8)))
+            found.append(Workload("oracle", family, {"mode": "oracle", "answers": str(answers)}, stable, pinned=(0, 8)))
     elif family == "hybrid":
         if "mixed hybrid" in wanted:
-            found.append(Workload("mixed hybrid", family, None, mixed(512, 9)))
+            found.append(Workload("mixed hybrid", family, None, mixed(512, 9), True))
     else:
         if "pair" in wanted:
-            found.append(Workload("pair", family, None, snippets("code", 0.0, 512, 7), (0, 1, 2, 4)))
+            found.append(Workload("pair", family, None, snippets("code", 0.0, 512, 7), True, (0, 1, 2, 4)))
         if "mixed" in wanted:
-            found.append(Workload("mixed", family, None, mixed(512, 9), (0, 1, 2, 4)))
+            found.append(Workload("mixed", family, None, mixed(512, 9), True, (0, 1, 2, 4)))
     return found
 
 

@@ -35,6 +35,9 @@ class Workload:
     """Servers with the same family draft in the same way."""
     control: dict[str, Any] | None
     prompts: Sequence[Prompt]
+    whole_answers: bool = False
+    """Whether turns shall be longer than any answer: where an arm is much faster than another for some requests, it
+    would begin new answers, and read their prompts, within a short turn, and the other would not."""
     pinned: Sequence[int] = (0,)
     """Draft lengths at which our own server is pinned by its clients, as arms of their own."""
 
