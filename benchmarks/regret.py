@@ -263,15 +263,17 @@ def beyond_noise(cells: list[Cell]) -> list[str]:
     return failures
 
 
-def workloads(servers: Servers, family: str, wanted: list[str], folder: Path, console: Console) -> list[Workload]:
-    """The workloads of one family of drafters that were asked for."""
+def workloads(
+    servers: Servers, family: str, wanted: list[str], folder: Path, console: Console, recorded: int
+) -> list[Workload]:
+    """The workloads of one family of drafters that were asked for; the perfect one has so many ``recorded`` answers."""
     found = []
     if family == "switchable":
         if "hopeless" in wanted:
             found.append(Workload("hopeless", family, {"mode": "hopeless"}, snippets("code", 0.0, 256, 3)))
         if "oracle" in wanted:
             answers = folder / "answers.json"
-            stable = record_answers(servers, snippets("code", 0.0, 40, 5), answers)
+            stable = record_answers(servers, snippets("code", 0.0, recorded, 5), answers)
             console.print(f"oracle: {len(stable)} prompts that every arm answers alike")
             found.append(Workload("oracle", family, {"mode": "oracle", "answers": str(answers)}, stable, pinned=(0, 8)))
     elif family == "hybrid":
@@ -302,6 +304,7 @@ def main() -> None:
     if options.short:
         options.drafters, options.loads, options.lengths = "hopeless,oracle", "1,8", "8"
         options.rounds, options.seconds, options.oracle_loads = 3, 2.0, "1"
+    recorded = 16 if options.short else 40
     lengths = tuple(int(k) for k in options.lengths.split(","))
     loads = [int(load) for load in options.loads.split(",")]
     oracle_loads = [int(load) for load in options.oracle_loads.split(",")] if options.oracle_loads else loads
@@ -320,7 +323,8 @@ def main() -> None:
             elapsed = time.monotonic() - began
             console.print(f"[{elapsed:.0f} s] starting {len(servers.arms)} servers ({family} drafters)")
             with running(*servers.arms.values()):
-                for workload, load in itertools.product(workloads(servers, family, wanted, folder, console), loads):
+                found = workloads(servers, family, wanted, folder, console, recorded)
+                for workload, load in itertools.product(found, loads):
                     if workload.name.startswith("mixed") and load not in MIXED_LOADS:
                         continue
                     if load not in {"pair": pair_loads, "oracle": oracle_loads}.get(workload.name, loads):

@@ -67,22 +67,33 @@ def regret(record: Mapping[str, Any]) -> str:
     return table(["drafter", "users", *columns], rows)
 
 
+SOURCES = ("suffix", "model", "hybrid")
+
+
 def drafters(record: Mapping[str, Any]) -> str:
-    """What drafters are worth, by class of prompt, with one user."""
-    sources = ("suffix", "model", "hybrid")
+    """What is accepted of each drafter's tokens, by class of prompt, with one user."""
     rows = []
     for cell in record["measured"]:
         if cell["users"] != 1:
             continue
         accepted = []
-        for source in sources:
+        for source in SOURCES:
             shares = [f"{cell['acceptance_by_position'][source][place]:.2f}" for place in (0, 1, 3, 7)]
             accepted.append(f"{cell['accepted_a_step'][source]:.2f} ({' '.join(shares)})")
-        speeds = [f"{cell['tokens_per_second'][arm]['median']:.0f}" for arm in ("off", *sources)]
-        rows.append([cell["class"], *accepted, *speeds, _ratio(cell["hybrid_to_better"])])
+        rows.append([cell["class"], *accepted])
+    return table(["prompts", *(f"`{source}` accepts" for source in SOURCES)], rows)
+
+
+def sources(record: Mapping[str, Any]) -> str:
+    """How fast drafters are in one and the same process, and how much anybody could gain there."""
+    rows = []
+    for cell in record["measured"]["classes"]:
+        speeds = [f"{cell['arms'][arm]['tokens_per_second']['median']:.0f}" for arm in ("off", *SOURCES)]
+        limit = cell.get("limit_foreseeing")
+        rows.append([cell["class"], *speeds, _ratio(cell["hybrid_to_better"]), f"{limit:.2f}" if limit else ""])
     headings = [
-        *("prompts", *(f"`{source}` accepts" for source in sources), "no drafts, tok/s"),
-        *(*(f"`{source}`" for source in sources), "`hybrid` / the better of the two"),
+        *("prompts", "no drafts, tok/s", *(f"`{source}`" for source in SOURCES)),
+        *("`hybrid` / the better of the two", "at most, all acceptance foreseen"),
     ]
     return table(headings, rows)
 
@@ -101,6 +112,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "bench": ("bench_demo.json", bench),
     "regret": ("regret_hopeless.json", regret),
     "drafters": ("drafters.json", drafters),
+    "sources": ("drafter_limit.json", sources),
     "block_gain": ("block_gain.json", block_gain),
 }
 """By the name in the markers: file and how it is shown."""

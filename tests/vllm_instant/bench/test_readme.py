@@ -23,7 +23,7 @@ def test_the_readme_shows_the_committed_results(tool):
     assert tool.updated(readme) == readme, "run tools/readme_results.py"
 
 
-@pytest.mark.parametrize("table", ["bench", "regret", "drafters", "block_gain"])
+@pytest.mark.parametrize("table", ["bench", "regret", "drafters", "sources", "block_gain"])
 def test_another_number_would_be_seen(tool, table, tmp_path):
     shutil.copytree(tool.RESULTS, tmp_path / "results")
     file = tmp_path / "results" / tool.TABLES[table][0]
