@@ -105,7 +105,7 @@ def test_costs_are_kept_when_the_server_stops(launch, tmp_path):
     [file] = tmp_path.glob("*.json")
     stored = json.loads(file.read_text())
     assert stored["identity"]["dtype"] == "float32"
-    assert stored["costs"]["observations"] > 20
+    assert stored["costs"]["observations"] >= 20
 
 
 def test_a_draft_model_that_paused_drafts_as_well_as_before(launch, prompts):

@@ -57,3 +57,9 @@ def test_of_a_step_that_was_planned_twice_the_later_plan_counts():
 def test_without_a_plain_step_there_is_nothing_to_compare_with():
     assert balance(_decisions((1, 4, 5, 20.0), (1, 4, 5, 20.0), (1, 4, 1, None))) is None
     assert balance([]) is None
+
+
+def test_steps_of_which_it_is_not_known_what_they_read_do_not_count():
+    outcome = {"tokens": 1, "milliseconds": 10.0}
+    decisions = [{"step": n, "num_requests": 1, "draft_tokens": 0, "outcome": outcome} for n in range(4)]
+    assert balance(decisions) is None
