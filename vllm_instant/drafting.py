@@ -35,6 +35,8 @@ class DraftReport:
 
     draft_passes: int | None = None
     """Passes of the draft model, where it may do less than was planned; None where the plan says it all."""
+    draft_missed: int | None = None
+    """Tokens that the draft model read first, because they came while it did not run."""
     failures: Sequence[Mapping[str, Any]] = ()
     """Failures of its drafter plugin so far, see ``containment.failure_counts``."""
 

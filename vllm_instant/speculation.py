@@ -266,7 +266,9 @@ class SpeculationBudget:
     def drafted(self, report: DraftReport) -> None:
         """The workers report what they did after the step that finished last."""
         if self._outcomes and report.draft_passes is not None:
-            self._outcomes[-1] = replace(self._outcomes[-1], draft_passes=report.draft_passes)
+            self._outcomes[-1] = replace(
+                self._outcomes[-1], draft_passes=report.draft_passes, draft_missed=report.draft_missed
+            )
 
     def engine_idles(self) -> None:
         """Nothing is left to do: the time until the next step begins is nobody's cost."""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_instant import RequestState, SpeculationPolicy
 from vllm_instant.containment import Contained
+from vllm_instant.drafting import DraftReport
 from vllm_instant.speculation import SpeculationBudget, requested_draft_length
 
 
@@ -92,6 +93,17 @@ def test_outcomes_are_counted_and_shown():
     assert outcome.accepted == [1, 0]
     assert outcome.num_scheduled_tokens == 6
     assert outcome.seconds > 0
+
+
+def test_what_workers_report_belongs_to_the_step_that_finished_last():
+    budget, policy = _budget(lambda n: [2] * n)
+    states = _states(1)
+    budget.plan(states)
+    budget.step_finished(1, states, [0], [0], num_scheduled_tokens=1, draft_passes=2)
+    budget.step_finished(2, states, [2], [1], num_scheduled_tokens=3, draft_passes=2)
+    budget.drafted(DraftReport(draft_passes=1, draft_missed=40))
+    budget.while_the_model_runs()
+    assert [(outcome.draft_passes, outcome.draft_missed) for outcome in policy.outcomes] == [(2, None), (1, 40)]
 
 
 def test_what_an_ended_request_did_is_seen_before_another_gets_its_index():

@@ -26,6 +26,8 @@ class DraftRequest:
     """What separates tenants: requests with another one must not learn what this one says."""
     is_pinned: bool = False
     """Whether its client asked for this draft length: what the draft costs does not count."""
+    missed_tokens: int = 0
+    """Tokens of it that came while the draft model beside a ``SharingDrafter`` did not run: read before it drafts."""
 
 
 @dataclass(frozen=True, slots=True)

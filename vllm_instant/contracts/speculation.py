@@ -49,6 +49,8 @@ class StepOutcome:
     """Draft tokens that the drafter made at the end of this step, for the next: the longest length that was planned."""
     experts: ExpertCount | None = None
     """Distinct experts that a step of late used, where an experts plugin counts them; most steps are not counted."""
+    draft_missed: int | None = None
+    """Tokens that a draft model read before it drafted, because they came while it did not run; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,10 @@ class DraftPrice:
     """Running a draft model at all."""
     draft_pass: float = 0.0
     """Each pass of a draft model, which brings one more token for every request."""
+    resuming: float = 0.0
+    """What comes on top when a draft model first reads what came while it did not run,"""
+    missed_token: float = 0.0
+    """and each token of that."""
     step: float = 0.0
     """One request's share of a step without drafts, which brings it one token; 0 where it is not known."""
 

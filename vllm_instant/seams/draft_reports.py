@@ -27,11 +27,11 @@ def report_of(runner: Any) -> DraftReport | None:
     sampler = getattr(getattr(runner, "rejection_sampler", None), SAMPLER_ATTRIBUTE, None)
     sharer = getattr(runner, SHARER_ATTRIBUTE, None)
     if isinstance(sharer, DraftSharer):
-        return DraftReport(sharer.draft_passes, failure_counts(sharer.drafter, sampler))
+        return DraftReport(sharer.draft_passes, sharer.draft_missed, failure_counts(sharer.drafter, sampler))
     drafter = getattr(runner, "drafter", None)
     if isinstance(drafter, PluginDrafter):
-        return DraftReport(None, failure_counts(drafter.drafter, sampler))
-    return None if sampler is None else DraftReport(None, failure_counts(sampler))
+        return DraftReport(failures=failure_counts(drafter.drafter, sampler))
+    return None if sampler is None else DraftReport(failures=failure_counts(sampler))
 
 
 def _wrap(module: ModuleType) -> None:

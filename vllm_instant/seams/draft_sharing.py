@@ -20,7 +20,7 @@ from vllm_instant.containment import Contained, ContractError
 from vllm_instant.contracts import Draft, DraftRequest, Share, SharingDrafter
 from vllm_instant.drafting import DraftPlan
 from vllm_instant.seams.building import PluginStartError, build_contained, context_of, uses_drafter_plugin
-from vllm_instant.seams.draft_skipping import can_be_skipped
+from vllm_instant.seams.draft_skipping import DraftModelKeeper, can_be_skipped, keeper_of
 from vllm_instant.seams.drafter import checked_draft
 from vllm_instant.seams.import_hooks import when_imported
 from vllm_instant.seams.requirements import Function, Mentions, Seam
@@ -37,16 +37,22 @@ class DraftSharer:
     Args:
         runner: vLLM's ``GPUModelRunner``.
         drafter: the plugin behind its breaker.
+        keeper: of the runner's draft model.
         vocab_size: tokens of the target's vocabulary.
 
     """
 
-    def __init__(self, runner: Any, drafter: Contained[SharingDrafter], vocab_size: int) -> None:
+    def __init__(
+        self, runner: Any, drafter: Contained[SharingDrafter], keeper: DraftModelKeeper, vocab_size: int
+    ) -> None:
         self.runner = runner
         self.drafter = drafter
+        self.keeper = keeper
         self.vocab_size = vocab_size
         self.draft_passes = 0
-        """Of the draft model, after the newest step."""
+        """Of the draft model, after the newest step,"""
+        self.draft_missed = 0
+        """and the tokens that it read before, because they came while it did not run."""
 
     def propose(self, run_model: Any, scheduler_output: Any, plan: DraftPlan, arguments: tuple[Any, ...]) -> Any:
         """Drafts for the rows of the batch, a list of token ids a row.
@@ -59,7 +65,7 @@ class DraftSharer:
 
         """
         batch = self.runner.input_batch
-        requests = self._requests(plan, arguments[0]) if any(plan.lengths.values()) else []
+        requests = self._requests(scheduler_output, plan, arguments[0]) if any(plan.lengths.values()) else []
         # When the plugin is disabled the draft model does everything.
         otherwise = [Share(model_length=request.max_draft_tokens) for request in requests]
         shares = self.drafter.call("share", lambda drafter: self._ask(drafter, requests, plan), otherwise)
@@ -74,6 +80,7 @@ class DraftSharer:
         asked.num_spec_tokens_to_schedule = passes
         setattr(asked, PLAN_ATTRIBUTE, replace(plan, lengths=by_model))
         drafts: list[list[int]] = run_model(self.runner, asked, *arguments)
+        self.draft_missed = self.keeper.read_tokens
         rows = batch.req_id_to_index
         if by_model:
             drafted = {request_id: drafts[rows[request_id]] for request_id in by_model}
@@ -95,11 +102,12 @@ class DraftSharer:
         for request_id in request_ids:
             self.drafter.call("forget", functools.partial(_forget, request_id=request_id), None)
 
-    def _requests(self, plan: DraftPlan, sampled: Any) -> list[DraftRequest]:
+    def _requests(self, scheduler_output: Any, plan: DraftPlan, sampled: Any) -> list[DraftRequest]:
         """The requests that may get drafts, with the tokens of this step."""
         runner, batch = self.runner, self.runner.input_batch
         capacity = batch.token_ids_cpu.shape[1]
         discarded = runner.discard_request_mask.np
+        missed = self.keeper.missed(scheduler_output)
         requests = []
         for row, tokens in enumerate(sampled.cpu().numpy()):
             request_id = batch.req_ids[row]
@@ -122,6 +130,7 @@ class DraftSharer:
                     length,
                     plan.cache_salts.get(request_id, ""),
                     request_id in plan.pinned,
+                    missed[row],
                 )
             )
         return requests
@@ -163,7 +172,7 @@ def _forget(drafter: SharingDrafter, request_id: str) -> None:
     drafter.forget(request_id)
 
 
-def _build(runner: Any) -> DraftSharer | None:
+def _build(runner: Any, module: ModuleType) -> DraftSharer | None:
     """The sharer of this runner, if its deployment names a drafter that shares.
 
     Raises:
@@ -192,7 +201,7 @@ def _build(runner: Any) -> DraftSharer | None:
             f"plugin {plugin.name} of slot drafter cannot start: it brings a draft model, so that its "
             f"{type(contained.instance).__name__} must be a vllm_instant.SharingDrafter"
         )
-    return DraftSharer(runner, contained, context.vocab_size)
+    return DraftSharer(runner, contained, keeper_of(runner, module), context.vocab_size)
 
 
 def _wrap(module: ModuleType) -> None:
@@ -205,7 +214,7 @@ def _wrap(module: ModuleType) -> None:
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = initialize(self, *args, **kwargs)
         # The draft model is loaded and its KV cache laid out, and no request is there yet.
-        setattr(self, SHARER_ATTRIBUTE, _build(self))
+        setattr(self, SHARER_ATTRIBUTE, _build(self, module))
         return result
 
     @functools.wraps(propose)

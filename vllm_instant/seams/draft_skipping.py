@@ -25,6 +25,7 @@ from vllm_instant.seams.requirements import Function, Mentions, Name, Seam
 from vllm_instant.seams.scheduler import PLAN_ATTRIBUTE
 
 MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
+_KEEPER_ATTRIBUTE = "instant_draft_keeper"
 READ_TOKENS_PER_STEP = 512
 """Most missed tokens that a draft model reads before one draft: a fraction of one step of the target."""
 
@@ -42,7 +43,29 @@ class DraftModelKeeper:
         self.runner = runner
         self.drafter = runner.drafter
         self.coverage = DraftCoverage(self.drafter.block_size)
+        self.read_tokens = 0
+        """Missed tokens that the draft model read in the newest step."""
         self._forward_context = module.set_forward_context
+
+    def missed(self, scheduler_output: Any) -> list[int]:
+        """Tokens before those of this step that the draft model has not read, by row of the batch."""
+        return [start - covered for start, _, covered in self._rows(scheduler_output)]
+
+    def _rows(self, scheduler_output: Any) -> list[tuple[int, int, int]]:
+        """By row of the batch: where this step's tokens start and stop, and how far the draft model has read."""
+        batch, coverage = self.runner.input_batch, self.coverage
+        tables = self._tables()
+        coverage.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        rows = []
+        for row in range(batch.num_reqs):
+            request_id, start = batch.req_ids[row], int(batch.num_computed_tokens_cpu[row])
+            stop = start + scheduler_output.num_scheduled_tokens[request_id]
+            rows.append((start, stop, min(start, coverage.covered(request_id, start, tables[row]))))
+        return rows
+
+    def _tables(self) -> Any:
+        """KV blocks of each row of the batch: int32 ``[max_num_seqs, max_blocks]``."""
+        return self.runner.input_batch.block_table[self.drafter.kv_cache_gid].get_numpy_array()
 
     def propose(
         self, original: Any, scheduler_output: Any, lengths: Mapping[str, int], arguments: tuple[Any, ...]
@@ -53,14 +76,11 @@ class DraftModelKeeper:
         batch = runner.input_batch
         rows = range(batch.num_reqs)
         request_ids = batch.req_ids
-        computed = batch.num_computed_tokens_cpu
-        tables = batch.block_table[self.drafter.kv_cache_gid].get_numpy_array()
-        coverage.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
-
-        starts = [int(computed[row]) for row in rows]
-        stops = [starts[row] + scheduler_output.num_scheduled_tokens[request_ids[row]] for row in rows]
-        covered = [coverage.covered(request_ids[row], starts[row], tables[row]) for row in rows]
+        tables = self._tables()
+        known = self._rows(scheduler_output)
+        starts, stops, covered = ([of_row[part] for of_row in known] for part in range(3))
         wanted = [lengths.get(request_ids[row], 0) for row in rows]
+        self.read_tokens = 0
         if not any(wanted):
             for row in rows:
                 coverage.target_alone(request_ids[row], stops[row], tables[row])
@@ -70,7 +90,8 @@ class DraftModelKeeper:
         affordable = _affordable(holes, min(READ_TOKENS_PER_STEP, self.drafter.max_num_tokens))
         if affordable:
             self._read(affordable, common_attn_metadata)
-        for row, _, stop in affordable:
+        for row, start, stop in affordable:
+            self.read_tokens += stop - start
             coverage.draft_read(request_ids[row], stop, tables[row])
             covered[row] = stop
 
@@ -173,6 +194,15 @@ def can_be_skipped(runner: Any) -> bool:
     )
 
 
+def keeper_of(runner: Any, module: ModuleType) -> DraftModelKeeper:
+    """The keeper of this runner's draft model, made when it is asked for first."""
+    keeper = runner.__dict__.get(_KEEPER_ATTRIBUTE)
+    if keeper is None:
+        keeper = DraftModelKeeper(runner, module)
+        setattr(runner, _KEEPER_ATTRIBUTE, keeper)
+    return keeper
+
+
 def _wrap(module: ModuleType) -> None:
     original = module.GPUModelRunner.propose_draft_token_ids
 
@@ -184,10 +214,7 @@ def _wrap(module: ModuleType) -> None:
         if self.speculative_config.method == "ngram" and scheduler_output.num_spec_tokens_to_schedule == 0:
             return [[] for _ in range(self.input_batch.num_reqs)]
         if can_be_skipped(self):
-            keeper = self.__dict__.get("instant_draft_keeper")
-            if keeper is None:
-                keeper = self.instant_draft_keeper = DraftModelKeeper(self, module)
-            return keeper.propose(original, scheduler_output, plan.lengths, arguments)
+            return keeper_of(self, module).propose(original, scheduler_output, plan.lengths, arguments)
         return original(self, scheduler_output, *arguments)
 
     update = module.GPUModelRunner._update_states
@@ -195,7 +222,7 @@ def _wrap(module: ModuleType) -> None:
     @functools.wraps(update)
     def _update_states(self: Any, scheduler_output: Any) -> Any:
         # The step that says that the last request has ended has no tokens, and drafts nothing.
-        keeper = self.__dict__.get("instant_draft_keeper")
+        keeper = self.__dict__.get(_KEEPER_ATTRIBUTE)
         if keeper is not None:
             keeper.coverage.forget(scheduler_output.finished_req_ids)
         return update(self, scheduler_output)

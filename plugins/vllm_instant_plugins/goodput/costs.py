@@ -158,8 +158,13 @@ class StepCosts:
 
     def resuming_seconds(self, missed: float) -> float:
         """What a drafter takes to read ``missed`` tokens: a draft model that was off has not seen them."""
-        some, each = self.weights[len(self.knots) + 6 : len(self.knots) + 8]
-        return max(0.0, float(some + each * missed / MISSED_UNIT)) if missed else 0.0
+        some, each = self.resuming_weights()
+        return float(some + each * missed) if missed else 0.0
+
+    def resuming_weights(self) -> Array:
+        """The drafter's seconds to read what it missed: at all, and for each token."""
+        weights = self.weights[len(self.knots) + 6 : len(self.knots) + 8] / (1.0, MISSED_UNIT)
+        return np.maximum(weights, 0.0)
 
     def estimate(self, x: Array) -> tuple[float, float]:
         """Expected seconds of a step with features ``x`` and their standard deviation, measurement noise excluded."""

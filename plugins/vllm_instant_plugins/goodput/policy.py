@@ -312,8 +312,9 @@ class GoodputPolicy(SpeculationPolicy):
             self.costs.experts.observe(outcome.experts)
         rows = count + total
         if outcome.num_scheduled_tokens == rows and outcome.seconds > 0:
-            # A drafter that shares the work may have left its model out.
-            missed = planned.missed if planned is not None and outcome.draft_passes else 0.0
+            # A drafter that shares the work may have left its model out, or read more than was thought, or less.
+            thought = planned.missed if planned is not None and outcome.draft_passes else 0.0
+            missed = thought if outcome.draft_missed is None else outcome.draft_missed
             features = self.costs.features(rows, context, total, outcome.draft_passes, count, missed)
             self.costs.observe(features, outcome.seconds)
             self._keep()

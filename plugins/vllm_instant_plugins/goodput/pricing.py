@@ -69,6 +69,7 @@ class Pricing:
             costs.at_knots(),
             batch,
         )
+        resuming, missed_token = costs.resuming_weights().tolist()
         some, each_row, each, each_request = costs.drafting_weights().tolist()
         return DraftPrice(
             batch=tuple(zip(listed, batch.tolist(), strict=True)),
@@ -76,6 +77,8 @@ class Pricing:
             verifying=verifying,
             drafting=rate * max(some + each_row * rows, 0.0),
             draft_pass=rate * max(each + each_request * requests, 0.0),
+            resuming=rate * resuming,
+            missed_token=rate * missed_token,
             step=rate * best.off_seconds / requests,
         )
 

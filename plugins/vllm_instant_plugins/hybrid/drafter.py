@@ -1,7 +1,8 @@
 """The ``hybrid`` drafter: lookup where it is sure, the draft model where it brings more, neither where neither pays.
 
 Running the draft model costs every request of the step, so that the question is asked once for all: with how many
-passes of it is what all requests gain together, each from its better source, worth the most? None is an answer.
+passes of it is what all requests gain together, each from its better source, worth the most? None is an answer. What
+came while it did not run it has to read first: that is paid off over the steps for which it is expected to be needed.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class HybridDrafter(SharingDrafter):
         # A client that asked for its length is served whatever it costs.
         row_price = np.where(pinned, 0.0, _further_row(price, len(requests), self._most))
         own_value, own_gain = _worth(lookups, kept, row_price)
-        value = self._silences.values(requests, own_gain, price, self._most)
+        value, steps = self._silences.values(requests, own_gain, price, self._most)
         own_value, own_gain = _worth(lookups, kept, row_price, value)
         own_worth = np.array(kept)
 
@@ -86,12 +87,17 @@ class HybridDrafter(SharingDrafter):
         model_value, by_passes = np.zeros((2, len(requests), self._most + 1))
         np.cumsum(np.where(earned > 0, reached, 0.0), axis=1, out=model_value[:, 1:])
         np.cumsum(earned, axis=1, out=by_passes[:, 1:])
+        missed = np.array([request.missed_tokens for request in requests])
+        reading = np.where(pinned, 0.0, price.missed_token * missed / steps)
+        by_passes[:, 1:] -= reading[:, None]
         model_rows = np.zeros((len(requests), self._most + 1))
         np.cumsum(earned > 0, axis=1, out=model_rows[:, 1:])
         passes = np.arange(self._most + 1)
         with_model = by_passes > own_gain[:, None]
         rows = np.where(with_model, model_rows, own_worth[:, None])
-        together = np.where(with_model, model_value, own_value[:, None]).sum(0)
+        together = np.where(with_model, model_value - reading[:, None], own_value[:, None]).sum(0)
+        resumes = with_model & (missed > 0)[:, None]
+        together -= price.resuming * resumes.any(0) / np.where(resumes, steps[:, None], 1.0).max(0)
         together -= _rows_cost(price, np.where(pinned[:, None], 0.0, rows).sum(0))
         together -= np.where(passes > 0, price.drafting + price.draft_pass * passes, 0.0)
         best = int(together.argmax())
@@ -102,6 +108,8 @@ class HybridDrafter(SharingDrafter):
         self._unused_steps = 0 if best else self._unused_steps + 1
         probed = int(own_gain.argmin())
         hoped = float(reached[probed, :PROBE_TOKENS].sum())
+        catching_up = price.missed_token * missed[probed] + (price.resuming if missed[probed] else 0.0)
+        hoped -= float(catching_up)
         if best == 0 and own_gain[probed] < LEAST_GAIN and self._probe_is_due(len(requests), price, hoped):
             self._unused_steps = 0
             use_model[probed] = True

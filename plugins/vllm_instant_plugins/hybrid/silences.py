@@ -24,6 +24,7 @@ MEMORY = 0.99
 REQUEST_MEMORY = 0.95
 PRIOR_STEPS = 8.0
 FIRST_LASTING = 0.8
+MOST_STEPS = 50.0
 
 
 class Silences:
@@ -37,8 +38,10 @@ class Silences:
         self._silent: set[str] = set()
         """Requests whose lookup was silent when they were asked about last."""
 
-    def values(self, requests: Sequence[DraftRequest], gain: Array, price: DraftPrice, positions: int) -> Array:
-        """What a token at each draft position is worth if it is accepted, in average tokens.
+    def values(
+        self, requests: Sequence[DraftRequest], gain: Array, price: DraftPrice, positions: int
+    ) -> tuple[Array, Array]:
+        """What a token at each draft position is worth if it is accepted, in average tokens, and how long that holds.
 
         Args:
             requests: all that may get drafts.
@@ -47,17 +50,20 @@ class Silences:
             positions: draft positions.
 
         Returns:
-            ``[requests, positions]``.
+            ``[requests, positions]``, and for how many steps, this one included, each lookup is expected to be
+            silent: ``[requests]``, 1 where it is not.
 
         """
-        values = np.ones((len(requests), positions))
+        values, steps = np.ones((len(requests), positions)), np.ones(len(requests))
         further = np.arange(positions)
         for row, request in enumerate(requests):
             silent = gain[row] < LEAST_GAIN
             lasting = self._learn(request.request_id, bool(silent))
+            if silent:
+                steps[row] = min(1.0 / (1.0 - lasting), MOST_STEPS) if lasting < 1.0 else MOST_STEPS
             if silent and price.step > 0 and not request.is_pinned:
                 values[row] = price.row + max(0.0, price.step - price.row) * lasting**further
-        return values
+        return values, steps
 
     def _learn(self, request_id: str, silent: bool) -> float:
         """Chance that the lookup is silent in the step after a silent one, too."""

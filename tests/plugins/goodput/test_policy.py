@@ -22,6 +22,7 @@ from vllm_instant.evidence.simulator import (
     switching,
 )
 from vllm_instant_plugins.goodput.choice import Choice
+from vllm_instant_plugins.goodput.costs import MISSED_UNIT
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 from vllm_instant_plugins.goodput.roster import Roster
 from vllm_instant_plugins.goodput.trace import Decision
@@ -318,6 +319,26 @@ def test_what_a_resuming_drafter_must_read_is_counted():
     assert policy.trace.of_step(7).missed == 55
 
 
+def test_what_the_workers_say_was_read_counts_more_than_what_was_thought():
+    def seen(**report):
+        policy = GoodputPolicy(8, 8, clock=time.monotonic)
+        state = RequestState("a", 50, 100, 0.0, index=0)
+        policy.enter(state)
+        policy._decide(
+            UpcomingStep([state], 8, number=1), policy.roster.batch([state]), np.ones(1), _choice(), np.ones(1, int), ""
+        )
+        policy.observe(StepOutcome([state], [0], [0], 1, 0.01, 1, 1, 1, **report))
+        features = []
+        policy.costs.observe = lambda x, seconds: features.append(x)
+        policy.observe(StepOutcome([state], [0], [0], 1, 0.01, 1, 1, 1, **report))
+        resuming = len(policy.costs.knots) + 6
+        return features[0][resuming : resuming + 2].tolist()
+
+    assert seen() == [1.0, 50 / MISSED_UNIT]
+    assert seen(draft_missed=0) == [0.0, 0.0]
+    assert seen(draft_missed=256) == [1.0, 2.0]
+
+
 def _choice():
     return Choice(np.zeros(1, np.intp), 0, 1, 1.0, 1.0, 1, 1.0)
 
@@ -396,6 +417,23 @@ def test_prices_choose_as_well_as_the_best_fixed_length(users):
             for k in (0, 1, 2, 4, 8, 16)
         )
         assert ours.tokens_per_second > 0.96 * best, chance
+
+
+def test_what_reading_missed_tokens_takes_is_priced():
+    policy, random = GoodputPolicy(4, 8, confident_drafts=True), np.random.default_rng(0)
+    state = RequestState("a", 100, 100, 0.0)
+    policy.enter(state)
+    for number in range(1, 600):
+        length = policy.draft_lengths(UpcomingStep([state], 4, number=number))[0]
+        missed = int(random.integers(0, 3)) * 100 if length else 0
+        seconds = 0.02 + 0.0002 * length + (0.002 + 4e-5 * missed if missed else 0.0)
+        policy.observe(
+            StepOutcome([state], [length], [length], 1 + length, seconds, 1, number, length, draft_missed=missed)
+        )
+    price = policy.price()
+    per_second = price.step / 0.02  # a step of one request without drafts
+    assert price.resuming == pytest.approx(0.002 * per_second, rel=0.5)
+    assert price.missed_token == pytest.approx(4e-5 * per_second, rel=0.2)
 
 
 def test_a_price_is_asked_once_costs_are_known():

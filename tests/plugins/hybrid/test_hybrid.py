@@ -36,10 +36,11 @@ class Driven:
         self.drafter = HybridDrafter(lookup, MOST)
         self.tokens = {name: [1, 2, 3] for name in names}
         self.pinned = set()
+        self.missed = {}
 
     def share(self, price=FREE):
         requests = [
-            DraftRequest(name, np.array(tokens, np.int32), 3, MOST, "", name in self.pinned)
+            DraftRequest(name, np.array(tokens, np.int32), 3, MOST, "", name in self.pinned, self.missed.get(name, 0))
             for name, tokens in self.tokens.items()
         ]
         return dict(zip(self.tokens, self.drafter.share(requests, price), strict=True))
@@ -159,6 +160,59 @@ def test_where_lookups_are_silent_a_token_saves_a_step():
     dear = replace(price, drafting=2.5)
     assert [share.model_length for share in average.share(dear).values()] == [0, 0]
     assert [share.model_length for share in silent.share(replace(dear, step=3.0)).values()] == [1, 1]
+
+
+READING = DraftPrice(row=0.05, drafting=0.1, draft_pass=0.1, resuming=0.2, missed_token=0.05)
+
+
+def test_what_the_model_must_read_first_counts():
+    driven = Driven(Lookup(a=[0.6], b=[0.6]))
+    driven.learn(60, a=2, b=2)
+    assert [share.model_length for share in driven.share(READING).values()] == [2, 2]
+    driven.missed = {"a": 10}
+    assert [share.model_length for share in driven.share(READING).values()] == [2, 2]
+    driven.missed = {"a": 40}
+    assert [share.model_length for share in driven.share(READING).values()] == [0, 2]
+    driven.missed = {"a": 40, "b": 40}
+    shares = driven.share(READING)
+    assert [(share.model_length, len(share.own)) for share in shares.values()] == [(0, 1), (0, 1)]
+    driven.pinned = {"a"}
+    assert driven.share(READING)["a"].model_length > 0
+
+
+def test_reading_anything_has_its_own_price():
+    driven = Driven(Lookup(a=[0.9]), names=("a",))
+    driven.learn(60, a=2)
+    assert driven.share(READING)["a"].model_length == 2
+    driven.missed = {"a": 1}
+    assert driven.share(READING)["a"].model_length == 2
+    assert driven.share(replace(READING, resuming=1.0))["a"].model_length == 0
+
+
+def test_what_the_model_reads_is_paid_off_while_the_lookup_is_silent():
+    price = replace(READING, step=1.0)
+    silent, speaking = Driven(Lookup(), names=("a",)), Driven(Lookup(), names=("a",))
+    for step in range(200):
+        silent.step({"a": 2}, price)
+        speaking.drafter._lookup.confidence = {"a": [0.9] * 4 if step % 2 else []}
+        speaking.step({"a": 2}, price)
+    speaking.drafter._lookup.confidence = {}
+    for driven, length in ((silent, 2), (speaking, 0)):
+        assert driven.share(price)["a"].model_length > 0
+        driven.missed = {"a": 80}
+        assert driven.share(price)["a"].model_length == length
+
+
+def test_probes_are_rarer_where_the_model_must_read_first():
+    def probes(missed):
+        driven = Driven(Lookup())
+        driven.learn(200)
+        driven.missed = dict.fromkeys("ab", missed)
+        dear = replace(READING, row=0.3)
+        asked = (driven.step({}, dear) for _ in range(2000))
+        return sum(any(share.model_length for share in shares.values()) for shares in asked)
+
+    assert 1 < probes(100) < probes(0) / 4
 
 
 def test_lookups_are_cut_by_what_batches_cost():

@@ -4,14 +4,19 @@ import numpy as np
 import pytest
 
 from vllm_instant import DraftPrice, DraftRequest
-from vllm_instant_plugins.hybrid.silences import LEAST_GAIN, Silences
+from vllm_instant_plugins.hybrid.silences import LEAST_GAIN, MOST_STEPS, Silences
 
 PRICE = DraftPrice(row=0.1, step=3.0)
 
 
 def _values(silences, gain, price=PRICE, name="a", pinned=False):
     request = DraftRequest(name, np.array([1, 2, 3], np.int32), 2, 4, "", pinned)
-    return silences.values([request], np.array([gain]), price, 4)[0]
+    return silences.values([request], np.array([gain]), price, 4)[0][0]
+
+
+def _steps(silences, gain):
+    request = DraftRequest("a", np.array([1, 2, 3], np.int32), 2, 4)
+    return float(silences.values([request], np.array([gain]), PRICE, 4)[1][0])
 
 
 def test_a_token_is_a_token_where_the_lookup_speaks():
@@ -25,7 +30,7 @@ def test_the_first_token_saves_a_step():
 def test_each_request_saves_its_share_of_the_step():
     """However many get drafts in it."""
     requests = [DraftRequest(name, np.array([1, 2], np.int32), 1, 4) for name in "abc"]
-    values = Silences().values(requests, np.array([0.0, 9.0, 0.0]), PRICE, 4)
+    values, _ = Silences().values(requests, np.array([0.0, 9.0, 0.0]), PRICE, 4)
     assert values[0, 0] == values[2, 0] == pytest.approx(3.0)
     assert values[1].tolist() == [1.0] * 4
 
@@ -38,6 +43,16 @@ def test_how_long_silences_last_is_learned():
     assert lasting == pytest.approx([3.0] * 4, rel=0.1)
     assert ending[0] == pytest.approx(3.0)
     assert ending[1:] == pytest.approx([0.1] * 3, abs=0.3)
+
+
+def test_silences_are_expected_to_last_as_they_did():
+    long, short = Silences(), Silences()
+    assert _steps(Silences(), 2.0) == 1.0
+    for step in range(400):
+        lasting = _steps(long, 0.0)
+        ending = _steps(short, 0.0 if step % 2 else 2.0)
+    assert lasting == MOST_STEPS
+    assert ending == pytest.approx(1.0, abs=0.2)
 
 
 def test_others_start_with_what_was_learned_and_who_ended_is_forgotten():

@@ -9,6 +9,7 @@ import torch
 from vllm_instant import Share, SharingDrafter
 from vllm_instant.containment import Contained
 from vllm_instant.drafting import DraftPlan
+from vllm_instant.seams.draft_reports import report_of
 from vllm_instant.seams.draft_sharing import SHARER_ATTRIBUTE, DraftSharer, _wrap
 from vllm_instant.seams.scheduler import PLAN_ATTRIBUTE
 
@@ -31,6 +32,7 @@ class Recording(SharingDrafter):
             (r.request_id, r.token_ids.tolist(), r.num_prompt_tokens, r.max_draft_tokens, r.cache_salt, r.is_pinned)
             for r in requests
         ]
+        self.missed = {r.request_id: r.missed_tokens for r in requests}
         return self.shares(requests) if callable(self.shares) else self.shares
 
     def model_drafted(self, drafts):
@@ -69,7 +71,8 @@ def _sharer(shares, discarded=(False, False, False)):
         input_batch=batch, discard_request_mask=SimpleNamespace(np=np.array(discarded)), _draft_probs=None
     )
     plugin = Recording(shares)
-    return DraftSharer(runner, Contained("drafter", "recording", plugin), VOCABULARY), plugin
+    keeper = SimpleNamespace(missed=lambda scheduler_output: [0, 5, 2], read_tokens=5)
+    return DraftSharer(runner, Contained("drafter", "recording", plugin), keeper, VOCABULARY), plugin
 
 
 def _propose(sharer, model, plan):
@@ -93,6 +96,16 @@ def test_each_request_gets_what_its_share_says():
         ("c", [1, 2, 3, 4, 31, 32, 33], 4, 4, "", True),
     ]
     assert sharer.draft_passes == 2
+
+
+def test_what_the_model_missed_is_told_and_what_it_read_is_reported():
+    sharer, plugin = _sharer([Share(model_length=2)] * 3)
+    _propose(sharer, Model(), DraftPlan({"a": 4, "b": 4, "c": 4}))
+    assert plugin.missed == {"a": 0, "b": 5, "c": 2}
+    sharer.runner.rejection_sampler = None
+    setattr(sharer.runner, SHARER_ATTRIBUTE, sharer)
+    report = report_of(sharer.runner)
+    assert (report.draft_passes, report.draft_missed) == (2, 5)
 
 
 def test_the_model_does_not_draft_when_nobody_wants_it():
