@@ -10,7 +10,8 @@ pinning the length (the same process, so that only decisions differ). Steps are 
 
 Turns of a few seconds scatter by several percent, whoever is asked. So what the decisions lost is also counted step by
 step within those seconds: what the tokens would have taken in steps like those beside them that did not draft
-(``vllm_instant.evidence.drafting_balance``).
+(``vllm_instant.evidence.drafting_balance``), and how fast full steps decode from 50 steps after the recovery on, beside
+those whose clients pinned the length.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from regret_setup import MAX_TOKENS, MODEL, OFF, OURS, Servers, record_answers
 from results import write
 from rich.console import Console
 
-from vllm_instant.evidence.drafting_balance import balance
+from vllm_instant.evidence.drafting_balance import balance, decoding_speed
 from vllm_instant.evidence.load import Measured, measure
 from vllm_instant.evidence.prompts import snippets
 from vllm_instant.evidence.served import newest_decisions
@@ -47,7 +48,7 @@ class Switching(threading.Thread):
         self.servers, self.perfect = servers, perfect
         self.collapsed = self.noticed = self.recovered = self.noticed_again = 0.0
         self.hopeless_steps = 0
-        self.first_hopeless_step = 0
+        self.first_hopeless_step = self.first_perfect_step = 0
 
     def run(self) -> None:
         """Wait, switch, count steps, switch back."""
@@ -59,7 +60,7 @@ class Switching(threading.Thread):
         self._after(first + HOPELESS_STEPS)
         self.servers.draft_like(self.perfect)
         self.recovered = self._now()
-        second = self._step()
+        second = self.first_perfect_step = self._step()
         self.hopeless_steps = second - first
         self.noticed_again = self._after(second + STEPS_TO_NOTICE)
 
@@ -105,7 +106,8 @@ def main() -> None:
                     f"{Interval(**found['after_collapse_to_pinned_off']):.3f} in the same process "
                     f"({Interval(**found['after_collapse_to_off_step_by_step']):.3f} step by step); "
                     f"after the recovery {Interval(**found['after_recovery_to_k8']):.3f} times K=8, "
-                    f"{Interval(**found['after_recovery_to_pinned_k8']):.3f} in the same process",
+                    f"{Interval(**found['after_recovery_to_pinned_k8']):.3f} in the same process "
+                    f"({Interval(**found['after_recovery_to_pinned_k8_step_by_step']):.3f} step by step)",
                     soft_wrap=True,
                 )
                 measured.append(found)
@@ -115,7 +117,7 @@ def main() -> None:
 def one_load(servers: Servers, prompts: Any, perfect: dict[str, Any], users: int, rounds: int) -> dict[str, Any]:
     """All rounds with this many users."""
     speeds: dict[str, list[float]] = {}
-    steps, step_by_step = [], []
+    steps, step_by_step, pinned, recovered = [], [], [], []
 
     def turn(name: str, server: str, seconds: float, number: int, speculation: int | str | None = None) -> None:
         settle()
@@ -139,7 +141,9 @@ def one_load(servers: Servers, prompts: Any, perfect: dict[str, Any], users: int
         turn("off", OFF, 5.0, number)
         turn("K=8", "K=8", 5.0, number)
         turn("ours, off", OURS, 5.0, number, "off")
+        begin = newest_decisions(servers.url(OURS), 1)[-1]["step"]
         turn("ours, K=8", OURS, 5.0, number, 8)
+        pinned.append(full_steps(servers, users, begin))
         turn("ours, perfect", OURS, 3.0, number)
         settle()
         switching = Switching(servers, perfect)
@@ -156,6 +160,7 @@ def one_load(servers: Servers, prompts: Any, perfect: dict[str, Any], users: int
         if found is None:
             raise SystemExit("drafting never ended after the collapse")
         step_by_step.append(found.speed)
+        recovered.append(full_steps(servers, users, switching.first_perfect_step + STEPS_TO_NOTICE))
         steps.append(switching.hopeless_steps)
     hopeless, again = speeds["after the collapse"], speeds["after the recovery"]
     return {
@@ -166,8 +171,17 @@ def one_load(servers: Servers, prompts: Any, perfect: dict[str, Any], users: int
         "after_collapse_to_off_step_by_step": vars(median_interval(step_by_step)),
         "after_recovery_to_k8": vars(ratio_interval(again, speeds["K=8"])),
         "after_recovery_to_pinned_k8": vars(ratio_interval(again, speeds["ours, K=8"])),
+        "after_recovery_to_pinned_k8_step_by_step": vars(ratio_interval(recovered, pinned)),
         "tokens_per_second": speeds,
     }
+
+
+def full_steps(servers: Servers, users: int, begin: int) -> float:
+    """Tokens a second of the server's steps from ``begin`` on that decode for all users and read no prompts."""
+    found = decoding_speed([d for d in newest_decisions(servers.url(OURS), 2048) if d["step"] > begin], users)
+    if found is None:
+        raise SystemExit(f"no step decoded for all {users} users")
+    return found
 
 
 def load_while(switching: Switching, servers: Servers, prompts: Any, users: int, number: int) -> Measured:

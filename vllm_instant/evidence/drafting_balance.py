@@ -47,14 +47,12 @@ def balance(decisions: Iterable[Mapping[str, Any]]) -> Balance | None:
         None when no step went without drafts.
 
     """
-    # Of a step that was planned twice, because a request came, the later plan counts.
-    decided = {decision["step"]: decision for decision in decisions}
+    decided = _decided(decisions)
     plain: dict[int, list[float]] = defaultdict(list)
     drafting: list[tuple[int, float, float]] = []
     for step, decision in decided.items():
         outcome, following = decision["outcome"], decided.get(step + 1)
-        # Of another policy, or an earlier release, it may not be known what prompts were read.
-        if outcome is None or outcome.get("prompt_tokens") != 0 or following is None:
+        if following is None or not _only_decoded(outcome):
             continue
         if decision["draft_tokens"] or following["draft_tokens"]:
             drafting.append((decision["num_requests"], outcome["tokens"], outcome["milliseconds"]))
@@ -74,3 +72,31 @@ def balance(decisions: Iterable[Mapping[str, Any]]) -> Balance | None:
         milliseconds=without + sum(taken for _, _, taken in drafting),
         undrafted_milliseconds=without + sum(tokens / requests * usual(requests) for requests, tokens, _ in drafting),
     )
+
+
+def decoding_speed(decisions: Iterable[Mapping[str, Any]], requests: int) -> float | None:
+    """Tokens a second of the finished steps with so many requests that read no prompts; None when there is none.
+
+    Args:
+        decisions: as for ``balance``.
+        requests: that decode together.
+
+    """
+    outcomes = [
+        decision["outcome"]
+        for decision in _decided(decisions).values()
+        if decision["num_requests"] == requests and _only_decoded(decision["outcome"])
+    ]
+    if not outcomes:
+        return None
+    return float(sum(o["tokens"] for o in outcomes) / sum(o["milliseconds"] for o in outcomes) * 1e3)
+
+
+def _decided(decisions: Iterable[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """By step. Of a step that was planned twice, because a request came, the later plan counts."""
+    return {decision["step"]: decision for decision in decisions}
+
+
+def _only_decoded(outcome: Mapping[str, Any] | None) -> bool:
+    """Whether the step has finished and read no prompts; of another policy, or an earlier release, that is not said."""
+    return outcome is not None and outcome.get("prompt_tokens") == 0

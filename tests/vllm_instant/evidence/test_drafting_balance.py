@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_instant.evidence.drafting_balance import balance
+from vllm_instant.evidence.drafting_balance import balance, decoding_speed
 
 
 def _decisions(*steps):
@@ -63,3 +63,9 @@ def test_steps_of_which_it_is_not_known_what_they_read_do_not_count():
     outcome = {"tokens": 1, "milliseconds": 10.0}
     decisions = [{"step": n, "num_requests": 1, "draft_tokens": 0, "outcome": outcome} for n in range(4)]
     assert balance(decisions) is None
+
+
+def test_how_fast_full_steps_decode():
+    steps = _decisions(OFF, (4, 8, 12, 20.0), (4, 8, 12, 99.0, 300), (3, 8, 9, 50.0), END)
+    assert decoding_speed(steps, 4) == pytest.approx(16 / 0.030)
+    assert decoding_speed(steps, 5) is None
