@@ -57,6 +57,22 @@ class Choice:
         return int(self.lengths.sum())
 
 
+def longest_step(choice: Choice, reach: Array, yields: Array | None, slowest: float) -> float:
+    """Seconds of a step beyond which its drafts slow some request down to less than ``slowest`` of its speed without.
+
+    Args:
+        choice: the plan.
+        reach: as for ``choose``.
+        yields: as for ``choose``.
+        slowest: 0..1, 0 excluded.
+
+    """
+    drafted = np.arange(reach.shape[1]) < choice.lengths[:, None]
+    accepted = np.where(drafted, reach, 0.0).sum(1)
+    least = 1.0 + float((accepted if yields is None else accepted * yields).min())
+    return least * choice.off_seconds / slowest
+
+
 def choose(
     reach: Array,
     costs: StepCosts,

@@ -21,6 +21,13 @@ class GoodputOptions(PluginOptions):
     ttft_slo_ms: float | None = Field(
         None, gt=0, description="Goal for the time to the first token, in milliseconds; none by default."
     )
+    slowest_request: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Least speed of a request that others' drafts slow down, relative to no drafts; 0: any, as long as "
+        "all together get more tokens a second.",
+    )
     log_decisions: bool = Field(False, description="Log every change between drafting and not drafting, with reasons.")
     keep_costs: bool = Field(True, description="Keep learned step costs on disk, for the next start.")
     costs_folder: str | None = Field(None, description="Where they are kept; the user's cache folder by default.")
@@ -57,6 +64,7 @@ def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:
         calibrating=options.calibrating,
         log_changes=options.log_decisions,
         confident_drafts=context.confident_drafts,
+        slowest_request=options.slowest_request,
     )
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vllm_instant import DraftPrice, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
-from vllm_instant_plugins.goodput.choice import Choice, choose
+from vllm_instant_plugins.goodput.choice import Choice, choose, longest_step
 from vllm_instant_plugins.goodput.compiled_requests import believe
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.explorer import Explorer, Situation
@@ -57,6 +57,8 @@ class GoodputPolicy(SpeculationPolicy):
         log_changes: log when drafting starts or stops to pay.
         confident_drafts: the drafter says how sure it is, and its drafts are cut by ``price``: then it is asked for
             as much as it can as soon as what it delivers earns its price, however seldom that is.
+        slowest_request: least speed that a request shall keep whose drafts bring it less than the longer steps cost it,
+            relative to no drafts.
         clock: seconds, monotonic.
 
     """
@@ -71,6 +73,7 @@ class GoodputPolicy(SpeculationPolicy):
         log_changes: bool = False,
         clock: Callable[[], float] = time.monotonic,
         confident_drafts: bool = False,
+        slowest_request: float = 0.0,
     ) -> None:
         self.acceptance = AcceptanceModel(max(1, max_draft_tokens))
         self.costs = StepCosts(max_requests * (max_draft_tokens + 1))
@@ -87,6 +90,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._calibrating = calibrating
         self._log_changes = log_changes
         self._confident = confident_drafts
+        self._slowest = slowest_request
         self._price = FREE
         self._pricing = Pricing(self.costs)
         self._sweep = np.random.default_rng(0)
@@ -163,6 +167,12 @@ class GoodputPolicy(SpeculationPolicy):
             drafting_counts=not self._confident,
         )
         choice = best(believed)
+        longest = np.inf
+        if self._slowest and (self._confident or choice.seconds * self._slowest > choice.off_seconds):
+            longest = longest_step(choice, believed, yields, self._slowest)
+        if choice.seconds > longest:
+            best = functools.partial(best, most_seconds=min(longest, best.keywords["most_seconds"]))
+            choice = best(believed)
         if self._calibrating:
             return self._decide(step, batch, first, choice, self._any_lengths(count, step), "calibrating")
         gain = choice.return_on_drafts if self._confident else choice.gain
@@ -184,9 +194,8 @@ class GoodputPolicy(SpeculationPolicy):
         if worthwhile:
             lengths, reason = explorer.while_drafting(now)
             if self._confident and reason != "reference":
-                self._price = self._pricing.price(
-                    choice, context, more_rows, len(free) * step.max_draft_tokens, most_rows
-                )
+                most = len(free) * step.max_draft_tokens
+                self._price = self._pricing.price(choice, context, more_rows, most, most_rows, longest)
             if self._confident and goals is None:
                 # Whose drafts come true may get as much as its drafter is sure of.
                 sure = (lengths > 0) & (believed[:, 0] >= self._price.row)

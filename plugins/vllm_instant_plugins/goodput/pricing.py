@@ -38,7 +38,15 @@ class Pricing:
         if drafted:
             self._usual = _MEMORY * self._usual + (1 - _MEMORY) * drafted
 
-    def price(self, best: Choice, context: float, more_rows: float, most: int, most_rows: float) -> DraftPrice:
+    def price(
+        self,
+        best: Choice,
+        context: float,
+        more_rows: float,
+        most: int,
+        most_rows: float,
+        most_seconds: float = np.inf,
+    ) -> DraftPrice:
         """What drafts cost in the next step.
 
         Args:
@@ -46,7 +54,8 @@ class Pricing:
             context: tokens of context over all requests.
             more_rows: rows that the step has in any case, beside one a request.
             most: most draft tokens that there can be.
-            most_rows: steps with more rows than this shall not be run.
+            most_rows: steps with more rows than this shall not be run,
+            most_seconds: nor steps whose target takes longer.
 
         """
         costs = self._costs
@@ -55,6 +64,9 @@ class Pricing:
         counts, listed = self._counts_up_to(most)
         verifying = rate * costs.verifying_seconds()
         of_experts = costs.expert_seconds(rows + counts, requests) if costs.experts.counted else np.zeros(len(counts))
+        seconds = costs.target_seconds(rows + counts, context, requests=requests) + costs.verifying_seconds()
+        if seconds[-1] > most_seconds:
+            most_rows = min(most_rows, rows + float(np.interp(most_seconds, np.maximum.accumulate(seconds), counts)))
         batch = np.empty(len(counts) - 1)
         rough = price_drafts(
             counts,

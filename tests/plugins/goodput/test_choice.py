@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant_plugins.goodput.choice import choose
+from vllm_instant_plugins.goodput.choice import choose, longest_step
 from vllm_instant_plugins.goodput.costs import StepCosts
 
 
@@ -151,3 +151,17 @@ def test_must_draft_gives_the_best_plan_that_drafts():
     forced = choose(_reach(0.3), costs, 0.0, most_rows=1e9, must_draft=True)
     assert forced.lengths.tolist() == [1]
     assert forced.gain < 1
+
+
+def test_a_step_is_too_long_when_somebody_is_slower_for_others_drafts():
+    reach = _reach(0.9, 0.0)
+    choice = choose(reach, _costs(base=20.0, row=1.0), 0.0, most_rows=1e9)
+    assert choice.lengths.tolist() == [4, 0]
+    assert longest_step(choice, reach, None, 0.5) == pytest.approx(2 * choice.off_seconds)
+    assert longest_step(choice, reach, None, 1.0) == pytest.approx(choice.off_seconds)
+    # Whom drafts help may take part in longer steps.
+    helped = _reach(0.9, 0.8)
+    both = choose(helped, _costs(base=20.0, row=1.0), 0.0, most_rows=1e9)
+    assert longest_step(both, helped, None, 0.5) == pytest.approx(2 * both.off_seconds * (1 + helped[1].sum()))
+    seldom = longest_step(both, helped, np.array([1.0, 0.5]), 0.5)
+    assert seldom == pytest.approx(2 * both.off_seconds * (1 + 0.5 * helped[1].sum()))

@@ -159,6 +159,41 @@ def test_nobody_starves():
     assert slowest_tenth(ours) >= 0.7 * slowest_tenth(off)
 
 
+@pytest.mark.parametrize("confident", [False, True], ids=["model", "lookup"])
+def test_whom_drafts_do_not_help_keeps_the_speed_that_was_asked_for(confident):
+    stated = {"stated": 0.95} if confident else {}
+    traffic = [
+        RequestClass(steady(0.95), prompt_head=1, **stated),
+        RequestClass(steady(0.0), prompt_head=2, **({"stated": 0.02} if confident else {})),
+    ]
+
+    def slow(report):
+        return np.median([tokens / seconds for kind, seconds, tokens in report.finished if kind == 1])
+
+    off = _serve(traffic, TWO_CORES, 8, lambda clock: Fixed(0, None), requests=80)
+    share = {
+        floor: slow(
+            _serve(
+                traffic,
+                TWO_CORES,
+                8,
+                lambda clock, floor=floor: _goodput(clock, confident_drafts=confident, slowest_request=floor),
+                requests=80,
+            )
+        )
+        / slow(off)
+        for floor in (0.0, 0.8)
+    }
+    assert share[0.0] < 0.7 < 0.75 < share[0.8]
+
+
+@pytest.mark.parametrize("users", [4, 16])
+def test_where_drafts_help_everybody_nobody_is_slowed_down(users):
+    asked = _serve(PERFECT, TWO_CORES, users, lambda clock: _goodput(clock, slowest_request=1.0))
+    free = _serve(PERFECT, TWO_CORES, users)
+    assert asked.tokens_per_second > 0.98 * free.tokens_per_second
+
+
 def test_a_latency_goal_caps_the_step():
     goal = 0.024
     from vllm_instant_plugins.goodput.goals import LatencyGoals
