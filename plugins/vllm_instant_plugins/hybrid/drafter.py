@@ -16,6 +16,7 @@ import numpy.typing as npt
 from vllm_instant import Draft, DraftPrice, DraftRequest, Share, SharingDrafter, prompt_class, worthwhile
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
 from vllm_instant_plugins.goodput.compiled_plans import UNAFFORDABLE
+from vllm_instant_plugins.hybrid.passes import Lookups, Reading, best_passes, rows_cost
 from vllm_instant_plugins.hybrid.silences import LEAST_GAIN, Silences
 from vllm_instant_plugins.suffix.calibration import came_true
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
@@ -82,29 +83,13 @@ class HybridDrafter(SharingDrafter):
         reach = self.model.reach(indices)
         reached = reach * min(1.0, self._got / self._hoped) * value
         reached[np.arange(self._most) >= most[:, None]] = 0.0
-        earned = np.maximum(reached - row_price[:, None], 0.0)
-        # [requests, passes]: what each gets and gains from the draft model by passes, from 0 on.
-        model_value, by_passes = np.zeros((2, len(requests), self._most + 1))
-        np.cumsum(np.where(earned > 0, reached, 0.0), axis=1, out=model_value[:, 1:])
-        np.cumsum(earned, axis=1, out=by_passes[:, 1:])
         missed = np.array([request.missed_tokens for request in requests])
-        reading = np.where(pinned, 0.0, price.missed_token * missed / steps)
-        by_passes[:, 1:] -= reading[:, None]
-        model_rows = np.zeros((len(requests), self._most + 1))
-        np.cumsum(earned > 0, axis=1, out=model_rows[:, 1:])
-        passes = np.arange(self._most + 1)
-        with_model = by_passes > own_gain[:, None]
-        rows = np.where(with_model, model_rows, own_worth[:, None])
-        together = np.where(with_model, model_value - reading[:, None], own_value[:, None]).sum(0)
-        resumes = with_model & (missed > 0)[:, None]
-        together -= price.resuming * resumes.any(0) / np.where(resumes, steps[:, None], 1.0).max(0)
-        together -= _rows_cost(price, np.where(pinned[:, None], 0.0, rows).sum(0))
-        together -= np.where(passes > 0, price.drafting + price.draft_pass * passes, 0.0)
-        best = int(together.argmax())
-        if together[best] <= 0 and price.batch and not pinned.any():
-            best, own_worth = 0, np.zeros_like(own_worth)
-        use_model = by_passes[:, best] > own_gain
-        worth = np.minimum((earned > 0).sum(1), best)
+        best, use_model, worth, together = best_passes(
+            reached, Lookups(own_value, own_gain, own_worth), Reading(missed, steps), row_price, pinned, price
+        )
+        if together <= 0 and price.batch and not pinned.any():
+            best, use_model, own_worth = 0, np.zeros_like(use_model), np.zeros_like(own_worth)
+        worth = np.minimum(worth, best)
         self._unused_steps = 0 if best else self._unused_steps + 1
         probed = int(own_gain.argmin())
         hoped = float(reached[probed, :PROBE_TOKENS].sum())
@@ -122,7 +107,7 @@ class HybridDrafter(SharingDrafter):
         ]
 
     def _probe_is_due(self, requests: int, price: DraftPrice, hoped: float) -> bool:
-        costs = price.drafting + PROBE_TOKENS * price.draft_pass + float(_rows_cost(price, np.array([PROBE_TOKENS]))[0])
+        costs = price.drafting + PROBE_TOKENS * price.draft_pass + float(rows_cost(price, np.array([PROBE_TOKENS]))[0])
         loss = max(0.0, costs - hoped)
         return self._unused_steps >= max(LEAST_STEPS_BETWEEN_PROBES, loss / (PROBE_SHARE * requests))
 
@@ -181,19 +166,13 @@ def _whole(price: DraftPrice) -> DraftPrice:
     return replace(price, batch=[(count, count * price.row + price.verifying) for count in (1, 1024)])
 
 
-def _rows_cost(price: DraftPrice, rows: Array) -> Array:
-    """What verifying so many draft tokens in all costs; same shape as ``rows``."""
-    counts, costs = np.array([(0, 0.0), *price.batch]).T
-    return np.asarray(np.interp(rows, counts, costs))
-
-
 def _further_row(price: DraftPrice, requests: int, most: int) -> float:
     """What one draft token more costs where every request has one: the first ones also pay for verifying at all."""
     few, affordable = float(requests), max((count for count, cost in price.batch if cost < UNAFFORDABLE), default=0)
     many = min(few * (1.0 + most / 2), affordable)
     if many <= few:
         return price.row
-    cost_of_few, cost_of_many = _rows_cost(price, np.array([few, many]))
+    cost_of_few, cost_of_many = rows_cost(price, np.array([few, many]))
     return max(0.0, float(cost_of_many - cost_of_few) / (many - few))
 
 

@@ -1,0 +1,82 @@
+"""How far the draft model runs for all requests together."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_instant import DraftPrice
+from vllm_instant_plugins.hybrid.passes import Lookups, Reading, best_passes
+
+ROW = 0.1
+
+
+def _price(**of):
+    return DraftPrice(batch=[(1, ROW), (1000, 1000 * ROW)], row=ROW, **of)
+
+
+def _best(chances, gains=None, missed=None, steps=1.0, pinned=(), **of):
+    """Requests whose draft tokens come true by these chances, beside lookups that gain so much."""
+    count = len(chances)
+    reached = np.array([[chance ** (j + 1) for j in range(4)] for chance in chances])
+    own = np.zeros(count) if gains is None else np.array(gains, float)
+    asked = np.isin(np.arange(count), pinned)
+    return best_passes(
+        reached,
+        Lookups(own, own, np.zeros(count, int)),
+        Reading(np.zeros(count, int) if missed is None else np.array(missed), np.full(count, steps)),
+        np.where(asked, 0.0, ROW),
+        asked,
+        _price(**of),
+    )
+
+
+def test_nothing_is_run_for_nothing():
+    best, by_model, _, together = _best([0.0, 0.05], drafting=0.1)
+    assert (best, by_model.any(), together) == (0, False, 0.0)
+
+
+def test_each_pass_must_pay_for_all_together():
+    assert _best([0.9], drafting=0.04, draft_pass=0.75)[0] == 1
+    assert _best([0.9, 0.9], drafting=0.04, draft_pass=0.75)[0] == 4
+    assert _best([0.9, 0.9], gains=[9.0, 9.0])[0] == 0
+
+
+def test_a_request_stays_with_its_better_source():
+    best, by_model, worth, _ = _best([0.9, 0.9, 0.3], gains=[0.0, 9.0, 0.0])
+    assert best == 4
+    assert by_model.tolist() == [True, False, True]
+    assert worth.tolist() == [4, 4, 1]
+
+
+def test_what_must_be_read_first_is_paid_off_over_the_steps():
+    assert _best([0.9], missed=[100], missed_token=0.05)[0] == 0
+    assert _best([0.9], missed=[100], missed_token=0.05, steps=10.0)[0] == 4
+    assert _best([0.9], missed=[1], resuming=3.0)[0] == 0
+    assert _best([0.9], missed=[0], resuming=3.0)[0] == 4
+    assert _best([0.9], missed=[100], missed_token=0.05, pinned=[0])[0] == 4
+
+
+@given(
+    st.lists(st.floats(0.0, 1.0), min_size=1, max_size=5),
+    st.floats(0.0, 2.0),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 0.1),
+    st.integers(0, 200),
+)
+@settings(max_examples=80, deadline=None)
+def test_it_is_as_good_as_trying_every_number_of_passes(chances, drafting, each, token, missed):
+    best, by_model, worth, together = _best(
+        chances, missed=[missed] * len(chances), drafting=drafting, draft_pass=each, missed_token=token
+    )
+    found = []
+    for passes in range(5):
+        total = -(drafting + each * passes) if passes else 0.0
+        for chance in chances:
+            tokens = [chance ** (j + 1) - ROW for j in range(passes) if chance ** (j + 1) > ROW]
+            total += max(0.0, sum(tokens) - token * missed) if passes else 0.0
+        found.append(total)
+    assert together == pytest.approx(max(found), abs=1e-9)
+    assert together == pytest.approx(found[best], abs=1e-9)
+    assert by_model.any() or max(found) <= 1e-9
+    assert (worth <= 4).all()
