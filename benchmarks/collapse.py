@@ -10,13 +10,14 @@ pinning the length (the same process, so that only decisions differ). Steps are 
 
 Turns of a few seconds scatter by several percent, whoever is asked. So what the decisions lost is also counted step by
 step within those seconds: what the tokens would have taken in steps like those beside them that did not draft
-(``vllm_instant.evidence.drafting_balance``), and how fast full steps decode from 50 steps after the recovery on, beside
-those whose clients pinned the length.
+(``vllm_instant.evidence.drafting_balance``), and how fast full steps decode from 50 steps after each change on, beside
+those of the turns whose clients pinned the length: in such a turn, more or fewer prompts may be read.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import threading
 import time
@@ -107,7 +108,9 @@ def main() -> None:
                     f"({Interval(**found['after_collapse_to_off_step_by_step']):.3f} step by step); "
                     f"after the recovery {Interval(**found['after_recovery_to_k8']):.3f} times K=8, "
                     f"{Interval(**found['after_recovery_to_pinned_k8']):.3f} in the same process "
-                    f"({Interval(**found['after_recovery_to_pinned_k8_step_by_step']):.3f} step by step)",
+                    f"; full steps {Interval(**found['full_steps_after_collapse_to_pinned_off']):.3f} times pinned off "
+                    f"after the collapse, {Interval(**found['full_steps_after_recovery_to_pinned_k8']):.3f} times pinned "
+                    f"K=8 after the recovery",
                     soft_wrap=True,
                 )
                 measured.append(found)
@@ -117,7 +120,8 @@ def main() -> None:
 def one_load(servers: Servers, prompts: Any, perfect: dict[str, Any], users: int, rounds: int) -> dict[str, Any]:
     """All rounds with this many users."""
     speeds: dict[str, list[float]] = {}
-    steps, step_by_step, pinned, recovered = [], [], [], []
+    steps, step_by_step = [], []
+    decoding: dict[str, list[float]] = {"off": [], "K=8": [], "hopeless": [], "recovered": []}
 
     def turn(name: str, server: str, seconds: float, number: int, speculation: int | str | None = None) -> None:
         settle()
@@ -140,10 +144,10 @@ def one_load(servers: Servers, prompts: Any, perfect: dict[str, Any], users: int
         servers.draft_like(perfect)
         turn("off", OFF, 5.0, number)
         turn("K=8", "K=8", 5.0, number)
-        turn("ours, off", OURS, 5.0, number, "off")
-        begin = newest_decisions(servers.url(OURS), 1)[-1]["step"]
-        turn("ours, K=8", OURS, 5.0, number, 8)
-        pinned.append(full_steps(servers, users, begin))
+        for name, length in (("off", "off"), ("K=8", 8)):
+            before = newest_decisions(servers.url(OURS), 1)
+            turn(f"ours, {name}", OURS, 5.0, number, length)
+            decoding[name].append(full_steps(servers, users, before[-1]["step"] + 1 if before else 0))
         turn("ours, perfect", OURS, 3.0, number)
         settle()
         switching = Switching(servers, perfect)
@@ -160,7 +164,9 @@ def one_load(servers: Servers, prompts: Any, perfect: dict[str, Any], users: int
         if found is None:
             raise SystemExit("drafting never ended after the collapse")
         step_by_step.append(found.speed)
-        recovered.append(full_steps(servers, users, switching.first_perfect_step + STEPS_TO_NOTICE))
+        changes = switching.first_hopeless_step, switching.first_perfect_step
+        decoding["hopeless"].append(full_steps(servers, users, changes[0] + STEPS_TO_NOTICE, changes[1]))
+        decoding["recovered"].append(full_steps(servers, users, changes[1] + STEPS_TO_NOTICE))
         steps.append(switching.hopeless_steps)
     hopeless, again = speeds["after the collapse"], speeds["after the recovery"]
     return {
@@ -171,14 +177,17 @@ def one_load(servers: Servers, prompts: Any, perfect: dict[str, Any], users: int
         "after_collapse_to_off_step_by_step": vars(median_interval(step_by_step)),
         "after_recovery_to_k8": vars(ratio_interval(again, speeds["K=8"])),
         "after_recovery_to_pinned_k8": vars(ratio_interval(again, speeds["ours, K=8"])),
-        "after_recovery_to_pinned_k8_step_by_step": vars(ratio_interval(recovered, pinned)),
+        "full_steps_after_collapse_to_pinned_off": vars(ratio_interval(decoding["hopeless"], decoding["off"])),
+        "full_steps_after_recovery_to_pinned_k8": vars(ratio_interval(decoding["recovered"], decoding["K=8"])),
+        "full_steps_tokens_per_second": decoding,
         "tokens_per_second": speeds,
     }
 
 
-def full_steps(servers: Servers, users: int, begin: int) -> float:
-    """Tokens a second of the server's steps from ``begin`` on that decode for all users and read no prompts."""
-    found = decoding_speed([d for d in newest_decisions(servers.url(OURS), 2048) if d["step"] > begin], users)
+def full_steps(servers: Servers, users: int, begin: int, end: float = math.inf) -> float:
+    """Tokens a second of the server's steps ``begin`` to ``end`` that decode for all users and read no prompts."""
+    decisions = newest_decisions(servers.url(OURS), 2048)
+    found = decoding_speed([d for d in decisions if begin <= d["step"] < end], users)
     if found is None:
         raise SystemExit(f"no step decoded for all {users} users")
     return found
