@@ -107,10 +107,10 @@ def main() -> None:
                     f"{Interval(**found['after_collapse_to_pinned_off']):.3f} in the same process "
                     f"({Interval(**found['after_collapse_to_off_step_by_step']):.3f} step by step); "
                     f"after the recovery {Interval(**found['after_recovery_to_k8']):.3f} times K=8, "
-                    f"{Interval(**found['after_recovery_to_pinned_k8']):.3f} in the same process "
-                    f"; full steps {Interval(**found['full_steps_after_collapse_to_pinned_off']):.3f} times pinned off "
+                    f"{Interval(**found['after_recovery_to_pinned_k8']):.3f} in the same process; "
+                    f"full steps {Interval(**found['full_steps_after_collapse_to_pinned_off']):.3f} times pinned off "
                     f"after the collapse, {Interval(**found['full_steps_after_recovery_to_pinned_k8']):.3f} times pinned "
-                    f"K=8 after the recovery",
+                    "K=8 after the recovery",
                     soft_wrap=True,
                 )
                 measured.append(found)
