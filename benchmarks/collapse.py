@@ -109,8 +109,8 @@ def main() -> None:
                     f"after the recovery {Interval(**found['after_recovery_to_k8']):.3f} times K=8, "
                     f"{Interval(**found['after_recovery_to_pinned_k8']):.3f} in the same process; "
                     f"full steps {Interval(**found['full_steps_after_collapse_to_pinned_off']):.3f} times pinned off "
-                    f"after the collapse, {Interval(**found['full_steps_after_recovery_to_pinned_k8']):.3f} times pinned "
-                    "K=8 after the recovery",
+                    f"after the collapse, {Interval(**found['full_steps_after_recovery_to_pinned_k8']):.3f} times "
+                    "pinned K=8 after the recovery",
                     soft_wrap=True,
                 )
                 measured.append(found)
