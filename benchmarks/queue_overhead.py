@@ -6,6 +6,11 @@ Rounds of the two schedulers alternate. A step is everything that the engine cor
 taking in the requests that came (as many as ended, so that as many wait all the time), ``schedule`` and
 ``update_from_output``. What the policy does while the model runs (``get_grammar_bitmask``) is timed by itself.
 
+A model run leaves none of the scheduler's memory in the caches of a core, whoever schedules. ``between: model`` stands
+for it: both schedulers find their caches emptied after ``schedule``, by a walk through more memory than they hold.
+``between: nothing`` leaves them as they are, so that stock finds everything where it was and ours what its thinking
+left of it, which happens in no server; the truth of one whose model runs on another device lies between.
+
 ``hidden``: answers end at a length that nothing foretells. ``foretold``: the length is the request's ``max_tokens``,
 which the policy learns to use, so that requests start in another order than they came. How many end in a step is
 reported, since each costs vLLM its time.
@@ -25,6 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import scheduler_harness as harness
 from results import write
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -39,13 +45,15 @@ from vllm_instant.settings import resolve
 STEPS_A_ROUND = 25
 UNTIMED_STEPS = 3
 LENGTHS = (20, 300)
+WALK = np.ones(1 << 23)
+"""64 MiB: more than the cores' caches hold."""
 
 
 class Arm:
     """One scheduler with a full batch and a queue."""
 
-    def __init__(self, factory: Any, config: Any, running: int, waiting: int, foretold: bool) -> None:
-        self._foretold, self._lengths = foretold, dict[str, int]()
+    def __init__(self, factory: Any, config: Any, running: int, waiting: int, foretold: bool, model: bool) -> None:
+        self._foretold, self._lengths, self._model = foretold, dict[str, int](), model
         self.scheduler = harness.make_scheduler(factory, config)
         self.present, self.number, self.beside = running + waiting, 0, 0.0
         self.ended_a_step: list[float] = []
@@ -78,6 +86,8 @@ class Arm:
         started = time.perf_counter()
         scheduler.get_grammar_bitmask(output)
         self.beside += time.perf_counter() - started
+        if self._model:
+            WALK.sum()
         started = time.perf_counter()
         scheduler.update_from_output(output, reported)
         return scheduled + time.perf_counter() - started
@@ -97,7 +107,7 @@ class Arm:
 
 
 def measure(
-    running: int, waiting: int, rounds: int, asynchronous: bool, collector: bool, foretold: bool
+    running: int, waiting: int, rounds: int, asynchronous: bool, collector: bool, foretold: bool, model: bool
 ) -> dict[str, Any]:
     """Alternate both arms and return medians with intervals, in microseconds a step."""
     pair = assets.prepare(size=expand.SMALL, dtype="float32")
@@ -106,8 +116,8 @@ def measure(
         resolve(None, ["speculation.plugin=off", "batching.plugin=similarity", "batching.keep_lengths=false"])
     )
     arms = {
-        "stock": Arm(AsyncScheduler if asynchronous else Scheduler, config, running, waiting, foretold),
-        "ours": Arm(create_scheduler, config, running, waiting, foretold),
+        "stock": Arm(AsyncScheduler if asynchronous else Scheduler, config, running, waiting, foretold, model),
+        "ours": Arm(create_scheduler, config, running, waiting, foretold, model),
     }
     # As an engine core does: what lives as long as the server is not collected again and again.
     gc.collect()
@@ -127,6 +137,7 @@ def measure(
         "rounds": rounds,
         "collector": collector,
         "lengths": "foretold" if foretold else "hidden",
+        "between": "model" if model else "nothing",
         "ended_a_step": {name: statistics.mean(arm.ended_a_step) for name, arm in arms.items()},
         "stock_us": vars(median_interval(times["stock"])),
         "ours_us": vars(median_interval(times["ours"])),
@@ -143,17 +154,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--collector", action="store_true", help="let Python's garbage collector run within rounds")
     parser.add_argument("--lengths", default="hidden,foretold")
+    parser.add_argument("--between", default="model,nothing")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/queue_overhead.json")
     options = parser.parse_args()
     cells = [
-        measure(options.running, options.waiting, options.rounds, asynchronous, options.collector, kind == "foretold")
+        measure(
+            options.running,
+            options.waiting,
+            options.rounds,
+            asynchronous,
+            options.collector,
+            kind == "foretold",
+            between == "model",
+        )
+        for between in options.between.split(",")
         for kind in options.lengths.split(",")
         for asynchronous in (False, True)
     ]
     for cell in cells:
         print(
             f"{cell['scheduling']}, {cell['running']} running, {cell['waiting']} waiting, lengths "
-            f"{cell['lengths']}: stock {cell['stock_us']['median']:.0f} µs a step, ours "
+            f"{cell['lengths']}, between {cell['between']}: stock {cell['stock_us']['median']:.0f} µs a step, ours "
             f"{cell['ours_us']['median']:.0f} µs "
             f"({cell['ratio']['median']:.2f}× [{cell['ratio']['low']:.2f}, {cell['ratio']['high']:.2f}]); "
             f"while the model runs {cell['while_the_model_runs_us']['median']:.0f} µs; ended a step: stock "

@@ -46,10 +46,16 @@ class DraftModelKeeper:
         self.read_tokens = 0
         """Missed tokens that the draft model read in the newest step."""
         self._forward_context = module.set_forward_context
+        self._looked_up: list[tuple[int, int, int]] | None = None
+        """What ``missed`` found, for the ``propose`` of the same step."""
 
     def missed(self, scheduler_output: Any) -> list[int]:
-        """Tokens before those of this step that the draft model has not read, by row of the batch."""
-        return [start - covered for start, _, covered in self._rows(scheduler_output)]
+        """Tokens before those of this step that the draft model has not read, by row of the batch.
+
+        For who decides what the draft model does in this step; ``propose`` must follow.
+        """
+        self._looked_up = self._rows(scheduler_output)
+        return [start - covered for start, _, covered in self._looked_up]
 
     def _rows(self, scheduler_output: Any) -> list[tuple[int, int, int]]:
         """By row of the batch: where this step's tokens start and stop, and how far the draft model has read."""
@@ -77,7 +83,7 @@ class DraftModelKeeper:
         rows = range(batch.num_reqs)
         request_ids = batch.req_ids
         tables = self._tables()
-        known = self._rows(scheduler_output)
+        known, self._looked_up = self._looked_up or self._rows(scheduler_output), None
         starts, stops, covered = ([of_row[part] for of_row in known] for part in range(3))
         wanted = [lengths.get(request_ids[row], 0) for row in rows]
         self.read_tokens = 0

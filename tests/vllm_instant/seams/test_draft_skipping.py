@@ -58,6 +58,19 @@ def test_a_request_that_lost_its_blocks_is_read_again_but_for_whole_blocks():
     assert keeper.missed(_step(resumed=["a"])) == [2, 9]
 
 
+def test_each_step_is_looked_up_once(monkeypatch):
+    runner = _runner([0, 0])
+    keeper = DraftModelKeeper(runner, MODULE)
+    looked, covered = [], keeper.coverage.covered
+    monkeypatch.setattr(keeper.coverage, "covered", lambda *arguments: looked.append(1) or covered(*arguments))
+    for step, of_two in enumerate((2, 4, 6)):
+        runner.input_batch.num_computed_tokens_cpu = np.array([step, step])
+        if step < 2:
+            assert keeper.missed(_step()) == [step, step]
+        keeper.propose(None, _step(), {}, (None,) * 7)
+        assert len(looked) == of_two
+
+
 def test_a_runner_has_one_keeper():
     runner = _runner([0, 0])
     assert keeper_of(runner, MODULE) is keeper_of(runner, MODULE)
