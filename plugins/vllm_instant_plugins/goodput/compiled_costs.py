@@ -66,7 +66,8 @@ def learn_costs(
 ) -> tuple[float, float, float]:
     """One step of the Kalman filter over the cost weights, with bounded surprise and drift.
 
-    Returns how far off the estimate was, in standard deviations, by what share it is still off, and the step's rows.
+    Returns how far off the estimate was, in standard deviations, by what share of the estimate the step still takes
+    longer, and the step's rows.
     """
     size = len(x)
     expected = 0.0
@@ -83,9 +84,17 @@ def learn_costs(
     deviation = np.sqrt(variance)
     surprise = (seconds - expected) / deviation
     bounded = min(max(surprise, -most_sigmas), most_sigmas) * deviation
-    after = 0.0
     for i in range(size):
         weights[i] += spread[i] / variance * bounded
+    for i in range(len(knots) + 1, size):
+        if weights[i] < 0.0 and covariance[i, i] > 0.0:
+            # Verifying and drafting take time. The likeliest weights among those that say so: a projection.
+            step = -weights[i] / covariance[i, i]
+            for j in range(size):
+                weights[j] += covariance[j, i] * step
+            weights[i] = 0.0
+    after = 0.0
+    for i in range(size):
         after += weights[i] * x[i]
     for i in range(size):
         for j in range(size):
@@ -96,4 +105,4 @@ def learn_costs(
     rows = 0.0
     for i in range(len(knots)):
         rows += x[i] * knots[i]
-    return surprise, abs(seconds - after) / scale, rows
+    return surprise, (seconds - after) / scale, rows

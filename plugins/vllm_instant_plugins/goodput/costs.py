@@ -8,7 +8,8 @@ more than three when a library changes its algorithm).
 
 The weights follow a Kalman filter: it gives every estimate its uncertainty, needs no stored history, and forgets by
 letting all weights drift, together (the machine became slower) and each for itself. A surprising time moves the
-estimate only by a bounded amount, so that a hiccup costs nothing and a lasting change is learned within some steps.
+estimate only by a bounded amount, so that a hiccup costs nothing and a lasting change is learned within some steps:
+what steps scatter by is told from what all of them are off by, which is no noise.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ _EXTRA = (
 )
 
 OUTLIER_SIGMAS = 3.0
+MOST_RESIDUAL = 0.3
+_BIAS_RATE = 0.1
+_FREE_BIAS = 0.04
+_FOLLOWING = 0.1
+"""Common drift for each unit of bias beyond that: where all steps take longer, or less long, the machine has changed."""
 _COMMON_DRIFT = 0.002
 _OWN_DRIFT = 0.001
 _PRIOR_POWER = 0.2
@@ -68,7 +74,9 @@ class StepCosts:
         self.weights: Array = np.zeros(len(self.knots) + len(_EXTRA))
         self._covariance: Array = np.zeros((len(self.weights), len(self.weights)))
         self._noise = 0.05**2
-        """Variance of a measured time relative to the estimate."""
+        """Variance of a measured time relative to the estimate,"""
+        self._bias = 0.0
+        """around this: by what share of the estimate steps take longer, lately."""
         self.experts = ExpertUse()
         """What steps use of a mixture-of-experts model; knows nothing, and costs nothing, with others."""
         self.observations = 0
@@ -181,14 +189,16 @@ class StepCosts:
             float(seconds),
             self._noise,
             OUTLIER_SIGMAS,
-            _COMMON_DRIFT,
+            _COMMON_DRIFT + _FOLLOWING * max(0.0, abs(self._bias) - _FREE_BIAS),
             _OWN_DRIFT,
             self.knots,
             self.weights,
             self._covariance,
         )
         self.largest_rows = max(self.largest_rows, int(rows + 0.5))
-        residual = min(still_off, 0.3)
+        residual = min(max(still_off, -MOST_RESIDUAL), MOST_RESIDUAL)
+        self._bias += _BIAS_RATE * (residual - self._bias)
+        residual -= self._bias
         rate = max(0.01, 1.0 / (self.observations + 1))
         self._noise = max((1 - rate) * self._noise + rate * residual * residual, 0.005**2)
         return float(surprise)

@@ -30,7 +30,11 @@ MOST_TRIAL_LOSS = 0.3
 HOPE = 2.0
 """Such a step drafts what would be best if acceptance were this many times what is believed."""
 VAGUE = 0.02
-"""Relative uncertainty from which the time of a step without drafts is measured again while drafting."""
+"""Relative uncertainty from which the time of a step without drafts is measured again while drafting,"""
+CLEAR = 2.0
+"""unless drafting is so many times as good even if that step takes ``CURIOUS_SIGMAS`` standard deviations less."""
+MOST_REFERENCE_LOSS = 0.5
+"""In steps; what is known so badly is not believed to lose more."""
 MOST_PROBED_TOKENS = 4
 
 
@@ -101,9 +105,12 @@ class Explorer:
 
     # --------------------------------------------------------------------------------------- explorations
 
-    def uncertain(self, now: Situation) -> Choice | None:
-        """A plan that may be better than the best one, because nobody knows well enough what its step costs."""
-        if not self.allowance.affords("costs", 0.0):
+    def uncertain(self, now: Situation, drafting: bool) -> Choice | None:
+        """A plan that may be better than the best one, because nobody knows well enough what its step costs.
+
+        ``drafting``: the best plan does. Whether that pays at all is the first thing to know.
+        """
+        if not self.allowance.affords("costs", 0.0) or (drafting and self._least_gain(now)[0] < 1.0):
             return None
         choice = now.choice
         hopeful = now.best(now.believed, sigmas=CURIOUS_SIGMAS)
@@ -131,13 +138,22 @@ class Explorer:
                     lengths = choice.lengths.copy()
                     lengths[probed] = 1
                     return lengths, "draft+probe"
-        if choice.gain < 1.5 and self.allowance.affords("reference", 0.0):
-            off = self._costs.features(choice.requests, now.context, 0, 0, choice.requests)
-            seconds, deviation = self._costs.estimate(off)
-            loss = 1.0 - 1.0 / max(choice.gain, 1.0)
-            if deviation > VAGUE * seconds and self.allowance.take("reference", loss):
+        if self.allowance.affords("reference", 0.0):
+            least, vague = self._least_gain(now)
+            loss = min(1.0 - 1.0 / max(choice.gain, 1.0), MOST_REFERENCE_LOSS)
+            if not vague or least >= CLEAR:
+                self.allowance.pay("reference", 0.0)  # asked again later
+            elif self.allowance.take("reference", loss):
                 return np.zeros_like(choice.lengths), "reference"
         return choice.lengths, "draft"
+
+    def _least_gain(self, now: Situation) -> tuple[float, bool]:
+        """The best plan's gain if a step without drafts takes as little as it may, and whether that is vague."""
+        choice = now.choice
+        off = self._costs.features(choice.requests, now.context, 0, 0, choice.requests)
+        seconds, deviation = self._costs.estimate(off)
+        vague = deviation > VAGUE * seconds
+        return choice.gain * (1.0 - CURIOUS_SIGMAS * deviation / max(seconds, 1e-6)), vague
 
     def trial(self, now: Situation) -> Choice | None:
         """While off: one step of drafting for all, when that shows more for what it loses than probing one request.

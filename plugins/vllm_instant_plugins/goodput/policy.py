@@ -187,7 +187,7 @@ class GoodputPolicy(SpeculationPolicy):
             step.number, batch.indices, free, context, more_rows, believed, best, choice, step.max_draft_tokens
         )
         explorer = self.explorer
-        uncertain = explorer.uncertain(now)
+        uncertain = explorer.uncertain(now, worthwhile)
         if uncertain is not None:
             return self._decide(step, batch, first, uncertain, uncertain.lengths, "costs")
         rests = False

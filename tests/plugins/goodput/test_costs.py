@@ -65,6 +65,26 @@ def test_a_hiccup_moves_little_and_a_lasting_change_is_followed():
     assert costs.estimate(x)[0] == pytest.approx(1.5 * before, rel=0.08)
 
 
+def test_what_all_steps_are_off_by_is_not_taken_for_noise():
+    """A machine that was shaken while it started is believed to be fast soon after it is."""
+    costs, random = StepCosts(144), np.random.default_rng(0)
+    x = costs.features(9, 300, 8, 8, 1)
+    for factor in (*random.uniform(1.0, 3.0, 60), *(1 + 0.02 * random.standard_normal(100))):
+        costs.observe(x, 0.03 * factor)
+    assert costs.estimate(x)[0] == pytest.approx(0.03, rel=0.05)
+
+
+def test_neither_verifying_nor_drafting_takes_less_than_nothing():
+    """Whatever the first times were: a step without drafts is not thought to take longer for having none."""
+    for shaken in (1.0, 2.2, 4.0):
+        costs = StepCosts(144)
+        for number in range(90):
+            costs.observe(costs.features(9, 300, 8, 8, 1), 0.030 * (shaken if number < 3 else 1.0))
+        assert costs.verifying_seconds() >= 0
+        assert (costs.drafting_weights() > -1e-8).all()
+        assert costs.estimate(costs.features(1, 300, 0, 0, 1))[0] < 0.033
+
+
 def test_a_slower_machine_is_noticed_for_sizes_that_do_not_run_now():
     costs = StepCosts(144)
     _learn(costs, TWO_CORES, noise=0.01)

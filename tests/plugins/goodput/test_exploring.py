@@ -107,9 +107,9 @@ class TestExplorer:
         steep = _costs(row=0.02)
         now = _situation(steep, 0.3)
         assert now.choice.draft_tokens == 0
-        assert _rich(steep).uncertain(now) is None
+        assert _rich(steep).uncertain(now, True) is None
         vague = _costs(row=0.02, unsure=0.08)
-        tried = _rich(vague).uncertain(_situation(vague, 0.6))
+        tried = _rich(vague).uncertain(_situation(vague, 0.6), True)
         assert tried is not None
         assert tried.draft_tokens > 0
         # What it is expected to take is what is estimated, not what is hoped for.
@@ -119,7 +119,7 @@ class TestExplorer:
         vague = _costs(row=0.02, unsure=0.08)
         explorer = _rich(vague)
         explorer.allowance.left = -0.1
-        assert explorer.uncertain(_situation(vague, 0.6)) is None
+        assert explorer.uncertain(_situation(vague, 0.6), True) is None
 
     def test_a_step_for_all_is_tried_where_it_shows_more_than_a_probe(self):
         # A row costs a fifth of a step: drafting for four loses a little at acceptance 0.35, and is seen four times.

@@ -339,6 +339,28 @@ def test_a_client_s_own_length_is_kept_and_does_not_mislead_the_policy():
     assert policy._realism() > 0.9
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_after_clients_own_lengths_it_finds_out_what_a_step_without_drafts_takes(seed):
+    """Also where the first step of each size takes twice as long, the first one without drafts among them."""
+    policy, random = GoodputPolicy(8, 8), np.random.default_rng(seed)
+    pinned = RequestState("p", 50, 400, 0.0, index=0, pinned_draft_length=8)
+    free = RequestState("f", 50, 400, 0.0, index=1)
+    sizes, drafts, lengths_of = set(), 0, []
+    for number in range(1, 260):
+        if number in (1, 91):
+            state = pinned if number == 1 else free
+            policy.enter(state)
+        (length,) = _ask(policy, [state], number)
+        seconds = 0.0185 + 0.0003 * drafts + 0.001 * length
+        seconds *= 1 + 0.02 * random.standard_normal() + 1.2 * (drafts not in sizes)
+        sizes.add(drafts)
+        accepted = int(drafts > 0 and random.random() < 0.03)
+        _tell(policy, [state], number + 1, [drafts], [accepted], seconds, length)
+        drafts = length
+        lengths_of.append(length)
+    assert np.count_nonzero(lengths_of[150:]) < 10
+
+
 def test_what_a_resuming_drafter_must_read_is_counted():
     policy = GoodputPolicy(8, 8, clock=time.monotonic)
     state = RequestState("a", 50, 100, 0.0, index=0)
