@@ -47,7 +47,7 @@ MOST_RESIDUAL = 0.3
 _BIAS_RATE = 0.1
 _FREE_BIAS = 0.04
 _FOLLOWING = 0.1
-"""Common drift for each unit of bias beyond that: where all steps take longer, or less long, the machine has changed."""
+"""Common drift for each unit of bias beyond that: the machine has changed where all steps take longer, or less long."""
 _COMMON_DRIFT = 0.002
 _OWN_DRIFT = 0.001
 _PRIOR_POWER = 0.2
