@@ -115,6 +115,19 @@ class TestExplorer:
         # What it is expected to take is what is estimated, not what is hoped for.
         assert tried.seconds == pytest.approx(0.02 + 0.02 * (4 + tried.draft_tokens))
 
+    def test_whether_drafting_pays_at_all_is_found_out_first(self):
+        """Also where it seems to bring much more: what a step without drafts takes is not known at all."""
+        costs = _costs(row=0.0005, unsure=0.02)
+        now = _situation(costs, 0.6)
+        assert now.choice.gain > 1.5
+        off = len(now.indices)
+        at = int(np.flatnonzero(costs.knots == off)[0])
+        assert _rich(costs).while_drafting(now)[1] == "draft"
+        assert _rich(costs).uncertain(now, True) is not None
+        costs._covariance[at, at] = (0.35 * costs.weights[at]) ** 2
+        assert _rich(costs).while_drafting(now)[1] == "reference"
+        assert _rich(costs).uncertain(now, True) is None
+
     def test_without_allowance_nothing_is_tried(self):
         vague = _costs(row=0.02, unsure=0.08)
         explorer = _rich(vague)
