@@ -110,7 +110,7 @@ class Explorer:
 
         ``drafting``: the best plan does. Whether that pays at all is the first thing to know.
         """
-        if not self.allowance.affords("costs", 0.0) or (drafting and self._least_gain(now)[0] < 1.0):
+        if not self.allowance.affords("costs", 0.0) or (drafting and self._least_gain(now) < 1.0):
             return None
         choice = now.choice
         hopeful = now.best(now.believed, sigmas=CURIOUS_SIGMAS)
@@ -139,21 +139,21 @@ class Explorer:
                     lengths[probed] = 1
                     return lengths, "draft+probe"
         if self.allowance.affords("reference", 0.0):
-            least, vague = self._least_gain(now)
             loss = min(1.0 - 1.0 / max(choice.gain, 1.0), MOST_REFERENCE_LOSS)
-            if not vague or least >= CLEAR:
+            if self._least_gain(now) >= CLEAR:
                 self.allowance.pay("reference", 0.0)  # asked again later
             elif self.allowance.take("reference", loss):
                 return np.zeros_like(choice.lengths), "reference"
         return choice.lengths, "draft"
 
-    def _least_gain(self, now: Situation) -> tuple[float, bool]:
-        """The best plan's gain if a step without drafts takes as little as it may, and whether that is vague."""
+    def _least_gain(self, now: Situation) -> float:
+        """The best plan's gain if a step without drafts takes as little as it may; infinite when its time is known."""
         choice = now.choice
         off = self._costs.features(choice.requests, now.context, 0, 0, choice.requests)
         seconds, deviation = self._costs.estimate(off)
-        vague = deviation > VAGUE * seconds
-        return choice.gain * (1.0 - CURIOUS_SIGMAS * deviation / max(seconds, 1e-6)), vague
+        if deviation <= VAGUE * seconds:
+            return float("inf")
+        return choice.gain * (1.0 - CURIOUS_SIGMAS * deviation / max(seconds, 1e-6))
 
     def trial(self, now: Situation) -> Choice | None:
         """While off: one step of drafting for all, when that shows more for what it loses than probing one request.

@@ -1,6 +1,7 @@
 """What may be explored when, and what is explored."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,6 +128,16 @@ class TestExplorer:
         costs._covariance[at, at] = (0.35 * costs.weights[at]) ** 2
         assert _rich(costs).while_drafting(now)[1] == "reference"
         assert _rich(costs).uncertain(now, True) is None
+        assert _rich(costs).uncertain(now, False) is not None
+
+    def test_about_even_is_no_doubt_once_a_step_without_drafts_is_known(self):
+        costs = _costs(row=0.0005, unsure=0.02)
+        now = _situation(costs, 0.6)
+        at = int(np.flatnonzero(costs.knots == len(now.indices))[0])
+        costs._covariance[at, at] = (0.015 * costs.weights[at]) ** 2
+        even = replace(now, choice=replace(now.choice, seconds=now.choice.seconds * now.choice.gain / 1.01))
+        assert 1.0 < even.choice.gain < 1.02
+        assert _rich(costs).uncertain(even, True) is not None
 
     def test_without_allowance_nothing_is_tried(self):
         vague = _costs(row=0.02, unsure=0.08)
