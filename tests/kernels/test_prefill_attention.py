@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import attended, batch, largest_error
+from attention_cases import assert_exact_to_float32, attended, batch, largest_error
 from attention_reference import paged_attention_reference
 from interpreting import interpreted
 
@@ -11,7 +11,7 @@ from vllm_instant_kernels.cache_layout import split
 pytestmark = pytest.mark.kernel
 
 
-def _error(made, options, splits, rounded_to=""):
+def _found_and_expected(made, options, splits, rounded_to=""):
     arguments = (made.query, made.cache, made.block_tables, made.lengths, made.starts, made.head, 0)
     found, arrivals = interpreted(attended, "prefill_attention", *arguments, options, splits, rounded_to)
     assert not arrivals.any()
@@ -25,7 +25,11 @@ def _error(made, options, splits, rounded_to=""):
         expected,
     )
     paged_attention_reference(*arguments, scale=made.head**-0.5, **options)
-    return largest_error(found, expected)
+    return found, expected
+
+
+def _assert_exact(made, options, splits):
+    assert_exact_to_float32(*_found_and_expected(made, options, splits), made)
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
@@ -52,20 +56,20 @@ def test_it_equals_the_reference_for_all_shapes(numbers, head, group):
         token_major=numbers.random() < 0.5,
     )
     print(f"{requests}, {options}, splits {splits}")
-    assert _error(made, options, splits) <= 1e-6
+    _assert_exact(made, options, splits)
 
 
 def test_requests_without_tokens_hide_nobody(numbers):
     """Which request a chunk belongs to is found by bisection, also among many that have none."""
     requests = [(9, 0)] * 5 + [(70, 33)] + [(9, 0)] * 6 + [(40, 40)] + [(5, 0)] * 3
     made = batch(numbers.randrange(2**31), requests, kv_heads=1, group=2)
-    assert _error(made, {}, 1) <= 1e-6
+    _assert_exact(made, {}, 1)
 
 
 def test_sixteen_bit_queries(numbers):
     made = batch(numbers.randrange(2**31), [(150, 40), (33, 33)], head=128, kv_heads=1, dtype=torch.bfloat16)
     made.query = made.query.float()
-    assert _error(made, {}, 2, rounded_to="bfloat16") <= 1e-2
+    assert largest_error(*_found_and_expected(made, {}, 2, rounded_to="bfloat16")) <= 1e-2
 
 
 @pytest.mark.gpu
