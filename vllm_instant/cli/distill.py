@@ -31,6 +31,9 @@ def distill(
     objective: Annotated[str, typer.Option(help="kl, tv, or kl-tv (the first half kl, the second tv).")] = "kl-tv",
     share: Annotated[float, typer.Option(min=0.0001, max=1, help="Largest size relative to the target.")] = 0.1,
     layers: Annotated[int | None, typer.Option(min=1, help="Depth; a third of the target's, at most 4.")] = None,
+    take_layers: Annotated[
+        int | None, typer.Option(min=1, help="Start as the target with its first N layers, not as a new model.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows of text in a step.")] = None,
     context: Annotated[int | None, typer.Option(min=16, help="Tokens of a window.")] = None,
@@ -48,6 +51,7 @@ def distill(
 
     from vllm_instant.distillation import architecture
     from vllm_instant.distillation import distill as work
+    from vllm_instant.distillation.start import first_layers
     from vllm_instant.distillation.text import TextError, generated, read, tokenized
     from vllm_instant.distillation.training import overridden
 
@@ -59,13 +63,23 @@ def distill(
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if where == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device here")
-    plan = overridden(work.DEFAULT_TRAINING, steps=steps, batch=batch, context=context)
+    if take_layers and layers:
+        fail("--layers is the depth of a new model: it cannot be given with --take-layers")
+    usual = work.TRAINING_OF_LAYERS if take_layers else work.DEFAULT_TRAINING
+    plan = overridden(usual, steps=steps, batch=batch, context=context)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     model, tokenizer = _load(target, where)
-    config = model.config.get_text_config()
+    total = model.num_parameters()
+    torch.manual_seed(plan.seed)
     try:
-        shape = architecture.derive(config, model.num_parameters(), share, layers)
+        if take_layers:
+            draft = first_layers(model, take_layers)
+            architecture.check_share(draft.num_parameters(), total, share, f"{take_layers} of the target's layers")
+        else:
+            draft = transformers.LlamaForCausalLM(
+                architecture.derive(model.config.get_text_config(), total, share, layers)
+            )
         classes = read(text or [], held_out or [])
         if generate or not any(c.training for c in classes):
             with _bar(console) as progress:
@@ -83,15 +97,14 @@ def distill(
         tokens = tokenized(tokenizer, classes, plan.context)
     except (TextError, ValueError) as error:
         fail(str(error))
-    torch.manual_seed(plan.seed)
-    draft = transformers.LlamaForCausalLM(shape)
-    total, small = model.num_parameters(), draft.num_parameters()
+    shape, small = draft.config, draft.num_parameters()
     console.print(
         f"target {total:,} parameters; draft {small:,} ({1 - small / total:.1%} fewer): "
         f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
     )
     output.mkdir(parents=True, exist_ok=True)
-    _same_run(output, {"target": target, "shape": shape.to_diff_dict(), "plan": vars(plan), "objective": objective})
+    run = {"target": target, "shape": shape.to_diff_dict(), "plan": vars(plan), "objective": objective}
+    _same_run(output, run | ({"start": f"{take_layers} layers of the target"} if take_layers else {}))
     with _bar(console) as progress:
         task = progress.add_task("distilling", total=plan.steps)
 
@@ -114,6 +127,7 @@ def distill(
         total,
         small,
         shape.to_diff_dict(),
+        take_layers or 0,
         objective,
         vars(plan),
         sum(len(c.training) for c in tokens),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +55,21 @@ def shaped(target: Any, layers: int, width: int) -> LlamaConfig:
     )
 
 
+def check_share(found: int, target_parameters: int, share: float, what: str) -> None:
+    """Refuse a draft of ``found`` parameters that are more than ``share`` of the target's.
+
+    Raises:
+        ValueError: with the share that would allow it.
+
+    """
+    if found > int(share * target_parameters):
+        needed = math.ceil(100 * found / target_parameters) / 100
+        raise ValueError(
+            f"a draft of {what} has at least {needed:.0%} of the target's parameters; allow that with "
+            f"--share {needed:.2f}"
+        )
+
+
 def derive(target: Any, target_parameters: int, share: float = LARGEST_SHARE, layers: int | None = None) -> LlamaConfig:
     """The widest draft configuration with at most ``share`` of the target's parameters.
 
@@ -69,12 +85,9 @@ def derive(target: Any, target_parameters: int, share: float = LARGEST_SHARE, la
     """
     depth = layers or min(MOST_LAYERS, max(1, target.num_hidden_layers // LAYERS_OF_TARGET))
     most = int(share * target_parameters)
-    if parameters(shaped(target, depth, WIDTH_STEP)) > most:
-        smallest = parameters(shaped(target, depth, WIDTH_STEP)) / target_parameters
-        raise ValueError(
-            f"a draft of {depth} layers with the target's vocabulary of {target.vocab_size} tokens has at least "
-            f"{smallest:.0%} of the target's parameters; allow that with --share {smallest:.2f}"
-        )
+    narrowest = parameters(shaped(target, depth, WIDTH_STEP))
+    what = f"{depth} layers with the target's vocabulary of {target.vocab_size} tokens"
+    check_share(narrowest, target_parameters, share, what)
     # Bisection over multiples of the step; parameters grow with the width.
     low, high = 1, max(2, target.hidden_size // WIDTH_STEP * 4)
     while high - low > 1:

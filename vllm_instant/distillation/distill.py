@@ -25,6 +25,10 @@ DEFAULT_TRAINING = Training(
     seed=2, steps=4500, decay_steps=2250, matrix_rate=0.02, other_rate=4e-3, batch=2, context=512
 )
 """Small batches: a model of this size learns more from many small steps than from few large ones."""
+TRAINING_OF_LAYERS = Training(
+    seed=2, steps=2000, decay_steps=1000, matrix_rate=0.01, other_rate=2e-3, batch=2, context=512
+)
+"""For a draft that starts as its target's first layers: smaller changes, and fewer of them."""
 WINDOWS = 4000
 """Different windows of text; with the default plan each is drawn about twice."""
 REPORT = "distillation.json"
@@ -43,6 +47,8 @@ class Report:
     draft_parameters: int
     draft: dict[str, Any]
     """The draft's shape."""
+    layers_of_target: int
+    """With so many of the target's layers the draft started; 0: as a new model."""
     objective: str
     training: dict[str, Any]
     training_tokens: int
@@ -96,7 +102,7 @@ def distill(
 
     Args:
         target: Hugging Face model in evaluation mode.
-        draft: fresh Hugging Face model with the same vocabulary, float32.
+        draft: Hugging Face model with the same vocabulary, float32: a new one, or one of ``start.first_layers``.
         classes: text to learn from; windows are drawn from all of it alike.
         output: folder for the checkpoint.
         plan: steps and rates.

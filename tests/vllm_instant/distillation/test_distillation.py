@@ -12,7 +12,7 @@ from vllm_instant.demo import assets
 from vllm_instant.distillation import architecture, distill, text
 from vllm_instant.distillation.acceptance import measure
 from vllm_instant.distillation.objectives import CHUNK, head_distance
-from vllm_instant.distillation.start import start_at_target
+from vllm_instant.distillation.start import first_layers, start_at_target
 from vllm_instant.distillation.teacher import TaughtWindows, Teacher
 from vllm_instant.distillation.training import Training, overridden
 
@@ -249,6 +249,23 @@ class TestCommand:
         assert other.exit_code == 2
         assert "another shape" in other.output
 
+    def test_it_goes_on_from_layers_of_the_target(self, material, tmp_path):
+        words = [*self._words(material, tmp_path / "draft"), "--take-layers", 1]
+        result = self._run(*words, "--share", 0.9)
+        assert result.exit_code == 0, result.output
+        report = json.loads((tmp_path / "draft" / distill.REPORT).read_text())
+        assert report["layers_of_target"] == 1
+        assert report["training"]["matrix_rate"] == distill.TRAINING_OF_LAYERS.matrix_rate
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path / "draft")
+        assert (loaded.config.num_hidden_layers, loaded.config.hidden_size) == (1, 256)
+        target = LlamaForCausalLM.from_pretrained(material / "target")
+        started, now = (m.get_input_embeddings().weight.float() for m in (target, loaded))
+        likeness = torch.nn.functional.cosine_similarity(started, now).mean()
+        assert likeness > 0.7, "30 steps do not make other embeddings"
+        too_large = self._run(*self._words(material, tmp_path / "other"), "--take-layers", 2)
+        assert too_large.exit_code == 2
+        assert "2 of the target's layers has at least" in too_large.output
+
     def test_without_text_the_target_writes(self, material, tmp_path):
         words = ["--generate", 20, "--steps", 2, "--context", 16, "--share", "0.25"]
         result = self._run(material / "target", tmp_path / "draft", *words)
@@ -262,6 +279,8 @@ class TestCommand:
             (["--objective", "l2"], "--objective must be one of kl, tv, kl-tv"),
             (["--text", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
             (["--share", "0.001"], "allow that with --share"),
+            (["--take-layers", "3"], "the target has 3 layers: a draft must have fewer than that, found 3"),
+            (["--take-layers", "1", "--layers", "1"], "--layers is the depth of a new model"),
         ],
     )
     def test_bad_input_is_one_sentence(self, material, tmp_path, change, message):
@@ -339,3 +358,37 @@ def test_a_draft_as_wide_as_its_target_starts_as_it_is():
     before = draft.get_input_embeddings().weight.clone()
     start_at_target(draft, _tiny(1))
     assert torch.equal(draft.get_input_embeddings().weight, before)
+
+
+class TestFirstLayers:
+    @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_neox", "gpt2"])
+    def test_it_is_the_target_without_its_other_layers(self, name):
+        """What the target computes when its later layers add nothing, the draft computes."""
+        import transformers
+
+        torch.manual_seed(0)
+        shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
+        shape |= {"vocab_size": 80, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
+        if name not in ("gpt_neox", "gpt2"):
+            shape |= {"num_key_value_heads": 1, "head_dim": 32}
+        config = transformers.AutoConfig.for_model(name, **shape)
+        target = transformers.AutoModelForCausalLM.from_config(config).eval()
+        draft = first_layers(target, 2).eval()
+        assert draft.config.num_hidden_layers == 2
+        assert draft.num_parameters() < target.num_parameters()
+        layers = target.base_model.h if name == "gpt2" else target.base_model.layers
+        del layers[2]
+        target.config.num_hidden_layers = 2
+        tokens = torch.randint(2, 80, (2, 9))
+        with torch.inference_mode():
+            torch.testing.assert_close(draft(input_ids=tokens).logits, target(input_ids=tokens).logits.float())
+
+    def test_a_draft_must_be_smaller(self):
+        with pytest.raises(ValueError, match="has 2 layers: a draft must have fewer than that, found 2"):
+            first_layers(_tiny(), 2)
+
+    def test_layers_that_are_nowhere_are_said(self):
+        target = _tiny()
+        target.state_dict = lambda: {"model.blocks.0.weight": torch.zeros(3)}
+        with pytest.raises(ValueError, match="the layers of LlamaForCausalLM cannot be taken one by one"):
+            first_layers(target, 1)
