@@ -32,7 +32,7 @@ def distill(
     share: Annotated[float, typer.Option(min=0.0001, max=1, help="Largest size relative to the target.")] = 0.1,
     layers: Annotated[int | None, typer.Option(min=1, help="Depth; a third of the target's, at most 4.")] = None,
     take_layers: Annotated[
-        int | None, typer.Option(min=1, help="Start as the target with its first N layers, not as a new model.")
+        int | None, typer.Option(min=1, help="Start as the target with N of its layers, not as a new model.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows of text in a step.")] = None,
@@ -51,7 +51,7 @@ def distill(
 
     from vllm_instant.distillation import architecture
     from vllm_instant.distillation import distill as work
-    from vllm_instant.distillation.start import first_layers
+    from vllm_instant.distillation.start import layers_of
     from vllm_instant.distillation.text import TextError, generated, read, tokenized
     from vllm_instant.distillation.training import overridden
 
@@ -74,7 +74,7 @@ def distill(
     torch.manual_seed(plan.seed)
     try:
         if take_layers:
-            draft = first_layers(model, take_layers)
+            draft = layers_of(model, take_layers)
             architecture.check_share(draft.num_parameters(), total, share, f"{take_layers} of the target's layers")
         else:
             draft = transformers.LlamaForCausalLM(

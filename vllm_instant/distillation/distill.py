@@ -26,9 +26,9 @@ DEFAULT_TRAINING = Training(
 )
 """Small batches: a model of this size learns more from many small steps than from few large ones."""
 TRAINING_OF_LAYERS = Training(
-    seed=2, steps=2000, decay_steps=1000, matrix_rate=0.01, other_rate=2e-3, batch=2, context=512
+    seed=2, steps=1500, decay_steps=750, matrix_rate=0.01, other_rate=5e-4, batch=2, context=512
 )
-"""For a draft that starts as its target's first layers: smaller changes, and fewer of them."""
+"""For a draft that starts with layers of its target: smaller changes, and fewer of them."""
 WINDOWS = 4000
 """Different windows of text; with the default plan each is drawn about twice."""
 REPORT = "distillation.json"
@@ -102,7 +102,7 @@ def distill(
 
     Args:
         target: Hugging Face model in evaluation mode.
-        draft: Hugging Face model with the same vocabulary, float32: a new one, or one of ``start.first_layers``.
+        draft: Hugging Face model with the same vocabulary, float32: a new one, or one of ``start.layers_of``.
         classes: text to learn from; windows are drawn from all of it alike.
         output: folder for the checkpoint.
         plan: steps and rates.

@@ -4,9 +4,9 @@ A new, narrow draft takes over in which directions the target tells tokens apart
 short training goes into finding out which tokens are alike. The target knows: the rows of its output matrix, after its
 final norm's weights, projected to as many principal directions as the draft is wide.
 
-A draft of the target's own width takes over its embeddings, its first layers, its last norm and its output matrix
-(depth pruning: Sajjad et al. 2023, "On the effect of dropping layers of pre-trained transformer models"). The first
-layers are the ones that read embeddings; what the others added to the output is learned.
+A draft of the target's own width takes over its embeddings, some of its layers, its last norm and its output matrix
+(as DistilBERT did: Sanh et al. 2019). The first and the last layer are among them, as long as there are two: one reads
+embeddings, the other writes what the output matrix reads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+_LAYER = re.compile(r"(^|\.)(?:layers|h)\.(\d+)\.")
 
 EMBEDDING_DEVIATION = 0.02
 """Standard deviation of Llama's own initialisation."""
@@ -43,8 +43,13 @@ def start_at_target(draft: Any, target: Any) -> None:
         embeddings.copy_(projected * (EMBEDDING_DEVIATION / projected.std()))
 
 
-def first_layers(target: Any, layers: int) -> Any:
-    """A model like ``target``, a Hugging Face causal language model, with only its first ``layers`` layers, float32.
+def spread(layers: int, of: int) -> list[int]:
+    """Numbers of ``layers`` layers, evenly spread from the first to the last; one alone is the first."""
+    return [round(i * (of - 1) / max(1, layers - 1)) for i in range(layers)]
+
+
+def layers_of(target: Any, layers: int) -> Any:
+    """A model like ``target``, a Hugging Face causal language model, with some of its layers only, float32.
 
     Raises:
         ValueError: when the target has not more layers than that, or keeps them where this cannot find them.
@@ -55,16 +60,21 @@ def first_layers(target: Any, layers: int) -> Any:
     config = target.config
     if layers >= (depth := getattr(config, "num_hidden_layers", 0)):
         raise ValueError(f"the target has {depth} layers: a draft must have fewer than that, found {layers}")
+    taken = spread(layers, depth)
     shorter = copy.deepcopy(config)
     shorter.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
-        shorter.layer_types = config.layer_types[:layers]
+        shorter.layer_types = [config.layer_types[i] for i in taken]
     draft = transformers.AutoModelForCausalLM.from_config(shorter, dtype=torch.float32)
-    wanted = {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in target.state_dict().items()
-        if (found := _LAYER.search(name)) is None or int(found[1]) < layers
-    }
+    places = {str(number): str(place) for place, number in enumerate(taken)}
+    wanted = {}
+    for name, value in target.state_dict().items():
+        found = _LAYER.search(name)
+        if found is not None:
+            if found[2] not in places:
+                continue
+            name = f"{name[: found.start(2)]}{places[found[2]]}{name[found.end(2) :]}"
+        wanted[name] = value.float() if value.is_floating_point() else value
     try:
         draft.load_state_dict(wanted)
     except RuntimeError as error:

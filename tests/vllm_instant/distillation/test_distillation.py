@@ -12,7 +12,7 @@ from vllm_instant.demo import assets
 from vllm_instant.distillation import architecture, distill, text
 from vllm_instant.distillation.acceptance import measure
 from vllm_instant.distillation.objectives import CHUNK, head_distance
-from vllm_instant.distillation.start import first_layers, start_at_target
+from vllm_instant.distillation.start import layers_of, spread, start_at_target
 from vllm_instant.distillation.teacher import TaughtWindows, Teacher
 from vllm_instant.distillation.training import Training, overridden
 
@@ -360,10 +360,10 @@ def test_a_draft_as_wide_as_its_target_starts_as_it_is():
     assert torch.equal(draft.get_input_embeddings().weight, before)
 
 
-class TestFirstLayers:
+class TestLayersOfTheTarget:
     @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_neox", "gpt2"])
     def test_it_is_the_target_without_its_other_layers(self, name):
-        """What the target computes when its later layers add nothing, the draft computes."""
+        """What the target computes without its middle layer, the draft computes."""
         import transformers
 
         torch.manual_seed(0)
@@ -373,22 +373,27 @@ class TestFirstLayers:
             shape |= {"num_key_value_heads": 1, "head_dim": 32}
         config = transformers.AutoConfig.for_model(name, **shape)
         target = transformers.AutoModelForCausalLM.from_config(config).eval()
-        draft = first_layers(target, 2).eval()
+        draft = layers_of(target, 2).eval()
         assert draft.config.num_hidden_layers == 2
         assert draft.num_parameters() < target.num_parameters()
         layers = target.base_model.h if name == "gpt2" else target.base_model.layers
-        del layers[2]
+        del layers[1]
         target.config.num_hidden_layers = 2
         tokens = torch.randint(2, 80, (2, 9))
         with torch.inference_mode():
-            torch.testing.assert_close(draft(input_ids=tokens).logits, target(input_ids=tokens).logits.float())
+            found, expected = (m(input_ids=tokens, use_cache=False).logits for m in (draft, target))
+        torch.testing.assert_close(found, expected)
+
+    def test_they_are_spread_from_the_first_to_the_last(self):
+        assert [spread(n, 6) for n in (1, 2, 3, 5)] == [[0], [0, 5], [0, 2, 5], [0, 1, 2, 4, 5]]
+        assert spread(4, 32) == [0, 10, 21, 31]
 
     def test_a_draft_must_be_smaller(self):
         with pytest.raises(ValueError, match="has 2 layers: a draft must have fewer than that, found 2"):
-            first_layers(_tiny(), 2)
+            layers_of(_tiny(), 2)
 
     def test_layers_that_are_nowhere_are_said(self):
         target = _tiny()
         target.state_dict = lambda: {"model.blocks.0.weight": torch.zeros(3)}
         with pytest.raises(ValueError, match="the layers of LlamaForCausalLM cannot be taken one by one"):
-            first_layers(target, 1)
+            layers_of(target, 1)
