@@ -4,9 +4,9 @@
 
 A plan is a share of the target's parameters, or how many of its layers the draft starts with (``3L``), and a number of
 steps; each is a run of its own, with its own decay of the learning rate, as ``vllm-instant distill --share S`` or
-``--take-layers L`` makes it with ``--steps N`` from the demo's base model and text. Acceptance is that of the first draft
-token at temperature 1, as an exact expectation (the overlap of the two distributions) over text that was learned from
-and text that was held out: a draft that fails on the latter alone has learned by heart.
+``--take-layers L`` makes it with ``--steps N`` from the demo's base model and text. Acceptance is that of the first
+draft token at temperature 1, as an exact expectation (the overlap of the two distributions) over text that was learned
+from and text that was held out: a draft that fails on the latter alone has learned by heart.
 """
 
 from __future__ import annotations

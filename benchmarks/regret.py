@@ -7,7 +7,7 @@ One stock vLLM server without speculation, stock servers with K = 1, 2, 4, 8 dra
 hopeless (random tokens), perfect (recorded answers) or the demo's trained draft model; the load is 1 to 32 users in a
 closed loop. A second server without speculation is the A/A arm: its difference to the first is the noise floor.
 
-``mixed`` traffic (half structured at temperature 0, half open-ended at temperature 1) is drafted for by the model
+``mixed`` traffic (half structured at temperature 0, half open-ended at temperature 1) is drafted for by the demo's draft model.
 In ``mixed hybrid`` ours draws on lookups beside the same draft model, and vLLM's own lookup is an arm as well.
 
 Two processes of one kind differ in speed by some percent for as long as they live, which no number of rounds averages
