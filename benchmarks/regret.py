@@ -7,7 +7,7 @@ One stock vLLM server without speculation, stock servers with K = 1, 2, 4, 8 dra
 hopeless (random tokens), perfect (recorded answers) or the demo's trained draft model; the load is 1 to 32 users in a
 closed loop. A second server without speculation is the A/A arm: its difference to the first is the noise floor.
 
-``mixed`` traffic (half structured at temperature 0, half open-ended at temperature 1) is drafted for by the demo's draft model.
+``mixed`` traffic is half structured at temperature 0, half open-ended at temperature 1, with the demo's draft model.
 In ``mixed hybrid`` ours draws on lookups beside the same draft model, and vLLM's own lookup is an arm as well.
 
 Two processes of one kind differ in speed by some percent for as long as they live, which no number of rounds averages
@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--oracle-loads", default=None, help="loads of the perfect drafter; --loads by default")
     parser.add_argument("--pair-loads", default=None, help="loads of the pair workload; --loads by default")
     parser.add_argument("--lengths", default="1,2,4,8")
+    parser.add_argument("--draft", default=None, help="a draft model for the demo's target, instead of the demo's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--short", action="store_true", help="the form for CI")
@@ -319,7 +320,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory(prefix="regret-") as name:
             folder = Path(name)
-            servers = Servers(family, lengths, folder)
+            servers = Servers(family, lengths, folder, options.draft)
             elapsed = time.monotonic() - began
             console.print(f"[{elapsed:.0f} s] starting {len(servers.arms)} servers ({family} drafters)")
             with running(*servers.arms.values()):

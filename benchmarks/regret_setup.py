@@ -77,13 +77,15 @@ class Servers:
             model, and vLLM's own lookup gets an arm.
         lengths: fixed draft lengths that get an arm.
         folder: for logs, the control file and learned costs.
+        draft: the draft model of ``pair`` and ``hybrid``; by default the demo's.
 
     """
 
-    def __init__(self, family: str, lengths: Sequence[int], folder: Path) -> None:
+    def __init__(self, family: str, lengths: Sequence[int], folder: Path, draft: str | None = None) -> None:
         self.control = folder / "control.json"
         self.control.write_text('{"mode": "hopeless"}')
         pair = assets.prepare()
+        draft = draft or str(pair.draft)
         shared = [
             *("--served-model-name", MODEL, "--max-model-len", "1024", "--max-num-seqs", "32"),
             *("--block-size", "32", "--enforce-eager", "--no-enable-prefix-caching"),
@@ -98,7 +100,7 @@ class Servers:
             if family != "switchable":
                 config: dict[str, Any] = {
                     "method": "draft_model",
-                    "model": str(pair.draft),
+                    "model": draft,
                     "draft_sample_method": "probabilistic",
                 }
             else:
@@ -108,7 +110,7 @@ class Servers:
         ours = folder / "ours.toml"
         text = f'[speculation]\nplugin = "goodput"\ncosts_folder = {json.dumps(str(folder / "costs"))}\n'
         if family == "hybrid":
-            text += f'[drafter]\nplugin = "hybrid"\nmodel = {json.dumps(str(pair.draft))}\n'
+            text += f'[drafter]\nplugin = "hybrid"\nmodel = {json.dumps(draft)}\n'
             text += f'num_speculative_tokens = {MAX_DRAFT_TOKENS}\ndraft_sample_method = "probabilistic"\n'
         ours.write_text(text)
         select = ["--plugins", "vllm_instant", "--instant-config", str(ours)]
