@@ -20,6 +20,7 @@ from vllm_instant.seams import (
     expert_reports,
     experts,
     feed_forward,
+    kernel_scan,
     plain_sampling,
     rejection_sampler,
     request_options,
@@ -75,8 +76,7 @@ def serve(deployment: Deployment, speculates: bool | None = None) -> None:
 def activate() -> None:
     """Install the seams of a published deployment; each waits for the module that it changes.
 
-    No seam may load plugins here: they bring Numba, and a worker of vLLM's CPU build that has it in memory when it
-    looks for kernels to replace does not start (``triton_utils/dispatcher.py`` stumbles over llvmlite).
+    No seam may load plugins here: not every process that vLLM starts needs them, and Numba with them.
     """
     cpu_sampling.install()
     drafter.install()
@@ -90,6 +90,7 @@ def activate() -> None:
         draft_sharing,  # around what skipping made of the same method
         draft_reports,
         plain_sampling,
+        kernel_scan,
         cpu_seeds,  # around what the sampling of a step has become
         undrafted_sampling,
         attention,

@@ -7,6 +7,7 @@ import sys
 import time
 
 import httpx
+import pytest
 from asking import ask_all
 from deployments import DRAFT_MODEL, EXAMPLE
 
@@ -49,15 +50,17 @@ def main():
     target, file, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     llm = LLM(target, dtype="float32", max_num_seqs=8, enforce_eager=True, additional_config={"vllm_instant": file})
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True), use_tqdm=False)
-    totals = llm.llm_engine.engine_core.call_utility("instant_totals")
-    print(json.dumps({"texts": [o.outputs[0].text for o in outputs], "totals": totals}))
+    core = llm.llm_engine.engine_core
+    asked = core.call_utility("instant_totals") if hasattr(core, "call_utility") else core.engine_core.instant_totals()
+    print(json.dumps({"texts": [o.outputs[0].text for o in outputs], "totals": asked}))
 
 if __name__ == "__main__":
     main()
 """
 
 
-def test_offline(demo_pair, tmp_path, plugin_folder, prompts, expected):
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_offline(processes, demo_pair, tmp_path, plugin_folder, prompts, expected):
     script, file = tmp_path / "offline.py", tmp_path / "deploy.toml"
     script.write_text(OFFLINE)
     file.write_text(DRAFT_MODEL.replace("DRAFT", str(demo_pair.draft)) + "[vllm]\nmax_model_len = 1024\n")
@@ -65,7 +68,12 @@ def test_offline(demo_pair, tmp_path, plugin_folder, prompts, expected):
         [sys.executable, str(script), str(demo_pair.target), str(file), json.dumps(prompts[:12])],
         capture_output=True,
         text=True,
-        env={**serving_environment(), "PYTHONPATH": str(plugin_folder), "PATH": os.environ["PATH"]},
+        env={
+            **serving_environment(),
+            "PYTHONPATH": str(plugin_folder),
+            "PATH": os.environ["PATH"],
+            "VLLM_ENABLE_V1_MULTIPROCESSING": processes,
+        },
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_instant import Plugin
 from vllm_instant.contracts import PluginContext
-from vllm_instant.seams import building, cpu_sampling, import_hooks, module_names, plain_sampling
+from vllm_instant.seams import building, cpu_sampling, import_hooks, kernel_scan, module_names, plain_sampling
 from vllm_instant.settings import resolve
 
 
@@ -178,6 +178,24 @@ class TestCpuSampling:
         repaired = cpu_sampling._tolerate_no_rows(apply_top_k_only)
         logits = torch.tensor([[1.0, 3.0, 2.0]])
         assert repaired(logits, torch.tensor([2])).tolist() == [[float("-inf"), 3.0, 2.0]]
+
+
+@pytest.mark.engine
+def test_kernels_are_looked_for_beside_numba():
+    """Where the first half fails, vLLM needs this repair no longer."""
+    from types import ModuleType
+
+    import llvmlite.binding.ffi
+    from vllm.triton_utils import dispatcher
+
+    search = getattr(dispatcher._rebind_kernels, "__wrapped__", dispatcher._rebind_kernels)
+    with pytest.raises(AttributeError, match="_lib_fn_wrapper"):
+        search([])
+    module = ModuleType("dispatcher")
+    module._rebind_kernels = search
+    kernel_scan._repair(module)
+    module._rebind_kernels([])
+    assert sys.modules[kernel_scan.HIDDEN] is llvmlite.binding.ffi
 
 
 def test_plugin_objects_are_frozen():
