@@ -25,12 +25,16 @@ class DraftCoverage:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self._covered: dict[str, int] = {}
+        self._passed: dict[str, int] = {}
+        """Blocks of each request, counted from its first, of which those behind the covered tokens are known to be
+        incomplete: while nothing is drafted, each step would say so again."""
         self._complete: npt.NDArray[np.bool_] = np.zeros(1024, np.bool_)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These requests ended or lost their blocks; what a block holds stays known."""
         for request_id in request_ids:
             self._covered.pop(request_id, None)
+            self._passed.pop(request_id, None)
 
     def covered(self, request_id: str, computed: int, blocks: npt.NDArray[np.int32]) -> int:
         """How many leading tokens of the request the draft model has read.
@@ -52,18 +56,24 @@ class DraftCoverage:
 
     def target_alone(self, request_id: str, stop: int, blocks: npt.NDArray[np.int32]) -> None:
         """The target computed tokens up to ``stop``, the draft model did not read them."""
-        first = self._covered[request_id] // self.block_size
-        touched = blocks[first : -(-stop // self.block_size)]
+        end = -(-stop // self.block_size)
+        passed = self._passed.get(request_id, 0)
+        if end <= passed:
+            return
+        touched = blocks[max(passed, self._covered[request_id] // self.block_size) : end]
         self._of(touched)
         self._complete[touched] = False
+        self._passed[request_id] = end
 
     def draft_read(self, request_id: str, upto: int, blocks: npt.NDArray[np.int32]) -> None:
         """The draft model has now read the first ``upto`` tokens without a hole."""
-        filled = blocks[self._covered[request_id] // self.block_size : upto // self.block_size]
+        whole = upto // self.block_size
+        filled = blocks[self._covered[request_id] // self.block_size : whole]
         if len(filled):
             self._of(filled)
             self._complete[filled] = True
         self._covered[request_id] = upto
+        self._passed[request_id] = min(self._passed.get(request_id, 0), whole)
 
     def _of(self, blocks: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         highest = int(blocks.max(initial=0))

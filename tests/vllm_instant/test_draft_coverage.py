@@ -71,3 +71,30 @@ def test_never_more_is_inherited_than_was_read(steps, block_size):
     assert inherited <= read
     if whole:
         assert inherited == computed // block_size * block_size
+
+
+def test_what_is_known_is_not_said_again():
+    """While nothing is drafted this is asked of each request at every step."""
+    coverage = DraftCoverage(4)
+    coverage.covered("r", 0, BLOCKS)
+    coverage.target_alone("r", 9, BLOCKS)
+    coverage.target_alone("r", 12, None)
+    coverage.draft_read("r", 12, BLOCKS)
+    assert coverage.covered("second", 12, BLOCKS) == 12
+    coverage.target_alone("r", 13, BLOCKS)
+    assert coverage.covered("third", 16, BLOCKS) == 12
+
+
+def test_a_block_that_was_read_in_part_is_not_complete_when_the_target_fills_it():
+    coverage = DraftCoverage(4)
+    coverage.covered("r", 0, BLOCKS)
+    coverage.target_alone("r", 8, BLOCKS)
+    coverage.draft_read("r", 6, BLOCKS)
+    coverage.target_alone("r", 8, BLOCKS)
+    coverage.forget(["r"])
+    assert coverage.covered("second", 8, BLOCKS) == 4
+    # Its blocks may be others when it comes back.
+    coverage.draft_read("second", 8, BLOCKS)
+    coverage.covered("r", 0, BLOCKS)
+    coverage.target_alone("r", 8, BLOCKS)
+    assert coverage.covered("third", 8, BLOCKS) == 0
