@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_instant_plugins.goodput.choice import choose, longest_step
@@ -80,12 +80,16 @@ def test_the_budget_grows_with_acceptance(chance, more, requests, costs):
 
 
 @given(chances, shapes, st.floats(0.1, 10.0))
+@example([1.0], _costs(base=1.0, row=0.5, each=1.0), 0.109375)
 @settings(max_examples=40, deadline=None)
 def test_the_unit_of_time_does_not_matter(chances, costs, factor):
+    """Between plans that are equally good rounding decides: what they are worth is the same."""
     reach = _reach(*chances)
     before = choose(reach, costs, 0.0, most_rows=1e9)
     costs.weights *= factor
-    assert (choose(reach, costs, 0.0, most_rows=1e9).lengths == before.lengths).all()
+    after = choose(reach, costs, 0.0, most_rows=1e9)
+    assert after.gain == pytest.approx(before.gain, rel=1e-9)
+    assert after.tokens / after.seconds * factor == pytest.approx(before.tokens / before.seconds, rel=1e-9)
 
 
 def test_free_rows_are_all_taken_and_dear_ones_only_when_likely():
