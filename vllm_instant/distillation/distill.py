@@ -30,7 +30,7 @@ TRAINING_OF_LAYERS = Training(
 )
 """For a draft that starts with layers of its target: smaller changes, and fewer of them."""
 WINDOWS = 4000
-"""Different windows of text; with the default plan each is drawn about twice."""
+"""Different windows of text; a new model's default plan draws each about twice."""
 REPORT = "distillation.json"
 CHECKPOINT = "checkpoint"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-_LAYER = re.compile(r"(^|\.)(?:layers|h)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
 EMBEDDING_DEVIATION = 0.02
 """Standard deviation of Llama's own initialisation."""
@@ -71,9 +71,9 @@ def layers_of(target: Any, layers: int) -> Any:
     for name, value in target.state_dict().items():
         found = _LAYER.search(name)
         if found is not None:
-            if found[2] not in places:
+            if found[1] not in places:
                 continue
-            name = f"{name[: found.start(2)]}{places[found[2]]}{name[found.end(2) :]}"
+            name = f"{name[: found.start(1)]}{places[found[1]]}{name[found.end(1) :]}"
         wanted[name] = value.float() if value.is_floating_point() else value
     try:
         draft.load_state_dict(wanted)
