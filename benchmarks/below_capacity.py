@@ -18,7 +18,7 @@ import numpy as np
 from results import write
 from scheduling import CHAT, wishes
 
-from vllm_instant.evidence.queueing import Job, serve
+from vllm_instant.tools.measure.queue_simulator import Job, serve
 from vllm_instant_plugins.similarity.policy import SimilarityPolicy
 
 SLOTS, SECONDS = 8, 0.03

@@ -21,12 +21,12 @@ from typing import Any
 from results import HERE, earlier, write
 from rich.console import Console
 
-from vllm_instant.bench.plan import AGAIN, OURS, SHORT, STOCK, Plan
-from vllm_instant.bench.rows import Row, rows
-from vllm_instant.bench.session import RunningArms, run
-from vllm_instant.bench.state import State
-from vllm_instant.demo import assets, expand
-from vllm_instant.evidence.servers import Server, running, terminable
+from vllm_instant.tools.bench.checkpoint import State
+from vllm_instant.tools.bench.plan import AGAIN, OURS, SHORT, STOCK, Plan
+from vllm_instant.tools.bench.rows import Row, rows
+from vllm_instant.tools.bench.session import RunningArms, run
+from vllm_instant.tools.demo import assets, widen_model
+from vllm_instant.tools.measure.servers import Server, running, terminable
 
 WORDS = ["--served-model-name", "demo", "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
 
@@ -94,7 +94,7 @@ def main() -> None:
     console = Console()
     with terminable(), tempfile.TemporaryDirectory(prefix="bench-aa-") as name:
         folder = Path(name)
-        target = assets.prepare(size=expand.SMALL).target
+        target = assets.prepare(size=widen_model.SMALL).target
         servers = [Server(target, WORDS, log=folder / f"stock{i}.log") for i in range(3)]
         with running(*servers):
             roles = itertools.cycle(itertools.permutations([server.url for server in servers]))

@@ -14,7 +14,7 @@ import numpy as np
 from results import HERE, write
 from rich.console import Console
 
-from vllm_instant.evidence.verdicts import margin_for, ratio, resampled
+from vllm_instant.tools.measure.significance import margin_for, ratio, resampled
 
 PROCESS, ROW, ROUND, DRIFT = 0.025, 0.01, 0.025, 0.05
 """Standard deviations: what a process is faster or slower by for life, and by row; noise of a turn; steps of drift.

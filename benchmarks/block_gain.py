@@ -20,8 +20,8 @@ from results import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_instant import draft_rows
-from vllm_instant.demo import assets, expand
-from vllm_instant.demo.corpus import documents
+from vllm_instant.tools.demo import assets, widen_model
+from vllm_instant.tools.demo.corpus import documents
 from vllm_instant_plugins.samplers import block
 from vllm_instant_plugins.samplers.token import ratios
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/block_gain.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    pair = assets.prepare(size=expand.SMALL, dtype="float32")
+    pair = assets.prepare(size=widen_model.SMALL, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(pair.target)
     target, draft = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (pair.target, pair.draft)

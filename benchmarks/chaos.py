@@ -1,7 +1,7 @@
 """Servers that are disturbed on purpose, at known times, under traffic that does not wait for them.
 
 Every disturbance works on stock vLLM. What is recorded is what a load test records
-(``vllm_instant_loadtests.recording``), with the disturbances as its events.
+(``vllm_instant_loadtests.run_recorder``), with the disturbances as its events.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 
 import psutil
 
-from vllm_instant.demo import assets
-from vllm_instant.evidence.open_loop import Due, Followed, follow_all, open_client
-from vllm_instant.evidence.prompts import snippets
-from vllm_instant.evidence.servers import Server
+from vllm_instant.tools.demo import assets
+from vllm_instant.tools.measure.open_loop import Due, Followed, follow_all, open_client
+from vllm_instant.tools.measure.prompts import snippets
+from vllm_instant.tools.measure.servers import Server
 from vllm_instant_loadtests import causes
 from vllm_instant_loadtests.prompts import creative, long
-from vllm_instant_loadtests.recording import Client, Event, Recorder, Request, Run
+from vllm_instant_loadtests.run_recorder import Client, Event, Recorder, Request, Run
 
 MODEL = "demo"
 WARM_UP = 12.0
@@ -177,7 +177,7 @@ def play(target: Server, plan: Plan, folder: Path, about: dict[str, Any]) -> Run
     recorder = Recorder(folder, about | {"servers": [server_about], "segments": [segment], "clock": clock})
     watching = subprocess.Popen(
         [
-            *(sys.executable, "-m", "vllm_instant_loadtests.watching", str(folder)),
+            *(sys.executable, "-m", "vllm_instant_loadtests.metrics_poller", str(folder)),
             *(f"{MODEL}={target.url}", "--clock", str(clock), "--every", "0.25"),
         ]
     )

@@ -10,7 +10,7 @@ pinning the length (the same process, so that only decisions differ). Steps are 
 
 Turns of a few seconds scatter by several percent, whoever is asked. So what the decisions lost is also counted step by
 step within those seconds: what the tokens would have taken in steps like those beside them that did not draft
-(``vllm_instant.evidence.drafting_balance``), and how fast full steps decode from 50 steps after each change on, beside
+(``vllm_instant.tools.measure.speedup_estimate``), and how fast full steps decode from 50 steps after each change on, beside
 those of the turns whose clients pinned the length: in such a turn, more or fewer prompts may be read.
 """
 
@@ -28,12 +28,12 @@ from regret_setup import MAX_TOKENS, MODEL, OFF, OURS, Servers, record_answers
 from results import write
 from rich.console import Console
 
-from vllm_instant.evidence.drafting_balance import balance, decoding_speed
-from vllm_instant.evidence.load import Measured, measure
-from vllm_instant.evidence.prompts import snippets
-from vllm_instant.evidence.served import newest_decisions
-from vllm_instant.evidence.servers import running, settle
-from vllm_instant.evidence.statistics import Interval, median_interval, ratio_interval
+from vllm_instant.tools.measure.load import Measured, measure
+from vllm_instant.tools.measure.prompts import snippets
+from vllm_instant.tools.measure.server_info import newest_decisions
+from vllm_instant.tools.measure.servers import running, settle
+from vllm_instant.tools.measure.speedup_estimate import balance, decoding_speed
+from vllm_instant.tools.measure.statistics import Interval, median_interval, ratio_interval
 
 STEPS_TO_NOTICE = 50
 HOPELESS_STEPS = 300

@@ -12,9 +12,9 @@ from pathlib import Path
 from results import write
 from rich.console import Console
 
-from vllm_instant.demo import assets, session
-from vllm_instant.evidence.servers import Server, running
-from vllm_instant.evidence.statistics import median_interval, ratio_interval
+from vllm_instant.tools.demo import assets, session
+from vllm_instant.tools.measure.servers import Server, running
+from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
 
 def main() -> None:

@@ -20,11 +20,11 @@ import torch
 import transformers
 from results import HERE, write
 
-from vllm_instant.demo import assets, corpus, recipe
-from vllm_instant.distillation import architecture, distill
-from vllm_instant.distillation.start import layers_of
-from vllm_instant.distillation.text import TokenClass, tokenized
-from vllm_instant.distillation.training import overridden
+from vllm_instant.tools.demo import assets, corpus, recipe
+from vllm_instant.tools.distill import architecture, distill
+from vllm_instant.tools.distill.initialization import layers_of
+from vllm_instant.tools.distill.text import TokenClass, tokenized
+from vllm_instant.tools.distill.training import overridden
 
 TARGET = assets.ASSETS / assets.BASE_IN_ASSETS
 LEARNED_TOKENS = 60_000

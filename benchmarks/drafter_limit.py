@@ -32,14 +32,14 @@ from results import HERE, write
 from rich.console import Console
 from switchable_sources import HYBRID, MODEL, MODEL_LENGTH, OFF, RECORD_VARIABLE, RECORDED, SUFFIX, TURN_KEY
 
-from vllm_instant.demo import assets
-from vllm_instant.evidence.load import Prompt
-from vllm_instant.evidence.prompts import free, records, snippets, sums
-from vllm_instant.evidence.sampling import Arm
-from vllm_instant.evidence.served import newest_decisions
-from vllm_instant.evidence.servers import Server, running
-from vllm_instant.evidence.statistics import median_interval, ratio_interval
-from vllm_instant.evidence.turns import take_turn
+from vllm_instant.tools.demo import assets
+from vllm_instant.tools.measure.interleaved_rounds import take_turn
+from vllm_instant.tools.measure.load import Prompt
+from vllm_instant.tools.measure.prompts import free, records, snippets, sums
+from vllm_instant.tools.measure.sampling import Arm
+from vllm_instant.tools.measure.server_info import newest_decisions
+from vllm_instant.tools.measure.servers import Server, running
+from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
 NAME = "demo"
 SOURCES = (SUFFIX, MODEL)

@@ -30,12 +30,12 @@ from results import earlier, merged, write
 from rich.console import Console
 from rich.table import Table
 
-from vllm_instant.demo import assets
-from vllm_instant.evidence.load import Prompt, measure
-from vllm_instant.evidence.prompts import free, records, snippets, sums
-from vllm_instant.evidence.servers import Server, running, settle
-from vllm_instant.evidence.statistics import median_interval, ratio_interval
-from vllm_instant.evidence.turns import interleaved
+from vllm_instant.tools.demo import assets
+from vllm_instant.tools.measure.interleaved_rounds import interleaved
+from vllm_instant.tools.measure.load import Prompt, measure
+from vllm_instant.tools.measure.prompts import free, records, snippets, sums
+from vllm_instant.tools.measure.servers import Server, running, settle
+from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
 OFF, SUFFIX, MODEL_ARM, HYBRID = "off", "suffix", "model", "hybrid"
 POSITIONS = 8

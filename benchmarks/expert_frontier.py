@@ -2,7 +2,7 @@
 
 python benchmarks/expert_frontier.py [--windows 96]
 
-Without a server: held-out text, decoded side by side as in a server (vllm_instant/experts/offline.py), every setting on
+Without a server: held-out text, decoded side by side as in a server (vllm_instant/tools/moe/offline.py), every setting on
 the same windows as native routing. Clusters are learned from training text. Writes results/expert_frontier.json and
 docs/expert_frontier.png.
 """
@@ -18,12 +18,15 @@ import results
 import torch
 from transformers import AutoTokenizer
 
-from vllm_instant.demo import expand_experts, moe_assets
-from vllm_instant.demo.corpus import documents
-from vllm_instant.demo.recipe import classes
-from vllm_instant.distillation.text import encode
-from vllm_instant.experts import learning, pictures, placement
-from vllm_instant.experts.frontier import (
+from vllm_instant.moe.routing_trace import Trace
+from vllm_instant.tools.demo import moe_assets, widen_experts
+from vllm_instant.tools.demo.corpus import documents
+from vllm_instant.tools.demo.recipe import classes
+from vllm_instant.tools.distill.text import encode
+from vllm_instant.tools.moe import expert_grouping, placement, plots
+from vllm_instant.tools.moe.eval_windows import Windows, cut
+from vllm_instant.tools.moe.offline import OfflineModel
+from vllm_instant.tools.moe.quality_budget_curve import (
     BUDGET,
     CLUSTER_PRIOR,
     EXPERT_PRIOR,
@@ -34,9 +37,6 @@ from vllm_instant.experts.frontier import (
     Point,
     Setting,
 )
-from vllm_instant.experts.offline import OfflineModel
-from vllm_instant.experts.traces import Trace
-from vllm_instant.experts.windows import Windows, cut
 
 CONTEXT, PROMPT = 256, 64
 BATCHES = (8, 16, 32)
@@ -59,7 +59,7 @@ def main() -> None:
         measured = json.loads(RESULT.read_text())["measured"]
         draw([Point.read(point) for point in measured["points"]], measured["model"])
         return
-    folder = moe_assets.prepare(size=expand_experts.SMALL, dtype="float32")
+    folder = moe_assets.prepare(size=widen_experts.SMALL, dtype="float32")
     model = OfflineModel(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = classes(list(documents()))
@@ -68,11 +68,11 @@ def main() -> None:
     trace = model.trace(training.tokens, training.classes, PROMPT)
     other = model.trace(held_out.tokens, held_out.classes, PROMPT)
 
-    learned, judged = learning.learn(trace)
+    learned, judged = expert_grouping.learn(trace)
     print(judged.sentence(), flush=True)
-    pairs = learning.co_activation(trace)
-    cluster = learning.clusters_of(pairs, HARD_CLUSTERS)
-    frontier = Frontier(model, held_out.tokens, PROMPT, cluster, learning.strength(trace))
+    pairs = expert_grouping.co_activation(trace)
+    cluster = expert_grouping.clusters_of(pairs, HARD_CLUSTERS)
+    frontier = Frontier(model, held_out.tokens, PROMPT, cluster, expert_grouping.strength(trace))
     points = [frontier.measure(Setting(NATIVE), batch) for batch in (1, *BATCHES)]
     for batch in BATCHES:
         for setting in settings(batch):
@@ -108,7 +108,7 @@ def draw(points: list[Point], shape: str) -> None:
         and (point.setting.form != BUDGET or point.setting.keep == 1)
     ]
     picture = Path(__file__).resolve().parent.parent / "docs" / "expert_frontier.png"
-    pictures.draw(drawn, picture, f"demo mixture of experts: {shape}")
+    plots.draw(drawn, picture, f"demo mixture of experts: {shape}")
     print(f"wrote {picture}")
 
 
@@ -127,7 +127,7 @@ def settings(batch: int) -> list[Setting]:
 
 def judged_clusters(trace: Trace, other: Trace, cluster: np.ndarray) -> dict[str, object]:
     """What the clusters of the hard form are worth on held-out text."""
-    found = learning.judge(other, cluster, learning.stability(trace, HARD_CLUSTERS))
+    found = expert_grouping.judge(other, cluster, expert_grouping.stability(trace, HARD_CLUSTERS))
     return {
         "together": found.together.plain(),
         "beyond_popularity": found.beyond_popularity.plain(),

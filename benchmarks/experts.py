@@ -29,9 +29,9 @@ import numpy as np
 from results import HERE, earlier, merged, write
 
 from vllm_instant import RoutedModel, SuperExperts
-from vllm_instant.demo.corpus import documents
-from vllm_instant.evidence.servers import Server, terminable
-from vllm_instant.experts.tracing import ROUTE
+from vllm_instant.tools.demo.corpus import documents
+from vllm_instant.tools.measure.servers import Server, terminable
+from vllm_instant.tools.moe.tracing import ROUTE
 
 OUTPUT = HERE / "results" / "experts.json"
 TOKENS = 48

@@ -19,9 +19,9 @@ from typing import Any
 
 from results import write
 
-from vllm_instant.evidence.servers import Server
+from vllm_instant.tools.measure.servers import Server
 
-BASE = Path(__file__).resolve().parent.parent / "vllm_instant/demo/assets/base"
+BASE = Path(__file__).resolve().parent.parent / "vllm_instant/tools/demo/assets/base"
 HEAD, KV_HEADS, LAYERS, LONGEST = 128, 8, 4, 2048
 MODEL = {
     "head_dim": HEAD,

@@ -27,7 +27,7 @@ import httpx
 import numpy as np
 from results import write
 
-from vllm_instant_loadtests.recording import Run
+from vllm_instant_loadtests.run_recorder import Run
 
 HERE = Path(__file__).resolve().parent
 LOCUSTFILE = HERE.parent / "loadtests/locustfile.py"

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from results import write
 
-from vllm_instant_loadtests.recording import Request, Run
+from vllm_instant_loadtests.run_recorder import Request, Run
 
 HERE = Path(__file__).resolve().parent
 BEFORE, AFTER = "structured", "creative"
@@ -74,7 +74,7 @@ def play(folder: Path, number: int) -> Path:
 
 def loadtest(folder: Path | None, *words: str) -> None:
     """Call the command."""
-    subprocess.run([sys.executable, "-m", "vllm_instant.cli", "loadtest", *words], check=True, cwd=folder)
+    subprocess.run([sys.executable, "-m", "vllm_instant.tools.cli", "loadtest", *words], check=True, cwd=folder)
 
 
 def of_kind(requests: Sequence[Request], kind: str) -> list[Request]:

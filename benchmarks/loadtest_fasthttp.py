@@ -9,7 +9,7 @@ import time
 import gevent
 from locust import FastHttpUser, events, task
 
-from vllm_instant_loadtests.player import READING_SECONDS, TIMER_SECONDS
+from vllm_instant_loadtests.load_driver import READING_SECONDS, TIMER_SECONDS
 
 TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 

@@ -25,9 +25,9 @@ from regret_setup import MAX_TOKENS, MODEL, OURS, Servers, mixed
 from results import earlier, merged, write
 from rich.console import Console
 
-from vllm_instant.evidence.load import Prompt, measure
-from vllm_instant.evidence.servers import running, settle
-from vllm_instant.evidence.statistics import median_interval, ratio_interval
+from vllm_instant.tools.measure.load import Prompt, measure
+from vllm_instant.tools.measure.servers import running, settle
+from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
 LENGTHS = (0, 1, 2, 4)
 DROPPED_BELOW = 0.85

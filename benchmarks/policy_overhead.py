@@ -23,7 +23,7 @@ import numpy as np
 from results import write
 
 from vllm_instant import RequestState, StepOutcome, UpcomingStep
-from vllm_instant.evidence.statistics import median_interval
+from vllm_instant.tools.measure.statistics import median_interval
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 
 MAX_DRAFT_TOKENS = 8

@@ -36,11 +36,11 @@ from results import write
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_instant import carrier
-from vllm_instant.demo import assets, expand
-from vllm_instant.evidence.statistics import median_interval, ratio_interval
-from vllm_instant.seams.scheduler import create_scheduler
-from vllm_instant.settings import resolve
+from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.settings import resolve
+from vllm_instant.patches.scheduler import create_scheduler
+from vllm_instant.tools.demo import assets, widen_model
+from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
 STEPS_A_ROUND = 25
 UNTIMED_STEPS = 3
@@ -110,9 +110,9 @@ def measure(
     running: int, waiting: int, rounds: int, asynchronous: bool, collector: bool, foretold: bool, model: bool
 ) -> dict[str, Any]:
     """Alternate both arms and return medians with intervals, in microseconds a step."""
-    pair = assets.prepare(size=expand.SMALL, dtype="float32")
+    pair = assets.prepare(size=widen_model.SMALL, dtype="float32")
     config = harness.engine_config(pair.target, 0, running, asynchronous)
-    carrier.publish(
+    deployment_env.publish(
         resolve(None, ["speculation.plugin=off", "batching.plugin=similarity", "batching.keep_lengths=false"])
     )
     arms = {

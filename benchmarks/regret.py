@@ -14,7 +14,7 @@ Two processes of one kind differ in speed by some percent for as long as they li
 out. Therefore our server also takes turns in which its clients pin the draft length (``vllm_xargs
 instant_speculation``): "ours, off" and "ours, K=n" are the same process as "ours" and differ from it by the decisions
 alone. Their turns still scatter; closest is what ours says of its own steps ("step by step"): what their tokens would
-have taken in steps like those of the same seconds that did not draft (``vllm_instant.evidence.drafting_balance``).
+have taken in steps like those of the same seconds that did not draft (``vllm_instant.tools.measure.speedup_estimate``).
 
 Regret = 1 − ours / best arm, in output tokens a second; the best arm is the one with the highest median, among stock
 servers and, in a column of its own, among the pinned arms. Fixed lengths that are more than 30 % behind after one round
@@ -55,12 +55,12 @@ from results import earlier, merged, write
 from rich.console import Console
 from rich.table import Table
 
-from vllm_instant.evidence.drafting_balance import balance
-from vllm_instant.evidence.load import Measured, measure
-from vllm_instant.evidence.prompts import snippets
-from vllm_instant.evidence.served import newest_decisions
-from vllm_instant.evidence.servers import running, settle
-from vllm_instant.evidence.statistics import Interval, median_interval, ratio_interval
+from vllm_instant.tools.measure.load import Measured, measure
+from vllm_instant.tools.measure.prompts import snippets
+from vllm_instant.tools.measure.server_info import newest_decisions
+from vllm_instant.tools.measure.servers import running, settle
+from vllm_instant.tools.measure.speedup_estimate import balance
+from vllm_instant.tools.measure.statistics import Interval, median_interval, ratio_interval
 
 DROPPED_BELOW = {0: 0.7, 1: 0.85}
 """After the first and the second round: share of the best arm's speed below which a fixed length is given up."""

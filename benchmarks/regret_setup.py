@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 
-from vllm_instant.demo import assets
-from vllm_instant.evidence.load import Prompt
-from vllm_instant.evidence.prompts import free, snippets
-from vllm_instant.evidence.servers import Server
+from vllm_instant.tools.demo import assets
+from vllm_instant.tools.measure.load import Prompt
+from vllm_instant.tools.measure.prompts import free, snippets
+from vllm_instant.tools.measure.servers import Server
 
 HERE = Path(__file__).resolve().parent
 MODEL = "demo"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from vllm_instant.evidence.circumstances import circumstances
 
 HERE = Path(__file__).resolve().parent

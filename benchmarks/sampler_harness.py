@@ -17,9 +17,9 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler, apply_sampling_co
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_instant.containment import Contained
-from vllm_instant.seams.cpu_sampling import REPAIRS
-from vllm_instant.seams.rejection_sampler import SAMPLER_ATTRIBUTE, sampler_class
+from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.patches.cpu.sampling import REPAIRS
+from vllm_instant.patches.rejection_sampler import SAMPLER_ATTRIBUTE, sampler_class
 
 
 def prepare_cpu_kernels() -> None:

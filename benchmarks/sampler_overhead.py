@@ -19,7 +19,7 @@ import torch
 from results import write
 from sampler_harness import drafts_metadata, our_sampler, prepare_cpu_kernels, sampling_metadata, stock_sampler
 
-from vllm_instant.evidence.statistics import median_interval, ratio_interval
+from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 from vllm_instant_plugins.samplers.block import BlockSampler
 from vllm_instant_plugins.samplers.relaxed import RelaxedSampler
 from vllm_instant_plugins.samplers.token import TokenSampler

@@ -18,11 +18,11 @@ from results import write
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_instant import carrier
-from vllm_instant.demo import assets, expand
-from vllm_instant.evidence.statistics import median_interval, ratio_interval
-from vllm_instant.seams.scheduler import create_scheduler
-from vllm_instant.settings import resolve
+from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.settings import resolve
+from vllm_instant.patches.scheduler import create_scheduler
+from vllm_instant.tools.demo import assets, widen_model
+from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
 STEPS_A_ROUND = 20
 TOKENS_BEFORE_RESTART = 400
@@ -73,10 +73,10 @@ class Arm:
 
 def measure(running: int, drafts: int, rounds: int, asynchronous: bool) -> dict[str, Any]:
     """Alternate both arms and return medians with intervals, in microseconds a step."""
-    pair = assets.prepare(size=expand.SMALL, dtype="float32")
+    pair = assets.prepare(size=widen_model.SMALL, dtype="float32")
     config = harness.engine_config(pair.target, drafts, running, asynchronous)
     # The mechanism alone; a policy that thinks longer does so while the model runs (policy_overhead.py).
-    carrier.publish(resolve(None, ["speculation.plugin=fixed", f"speculation.num_draft_tokens={drafts}"]))
+    deployment_env.publish(resolve(None, ["speculation.plugin=fixed", f"speculation.num_draft_tokens={drafts}"]))
     arms = {
         "stock": Arm(AsyncScheduler if asynchronous else Scheduler, config, running, drafts, asynchronous),
         "vllm-instant": Arm(create_scheduler, config, running, drafts, asynchronous),

@@ -30,11 +30,11 @@ import numpy as np
 from regret_setup import snippets
 from results import earlier, merged, write
 
-from vllm_instant.demo import assets
-from vllm_instant.evidence.open_loop import Due, Followed, send
-from vllm_instant.evidence.served import newest_decisions
-from vllm_instant.evidence.servers import Server, running, settle
-from vllm_instant.evidence.statistics import median_interval, ratio_interval
+from vllm_instant.tools.demo import assets
+from vllm_instant.tools.measure.open_loop import Due, Followed, send
+from vllm_instant.tools.measure.server_info import newest_decisions
+from vllm_instant.tools.measure.servers import Server, running, settle
+from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
 HERE = Path(__file__).resolve().parent
 MODEL = "demo"

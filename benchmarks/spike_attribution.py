@@ -26,10 +26,10 @@ from results import HERE, command, earlier, write
 from rich.console import Console
 from rich.table import Table
 
-from vllm_instant.evidence.servers import running, terminable
+from vllm_instant.tools.measure.servers import running, terminable
 from vllm_instant_loadtests import causes
 from vllm_instant_loadtests.analysis import Analysis, analyse
-from vllm_instant_loadtests.recording import Event, Run
+from vllm_instant_loadtests.run_recorder import Event, Run
 
 TIMES = {"drafting": 2, "few seats": 2, "little cache": 1}
 """How often each cause of a life is done in one call; what only one life can do is done once more."""

@@ -18,7 +18,7 @@ from results import HERE, command, earlier, write
 from rich.console import Console
 from scipy.stats import beta
 
-from vllm_instant.evidence.servers import running, terminable
+from vllm_instant.tools.measure.servers import running, terminable
 from vllm_instant_loadtests.analysis import analyse
 
 SECONDS = 45.0

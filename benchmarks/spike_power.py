@@ -18,7 +18,7 @@ from results import HERE, write
 
 from vllm_instant_loadtests import causes
 from vllm_instant_loadtests.analysis import analyse
-from vllm_instant_loadtests.recording import Event
+from vllm_instant_loadtests.run_recorder import Event
 from vllm_instant_loadtests.simulated import SERVER, Engine, Load, simulate
 
 RATIOS, LENGTHS = (1.3, 1.6, 2.0, 3.0), (1.0, 2.0, 5.0, 10.0)

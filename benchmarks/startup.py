@@ -20,9 +20,9 @@ from pathlib import Path
 
 from results import write
 
-from vllm_instant.demo import assets, expand
-from vllm_instant.evidence.servers import Server
-from vllm_instant.evidence.statistics import median_interval
+from vllm_instant.tools.demo import assets, widen_model
+from vllm_instant.tools.measure.servers import Server
+from vllm_instant.tools.measure.statistics import median_interval
 
 DEPLOYMENT = '[drafter]\nplugin = "ngram"\nnum_speculative_tokens = 4\n'
 STOCK_SPECULATION = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}'
@@ -73,13 +73,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/startup.json")
     options = parser.parse_args()
-    pair = assets.prepare(size=expand.SMALL, dtype="float32")
+    pair = assets.prepare(size=widen_model.SMALL, dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "deploy.toml"
         file.write_text(DEPLOYMENT)
         plain = {**os.environ, "HF_HUB_OFFLINE": "1"}
         front_end = process_seconds(FRONT_END, file, options.rounds, plain)
-        from vllm_instant.settings import resolve
+        from vllm_instant.deployment.settings import resolve
 
         published = {**plain, "INSTANT_SETTINGS": resolve(file).model_dump_json()}
         child = process_seconds(CHILD, file, options.rounds, published)

@@ -38,11 +38,11 @@ from results import earlier, merged, write
 from streaming_checks import abuse_part, identity_part
 from streaming_harness import MODEL, Answer, keystrokes, pieces, summary, typed, whole
 
-from vllm_instant.client import StreamingSession
-from vllm_instant.demo import assets, expand
-from vllm_instant.evidence.load import Measured, Prompt, measure
-from vllm_instant.evidence.servers import Server, running
-from vllm_instant.evidence.statistics import median_interval, ratio_interval
+from vllm_instant.streaming.client import StreamingSession
+from vllm_instant.tools.demo import assets, widen_model
+from vllm_instant.tools.measure.load import Measured, Prompt, measure
+from vllm_instant.tools.measure.servers import Server, running
+from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
 HERE = Path(__file__).resolve().parent
 LONG, SHORT = 2250, 90
@@ -236,7 +236,7 @@ async def _with_typists(url: str, prompts: Prompts, arm: str, seconds: float) ->
 
 def serve(folder: Path, plugin: str, dtype: str | None = None) -> Server:
     """The server; in ``dtype`` with the demo's smallest target."""
-    pair = assets.prepare() if dtype is None else assets.prepare(size=expand.SMALL, dtype=dtype)
+    pair = assets.prepare() if dtype is None else assets.prepare(size=widen_model.SMALL, dtype=dtype)
     file = folder / f"{dtype}.toml"
     file.write_text(DEPLOYMENT.replace("PLUGIN", plugin))
     words = ["--plugins", "vllm_instant", "--instant-config", str(file), *(["--dtype", dtype] if dtype else [])]

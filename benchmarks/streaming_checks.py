@@ -12,8 +12,8 @@ import httpx
 import numpy as np
 from streaming_harness import MODEL, drop_at_random, pieces, summary, typed, typing, whole
 
-from vllm_instant.client import StreamingError, StreamingSession
-from vllm_instant.evidence.servers import Server
+from vllm_instant.streaming.client import StreamingError, StreamingSession
+from vllm_instant.tools.measure.servers import Server
 
 
 async def identity_part(url: str, count: int = 50, key: str = "none") -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import websockets
 
-from vllm_instant.client import StreamingError, StreamingSession
-from vllm_instant.demo.corpus import documents
-from vllm_instant.evidence.statistics import median_interval
+from vllm_instant.streaming.client import StreamingError, StreamingSession
+from vllm_instant.tools.demo.corpus import documents
+from vllm_instant.tools.measure.statistics import median_interval
 
 MODEL = "demo"
 ODD = (

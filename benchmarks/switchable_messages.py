@@ -1,7 +1,7 @@
 """A drafter for ``worker_messages.py`` with which a worker answers as vLLM has it, or at once, while it serves.
 
 As ``switchable_drafter.SwitchableDrafter``, whose control file it reads; in it ``"at_once": false`` switches
-``vllm_instant.seams.worker_messages`` off.
+``vllm_instant.patches.cpu.single_rpc`` off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from switchable_drafter import SwitchableDrafter
 
-from vllm_instant.seams import worker_messages
+from vllm_instant.patches.cpu import single_rpc
 
 
 class SwitchableMessages(SwitchableDrafter):
@@ -20,7 +20,7 @@ class SwitchableMessages(SwitchableDrafter):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """There is no model to load; the worker's runner exists now."""
-        may_sample = worker_messages._may_sample
+        may_sample = single_rpc._may_sample
         read_at, at_once = 0, True
 
         def may_sample_now(runner: Any) -> bool:
@@ -31,4 +31,4 @@ class SwitchableMessages(SwitchableDrafter):
                     read_at, at_once = changed, bool(json.load(file).get("at_once", True))
             return at_once and may_sample(runner)
 
-        worker_messages._may_sample = may_sample_now
+        single_rpc._may_sample = may_sample_now

@@ -31,7 +31,7 @@ from vllm_instant import (
     UpcomingStep,
     hookimpl,
 )
-from vllm_instant.drafting import worthwhile
+from vllm_instant.speculation.draft_plan import worthwhile
 from vllm_instant_plugins.goodput.plugin import warm_up
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 from vllm_instant_plugins.hybrid.drafter import HybridDrafter

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from results import write
 
-from vllm_instant.evidence.queueing import Job, serve
+from vllm_instant.tools.measure.queue_simulator import Job, serve
 from vllm_instant_plugins.similarity import policy as similarity
 
 SLOTS, SECONDS = 8, 0.03

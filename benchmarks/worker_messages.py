@@ -1,4 +1,4 @@
-"""What one message a step to the workers is worth on a CPU (``vllm_instant/seams/worker_messages.py``).
+"""What one message a step to the workers is worth on a CPU (``vllm_instant/patches/cpu/single_rpc.py``).
 
 .venv/bin/python benchmarks/worker_messages.py
 
@@ -19,11 +19,11 @@ from typing import Any
 from regret_setup import HERE, MAX_TOKENS, MODEL
 from results import write
 
-from vllm_instant.demo import assets
-from vllm_instant.evidence.load import measure
-from vllm_instant.evidence.prompts import snippets
-from vllm_instant.evidence.servers import Server, settle
-from vllm_instant.evidence.statistics import Interval, median_interval, ratio_interval
+from vllm_instant.tools.demo import assets
+from vllm_instant.tools.measure.load import measure
+from vllm_instant.tools.measure.prompts import snippets
+from vllm_instant.tools.measure.servers import Server, settle
+from vllm_instant.tools.measure.statistics import Interval, median_interval, ratio_interval
 
 DRAFTS = 2
 ARMS = {"as vLLM": False, "at once": True}

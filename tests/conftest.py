@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import settings as hypothesis_settings
 
-from vllm_instant.demo import assets, expand
-from vllm_instant.demo.assets import Pair
+from vllm_instant.tools.demo import assets, widen_model
+from vllm_instant.tools.demo.assets import Pair
 
 # First examples import torch; a deadline would judge the import.
 hypothesis_settings.register_profile("tests", deadline=None)
@@ -91,7 +91,7 @@ def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_pair() -> Pair:
     """The demo models, expanded only a little and in float32."""
-    return assets.prepare(size=expand.SMALL, dtype="float32")
+    return assets.prepare(size=widen_model.SMALL, dtype="float32")
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def write_file(tmp_path: Path) -> Callable[[str], Path]:
 @pytest.fixture
 def with_test_plugins(plugin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make the installed test plugins visible in this process."""
-    from vllm_instant.plugin_manager import plugin_manager
+    from vllm_instant.deployment.plugin_manager import plugin_manager
 
     monkeypatch.syspath_prepend(str(plugin_folder))
     plugin_manager.cache_clear()

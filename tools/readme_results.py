@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_instant.bench.plan import AGAIN, OURS, STOCK
-from vllm_instant.bench.report import comparison, floor, number
-from vllm_instant.bench.rows import Row
+from vllm_instant.tools.bench.plan import AGAIN, OURS, STOCK
+from vllm_instant.tools.bench.report import comparison, floor, number
+from vllm_instant.tools.bench.rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -1,9 +1,10 @@
 """vllm-instant: lower latency for vLLM, from plugins that one deployment file chooses.
 
-This module is the public API for plugin authors; ``vllm_instant.contracts`` says what a plugin of each kind implements.
+This module is the public API for plugin authors; ``vllm_instant.interfaces`` says what a plugin of each kind implements.
 """
 
-from vllm_instant.contracts import (
+from vllm_instant.deployment.settings import Deployment
+from vllm_instant.interfaces import (
     Admission,
     AttentionLayer,
     AttentionProvider,
@@ -45,13 +46,12 @@ from vllm_instant.contracts import (
     StreamingPrefill,
     UpcomingStep,
 )
-from vllm_instant.drafting import worthwhile
-from vllm_instant.experts.clusters import SuperExperts
-from vllm_instant.experts.traces import RoutedModel, Trace
-from vllm_instant.hookspecs import hookimpl
-from vllm_instant.live_requests import prompt_class, told_output_tokens
-from vllm_instant.settings import Deployment
-from vllm_instant.verification import DraftRows, Verification, draft_rows
+from vllm_instant.interfaces.hookspecs import hookimpl
+from vllm_instant.moe.expert_groups import SuperExperts
+from vllm_instant.moe.routing_trace import RoutedModel, Trace
+from vllm_instant.scheduling.request_registry import prompt_class, told_output_tokens
+from vllm_instant.speculation.draft_plan import worthwhile
+from vllm_instant.speculation.verification import DraftRows, Verification, draft_rows
 
 __version__ = "0.1.0"
 

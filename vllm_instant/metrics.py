@@ -10,7 +10,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-from vllm_instant.settings import Deployment
+from vllm_instant.deployment.settings import Deployment
 
 PREFIX = "vllm_instant:"
 

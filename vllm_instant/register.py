@@ -9,10 +9,10 @@ from __future__ import annotations
 
 def register() -> None:
     """Offer the flags, and activate the deployment that a parent process published; idempotent."""
-    from vllm_instant import activation, carrier
-    from vllm_instant.seams import flags, module_names
+    from vllm_instant.deployment import deployment_env
+    from vllm_instant.patches import activation, flags, module_names
 
     module_names.hide_bare_folder()
     flags.install(activation.serve)
-    if carrier.current() is not None:
+    if deployment_env.current() is not None:
         activation.activate()

@@ -96,7 +96,7 @@ def copy_bandwidth(runs: int) -> float:
 def median_interval(values: Sequence[float], confidence: float = 0.95, draws: int = 2000) -> dict[str, float]:
     """Median with its percentile-bootstrap interval.
 
-    As in ``vllm_instant.evidence.statistics``, with nothing but the standard library.
+    As in ``vllm_instant.tools.measure.statistics``, with nothing but the standard library.
     """
     generator = random.Random(0)
     resampled = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))

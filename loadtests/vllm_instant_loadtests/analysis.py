@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant_loadtests import causes, comparing, goals, spikes, windows
+from vllm_instant_loadtests import causes, compare, goals, spikes, windows
 from vllm_instant_loadtests.goals import Checked, Goals
-from vllm_instant_loadtests.meters import Meters, Span
-from vllm_instant_loadtests.recording import Event, Request, Run
-from vllm_instant_loadtests.scene import Scene
+from vllm_instant_loadtests.metric_series import Meters, Span
+from vllm_instant_loadtests.run_recorder import Event, Request, Run
+from vllm_instant_loadtests.spike_context import Scene
 from vllm_instant_loadtests.spikes import Rise
 from vllm_instant_loadtests.windows import ITL, STALL, TTFT, Entries, Series
 
@@ -160,7 +160,7 @@ class Analysis:
 
     about: dict[str, Any]
     servers: list[ServerAnalysis]
-    comparisons: list[comparing.Comparison]
+    comparisons: list[compare.Comparison]
     goals: list[Checked]
 
     @property
@@ -215,7 +215,7 @@ def analyse(run: Run, goals: Goals | None = None) -> Analysis:
         run.about,
         servers,
         # The later server beside the earlier one: scenarios name stock first.
-        [comparing.compare(run, ours, theirs) for theirs, ours in itertools.combinations(names, 2)],
+        [compare.compare(run, ours, theirs) for theirs, ours in itertools.combinations(names, 2)],
         [checked for server in servers for checked in _checked(wanted, server)],
     )
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vllm_instant_loadtests import meters as m
-from vllm_instant_loadtests.scene import AROUND, Scene, explained, reached
+from vllm_instant_loadtests import metric_series as m
+from vllm_instant_loadtests.spike_context import AROUND, Scene, explained, reached
 from vllm_instant_loadtests.windows import STALL, TTFT
 
 ACCEPTANCE = "acceptance collapse"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_instant.evidence import prompts as evidence
-from vllm_instant.evidence.load import Prompt
+from vllm_instant.tools.measure import prompts as evidence
+from vllm_instant.tools.measure.load import Prompt
 
 _FORMS = ("poem", "short story", "letter", "fairy tale", "song", "monologue", "dialogue", "diary entry")
 _MOODS = ("cheerful", "gloomy", "absurd", "solemn", "mysterious", "tender", "furious", "dreamlike")

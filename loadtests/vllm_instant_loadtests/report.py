@@ -12,11 +12,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from vllm_instant.pages import Band, Line, Plot, Tick, across, round_ticks, template, up
-from vllm_instant_loadtests import meters as m
+from vllm_instant.tools.html import Band, Line, Plot, Tick, across, round_ticks, template, up
+from vllm_instant_loadtests import metric_series as m
 from vllm_instant_loadtests.analysis import NAMES, Analysis, ServerAnalysis, Spike
-from vllm_instant_loadtests.meters import Meters
-from vllm_instant_loadtests.recording import Run
+from vllm_instant_loadtests.metric_series import Meters
+from vllm_instant_loadtests.run_recorder import Run
 from vllm_instant_loadtests.windows import HOP, ITL, METRICS, PACE, STALL, TTFT, WARM_UP, Array
 
 SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "=", "not measured": "–"}

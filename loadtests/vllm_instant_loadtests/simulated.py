@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_instant_loadtests import causes
-from vllm_instant_loadtests import meters as m
-from vllm_instant_loadtests.recording import Client, Event, Request, Run, Sample
+from vllm_instant_loadtests import metric_series as m
+from vllm_instant_loadtests.run_recorder import Client, Event, Request, Run, Sample
 
 SERVER = "simulated"
 

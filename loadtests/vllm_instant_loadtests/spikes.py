@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student
 
-from vllm_instant.evidence.statistics import Estimate
+from vllm_instant.tools.measure.statistics import Estimate
 from vllm_instant_loadtests.windows import HOP, PACE, STALL, TTFT, Array, Entries, Series, statistic
 
 ALPHA = 0.05

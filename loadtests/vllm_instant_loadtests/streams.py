@@ -22,7 +22,7 @@ import gevent
 from geventhttpclient.connectionpool import ConnectionPool, SSLConnectionPool
 from geventhttpclient.response import HTTPParseError, HTTPResponse
 
-from vllm_instant_loadtests.plan import Due
+from vllm_instant_loadtests.schedule import Due
 
 SECONDS = 600.0
 """After which an answer that has stopped coming is an error."""

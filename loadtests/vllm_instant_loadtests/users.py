@@ -11,9 +11,9 @@ from typing import Any
 from gevent.event import Event
 from locust import User, constant, task
 
-from vllm_instant_loadtests import rows
-from vllm_instant_loadtests.plan import COUNTED, Due
-from vllm_instant_loadtests.recording import Request
+from vllm_instant_loadtests import locust_stats
+from vllm_instant_loadtests.run_recorder import Request
+from vllm_instant_loadtests.schedule import COUNTED, Due
 from vllm_instant_loadtests.streams import StreamingClient
 
 
@@ -76,5 +76,5 @@ class StreamingUser(User):  # type: ignore[misc]
             error=answer.error,
             left=answer.left,
         )
-        rows.report(self.environment, request)
+        locust_stats.report(self.environment, request)
         return request

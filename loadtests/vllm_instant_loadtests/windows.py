@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_loadtests.recording import Request
+from vllm_instant_loadtests.run_recorder import Request
 
 Array = npt.NDArray[np.float64]
 ITL, PACE, TTFT, STALL = "itl", "pace", "ttft", "stall"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vllm_instant import Deployment, Plugin, hookimpl
-from vllm_instant_plugins import drafters, speculation, stock
+from vllm_instant_plugins import baseline, drafters, speculation
 from vllm_instant_plugins.attention.plugin import PLUGINS as ATTENTION
 from vllm_instant_plugins.chunked import plugin as chunked
 from vllm_instant_plugins.goodput.plugin import PLUGIN as GOODPUT
@@ -30,7 +30,7 @@ def instant_plugins() -> Iterable[Plugin]:
         *ATTENTION,
         *EXPERTS,
         *chunked.PLUGINS,
-        *stock.PLUGINS,
+        *baseline.PLUGINS,
     ]
 
 

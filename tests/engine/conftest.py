@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from asking import COMMON, NAMED, ask_all
 
-from vllm_instant.demo.assets import Pair
-from vllm_instant.demo.corpus import documents
-from vllm_instant.evidence.servers import Server
+from vllm_instant.tools.demo.assets import Pair
+from vllm_instant.tools.demo.corpus import documents
+from vllm_instant.tools.measure.servers import Server
 
 PROMPTS = 50
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from asking import ask
 
-from vllm_instant.evidence.servers import ServerError
+from vllm_instant.tools.measure.servers import ServerError
 from vllm_instant_kernels.cache_layout import row_bytes
 
 PROMPT = "import os\nimport sys\n\ndef main(argv):\n    for name in argv:\n        print(name)\n\ndef main(argv):\n"

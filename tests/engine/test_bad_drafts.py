@@ -5,7 +5,7 @@ import json
 import pytest
 from deployments import HYBRID
 
-from vllm_instant.evidence.servers import ServerError
+from vllm_instant.tools.measure.servers import ServerError
 
 
 def test_another_vocabulary_is_one_sentence(launch, demo_pair, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from deployments import TOKEN_BY_TOKEN
 from typer.testing import CliRunner
 
-from vllm_instant.cli import app
+from vllm_instant.tools.cli import app
 
 pytestmark = pytest.mark.engine
 

@@ -6,7 +6,7 @@ import pytest
 from asking import ask_all
 from deployments import RAISING
 
-from vllm_instant.evidence.servers import ServerError
+from vllm_instant.tools.measure.servers import ServerError
 
 
 def test_failing_plugins_are_disabled_and_no_request_fails(launch, prompts, expected):

@@ -16,10 +16,10 @@ import pytest
 from asking import COMMON, NAMED, ask
 
 from vllm_instant import RoutedModel, SuperExperts, Trace
-from vllm_instant.demo import expand_experts, moe_assets
-from vllm_instant.evidence.prompts import snippets
-from vllm_instant.evidence.servers import Server, running
-from vllm_instant.experts.tracing import record
+from vllm_instant.tools.demo import moe_assets, widen_experts
+from vllm_instant.tools.measure.prompts import snippets
+from vllm_instant.tools.measure.servers import Server, running
+from vllm_instant.tools.moe.tracing import record
 
 ROUTE = "/v1/instant/experts"
 LAYERS, EXPERTS, TOP_K = 6, 64, 8
@@ -74,7 +74,7 @@ def servers(
     trace_file: Path, clusters: Path, plugin_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Server]]:
     """Stock vLLM, ours with super_expert, and ours that observes; started together."""
-    model = moe_assets.prepare(size=expand_experts.SMALL, dtype="float32")
+    model = moe_assets.prepare(size=widen_experts.SMALL, dtype="float32")
     folder = tmp_path_factory.mktemp("moe")
 
     def server(name: str, deployment: str | None) -> Server:

@@ -11,7 +11,7 @@ import pytest
 from asking import ask_all
 from deployments import DRAFT_MODEL, EXAMPLE
 
-from vllm_instant.evidence.servers import serving_environment
+from vllm_instant.tools.measure.servers import serving_environment
 
 
 def test_two_tensor_parallel_workers(launch, prompts, expected):

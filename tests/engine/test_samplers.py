@@ -11,9 +11,9 @@ from asking import ask
 from deployments import DRAFT_MODEL
 from typer.testing import CliRunner
 
-from vllm_instant.cli import app
-from vllm_instant.evidence import quality
-from vllm_instant.evidence.sampling import Arm
+from vllm_instant.tools.cli import app
+from vllm_instant.tools.measure import quality
+from vllm_instant.tools.measure.sampling import Arm
 
 SAMPLING = {
     "plain": {"temperature": 1.0},

@@ -15,8 +15,8 @@ from asking import COMMON, NAMED, EngineDiedError, ask
 from deployments import DRAFT_MODEL
 from scipy.stats import chisquare
 
-from vllm_instant.evidence.servers import Server
-from vllm_instant.seams import cpu_sampling
+from vllm_instant.patches.cpu import sampling
+from vllm_instant.tools.measure.servers import Server
 
 PROMPT = "import os\nimport sys\n\ndef main("
 TOP_K, TEMPERATURE, TOKENS = 3, 0.8, 3
@@ -101,5 +101,5 @@ def test_stock_speculation_is_wrong_exactly_where_the_probes_say_so(demo_pair, e
         except EngineDiedError:
             wrong = True
     assert wrong == any(
-        repair.is_wrong(getattr(import_module(repair.module), repair.function)) for repair in cpu_sampling.REPAIRS
+        repair.is_wrong(getattr(import_module(repair.module), repair.function)) for repair in sampling.REPAIRS
     )

@@ -19,10 +19,10 @@ from streaming_checks import abuse_part, identity_part
 from streaming_harness import pieces, typed, typing
 from typer.testing import CliRunner
 
-from vllm_instant.cli import app
-from vllm_instant.client import StreamingError, StreamingSession
-from vllm_instant.evidence.servers import Server
-from vllm_instant_loadtests.recording import Run
+from vllm_instant.streaming.client import StreamingError, StreamingSession
+from vllm_instant.tools.cli import app
+from vllm_instant.tools.measure.servers import Server
+from vllm_instant_loadtests.run_recorder import Run
 
 KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}

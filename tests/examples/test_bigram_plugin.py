@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vllm_instant import DraftRequest, RequestState, UpcomingStep
-from vllm_instant.plugin_manager import plugin_manager
-from vllm_instant.settings import resolve
+from vllm_instant.deployment.plugin_manager import plugin_manager
+from vllm_instant.deployment.settings import resolve
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.usefixtures("with_test_plugins")

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from vllm_instant_loadtests import causes
-from vllm_instant_loadtests import meters as m
+from vllm_instant_loadtests import metric_series as m
 from vllm_instant_loadtests.analysis import analyse
-from vllm_instant_loadtests.recording import Event, Run, Sample, Step
+from vllm_instant_loadtests.run_recorder import Event, Run, Sample, Step
 from vllm_instant_loadtests.simulated import SERVER, Engine, Load, simulate
 
 CASES = {

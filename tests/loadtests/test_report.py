@@ -7,11 +7,11 @@ from xml.etree import ElementTree
 import pytest
 from pydantic import ValidationError
 
-from vllm_instant_loadtests import causes, comparing
+from vllm_instant_loadtests import causes, compare
 from vllm_instant_loadtests.analysis import analyse
 from vllm_instant_loadtests.goals import Goals
-from vllm_instant_loadtests.recording import Event, Run
 from vllm_instant_loadtests.report import write_html, write_json, write_junit
+from vllm_instant_loadtests.run_recorder import Event, Run
 from vllm_instant_loadtests.simulated import SERVER, Engine, Load, simulate
 
 
@@ -58,8 +58,8 @@ def test_goals_that_make_no_sense_are_refused(goal):
 
 
 def test_a_faster_server_is_better_and_the_same_one_makes_no_difference():
-    faster = comparing.compare(_beside(0.012), "ours", "stock")
-    same = comparing.compare(_beside(0.0202), "ours", "stock")
+    faster = compare.compare(_beside(0.012), "ours", "stock")
+    same = compare.compare(_beside(0.0202), "ours", "stock")
     rows = {row.name: row for row in faster.rows}
     assert rows["ITL mean"].verdict == "better"
     assert rows["ITL mean"].effect.mean == pytest.approx(0.7, abs=0.15)
@@ -72,7 +72,7 @@ def test_a_faster_server_is_better_and_the_same_one_makes_no_difference():
 def test_pairs_that_one_server_failed_are_counted_and_not_compared():
     run = _beside(0.02)
     broken = [replace(r, error="HTTP 500") if r.server == "ours" and r.number < 7 else r for r in run.requests]
-    comparison = comparing.compare(Run(run.about, broken), "ours", "stock")
+    comparison = compare.compare(Run(run.about, broken), "ours", "stock")
     assert comparison.failed == (7, 0)
     assert comparison.pairs == 173
 

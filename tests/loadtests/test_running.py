@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from mock_servers import MockServer, serving
 
-from vllm_instant_loadtests import plan
+from vllm_instant_loadtests import schedule
 from vllm_instant_loadtests.mock import Pace
-from vllm_instant_loadtests.recording import Run
+from vllm_instant_loadtests.run_recorder import Run
 from vllm_instant_loadtests.scenario import load
 
 Locust = Callable[..., subprocess.CompletedProcess[str]]
@@ -55,7 +55,7 @@ class Played:
 
     def __init__(self, run: Run, quick: MockServer, slow: MockServer, truth: Path, output: str) -> None:
         self.run, self.quick, self.slow, self.output = run, quick, slow, output
-        self.planned = plan.requests(load(truth.parent / "all.toml"), "0")
+        self.planned = schedule.requests(load(truth.parent / "all.toml"), "0")
         self.sent = {line["id"]: line["sent"] for line in map(json.loads, truth.read_text().splitlines())}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from vllm_instant_loadtests import causes, spikes, windows
 from vllm_instant_loadtests.analysis import analyse
-from vllm_instant_loadtests.recording import Event, Request, Run, request
+from vllm_instant_loadtests.run_recorder import Event, Request, Run, request
 from vllm_instant_loadtests.simulated import SERVER, Engine, Load, simulate
 from vllm_instant_loadtests.windows import ITL, Series
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from vllm_instant_loadtests.watching import Placing, values
+from vllm_instant_loadtests.metrics_poller import Placing, values
 
 METRICS = """\
 # HELP vllm:num_requests_running Number of requests.

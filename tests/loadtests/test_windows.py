@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_instant_loadtests import windows
-from vllm_instant_loadtests.recording import Request
+from vllm_instant_loadtests.run_recorder import Request
 from vllm_instant_loadtests.windows import ITL, PACE, STALL, TTFT, Entries
 
 

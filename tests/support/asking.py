@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from vllm_instant.evidence.servers import Server
+from vllm_instant.tools.measure.servers import Server
 
 COMMON = ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
 NAMED = ["--served-model-name", "demo"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_instant.experts.traces import RoutedModel, Trace
+from vllm_instant.moe.routing_trace import RoutedModel, Trace
 
 
 def planted(

@@ -13,11 +13,11 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from vllm_instant import EngineLoad, Holds, SessionLimits, StreamingPrefill
-from vllm_instant.containment import Contained
-from vllm_instant.demo.assets import ASSETS
+from vllm_instant.deployment.circuit_breaker import Contained
 from vllm_instant.streaming.engine import Early, Prompt, RequestError
-from vllm_instant.streaming.host import Host
-from vllm_instant.streaming.numbers import StreamingNumbers
+from vllm_instant.streaming.metrics import StreamingNumbers
+from vllm_instant.streaming.session_manager import Host
+from vllm_instant.tools.demo.assets import ASSETS
 
 CONTRACTIONS_AND_NUMBERS = "|".join(
     (

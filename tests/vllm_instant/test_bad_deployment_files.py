@@ -98,7 +98,7 @@ def _check(file: Path, plugins: Path) -> subprocess.CompletedProcess[str]:
     import os
 
     return subprocess.run(
-        [sys.executable, "-m", "vllm_instant.cli", "config", "check", str(file)],
+        [sys.executable, "-m", "vllm_instant.tools.cli", "config", "check", str(file)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(plugins)},

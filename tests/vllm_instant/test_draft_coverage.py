@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant.draft_coverage import DraftCoverage
+from vllm_instant.speculation.draft_coverage import DraftCoverage
 
 BLOCKS = np.array([7, 3, 9, 2000, 5], np.int32)
 

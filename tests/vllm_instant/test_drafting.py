@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_instant import Draft, DraftPrice
-from vllm_instant.drafting import worthwhile
+from vllm_instant.speculation.draft_plan import worthwhile
 
 CHANCE = st.floats(0.0, 1.0)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_instant.held_prefixes import HeldPrefixes
+from vllm_instant.scheduling.pinned_prefixes import HeldPrefixes
 
 SIZE = 4
 

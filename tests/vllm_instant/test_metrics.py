@@ -2,8 +2,8 @@
 
 from prometheus_client import CollectorRegistry, generate_latest
 
+from vllm_instant.deployment.settings import resolve
 from vllm_instant.metrics import InstantMetrics
-from vllm_instant.settings import resolve
 
 
 def _totals(proposed, failures=()):

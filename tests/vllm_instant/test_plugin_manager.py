@@ -6,9 +6,9 @@ from types import ModuleType
 import pytest
 
 from vllm_instant import Plugin, hookimpl
-from vllm_instant.plugin_manager import PluginManager, plugin_manager
-from vllm_instant.problems import DeploymentError
-from vllm_instant.settings import resolve
+from vllm_instant.deployment.errors import DeploymentError
+from vllm_instant.deployment.plugin_manager import PluginManager, plugin_manager
+from vllm_instant.deployment.settings import resolve
 
 
 class InlineEntryPoint(EntryPoint):

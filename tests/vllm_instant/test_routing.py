@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant.experts import budgets
-from vllm_instant.routing import FUNCTIONS, Scoring, held_to, one_hot
+from vllm_instant.moe.router_scoring import FUNCTIONS, Scoring, held_to, one_hot
+from vllm_instant.tools.moe import budgets
 
 SHAPES = st.tuples(st.integers(1, 12), st.sampled_from([(8, 2), (16, 4), (64, 8)]), st.integers(0, 10_000))
 

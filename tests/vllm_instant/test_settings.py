@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from vllm_instant.problems import DeploymentError
-from vllm_instant.settings import Deployment, resolve
+from vllm_instant.deployment.errors import DeploymentError
+from vllm_instant.deployment.settings import Deployment, resolve
 
 
 def test_defaults_are_lossless_and_ask_nothing_of_vllm():
@@ -81,7 +81,7 @@ def test_a_drafter_of_a_plugin_runs_as_custom_class(write_file):
     path = write_file('[drafter]\nplugin = "bigram"\nnum_speculative_tokens = 3\n')
     assert resolve(path).engine_arguments()["speculative_config"] == {
         "method": "custom_class",
-        "model": "vllm_instant.seams.drafter.PluginDrafter",
+        "model": "vllm_instant.patches.drafter.PluginDrafter",
         "num_speculative_tokens": 3,
     }
 

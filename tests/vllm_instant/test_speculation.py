@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_instant import RequestState, SpeculationPolicy
-from vllm_instant.containment import Contained
-from vllm_instant.drafting import DraftReport
-from vllm_instant.speculation import SpeculationBudget, requested_draft_length
+from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.speculation.draft_budget import SpeculationBudget, requested_draft_length
+from vllm_instant.speculation.draft_plan import DraftReport
 
 
 class Scripted(SpeculationPolicy):

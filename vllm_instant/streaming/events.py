@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from vllm_instant.problems import choices, shown
+from vllm_instant.deployment.errors import choices, shown
 
 
 class EventError(Exception):

@@ -16,8 +16,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.requests import HTTPConnection
 
 from vllm_instant.streaming.events import Commit, EventError, check, parse
-from vllm_instant.streaming.host import Host, RefusedError
 from vllm_instant.streaming.session import Send, Session, error_event
+from vllm_instant.streaming.session_manager import Host, RefusedError
 from vllm_instant.streaming.tokens import CLIENT, SessionTokens
 
 logger = logging.getLogger("vllm.instant")

@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
-from vllm_instant.contracts import PrefillOutcome, PrefillProgress
-from vllm_instant.streaming.early import EarlyAnswer
+from vllm_instant.interfaces import PrefillOutcome, PrefillProgress
 from vllm_instant.streaming.engine import Prompt, RequestError
 from vllm_instant.streaming.events import (
     AppendText,
@@ -21,7 +20,8 @@ from vllm_instant.streaming.events import (
     ReplaceText,
     UpdateSession,
 )
-from vllm_instant.streaming.host import Host
+from vllm_instant.streaming.session_manager import Host
+from vllm_instant.streaming.speculative_answer import EarlyAnswer
 from vllm_instant.streaming.text import TextBuffer, TextError, common_length, settled_length
 
 logger = logging.getLogger("vllm.instant")

@@ -19,7 +19,7 @@ from collections.abc import Hashable
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_plugins.goodput.compiled_acceptance import (
+from vllm_instant_plugins.goodput.acceptance_kernels import (
     estimate_class,
     learn_classes,
     learn_requests,

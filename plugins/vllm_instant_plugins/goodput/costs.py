@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_plugins.goodput.compiled_costs import describe_step, estimate_step, learn_costs
+from vllm_instant_plugins.goodput.cost_kernels import describe_step, estimate_step, learn_costs
 from vllm_instant_plugins.goodput.experts import ExpertUse
 
 Array = npt.NDArray[np.float64]

@@ -7,9 +7,9 @@ from pathlib import Path
 from pydantic import Field
 
 from vllm_instant import Plugin, PluginContext, PluginOptions, RequestState, StepOutcome, UpcomingStep
-from vllm_instant_plugins.goodput.goals import LatencyGoals
+from vllm_instant_plugins.goodput.latency_slo import LatencyGoals
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
-from vllm_instant_plugins.keeping import KeptFile, default_folder
+from vllm_instant_plugins.state_store import KeptFile, default_folder
 
 
 class GoodputOptions(PluginOptions):

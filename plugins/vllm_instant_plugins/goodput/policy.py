@@ -17,15 +17,15 @@ import numpy.typing as npt
 
 from vllm_instant import DraftPrice, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
-from vllm_instant_plugins.goodput.choice import Choice, choose, longest_step
-from vllm_instant_plugins.goodput.compiled_requests import believe
 from vllm_instant_plugins.goodput.costs import StepCosts
-from vllm_instant_plugins.goodput.explorer import Explorer, Situation
-from vllm_instant_plugins.goodput.goals import LatencyGoals
-from vllm_instant_plugins.goodput.pricing import FREE, Pricing
-from vllm_instant_plugins.goodput.roster import Batch, Roster, whole_numbers
-from vllm_instant_plugins.goodput.trace import Decision, Trace
-from vllm_instant_plugins.keeping import KeptFile
+from vllm_instant_plugins.goodput.decision_log import Decision, Trace
+from vllm_instant_plugins.goodput.draft_cost import FREE, Pricing
+from vllm_instant_plugins.goodput.exploration import Explorer, Situation
+from vllm_instant_plugins.goodput.latency_slo import LatencyGoals
+from vllm_instant_plugins.goodput.planner import Choice, choose, longest_step
+from vllm_instant_plugins.goodput.request_kernels import believe
+from vllm_instant_plugins.goodput.request_table import Batch, Roster, whole_numbers
+from vllm_instant_plugins.state_store import KeptFile
 
 logger = logging.getLogger("vllm.instant")
 

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from vllm_instant import Draft, DraftPrice, DraftRequest, Share, SharingDrafter, prompt_class, worthwhile
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
-from vllm_instant_plugins.goodput.compiled_plans import UNAFFORDABLE
-from vllm_instant_plugins.hybrid.passes import Lookups, Reading, best_passes, rows_cost
-from vllm_instant_plugins.hybrid.silences import LEAST_GAIN, Silences
+from vllm_instant_plugins.goodput.plan_kernels import UNAFFORDABLE
+from vllm_instant_plugins.hybrid.draft_steps import Lookups, Reading, best_passes, rows_cost
+from vllm_instant_plugins.hybrid.lookup_miss_streaks import LEAST_GAIN, Silences
 from vllm_instant_plugins.suffix.calibration import came_true
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
 

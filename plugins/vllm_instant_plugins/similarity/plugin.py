@@ -7,9 +7,9 @@ from pathlib import Path
 from pydantic import Field
 
 from vllm_instant import Plugin, PluginContext, PluginOptions, QueueMoment, RequestState
-from vllm_instant_plugins.keeping import KeptFile, default_folder
-from vllm_instant_plugins.similarity.pacing import PacedSimilarityPolicy
+from vllm_instant_plugins.similarity.itl_chunking import PacedSimilarityPolicy
 from vllm_instant_plugins.similarity.policy import SimilarityPolicy
+from vllm_instant_plugins.state_store import KeptFile, default_folder
 
 
 class SimilarityOptions(PluginOptions):

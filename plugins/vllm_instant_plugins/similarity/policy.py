@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 
 from vllm_instant import Admission, BatchingPolicy, QueueMoment, RequestState
-from vllm_instant_plugins.keeping import KeptFile
-from vllm_instant_plugins.similarity.first_come import FirstComeFirstServed
-from vllm_instant_plugins.similarity.ledger import Array, Ledger, told_tokens
-from vllm_instant_plugins.similarity.lengths import LengthPredictor, Ticket
-from vllm_instant_plugins.similarity.line import Indices, Line
-from vllm_instant_plugins.similarity.ranking import LEAST_PATIENCE, ranked
-from vllm_instant_plugins.similarity.times import LinearTime
+from vllm_instant_plugins.similarity.cost_model import LinearTime
+from vllm_instant_plugins.similarity.fcfs_simulation import FirstComeFirstServed
+from vllm_instant_plugins.similarity.output_length_predictor import LengthPredictor, Ticket
+from vllm_instant_plugins.similarity.priority import LEAST_PATIENCE, ranked
+from vllm_instant_plugins.similarity.request_table import Array, Ledger, told_tokens
+from vllm_instant_plugins.similarity.waiting_list import Indices, Line
+from vllm_instant_plugins.state_store import KeptFile
 
 logger = logging.getLogger("vllm.instant")
 

@@ -55,7 +55,7 @@ class ObservedOptions(PluginOptions):
 
 def _super_expert(options: SuperExpertOptions, context: PluginContext) -> ExpertRouter:
     from vllm_instant import SuperExperts
-    from vllm_instant_plugins.super_expert.gate import QualityGate
+    from vllm_instant_plugins.super_expert.quality_gate import QualityGate
     from vllm_instant_plugins.super_expert.router import SuperExpertRouter
 
     clusters = SuperExperts.read(Path(options.clusters).expanduser()) if options.clusters else None
@@ -71,7 +71,7 @@ def _super_expert(options: SuperExpertOptions, context: PluginContext) -> Expert
 
 
 def _observed(options: ObservedOptions, context: PluginContext) -> ExpertRouter:
-    from vllm_instant_plugins.super_expert.recorder import Recorder
+    from vllm_instant_plugins.super_expert.trace_recorder import Recorder
 
     file = Path(options.trace).expanduser() if options.trace else None
     return Recorder(file, options.tokens, options.share, options.prefill_share, context.model)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from vllm_instant import ExpertLayer, ExpertRouter, Look, RouterStep, RoutingMeasures, StepRows, SuperExperts
-from vllm_instant_plugins.super_expert.choosing import LayerChoice, warm_up
-from vllm_instant_plugins.super_expert.gate import QualityGate, Verdict
+from vllm_instant_plugins.super_expert.expert_selection import LayerChoice, warm_up
+from vllm_instant_plugins.super_expert.quality_gate import QualityGate, Verdict
 
 logger = logging.getLogger("vllm.instant")
 

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_instant import EngineLoad, Holds, PluginContext, PrefillOutcome, PrefillProgress, SessionLimits
-from vllm_instant.problems import DeploymentError
-from vllm_instant.settings import resolve
+from vllm_instant.deployment.errors import DeploymentError
+from vllm_instant.deployment.settings import resolve
 from vllm_instant_plugins.chunked import plugin as chunked
 from vllm_instant_plugins.chunked.policy import ChunkedPrefill
 

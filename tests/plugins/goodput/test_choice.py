@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_instant_plugins.goodput.choice import choose, longest_step
 from vllm_instant_plugins.goodput.costs import StepCosts
+from vllm_instant_plugins.goodput.planner import choose, longest_step
 
 
 def _costs(base=20.0, row=0.0, start=0.0, each=0.0, each_request=0.0, verifying=0.0, knee=None):

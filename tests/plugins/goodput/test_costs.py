@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant.evidence.simulator import TWO_CORES, TWO_CORES_DRAFT_MODEL, roofline
+from vllm_instant.tools.measure.simulator import TWO_CORES, TWO_CORES_DRAFT_MODEL, roofline
 from vllm_instant_plugins.goodput.costs import StepCosts
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_instant import ExpertCount
-from vllm_instant.evidence.simulator import RequestClass, StepCost, simulate, steady
+from vllm_instant.tools.measure.simulator import RequestClass, StepCost, simulate, steady
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.experts import ExpertUse
 from vllm_instant_plugins.goodput.policy import GoodputPolicy

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_instant_plugins.goodput.allowance import (
+from vllm_instant_plugins.goodput.costs import StepCosts
+from vllm_instant_plugins.goodput.exploration import Explorer, Situation
+from vllm_instant_plugins.goodput.exploration_budget import (
     ALLOWANCE_PER_STEP,
     LONGEST_SILENCE,
     MOST_ALLOWANCE,
     SHORTEST_SILENCE,
     Allowance,
 )
-from vllm_instant_plugins.goodput.choice import choose
-from vllm_instant_plugins.goodput.costs import StepCosts
-from vllm_instant_plugins.goodput.explorer import Explorer, Situation
+from vllm_instant_plugins.goodput.planner import choose
 
 
 def _after(steps):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vllm_instant import RequestState, UpcomingStep
-from vllm_instant_plugins.goodput.goals import STRONGEST, LatencyGoals
-from vllm_instant_plugins.keeping import KeptFile
+from vllm_instant_plugins.goodput.latency_slo import STRONGEST, LatencyGoals
+from vllm_instant_plugins.state_store import KeptFile
 
 BOTH = np.array([0, 1])
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_instant import RequestState, StepOutcome, UpcomingStep
-from vllm_instant.evidence.simulator import (
+from vllm_instant.tools.measure.simulator import (
     TWO_CORES,
     TWO_CORES_DRAFT_MODEL,
     RequestClass,
@@ -21,11 +21,11 @@ from vllm_instant.evidence.simulator import (
     steady,
     switching,
 )
-from vllm_instant_plugins.goodput.choice import Choice
 from vllm_instant_plugins.goodput.costs import MISSED_UNIT
+from vllm_instant_plugins.goodput.decision_log import Decision
+from vllm_instant_plugins.goodput.planner import Choice
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
-from vllm_instant_plugins.goodput.roster import Roster
-from vllm_instant_plugins.goodput.trace import Decision
+from vllm_instant_plugins.goodput.request_table import Roster
 from vllm_instant_plugins.speculation import Fixed
 
 COSTS = {"cpu": TWO_CORES, "cpu+model": TWO_CORES_DRAFT_MODEL, "gpu": roofline(8e9)}
@@ -196,7 +196,7 @@ def test_where_drafts_help_everybody_nobody_is_slowed_down(users):
 
 def test_a_latency_goal_caps_the_step():
     goal = 0.024
-    from vllm_instant_plugins.goodput.goals import LatencyGoals
+    from vllm_instant_plugins.goodput.latency_slo import LatencyGoals
 
     capped = _serve(
         MIXED,
@@ -256,7 +256,7 @@ def test_two_hundred_fifty_six_requests_in_microseconds(chance, planning_us, lea
 
 
 def test_what_was_learned_is_there_at_the_next_start(tmp_path):
-    from vllm_instant_plugins.keeping import KeptFile
+    from vllm_instant_plugins.state_store import KeptFile
 
     identity = {"device": "simulated"}
     stores = [KeptFile(tmp_path, identity), KeptFile(tmp_path, identity)]

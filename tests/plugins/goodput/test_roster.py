@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_instant import RequestState
-from vllm_instant_plugins.goodput.roster import Roster, whole_numbers
+from vllm_instant_plugins.goodput.request_table import Roster, whole_numbers
 
 
 def _entered(roster, count, pins=None):

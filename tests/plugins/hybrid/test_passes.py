@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_instant import DraftPrice
-from vllm_instant_plugins.hybrid.passes import Lookups, Reading, best_passes
+from vllm_instant_plugins.hybrid.draft_steps import Lookups, Reading, best_passes
 
 ROW = 0.1
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_instant import DraftPrice, DraftRequest
-from vllm_instant_plugins.hybrid.silences import LEAST_GAIN, MOST_STEPS, Silences
+from vllm_instant_plugins.hybrid.lookup_miss_streaks import LEAST_GAIN, MOST_STEPS, Silences
 
 PRICE = DraftPrice(row=0.1, step=3.0)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_instant_plugins.similarity.first_come import FirstComeFirstServed
-from vllm_instant_plugins.similarity.times import LinearTime
+from vllm_instant_plugins.similarity.cost_model import LinearTime
+from vllm_instant_plugins.similarity.fcfs_simulation import FirstComeFirstServed
 
 
 def _by_hand(jobs, slots):

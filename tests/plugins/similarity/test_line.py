@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_instant_plugins.similarity.line import Line
+from vllm_instant_plugins.similarity.waiting_list import Line
 
 
 @given(st.lists(st.integers(0, 30), max_size=120))

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_instant import Admission, QueueMoment, RequestState, StepOutcome, told_output_tokens
-from vllm_instant.evidence.queueing import Job, serve
-from vllm_instant.live_requests import LiveRequests
-from vllm_instant_plugins.keeping import KeptFile
-from vllm_instant_plugins.similarity.ledger import told_tokens
-from vllm_instant_plugins.similarity.pacing import PacedSimilarityPolicy
+from vllm_instant.scheduling.request_registry import LiveRequests
+from vllm_instant.tools.measure.queue_simulator import Job, serve
+from vllm_instant_plugins.similarity.itl_chunking import PacedSimilarityPolicy
 from vllm_instant_plugins.similarity.policy import SimilarityPolicy
+from vllm_instant_plugins.similarity.request_table import told_tokens
+from vllm_instant_plugins.state_store import KeptFile
 
 SLOTS = 8
 STEP = 0.03

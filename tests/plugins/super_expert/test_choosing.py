@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_instant import ExpertLayer, RouterStep, RowKind
-from vllm_instant.experts import budgets
-from vllm_instant.routing import Scoring
-from vllm_instant_plugins.super_expert.choosing import LayerChoice
+from vllm_instant.moe.router_scoring import Scoring
+from vllm_instant.tools.moe import budgets
+from vllm_instant_plugins.super_expert.expert_selection import LayerChoice
 
 CPU = torch.device("cpu")
 

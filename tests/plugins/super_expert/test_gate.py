@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_instant import Look, RoutingMeasures
-from vllm_instant_plugins.super_expert.gate import FIRST_PATIENCE, QualityGate, Verdict
+from vllm_instant_plugins.super_expert.quality_gate import FIRST_PATIENCE, QualityGate, Verdict
 from vllm_instant_plugins.super_expert.router import SuperExpertRouter
 
 LIMIT = 0.02

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_instant import ExpertLayer, RouterStep, RowKind, StepRows, Trace
-from vllm_instant_plugins.super_expert.recorder import Recorder
+from vllm_instant_plugins.super_expert.trace_recorder import Recorder
 
 LAYERS = [ExpertLayer(index, f"layers.{index}", 16, 2, "sigmoid", False) for index in range(3)]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from vllm_instant import ExpertLayer, Look, RoutedModel, RouterStep, RoutingMeasures, RowKind, StepRows, SuperExperts
-from vllm_instant.routing import Scoring
-from vllm_instant_plugins.super_expert.gate import QualityGate
+from vllm_instant.moe.router_scoring import Scoring
+from vllm_instant_plugins.super_expert.quality_gate import QualityGate
 from vllm_instant_plugins.super_expert.router import SuperExpertRouter
 
 CPU = torch.device("cpu")

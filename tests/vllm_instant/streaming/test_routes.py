@@ -258,7 +258,7 @@ def test_nobody_is_served_before_the_engine_is_there():
 
 def test_a_slow_reader_slows_only_itself():
     """Events for a client that does not read do not pile up in the server."""
-    from vllm_instant.streaming.early import CHUNKS_AHEAD, EarlyAnswer
+    from vllm_instant.streaming.speculative_answer import CHUNKS_AHEAD, EarlyAnswer
 
     class Endless(FakeEngine):
         made = 0

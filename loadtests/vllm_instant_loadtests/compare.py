@@ -1,0 +1,199 @@
+"""Servers beside each other: the same requests, paired, with intervals and a verdict for each row.
+
+Every server got the same prompts in segments of the same number, so rounds are compared in pairs and the drift of the
+machine cancels. The rule is that of ``vllm_instant.tools.measure.significance``: a difference counts if it is certain for all
+rows at once, and larger than what two processes of one kind differ by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vllm_instant.tools.measure.significance import MARGIN, Contrast, Direction, paired, resampled
+from vllm_instant.tools.measure.statistics import Estimate
+from vllm_instant_loadtests.run_recorder import Request, Run
+
+LEAST_ROUNDS = 4
+BLOCKS = 8
+"""Into which the requests of fewer rounds are divided."""
+LEAST_FOR_P99 = 100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure of two servers."""
+
+    name: str
+    unit: str
+    ours: float | None
+    theirs: float | None
+    contrast: Contrast | None
+    why_not: str = ""
+    """Why there is no contrast."""
+
+    @property
+    def verdict(self) -> str:
+        """``better``, ``worse``, ``no difference`` or ``not measured``, of the first server."""
+        return self.contrast.verdict if self.contrast else "not measured"
+
+    @property
+    def effect(self) -> Estimate | None:
+        """The first server's value by the second one's, with its 95 % interval."""
+        return self.contrast.effect if self.contrast else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One server beside another."""
+
+    ours: str
+    theirs: str
+    pairs: int
+    """Requests that both answered."""
+    rounds: int
+    rows: list[Row]
+    failed: tuple[int, int]
+    """Requests that only one of them failed."""
+
+    @property
+    def verdict(self) -> str:
+        """In one sentence."""
+        count = {kind: sum(row.verdict == kind for row in self.rows) for kind in ("better", "worse")}
+        if not any(row.contrast for row in self.rows):
+            return f"{self.ours} beside {self.theirs}: too little data"
+        return (
+            f"{self.ours} beside {self.theirs}: better in {count['better']}, worse in {count['worse']} of "
+            f"{sum(row.contrast is not None for row in self.rows)} rows"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON types."""
+        rows = [
+            {
+                "name": row.name,
+                "unit": row.unit,
+                self.ours: row.ours,
+                self.theirs: row.theirs,
+                "verdict": row.verdict,
+                "why_not": row.why_not,
+                **({"effect": vars(row.effect)} if row.effect else {}),
+            }
+            for row in self.rows
+        ]
+        return {
+            "ours": self.ours,
+            "theirs": self.theirs,
+            "pairs": self.pairs,
+            "rounds": self.rounds,
+            "failed_only_here": list(self.failed),
+            "verdict": self.verdict,
+            "rows": rows,
+        }
+
+
+Samples = Callable[[Request], list[float]]
+
+
+def _first(request: Request) -> list[float]:
+    return [request.ttft * 1e3] if request.arrivals else []
+
+
+def _between(request: Request) -> list[float]:
+    times, totals = np.array(request.arrivals).T
+    tokens = np.maximum(np.diff(totals), 1).astype(int)
+    return list(np.repeat(np.diff(times) / tokens, tokens) * 1e3)
+
+
+def _whole(request: Request) -> list[float]:
+    return [(request.ended - request.due) * 1e3]
+
+
+def _stall(request: Request) -> list[float]:
+    times = np.array(request.arrivals)[:, 0]
+    return [float(np.diff(times).max()) * 1e3] if len(times) > 1 else []
+
+
+_ROWS: tuple[tuple[str, Samples, float | None], ...] = (
+    ("TTFT p50", _first, 0.5),
+    ("TTFT p99", _first, 0.99),
+    ("ITL mean", _between, None),
+    ("ITL p50", _between, 0.5),
+    ("ITL p99", _between, 0.99),
+    ("longest stall p50", _stall, 0.5),
+    ("longest stall p99", _stall, 0.99),
+    ("E2E p50", _whole, 0.5),
+    ("E2E p99", _whole, 0.99),
+)
+
+
+def compare(run: Run, ours: str, theirs: str) -> Comparison:
+    """One server beside another; lower is better in every row."""
+    first, second = _numbered(run, ours), _numbered(run, theirs)
+    both = sorted(first.keys() & second.keys())
+    good = [n for n in both if _complete(first[n]) and _complete(second[n])]
+    failed = (
+        sum(not _good(first[n]) and _good(second[n]) for n in both),
+        sum(_good(first[n]) and not _good(second[n]) for n in both),
+    )
+    rounds = _rounds([first[n] for n in good])
+    rows = [
+        _row(
+            name,
+            samples,
+            share,
+            [[first[good[i]] for i in r] for r in rounds],
+            [[second[good[i]] for i in r] for r in rounds],
+        )
+        for name, samples, share in _ROWS
+    ]
+    return Comparison(ours, theirs, len(good), len(rounds), rows, failed)
+
+
+def _row(
+    name: str, samples: Samples, share: float | None, ours: Sequence[list[Request]], theirs: Sequence[list[Request]]
+) -> Row:
+    arms = []
+    for arm in (ours, theirs):
+        by_round = [np.array([value for request in one for value in samples(request)]) for one in arm]
+        arms.append(by_round)
+    kept = [i for i in range(len(ours)) if len(arms[0][i]) and len(arms[1][i])]
+    if len(kept) < LEAST_ROUNDS:
+        return Row(name, "ms", None, None, None, f"{len(kept)} rounds of both, {LEAST_ROUNDS} are needed")
+    least = min(sum(len(arm[i]) for i in kept) for arm in arms)
+    if share == 0.99 and least < LEAST_FOR_P99:
+        return Row(name, "ms", None, None, None, f"{least} values, a p99 needs {LEAST_FOR_P99}")
+
+    def statistic(values: np.ndarray) -> float:
+        return float(values.mean() if share is None else np.quantile(values, share))
+
+    first, second = (resampled([arm[i] for i in kept], statistic) for arm in arms)
+    better: Direction = "lower"
+    contrast = paired(first, second, better=better, margin=MARGIN, comparisons=len(_ROWS))
+    return Row(name, "ms", first.value, second.value, contrast, "" if contrast else "a value is zero")
+
+
+def _numbered(run: Run, server: str) -> dict[int, Request]:
+    return {r.number: r for r in run.requests if r.server == server and r.number is not None}
+
+
+def _good(request: Request) -> bool:
+    return request.error is None
+
+
+def _complete(request: Request) -> bool:
+    """What ended by itself with at least two arrivals can be compared."""
+    return request.error is None and not request.left and len(request.arrivals) > 1
+
+
+def _rounds(requests: Sequence[Request]) -> list[list[int]]:
+    """Indices by segment; of too few segments, by blocks of neighbouring requests."""
+    by_segment: dict[int | None, list[int]] = {}
+    for i, request in enumerate(requests):
+        by_segment.setdefault(request.segment, []).append(i)
+    if len(by_segment) >= LEAST_ROUNDS:
+        return list(by_segment.values())
+    return [list(part) for part in np.array_split(np.arange(len(requests)), BLOCKS) if len(part)]

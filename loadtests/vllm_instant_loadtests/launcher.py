@@ -1,0 +1,178 @@
+"""Starts the servers of a scenario, and Locust as a process of its own, and waits for the end of the run.
+
+Importing Locust replaces sockets and locks of the whole process by gevent's; so it is never imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vllm_instant.deployment.settings import Deployment, resolve
+from vllm_instant.tools.measure.servers import Server, words_of
+from vllm_instant_loadtests.scenario import Scenario, ServerSetup
+
+DEMO = "demo"
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+_ERROR = re.compile(r"/ERROR/[^:]*: (.*)")
+
+
+class DrivingError(Exception):
+    """A run cannot be made; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What Locust is told."""
+
+    scenario: str
+    servers: Mapping[str, str]
+    """Addresses by name."""
+    deployments: Mapping[str, Mapping[str, Any]]
+    """``deployment`` and ``instant`` of the servers whose start is known, by name."""
+    output: Path
+    seed: str = "0"
+    rate_scale: float = 1.0
+    seconds: float | None = None
+    together: bool = False
+    processes: int = 1
+    web_port: int | None = None
+    api_key: str | None = None
+
+    def words(self) -> list[str]:
+        """Locust's command line."""
+        words = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--only-summary"]
+        words += ["--scenario", self.scenario, "--output", str(self.output), "--seed", self.seed]
+        words += ["--servers", " ".join(f"{name}={url}" for name, url in self.servers.items())]
+        words += ["--rate-scale", str(self.rate_scale), "--duration", str(self.seconds or 0)]
+        words += ["--together"] if self.together else []
+        words += ["--processes", str(self.processes)] if self.processes > 1 else []
+        page = ["--headless"]
+        if self.web_port is not None:
+            page = ["--autostart", "--autoquit", "0", "--web-host", "127.0.0.1", "--web-port", str(self.web_port)]
+        return [*words, *page]
+
+
+def servers_of(
+    scenario: Scenario, model: str, config: Path | None, overrides: Sequence[str], logs: Path
+) -> tuple[dict[str, Server], dict[str, dict[str, Any]]]:
+    """The servers that a scenario names, not yet started, and how each is deployed, by name.
+
+    Args:
+        scenario: whose servers.
+        model: for all of them; ``demo`` is the demo's pair.
+        config: deployment file; the demo's or the defaults without one.
+        overrides: ``TABLE.KEY=VALUE``, over the file.
+        logs: folder for their logs.
+
+    Raises:
+        DrivingError: when a fixed draft length has no draft model.
+        DeploymentError: when the deployment cannot be served.
+
+    """
+    overrides = list(overrides)
+    if model == DEMO and not Path(model).exists():
+        from vllm_instant.tools.demo import assets, session
+
+        pair = assets.prepare()
+        model, config = str(pair.target), config or session.DEPLOYMENT
+        overrides = [f"drafter.model={pair.draft}", *overrides]
+    servers, deployments = {}, {}
+    for setup in scenario.servers:
+        of_server = [*overrides, *(f"{key}={value}" for key, value in setup.set.items())]
+        deployment = resolve(config, of_server)
+        words = _ours(setup, scenario, config, of_server) if setup.instant else _stock(setup, scenario, deployment)
+        servers[setup.name] = Server(
+            model, words, log=logs / f"{setup.name}.log", environment=dict(scenario.environment)
+        )
+        shown = shlex.join(["vllm", "serve", model, *words])
+        for path in (model, deployment.slots["drafter"].options.get("model"), config):
+            shown = shown.replace(str(path), Path(path).name) if path else shown  # where files lie is nobody's business
+        deployments[setup.name] = {
+            "deployment": shown,
+            "instant": setup.instant,
+        }
+    return servers, deployments
+
+
+def drive(load: Load, command: str) -> None:
+    """Make a run; raises DrivingError with what Locust says when it fails.
+
+    Args:
+        load: what is sent where.
+        command: what the user ran, for the record.
+
+    """
+    load.output.mkdir(parents=True, exist_ok=True)
+    if (load.output / "run.json").exists():
+        raise DrivingError(f"--output {load.output} has a run already: choose another folder, or --analyse it")
+    environment = os.environ | {"LOADTEST_COMMAND": command, "LOADTEST_DEPLOYMENTS": json.dumps(load.deployments)}
+    if load.api_key:
+        environment["VLLM_API_KEY"] = load.api_key
+    log = load.output / "locust.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            load.words(), stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            code = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGINT)  # so that what is under way is written down
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    # Locust's code is 1 where requests failed; whether that is a failure is for the goals to say.
+    if code not in (0, 1) or not (load.output / "run.json").exists():
+        errors = _ERROR.findall(log.read_text(errors="replace"))
+        raise DrivingError(errors[-1] if errors else f"Locust ended with exit code {code}: see {log}")
+
+
+def _ours(setup: ServerSetup, scenario: Scenario, config: Path | None, overrides: Sequence[str]) -> list[str]:
+    chosen = ["--instant-config", str(config)] if config is not None else []
+    settings = [f"--instant-set={override}" for override in overrides]
+    words = words_of({**scenario.vllm, **setup.vllm})
+    return ["--plugins", "vllm_instant", *chosen, *settings, *words]
+
+
+def _stock(setup: ServerSetup, scenario: Scenario, deployment: Deployment) -> list[str]:
+    shared = {key: value for key, value in deployment.vllm.items() if key not in ("speculative_config", "model")}
+    words = words_of({**shared, **scenario.vllm, **setup.vllm})
+    if not setup.draft_tokens:
+        return words
+    draft = deployment.slots["drafter"].options.get("model")
+    if not draft:
+        raise DrivingError(
+            f"the server {setup.name!r} should have draft_tokens = {setup.draft_tokens}, for which the deployment file "
+            'has no draft model: choose [drafter] plugin = "model", or leave draft_tokens out'
+        )
+    speculation = {
+        "method": "draft_model",
+        "model": str(draft),
+        "num_speculative_tokens": setup.draft_tokens,
+        "draft_sample_method": "probabilistic",
+    }
+    words += ["--speculative-config", json.dumps(speculation)]
+    if _on_cpu():
+        # vLLM's CPU build samples wrongly with draft tokens (vLLM issue 55005): nothing but the repair is ours here.
+        words += ["--plugins", "vllm_instant", "--instant-set=speculation.plugin=fixed"]
+        words += ["--instant-set=rejection_sampler.plugin=native"]
+    return words
+
+
+def _on_cpu() -> bool:
+    try:
+        return version("vllm").endswith("+cpu")
+    except PackageNotFoundError:
+        return False

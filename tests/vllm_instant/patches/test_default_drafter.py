@@ -1,0 +1,91 @@
+"""Who gets the default drafter, and which requests are served without drafts."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_instant.deployment.settings import PLUGIN_DRAFTER, resolve
+from vllm_instant.patches import plugin_factory
+from vllm_instant.patches.default_drafter import may_be_used
+from vllm_instant.patches.http_routes import as_served
+from vllm_instant.patches.min_p_logit_bias import needs_no_drafts
+
+
+def _arguments(**given):
+    return SimpleNamespace(**{"speculative_config": None, "spec_method": None, "logits_processors": None, **given})
+
+
+def _deployment(*overrides):
+    return resolve(None, overrides)
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+
+
+def test_without_any_choice_it_is_used():
+    assert may_be_used(_arguments(), _deployment())
+    assert _deployment().drafter_arguments()["speculative_config"]["model"] == PLUGIN_DRAFTER
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"speculative_config": {"method": "ngram"}}, {"spec_method": "ngram"}, {"logits_processors": ["a.B"]}],
+    ids=lambda given: next(iter(given)),
+)
+def test_not_against_what_was_typed(given):
+    assert not may_be_used(_arguments(**given), _deployment())
+
+
+@pytest.mark.parametrize("override", ["drafter.plugin=native", "drafter.plugin=ngram", "speculation.plugin=off"])
+def test_not_against_the_deployment(override):
+    assert not may_be_used(_arguments(), _deployment(override))
+
+
+def test_a_drafter_that_was_named_is_no_default():
+    named = _deployment("drafter.plugin=suffix")
+    assert not named.drafter_is_default
+    assert "speculative_config" in named.engine_arguments()
+    assert "speculative_config" not in _deployment().engine_arguments()
+
+
+def test_options_of_the_default_drafter_need_no_name():
+    arguments = _deployment("drafter.num_speculative_tokens=5").drafter_arguments()
+    assert arguments["speculative_config"]["num_speculative_tokens"] == 5
+
+
+def test_not_where_scheduling_overlaps(monkeypatch):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert not may_be_used(_arguments(), _deployment())
+
+
+def test_who_drafts_decides_whether_drafts_are_priced():
+    deployment = _deployment("drafter.plugin=suffix")
+    ours = SimpleNamespace(method="custom_class", model=PLUGIN_DRAFTER)
+    assert plugin_factory.uses_drafter_plugin(deployment, ours)
+    assert not plugin_factory.uses_drafter_plugin(
+        deployment, SimpleNamespace(method="custom_class", model="other.Drafter")
+    )
+    assert not plugin_factory.uses_drafter_plugin(deployment, SimpleNamespace(method="ngram", model="ngram"))
+
+
+def test_a_default_drafter_that_does_not_draft_is_not_shown_as_served():
+    ours = SimpleNamespace(method="custom_class", model=PLUGIN_DRAFTER)
+    theirs = SimpleNamespace(method="ngram", model="ngram")
+    named, default = _deployment("drafter.plugin=suffix"), _deployment()
+    shown = [as_served(d, c).slots["drafter"].plugin for d in (default, named) for c in (ours, theirs, None)]
+    assert shown == ["suffix", "native", "native", "suffix", "suffix", "suffix"]
+
+
+@pytest.mark.parametrize(
+    ("min_p", "logit_bias", "expected"),
+    [(0.0, None, False), (0.1, None, True), (0.0, {5: 1.0}, True), (0.0, {}, False)],
+)
+def test_what_the_rejection_sampler_cannot_verify(min_p, logit_bias, expected):
+    assert needs_no_drafts(SimpleNamespace(min_p=min_p, logit_bias=logit_bias)) is expected
+    assert needs_no_drafts(None) is False

@@ -1,0 +1,188 @@
+"""Sharing the work between a plugin and a draft model, with a runner made of arrays."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_instant import Share, SharingDrafter
+from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.patches.hybrid_drafting import SHARER_ATTRIBUTE, DraftSharer, _wrap
+from vllm_instant.patches.scheduler import PLAN_ATTRIBUTE
+from vllm_instant.patches.worker_reports import report_of
+from vllm_instant.speculation.draft_plan import DraftPlan
+
+LENGTH, VOCABULARY = 16, 50
+SAMPLED = torch.tensor([[11, 12, -1], [21, -1, -1], [31, 32, 33]])
+
+
+class Recording(SharingDrafter):
+    """Shares as the test says and keeps what it was asked and told."""
+
+    def __init__(self, shares):
+        self.shares = shares
+        self.asked, self.drafted, self.forgotten = [], [], []
+
+    def propose(self, requests):
+        return [[] for _ in requests]
+
+    def share(self, requests, price):
+        self.asked = [
+            (r.request_id, r.token_ids.tolist(), r.num_prompt_tokens, r.max_draft_tokens, r.cache_salt, r.is_pinned)
+            for r in requests
+        ]
+        self.missed = {r.request_id: r.missed_tokens for r in requests}
+        return self.shares(requests) if callable(self.shares) else self.shares
+
+    def model_drafted(self, drafts):
+        self.drafted.append(dict(drafts))
+
+    def forget(self, request_id):
+        self.forgotten.append(request_id)
+
+
+class Model:
+    """A draft model that drafts 7s as far as its plan says, or nothing for some."""
+
+    def __init__(self, unread=()):
+        self.unread = unread
+        self.plans = []
+
+    def __call__(self, runner, scheduler_output, *arguments):
+        plan = getattr(scheduler_output, PLAN_ATTRIBUTE)
+        self.plans.append((dict(plan.lengths), scheduler_output.num_spec_tokens_to_schedule))
+        ids = runner.input_batch.req_ids
+        return [[7] * (0 if name in self.unread else plan.lengths.get(name, 0)) for name in ids]
+
+
+def _sharer(shares, discarded=(False, False, False)):
+    tokens = np.zeros((4, LENGTH), np.int32)
+    tokens[:, :4] = np.arange(4) + 1
+    batch = SimpleNamespace(
+        req_ids=["a", "b", "c"],
+        req_id_to_index={"a": 0, "b": 1, "c": 2},
+        token_ids_cpu=tokens,
+        num_tokens_no_spec=np.array([4, 4, 4, 0]),
+        num_prompt_tokens=np.array([2, 3, 4, 0]),
+        vocab_size=VOCABULARY,
+    )
+    runner = SimpleNamespace(
+        input_batch=batch, discard_request_mask=SimpleNamespace(np=np.array(discarded)), _draft_probs=None
+    )
+    plugin = Recording(shares)
+    keeper = SimpleNamespace(missed=lambda scheduler_output: [0, 5, 2], read_tokens=5)
+    return DraftSharer(runner, Contained("drafter", "recording", plugin), keeper, VOCABULARY), plugin
+
+
+def _propose(sharer, model, plan):
+    output = SimpleNamespace(num_spec_tokens_to_schedule=9)
+    setattr(output, PLAN_ATTRIBUTE, plan)
+    drafts = sharer.propose(model, output, plan, (SAMPLED,))
+    assert output.num_spec_tokens_to_schedule == 9  # the scheduler's own object is not touched
+    return drafts
+
+
+def test_each_request_gets_what_its_share_says():
+    sharer, plugin = _sharer([Share([1, 2, 3]), Share(model_length=2), Share()])
+    model = Model()
+    plan = DraftPlan({"a": 4, "b": 4, "c": 4}, pinned=frozenset("c"), cache_salts={"b": "salt"})
+    assert _propose(sharer, model, plan) == [[1, 2, 3], [7, 7], []]
+    assert model.plans == [({"b": 2}, 2)]
+    assert plugin.drafted == [{"b": [7, 7]}]
+    assert plugin.asked == [
+        ("a", [1, 2, 3, 4, 11, 12], 2, 4, "", False),
+        ("b", [1, 2, 3, 4, 21], 3, 4, "salt", False),
+        ("c", [1, 2, 3, 4, 31, 32, 33], 4, 4, "", True),
+    ]
+    assert sharer.draft_passes == 2
+
+
+def test_what_the_model_missed_is_told_and_what_it_read_is_reported():
+    sharer, plugin = _sharer([Share(model_length=2)] * 3)
+    _propose(sharer, Model(), DraftPlan({"a": 4, "b": 4, "c": 4}))
+    assert plugin.missed == {"a": 0, "b": 5, "c": 2}
+    sharer.runner.rejection_sampler = None
+    setattr(sharer.runner, SHARER_ATTRIBUTE, sharer)
+    report = report_of(sharer.runner)
+    assert (report.draft_passes, report.draft_missed) == (2, 5)
+
+
+def test_the_model_does_not_draft_when_nobody_wants_it():
+    sharer, plugin = _sharer([Share([1]), Share(), Share([2])])
+    model = Model()
+    assert _propose(sharer, model, DraftPlan({"a": 4, "b": 4, "c": 4})) == [[1], [], [2]]
+    assert model.plans == [({}, 0)]
+    assert plugin.drafted == []
+    assert sharer.draft_passes == 0
+
+
+def test_only_requests_that_may_draft_are_asked_about():
+    sharer, plugin = _sharer([Share([1])], discarded=(False, True, False))
+    assert _propose(sharer, Model(), DraftPlan({"a": 0, "b": 4, "c": 4})) == [[], [], [1]]
+    assert [asked[0] for asked in plugin.asked] == ["c"]
+
+
+def test_nobody_is_asked_in_a_step_without_drafts():
+    sharer, _ = _sharer(lambda requests: 1 / 0)
+    assert _propose(sharer, Model(), DraftPlan({"a": 0, "b": 0, "c": 0})) == [[], [], []]
+    assert not sharer.drafter.disabled
+
+
+def test_its_own_tokens_stand_in_where_the_model_drafts_nothing():
+    sharer, _ = _sharer([Share([1, 2], 3), Share(model_length=3), Share()])
+    assert _propose(sharer, Model(unread="ab"), DraftPlan({"a": 4, "b": 4, "c": 4})) == [[1, 2], [], []]
+
+
+def test_drafts_end_at_the_models_length():
+    sharer, plugin = _sharer([Share()])
+    sharer.runner.input_batch.num_tokens_no_spec[:3] = (LENGTH - 3, LENGTH - 1, LENGTH - 3)
+    _propose(sharer, Model(), DraftPlan({"a": 4, "b": 4, "c": 4}))
+    assert [(asked[0], asked[3]) for asked in plugin.asked] == [("a", 1)]
+
+
+def test_certain_tokens_get_certain_distributions():
+    sharer, _ = _sharer([Share([1, 2, 3]), Share(model_length=2), Share()])
+    model = Model()
+
+    def with_probabilities(runner, *arguments):
+        runner._draft_probs = torch.full((3, 2, VOCABULARY), 1 / VOCABULARY)
+        return model(runner, *arguments)
+
+    _propose(sharer, with_probabilities, DraftPlan({"a": 4, "b": 4, "c": 4}))
+    probabilities = sharer.runner._draft_probs
+    assert probabilities.shape == (3, 3, VOCABULARY)
+    assert probabilities[0].argmax(-1).tolist() == [1, 2, 3]
+    assert probabilities[0].max(-1).values.tolist() == [1.0, 1.0, 1.0]
+    assert torch.allclose(probabilities[0].sum(-1), torch.ones(3))
+    assert torch.allclose(probabilities[1, :2], torch.full((2, VOCABULARY), 1 / VOCABULARY))
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        lambda requests: [],
+        lambda requests: [Share([1] * 5)] * 3,
+        lambda requests: [Share([VOCABULARY])] * 3,
+        lambda requests: [Share(model_length=5)] * 3,
+        lambda requests: 1 / 0,
+    ],
+    ids=["too few", "too long", "outside of the vocabulary", "too many passes", "raises"],
+)
+def test_a_plugin_that_fails_leaves_the_model_alone(shares):
+    sharer, _ = _sharer(shares)
+    for _ in range(2):
+        assert _propose(sharer, Model(), DraftPlan({"a": 4, "b": 3, "c": 0})) == [[7] * 4, [7] * 3, []]
+    assert sharer.drafter.disabled
+
+
+def test_who_ended_is_forgotten():
+    sharer, plugin = _sharer([Share()] * 3)
+    runner_class = type("Runner", (), dict.fromkeys(("propose_draft_token_ids", "initialize_kv_cache"), print))
+    runner_class._update_states = lambda self, scheduler_output: "updated"
+    _wrap(SimpleNamespace(GPUModelRunner=runner_class))
+    runner = runner_class()
+    setattr(runner, SHARER_ATTRIBUTE, sharer)
+    # Nothing is drafted in this step, nor asked: the engine only says who has ended before it goes to sleep.
+    assert runner._update_states(SimpleNamespace(finished_req_ids={"x"})) == "updated"
+    assert plugin.forgotten == ["x"]

@@ -1,0 +1,166 @@
+"""The signature checks against made-up sources, and the seams against really supported versions."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import platformdirs
+import pytest
+
+from vllm_instant.patches import compat_cache, registry
+from vllm_instant.patches.compat import (
+    Function,
+    Mentions,
+    Name,
+    Passage,
+    RequirementError,
+    Seam,
+    installed_vllm,
+)
+
+SOURCE = """
+LIMIT: int = 3
+
+class Engine:
+    size: int
+
+    def __init__(self, config, extra=None):
+        self.queue = []
+
+    async def step(self, batch, *, flag=False):
+        return self.queue.pop()
+
+def helper(a, b):
+    pass
+
+def prepare(a):
+    a = 2 * a
+    b = a+1
+    return helper(a, b)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "engine.py").write_text(SOURCE)
+    (tmp_path / "broken.py").write_text("def (:")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "requirement",
+    [
+        Function("engine.py", "helper", ("a", "b"), exact=True),
+        Function("engine.py", "Engine.step", ("self", "batch"), exact=True),
+        Function("engine.py", "Engine.__init__", ("self", "config"), exact=True),
+        Function("engine.py", "helper", ("a",)),
+        Name("engine.py", "Engine.size"),
+        Name("engine.py", "LIMIT"),
+        Mentions("engine.py", "Engine.step", ("queue", "pop")),
+        Passage("engine.py", "prepare", ("b = a + 1", "return helper(a, b)")),
+    ],
+)
+def test_what_holds(folder, requirement):
+    requirement.check(folder)
+
+
+@pytest.mark.parametrize(
+    ("requirement", "words"),
+    [
+        (Function("engine.py", "helper", ("a", "c")), "helper takes (a, b), not (a, c"),
+        (Function("engine.py", "helper", ("a",), exact=True), "needs more arguments now"),
+        (Function("engine.py", "LIMIT", ()), "no longer a function"),
+        (Function("engine.py", "Engine.stop", ("self",)), "has no Engine.stop"),
+        (Name("engine.py", "Engine.width"), "has no Engine.width"),
+        (Name("gone.py", "x"), "gone.py is gone"),
+        (Mentions("engine.py", "Engine.step", ("pop", "push")), "no longer uses push"),
+        (Passage("engine.py", "prepare", ("a = 2 * a", "return helper(a, b)")), "prepare no longer says: a = 2 * a; r"),
+        (Passage("engine.py", "prepare", ("return helper(a, b)", "b = a + 1")), "prepare no longer says"),
+        (Passage("engine.py", "LIMIT", ()), "no longer a function"),
+    ],
+)
+def test_what_does_not_hold_is_said(folder, requirement, words):
+    with pytest.raises(RequirementError) as caught:
+        requirement.check(folder)
+    assert words in str(caught.value)
+
+
+def test_a_seam_lists_everything_that_is_different(folder):
+    seam = Seam("s", "p", (Name("engine.py", "A"), Name("engine.py", "B"), Name("broken.py", "C")))
+    why_not = seam.why_not(folder)
+    assert "has no A" in why_not
+    assert "has no B" in why_not
+    assert "cannot be parsed" in why_not
+
+
+class TestVerdicts:
+    SEAMS = (Seam("good", "p", (Name("engine.py", "LIMIT"),)), Seam("bad", "p", (Name("engine.py", "A"),)))
+
+    def test_they_are_those_of_the_check(self, folder, tmp_path):
+        found = compat_cache.why_not(self.SEAMS, folder, tmp_path / "cache.json")
+        assert found == {"good": None, "bad": "engine.py has no A"}
+
+    def test_the_second_time_nothing_is_read(self, folder, tmp_path, monkeypatch):
+        cache = tmp_path / "cache.json"
+        first = compat_cache.why_not(self.SEAMS, folder, cache)
+        monkeypatch.setattr(Seam, "why_not", lambda *_: pytest.fail("read again"))
+        assert compat_cache.why_not(self.SEAMS, folder, cache) == first
+
+    def test_a_changed_file_or_requirement_is_checked_anew(self, folder, tmp_path):
+        cache = tmp_path / "cache.json"
+        compat_cache.why_not(self.SEAMS, folder, cache)
+        (folder / "engine.py").write_text(SOURCE + "A = 1\n")
+        assert compat_cache.why_not(self.SEAMS, folder, cache)["bad"] is None
+        other = (Seam("bad", "p", (Name("engine.py", "B"),)),)
+        assert compat_cache.why_not(other, folder, cache) == {"bad": "engine.py has no B"}
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 3}'])
+    def test_a_damaged_cache_is_as_good_as_none(self, folder, tmp_path, content):
+        cache = tmp_path / "cache.json"
+        cache.write_text(content)
+        assert compat_cache.why_not(self.SEAMS, folder, cache)["good"] is None
+
+    def test_a_folder_that_cannot_be_written_does_no_harm(self, folder, tmp_path):
+        (tmp_path / "file").write_text("")
+        assert compat_cache.why_not(self.SEAMS, folder, tmp_path / "file" / "cache.json")["good"] is None
+
+
+@pytest.mark.parametrize("seam", registry.SEAMS, ids=lambda seam: seam.name)
+def test_every_seam_fits_the_installed_version(seam):
+    folder = installed_vllm()
+    assert folder is not None, "vLLM is not installed"
+    assert registry.in_supported_range()
+    assert seam.why_not(folder) is None
+
+
+NEWEST_GPU_RELEASE = "0.33.0"
+
+
+@pytest.fixture(scope="session")
+def newest_gpu_release() -> Path:
+    """The Python sources of the newest supported release, downloaded once and cached without its compiled parts."""
+    cache = Path(platformdirs.user_cache_dir("vllm-instant")) / f"vllm-{NEWEST_GPU_RELEASE}-sources"
+    package = cache / "vllm"
+    marker = cache / "complete"
+    if not marker.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(cache)]
+        platforms = [word for glibc in (31, 28, 17) for word in ("--platform", f"manylinux_2_{glibc}_x86_64")]
+        interpreter = ["--python-version", "3.12", "--implementation", "cp", "--abi", "abi3", "--abi", "cp312"]
+        subprocess.run([*command, *platforms, *interpreter, f"vllm=={NEWEST_GPU_RELEASE}"], check=True)
+        [wheel] = cache.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith("vllm/") and name.endswith(".py"):
+                    archive.extract(name, cache)
+        os.remove(wheel)
+        marker.touch()
+    return package
+
+
+@pytest.mark.parametrize("seam", registry.SEAMS, ids=lambda seam: seam.name)
+def test_every_seam_fits_the_newest_gpu_release(seam, newest_gpu_release):
+    assert registry.SUPPORTED.contains(NEWEST_GPU_RELEASE)
+    assert seam.why_not(newest_gpu_release) is None

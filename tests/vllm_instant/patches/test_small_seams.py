@@ -1,0 +1,229 @@
+"""Import hooks, module names, building, the CPU sampling repair."""
+
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_instant import Plugin
+from vllm_instant.deployment.settings import resolve
+from vllm_instant.interfaces import PluginContext
+from vllm_instant.patches import import_hooks, module_names, plugin_factory, skip_rejection_sampler
+from vllm_instant.patches.cpu import numba_scan, sampling
+
+
+def _python(code: str, cwd=None) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=cwd, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+class TestImportHooks:
+    def test_changes_wait_for_the_import_and_run_once(self, tmp_path, monkeypatch):
+        (tmp_path / "instant_sample_module.py").write_text("value = 1\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        seen = []
+
+        def change(module):
+            seen.append(module.value)
+            module.value = 2
+
+        import_hooks.when_imported("instant_sample_module", change)
+        import_hooks.when_imported("instant_sample_module", change)
+        assert seen == []
+        assert "instant_sample_module" not in sys.modules
+        import instant_sample_module
+
+        assert instant_sample_module.value == 2
+        assert seen == [1]
+        assert type(instant_sample_module.__spec__.loader).__name__ == "SourceFileLoader"
+
+    def test_a_loaded_module_is_changed_at_once(self):
+        seen = []
+
+        def change(module):
+            seen.append(module.__name__)
+
+        import_hooks.when_imported("json", change)
+        assert seen == ["json"]
+
+
+class TestModuleNames:
+    CODE = """
+        import importlib.util, sys
+        from vllm_instant.seams.module_names import hide_bare_folder
+        hidden = hide_bare_folder()
+        print(hidden, importlib.util.find_spec("triton_kernels") is not None)
+        """
+
+    def test_a_bare_folder_is_hidden(self, tmp_path):
+        (tmp_path / "triton_kernels" / "vllm_instant_kernels").mkdir(parents=True)
+        assert _python(self.CODE, tmp_path) == "True False"
+
+    def test_a_real_package_is_left_alone(self, tmp_path):
+        (tmp_path / "triton_kernels").mkdir()
+        (tmp_path / "triton_kernels" / "__init__.py").write_text("")
+        assert _python(self.CODE, tmp_path) == "False True"
+
+    def test_nothing_of_ours_is_importable_under_the_names_of_source_folders(self, tmp_path):
+        code = 'import importlib.util as u; print([u.find_spec(n) for n in ("triton_kernels", "plugins")])'
+        assert _python(code, tmp_path) == "[None, None]"
+
+    @pytest.mark.engine
+    def test_vllm_finds_its_own_copy_behind_the_folder(self, tmp_path):
+        (tmp_path / "triton_kernels").mkdir()
+        code = """
+            import sys
+            from vllm_instant.register import register
+            register()
+            import vllm.utils.import_utils as u
+            print(u._has_module("triton_kernels"))
+            """
+        assert _python(code, tmp_path).splitlines()[-1] == "False"
+
+    def test_a_loaded_module_is_not_touched(self):
+        assert module_names.hide_bare_folder("json") is False
+
+
+CONTEXT = PluginContext(
+    model="m", max_model_len=10, max_num_seqs=2, vocab_size=5, num_speculative_tokens=3, device="cpu"
+)
+
+
+@pytest.mark.usefixtures("with_test_plugins")
+class TestBuilding:
+    def _build(self, plugin):
+        return plugin_factory.build_contained("speculation", resolve(None, [f"speculation.plugin={plugin}"]), CONTEXT)
+
+    def test_stock_behaviour_needs_no_object(self):
+        assert self._build("off") is None
+
+    def test_a_policy_is_built_with_its_options(self):
+        deployment = resolve(None, ["speculation.plugin=fixed", "speculation.max_batch_size=3"])
+        contained = plugin_factory.build_contained("speculation", deployment, CONTEXT)
+        assert contained.instance.max_batch_size == 3
+        assert contained.plugin == "fixed"
+
+    def test_a_plugin_that_cannot_start_says_why(self):
+        with pytest.raises(plugin_factory.PluginStartError) as caught:
+            self._build("cannot_start")
+        assert str(caught.value) == (
+            "plugin cannot_start of slot speculation cannot start: OSError: the model of this policy is not there"
+        )
+
+    def test_an_object_that_does_not_follow_the_contract_is_refused(self):
+        with pytest.raises(
+            plugin_factory.PluginStartError,
+            match="has no draft_lengths, price, enter, observe, forget, decisions, close",
+        ):
+            self._build("incomplete")
+
+
+class TestCpuSampling:
+    @given(
+        st.lists(
+            st.tuples(st.floats(0, 2, width=32), st.integers(0, 5)),
+            min_size=1,
+            max_size=8,
+        )
+    )
+    def test_the_repair_expands_values_to_tokens(self, requests):
+        import torch
+
+        counts = [count for _, count in requests]
+        ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+        output = torch.full((sum(counts),), -1.0)
+        sampling.expand(output, torch.tensor([value for value, _ in requests]), ends, 0, 1)
+        expected = [1.0 if value == 0 else value for value, count in requests for _ in range(count)]
+        assert output.tolist() == pytest.approx(expected)
+
+    def test_the_probes_tell_right_from_wrong(self):
+        assert not sampling.expansion_is_wrong(sampling.expand)
+        assert sampling.expansion_is_wrong(lambda *a: None)
+        assert sampling.expansion_is_wrong(lambda *a: 1 / 0)
+        assert not sampling.top_k_is_wrong(lambda logits, k: logits)
+        assert sampling.top_k_is_wrong(lambda logits, k: k.max())
+
+    @pytest.mark.parametrize("repair", sampling.REPAIRS, ids=lambda repair: repair.function)
+    def test_only_a_wrong_function_is_replaced(self, repair):
+        from types import ModuleType
+
+        module = ModuleType("m")
+        setattr(module, repair.function, lambda *a: 1 / 0)
+        repair.apply(module)
+        assert not repair.is_wrong(getattr(module, repair.function))
+        repaired = getattr(module, repair.function)
+        repair.apply(module)
+        assert getattr(module, repair.function) is repaired
+
+    @pytest.mark.engine
+    @pytest.mark.parametrize("repair", sampling.REPAIRS, ids=lambda repair: repair.function)
+    def test_the_repair_works_on_the_installed_vllm(self, repair, monkeypatch):
+        from importlib import import_module
+
+        module = import_module(repair.module)
+        monkeypatch.setattr(module, repair.function, getattr(module, repair.function))
+        repair.apply(module)
+        assert not repair.is_wrong(getattr(module, repair.function))
+
+    @pytest.mark.engine
+    def test_top_k_still_cuts(self):
+        import torch
+        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_only
+
+        repaired = sampling._tolerate_no_rows(apply_top_k_only)
+        logits = torch.tensor([[1.0, 3.0, 2.0]])
+        assert repaired(logits, torch.tensor([2])).tolist() == [[float("-inf"), 3.0, 2.0]]
+
+
+@pytest.mark.engine
+def test_kernels_are_looked_for_beside_numba():
+    """Where the first half fails, vLLM needs this repair no longer."""
+    from types import ModuleType
+
+    import llvmlite.binding.ffi
+    from vllm.triton_utils import dispatcher
+
+    search = getattr(dispatcher._rebind_kernels, "__wrapped__", dispatcher._rebind_kernels)
+    with pytest.raises(AttributeError, match="_lib_fn_wrapper"):
+        search([])
+    module = ModuleType("dispatcher")
+    module._rebind_kernels = search
+    numba_scan._repair(module)
+    module._rebind_kernels([])
+    assert sys.modules[numba_scan.HIDDEN] is llvmlite.binding.ffi
+
+
+def test_plugin_objects_are_frozen():
+    plugin = Plugin(slot="speculation", name="x", summary="s")
+    with pytest.raises(AttributeError):
+        plugin.name = "y"
+
+
+class TestPlainSampling:
+    """Only a synchronous step without any draft goes past the rejection sampler."""
+
+    @pytest.mark.parametrize(
+        ("drafts", "asynchronous", "verified"),
+        [([0, 0], False, False), ([0, 1], False, True), ([0, 0], True, True), (None, False, False)],
+    )
+    def test_what_goes_to_the_rejection_sampler(self, drafts, asynchronous, verified):
+        seen = []
+
+        class GPUModelRunner:
+            use_async_scheduling = asynchronous
+
+            def _sample(self, logits, spec_decode_metadata):
+                seen.append(spec_decode_metadata)
+                return logits
+
+        skip_rejection_sampler._wrap(SimpleNamespace(GPUModelRunner=GPUModelRunner))
+        metadata = None if drafts is None else SimpleNamespace(num_draft_tokens=drafts)
+        assert GPUModelRunner()._sample("logits", metadata) == "logits"
+        assert seen == [metadata if verified else None]

@@ -1,0 +1,299 @@
+"""The deployment file as settings: what a user may write, and what a server then runs with.
+
+Layers, the later ones winning: defaults, the deployment file (TOML), environment variables
+(``INSTANT_SPECULATION__PLUGIN=off``), the command line (``--instant-set speculation.plugin=off``). ``resolve`` merges
+them, remembers where each value came from, and either returns a ``Deployment`` or raises ``DeploymentError`` with
+everything that is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_instant.deployment.config_sources import (
+    DeploymentFile,
+    Layer,
+    Table,
+    merge,
+    read_environment,
+    read_file,
+    read_overrides,
+)
+from vllm_instant.deployment.errors import DeploymentError, Problem, choices, shown
+from vllm_instant.deployment.plugin_manager import Offer, PluginManager, plugin_manager
+from vllm_instant.deployment.slots import SLOTS
+from vllm_instant.interfaces import PluginOptions
+
+CONFIG_VARIABLE = "INSTANT_CONFIG"
+"""Names the deployment file when the command line does not."""
+DEFAULT_ORIGIN = "default"
+PLUGIN_DRAFTER = "vllm_instant.patches.drafter.PluginDrafter"
+"""What vLLM instantiates for a drafter plugin."""
+ATTENTION_ARGUMENTS = {"attention_backend": "CUSTOM", "kv_cache_dtype": "fp8_per_token_head"}
+"""What makes vLLM ask an attention plugin (``seams.attention``)."""
+
+
+class SlotChoice(BaseModel):
+    """The plugin that fills a slot, with all of its options (defaults included)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    plugin: str
+    options: Table = Field(default_factory=dict)
+
+
+class Deployment(BaseModel):
+    """A checked deployment: every slot filled. This is what travels to the engine-core and worker processes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str | None = None
+    slots: dict[str, SlotChoice]
+    vllm: Table = Field(default_factory=dict)
+    """The ``[vllm]`` table: engine arguments by vLLM's field names."""
+    origins: dict[str, str] = Field(default_factory=dict)
+    """Where each value came from, by ``table.key``; a value not listed is a default."""
+
+    def offer(self, slot: str, manager: PluginManager | None = None) -> Offer:
+        """The offer that fills a slot."""
+        return (manager or plugin_manager()).get(slot, self.slots[slot].plugin)
+
+    def options(self, slot: str, manager: PluginManager | None = None) -> PluginOptions:
+        """The options of the plugin that fills a slot, as that plugin's own model."""
+        return self.offer(slot, manager).plugin.options.model_validate(self.slots[slot].options)
+
+    def engine_arguments(self, manager: PluginManager | None = None) -> Table:
+        """What vLLM should be started with: what the plugins need, then the ``[vllm]`` table over it.
+
+        Switching speculation off takes the drafter away too, so that nothing is loaded that nothing uses.
+        """
+        arguments: Table = {}
+        speculating = self.slots["speculation"].plugin != "off"
+        for slot in SLOTS:
+            plugin = self.offer(slot, manager).plugin
+            if slot == "drafter":
+                if speculating and not self.drafter_is_default:
+                    arguments.update(self.drafter_arguments(manager))
+            elif plugin.engine_arguments is not None:
+                arguments.update(plugin.engine_arguments(self.options(slot, manager)))
+            if slot == "attention" and plugin.build is not None:
+                arguments.update(ATTENTION_ARGUMENTS)
+        arguments.update(self.vllm)
+        if not speculating:
+            arguments.pop("speculative_config", None)
+        drafting = arguments.get("speculative_config")
+        if (
+            isinstance(drafting, dict)
+            and drafting.get("method") != "custom_class"
+            and self.offer("attention", manager).plugin.build is not None
+        ):
+            # A draft model shares the type of the cache, and vLLM does not pass the backend on.
+            backend = ATTENTION_ARGUMENTS["attention_backend"]
+            arguments["speculative_config"] = {"attention_backend": backend, **drafting}
+        return arguments
+
+    @property
+    def drafter_is_default(self) -> bool:
+        """Whether nobody named a drafter: then it only serves where it costs nothing (``seams.default_drafter``)."""
+        slot = SLOTS["drafter"]
+        return self.slots[slot.name].plugin == slot.default and f"{slot.name}.plugin" not in self.origins
+
+    def drafter_arguments(self, manager: PluginManager | None = None) -> Table:
+        """The engine arguments that make vLLM use the deployment's drafter."""
+        plugin = self.offer("drafter", manager).plugin
+        if plugin.engine_arguments is not None:
+            return dict(plugin.engine_arguments(self.options("drafter", manager)))
+        if plugin.build is None:
+            return {}
+        return {
+            "speculative_config": {
+                "method": "custom_class",
+                "model": PLUGIN_DRAFTER,
+                "num_speculative_tokens": self.slots["drafter"].options["num_speculative_tokens"],
+            }
+        }
+
+
+def resolve(
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    manager: PluginManager | None = None,
+) -> Deployment:
+    """Merge all layers and check them; ``file`` falls back to the variable ``INSTANT_CONFIG``, then to no file.
+
+    Raises:
+        DeploymentError: with every problem of the deployment, none of them found by starting an engine.
+
+    """
+    file = file or os.environ.get(CONFIG_VARIABLE) or None
+    layers: list[Layer] = []
+    problems: list[Problem] = []
+    for read in (
+        *((lambda: read_file(file),) if file is not None else ()),
+        read_environment,
+        lambda: read_overrides(overrides),
+    ):
+        try:
+            layers.append(read())
+        except DeploymentError as error:
+            problems += error.problems
+    if problems:
+        raise DeploymentError(problems)
+
+    for layer in layers:
+        for name, table in layer.tables.items():
+            if name not in DeploymentFile.model_fields:
+                problems.append(
+                    Problem(
+                        layer.source_of(name),
+                        f"[{name}]",
+                        f"there is no such table; {choices(name, DeploymentFile.model_fields)}",
+                    )
+                )
+            elif not isinstance(table, dict):
+                problems.append(
+                    Problem(
+                        layer.source_of(name),
+                        name,
+                        f"must be a table, [{name}] with keys below it; found {shown(table)}",
+                    )
+                )
+    if problems:
+        raise DeploymentError(problems)
+
+    merged: Table = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        merge(merged, layer, layer.tables, origins)
+    deployment = _check(merged, origins, str(file) if file else None, manager or plugin_manager())
+    return deployment
+
+
+def _check(merged: Table, origins: dict[str, str], file: str | None, manager: PluginManager) -> Deployment:
+    where = file or "deployment"
+    problems: list[Problem] = []
+    slots: dict[str, SlotChoice] = {}
+    for slot in SLOTS.values():
+        table = merged.get(slot.name, {})
+        # Who configures vLLM's own drafter has named one.
+        natively = slot.name == "drafter" and "speculative_config" in merged.get("vllm", {})
+        choice, found = _check_slot(slot.name, table, "native" if natively else slot.default, origins, where, manager)
+        problems += found
+        if choice is not None:
+            slots[slot.name] = choice
+    if problems:
+        raise DeploymentError(problems)
+    deployment = Deployment(
+        file=str(Path(file).resolve()) if file else None, slots=slots, vllm=merged.get("vllm", {}), origins=origins
+    )
+    problems += [Problem(where, "", sentence) for sentence in contradictions(deployment, manager)]
+    if not problems:
+        problems += [Problem(where, "", sentence) for sentence in _plugin_objections(deployment, manager)]
+    if problems:
+        raise DeploymentError(problems)
+    return deployment
+
+
+def _plugin_objections(deployment: Deployment, manager: PluginManager) -> list[str]:
+    """What plugins say against a deployment, a failure of their own code included."""
+    try:
+        deployment.engine_arguments(manager)
+    # Plugin code: whatever it raises is a sentence for the user and not a traceback.
+    except Exception as error:
+        return [f"a plugin cannot say which engine arguments it needs: {type(error).__name__}: {error}"]
+    return manager.objections(deployment)
+
+
+def _check_slot(
+    slot: str, table: Table, default: str, origins: Mapping[str, str], where: str, manager: PluginManager
+) -> tuple[SlotChoice | None, list[Problem]]:
+    def source(key: str) -> str:
+        return origins.get(f"{slot}.{key}", where)
+
+    name = table.get("plugin", default)
+    if not isinstance(name, str):
+        return None, [
+            Problem(source("plugin"), f"[{slot}] plugin", f"expected the name of a plugin, found {shown(name)}")
+        ]
+    offers = manager.find(slot, name)
+    if not offers:
+        message = f"there is no plugin {name!r} for this slot; {choices(name, manager.names(slot))}"
+        if manager.broken:
+            message += "; moreover " + "; ".join(str(broken) for broken in manager.broken)
+        return None, [Problem(source("plugin"), f"[{slot}] plugin", message)]
+    if len(offers) > 1:
+        rivals = " and ".join(offer.distribution for offer in offers)
+        return None, [Problem(source("plugin"), f"[{slot}] plugin", f"{name!r} is offered by {rivals}: uninstall one")]
+    plugin = offers[0].plugin
+    given = {key: value for key, value in table.items() if key != "plugin"}
+    try:
+        # JSON rules: strict about types ("4" is no number), yet lists may fill tuples and strings paths.
+        options = plugin.options.model_validate_json(json.dumps(given, default=str), strict=True)
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors():
+            key = ".".join(str(part) for part in detail["loc"])
+            message = _sentence(dict(detail), slot, plugin.name, plugin.options, manager)
+            problems.append(Problem(source(key), f"[{slot}] {key}".rstrip(), message))
+        return None, problems
+    return SlotChoice(plugin=plugin.name, options=options.model_dump(mode="json")), []
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "tuple_type": "a list",
+}
+
+
+def _sentence(detail: Table, slot: str, plugin: str, options: type[PluginOptions], manager: PluginManager) -> str:
+    """One of pydantic's errors in the words of a deployment file."""
+    kind, found = detail["type"], shown(detail.get("input"))
+    key = str(detail["loc"][-1]) if detail["loc"] else ""
+    if kind == "extra_forbidden":
+        if key in manager.names(slot) and isinstance(detail.get("input"), dict):
+            return f"the options of a plugin stand directly in [{slot}], not in [{slot}.{key}]"
+        owners = sorted(
+            {o.plugin.name for o in manager.offers() if o.plugin.slot == slot and key in o.plugin.options.model_fields}
+        )
+        if owners:
+            return f"is an option of {' and '.join(owners)}, not of {plugin}, which fills this slot"
+        if not options.model_fields:
+            return f"the plugin {plugin} has no options; found {found}"
+        return f"the plugin {plugin} has no such option; {choices(key, options.model_fields)}"
+    if kind == "missing":
+        return f"the plugin {plugin} needs this option"
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}, found {found}"
+    message = str(detail["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"expected {message}, found {found}" if message != detail["msg"] else f"{message}; found {found}"
+
+
+def contradictions(deployment: Deployment, manager: PluginManager) -> Iterator[str]:
+    """Choices that exclude each other, whichever plugins they name."""
+    drafter = deployment.offer("drafter", manager).plugin
+    brings_drafter = drafter.build is not None or drafter.engine_arguments is not None
+    if brings_drafter and not deployment.drafter_is_default and "speculative_config" in deployment.vllm:
+        yield (
+            f"[drafter] plugin = {drafter.name!r} and [vllm] speculative_config both choose a drafter: keep one of them"
+        )
+    if drafter.build is not None and "num_speculative_tokens" not in deployment.slots["drafter"].options:
+        yield f"[drafter] plugin = {drafter.name!r} must derive its options from vllm_instant.DrafterOptions"
+    if "scheduler_cls" in deployment.vllm:
+        served = {"speculation": "off", "batching": "fcfs"}
+        remedies = [f"[{s}] plugin = {off!r}" for s, off in served.items() if deployment.slots[s].plugin != off]
+        if remedies:
+            yield (
+                "[vllm] scheduler_cls replaces the scheduler that serves the deployment's policies: "
+                f"remove it, or set {' and '.join(remedies)}"
+            )

@@ -1,0 +1,37 @@
+"""Every hook that a distribution can implement: the whole plugin API on one page.
+
+A distribution names a module in the entry-point group ``vllm_instant``; functions of that module marked with
+``hookimpl`` are called. What the hooks hand over is described in ``vllm_instant.interfaces``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from vllm_instant.deployment.settings import Deployment
+    from vllm_instant.interfaces import Plugin
+
+PROJECT = "vllm_instant"
+"""The pluggy project name, and the entry-point group that distributions register in."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def instant_plugins() -> Iterable[Plugin]:  # type: ignore[empty-body]
+    """Offer plugins: return one ``Plugin`` for each name that a deployment file may choose."""
+
+
+@hookspec
+def instant_check(deployment: Deployment) -> Iterable[str]:  # type: ignore[empty-body]
+    """Object to a deployment: return one sentence for each contradiction, and the server does not start."""
+
+
+@hookspec
+def instant_plugin_failed(slot: str, plugin: str, hook: str, error: Exception) -> None:
+    """Hear that a plugin raised in a running server and was disabled there; runs in the process where it happened."""

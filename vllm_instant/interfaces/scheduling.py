@@ -1,0 +1,108 @@
+"""The ``batching`` slot: which waiting requests start, and who is preempted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from vllm_instant.interfaces.requests import RequestState
+from vllm_instant.interfaces.speculation import StepOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class QueueMoment:
+    """What a batching policy decides about: who waits, who runs, and how much room there is."""
+
+    waiting: Sequence[RequestState]
+    """In the order of arrival; their number is known, they themselves are gathered when somebody looks. Requests that
+    lost their KV blocks are not among them: they always go first."""
+    running: Sequence[RequestState]
+    """With ``num_output_tokens`` up to date."""
+    now: float
+    """Seconds, monotonic."""
+    most_running: int
+    """Most requests that run together."""
+    free_kv_tokens: int
+    """Tokens for which there are free KV blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Who may start."""
+
+    order: Sequence[int] = ()
+    """Indices into ``QueueMoment.waiting``, those first that shall start first; all others follow as they arrived."""
+    most: int | None = None
+    """At most so many start in this step; None: as many as there is room for."""
+    by_id: Sequence[str] = ()
+    """Request ids in place of ``order``, for a policy that knows who waits and need not look at everybody: a step costs
+    what is named then, however many wait. Ids of those that do not wait are passed over."""
+
+
+@runtime_checkable
+class BatchingPolicy(Protocol):
+    """Decides which waiting requests start, how much of their prompts a step reads, and who is preempted.
+
+    Runs in the engine-core process. The order is asked for when there is room for somebody, not in every step; an
+    explicit ``priority`` of the requests stands above it. With vLLM's scheduling policy ``priority``, preemption is
+    vLLM's.
+    """
+
+    def admit(self, moment: QueueMoment) -> Admission:
+        """Who may start now, and in which order."""
+        ...
+
+    def enter(self, request: RequestState) -> None:
+        """A request begins to wait. Optional."""
+        return None
+
+    def started(self, request: RequestState, now: float) -> None:
+        """A request left the queue, or came back after it had lost its KV blocks. Optional."""
+        return None
+
+    def preempted(self, request: RequestState, now: float) -> None:
+        """A running request lost its KV blocks and waits again. Optional."""
+        return None
+
+    def finished(self, request: RequestState, now: float, complete: bool) -> None:
+        """A request left the engine; ``complete`` says whether it ended by itself. Optional."""
+        return None
+
+    def spare(self, running: Sequence[RequestState]) -> Sequence[int] | None:
+        """Indices of the running requests, those first that shall keep their KV blocks longest when blocks run out.
+
+        None keeps vLLM's own choice, which preempts who started last. Asked only when blocks are short. Optional.
+        """
+        return None
+
+    def most_prompt_tokens(self, moment: QueueMoment) -> int | None:
+        """Most prompt tokens that the next step shall read beside the running requests' own; None: no limit.
+
+        Optional.
+        """
+        return None
+
+    def think(self, moment: QueueMoment) -> None:
+        """Called while the model runs and nobody waits for an answer: the place for whatever takes long. Optional."""
+        return None
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learn from a finished step. Optional."""
+        return None
+
+    def measures(self) -> Mapping[str, float]:
+        """Numbers about itself, by name, for ``/metrics``. Optional."""
+        return {}
+
+    def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
+        """Why the newest requests started when they did, as ``SpeculationPolicy.decisions`` does. Optional.
+
+        For ``vllm-instant explain --queue`` a decision has ``request_id``, ``waited_ms``, ``bound_ms`` (the longest
+        that it might have waited), ``expected_tokens``, ``tokens`` (None while it runs) and ``older_waiting``.
+        """
+        return ()
+
+    def close(self) -> None:
+        """The engine stops: keep what the next start should know. Optional."""
+        return None

@@ -1,0 +1,1 @@
+"""What serving a mixture of experts needs: router scores, expert groups and routing traces; without vLLM."""

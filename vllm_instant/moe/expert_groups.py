@@ -1,0 +1,184 @@
+"""Super-experts: which experts of a layer belong together. The file that `experts learn` writes and servers read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_instant.moe.routing_trace import RoutedModel
+
+FORMAT = 1
+
+Table = tuple[tuple[int, ...], ...]
+"""``[layers][experts]`` or ``[layers][clusters]``."""
+Shares = tuple[tuple[float, ...], ...]
+
+
+class ClusterError(ValueError):
+    """A cluster file that cannot be used, in one sentence."""
+
+
+@dataclass(frozen=True)
+class SuperExperts:
+    """The clusters of every layer and what is known about them.
+
+    Attributes:
+        model: whose experts they are.
+        cluster: ``[layers][experts]``, the cluster of each expert, numbered from 0 without gaps in each layer.
+        prior: ``[layers][experts]``, positive, about 1: how much more than others an expert is worth keeping when a
+            batch has to do without some.
+        affinity: for each prompt class ``[layers][clusters]``: the share of its router weight that a cluster gets.
+        placement: for each number of devices ``[layers][experts]``: the device of each expert.
+        learned_from: how many tokens and requests, and what the learning found; for people.
+
+    """
+
+    model: RoutedModel
+    cluster: Table
+    prior: Shares
+    affinity: Mapping[str, Shares] = field(default_factory=dict)
+    placement: Mapping[int, Table] = field(default_factory=dict)
+    learned_from: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def clusters(self) -> tuple[int, ...]:
+        """How many clusters each layer has."""
+        return tuple(max(layer) + 1 for layer in self.cluster)
+
+    def require(self, model: RoutedModel, path: Path | str = "the cluster file") -> None:
+        """Check that the clusters are those of the served model.
+
+        Raises:
+            ClusterError: when layers, experts or choices differ.
+
+        """
+        if not self.model.same_shape(model):
+            raise ClusterError(
+                f"{path} was learned for {self.model.name} ({self.model.shape()}), "
+                f"but {model.name} with {model.shape()} is served; learn from a trace of that model"
+            )
+
+    def write(self, path: Path) -> None:
+        """Write the file, one layer a line."""
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            "model": asdict(self.model),
+            "learned_from": dict(self.learned_from),
+            "cluster": self.cluster,
+            "prior": _rounded(self.prior),
+            "affinity": {name: _rounded(rows) for name, rows in self.affinity.items()},
+            "placement": {str(devices): rows for devices, rows in sorted(self.placement.items())},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_readable(record) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> SuperExperts:
+        """Read a file.
+
+        Raises:
+            ClusterError: when there is none, or something in it is wrong.
+
+        """
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ClusterError(f"there is no cluster file {path}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ClusterError(f"{path} cannot be read: {error}") from None
+        except json.JSONDecodeError as error:
+            raise ClusterError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            found = record.get("format") if isinstance(record, dict) else type(record).__name__
+            raise ClusterError(f"{path} has cluster format {found}; this version reads format {FORMAT}")
+        try:
+            return cls(
+                model=RoutedModel(**record["model"]),
+                cluster=_table(record["cluster"], int),
+                prior=_table(record["prior"], float),
+                affinity={name: _table(rows, float) for name, rows in record.get("affinity", {}).items()},
+                placement={int(count): _table(rows, int) for count, rows in record.get("placement", {}).items()},
+                learned_from=record.get("learned_from", {}),
+            )
+        except ClusterError as error:
+            raise ClusterError(f"{path}: {error}") from None
+        except KeyError as error:
+            raise ClusterError(f"{path} has no {error.args[0]!r}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ClusterError(f"{path} is not a cluster file: {error}") from None
+
+
+def one_cluster(model: RoutedModel) -> SuperExperts:
+    """What is known before anything was learned: all experts of a layer in one cluster, all worth the same."""
+    layer = (0,) * model.experts
+    return SuperExperts(model, (layer,) * model.layers, ((1.0,) * model.experts,) * model.layers)
+
+
+def _table(rows: Sequence[Sequence[Any]], kind: type) -> Any:
+    if kind is int and any(not isinstance(value, int) or isinstance(value, bool) for row in rows for value in row):
+        raise ClusterError("clusters and devices are whole numbers")
+    return tuple(tuple(kind(value) for value in row) for row in rows)
+
+
+def _rounded(rows: Shares) -> list[list[float]]:
+    return [[float(f"{value:.5g}") for value in row] for row in rows]
+
+
+def _readable(record: dict[str, Any]) -> str:
+    """JSON with one line for each layer, so that people can read and compare files."""
+    tables: dict[str, str] = {}
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, list | tuple) and value and all(isinstance(item, int | float) for item in value):
+            key = f"\0{len(tables)}\0"
+            tables[json.dumps(key)] = json.dumps(value)
+            return key
+        if isinstance(value, list | tuple):
+            return [mark(item) for item in value]
+        return {key: mark(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    text = json.dumps(mark(record), indent=2)
+    for key, row in tables.items():
+        text = text.replace(key, row, 1)
+    return text
+
+
+def _check(found: SuperExperts) -> None:
+    model = found.model
+    for name, rows in (("cluster", found.cluster), ("prior", found.prior)):
+        _shape(name, rows, model)
+    for layer, row in enumerate(found.cluster):
+        numbers = np.unique(row)
+        if not np.array_equal(numbers, np.arange(len(numbers))):
+            raise ClusterError(
+                f"cluster, layer {layer}: numbers from 0 to {len(numbers) - 1} without gaps are expected, "
+                f"found {numbers[0]} to {numbers[-1]}"
+            )
+    for layer, prior in enumerate(found.prior):
+        if not all(np.isfinite(value) and value > 0 for value in prior):
+            raise ClusterError(f"prior, layer {layer}: positive numbers are expected, found {min(prior)}")
+    for name, shares in found.affinity.items():
+        if [len(row) for row in shares] != list(found.clusters):
+            raise ClusterError(f"affinity of {name!r} does not have one number for each cluster of each layer")
+    for devices, placed in found.placement.items():
+        _shape(f"placement on {devices} devices", placed, model)
+        outside = [device for row in placed for device in row if not 0 <= device < devices]
+        if outside:
+            raise ClusterError(f"placement on {devices} devices names device {outside[0]}")
+
+
+def _shape(name: str, rows: Sequence[Sequence[Any]], model: RoutedModel) -> None:
+    sizes = sorted({len(row) for row in rows})
+    if len(rows) != model.layers or sizes != [model.experts]:
+        raise ClusterError(
+            f"{name} has {len(rows)} layers of {' or '.join(map(str, sizes)) or 'no'} experts, "
+            f"the model has {model.layers} of {model.experts}"
+        )

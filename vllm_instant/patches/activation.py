@@ -1,0 +1,103 @@
+"""Make this process serve a deployment."""
+
+from __future__ import annotations
+
+import logging
+
+from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.errors import DeploymentError, Problem
+from vllm_instant.deployment.settings import Deployment
+from vllm_instant.patches import (
+    attention,
+    default_drafter,
+    draft_model_skip,
+    drafter,
+    engine_core,
+    feed_forward,
+    fused_rope,
+    hybrid_drafting,
+    min_p_logit_bias,
+    moe,
+    moe_reports,
+    registry,
+    rejection_sampler,
+    request_validation,
+    skip_rejection_sampler,
+    streaming,
+    worker_reports,
+)
+from vllm_instant.patches.cpu import generator_offset, numba_scan, sampling, single_rpc
+
+logger = logging.getLogger("vllm.instant")
+
+
+def serve(deployment: Deployment, speculates: bool | None = None) -> None:
+    """Check the seams that a deployment needs, publish it to later processes and activate it in this one.
+
+    Args:
+        deployment: what to serve.
+        speculates: whether the server has a drafter; by default, what the deployment says.
+
+    Raises:
+        DeploymentError: when a seam that a chosen plugin needs does not fit the installed vLLM.
+
+    """
+    problems = []
+    for report in registry.check_installed(deployment, speculates):
+        if report.why_not is None:
+            continue
+        if report.needed_by and not report.seam.optional:
+            message = (
+                f"does not fit vLLM {report.version} ({report.why_not}); needed by {', '.join(report.needed_by)}. "
+                "Install a vLLM of the supported range, or choose other plugins (see vllm-instant doctor)"
+            )
+            problems.append(Problem(f"seam {report.seam.name}", "", message))
+        else:
+            logger.warning("Seam %s does not fit vLLM %s: %s", report.seam.name, report.version, report.why_not)
+    if problems:
+        raise DeploymentError(problems)
+    if not registry.in_supported_range():
+        logger.warning(
+            "vLLM %s is outside of the range that vllm-instant was tested with (%s); all needed seams fit, going on",
+            registry.installed_version(),
+            registry.SUPPORTED,
+        )
+    for slot in deployment.slots:
+        plugin = deployment.offer(slot).plugin
+        if plugin.lossy:
+            logger.warning("Plugin %s in slot %s is lossy: answers may differ from the model's own", plugin.name, slot)
+    deployment_env.publish(deployment)
+    activate()
+
+
+def activate() -> None:
+    """Install the seams of a published deployment; each waits for the module that it changes.
+
+    No seam may load plugins here: not every process that vLLM starts needs them, and Numba with them.
+    """
+    sampling.install()
+    drafter.install()
+    rejection_sampler.install()
+    if streaming.is_served(deployment_env.current()):
+        streaming.install()
+    # A vLLM that they do not fit is served without them, unless a chosen plugin needs one.
+    for seam in (
+        default_drafter,
+        draft_model_skip,
+        hybrid_drafting,  # around what skipping made of the same method
+        worker_reports,
+        skip_rejection_sampler,
+        numba_scan,
+        generator_offset,  # around what the sampling of a step has become
+        min_p_logit_bias,
+        attention,
+        feed_forward,
+        fused_rope,
+        moe,
+        moe_reports,
+        request_validation,
+        engine_core,
+        single_rpc,  # around the engine core's own way of leaving out the question for drafts
+    ):
+        if registry.fits_installed(seam.SEAM):
+            seam.install()

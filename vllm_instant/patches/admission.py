@@ -1,0 +1,250 @@
+"""The batching policy in vLLM's scheduler: the order of its queue, its victims, and how much prompt a step reads.
+
+A mixin for both of vLLM's schedulers (``seams.scheduler`` composes it with the speculation budget). vLLM's own
+admission loop runs unchanged over a queue that is ours (``seams.waiting_queue``), so that LoRA limits, structured
+output, KV connectors, streaming sessions and pauses go on working as they do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_instant.deployment import deployment_env
+from vllm_instant.interfaces import Admission, QueueMoment, RequestState
+from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.min_p_logit_bias import needs_no_drafts
+from vllm_instant.patches.plugin_factory import build_contained, context_of
+from vllm_instant.patches.waiting_queue import InstantQueue
+from vllm_instant.scheduling.admission import Batching
+from vllm_instant.scheduling.request_registry import LiveRequests, StatesOnDemand
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+SHORT_OF_BLOCKS = 2
+"""KV blocks are short when there are fewer free ones than so many for each running request."""
+
+
+class LiveRequestsMixin:
+    """One ``RequestState`` for each request, for all policies; put before vLLM's scheduler in a class's bases."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.instant_requests = LiveRequests()
+        super().__init__(*args, **kwargs)
+
+    def instant_state(self, request: Request) -> RequestState:
+        """The request's state, which begins when it is asked for first."""
+        state = self.instant_requests.states.get(request.request_id)
+        if state is None:
+            sampling = request.sampling_params
+            state = RequestState(
+                request_id=request.request_id,
+                num_prompt_tokens=request.num_prompt_tokens,
+                max_tokens=request.max_tokens,
+                temperature=sampling.temperature if sampling is not None else 0.0,
+                structured_output=request.use_structured_output,
+                extra_args=(sampling.extra_args if sampling is not None else None) or {},
+                num_output_tokens=request.num_output_tokens,
+                prompt_token_ids=request.prompt_token_ids or (),
+                cache_salt=request.cache_salt or "",
+                pinned_draft_length=0 if needs_no_drafts(sampling) else None,
+            )
+            self.instant_requests.admit(state)
+        return state
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.instant_requests.forget(request.request_id)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+
+class BatchingMixin(LiveRequestsMixin):
+    """Serves the ``batching`` slot."""
+
+    # What the mixin uses of its vLLM base class.
+    vllm_config: Any
+    scheduler_config: Any
+    kv_cache_manager: Any
+    policy: Any
+    running: list[Any]
+    waiting: Any
+    requests: dict[str, Any]
+    block_size: int
+    max_num_active_reqs: int
+    max_num_scheduled_tokens: int
+    num_waiting_for_streaming_input: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.instant_batching: Batching | None = None
+        self.instant_queue: InstantQueue | None = None
+        deployment = deployment_env.current()
+        if deployment is None:
+            return
+        policy = build_contained("batching", deployment, context_of(self.vllm_config, deployment))
+        if policy is None:
+            return
+        self.instant_batching = Batching(policy)
+        self._instant_by_priority = self.policy.value == "priority"
+        self.waiting = self.instant_queue = InstantQueue(
+            self._instant_admit,
+            running=lambda: len(self.running),
+            has_room=lambda: len(self.running) + self.num_waiting_for_streaming_input < self.max_num_active_reqs,
+            state_of=self.instant_state,
+            by_priority=self._instant_by_priority,
+        )
+
+    def add_request(self, request: Request) -> None:
+        """Let the policy know a new request before the base class puts it into the queue."""
+        if self.instant_batching is not None and request.request_id not in self.requests:
+            self.instant_batching.enter(self.instant_state(request))
+        super().add_request(request)  # type: ignore[misc]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Let vLLM schedule with the queue, the victims and the prompt tokens of the policy."""
+        queue, batching = self.instant_queue, self.instant_batching
+        if queue is None or batching is None:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        if batching.spares and free < SHORT_OF_BLOCKS * len(self.running) and not self._instant_by_priority:
+            self._put_victims_last(batching)
+        whole = self.max_num_scheduled_tokens, self.scheduler_config.long_prefill_token_threshold
+        if batching.limits_prompts and self.running:
+            self._limit_prompts(batching)
+        queue.begin()
+        try:
+            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            queue.end()
+            self.max_num_scheduled_tokens, self.scheduler_config.long_prefill_token_threshold = whole
+        for request_id in (
+            *(new.req_id for new in output.scheduled_new_reqs),
+            *output.scheduled_cached_reqs.resumed_req_ids,
+        ):
+            queue.started(request_id)
+            oldest = queue.oldest()
+            state = self.instant_state(self.requests[request_id])
+            batching.started(state, state.arrival if oldest is None else self.instant_state(oldest).arrival)
+        return output
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        if self.instant_batching is not None:
+            self.instant_batching.preempted(self.instant_state(request))
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if self.instant_batching is not None and self.instant_queue is not None:
+            state = self.instant_state(request)
+            state.num_output_tokens = request.num_output_tokens
+            self.instant_batching.finished(state, _is_complete(request))
+            self.instant_queue.started(request.request_id)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _instant_admit(self, waiting: Sequence[RequestState]) -> Admission:
+        batching = self.instant_batching
+        return Admission() if batching is None else batching.admit(self._moment(waiting))
+
+    def instant_think(self) -> None:
+        """Called while the model runs."""
+        batching, queue = self.instant_batching, self.instant_queue
+        if batching is not None and queue is not None and batching.thinks:
+            batching.while_the_model_runs(self._moment(queue.states()))
+
+    def _running_states(self) -> StatesOnDemand:
+        """With their output tokens brought up to date, when somebody looks."""
+        running, states = self.running, self.instant_requests.states
+
+        def gather() -> list[RequestState]:
+            found = []
+            for request in running:
+                state = states[request.request_id]
+                state.num_output_tokens = len(request.output_token_ids)
+                found.append(state)
+            return found
+
+        return StatesOnDemand(len(running), gather)
+
+    def _moment(self, waiting: Sequence[RequestState]) -> QueueMoment:
+        return QueueMoment(
+            waiting,
+            self._running_states(),
+            time.monotonic(),
+            self.max_num_active_reqs,
+            self.kv_cache_manager.block_pool.get_num_free_blocks() * self.block_size,
+        )
+
+    def _put_victims_last(self, batching: Batching) -> None:
+        """Sort the running requests: vLLM preempts from the end of the list."""
+        order = batching.spare(self._running_states())
+        if order is not None:
+            self.running = [self.running[place] for place in order]
+
+    def _limit_prompts(self, batching: Batching) -> None:
+        """Leave so much of the step's budget for prompts as the policy says.
+
+        What running requests decode is always scheduled: vLLM serves the list of running requests first, and the cap
+        on one prompt keeps it from taking the tokens of those behind it.
+        """
+        reading = sum(request.is_prefill_chunk for request in self.running)
+        if not reading and not len(self.waiting):
+            return
+        most = batching.most_prompt_tokens(self._moment(()))
+        if most is None:
+            return
+        decoding = sum(
+            request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+            for request in self.running
+            if not request.is_prefill_chunk
+        )
+        self.max_num_scheduled_tokens = min(self.max_num_scheduled_tokens, decoding + most)
+        cap = self.scheduler_config.long_prefill_token_threshold
+        self.scheduler_config.long_prefill_token_threshold = min(cap, most) if cap > 0 else most
+
+
+def _is_complete(request: Any) -> bool:
+    """Whether an answer ended by itself; the front end ends those at a stop string by aborting them."""
+    name = request.status.name
+    if name in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"):
+        return True
+    sampling = request.sampling_params
+    return name == "FINISHED_ABORTED" and sampling is not None and bool(sampling.stop)
+
+
+_SCHEDULER = "v1/core/sched/scheduler.py"
+_QUEUE = "v1/core/sched/request_queue.py"
+
+SEAM = Seam(
+    name="batching",
+    purpose="the order of waiting requests",
+    requirements=(
+        Function(_SCHEDULER, "Scheduler.schedule", ("self",)),
+        Function(_SCHEDULER, "Scheduler.add_request", ("self", "request"), exact=True),
+        Function(_SCHEDULER, "Scheduler._preempt_request", ("self", "request")),
+        Function(_SCHEDULER, "Scheduler._free_request", ("self", "request")),
+        Mentions(
+            _SCHEDULER,
+            "Scheduler.__init__",
+            ("waiting", "running", "policy", "max_num_active_reqs", "num_waiting_for_streaming_input", "block_size"),
+        ),
+        Mentions(
+            _SCHEDULER,
+            "Scheduler.schedule",
+            ("peek_request", "pop_request", "prepend_requests", "max_num_scheduled_tokens", "is_prefill_chunk"),
+        ),
+        Mentions(_SCHEDULER, "Scheduler.schedule", ("long_prefill_token_threshold", "max_num_active_reqs")),
+        Function(_QUEUE, "RequestQueue.add_request", ("self", "request"), exact=True),
+        Function(_QUEUE, "RequestQueue.pop_request", ("self",), exact=True),
+        Function(_QUEUE, "RequestQueue.peek_request", ("self",), exact=True),
+        Function(_QUEUE, "RequestQueue.prepend_request", ("self", "request"), exact=True),
+        Function(_QUEUE, "RequestQueue.prepend_requests", ("self", "requests"), exact=True),
+        Function(_QUEUE, "RequestQueue.remove_request", ("self", "request"), exact=True),
+        Function(_QUEUE, "RequestQueue.remove_requests", ("self", "requests"), exact=True),
+        Name("v1/core/sched/output.py", "SchedulerOutput.scheduled_new_reqs"),
+        Name("v1/core/sched/output.py", "CachedRequestData.resumed_req_ids"),
+        Function("v1/core/block_pool.py", "BlockPool.get_num_free_blocks", ("self",), exact=True),
+        Mentions("v1/request.py", "Request.__init__", ("num_preemptions", "num_output_placeholders", "priority")),
+    ),
+    slots=("batching",),
+)

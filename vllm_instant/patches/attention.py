@@ -1,0 +1,248 @@
+"""Attention plugins: which layers they serve, and a sentence where none can.
+
+A plugin is asked through ``attention_backend``, which takes the place that vLLM keeps for backends of others. Which
+backend serves a layer is decided by a method of vLLM's platform, which is wrapped: a layer that the plugin objects to
+gets the backend that vLLM would choose for the same kind of cache, with a warning that says why; and the CPU platform,
+which has only one backend, lets ours pass.
+
+The CPU platform of vLLM up to 0.32 does not look at the type of the cache: a type that its kernels do not know gives
+wrong tokens. Here such a server does not start.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.errors import DeploymentError, Problem
+from vllm_instant.deployment.settings import ATTENTION_ARGUMENTS, Deployment
+from vllm_instant.deployment.slots import SLOTS
+from vllm_instant.interfaces import AttentionProvider
+from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.plugin_factory import build_contained, context_of
+
+logger = logging.getLogger("vllm.instant")
+
+REGISTRY_MODULE = "vllm.v1.attention.backends.registry"
+SELECTOR_MODULE = "vllm.v1.attention.selector"
+BACKEND = "vllm_instant.patches.attention_backend.InstantAttentionBackend"
+PLACE = "CUSTOM"
+"""The name that vLLM's registry keeps for a backend of somebody else's."""
+
+_UNSERVED = {
+    "use_mla": "multi-head latent attention",
+    "has_sink": "attention sinks",
+    "use_sparse": "sparse attention",
+    "use_mm_prefix": "prefixes that attend in both directions",
+    "use_per_head_quant_scales": "scales a head",
+    "use_non_causal": "attention that is not causal",
+    "use_batch_invariant": "batch invariance",
+    "use_pcp": "prefill context parallelism",
+    "use_dcp": "decode context parallelism",
+    "use_rswa": "windows that keep the prompt",
+}
+"""What a layer may ask for that the contract of attention plugins does not have, by vLLM's name."""
+
+
+def provider() -> Contained[AttentionProvider] | None:
+    """The deployment's attention plugin behind its breaker, built once a process and deployment; None without one.
+
+    Raises:
+        PluginStartError: the plugin cannot start here.
+
+    """
+    deployment = deployment_env.current()
+    return None if deployment is None else _built(deployment.model_dump_json())
+
+
+@cache
+def _built(text: str) -> Contained[AttentionProvider] | None:
+    from vllm.config import get_current_vllm_config
+
+    deployment = Deployment.model_validate_json(text)
+    return build_contained("attention", deployment, context_of(get_current_vllm_config(), deployment))
+
+
+def why_not(plugin: AttentionProvider, asked: Any) -> str | None:
+    """Why a plugin cannot serve layers as vLLM's ``AttentionSelectorConfig`` describes them; None if it can."""
+    found = [words for name, words in _UNSERVED.items() if getattr(asked, name, False)]
+    if found:
+        return f"attention plugins do not know {' and '.join(found)}"
+    if asked.attn_type != "decoder":
+        return f"attention plugins serve decoders, and this layer is of type {asked.attn_type}"
+    if asked.kv_cache_dtype != ATTENTION_ARGUMENTS["kv_cache_dtype"]:
+        wanted = ATTENTION_ARGUMENTS["kv_cache_dtype"]
+        return f"the KV cache is of type {asked.kv_cache_dtype}, and attention plugins need {wanted}"
+    return plugin.objection(asked.head_size, asked.dtype)
+
+
+def objection_to_cache(kv_cache_dtype: str | None, backend: Any) -> str | None:
+    """What is wrong with a type of KV cache on a CPU; None if nothing is.
+
+    Args:
+        kv_cache_dtype: of vLLM's ``--kv-cache-dtype``.
+        backend: the attention backend that was asked for: an enum member, its name, or None.
+
+    """
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    known = CPUAttentionBackend.supported_kv_cache_dtypes
+    # 16-bit types are those of models; vLLM itself resolves and checks them.
+    if kv_cache_dtype in (None, *known, "bfloat16", "float16") or _name(backend) == PLACE:
+        return None
+    return (
+        f"vLLM's attention on CPUs cannot read a KV cache of type {kv_cache_dtype} and would give wrong tokens; "
+        f"valid: {', '.join(known)}"
+    )
+
+
+def _name(backend: Any) -> str:
+    return str(getattr(backend, "name", backend)).upper()
+
+
+def refuse_unreadable_cache(arguments: Any) -> None:
+    """Raise DeploymentError where parsed options (or EngineArgs) ask a CPU for a cache that it cannot read."""
+    from vllm.platforms import current_platform
+
+    asked = getattr(arguments, "kv_cache_dtype", None)
+    if asked in (None, "auto") or not current_platform.is_cpu():
+        return
+    message = objection_to_cache(asked, getattr(arguments, "attention_backend", None))
+    if message is not None:
+        raise DeploymentError([Problem("--kv-cache-dtype", "", message)])
+
+
+def _wrap(module: ModuleType) -> None:
+    """Wrap the platform's choice, when the module that asks for it is loaded."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    place = getattr(AttentionBackendEnum, PLACE)
+    platform = type(current_platform)
+    original = platform.get_attn_backend_cls.__func__
+    platform.get_attn_backend_cls = classmethod(_choosing(original, place, current_platform.is_cpu()))
+
+
+def _choosing(original: Callable[..., str], place: Any, on_cpu: bool) -> Callable[..., str]:
+    @functools.wraps(original)
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> str:
+        plugin = provider() if selected_backend == place else None
+        if plugin is not None:
+            reason = why_not(plugin.instance, attn_selector_config)
+            if reason is None:
+                return BACKEND
+            logger.warning("Plugin %s of slot attention leaves layers to vLLM: %s", plugin.plugin, reason)
+            selected_backend = None
+        if on_cpu:
+            message = objection_to_cache(attn_selector_config.kv_cache_dtype, selected_backend)
+            if message is not None:
+                raise ValueError(message)
+        return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
+
+    return get_attn_backend_cls
+
+
+def _register(module: ModuleType) -> None:
+    """Name our backend in vLLM's registry, which others than the wrapped choice ask, too."""
+    deployment = deployment_env.current()
+    # By the name alone: in a worker it is too early to load plugins (see activation.activate).
+    if deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default:
+        module.register_backend(getattr(module.AttentionBackendEnum, PLACE), BACKEND)
+
+
+def install() -> None:
+    """Register the backend, and change the platform when backends are chosen for the first time."""
+    when_imported(REGISTRY_MODULE, _register)
+    when_imported(SELECTOR_MODULE, _wrap)
+
+
+_BACKEND = "v1/attention/backend.py"
+_TRITON = "v1/attention/backends/triton_attn.py"
+_CHOICE = ("cls", "selected_backend", "attn_selector_config", "num_heads")
+
+SEAM = Seam(
+    name="attention",
+    purpose="attention plugins and the KV cache that they lay out",
+    requirements=(
+        Function("v1/attention/backends/registry.py", "register_backend", ("backend", "class_path"), exact=True),
+        Name("v1/attention/backends/registry.py", "AttentionBackendEnum.CUSTOM"),
+        Mentions("v1/attention/selector.py", "_cached_get_attn_backend", ("get_attn_backend_cls", "current_platform")),
+        *(Name("v1/attention/selector.py", f"AttentionSelectorConfig.{name}") for name in _UNSERVED),
+        *(
+            Name("v1/attention/selector.py", f"AttentionSelectorConfig.{name}")
+            for name in ("head_size", "dtype", "kv_cache_dtype", "attn_type")
+        ),
+        Function("platforms/cuda.py", "CudaPlatformBase.get_attn_backend_cls", _CHOICE, exact=True),
+        Function("platforms/cpu.py", "CpuPlatform.get_attn_backend_cls", _CHOICE, exact=True),
+        Name("v1/attention/backends/cpu_attn.py", "CPUAttentionBackend.supported_kv_cache_dtypes"),
+        Function(_BACKEND, "AttentionBackend.customize_spec", ("cls", "spec"), exact=True),
+        Mentions(_TRITON, "TritonAttentionBackend.customize_spec", ("state_content_bytes", "is_per_token_head")),
+        Name("v1/kv_cache_interface.py", "AttentionSpec.state_content_bytes"),
+        Mentions("v1/worker/utils.py", "customize_attention_spec", ("customize_spec",)),
+        Name("config/speculative.py", "SpeculativeConfig.attention_backend"),
+        Function(_TRITON, "TritonAttentionImpl._pth_key_value_caches", ("self", "kv_cache"), exact=True),
+        Mentions(
+            _TRITON,
+            "TritonAttentionImpl.forward",
+            ("_pth_key_value_caches", "_k_scale_cache", "_v_scale_cache", "num_actual_tokens"),
+        ),
+        Function(
+            _TRITON,
+            "TritonAttentionImpl.forward",
+            (
+                "self",
+                "layer",
+                "query",
+                "key",
+                "value",
+                "kv_cache",
+                "attn_metadata",
+                "output",
+                "output_scale",
+                "output_block_scale",
+            ),
+            exact=True,
+        ),
+        Function(
+            _TRITON,
+            "TritonAttentionImpl.do_kv_cache_update",
+            ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
+            exact=True,
+        ),
+        Mentions(
+            _TRITON,
+            "TritonAttentionImpl.__init__",
+            (
+                "alibi_slopes",
+                "sliding_window",
+                "logits_soft_cap",
+                "attn_type",
+                "sinks",
+                "num_kv_heads",
+                "chunk_lookback",
+            ),
+        ),
+        *(
+            Name(_TRITON, f"TritonAttentionMetadata.{name}")
+            for name in (
+                "block_table",
+                "causal",
+                "max_query_len",
+                "mm_prefix_range_tensor",
+                "query_start_loc",
+                "rswa_prefix_lens",
+                "seq_lens",
+            )
+        ),
+    ),
+    slots=("attention",),
+)

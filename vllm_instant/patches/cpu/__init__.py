@@ -1,0 +1,1 @@
+"""Repairs and short cuts for vLLM's CPU build."""

@@ -1,0 +1,206 @@
+"""Drafters that plugins bring, on vLLM's V1 runner, through its ``custom_class`` speculative method.
+
+vLLM builds ``PluginDrafter`` in every worker and asks it for drafts after each step's tokens were sampled. What vLLM
+hands to such a class lacks the request ids and the lengths that the scheduler planned; ``GPUModelRunner.
+propose_draft_token_ids`` has both, so it is wrapped to lay them beside the drafter first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.circuit_breaker import Contained, ContractError
+from vllm_instant.interfaces import Draft, Drafter, DraftRequest
+from vllm_instant.patches.compat import Function, Mentions, Seam
+from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.plugin_factory import build_contained, context_of
+from vllm_instant.patches.scheduler import PLAN_ATTRIBUTE
+from vllm_instant.speculation.draft_plan import DraftPlan, worthwhile
+
+MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
+NO_PLAN = DraftPlan()
+
+
+class PluginDrafter:
+    """What vLLM's ``custom_class`` method instantiates; asks the deployment's drafter plugin."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        deployment = deployment_env.current()
+        if deployment is None:
+            raise RuntimeError("PluginDrafter needs a deployment: start the server with --plugins vllm_instant")
+        context = context_of(vllm_config, deployment)
+        contained = build_contained("drafter", deployment, context)
+        if contained is None:
+            raise RuntimeError(f"[drafter] plugin {deployment.slots['drafter'].plugin!r} brings no drafter of its own")
+        self.drafter: Contained[Drafter] = contained
+        self.vocab_size = context.vocab_size
+        self.max_draft_tokens = context.num_speculative_tokens
+        self._request_ids: Sequence[str] = ()
+        self._prompt_lengths: npt.NDArray[np.int32] = np.empty(0, np.int32)
+        self._plan = DraftPlan()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to load: called because vLLM's CPU runner treats every drafter as a model."""
+
+    def begin_step(
+        self,
+        request_ids: Sequence[str],
+        prompt_lengths: npt.NDArray[np.int32],
+        plan: DraftPlan,
+    ) -> None:
+        """Take what vLLM does not pass to ``propose``.
+
+        Args:
+            request_ids: by batch index.
+            prompt_lengths: int32 ``[batch]`` (or longer), tokens of each prompt.
+            plan: what the scheduler decided about drafts.
+
+        """
+        self._request_ids = request_ids
+        self._prompt_lengths = prompt_lengths
+        self._plan = plan
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """These requests ended."""
+        for request_id in request_ids:
+            self.drafter.call("forget", functools.partial(_forget, request_id=request_id), None)
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: npt.NDArray[np.int32],
+        token_ids_cpu: npt.NDArray[np.int32],
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Drafts for each row of the batch; an empty list where nothing was sampled or nothing is wanted.
+
+        Args:
+            sampled_token_ids: the tokens of this step by batch index, already stored in ``token_ids_cpu``.
+            num_tokens_no_spec: int32 ``[max_num_seqs]``, tokens of each request so far.
+            token_ids_cpu: int32 ``[max_num_seqs, max_model_len]``.
+            slot_mappings: unused.
+
+        """
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        wanted: list[DraftRequest] = []
+        rows: list[int] = []
+        capacity = token_ids_cpu.shape[1]
+        plan = self._plan
+        for row, sampled in enumerate(sampled_token_ids):
+            request_id = self._request_ids[row]
+            num_tokens = int(num_tokens_no_spec[row])
+            length = min(plan.lengths.get(request_id, self.max_draft_tokens), capacity - num_tokens)
+            if sampled and length > 0:
+                wanted.append(
+                    DraftRequest(
+                        request_id,
+                        token_ids_cpu[row, :num_tokens],
+                        int(self._prompt_lengths[row]),
+                        length,
+                        plan.cache_salts.get(request_id, ""),
+                        request_id in plan.pinned,
+                    )
+                )
+                rows.append(row)
+        if wanted:
+            nothing: list[Sequence[int]] = [[] for _ in wanted]
+            proposed = self.drafter.call("propose", lambda drafter: self._ask(drafter, wanted), nothing)
+            for row, tokens_of_row in zip(rows, proposed, strict=True):
+                drafts[row] = list(tokens_of_row)
+        return drafts
+
+    def _ask(self, drafter: Drafter, wanted: list[DraftRequest]) -> list[Sequence[int]]:
+        """The drafter's answer with everything checked that could harm the engine further down, and cut by price."""
+        answer = drafter.propose(wanted)
+        if len(answer) != len(wanted):
+            raise ContractError(f"drafts for {len(wanted)} requests were due, {len(answer)} came")
+        checked = [
+            checked_draft(proposal, request.max_draft_tokens, self.vocab_size)
+            for request, proposal in zip(wanted, answer, strict=True)
+        ]
+        return worthwhile(checked, self._plan.price, [request.is_pinned for request in wanted])
+
+
+def checked_draft(proposal: Sequence[int] | Draft | None, most: int, vocab_size: int) -> list[int] | Draft:
+    """A plugin's draft as plain integers.
+
+    Raises:
+        ContractError: when it is too long, or holds what is no token, or not one confidence a token.
+
+    """
+    tokens = proposal.token_ids if isinstance(proposal, Draft) else proposal
+    if tokens is None or len(tokens) > most:
+        raise ContractError(f"0 to {most} draft tokens were due, found {'None' if tokens is None else len(tokens)}")
+    plain = tokens.tolist() if isinstance(tokens, np.ndarray) else [int(token) for token in tokens]
+    if plain and not (0 <= min(plain) and max(plain) < vocab_size):
+        raise ContractError(f"token ids must lie in 0..{vocab_size - 1}, found {plain}")
+    if not isinstance(proposal, Draft):
+        return plain
+    if len(proposal.confidence) != len(plain):
+        raise ContractError(f"{len(plain)} confidences were due, {len(proposal.confidence)} came")
+    return Draft(plain, proposal.confidence)
+
+
+def _forget(drafter: Drafter, request_id: str) -> None:
+    drafter.forget(request_id)
+
+
+def _wrap(module: ModuleType) -> None:
+    original = module.GPUModelRunner.propose_draft_token_ids
+
+    @functools.wraps(original)
+    def propose_draft_token_ids(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.drafter, PluginDrafter):
+            batch = self.input_batch
+            self.drafter.begin_step(
+                batch.req_ids,
+                batch.num_prompt_tokens,
+                getattr(scheduler_output, PLAN_ATTRIBUTE, NO_PLAN),
+            )
+        return original(self, scheduler_output, *args, **kwargs)
+
+    update = module.GPUModelRunner._update_states
+
+    @functools.wraps(update)
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        # Not when drafts are due: the step that says that the last request has ended has no tokens, and drafts nothing.
+        drafter = getattr(self, "drafter", None)
+        if isinstance(drafter, PluginDrafter):
+            drafter.forget(scheduler_output.finished_req_ids)
+        return update(self, scheduler_output)
+
+    module.GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+    module.GPUModelRunner._update_states = _update_states
+
+
+def install() -> None:
+    """Wrap the model runner when it is loaded."""
+    when_imported(MODEL_RUNNER_MODULE, _wrap)
+
+
+_RUNNER = "v1/worker/gpu_model_runner.py"
+
+SEAM = Seam(
+    name="drafter",
+    purpose="drafters that plugins bring",
+    requirements=(
+        Function(_RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output", "sampled_token_ids")),
+        Function(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), exact=True),
+        Mentions(_RUNNER, "GPUModelRunner.execute_model", ("_update_states",)),
+        Mentions(
+            _RUNNER,
+            "GPUModelRunner.propose_draft_token_ids",
+            ("drafter", "propose", "num_tokens_no_spec", "token_ids_cpu"),
+        ),
+        Mentions("v1/worker/gpu_input_batch.py", "InputBatch", ("num_prompt_tokens", "req_ids")),
+        Function("v1/spec_decode/custom_class_proposer.py", "create_custom_proposer", ("vllm_config",)),
+    ),
+    slots=("drafter",),
+)

@@ -1,0 +1,340 @@
+"""The second half of decoder layers as one operator, where an attention plugin computes it.
+
+Nothing of a layer's ``forward`` is replaced but what its parts do: the output projection passes the attention's output
+on, the norm behind it is the operator that computes the whole half, and the feed-forward passes the result on. So
+vLLM's convention stays: a layer returns what its feed-forward adds and the residual stream before that, and the next
+norm adds the two. Each part's class becomes a subclass of itself, so that checks of types and the names of weights
+stay what they are.
+
+torch.compile and CUDA graphs see the operator as one opaque piece. It asks the plugin in batches of up to
+``most_rows``; for larger ones, and once the plugin is disabled, it runs the parts as vLLM has them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import Any
+
+from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.circuit_breaker import Contained, ContractError
+from vllm_instant.deployment.slots import SLOTS
+from vllm_instant.interfaces import FeedForwardProvider
+from vllm_instant.patches import attention
+from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.feed_forward_layers import (
+    UnservedLayerError,
+    candidates,
+    linears,
+    requirements,
+    second_half,
+)
+from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.plugin_factory import PluginStartError
+
+logger = logging.getLogger("vllm.instant")
+
+LOADER_MODULE = "vllm.model_executor.model_loader"
+SERVED = "instant_feed_forward"
+"""On an attention layer: the ``ServedHalf`` behind it. On a norm: that layer's name."""
+CACHE_KEY = "vllm_instant_feed_forward"
+"""In ``additional_config``: makes compiled graphs with our operator others than those without it."""
+
+
+def provider(vllm_config: Any) -> Contained[FeedForwardProvider] | None:
+    """The part of the attention plugin that computes second halves, behind a breaker of its own; None without one.
+
+    Raises:
+        PluginStartError: the plugin cannot start here.
+
+    """
+    deployment = deployment_env.current()
+    if deployment is None:
+        return None
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(vllm_config):
+        return _part(deployment.model_dump_json())
+
+
+@cache
+def _part(text: str) -> Contained[FeedForwardProvider] | None:
+    whole = attention.provider()
+    part = None if whole is None else whole.instance.feed_forward()
+    if whole is None or part is None:
+        return None
+    if not isinstance(part, FeedForwardProvider):
+        raise PluginStartError(
+            f"plugin {whole.plugin} of slot attention cannot start: its feed_forward() returned a "
+            f"{type(part).__name__}; return None, or derive it from vllm_instant.FeedForwardProvider"
+        )
+    return Contained("attention", f"{whole.plugin}.feed_forward", part)
+
+
+def why_not(vllm_config: Any) -> str | None:
+    """Why no layer of an engine can be served, one sentence; None if some may be."""
+    from vllm import envs
+
+    if vllm_config.lora_config is not None:
+        return "LoRA adapters change its linear layers"
+    if envs.VLLM_BATCH_INVARIANT:
+        return "batches of different sizes would be computed in different ways (VLLM_BATCH_INVARIANT)"
+    return None
+
+
+class ServedHalf:
+    """The second half of one layer: as the plugin computes it, and as vLLM does.
+
+    Args:
+        plugin: behind its breaker.
+        compute: what the plugin made for this layer.
+        layer: vLLM's decoder layer, whose parts are changed here.
+
+    """
+
+    def __init__(self, plugin: Contained[FeedForwardProvider], compute: Callable[[Any, Any], Any], layer: Any) -> None:
+        self._plugin = plugin
+        self._compute = compute
+        projection, norm, mlp = layer.self_attn.o_proj, layer.post_attention_layernorm, layer.mlp
+        self._parts = [(part, type(part).forward) for part in (projection, norm, mlp)]
+        attending = layer.self_attn.attn
+        setattr(attending, SERVED, self)
+        setattr(norm, SERVED, attending.layer_name)
+        for part, make in ((projection, _passing_on), (norm, _computing), (mlp, _passing)):
+            kind: Any = type(part)
+            part.__class__ = make(kind)
+
+    def __call__(self, attended: Any, residual: Any) -> tuple[Any, Any]:
+        """What the feed-forward adds, and the residual stream before it, from both behind the attention."""
+        if 0 < len(attended) <= self._plugin.instance.most_rows:
+            attended, residual = attended.contiguous(), residual.contiguous()
+            computed = self._plugin.call("compute", lambda _: self._by_plugin(attended, residual), None)
+            if computed is not None:
+                return computed
+        return self._separately(attended, residual)
+
+    def _by_plugin(self, attended: Any, residual: Any) -> tuple[Any, Any]:
+        added, before = self._compute(attended, residual)
+        for found in (added, before):
+            if found.shape != residual.shape or found.dtype != residual.dtype:
+                raise ContractError(
+                    f"it returned {found.dtype} of shape {tuple(found.shape)} for a residual stream of "
+                    f"{residual.dtype} and shape {tuple(residual.shape)}"
+                )
+        return added, before
+
+    def _separately(self, attended: Any, residual: Any) -> tuple[Any, Any]:
+        (projection, project), (norm, normalise), (mlp, feed) = self._parts
+        projected, _ = project(projection, attended)
+        with _fastest_norm():
+            # The norm adds in place, and an operator must leave its inputs alone.
+            normed, residual = normalise(norm, projected, residual.clone())
+        return feed(mlp, normed), residual
+
+
+def _fastest_norm() -> Any:
+    """The norm by a kernel: where vLLM compiles, it chooses plain tensor operations, which nobody compiles in here."""
+    from vllm import ir
+
+    norm = ir.ops.fused_add_rms_norm
+    known = norm.supported_providers()
+    return norm.set_priority([name for name in ("vllm_c", "native") if name in known])
+
+
+@lru_cache(maxsize=16)
+def _passing_on(base: Any) -> Any:
+    def forward(self: Any, input_: Any) -> Any:
+        return input_, None
+
+    return type(f"Instant{base.__name__}", (base,), {"__module__": __name__, "forward": forward})
+
+
+@lru_cache(maxsize=16)
+def _passing(base: Any) -> Any:
+    def forward(self: Any, x: Any) -> Any:
+        return x
+
+    return type(f"Instant{base.__name__}", (base,), {"__module__": __name__, "forward": forward})
+
+
+@lru_cache(maxsize=16)
+def _computing(base: Any) -> Any:
+    import torch
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    register_operator()
+
+    def forward(self: Any, x: Any, residual: Any = None) -> Any:
+        return torch.ops.vllm_instant.feed_forward(x, residual, _encode_layer_name(self.instant_feed_forward))
+
+    return type(f"Instant{base.__name__}", (base,), {"__module__": __name__, "forward": forward})
+
+
+def _feed_forward(attended: Any, residual: Any, layer_name: Any) -> Any:
+    from vllm.forward_context import get_forward_context
+    from vllm.utils.torch_utils import _resolve_layer_name
+
+    layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    return getattr(layer, SERVED)(attended, residual)
+
+
+def _shape(attended: Any, residual: Any, layer_name: Any) -> tuple[Any, Any]:
+    import torch
+
+    return torch.empty_like(residual), torch.empty_like(residual)
+
+
+@lru_cache(maxsize=1)
+def register_operator() -> Any:
+    """Register ``vllm_instant::feed_forward``; the library object is kept, because the operator goes with it.
+
+    Layers have vLLM's own kind of name, which it takes for an input of a graph, so that graphs that differ in nothing
+    else are compiled once.
+    """
+    import torch
+    from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
+
+    tensors = dict.fromkeys(("attended", "residual"), torch.Tensor)
+    for function in (_feed_forward, _shape):
+        function.__annotations__ = {
+            **tensors,
+            "layer_name": LayerNameType,
+            "return": tuple[torch.Tensor, torch.Tensor],
+        }
+    library = torch.library.Library("vllm_instant", "FRAGMENT")
+    direct_register_custom_op("feed_forward", _feed_forward, fake_impl=_shape, target_lib=library)
+    return library
+
+
+def attach(model: Any, vllm_config: Any, model_config: Any, plugin: Contained[FeedForwardProvider]) -> int:
+    """Serve the layers of a loaded model that can be; returns their number. Says once why others are not."""
+    device = str(vllm_config.device_config.device_type)
+    found = candidates(model)
+    # A loader may call another's method, which was here first.
+    layers = [layer for layer in found if not hasattr(layer.post_attention_layernorm, SERVED)]
+    reasons: Counter[str] = Counter()
+    for layer in layers:
+        try:
+            half = second_half(layer, model_config.dtype, device)
+            objection = plugin.instance.objection(half)
+            if objection is not None:
+                raise UnservedLayerError(objection)
+        except UnservedLayerError as error:
+            reasons[str(error)] += 1
+            continue
+        ServedHalf(plugin, plugin.instance.serve(half), layer)
+    served = len(layers) - sum(reasons.values())
+    for reason, number in reasons.items():
+        logger.warning(
+            "Plugin %s leaves %d layers of %s to vLLM: %s", plugin.plugin, number, model_config.model, reason
+        )
+    if not found:
+        logger.warning("Plugin %s finds no decoder layer that it knows in %s", plugin.plugin, model_config.model)
+    if served:
+        logger.info(
+            "Plugin %s computes %d layers of %s in batches of up to %d tokens",
+            plugin.plugin,
+            served,
+            model_config.model,
+            plugin.instance.most_rows,
+        )
+    return served
+
+
+def _loading(load: Any) -> Any:
+    @functools.wraps(load)
+    def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        plugin = provider(vllm_config)
+        objection = None if plugin is None else why_not(vllm_config)
+        if plugin is None or objection is not None:
+            if plugin is not None:
+                logger.warning("Plugin %s leaves all layers to vLLM: %s", plugin.plugin, objection)
+            return load(self, vllm_config, model_config, *args, **kwargs)
+        # Before the model is made: parts of it keep the configuration.
+        if isinstance(vllm_config.additional_config, dict):
+            vllm_config.additional_config = {**vllm_config.additional_config, CACHE_KEY: plugin.plugin}
+        model = load(self, vllm_config, model_config, *args, **kwargs)
+        attach(model, vllm_config, model_config, plugin)
+        return model
+
+    return load_model
+
+
+def _keeping(create: Any) -> Any:
+    @functools.wraps(create)
+    def create_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model = create(self, vllm_config, *args, **kwargs)
+        if str(vllm_config.device_config.device_type) == "cpu" and provider(vllm_config) is not None:
+            # vLLM packs weights for its CPU kernels and throws away what a plugin would read.
+            for layer in candidates(model):
+                for _, linear in linears(layer):
+                    linear._cpu_skip_gemm_dispatch = True
+        return model
+
+    return create_model
+
+
+def _wrap(module: ModuleType) -> None:
+    base = module.BaseModelLoader
+    base.create_model = _keeping(base.create_model)
+    # Some loaders have a way of their own.
+    for loader in {base, *module._LOAD_FORMAT_TO_MODEL_LOADER.values()}:
+        if "load_model" in vars(loader):
+            loader.load_model = _loading(loader.load_model)
+
+
+def install() -> None:
+    """Change the loaders of models when they are imported, if the deployment names an attention plugin."""
+    deployment = deployment_env.current()
+    # By the name alone: in a worker it is too early to load plugins (see activation.activate).
+    if deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default:
+        when_imported(LOADER_MODULE, _wrap)
+
+
+_LOADER = "model_executor/model_loader"
+_LAYERS = "model_executor/layers"
+
+SEAM = Seam(
+    name="feed forward",
+    purpose="attention plugins that compute the second half of decoder layers in small batches",
+    requirements=(
+        *requirements(),
+        Name(f"{_LOADER}/__init__.py", "_LOAD_FORMAT_TO_MODEL_LOADER"),
+        Function(f"{_LOADER}/base_loader.py", "BaseModelLoader.create_model", ("self", "vllm_config")),
+        Function(f"{_LOADER}/base_loader.py", "BaseModelLoader.load_model", ("self", "vllm_config", "model_config")),
+        Mentions(
+            f"{_LOADER}/base_loader.py",
+            "BaseModelLoader.load_model",
+            ("create_model", "process_weights_after_loading"),
+        ),
+        Function(f"{_LAYERS}/layernorm.py", "RMSNorm.forward_native", ("self", "x", "residual"), exact=True),
+        Mentions(f"{_LAYERS}/layernorm.py", "RMSNorm.forward_native", ("fused_add_rms_norm", "maybe_inplace")),
+        Mentions(
+            f"{_LAYERS}/layernorm.py",
+            "RMSNorm.__init__",
+            ("variance_epsilon", "variance_size_override", "has_weight", "weight"),
+        ),
+        Name(f"{_LAYERS}/activation.py", "SiluAndMul"),
+        Function("ir/op.py", "IrOp.set_priority", ("self", "priority"), exact=True),
+        Function("ir/op.py", "IrOp.supported_providers", ("self",), exact=True),
+        Function(f"{_LAYERS}/linear.py", "RowParallelLinear.forward", ("self", "input_"), exact=True),
+        Mentions(
+            f"{_LAYERS}/linear.py", "LinearBase.__init__", ("tp_size", "return_bias", "input_size", "output_size")
+        ),
+        Mentions(f"{_LAYERS}/linear.py", "UnquantizedLinearMethod.process_weights_after_loading", ("cpu_linear",)),
+        Name("forward_context.py", "ForwardContext.no_compile_layers"),
+        Mentions(f"{_LAYERS}/attention/attention.py", "Attention.__init__", ("layer_name", "static_forward_context")),
+        Name("utils/torch_utils.py", "LayerName"),
+        Function("utils/torch_utils.py", "_encode_layer_name", ("layer_name",), exact=True),
+        Function("utils/torch_utils.py", "_resolve_layer_name", ("layer_name",), exact=True),
+        Function("utils/torch_utils.py", "direct_register_custom_op", ("op_name", "op_func", "mutates_args")),
+        Name("config/vllm.py", "VllmConfig.additional_config"),
+        Name("config/vllm.py", "VllmConfig.lora_config"),
+    ),
+    slots=("attention",),
+    optional=True,
+)

@@ -1,0 +1,133 @@
+"""Rotation by the attention plugin, in the launch that writes the cache.
+
+vLLM's own fusion of the two is a pass over compiled graphs that it switches off where the platform is not ROCm, and
+that does nothing for eager models. Here the model is changed once it is loaded: an attention module whose ``forward``
+hands the result of its rotation straight to its attention gets a rotation that only passes keys and positions on, and
+an attention that has both done by one operator. No graph needs to be recognised: it is the same compiled and eager.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+from typing import Any
+
+from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.slots import SLOTS
+from vllm_instant.patches.compat import Function, Mentions, Name, Passage, Seam
+from vllm_instant.patches.import_hooks import when_imported
+
+logger = logging.getLogger("vllm.instant")
+
+LOADER_MODULE = "vllm.model_executor.model_loader.base_loader"
+OPERATOR = "vllm_instant::rotate_and_write"
+BESIDE = "vllm::unified_kv_cache_update"
+"""The operator of vLLM that ours takes the place of. Where it splits graphs, so does ours."""
+CACHE_KEY = "vllm_instant_rotation"
+"""In ``additional_config``: makes compiled graphs with our operator others than those without it."""
+
+
+def _wrap(module: ModuleType) -> None:
+    load = module.BaseModelLoader.load_model
+
+    @functools.wraps(load)
+    def load_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model = load(self, vllm_config, *args, **kwargs)
+        # By the name alone: a server without such a plugin loads nothing of ours.
+        deployment = deployment_env.current()
+        if deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default:
+            from vllm_instant.patches.fused_rope_attention import serve
+
+            if serve(model):
+                announce_operator(model, vllm_config)
+        return model
+
+    module.BaseModelLoader.load_model = load_model
+
+
+def announce_operator(model: Any, vllm_config: Any) -> None:
+    """Tell the configurations of a model's parts that their graphs have our operator, before any is compiled."""
+    found = [vllm_config, *(getattr(module, "vllm_config", None) for module in model.modules())]
+    for config in {id(config): config for config in found if config is not None}.values():
+        splitting = config.compilation_config.splitting_ops
+        if splitting and BESIDE in splitting and OPERATOR not in splitting:
+            splitting.append(OPERATOR)
+        if isinstance(config.additional_config, dict):
+            config.additional_config = {**config.additional_config, CACHE_KEY: True}
+
+
+def install() -> None:
+    """Look at models when they are loaded."""
+    when_imported(LOADER_MODULE, _wrap)
+
+
+_ATTENTION = "model_executor/layers/attention/attention.py"
+_ROTARY = "model_executor/layers/rotary_embedding/base.py"
+_BACKEND = "v1/attention/backend.py"
+
+SEAM = Seam(
+    name="rotation",
+    purpose="attention plugins that rotate and write in one launch",
+    requirements=(
+        Function("model_executor/model_loader/base_loader.py", "BaseModelLoader.load_model", ("self", "vllm_config")),
+        *(
+            Passage(
+                f"model_executor/models/{file}.py",
+                f"{name}.forward",
+                ("q, k = self.rotary_emb(positions, q, k)", "attn_output = self.attn(q, k, v)"),
+            )
+            for file, name in (("llama", "LlamaAttention"), ("qwen2", "Qwen2Attention"), ("qwen3", "Qwen3Attention"))
+        ),
+        Function(_ATTENTION, "Attention.forward", ("self", "query", "key", "value"), exact=True),
+        Mentions(
+            _ATTENTION,
+            "Attention.forward",
+            (
+                "unified_kv_cache_update",
+                "unified_attention_with_output",
+                "_encode_layer_name",
+                "kv_sharing_target_layer_name",
+                "use_direct_call",
+                "query_quant",
+                "head_size_v",
+                "layer_name",
+            ),
+        ),
+        Function(_ATTENTION, "get_attention_context", ("layer_name",), exact=True),
+        Function(
+            _ATTENTION, "unified_attention_with_output", ("query", "key", "value", "output", "layer_name"), exact=True
+        ),
+        Function(_ROTARY, "RotaryEmbeddingBase._match_cos_sin_cache_dtype", ("self", "query"), exact=True),
+        Mentions(_ROTARY, "RotaryEmbedding.forward_cuda", ("rotary_embedding", "use_flashinfer", "is_neox_style")),
+        Function(_ROTARY, "RotaryEmbedding.forward_native", ("self", "positions", "query", "key"), exact=True),
+        Function(
+            "_custom_ops.py",
+            "rotary_embedding",
+            ("positions", "query", "key", "head_size", "cos_sin_cache", "is_neox"),
+            exact=True,
+        ),
+        Function(
+            _BACKEND,
+            "AttentionImpl.do_rope_and_kv_cache_update",
+            (
+                "self",
+                "layer",
+                "query",
+                "key",
+                "value",
+                "positions",
+                "cos_sin_cache",
+                "is_neox",
+                "kv_cache",
+                "layer_slot_mapping",
+            ),
+            exact=True,
+        ),
+        Function(_BACKEND, "AttentionImpl.fused_rope_kvcache_supported", ("self",), exact=True),
+        Name("config/compilation.py", "CompilationConfig.splitting_ops"),
+        Name("config/vllm.py", "VllmConfig.additional_config"),
+    ),
+    slots=("attention",),
+    optional=True,
+)

@@ -1,0 +1,348 @@
+"""An experts plugin at work in a worker: rows of steps, layers, what is measured, and the shadow pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_instant.deployment.circuit_breaker import Contained, ContractError, failure_counts
+from vllm_instant.interfaces import (
+    ExpertLayer,
+    ExpertRouter,
+    Look,
+    RouterStep,
+    RoutingMeasures,
+    RowKind,
+    StepRows,
+)
+from vllm_instant.moe.router_scoring import held_to, one_hot
+from vllm_instant.patches import moe_routers
+
+logger = logging.getLogger("vllm.instant")
+
+SHADOW_ROWS = 8
+"""Most tokens of a step whose next-token distributions are compared."""
+MOST_MIXED_ROWS = 256
+"""A shadow that waited too long takes a step that also reads prompts, if it has no more rows than this."""
+PATIENCE = 64
+"""Steps for which a shadow waits for one that only decodes."""
+READ_DELAY = 4
+"""Steps after which numbers are read from a device other than the CPU: long done, and the same on all workers."""
+REPORT_EVERY = 32
+
+_FIELDS = ("native_experts", "routed_experts", "native_mass", "routed_mass")
+
+
+class ServedLayer:
+    """One MoE layer whose router asks the plugin."""
+
+    def __init__(self, serving: ServedExperts, router: Any, layer: ExpertLayer, scoring: Any) -> None:
+        self._serving = serving
+        self._router = router
+        self.layer = layer
+        self.scoring = scoring
+
+    def route(self, hidden_states: Any, logits: Any, input_ids: Any) -> tuple[Any, Any]:
+        """Final weights and picks of all rows; called inside the operator."""
+        import torch
+
+        weights, picks = moe_routers.native(self._router, hidden_states, logits, input_ids)
+        serving, rows = self._serving, len(logits)
+        if rows > len(serving.kinds) or (serving.idle and not serving.counting):
+            return weights, picks
+        kinds = serving.kinds[:rows]
+        scores = self.scoring.weights(logits)
+        ranking = self.scoring.ranking(scores)
+        own = picks.to(torch.int64)
+        order = ranking.gather(1, own).argsort(dim=-1, descending=True, stable=True)
+        own, own_weights = own.gather(1, order), weights.gather(1, order)
+        step = RouterStep(scores, ranking, own, own_weights, kinds)
+        allowed = None
+        if not serving.idle:
+            allowed = serving.plugin.call(
+                "allowed", lambda plugin: self._checked(plugin.allowed(self.layer, step)), None
+            )
+        routed = own
+        held = kinds == RowKind.DECODE
+        if allowed is not None and (serving.replays or self._refuses_any(allowed, own, held)):
+            changed, chosen, chosen_weights = held_to(self.scoring, scores, own, allowed, held)
+            weights = torch.where(changed[:, None], chosen_weights, weights)
+            picks = torch.where(changed[:, None], chosen.to(torch.int32), picks)
+            routed = torch.where(changed[:, None], chosen, own)
+        if serving.counting:
+            serving.count(self.layer, scores, own, routed, held)
+        return weights, picks
+
+    @staticmethod
+    def _refuses_any(allowed: Any, own: Any, held: Any) -> bool:
+        """Whether some row has to pick anew; where looking costs nothing."""
+        refused = ~allowed.expand(len(own), -1).gather(1, own).all(-1)
+        return bool((refused & held).any())
+
+    def _checked(self, allowed: Any) -> Any:
+        import torch
+
+        if allowed is not None and (
+            allowed.dtype != torch.bool or allowed.dim() != 2 or allowed.shape[1] != self.layer.num_experts
+        ):
+            raise ContractError(
+                f"allowed must be bool of shape [tokens, {self.layer.num_experts}], found {allowed.dtype} "
+                f"{tuple(allowed.shape)}"
+            )
+        return allowed
+
+
+class ServedExperts:
+    """The plugin of a worker, its layers and its numbers.
+
+    Args:
+        plugin: the deployment's experts plugin.
+        max_rows: no step has more.
+        device: the model's.
+
+    """
+
+    def __init__(self, plugin: Contained[ExpertRouter], max_rows: int, device: Any) -> None:
+        import torch
+
+        self.plugin = plugin
+        self.kinds = torch.zeros(max_rows, dtype=torch.int8, device=device)
+        """A ``RowKind`` for each row of the step."""
+        self.layers: list[ServedLayer] = []
+        self.shadow_objection: str | None = None
+        """Why the model cannot run a step twice here."""
+        self.replays = device.type != "cpu"
+        """On a device that replays graphs nothing may branch: what is skipped there is multiplied with 0."""
+        self._pinned = torch.zeros(max_rows, dtype=torch.int8, pin_memory=self.replays)
+        self._counting = torch.zeros((), device=device)
+        self._counted: Any = None
+        self._kl = torch.zeros(3, dtype=torch.float64, device=device)
+        self._pending: tuple[int, Any] | None = None
+        self._look = Look.NOTHING
+        self._overdue = 0
+        self._decode_rows: list[int] = []
+        self._latest: dict[str, Any] | None = None
+        self.idle = not self.replays
+        """Whether nobody has to be asked in this step, which does not mean that nothing is counted."""
+        self.counting = self.replays
+        self.number = 0
+        self.totals = dict.fromkeys(("layer_steps", *_FIELDS, "kl_tokens", "kl"), 0.0)
+        self.by_layer: npt.NDArray[np.float64] = np.zeros((0, 4))
+
+    def serve(self, layers: Sequence[tuple[Any, ExpertLayer, Any]]) -> None:
+        """Serve these: router, layer and its scoring each. Called once, before anything is compiled."""
+        import torch
+
+        described = [layer for _, layer, _ in layers]
+        self.plugin.instance.prepare(described, len(self.kinds), self.kinds.device)
+        self.layers = [ServedLayer(self, router, layer, scoring) for router, layer, scoring in layers]
+        self._counted = torch.zeros(len(layers), len(_FIELDS), dtype=torch.float64, device=self.kinds.device)
+        self.by_layer = np.zeros((len(layers), 1 + len(_FIELDS)))
+        moe_routers.serve(list(self.layers))
+        for index, (router, _, _) in enumerate(layers):
+            setattr(router, moe_routers.LAYER, index)
+
+    def count(self, layer: ExpertLayer, scores: Any, own: Any, routed: Any, held: Any) -> None:
+        """Add one layer's numbers of this step; nothing is read from the device."""
+        import torch
+
+        real = held[:, None]
+        before = (one_hot(own, layer.num_experts) & real).any(0).sum()
+        after = (one_hot(routed, layer.num_experts) & real).any(0).sum()
+        native_mass = (scores.gather(1, own) * real).sum()
+        routed_mass = (scores.gather(1, routed) * real).sum()
+        row = torch.stack([before.float(), after.float(), native_mass, routed_mass])
+        self._counted[layer.index] += row * self._counting if self.replays else row
+
+    # ------------------------------------------------------------------------------------------ around a forward pass
+
+    def begin(self, rows: StepRows, drafts: Sequence[int]) -> None:
+        """A step begins: who its rows belong to, and how many of each request's are draft tokens."""
+        import torch
+
+        self.number += 1
+        counts = np.diff(rows.starts)
+        kinds = np.where(rows.is_decode, RowKind.DECODE, RowKind.PREFILL).astype(np.int8).repeat(counts)
+        total = len(kinds)
+        self._pinned[:total] = torch.from_numpy(kinds)
+        self._pinned[total:] = RowKind.PADDING
+        self.kinds.copy_(self._pinned, non_blocking=True)
+        self._decode_rows = np.flatnonzero(kinds == RowKind.DECODE).tolist()
+        self._consume()
+        asked = self.plugin.call("begin_step", lambda plugin: plugin.begin_step(rows), False)
+        look = self.plugin.call("look", lambda plugin: plugin.look(self.number), Look.NOTHING)
+        if look is Look.SHADOW and asked is False:
+            look = Look.COUNTS  # both passes would be the same
+        self._look = look if self._decode_rows else Look.NOTHING
+        if look is Look.SHADOW and self.shadow_objection is not None:
+            self._look = Look.COUNTS
+        elif look is Look.SHADOW or (self._overdue and asked is not False):
+            pure = len(self._decode_rows) == total
+            late = self._overdue > PATIENCE and total <= MOST_MIXED_ROWS
+            if self._decode_rows and (pure or late):
+                self._look, self._overdue = Look.SHADOW, 0
+            else:
+                self._look, self._overdue = Look.COUNTS if self._decode_rows else Look.NOTHING, self._overdue + 1
+        if not self.replays:
+            self.idle = self.plugin.disabled or asked is False
+            self.counting = self._look is not Look.NOTHING
+        self._requests = int(rows.is_decode.sum())
+        self._drafts = int(sum(drafts))
+
+    @property
+    def wants_shadow(self) -> bool:
+        """Whether the model shall run this step once for comparison, before it runs it for good."""
+        return self._look is Look.SHADOW and not self.plugin.disabled
+
+    def shadow(self, active: bool) -> None:
+        """The pass that begins is the one for comparison, or no longer."""
+        self.plugin.call("shadow", lambda plugin: plugin.shadow(active), None)
+        if not self.replays:
+            self.counting = not active
+        else:
+            self._counting.fill_(0.0 if active else 1.0)
+
+    def before_forward(self) -> None:
+        """The pass that counts begins."""
+        if self.replays:
+            self._counting.fill_(1.0 if self._look is not Look.NOTHING else 0.0)
+
+    def compared_rows(self, logits_rows: Any) -> Any:
+        """Which of the rows that sample are compared: int64 ``[at most SHADOW_ROWS]``, spread over the batch."""
+        import torch
+
+        decoding = set(self._decode_rows)
+        rows = [row for row in logits_rows.tolist() if row in decoding]
+        # A stride, so that no request is always left out.
+        stride = max(1, -(-len(rows) // SHADOW_ROWS))
+        return torch.tensor(rows[self.number % stride :: stride][:SHADOW_ROWS], device=self.kinds.device)
+
+    def compare(self, shadow_logits: Any, served_logits: Any) -> Any:
+        """Tokens, divergence of the served from the shadow distribution, and its square, summed: float64 ``[3]``."""
+        import torch
+
+        shadow = shadow_logits.float().log_softmax(-1)
+        served = served_logits.float().log_softmax(-1)
+        each = (shadow.exp() * (shadow - served)).sum(-1).double().clamp(min=0.0)
+        return torch.stack([torch.full_like(each[:1].sum(), len(each)), each.sum(), (each * each).sum()])
+
+    def nothing_compared(self) -> Any:
+        """Room for the sums of ``compare``, on a worker that has no logits."""
+        return self._kl.new_zeros(3)
+
+    def add_comparison(self, sums: Any) -> None:
+        """What ``compare`` said, from the worker that has logits."""
+        self._kl += sums
+
+    def finish(self) -> None:
+        """The model ran: start to read what was measured."""
+        if self._look is Look.NOTHING or self._pending is not None:
+            return
+        import torch
+
+        everything = torch.cat([self._counted.flatten(), self._kl])
+        if not self.replays:
+            self._take(everything.numpy().copy())
+            return
+        copy = torch.empty(everything.shape, dtype=everything.dtype, pin_memory=True)
+        copy.copy_(everything, non_blocking=True)
+        self._clear()
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = (self.number + READ_DELAY, (copy, event, self._requests, self._drafts))
+
+    def _consume(self) -> None:
+        if self._pending is None or self.number < self._pending[0]:
+            return
+        copy, event, self._requests, self._drafts = self._pending[1]
+        event.synchronize()
+        self._pending = None
+        self._take(copy.numpy().copy(), cleared=True)
+
+    def _clear(self) -> None:
+        self._counted.zero_()
+        self._kl.zero_()
+
+    def _take(self, numbers: npt.NDArray[np.float64], cleared: bool = False) -> None:
+        if not cleared:
+            self._clear()
+        counted, (tokens, kl, squared) = numbers[:-3].reshape(-1, len(_FIELDS)), numbers[-3:]
+        sums = counted.sum(0)
+        layer_steps = float(len(counted)) if sums[0] else 0.0
+        native, routed, native_mass, routed_mass = (float(value) for value in sums)
+        measures = RoutingMeasures(
+            layer_steps, native, routed, native_mass, routed_mass, float(tokens), float(kl), float(squared)
+        )
+        for name in self.totals:
+            self.totals[name] += getattr(measures, name)
+        if layer_steps:
+            self.by_layer[:, 0] += 1
+            self.by_layer[:, 1:] += counted
+            self._latest = {
+                "requests": self._requests,
+                "draft_tokens": self._drafts,
+                "experts": measures.routed_experts / layer_steps,
+                "num_experts": self.layers[0].layer.num_experts,
+                "top_k": self.layers[0].layer.top_k,
+            }
+        self.plugin.call("observe", lambda plugin: plugin.observe(measures), None)
+
+    # --------------------------------------------------------------------------------------------------- what is told
+
+    def report(self) -> dict[str, Any] | None:
+        """What travels to the engine core beside this step's tokens; None in most steps."""
+        latest, self._latest = self._latest, None
+        if latest is None and self.number % REPORT_EVERY:
+            return None
+        report = self.described() if self.number % REPORT_EVERY == 0 else {}
+        return report | {"count": latest}
+
+    def described(self) -> dict[str, Any]:
+        """Totals, the plugin's own numbers and failures, as plain data."""
+        return {
+            "totals": dict(self.totals),
+            "measures": self._own_measures(),
+            "failures": failure_counts(self.plugin),
+            "shadow_objection": self.shadow_objection,
+        }
+
+    def _own_measures(self) -> dict[str, float]:
+        nothing: dict[str, float] = {}
+        return self.plugin.call("measures", lambda plugin: dict(plugin.measures()), nothing)
+
+    def layers_described(self) -> list[dict[str, Any]]:
+        """Means a counted step, layer by layer."""
+        rows = []
+        for layer, (steps, native, routed, native_mass, routed_mass) in zip(
+            self.layers, self.by_layer.tolist(), strict=True
+        ):
+            rows.append(
+                {
+                    "layer": layer.layer.name,
+                    "steps": steps,
+                    "native_experts": native / steps if steps else None,
+                    "routed_experts": routed / steps if steps else None,
+                    "kept_mass": routed_mass / native_mass if native_mass else None,
+                }
+            )
+        return rows
+
+    def control(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Hand settings from outside to the plugin, or ``{}`` for a description alone.
+
+        Raises nothing: what is wrong comes back as ``error``.
+        """
+        answer: dict[str, Any] = {}
+        if settings.pop("forget", False):
+            self.totals = dict.fromkeys(self.totals, 0.0)
+            self.by_layer[:] = 0.0
+        if settings:
+            try:
+                answer = {"answer": dict(self.plugin.instance.control(settings))}
+            except ValueError as error:
+                answer = {"error": str(error)}
+        return self.described() | {"layers": self.layers_described()} | answer

@@ -1,0 +1,147 @@
+"""Sessions of arriving prompts that hold their KV blocks (``vllm_instant.scheduling.pinned_prefixes``), in vLLM's scheduler.
+
+A held prefix is offered to the session's next request where vLLM looks for a prefix-cache hit; that it may end inside a
+block is something that vLLM provides for (it copies such a block before the request writes to it). So no request waits
+inside the engine between chunks, as it would with vLLM's own resumable requests, which can starve or end an engine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.scheduling.pinned_prefixes import HeldPrefixes
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+HOLD = "instant_hold"
+"""In a request's ``extra_args``: the session whose held prefix it uses, and leaves its own to."""
+
+
+class HoldingMixin:
+    """Holds prefixes for sessions; put before vLLM's scheduler in a class's bases."""
+
+    # What the mixin uses of its vLLM base class.
+    kv_cache_manager: Any
+    connector: Any
+    use_eagle: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.instant_held: HeldPrefixes | None = None
+        self._instant_held_share = 0.0
+
+    def instant_hold(self, name: str, sessions: int, tokens: int, share: float) -> str | None:
+        """Let a session hold its prefix; returns why not, if not.
+
+        Args:
+            name: the session.
+            sessions: most that may.
+            tokens: most of one prefix.
+            share: most of all KV blocks, for all sessions together.
+
+        """
+        from vllm_instant.patches import registry
+
+        if not registry.fits_installed(SEAM):
+            return "this vLLM is not as it must be for that (see vllm-instant doctor)"
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        if any(type(manager).__name__ != "FullAttentionManager" for manager in managers):
+            return "the model has KV caches of other kinds than full attention"
+        if self.connector is not None:
+            return "a KV connector is configured"
+        if self.use_eagle:
+            return "the drafter needs the states of the prompt's last tokens (EAGLE)"
+        if self.instant_held is None:
+            pool = self.kv_cache_manager.block_pool
+            sizes = [manager.block_size for manager in managers]
+            self.instant_held = HeldPrefixes(pool, sizes, pool.num_gpu_blocks)
+            self._give_back_when_short(self.instant_held)
+        self._instant_held_share = share
+        return None if self.instant_held.open(name, sessions, tokens) else "enough other sessions do"
+
+    def instant_let_go(self, name: str) -> None:
+        """The session holds nothing any more."""
+        if self.instant_held is not None:
+            self.instant_held.close(name)
+
+    def _give_back_when_short(self, held: HeldPrefixes) -> None:
+        """Before a request waits or is preempted for want of blocks, held ones are given back."""
+        allocate = self.kv_cache_manager.allocate_slots
+
+        def allocate_slots(*args: Any, **kwargs: Any) -> Any:
+            blocks = allocate(*args, **kwargs)
+            while blocks is None and held.give_back():
+                blocks = allocate(*args, **kwargs)
+            return blocks
+
+        self.kv_cache_manager.allocate_slots = allocate_slots
+
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_local_prefix_cache_hit(request, *args, **kwargs)  # type: ignore[misc]
+        name = _session_of(request)
+        if self.instant_held is None or name is None or request.skip_reading_prefix_cache:
+            return found
+        blocks, hit, *rest = found
+        tokens, groups = self.instant_held.find(name, request.all_token_ids, _key(request))
+        if tokens <= hit:
+            return found
+        return (type(blocks)(groups), tokens, *rest)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        name = _session_of(request)
+        # A preempted request gives its blocks away because there are none; it is not finished.
+        if self.instant_held is not None and name is not None and request.is_finished():
+            computed = min(request.num_computed_tokens - request.num_output_placeholders, request.num_tokens - 1)
+            if computed > 0:
+                managers = self.kv_cache_manager.coordinator.single_type_managers
+                groups = [manager.req_to_blocks.get(request.request_id, []) for manager in managers]
+                size = min(len(group) * manager.block_size for group, manager in zip(groups, managers, strict=True))
+                tokens = request.all_token_ids[: min(computed, size)]
+                self.instant_held.keep(name, tokens, groups, _key(request), self._instant_held_share)
+        super()._free_request_blocks(request)  # type: ignore[misc]
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Forget held prefixes as well: the weights may have changed."""
+        if self.instant_held is not None:
+            self.instant_held.clear()
+        return bool(super().reset_prefix_cache(*args, **kwargs))  # type: ignore[misc]
+
+
+def _session_of(request: Request) -> str | None:
+    sampling = request.sampling_params
+    name = (sampling.extra_args or {}).get(HOLD) if sampling is not None else None
+    return name if isinstance(name, str) else None
+
+
+def _key(request: Request) -> tuple[Any, Any]:
+    """What keys and values depend on beside the tokens, and whom they may be shown to."""
+    return request.lora_request.lora_int_id if request.lora_request is not None else None, request.cache_salt
+
+
+_SCHEDULER = "v1/core/sched/scheduler.py"
+_MANAGER = "v1/core/single_type_kv_cache_manager.py"
+_POOL = "v1/core/block_pool.py"
+
+SEAM = Seam(
+    name="holding",
+    purpose="sessions of arriving prompts keep their KV blocks between chunks",
+    requirements=(
+        Function(_SCHEDULER, "Scheduler._get_local_prefix_cache_hit", ("self", "request")),
+        Mentions(_SCHEDULER, "Scheduler.schedule", ("_get_local_prefix_cache_hit", "num_new_local_computed_tokens")),
+        Function(_SCHEDULER, "Scheduler._free_request_blocks", ("self", "request"), exact=True),
+        Function(_SCHEDULER, "Scheduler.reset_prefix_cache", ("self",)),
+        Mentions(_SCHEDULER, "Scheduler.__init__", ("kv_cache_manager", "connector", "use_eagle")),
+        Function("v1/core/kv_cache_manager.py", "KVCacheManager.allocate_slots", ("self", "request")),
+        Function(_MANAGER, "SingleTypeKVCacheManager._has_partial_local_hit", ("self", "new_computed_blocks")),
+        Mentions(_MANAGER, "SingleTypeKVCacheManager.allocate_new_blocks", ("_partial_hit_reqs", "_apply_cow")),
+        Mentions(_MANAGER, "SingleTypeKVCacheManager.__init__", ("req_to_blocks", "block_size")),
+        Name(_MANAGER, "FullAttentionManager"),
+        Function(_POOL, "BlockPool.touch", ("self", "blocks"), exact=True),
+        Function(_POOL, "BlockPool.free_blocks", ("self", "ordered_blocks")),
+        Mentions("v1/request.py", "Request.__init__", ("num_output_placeholders", "skip_reading_prefix_cache")),
+    ),
+    slots=("streaming",),
+    optional=True,
+)

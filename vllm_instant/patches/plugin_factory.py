@@ -1,0 +1,119 @@
+"""From a deployment and vLLM's configuration to the objects that serve."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.settings import Deployment
+from vllm_instant.deployment.slots import SLOTS
+from vllm_instant.interfaces import PluginContext
+from vllm_instant.patches.compat import Name, Seam
+
+
+class PluginStartError(Exception):
+    """A chosen plugin cannot start; the message is for the person who wrote the deployment file."""
+
+
+def context_of(vllm_config: Any, deployment: Deployment | None = None) -> PluginContext:
+    """What a plugin may know, from vLLM's ``VllmConfig`` and the deployment that it serves."""
+    speculative = vllm_config.speculative_config
+    own_drafter = deployment is not None and speculative is not None and uses_drafter_plugin(deployment, speculative)
+    return PluginContext(
+        model=vllm_config.model_config.model,
+        max_model_len=vllm_config.model_config.max_model_len,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        vocab_size=vllm_config.model_config.get_vocab_size(),
+        num_speculative_tokens=speculative.num_speculative_tokens if speculative is not None else 0,
+        device=str(vllm_config.device_config.device_type),
+        confident_drafts=own_drafter and deployment is not None and deployment.offer("drafter").plugin.confident,
+        itl_slo_ms=deployment.slots["speculation"].options.get("itl_slo_ms") if deployment is not None else None,
+        identity=_identity(vllm_config, deployment if own_drafter else None),
+    )
+
+
+def uses_drafter_plugin(deployment: Deployment, speculative_config: Any) -> bool:
+    """Whether the server drafts as its drafter plugin says: the command line may have chosen another method."""
+    chosen = deployment.drafter_arguments().get("speculative_config", {})
+    if speculative_config.method == "custom_class":
+        return bool(speculative_config.model == chosen.get("model"))
+    return bool(speculative_config.method == chosen.get("method"))
+
+
+def _identity(vllm_config: Any, drafting: Deployment | None) -> dict[str, str]:
+    """What the time of an engine step depends on; ``drafting`` is the deployment if it brings the drafter."""
+    model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
+    identity = {
+        "device": _device_name(str(vllm_config.device_config.device_type)),
+        "model": model.model,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": str(model.quantization),
+        "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "compiled": str(not model.enforce_eager),
+        "parallel": f"{parallel.tensor_parallel_size}x{parallel.pipeline_parallel_size}",
+        "vllm": version("vllm"),
+    }
+    if speculative is not None:
+        identity["drafter"] = f"{speculative.method} {speculative.model or ''}".strip()
+        if drafting is not None:
+            identity["drafter"] += f" {drafting.slots['drafter'].plugin}"
+    return identity
+
+
+def _device_name(device_type: str) -> str:
+    from vllm.platforms import current_platform
+
+    if device_type == "cpu":
+        return f"{platform.processor() or platform.machine()} {len(os.sched_getaffinity(0))} cores"
+    return str(current_platform.get_device_name())
+
+
+def build_contained(slot: str, deployment: Deployment, context: PluginContext) -> Contained[Any] | None:
+    """Build the plugin of a slot behind its breaker; None when the slot keeps vLLM's own behaviour.
+
+    Raises:
+        PluginStartError: when the plugin's ``build`` fails or returns something that its slot cannot use.
+
+    """
+    plugin = deployment.offer(slot).plugin
+    if plugin.build is None:
+        return None
+    try:
+        instance = plugin.build(deployment.options(slot), context)
+    except Exception as error:
+        raise PluginStartError(
+            f"plugin {plugin.name} of slot {slot} cannot start: {type(error).__name__}: {error}"
+        ) from error
+    contract = SLOTS[slot].contract
+    if not isinstance(instance, contract):
+        missing = [
+            name
+            for name in vars(contract)
+            if not name.startswith("_") and callable(vars(contract)[name]) and not hasattr(instance, name)
+        ]
+        raise PluginStartError(
+            f"plugin {plugin.name} of slot {slot} cannot start: its {type(instance).__name__} has no "
+            f"{', '.join(missing)}; derive it from vllm_instant.{contract.__name__}"
+        )
+    return Contained(slot, plugin.name, instance)
+
+
+SEAM = Seam(
+    name="configuration",
+    purpose="tells plugins about the model and the engine",
+    requirements=(
+        Name("config/vllm.py", "VllmConfig.speculative_config"),
+        Name("config/vllm.py", "VllmConfig.device_config"),
+        Name("config/scheduler.py", "SchedulerConfig.max_num_seqs"),
+        Name("config/model.py", "ModelConfig.max_model_len"),
+        Name("config/model.py", "ModelConfig.get_vocab_size"),
+        Name("config/model.py", "ModelConfig.enforce_eager"),
+        Name("config/model.py", "ModelConfig.quantization"),
+        Name("config/cache.py", "CacheConfig.cache_dtype"),
+        Name("config/parallel.py", "ParallelConfig.tensor_parallel_size"),
+    ),
+    slots=("speculation", "drafter", "batching"),
+)

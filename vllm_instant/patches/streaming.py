@@ -1,0 +1,333 @@
+"""Prompts that are still arriving: vLLM's chat endpoint and engine as ``vllm_instant.streaming`` needs them.
+
+Prompts are rendered, and answers made, by the object behind ``/v1/chat/completions``, so that a committed prompt is
+answered as if it had been sent there. Reading ahead is a request for one token with the beginning of that prompt: what
+it leaves behind is the prefix cache. vLLM's request metrics must not count such requests, nor answers that nobody has
+asked for yet: their bookkeeping goes on, into numbers that are thrown away.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from types import ModuleType
+from typing import Any, cast
+from uuid import uuid4
+
+from fastapi import FastAPI
+
+from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.settings import Deployment
+from vllm_instant.deployment.slots import SLOTS
+from vllm_instant.interfaces import EngineLoad, Holds, StreamingPrefill
+from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.engine_core import HOLD_METHOD, LET_GO_METHOD
+from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.pinned_prefixes import HOLD
+from vllm_instant.patches.plugin_factory import PluginStartError, build_contained, context_of
+from vllm_instant.streaming.engine import ChatRequest, Early, Prompt, RequestError
+
+logger = logging.getLogger("vllm.instant")
+
+MODULE = "vllm.v1.engine.output_processor"
+PREFILL_PREFIX = "instant-prefill-"
+_EARLY_PREFIX = "instant-early-"
+_EARLY: dict[str, Early] = {}
+"""Answers that were begun before their commit, by request id."""
+LOWEST_PRIORITY = 1_000_000
+"""vLLM serves low numbers first, where it is told to heed priorities."""
+_AUTHENTICATION = "AuthenticationMiddleware"
+
+
+def is_served(deployment: Deployment | None) -> bool:
+    """Whether a deployment reads prompts ahead.
+
+    Asked in every process, so from the name alone: loading the plugins would load Numba, and a worker of vLLM's CPU
+    build that starts with it fails (its search for kernels stumbles over llvmlite's wrapper of its library).
+    """
+    return deployment is not None and deployment.slots["streaming"].plugin != SLOTS["streaming"].default
+
+
+class VllmStreamingEngine:
+    """The engine of one API server.
+
+    Args:
+        engine_client: vLLM's ``AsyncLLM``.
+        chat: vLLM's ``OpenAIServingChat``.
+
+    """
+
+    def __init__(self, engine_client: Any, chat: Any) -> None:
+        self._client = engine_client
+        self._chat = chat
+        config = engine_client.vllm_config
+        self._max_running = config.scheduler_config.max_num_seqs
+        self._block_size = config.cache_config.block_size or 16
+        parallel = config.parallel_config
+        shared = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
+        self._ranks = 1 if shared else parallel.data_parallel_size
+        self._prefills = 0
+        self._early: list[Early] = []
+
+    @property
+    def block_size(self) -> int:
+        return int(self._block_size)
+
+    def load(self) -> EngineLoad:
+        unfinished = self._client.get_num_unfinished_requests()
+        ahead = self._prefills + sum(not early.wanted for early in self._early)
+        return EngineLoad(max(0, unfinished - ahead), self._max_running * self._ranks, ahead)
+
+    async def render(self, request: ChatRequest) -> Prompt:
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+        # Options of streams are refused where nothing is streamed; the answer will be.
+        chat_request = self._chat_request({**request, "stream": True})
+        try:
+            rendered = await self._chat.render_chat_request(chat_request)
+            if not isinstance(rendered, tuple):
+                raise RequestError(rendered.error.message, int(rendered.error.code))
+            lora = self._chat._maybe_get_adapters(chat_request, supports_default_mm_loras=True)
+        except (VLLMClientError, GracefulHTTPError, ValueError) as error:
+            raise RequestError(str(error)) from None
+        _, inputs = rendered
+        if len(inputs) != 1 or inputs[0].get("type") != "token":
+            return Prompt([])
+        return Prompt(list(inputs[0]["prompt_token_ids"]), (inputs[0].get("cache_salt"), lora))
+
+    async def prefill(self, prompt: Prompt, length: int, affinity: int, hold: str | None = None) -> None:
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        cache_salt, lora = prompt.handle
+        # The one token is nobody's; with speculation nothing shall be drafted behind it.
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"instant_speculation": "off", **_held(hold)},
+        )
+        self._prefills += 1
+        try:
+            outputs = self._client.generate(
+                tokens_input(prompt.token_ids[:length], cache_salt=cache_salt),
+                params,
+                f"{PREFILL_PREFIX}{uuid4().hex}",
+                lora_request=lora,
+                priority=LOWEST_PRIORITY,
+                data_parallel_rank=self._rank(affinity),
+            )
+            async with aclosing(outputs):
+                async for _ in outputs:
+                    pass
+        except (VLLMClientError, GracefulHTTPError) as error:
+            raise RequestError(str(error)) from None
+        finally:
+            self._prefills -= 1
+
+    async def answer(
+        self, request: ChatRequest, affinity: int, early: Early | None = None, hold: str | None = None
+    ) -> AsyncIterator[dict[str, Any]]:
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+        # Known only as long as it matters: the chat endpoint puts its own word before the id.
+        name = f"{_EARLY_PREFIX if early is not None else 'instant-'}{uuid4().hex}"
+        extra = {**(request.get("vllm_xargs") or {}), **_held(hold)}
+        own = {"stream": True, "request_id": name} | ({"vllm_xargs": extra} if extra else {})
+        chat_request = self._chat_request({**request, **own})
+        if early is not None:
+            _EARLY[f"chatcmpl-{name}"] = early
+            self._early.append(early)
+        try:
+            lines = await self._chat.create_chat_completion(chat_request, self._raw_request(affinity))
+            if not hasattr(lines, "__aiter__"):
+                raise RequestError(lines.error.message, int(lines.error.code))
+            async with aclosing(lines):
+                async for line in lines:
+                    data = line.removeprefix("data:").strip()
+                    if not data or data == "[DONE]":
+                        continue
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        raise RequestError(chunk["error"]["message"], int(chunk["error"].get("code") or 500))
+                    yield chunk
+        except (VLLMClientError, GracefulHTTPError, ValueError) as error:
+            raise RequestError(str(error)) from None
+        finally:
+            if early is not None:
+                self._early.remove(early)
+                _EARLY.pop(f"chatcmpl-{name}", None)
+
+    async def hold(self, name: str, holds: Holds) -> str | None:
+        limits = (name, holds.sessions, holds.tokens, holds.cache_share)
+        answers = await self._client.engine_core.call_utility_all_async(HOLD_METHOD, *limits)
+        # With several engines the session's affinity chooses one; the others hold nothing.
+        return next((why_not for why_not in answers if why_not is not None), None)
+
+    async def let_go(self, name: str) -> None:
+        await self._client.engine_core.call_utility_all_async(LET_GO_METHOD, name)
+
+    def _chat_request(self, request: ChatRequest) -> Any:
+        from pydantic import ValidationError
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        try:
+            return ChatCompletionRequest.model_validate(dict(request))
+        except ValidationError as error:
+            detail = error.errors()[0]
+            where = ".".join(str(part) for part in detail["loc"]) or "the request"
+            raise RequestError(f"{where}: {detail['msg']}") from None
+
+    def _rank(self, affinity: int) -> int | None:
+        return affinity % self._ranks if self._ranks > 1 else None
+
+    def _raw_request(self, affinity: int) -> Any:
+        """What carries the rank to the chat endpoint, where there are several."""
+        rank = self._rank(affinity)
+        if rank is None:
+            return None
+        from starlette.requests import Request
+
+        headers = [(b"x-data-parallel-rank", str(rank).encode())]
+        return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""})
+
+
+def _held(session: str | None) -> dict[str, str]:
+    return {HOLD: session} if session is not None else {}
+
+
+def attach(app: FastAPI) -> Any:
+    """Add the routes to an API server; what ``start`` needs is returned."""
+    from vllm_instant.streaming.routes import Streaming
+    from vllm_instant.streaming.tokens import SessionTokens
+
+    streaming = Streaming(SessionTokens())
+    streaming.attach(app)
+    return streaming
+
+
+def start(
+    streaming: Any, app: FastAPI, engine_client: Any, state: Any, deployment: Deployment
+) -> Contained[StreamingPrefill] | None:
+    """Begin to serve; returns the plugin. Raises PluginStartError where that cannot be."""
+    from vllm_instant.streaming.metrics import StreamingNumbers
+    from vllm_instant.streaming.session_manager import Host
+
+    config = engine_client.vllm_config
+    plugin = build_contained("streaming", deployment, context_of(config, deployment))
+    if plugin is None:
+        return None
+    if not config.cache_config.enable_prefix_caching:
+        raise PluginStartError(
+            f"plugin {plugin.plugin} of slot streaming cannot start: it reads ahead into the prefix cache, "
+            "which is off; remove --no-enable-prefix-caching"
+        )
+    chat = getattr(state, "openai_serving_chat", None)
+    if chat is None:
+        raise PluginStartError(
+            f"plugin {plugin.plugin} of slot streaming cannot start: this model has no /v1/chat/completions"
+        )
+    streaming.start(Host(VllmStreamingEngine(engine_client, chat), plugin, StreamingNumbers()))
+    _let_tokens_in(app, streaming)
+    return plugin
+
+
+def _let_tokens_in(app: FastAPI, streaming: Any) -> None:
+    """Put the session tokens before the API-key check, if there is one."""
+    from vllm_instant.streaming.routes import DEMO_PATH
+    from vllm_instant.streaming.tokens import TokenGate
+
+    for middleware in app.user_middleware:
+        if getattr(middleware.cls, "__name__", "") == _AUTHENTICATION:
+            (key, *_) = cast(list[str], middleware.kwargs["tokens"])
+            public = (DEMO_PATH,) if streaming.host.limits.demo_page else ()
+            # Before everything: vLLM has put its middleware together by now.
+            stack = app.middleware_stack or app.build_middleware_stack()
+            app.middleware_stack = TokenGate(stack, tokens=streaming.tokens, key=key, public=public)
+            return
+
+
+def _is_counted(request_id: str) -> bool:
+    """Whether somebody has asked for what a request does."""
+    if request_id.startswith(PREFILL_PREFIX):
+        return False
+    early = _EARLY.get(request_id)
+    return early is None or early.wanted
+
+
+def _change(module: ModuleType) -> None:
+    processor = module.OutputProcessor
+    from_output, from_finished = processor._update_stats_from_output, processor._update_stats_from_finished
+
+    @functools.wraps(from_output)
+    def update_from_output(
+        self: Any, req_state: Any, engine_core_output: Any, timestamp: Any, stats: Any, *more: Any, **named: Any
+    ) -> None:
+        if stats is not None and not _is_counted(req_state.external_req_id):
+            stats = type(stats)()
+        from_output(self, req_state, engine_core_output, timestamp, stats, *more, **named)
+
+    @functools.wraps(from_finished)
+    def update_from_finished(
+        self: Any, req_state: Any, finish_reason: Any, stats: Any, *more: Any, **named: Any
+    ) -> None:
+        if stats is not None and not _is_counted(req_state.external_req_id):
+            stats = type(stats)()
+        from_finished(self, req_state, finish_reason, stats, *more, **named)
+
+    processor._update_stats_from_output = update_from_output
+    processor._update_stats_from_finished = update_from_finished
+
+
+def install() -> None:
+    """Keep what nobody asked for out of vLLM's request metrics, in every process that has any."""
+    when_imported(MODULE, _change)
+
+
+_CHAT = "entrypoints/openai/chat_completion/serving.py"
+
+SEAM = Seam(
+    name="streaming",
+    purpose="reads prompts ahead while they arrive, and answers them as the chat endpoint would",
+    requirements=(
+        Function(_CHAT, "OpenAIServingChat.render_chat_request", ("self", "request"), exact=True),
+        Function(_CHAT, "OpenAIServingChat.create_chat_completion", ("self", "request", "raw_request"), exact=True),
+        Function(
+            "entrypoints/serve/engine/serving.py",
+            "BaseServing._maybe_get_adapters",
+            ("self", "request", "supports_default_mm_loras"),
+            exact=True,
+        ),
+        Mentions(_CHAT, "OpenAIServingChat._create_chat_completion", ("_get_data_parallel_rank", "request_id")),
+        Function("v1/engine/async_llm.py", "AsyncLLM.generate", ("self", "prompt", "sampling_params", "request_id")),
+        Function("v1/engine/async_llm.py", "AsyncLLM.get_num_unfinished_requests", ("self",), exact=True),
+        Function("inputs/engine.py", "tokens_input", ("prompt_token_ids",), exact=True),
+        Function(
+            "v1/engine/output_processor.py",
+            "OutputProcessor._update_stats_from_output",
+            ("self", "req_state", "engine_core_output", "engine_core_timestamp", "iteration_stats"),
+        ),
+        Function(
+            "v1/engine/output_processor.py",
+            "OutputProcessor._update_stats_from_finished",
+            ("self", "req_state", "finish_reason", "iteration_stats"),
+        ),
+        Function(
+            "entrypoints/serve/middleware/authenticate.py",
+            "AuthenticationMiddleware.__init__",
+            ("self", "app", "tokens"),
+        ),
+        Name("config/parallel.py", "ParallelConfig.data_parallel_external_lb"),
+        Name("config/parallel.py", "ParallelConfig.data_parallel_hybrid_lb"),
+        Name("config/cache.py", "CacheConfig.block_size"),
+        Name("config/cache.py", "CacheConfig.enable_prefix_caching"),
+        Name("exceptions.py", "VLLMClientError"),
+        Name("exceptions.py", "GracefulHTTPError"),
+    ),
+    slots=("streaming",),
+)

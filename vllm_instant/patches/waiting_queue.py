@@ -1,0 +1,212 @@
+"""The queue of waiting requests, in the order of a batching policy, behind the methods of vLLM's ``RequestQueue``.
+
+vLLM looks at the head of its queue, tries to find KV blocks for it, and takes it off later: within one call of
+``schedule`` the order must not change. So the order is asked for once a call, at the first look, and only then is the
+policy's time spent: while all places are taken nobody looks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from vllm_instant.interfaces import Admission, RequestState
+from vllm_instant.scheduling.request_registry import StatesOnDemand
+
+Ask = Callable[[Sequence[RequestState]], Admission]
+
+
+class InstantQueue:
+    """Waiting requests; those that lost their KV blocks in front, the others as the policy says.
+
+    Args:
+        ask: the policy's order of the waiting requests' states, which are given in their order of arrival.
+        running: how many requests run now.
+        has_room: whether another one may start.
+        state_of: a request's state.
+        by_priority: requests with a smaller ``priority`` go before all others.
+
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        running: Callable[[], int],
+        has_room: Callable[[], bool],
+        state_of: Callable[[Any], RequestState],
+        by_priority: bool = False,
+    ) -> None:
+        self._ask, self._running, self._has_room, self._state_of = ask, running, has_room, state_of
+        self._by_priority = by_priority
+        self._front: deque[Any] = deque()
+        self._line: dict[str, Any] = {}
+        """By request id, in the order of arrival."""
+        self._states: dict[str, RequestState] = {}
+        """Of the same requests in the same order."""
+        self._arrivals: dict[str, int] = {}
+        """Where each belongs; kept while it waits, and until it starts or goes away."""
+        self._next = 0
+        self._in_disorder = False
+        self._order: list[Any] | None = None
+        """What ``peek_request`` shows, the next one last; None when it must be asked for."""
+        self._most: int | None = None
+        self._scheduling = False
+        self._running_before = 0
+
+    # ------------------------------------------------------------------------------------- a call of ``schedule``
+
+    def begin(self) -> None:
+        """A call of ``schedule`` begins."""
+        self._scheduling, self._order = True, None
+
+    def end(self) -> None:
+        """It is over."""
+        self._scheduling, self._order, self._most = False, None, None
+
+    def started(self, request_id: str) -> None:
+        """The request runs now: should it come back, then to the front."""
+        self._arrivals.pop(request_id, None)
+
+    def oldest(self) -> Any:
+        """Of the requests that have not started yet the oldest; None when nobody waits."""
+        self._mend_order_of_arrival()
+        return next(iter(self._line.values()), None) or next(iter(self._front), None)
+
+    def states(self) -> Sequence[RequestState]:
+        """Of those that wait for their first start, in the order of arrival; to be looked at before that changes."""
+        return StatesOnDemand(len(self._states), self._all_states)
+
+    # ---------------------------------------------------------------------------------------- vLLM's methods
+
+    def add_request(self, request: Any) -> None:
+        """A new request."""
+        request_id = request.request_id
+        if request_id not in self._arrivals:
+            if request.num_preemptions:
+                # It has run before: a streaming session's turn that ended while it had no KV blocks.
+                self._front.append(request)
+                self._order = None
+                return
+            self._next += 1
+            self._arrivals[request_id] = self._next
+        elif self._arrivals[request_id] != self._next:
+            self._in_disorder = True
+        self._line[request_id], self._states[request_id] = request, self._state_of(request)
+        self._order = None
+
+    def prepend_request(self, request: Any) -> None:
+        """A request that lost its KV blocks goes to the front; one that was only passed over, to its old place."""
+        if request.request_id not in self._arrivals:
+            self._front.appendleft(request)
+            self._order = None
+        else:
+            self._in_disorder = True
+            self.add_request(request)
+
+    def prepend_requests(self, requests: Iterable[Any]) -> None:
+        """Several, the last one nearest to the front."""
+        for request in requests:
+            self.prepend_request(request)
+
+    def peek_request(self) -> Any:
+        """The request that starts next; raises IndexError when nobody waits."""
+        order = self._order_now()
+        if not order:
+            raise IndexError("peek from an empty queue")
+        return order[-1]
+
+    def pop_request(self) -> Any:
+        """Take it off; raises IndexError when nobody waits."""
+        order = self._order_now()
+        if not order:
+            raise IndexError("pop from an empty queue")
+        request = order.pop()
+        self._take_off(request)
+        return request
+
+    def remove_request(self, request: Any) -> None:
+        """It goes away; raises ValueError when it does not wait here."""
+        if request.request_id not in self._line and request not in self._front:
+            raise ValueError(f"request {request.request_id} does not wait")
+        self.remove_requests((request,))
+
+    def remove_requests(self, requests: Iterable[Any]) -> None:
+        """Those of them that wait here go away."""
+        for request in requests:
+            self._take_off(request)
+            self._arrivals.pop(request.request_id, None)
+        self._order = None
+
+    def __bool__(self) -> bool:
+        if not (self._line or self._front):
+            return False
+        if self._scheduling and self._has_room():
+            if self._order is None:
+                self._running_before = self._running()
+                self._order_now()
+            # To vLLM the queue is empty when the policy lets nobody start any more.
+            return self._most is None or self._running() - self._running_before < self._most
+        return True
+
+    def __len__(self) -> int:
+        return len(self._line) + len(self._front)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._by_priority:
+            return reversed(self._sorted(Admission()))
+        self._mend_order_of_arrival()
+        return iter([*self._front, *self._line.values()])
+
+    # ------------------------------------------------------------------------------------------------ inside
+
+    def _all_states(self) -> list[RequestState]:
+        self._mend_order_of_arrival()
+        return list(self._states.values())
+
+    def _take_off(self, request: Any) -> None:
+        if self._line.pop(request.request_id, None) is not None:
+            del self._states[request.request_id]
+        elif request in self._front:
+            self._front.remove(request)
+
+    def _mend_order_of_arrival(self) -> None:
+        if self._in_disorder:
+            place = self._arrivals.__getitem__
+            ids = sorted(self._line, key=place)
+            self._line = {request_id: self._line[request_id] for request_id in ids}
+            self._states = {request_id: self._states[request_id] for request_id in ids}
+            self._in_disorder = False
+
+    def _order_now(self) -> list[Any]:
+        if self._order is None:
+            admission = self._ask(self.states()) if self._scheduling and self._line else Admission()
+            self._most = admission.most
+            self._order = self._sorted(admission)
+        elif not self._order and (self._line or self._front):
+            # All that the policy named have started: the others follow as they came.
+            self._order = self._sorted(Admission())
+        return self._order
+
+    def _named(self, admission: Admission) -> list[Any]:
+        if admission.by_id:
+            return [self._line[request_id] for request_id in admission.by_id if request_id in self._line]
+        if not len(admission.order):
+            return []
+        line = list(self._line.values())
+        return [line[place] for place in admission.order]
+
+    def _sorted(self, admission: Admission) -> list[Any]:
+        """The first ones in their order, the next one last; with priorities, and without an order, all of them."""
+        self._mend_order_of_arrival()
+        line = self._named(admission)
+        if not line:
+            line = list(self._line.values())
+        elif self._by_priority and len(line) < len(self._line):
+            named = {request.request_id for request in line}
+            line += [request for request_id, request in self._line.items() if request_id not in named]
+        first = [*self._front, *line]
+        if self._by_priority:
+            first.sort(key=lambda request: request.priority)
+        first.reverse()
+        return first

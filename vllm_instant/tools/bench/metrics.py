@@ -1,0 +1,152 @@
+"""What turns are boiled down to: each metric's samples of one turn, and the statistic of many turns' samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_instant.tools.bench.plan import RESPONSE_TOKENS, Plan, Price
+from vllm_instant.tools.measure.interleaved_rounds import Turn
+from vllm_instant.tools.measure.significance import Direction, Statistic
+
+PERCENTILES = (50, 95, 99)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row's arithmetic."""
+
+    name: str
+    unit: str
+    better: Direction
+    samples: Callable[[Turn], np.ndarray | None]
+    """Of one turn, ``[samples]`` or ``[1, sums]``; None where the turn does not tell."""
+    statistic: Statistic
+    least: int = 1
+    """Samples below which the statistic says nothing."""
+    missing: str = ""
+    """Why a turn may not tell."""
+    shown: Statistic | None = None
+    """What is printed, if it is another statistic than the one that is compared."""
+
+
+def metrics(plan: Plan, price: Price | None) -> list[Metric]:
+    """The rows of one level of concurrency."""
+    rows = [_percentile("TTFT", q, lambda turn: [answer.ttft for answer in turn.answers]) for q in PERCENTILES]
+    rows += [_percentile("ITL", q, _inter_token_latencies) for q in PERCENTILES]
+    rows.append(
+        Metric(
+            f"latency of a {RESPONSE_TOKENS}-token response",
+            "ms",
+            "lower",
+            _response_times,
+            np.median,
+            missing=f"answers are shorter than {RESPONSE_TOKENS} tokens (--tokens)",
+        )
+    )
+    rows.append(_sums("output tokens/s", "tokens/s", "higher", lambda turn: (turn.tokens, turn.seconds)))
+    if plan.ttft_slo_ms is not None or plan.itl_slo_ms is not None:
+        # Compared with half an answer more than there was: a ratio needs rates that are not zero.
+        rows.append(
+            Metric(
+                f"goodput ({_goals(plan)})",
+                "requests/s",
+                "higher",
+                lambda turn: np.array([[_good(turn, plan), turn.seconds]]),
+                lambda sums: float((sums[:, 0].sum() + 0.5) / sums[:, 1].sum()),
+                shown=_quotient,
+            )
+        )
+    if price is not None:
+        rows.append(
+            _sums(
+                "cost per million output tokens",
+                price.unit,
+                "lower",
+                lambda turn: (turn.seconds / 3600 * price.amount * 1e6, turn.tokens),
+            )
+        )
+    rows.append(
+        _sums(
+            "energy per token",
+            "J",
+            "lower",
+            lambda turn: None if turn.joules is None else (turn.joules, turn.tokens),
+            missing="this machine shows no energy counter of NVML or RAPL",
+        )
+    )
+    return rows
+
+
+def acceptance_length(kind: str) -> Metric:
+    """Tokens a step of a request, steps without drafts included; ``kind`` of prompts."""
+
+    def samples(turn: Turn) -> np.ndarray | None:
+        answers = [answer for answer in turn.answers if answer.kind == kind]
+        accepted = [answer.accepted for answer in answers if answer.accepted is not None]
+        if len(accepted) < len(answers):
+            return None
+        tokens = sum(answer.tokens for answer in answers)
+        return np.array([[tokens, tokens - sum(accepted)]], float)
+
+    return Metric(
+        f"acceptance length, {kind}",
+        "tokens/step",
+        "higher",
+        samples,
+        _quotient,
+        missing="a server does not say what was accepted (vLLM's --per-request-spec-decode-metrics summary)",
+    )
+
+
+def _percentile(name: str, q: int, values: Callable[[Turn], Sequence[float] | np.ndarray]) -> Metric:
+    return Metric(
+        f"{name} p{q}",
+        "ms",
+        "lower",
+        lambda turn: 1e3 * np.asarray(values(turn), float),
+        lambda samples: float(np.percentile(samples, q)),
+        least=round(1 / (1 - q / 100)) if q > 50 else 1,
+        missing="answers arrived at once",
+    )
+
+
+def _sums(
+    name: str, unit: str, better: Direction, pair: Callable[[Turn], tuple[float, float] | None], missing: str = ""
+) -> Metric:
+    def samples(turn: Turn) -> np.ndarray | None:
+        found = pair(turn)
+        return None if found is None else np.array([found], float)
+
+    return Metric(name, unit, better, samples, _quotient, missing=missing)
+
+
+def _quotient(sums: np.ndarray) -> float:
+    return float(sums[:, 0].sum() / max(sums[:, 1].sum(), 1e-9))
+
+
+def _inter_token_latencies(turn: Turn) -> np.ndarray:
+    return np.concatenate([answer.inter_token_latencies() for answer in turn.answers])
+
+
+def _response_times(turn: Turn) -> np.ndarray | None:
+    times = 1e3 * np.array([answer.seconds_to(RESPONSE_TOKENS) for answer in turn.answers])
+    return None if np.isnan(times).any() else times
+
+
+def _good(turn: Turn, plan: Plan) -> int:
+    """Answers that kept the goals: time to the first token, mean time between tokens after it."""
+    kept = 0
+    for answer in turn.answers:
+        gaps = answer.inter_token_latencies()
+        first = plan.ttft_slo_ms is None or answer.ttft * 1e3 <= plan.ttft_slo_ms
+        rest = plan.itl_slo_ms is None or len(gaps) == 0 or float(gaps.mean()) * 1e3 <= plan.itl_slo_ms
+        kept += first and rest
+    return kept
+
+
+def _goals(plan: Plan) -> str:
+    goals = (("TTFT", plan.ttft_slo_ms), ("ITL", plan.itl_slo_ms))
+    return ", ".join(f"{name} ≤ {goal:g} ms" for name, goal in goals if goal is not None)

@@ -1,0 +1,79 @@
+"""The tables that ``vllm-instant bench`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from vllm_instant.tools.bench.compare import Change
+from vllm_instant.tools.bench.plan import AGAIN, STOCK, deployed
+from vllm_instant.tools.bench.report import comparison, floor, number, summary
+from vllm_instant.tools.bench.rows import Row
+from vllm_instant.tools.cli.common import print_columns
+from vllm_instant.tools.measure.significance import FALSE_ALARMS
+
+STYLES = {"better": "green", "worse": "bold red", "no difference": "dim", "not measured": "yellow"}
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print a record."""
+    console = Console(soft_wrap=True)
+    lines = [Row.read(plain) for plain in found["rows"]]
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    console.print(f"{found['model']} on {found['device']}; {versions}; {found['date']}", highlight=False)
+    for arm in deployed(list(found["arms"])):
+        console.print(f"\n{arm} beside stock vLLM", style="bold", highlight=False)
+        headings = ("", STOCK, arm, f"{arm} / {STOCK} [95 %]", f"{AGAIN} / {STOCK} [95 %]", "verdict")
+        print_columns(headings, _table(lines, arm))
+        console.print(summary(lines, arm), highlight=False)
+    console.print(
+        f"\nBetter or worse: the interval that holds for all rows at once ({1 - FALSE_ALARMS:.0%}) excludes no "
+        f"difference, and the difference is larger than the stated margin (speed: {found['margin']:.0%}) and than the "
+        "interval of the second stock server.",
+        highlight=False,
+    )
+    for note in found["notes"]:
+        console.print(note, highlight=False)
+
+
+def _table(lines: Sequence[Row], arm: str) -> list[list[str | Text]]:
+    """Cells, with a line for each group."""
+    cells: list[list[str | Text]] = []
+    group = ""
+    for row in lines:
+        if row.group != group:
+            group = row.group
+            cells.append([Text(group, "bold"), "", "", "", "", ""])
+        cells.append([f"  {row.name}", *_row_cells(row, arm)])
+    return cells
+
+
+def _row_cells(row: Row, arm: str) -> list[str | Text]:
+    """Stock, the arm, how they compare, the floor, the verdict."""
+    contrast = row.contrasts.get(arm)
+    values = [number(row.values[name].mean, row.unit) if name in row.values else "" for name in (STOCK, arm)]
+    if contrast is None:
+        why = row.missing or "there is nothing to compare: a value is zero"
+        return [*values, "", "", Text(f"not measured: {why}", STYLES["not measured"])]
+    return [*values, comparison(contrast), floor(contrast), Text(contrast.verdict, STYLES[contrast.verdict])]
+
+
+def show_changes(before: Mapping[str, Any], after: Mapping[str, Any], found: list[Change]) -> None:
+    """Print what has changed."""
+    console = Console(soft_wrap=True)
+    for name, record in (("before", before), ("after", after)):
+        versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+        console.print(f"{name}: {record['date']}, {record['device']}, {versions}", highlight=False)
+    if before["device"] != after["device"]:
+        console.print("The devices differ: what is compared is each run's distance from its own stock servers.")
+    cells: list[list[str | Text]] = []
+    for row, arm, change in found:
+        named = [arm, f"{row.group}: {row.name}"]
+        if change is None:
+            cells.append([*named, "", "", Text("not in both", STYLES["not measured"])])
+        else:
+            cells.append([*named, comparison(change), floor(change), Text(change.verdict, STYLES[change.verdict])])
+    print_columns(("arm", "row", "after / before [95 %]", "larger noise floor [95 %]", "verdict"), cells)

@@ -1,0 +1,73 @@
+"""What the commands share: options, error output, values as TOML."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from vllm_instant.deployment.errors import EXIT_CODE, DeploymentError
+
+DeploymentPath = Annotated[
+    Path | None, typer.Argument(help="Deployment file; the variable INSTANT_CONFIG or the defaults without it.")
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--instant-config", "--config", help="Deployment file whose plugins are judged.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--instant-set", "--set", metavar="TABLE.KEY=VALUE", help="Override one value; repeatable."),
+]
+
+
+@contextmanager
+def problems_reported() -> Iterator[None]:
+    """Print a deployment's problems, one a line, and leave with exit code 2."""
+    try:
+        yield
+    except DeploymentError as error:
+        for problem in error.problems:
+            print(f"vllm-instant: {problem}", file=sys.stderr)
+        raise typer.Exit(EXIT_CODE) from None
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one sentence what is wrong, and leave with exit code 2."""
+    print(f"vllm-instant: {message}", file=sys.stderr)
+    raise typer.Exit(EXIT_CODE)
+
+
+def working(message: str) -> Status:
+    """A spinner on standard error for what takes seconds; nothing where that is no terminal."""
+    return Console(stderr=True).status(message)
+
+
+def toml_value(value: Any) -> str:
+    """A value as it would stand in a deployment file; TOML writes these like JSON."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml_value(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return json.dumps(value)
+
+
+def print_columns(headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
+    """Print aligned columns, one line a row however long it is, and no markup in the cells."""
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    console = Console()
+    Console(
+        width=max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
+    ).print(table)

@@ -1,0 +1,138 @@
+"""``vllm-instant config``: write, check and show deployment files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic.fields import FieldInfo
+
+from vllm_instant.deployment.errors import EXIT_CODE
+from vllm_instant.deployment.plugin_manager import plugin_manager
+from vllm_instant.deployment.settings import DEFAULT_ORIGIN, Deployment, resolve
+from vllm_instant.deployment.slots import SLOTS, Slot
+from vllm_instant.interfaces import PluginOptions
+from vllm_instant.tools.cli.common import (
+    DeploymentPath,
+    Overrides,
+    print_columns,
+    problems_reported,
+    toml_value,
+    working,
+)
+
+app = typer.Typer(help="Write, check and show deployment files.", no_args_is_help=True)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("deploy.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a commented deployment file with every slot, plugin and option at its default."""
+    if path.exists() and not force:
+        print(f"vllm-instant: {path} exists; --force overwrites it", file=sys.stderr)
+        raise typer.Exit(EXIT_CODE)
+    try:
+        path.write_text(template(), encoding="utf-8")
+    except OSError as error:
+        print(f"vllm-instant: {path} cannot be written: {error.strerror}", file=sys.stderr)
+        raise typer.Exit(EXIT_CODE) from None
+    print(f"Wrote {path}. Serve it with: vllm serve MODEL --plugins vllm_instant --instant-config {path}")
+
+
+@app.command()
+def check(path: DeploymentPath = None, overrides: Overrides = None) -> None:
+    """Check a deployment file without starting an engine; every problem is one line, and the exit code is 2."""
+    with problems_reported():
+        deployment = resolve(path, overrides or ())
+        if find_spec("vllm") is not None:
+            from vllm_instant.patches.engine_options import check_with_vllm
+
+            with working("Asking vLLM about the [vllm] table …"):
+                check_with_vllm(deployment)
+        elif deployment.vllm:
+            print("vLLM is not installed here: the [vllm] table was not checked", file=sys.stderr)
+    chosen = ", ".join(f"{slot}={choice.plugin}" for slot, choice in deployment.slots.items())
+    print(f"{deployment.file or 'defaults'}: ok ({chosen})")
+
+
+@app.command()
+def show(path: DeploymentPath = None, overrides: Overrides = None) -> None:
+    """Print the effective values, and where each one came from."""
+    with problems_reported():
+        deployment = resolve(path, overrides or ())
+    print_columns(
+        ("key", "value", "from"),
+        (
+            (key, toml_value(value) if value is not None else "not set", origin)
+            for key, value, origin in effective(deployment)
+        ),
+    )
+
+
+def effective(deployment: Deployment) -> Iterator[tuple[str, Any, str]]:
+    """Every value of a deployment as ``(key, value, origin)``, engine arguments that plugins bring included."""
+    for slot, choice in deployment.slots.items():
+        for name, value in {"plugin": choice.plugin, **choice.options}.items():
+            key = f"{slot}.{name}"
+            yield key, value, deployment.origins.get(key, DEFAULT_ORIGIN)
+    for name, value in deployment.engine_arguments().items():
+        origin = next(
+            (origin for key, origin in deployment.origins.items() if f"{key}.".startswith(f"vllm.{name}.")),
+            "[drafter]",
+        )
+        yield f"vllm.{name}", value, origin
+
+
+def template() -> str:
+    """A deployment file that says what every slot can be, with the defaults written out as comments."""
+    lines = [
+        "# Deployment file of vllm-instant. Every value below is the default; lines that begin with # are optional.",
+        "# Serve with: vllm serve MODEL --plugins vllm_instant --instant-config THIS_FILE",
+        "",
+    ]
+    for slot in SLOTS.values():
+        lines += [*_table(slot), ""]
+    lines += [
+        "# Any argument of `vllm serve`, by its name. The command line wins over this table.",
+        "[vllm]",
+        "# max_num_seqs = 64",
+        '# speculative_config = { method = "ngram", num_speculative_tokens = 4 }',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(slot: Slot) -> Iterator[str]:
+    yield f"# {slot.name}: {slot.decides} (decided in the {slot.runs_in})."
+    offers = [offer for offer in plugin_manager().offers() if offer.plugin.slot == slot.name]
+    for offer in offers:
+        lossy = " LOSSY: answers may change." if offer.plugin.lossy else ""
+        yield f"#   {offer.plugin.name}: {offer.plugin.summary}.{lossy}"
+    yield f"[{slot.name}]"
+    chosen = f"plugin = {toml_value(slot.default)}"
+    # The default drafter only serves where it takes nothing away; one that is named always does.
+    yield f"# {chosen}   # the default, where it costs nothing; uncommented: everywhere" if slot.optional else chosen
+    for offer in offers:
+        fields = offer.plugin.options.model_fields
+        if fields and offer.plugin.name != slot.default:
+            yield f"# with plugin = {toml_value(offer.plugin.name)}:"
+        yield from (_option(name, field) for name, field in fields.items())
+
+
+def _option(name: str, field: FieldInfo) -> str:
+    if field.is_required():
+        shown = f"{name} = ... (needed)"
+    elif field.default is None:
+        shown = f"{name} is not set"
+    else:
+        shown = f"{name} = {toml_value(_plain(field.default))}"
+    return f"# {shown}".ljust(44) + (f"# {field.description}" if field.description else "")
+
+
+def _plain(default: Any) -> Any:
+    return default.model_dump(mode="json") if isinstance(default, PluginOptions) else default

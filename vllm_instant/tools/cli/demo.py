@@ -1,0 +1,75 @@
+"""``vllm-instant demo``: the demo, its models, and how they were made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_instant.tools.demo import assets, session
+
+app = typer.Typer(help="A real server with demo models, beside a stock one.", no_args_is_help=False)
+
+
+@app.callback(invoke_without_command=True)
+def demo(context: typer.Context) -> None:
+    """Start a stock server and ours, stream three kinds of prompts through both, and compare."""
+    if context.invoked_subcommand is None:
+        raise typer.Exit(session.compare())
+
+
+@app.command()
+def serve(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000) -> None:
+    """Serve the demo model with the demo's deployment file until Ctrl-C."""
+    raise typer.Exit(session.serve(port))
+
+
+@app.command()
+def models(
+    output: Annotated[Path | None, typer.Argument(help="Folder to write to; a cache folder without it.")] = None,
+) -> None:
+    """Unpack and expand the demo models, and print where they are."""
+    pair = assets.prepare(output)
+    print(f"target: {pair.target}\ndraft:  {pair.draft}")
+
+
+@app.command()
+def text(output: Annotated[Path, typer.Argument(help="Folder to write to.")]) -> None:
+    """Write the text that the demo models learned from, and what was held out, as files for `vllm-instant distill`."""
+    from vllm_instant.tools.demo.corpus import documents
+
+    for document in documents():
+        folder = output / ("held_out" if document.held_out else "training") / document.kind
+        folder.mkdir(parents=True, exist_ok=True)
+        # Flat names: two modules of one name in different packages must not meet.
+        name = document.name.replace("/", ".").removesuffix(".py")
+        suffix = ".py" if document.kind == "code" else ".txt"
+        (folder / (name + suffix)).write_text(document.text, encoding="utf-8")
+    print(f"text in {output}/training and {output}/held_out")
+
+
+@app.command()
+def train(output: Annotated[Path, typer.Argument(help="Folder for the new pair; resumes what is there.")]) -> None:
+    """Train the demo pair from scratch on the standard library's text (over an hour on two cores)."""
+    from vllm_instant.tools.demo import recipe, training_run
+
+    training_run.run(output, recipe.run)
+
+
+@app.command()
+def moe(
+    output: Annotated[Path | None, typer.Argument(help="Folder to write to; a cache folder without it.")] = None,
+) -> None:
+    """Unpack and expand the demo's mixture of experts, and print where it is."""
+    from vllm_instant.tools.demo import moe_assets
+
+    print(moe_assets.prepare(output))
+
+
+@app.command()
+def train_moe(output: Annotated[Path, typer.Argument(help="Folder for the new model; resumes what is there.")]) -> None:
+    """Make the mixture of experts from the demo's base model again (a quarter of an hour on two cores)."""
+    from vllm_instant.tools.demo import moe_recipe, training_run
+
+    training_run.run(output, moe_recipe.run)

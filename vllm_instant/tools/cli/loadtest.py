@@ -1,0 +1,180 @@
+"""``vllm-instant loadtest``: sends a scenario to servers, finds latency spikes and says what they came from."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_instant.tools.cli.common import Overrides, fail, print_columns, problems_reported, working
+from vllm_instant.tools.measure.servers import ServerError, running, terminable
+
+if TYPE_CHECKING:
+    from vllm_instant_loadtests.scenario import Scenario
+
+
+def loadtest(
+    scenario: Annotated[
+        str | None, typer.Argument(help="A TOML file, or the name of a built-in scenario (see --list).")
+    ] = None,
+    urls: Annotated[
+        list[str] | None,
+        typer.Option("--url", metavar="NAME=URL", help="A running server; several are asked in turn."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="What to serve without --url; `demo` is the demo's.")] = "demo",
+    config: Annotated[
+        Path | None, typer.Option("--instant-config", "--config", help="Deployment file of the servers started here.")
+    ] = None,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="New folder for the raw run and the reports; loadtest-NAME-DATE by default.")
+    ] = None,
+    duration: Annotated[float | None, typer.Option(min=1, help="Seconds to which the timeline is stretched.")] = None,
+    rate_scale: Annotated[float, typer.Option(min=0.001, help="Multiplies every rate.")] = 1.0,
+    seed: Annotated[str, typer.Option(help="Of prompts and arrivals; another one gives others.")] = "0",
+    together: Annotated[
+        bool, typer.Option("--together", help="Ask all servers at the same time instead of in turn.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that send the load.")] = 1,
+    web_port: Annotated[int | None, typer.Option(help="Show Locust's page on this port meanwhile.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key of the servers; VLLM_API_KEY by default.")] = None,
+    analyse: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Judge a recorded run again instead of making one.")
+    ] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="Show the built-in scenarios.")] = False,
+) -> None:
+    """Send a scenario's requests when they are due, find windows with latency spikes, and name their causes.
+
+    With --url running servers are asked, else the servers that the scenario names are started: stock vLLM and yours.
+    Several servers play the scenario in turn, a part at a time, with the same prompts. Writes report.html, report.json
+    and junit.xml; the exit code is 1 where a goal of the scenario is missed.
+    """
+    if importlib.util.find_spec("locust") is None:
+        fail("load tests need locust: pip install 'vllm-instant[loadtest]'")
+    from vllm_instant_loadtests import scenario as scenarios
+    from vllm_instant_loadtests.launcher import DrivingError, Load, drive
+
+    if list_them:
+        names = scenarios.built_in()
+        print_columns(("scenario", "seconds", "what"), [_row(name, scenarios.load(name)) for name in names])
+        return
+    try:
+        if analyse is None:
+            if scenario is None:
+                raise DrivingError("give a SCENARIO: a file or one of --list; or --analyse FOLDER for a recorded run")
+            played = scenarios.load(scenario).scaled(rate_scale, duration)
+            analyse = output or Path(f"loadtest-{played.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            with ExitStack() as stack:
+                stack.enter_context(terminable())
+                servers, deployments = _servers(stack, played, urls or [], model, config, overrides or [], analyse)
+                load = Load(
+                    scenario=scenario,
+                    servers=servers,
+                    deployments=deployments,
+                    output=analyse,
+                    seed=seed,
+                    rate_scale=rate_scale,
+                    seconds=duration,
+                    together=together,
+                    processes=processes,
+                    web_port=web_port,
+                    api_key=api_key,
+                )
+                seconds = played.seconds * (1 if together else len(servers))
+                with working(f"{played.title}: {seconds:.0f} s and a little"):
+                    drive(load, shlex.join(["vllm-instant", *sys.argv[1:]]))
+        elif scenario is not None:
+            raise DrivingError(f"--analyse {analyse} judges a recorded run and takes no scenario ({scenario})")
+        raise typer.Exit(_judge(analyse))
+    except (scenarios.ScenarioError, DrivingError, ServerError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("vllm-instant: interrupted; what was recorded is kept", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _servers(
+    stack: ExitStack,
+    scenario: Scenario,
+    urls: Sequence[str],
+    model: str,
+    config: Path | None,
+    overrides: list[str],
+    output: Path,
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Addresses by name, of running servers or of those that the scenario names and that run until the stack ends."""
+    from vllm_instant_loadtests.launcher import DrivingError, servers_of
+    from vllm_instant_loadtests.scenario import named_servers
+
+    if urls:
+        if config is not None or overrides:
+            raise DrivingError("--instant-config and --instant-set are for servers started here, not for --url")
+        return named_servers(" ".join(urls)), {}
+    with problems_reported():
+        servers, deployments = servers_of(scenario, model, config, overrides, output / "logs")
+    with working(f"starting {' and '.join(servers)}"):
+        stack.enter_context(running(*servers.values()))
+    return {name: server.url for name, server in servers.items()}, deployments
+
+
+def _judge(folder: Path) -> int:
+    """Say and write what a recorded run shows; the exit code."""
+    from vllm_instant_loadtests import report
+    from vllm_instant_loadtests.analysis import analyse
+    from vllm_instant_loadtests.run_recorder import Run
+
+    try:
+        run = Run.read(folder)
+    except FileNotFoundError:
+        fail(f"{folder} has no recorded run: there is no run.json in it")
+    if not run.requests:
+        fail(f"{folder} has a run without a single request: {folder / 'locust.log'} may say why")
+    with working("looking for spikes"):
+        analysis = analyse(run)
+    plain = analysis.plain()
+    print_columns(_PERCENTILES, [_percentiles(server) for server in plain["servers"]])
+    for comparison in plain["comparisons"]:
+        print_columns(
+            ("", comparison["theirs"], comparison["ours"], "ratio [95 %]", "verdict"),
+            [_compared(row, comparison["ours"], comparison["theirs"]) for row in comparison["rows"]],
+        )
+    print(analysis.summary())
+    if not run.about.get("finished", True):
+        print("The run was interrupted: this is about what was recorded until then.")
+    report.write_html(analysis, run, folder / "report.html")
+    report.write_json(analysis, folder / "report.json")
+    report.write_junit(analysis, folder / "junit.xml")
+    print(f"wrote {folder / 'report.html'}, report.json and junit.xml")
+    return 0 if analysis.met else 1
+
+
+_PERCENTILES = ("ms, p50 / p99", "requests", "failed", "TTFT", "ITL", "longest stall", "E2E", "tokens/s")
+
+
+def _percentiles(server: dict[str, Any]) -> tuple[str, ...]:
+    found = server["milliseconds"]
+    both = [
+        f"{found[name]['p50']:.0f} / {found[name]['p99']:.0f}" if name in found else "–"
+        for name in ("ttft", "itl", "stall", "e2e")
+    ]
+    speed = server["tokens_per_second"]
+    counts = str(server["requests"]), str(server["failed"])
+    return server["server"], *counts, *both, "–" if speed is None else f"{speed:.0f}"
+
+
+def _compared(row: dict[str, Any], ours: str, theirs: str) -> tuple[str, ...]:
+    values = ["–" if row[name] is None else f"{row[name]:.1f}" for name in (theirs, ours)]
+    effect = row.get("effect")
+    shown = f"{effect['mean']:.2f} [{effect['low']:.2f}, {effect['high']:.2f}]" if effect else "–"
+    return f"{row['name']}, {row['unit']}", *values, shown, row["verdict"] or row["why_not"]
+
+
+def _row(name: str, scenario: Scenario) -> tuple[str, str, str]:
+    return name, f"{scenario.seconds:g}", f"{scenario.title}. {scenario.description}".strip()

@@ -1,0 +1,91 @@
+"""The committed demo pair, unpacked and expanded into a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from vllm_instant.tools.demo import widen_model
+
+ASSETS = Path(__file__).parent / "assets"
+DRAFT_IN_ASSETS = "draft"
+BASE_IN_ASSETS = "base"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Folders that vLLM can load."""
+
+    target: Path
+    draft: Path
+
+
+def prepare(
+    output: Path | None = None,
+    size: widen_model.Size = widen_model.MEDIUM,
+    dtype: str = "bfloat16",
+    assets: Path = ASSETS,
+) -> Pair:
+    """Expand the base and lay the draft beside it; returns at once when that was done before.
+
+    Args:
+        output: folder to write to; by default one in the user's cache, named after what goes into it.
+        size: shape of the target.
+        dtype: ``bfloat16`` or ``float32``, of both models.
+        assets: where the committed pair lies.
+
+    Raises:
+        FileNotFoundError: when the committed pair is not there.
+
+    """
+    weights = assets / BASE_IN_ASSETS / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"the demo models are missing: no {weights}")
+    fingerprint = hashlib.sha256(weights.read_bytes() + repr((size, dtype)).encode()).hexdigest()[:12]
+
+    def make(folder: Path) -> None:
+        import torch
+        from transformers import LlamaForCausalLM
+
+        torch_dtype = getattr(torch, dtype)
+        base = LlamaForCausalLM.from_pretrained(assets / BASE_IN_ASSETS, dtype=torch.float32)
+        widen_model.expand(base, size).to(torch_dtype).save_pretrained(folder / "target")
+        draft = LlamaForCausalLM.from_pretrained(assets / DRAFT_IN_ASSETS, dtype=torch_dtype)
+        draft.save_pretrained(folder / "draft")
+        for model in ("target", "draft"):
+            copy_tokenizer(assets / BASE_IN_ASSETS, folder / model)
+
+    folder = made_once(output or cache_folder(f"demo-{fingerprint}"), fingerprint, make)
+    return Pair(folder / "target", folder / "draft")
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of this name in the user's cache."""
+    return Path(platformdirs.user_cache_dir("vllm-instant")) / name
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Lay the demo's tokenizer beside a model."""
+    for name in TOKENIZER_FILES:
+        shutil.copy(source / name, folder / name)
+
+
+def made_once(folder: Path, fingerprint: str, make: Callable[[Path], None]) -> Path:
+    """Fill a folder, unless it was filled completely from the same before; returns the folder."""
+    marker = folder / "complete"
+    if marker.is_file() and marker.read_text() == fingerprint:
+        return folder
+    from transformers.utils import logging
+
+    # The demo has a progress line of its own; bars of single files would break it.
+    logging.disable_progress_bar()
+    marker.unlink(missing_ok=True)
+    make(folder)
+    marker.write_text(fingerprint)
+    return folder

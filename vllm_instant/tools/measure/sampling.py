@@ -1,0 +1,181 @@
+"""Draws and answers of two servers for the same requests, and whether they agree: what ``vllm-instant verify`` runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+
+from vllm_instant.speculation.draft_budget import CLIENT_KEY
+from vllm_instant.tools.measure.distribution_test import Agreement, Tokens, compare
+
+DRAFTED, ACCEPTED = "vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"
+COMPLETIONS = 50
+"""Draws that one request asks for."""
+IN_FLIGHT = 4
+"""Such requests at a time."""
+
+PROMPTS = (
+    "import os\nimport sys\n\ndef main(",
+    "for i in range(len(items)):\n    if items[i]",
+    '{"name": "copy", "kind": "function", "args": ["src", "dst"], "doc": "',
+    "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n        self.",
+    "The name of the file is the name of the file. The name of the file is",
+    "one two three one two three one two three one two",
+)
+"""Beginnings after which there is something to predict and something to choose."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample."""
+
+    name: str
+    parameters: dict[str, Any]
+
+
+SETTINGS = (
+    Setting("temperature 1.0", {"temperature": 1.0}),
+    Setting("temperature 0.7, top-p 0.95", {"temperature": 0.7, "top_p": 0.95}),
+    Setting("temperature 1.0, top-p 0.9, top-k 50", {"temperature": 1.0, "top_p": 0.9, "top_k": 50}),
+    Setting(
+        "temperature 0.9, penalties",
+        {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
+    ),
+)
+
+
+@dataclass
+class Arm:
+    """A server that is asked.
+
+    Args:
+        url: its address, without ``/v1``.
+        model: the name that requests call the model by.
+        draft_length: draft tokens that each request asks for; None leaves it to the server's policy.
+
+    """
+
+    url: str
+    model: str
+    draft_length: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self, prompt: str, **parameters: Any) -> dict[str, Any]:
+        """A request for a completion."""
+        body = {"model": self.model, "prompt": prompt, "ignore_eos": True, "return_token_ids": True, **parameters}
+        if self.draft_length is not None:
+            body["vllm_xargs"] = {CLIENT_KEY: self.draft_length}
+        return body
+
+    def totals(self) -> tuple[float, float]:
+        """Draft tokens so far: verified, accepted."""
+        found = {DRAFTED: 0.0, ACCEPTED: 0.0}
+        for line in httpx.get(f"{self.url}/metrics", timeout=30, headers=self.headers).text.splitlines():
+            name = line.partition("{")[0].partition(" ")[0]
+            if name in found:
+                found[name] += float(line.rpartition(" ")[2])
+        return found[DRAFTED], found[ACCEPTED]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What became of one setting."""
+
+    setting: Setting
+    agreement: Agreement
+    drafted: int
+    """Draft tokens that our arm verified meanwhile."""
+    accepted: int
+
+    @property
+    def says_something(self) -> bool:
+        """Whether drafts were kept and refused, so that every part of a sampler has worked."""
+        return self.accepted >= 50 and self.drafted - self.accepted >= 50
+
+
+class RefusedError(RuntimeError):
+    """A server did not answer a request as it should; the message says what it said."""
+
+
+async def _completions(
+    arm: Arm, bodies: Sequence[dict[str, Any]], tick: Callable[[], None]
+) -> list[list[dict[str, Any]]]:
+    gate = asyncio.Semaphore(IN_FLIGHT)
+    async with httpx.AsyncClient(timeout=600, headers=arm.headers) as client:
+
+        async def one(body: dict[str, Any]) -> list[dict[str, Any]]:
+            async with gate:
+                try:
+                    response = await client.post(f"{arm.url}/v1/completions", json=body)
+                except httpx.HTTPError as error:
+                    raise RefusedError(f"{arm.url} does not answer: {error or type(error).__name__}") from None
+            if response.status_code != 200:
+                raise RefusedError(f"{arm.url} refused a request ({response.status_code}): {response.text[:300]}")
+            tick()
+            choices: list[dict[str, Any]] = response.json()["choices"]
+            return choices
+
+        return await asyncio.gather(*(one(body) for body in bodies))
+
+
+def complete(
+    arm: Arm, bodies: Sequence[dict[str, Any]], tick: Callable[[], None] = lambda: None
+) -> list[list[dict[str, Any]]]:
+    """The choices of each request, some requests at a time; raises RefusedError. ``tick`` is called after each."""
+    return asyncio.run(_completions(arm, bodies, tick))
+
+
+def draws(
+    arm: Arm,
+    prompts: Sequence[str],
+    parameters: dict[str, Any],
+    count: int,
+    tokens: int,
+    tick: Callable[[], None] = lambda: None,
+) -> list[Tokens]:
+    """``count`` independent draws of the first ``tokens`` tokens after each prompt; int64 ``[count, tokens]`` each."""
+    sizes = [COMPLETIONS] * (count // COMPLETIONS) + ([count % COMPLETIONS] if count % COMPLETIONS else [])
+    bodies = [arm.body(prompt, n=size, max_tokens=tokens, **parameters) for size in sizes for prompt in prompts]
+    answers = complete(arm, bodies, tick)
+    drawn: list[list[list[int]]] = [[] for _ in prompts]
+    for number, choices in enumerate(answers):
+        drawn[number % len(prompts)].extend(choice["token_ids"][:tokens] for choice in choices)
+    return [np.array(rows, np.int64) for rows in drawn]
+
+
+def greedy_answers(arm: Arm, prompts: Sequence[str], tokens: int) -> list[list[int]]:
+    """The token ids of each prompt's greedy answer."""
+    bodies = [arm.body(prompt, temperature=0, max_tokens=tokens) for prompt in prompts]
+    return [choices[0]["token_ids"] for choices in complete(arm, bodies)]
+
+
+def seeded_answers(arm: Arm, prompts: Sequence[str], tokens: int) -> list[list[int]]:
+    """The token ids of one sampled answer with a seed for each prompt."""
+    bodies = [arm.body(prompt, temperature=1.0, seed=seed, max_tokens=tokens) for seed, prompt in enumerate(prompts)]
+    return [choices[0]["token_ids"] for choices in complete(arm, bodies)]
+
+
+def sampled(
+    arm: Arm,
+    expected: Sequence[Tokens],
+    prompts: Sequence[str],
+    setting: Setting,
+    false_alarms: float,
+    tick: Callable[[], None] = lambda: None,
+) -> Sampled:
+    """Draw as often as ``expected`` was drawn, and compare."""
+    count, tokens = expected[0].shape
+    drafted, accepted = arm.totals()
+    drawn = draws(arm, prompts, setting.parameters, count, tokens, tick)
+    drafted_then, accepted_then = arm.totals()
+    return Sampled(
+        setting,
+        compare(drawn, expected, false_alarms=false_alarms),
+        int(drafted_then - drafted),
+        int(accepted_then - accepted),
+    )

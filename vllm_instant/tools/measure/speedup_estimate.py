@@ -1,0 +1,102 @@
+"""What drafting gained or lost in the steps that a server explains (``GET /v1/instant/decisions``).
+
+Turns of a few seconds scatter by several percent, and two processes of one kind differ for as long as they live. Steps
+of one process, seconds apart, can be compared more closely: a step that drafted with those beside it that did not.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The finished steps among some decisions that read no prompts."""
+
+    steps: int
+    drafting: int
+    """How many of them drafted or verified drafts."""
+    milliseconds: float
+    """How long all of them took."""
+    undrafted_milliseconds: float
+    """How long their tokens would have taken without drafts."""
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second relative to never drafting; below 1 where drafting lost."""
+        return self.undrafted_milliseconds / self.milliseconds
+
+
+def balance(decisions: Iterable[Mapping[str, Any]]) -> Balance | None:
+    """Compare the steps that drafted, or verified what the step before had drafted, with those that did neither.
+
+    A step without drafts gives every request a token. How long it takes with as many requests is the median of such
+    steps here; where there was none, that of the nearest number of requests. Steps that read prompts are passed over,
+    and those that have not finished.
+
+    Args:
+        decisions: as the server answers them, the oldest first (``vllm_instant_plugins.goodput.decision_log.Decision.plain``):
+            the drafts of a decision are made in its step and verified in the next, whose tokens and time its outcome
+            says.
+
+    Returns:
+        None when no step went without drafts.
+
+    """
+    decided = _decided(decisions)
+    plain: dict[int, list[float]] = defaultdict(list)
+    drafting: list[tuple[int, float, float]] = []
+    for step, decision in decided.items():
+        outcome, following = decision["outcome"], decided.get(step + 1)
+        if following is None or not _only_decoded(outcome):
+            continue
+        if decision["draft_tokens"] or following["draft_tokens"]:
+            drafting.append((decision["num_requests"], outcome["tokens"], outcome["milliseconds"]))
+        else:
+            plain[decision["num_requests"]].append(outcome["milliseconds"])
+    if not plain:
+        return None
+    medians = {requests: statistics.median(times) for requests, times in plain.items()}
+
+    def usual(requests: int) -> float:
+        return medians[min(medians, key=lambda known: abs(known - requests))]
+
+    without = sum(sum(times) for times in plain.values())
+    return Balance(
+        steps=sum(map(len, plain.values())) + len(drafting),
+        drafting=len(drafting),
+        milliseconds=without + sum(taken for _, _, taken in drafting),
+        undrafted_milliseconds=without + sum(tokens / requests * usual(requests) for requests, tokens, _ in drafting),
+    )
+
+
+def decoding_speed(decisions: Iterable[Mapping[str, Any]], requests: int) -> float | None:
+    """Tokens a second of the finished steps with so many requests that read no prompts; None when there is none.
+
+    Args:
+        decisions: as for ``balance``.
+        requests: that decode together.
+
+    """
+    outcomes = [
+        decision["outcome"]
+        for decision in _decided(decisions).values()
+        if decision["num_requests"] == requests and _only_decoded(decision["outcome"])
+    ]
+    if not outcomes:
+        return None
+    return float(sum(o["tokens"] for o in outcomes) / sum(o["milliseconds"] for o in outcomes) * 1e3)
+
+
+def _decided(decisions: Iterable[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """By step. Of a step that was planned twice, because a request came, the later plan counts."""
+    return {decision["step"]: decision for decision in decisions}
+
+
+def _only_decoded(outcome: Mapping[str, Any] | None) -> bool:
+    """Whether the step has finished and read no prompts; of another policy, or an earlier release, that is not said."""
+    return outcome is not None and outcome.get("prompt_tokens") == 0

@@ -1,0 +1,138 @@
+"""Checks a server against stock vLLM with the same model: greedy answers, seeds, and the distribution of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from vllm_instant.tools.measure.distribution_test import Tokens
+from vllm_instant.tools.measure.sampling import (
+    SETTINGS,
+    Arm,
+    Sampled,
+    Setting,
+    draws,
+    greedy_answers,
+    sampled,
+    seeded_answers,
+)
+
+Outcome = Literal["pass", "fail", "not tested", "lossy"]
+Tick = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked.
+
+    ``false_alarms`` is the chance that a server that samples as stock does fails any of the sampled settings.
+    """
+
+    prompts: Sequence[str]
+    settings: Sequence[Setting] = SETTINGS
+    draws: int = 600
+    """For each prompt and setting."""
+    tokens: int = 4
+    """How many tokens of each draw are looked at together."""
+    answer_tokens: int = 48
+    """Length of greedy and seeded answers."""
+    false_alarms: float = 1e-3
+
+    @property
+    def limit(self) -> float:
+        """The p-value below which one setting fails."""
+        return self.false_alarms / max(1, len(self.settings))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What stock vLLM answers."""
+
+    greedy: list[list[int]]
+    seeded: list[list[int]]
+    drawn: list[list[Tokens]]
+    """By setting, by prompt."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    outcome: Outcome
+    detail: str
+    numbers: dict[str, Any]
+
+
+def baseline(stock: Arm, plan: Plan, tick: Tick = lambda text: None) -> Baseline:
+    """Ask stock vLLM everything once."""
+    tick("greedy and seeded answers of stock vLLM")
+    greedy = greedy_answers(stock, plan.prompts, plan.answer_tokens)
+    seeded = seeded_answers(stock, plan.prompts, plan.answer_tokens)
+    drawn = []
+    for setting in plan.settings:
+        tick(f"stock vLLM at {setting.name}")
+        drawn.append(draws(stock, plan.prompts, setting.parameters, plan.draws, plan.tokens))
+    return Baseline(greedy, seeded, drawn)
+
+
+def verify(
+    ours: Arm, expected: Baseline, plan: Plan, *, exact: bool, lossy: bool, tick: Tick = lambda text: None
+) -> list[Check]:
+    """Run every check.
+
+    Args:
+        ours: the server that is checked.
+        expected: what stock vLLM answered to the same plan.
+        plan: what is asked.
+        exact: whether equal tokens can be expected, as in float32; otherwise rounding may flip close decisions.
+        lossy: whether the deployment chose a lossy plugin, so that a difference is what was asked for.
+        tick: told what is going on.
+
+    """
+    tick("greedy answers")
+    checks = [
+        _identity("greedy", greedy_answers(ours, plan.prompts, plan.answer_tokens), expected.greedy, exact, lossy)
+    ]
+    tick("seeded answers, twice")
+    first = seeded_answers(ours, plan.prompts, plan.answer_tokens)
+    again = seeded_answers(ours, plan.prompts, plan.answer_tokens)
+    checks.append(_identity("seeds, asked twice", again, first, exact, lossy))
+    checks.append(_identity("seeds, as stock", first, expected.seeded, exact, lossy))
+    for setting, drawn in zip(plan.settings, expected.drawn, strict=True):
+        tick(setting.name)
+        checks.append(_distribution(sampled(ours, drawn, plan.prompts, setting, plan.limit), plan, lossy))
+    return checks
+
+
+def _identity(name: str, found: list[list[int]], expected: list[list[int]], exact: bool, lossy: bool) -> Check:
+    same = sum(a == b for a, b in zip(found, expected, strict=True))
+    detail = f"{same} of {len(found)} answers identical"
+    if same == len(found):
+        outcome: Outcome = "pass"
+    elif lossy:
+        outcome = "lossy"
+    elif exact:
+        outcome = "fail"
+    else:
+        outcome, detail = "not tested", f"{detail}; rounding can do that, float32 would tell"
+    return Check(name, outcome, detail, {"identical": same, "answers": len(found)})
+
+
+def _distribution(result: Sampled, plan: Plan, lossy: bool) -> Check:
+    agreement = result.agreement
+    numbers = asdict(agreement) | {"drafted": result.drafted, "accepted": result.accepted}
+    drafts = f"{result.accepted} of {result.drafted} draft tokens kept"
+    differs = agreement.p_value < plan.limit
+    if differs and lossy:
+        outcome: Outcome = "lossy"
+        detail = f"differs by a total variation of about {agreement.distance:.3f} at most"
+    elif differs:
+        outcome, detail = "fail", f"another distribution: p = {agreement.p_value:.1g}, most in {agreement.worst_view}"
+    elif not result.says_something:
+        outcome, detail = "not tested", "too few draft tokens were kept or refused to say anything"
+    else:
+        outcome = "pass"
+        detail = f"p = {agreement.p_value:.2g}; a total variation of {agreement.detectable:.3f} would be found"
+    return Check(result.setting.name, outcome, f"{detail} ({drafts})", numbers)
