@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vllm_instant.evidence.circumstances import circumstances
+from vllm_instant.tools.measure.environment_info import circumstances
 
 HERE = Path(__file__).resolve().parent
 
