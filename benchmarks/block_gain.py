@@ -19,7 +19,7 @@ import torch
 from results import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_instant import draft_rows
+from vllm_instant import pad_drafts
 from vllm_instant.tools.demo import assets, widen_model
 from vllm_instant.tools.demo.corpus import documents
 from vllm_instant_plugins.samplers import block
@@ -39,7 +39,7 @@ def kept_of(target_probs: torch.Tensor, draft_probs: torch.Tensor, drafts: torch
 
     """
     batch, length = drafts.shape
-    rows = draft_rows(drafts.flatten(), [length] * batch)
+    rows = pad_drafts(drafts.flatten(), [length] * batch)
     target, draft = target_probs.flatten(0, 1).contiguous(), draft_probs.flatten(0, 1).contiguous()
     of_drafts = ratios(rows, target, draft)
     by_token = of_drafts.clamp(max=1).cumprod(1).sum(1)

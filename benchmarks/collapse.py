@@ -10,8 +10,8 @@ pinning the length (the same process, so that only decisions differ). Steps are 
 
 Turns of a few seconds scatter by several percent, whoever is asked. So what the decisions lost is also counted step by
 step within those seconds: what the tokens would have taken in steps like those beside them that did not draft
-(``vllm_instant.tools.measure.speedup_estimate``), and how fast full steps decode from 50 steps after each change on, beside
-those of the turns whose clients pinned the length: in such a turn, more or fewer prompts may be read.
+(``tools.measure.speedup_estimate``), and how fast full steps decode from 50 steps after each change on, beside those of
+the turns whose clients pinned the length: in such a turn, more or fewer prompts may be read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vllm_instant.tools.measure.statistics import Interval, median_interval, rat
 STEPS_TO_NOTICE = 50
 HOPELESS_STEPS = 300
 PERFECT_SECONDS = 4.0
-MOST_SECONDS = 20.0
+MAX_SECONDS = 20.0
 
 
 class Switching(threading.Thread):
@@ -200,13 +200,13 @@ def load_while(switching: Switching, servers: Servers, prompts: Any, users: int,
         MODEL,
         prompts,
         concurrency=users,
-        seconds=MOST_SECONDS,
+        seconds=MAX_SECONDS,
         max_tokens=MAX_TOKENS,
         first_prompt=number * 8,
     )
     switching.join(timeout=1)
-    if switching.is_alive() or turn.errors or switching.noticed_again - turn.opened_at > MOST_SECONDS - 2:
-        raise SystemExit(f"the changes did not fit into {MOST_SECONDS} s: {turn.errors or 'too slow a machine'}")
+    if switching.is_alive() or turn.errors or switching.noticed_again - turn.opened_at > MAX_SECONDS - 2:
+        raise SystemExit(f"the changes did not fit into {MAX_SECONDS} s: {turn.errors or 'too slow a machine'}")
     return turn
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from vllm_instant import DraftRequest
-from vllm_instant_plugins.suffix.calibration import came_true
+from vllm_instant_plugins.suffix.calibration import count_accepted
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
 
-LEAST_RESIDUAL = 0.03
+MIN_RESIDUAL = 0.03
 """Relative errors below this count alike in the fit of the costs."""
 
 
@@ -44,7 +44,7 @@ class StepPrices:
         weights = np.ones(len(steps))
         for _ in range(30):
             found = np.linalg.lstsq(features * weights[:, None], seconds * weights, rcond=None)[0]
-            weights = np.maximum(np.abs(seconds - features @ found), LEAST_RESIDUAL) ** -0.5
+            weights = np.maximum(np.abs(seconds - features @ found), MIN_RESIDUAL) ** -0.5
         # Drafts are not cheaper than nothing: what is below 0 is chance.
         return cls(*np.maximum(found[1:], 0.0).tolist())
 
@@ -76,7 +76,7 @@ def texts_of(path: Path) -> list[Text]:
         found = []
         for place in range(first, len(tokens)):
             [draft] = lookup.propose([DraftRequest(str(number), tokens[:place], first - 1, 16)])
-            found.append(came_true(np.array(draft.token_ids, np.int32), tokens[place:])[1])
+            found.append(count_accepted(np.array(draft.token_ids, np.int32), tokens[place:])[1])
         lookup.forget(str(number))
         texts.append(Text(found, _model_accepted(tokens, first, record["drafts"])))
     return texts
@@ -89,7 +89,7 @@ def _model_accepted(tokens: np.ndarray, first: int, drafts: Mapping[str, Sequenc
     """
     accepted = [0] * (len(tokens) - first + 1)
     for start, draft in sorted(((int(start), draft) for start, draft in drafts.items()), reverse=True):
-        kept = came_true(np.array(draft, np.int32), tokens[start:])[1]
+        kept = count_accepted(np.array(draft, np.int32), tokens[start:])[1]
         behind = min(start - first + kept + 1, len(tokens) - first)
         total = kept + (1 + accepted[behind] if kept == len(draft) else 0)
         for ahead in range(min(total, kept + 1, len(tokens) - start)):
@@ -97,7 +97,7 @@ def _model_accepted(tokens: np.ndarray, first: int, drafts: Mapping[str, Sequenc
     return accepted[:-1]
 
 
-def least_time(text: Text, prices: StepPrices) -> float:
+def min_time(text: Text, prices: StepPrices) -> float:
     """Time to decode a text behind its first token, in steps without drafts, knowing what will be accepted."""
     end = len(text.lookup)
     rest = np.zeros(end + 1)
@@ -111,10 +111,10 @@ def least_time(text: Text, prices: StepPrices) -> float:
     return float(rest[0])
 
 
-def least_seconds(texts: Sequence[Text], prices: StepPrices, seconds_off: float) -> float:
+def min_seconds(texts: Sequence[Text], prices: StepPrices, seconds_off: float) -> float:
     """Decoding seconds a token, over all texts, knowing what will be accepted."""
     tokens = sum(len(text.lookup) for text in texts)
-    return seconds_off * sum(least_time(text, prices) for text in texts) / tokens
+    return seconds_off * sum(min_time(text, prices) for text in texts) / tokens
 
 
 def decoding(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-from drafter_bounds import StepPrices, decoding, least_seconds, texts_of
+from drafter_bounds import StepPrices, decoding, min_seconds, texts_of
 from results import HERE, write
 from rich.console import Console
 from switchable_sources import HYBRID, MODEL, MODEL_LENGTH, OFF, RECORD_VARIABLE, RECORDED, SUFFIX, TURN_KEY
@@ -197,7 +197,7 @@ def summary(kind: str, rounds: Sequence[Round], prices: StepPrices, recorded: Pa
         "hybrid_to": {arm: vars(ratio_interval(seconds[arm], seconds[HYBRID])) for arm in SOURCES},
     }
     if kind in GREEDY:
-        a_token = least_seconds(texts_of(recorded), prices, off)
+        a_token = min_seconds(texts_of(recorded), prices, off)
         rest = [turns[HYBRID].seconds - turns[HYBRID].decoding_seconds for turns in rounds]
         least = [r + turns[HYBRID].tokens * a_token for r, turns in zip(rest, rounds, strict=True)]
         free_drafts = [r + len(decoding(turns[HYBRID].steps)) * off for r, turns in zip(rest, rounds, strict=True)]

@@ -2,8 +2,8 @@
 
 python benchmarks/expert_frontier.py [--windows 96]
 
-Without a server: held-out text, decoded side by side as in a server (vllm_instant/tools/moe/offline.py), every setting on
-the same windows as native routing. Clusters are learned from training text. Writes results/expert_frontier.json and
+Without a server: held-out text, decoded side by side as in a server (vllm_instant/tools/moe/offline.py), every setting
+on the same windows as native routing. Clusters are learned from training text. Writes results/expert_frontier.json and
 docs/expert_frontier.png.
 """
 

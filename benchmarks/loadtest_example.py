@@ -49,7 +49,7 @@ def main() -> None:
         runs = [Run.read(folder) for folder in folders]
         report: dict[str, Any] = json.loads((folders[0] / "report.json").read_text())
         shutil.copy(folders[0] / "report.html", options.page)
-    report["run"].pop("circumstances", None)
+    report["run"].pop("environment_info", None)
     requests = {
         server["name"]: [request for run in runs for request in run.of(server["name"]).requests]
         for server in runs[0].about["servers"]

@@ -142,7 +142,7 @@ def _paged(case: str, capability: int) -> Any:
         torch.empty_like(made.query),
     )
     workspace = module.workspace_for(made.query.device, head)
-    keywords = {"most_query_tokens": tokens, "scale": 0.1, "workspace": workspace, "splits": 8, **options}
+    keywords = {"max_query_tokens": tokens, "scale": 0.1, "workspace": workspace, "splits": 8, **options}
     return _one(module, partial(module.paged_attention, made.query, *arguments, **keywords))
 
 
@@ -217,7 +217,7 @@ def _stock(case: str, capability: int) -> Any:
     cache = torch.zeros(*made.cache.shape[:3], stock_attention.row_bytes(128), dtype=torch.uint8)
     sums = stock_attention.sums_for(len(made.query), made.query.shape[1], 128, cache.device)
     arguments = (made.query, stock_attention.views(cache, 128), made.block_tables, made.lengths, made.starts)
-    keywords = {"most_query_tokens": tokens, "longest": 40, "sums": sums}
+    keywords = {"max_query_tokens": tokens, "longest": 40, "sums": sums}
     chosen = module._get_tile_size
     if tile is not None:
         module._get_tile_size = lambda *_, **__: tile

@@ -5,7 +5,7 @@ made.
 
 .venv/bin/python benchmarks/policy_overhead.py
 
-Both happen while the model runs (``SpeculationBudget.while_the_model_runs``); only when a new request appears does the
+Both happen while the model runs (``DraftBudgetManager.on_model_executing``); only when a new request appears does the
 scheduler wait for a plan. One core, no engine.
 """
 
@@ -50,7 +50,7 @@ def run(count: int, steps: int, workload: tuple[tuple[float, float], float, int]
         # The scheduler makes a new list of the same requests for each step.
         upcoming = UpcomingStep(list(states), MAX_DRAFT_TOKENS, number=number)
         began = time.perf_counter()
-        planned = policy.draft_lengths(upcoming)
+        planned = policy.get_num_draft_tokens(upcoming)
         planning.append(time.perf_counter() - began)
         accepted = [min(k, int(random.geometric(1 - chances[i % 2])) - 1) for i, k in enumerate(lengths)]
         rows = count + sum(lengths)

@@ -112,7 +112,7 @@ def measure(
     """Alternate both arms and return medians with intervals, in microseconds a step."""
     pair = assets.prepare(size=widen_model.SMALL, dtype="float32")
     config = harness.engine_config(pair.target, 0, running, asynchronous)
-    deployment_env.publish(
+    deployment_env.set_deployment(
         resolve(None, ["speculation.plugin=off", "batching.plugin=similarity", "batching.keep_lengths=false"])
     )
     arms = {

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vllm_instant.tools.measure.environment_info import circumstances
+
+from vllm_instant.tools.measure.environment_info import environment_info
 
 HERE = Path(__file__).resolve().parent
 
 
 def write(path: Path, measured: Any) -> None:
-    """Write ``measured`` with its circumstances as JSON."""
-    record = circumstances(command()) | {"measured": measured}
+    """Write ``measured`` with the environment that it was measured in as JSON."""
+    record = environment_info(command()) | {"measured": measured}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2, default=_plain) + "\n")
     print(f"wrote {path}")

@@ -17,7 +17,7 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler, apply_sampling_co
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.patches.cpu.sampling import REPAIRS
 from vllm_instant.patches.rejection_sampler import SAMPLER_ATTRIBUTE, sampler_class
 
@@ -45,10 +45,10 @@ def stock_sampler() -> Any:
 
 
 def our_sampler(plugin: Any, name: str = "tested") -> Any:
-    """VLLM's own with a plugin in it, as the seam makes it."""
+    """VLLM's own with a plugin in it, as the patch makes it."""
     sampler = stock_sampler()
     sampler.__class__ = sampler_class(RejectionSampler, apply_sampling_constraints)
-    setattr(sampler, SAMPLER_ATTRIBUTE, Contained("rejection_sampler", name, plugin))
+    setattr(sampler, SAMPLER_ATTRIBUTE, GuardedPlugin("rejection_sampler", name, plugin))
     return sampler
 
 

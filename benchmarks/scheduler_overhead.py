@@ -76,7 +76,7 @@ def measure(running: int, drafts: int, rounds: int, asynchronous: bool) -> dict[
     pair = assets.prepare(size=widen_model.SMALL, dtype="float32")
     config = harness.engine_config(pair.target, drafts, running, asynchronous)
     # The mechanism alone; a policy that thinks longer does so while the model runs (policy_overhead.py).
-    deployment_env.publish(resolve(None, ["speculation.plugin=fixed", f"speculation.num_draft_tokens={drafts}"]))
+    deployment_env.set_deployment(resolve(None, ["speculation.plugin=fixed", f"speculation.num_draft_tokens={drafts}"]))
     arms = {
         "stock": Arm(AsyncScheduler if asynchronous else Scheduler, config, running, drafts, asynchronous),
         "vllm-instant": Arm(create_scheduler, config, running, drafts, asynchronous),

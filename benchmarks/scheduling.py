@@ -291,8 +291,8 @@ def measure(
         )
         if STATIC in arms
         else None,
-        "most_seconds_over_the_bound": over,
-        "most_seconds_over_its_own_bound": over_own,
+        "max_seconds_over_the_bound": over,
+        "max_seconds_over_its_own_bound": over_own,
     }
 
 
@@ -310,9 +310,9 @@ def show(cell: dict[str, Any]) -> None:
             f"{name} {ratios[name]['median']:.2f} [{ratios[name]['low']:.2f}, {ratios[name]['high']:.2f}]"
             for name in shown
         )
-        over = cell["most_seconds_over_the_bound"].get(arm)
+        over = cell["max_seconds_over_the_bound"].get(arm)
         if over:
-            own = cell["most_seconds_over_its_own_bound"][arm]
+            own = cell["max_seconds_over_its_own_bound"][arm]
             row += f"  over the bound by at most {max(over):.2f} s, by its own account {max(own):.2f} s"
         print(f"  {arm:16} {row}")
     if cell["throughput_against_static"]:

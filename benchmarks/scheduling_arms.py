@@ -11,12 +11,12 @@ from typing import Any
 
 from vllm_instant import (
     Admission,
-    BatchingPolicy,
     Plugin,
     PluginContext,
     PluginOptions,
-    QueueMoment,
     RequestState,
+    SchedulerSnapshot,
+    SchedulingPolicy,
     hookimpl,
 )
 from vllm_instant_plugins.similarity.plugin import warm_up
@@ -25,28 +25,28 @@ from vllm_instant_plugins.similarity.policy import SimilarityPolicy
 ARM_KEY = "benchmark_arm"
 
 
-class FirstComeFirstServed(BatchingPolicy):
+class FcfsSimulation(SchedulingPolicy):
     """vLLM's own order."""
 
-    def admit(self, moment: QueueMoment) -> Admission:
+    def admit(self, moment: SchedulerSnapshot) -> Admission:
         """As they came."""
         return Admission()
 
 
-class StaticBatches(BatchingPolicy):
+class StaticBatches(SchedulingPolicy):
     """A batch starts when the one before it is done."""
 
-    def admit(self, moment: QueueMoment) -> Admission:
+    def admit(self, moment: SchedulerSnapshot) -> Admission:
         """Nobody while anybody runs."""
-        return Admission(most=0 if moment.running else None)
+        return Admission(max_num_admitted=0 if moment.running else None)
 
 
-class Arms(BatchingPolicy):
+class Arms(SchedulingPolicy):
     """Does what the policy of the newest request's arm does."""
 
     def __init__(self, slots: int) -> None:
-        self.policies: dict[str, BatchingPolicy] = {
-            "fcfs": FirstComeFirstServed(),
+        self.policies: dict[str, SchedulingPolicy] = {
+            "fcfs": FcfsSimulation(),
             "static": StaticBatches(),
             "similarity": SimilarityPolicy(slots),
             "similarity, told": SimilarityPolicy(slots),
@@ -58,7 +58,7 @@ class Arms(BatchingPolicy):
         self.arm = str(request.extra_args.get(ARM_KEY, "fcfs"))
         self.policies[self.arm].enter(request)
 
-    def admit(self, moment: QueueMoment) -> Admission:
+    def admit(self, moment: SchedulerSnapshot) -> Admission:
         """Passed on."""
         return self.policies[self.arm].admit(moment)
 
@@ -74,21 +74,21 @@ class Arms(BatchingPolicy):
         """Passed on."""
         self.policies[self.arm].finished(request, now, complete)
 
-    def spare(self, running: Sequence[RequestState]) -> Sequence[int] | None:
+    def preemption_order(self, running: Sequence[RequestState]) -> Sequence[int] | None:
         """Passed on."""
-        return self.policies[self.arm].spare(running)
+        return self.policies[self.arm].preemption_order(running)
 
-    def think(self, moment: QueueMoment) -> None:
+    def background_work(self, moment: SchedulerSnapshot) -> None:
         """Passed on."""
-        self.policies[self.arm].think(moment)
+        self.policies[self.arm].background_work(moment)
 
     def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
         """Those of the newest request's arm."""
         return self.policies[self.arm].decisions(last, request_id)
 
-    def measures(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float]:
         """What ``similarity`` measures of itself."""
-        return self.policies["similarity"].measures()
+        return self.policies["similarity"].metrics()
 
 
 def _build(options: Any, context: PluginContext) -> Arms:

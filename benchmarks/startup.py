@@ -5,7 +5,7 @@
 Two measurements. Whole servers: seconds from launch to health of a stock server (the package not even loaded,
 VLLM_PLUGINS="") and of one with a deployment file and the speculation budget; both speculate with the same n-gram
 drafter, so that they load the same parts of vLLM. Processes: seconds that our own code takes in the front end (flags,
-deployment, checks of all seams) and in the engine core or a worker (activation).
+deployment, checks of all patches) and in the engine core or a worker (activation).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def attend(
     starts: torch.Tensor,
     output: torch.Tensor,
     *,
-    most_query_tokens: int,
+    max_query_tokens: int,
     longest: int,
     sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
@@ -71,7 +71,7 @@ def attend(
         "v": cache.values,
         "out": output,
         "cu_seqlens_q": starts,
-        "max_seqlen_q": most_query_tokens,
+        "max_seqlen_q": max_query_tokens,
         "seqused_k": lengths,
         "max_seqlen_k": longest,
         "softmax_scale": query.shape[2] ** -0.5,

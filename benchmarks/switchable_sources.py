@@ -18,23 +18,23 @@ from typing import Any
 
 from vllm_instant import (
     Draft,
-    DraftPrice,
+    DraftAssignment,
+    DraftCost,
     DraftRequest,
+    HybridDrafter,
     Plugin,
     PluginContext,
     PluginOptions,
     RequestState,
-    Share,
-    SharingDrafter,
     SpeculationPolicy,
     StepOutcome,
     UpcomingStep,
     hookimpl,
 )
-from vllm_instant.speculation.draft_plan import worthwhile
+from vllm_instant.speculation.draft_plan import trim_drafts
 from vllm_instant_plugins.goodput.plugin import warm_up
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
-from vllm_instant_plugins.hybrid.drafter import HybridDrafter
+from vllm_instant_plugins.hybrid.drafter import LookupHybridDrafter
 from vllm_instant_plugins.hybrid.plugin import PLUGIN as HYBRID_PLUGIN
 from vllm_instant_plugins.hybrid.plugin import HybridOptions
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
@@ -49,7 +49,7 @@ TURN_KEY = "benchmark_turn"
 KEPT_STEPS = 2048
 
 
-class LookupAlone(SharingDrafter):
+class LookupAlone(HybridDrafter):
     """``suffix`` where a draft model could run: it never does."""
 
     def __init__(self, lookup: SuffixDrafter) -> None:
@@ -59,12 +59,12 @@ class LookupAlone(SharingDrafter):
         """The lookups."""
         return self._lookup.propose(requests)
 
-    def share(self, requests: Sequence[DraftRequest], price: DraftPrice) -> Sequence[Share]:
+    def assign(self, requests: Sequence[DraftRequest], draft_cost: DraftCost) -> Sequence[DraftAssignment]:
         """The lookups, cut as the workers cut those of ``suffix``."""
-        drafts = worthwhile(self._lookup.propose(requests), price, [request.is_pinned for request in requests])
-        return [Share(list(draft)) for draft in drafts]
+        drafts = trim_drafts(self._lookup.propose(requests), draft_cost, [request.is_pinned for request in requests])
+        return [DraftAssignment(list(draft)) for draft in drafts]
 
-    def model_drafted(self, drafts: Mapping[str, Sequence[int]]) -> None:
+    def on_model_drafts(self, drafts: Mapping[str, Sequence[int]]) -> None:
         """Never."""
 
     def forget(self, request_id: str) -> None:
@@ -72,18 +72,18 @@ class LookupAlone(SharingDrafter):
         self._lookup.forget(request_id)
 
 
-class ModelAlone(SharingDrafter):
+class ModelAlone(HybridDrafter):
     """The draft model for everybody, as far as the policy granted."""
 
     def propose(self, requests: Sequence[DraftRequest]) -> Sequence[Sequence[int]]:
         """Nothing of its own."""
         return [()] * len(requests)
 
-    def share(self, requests: Sequence[DraftRequest], price: DraftPrice) -> Sequence[Share]:
+    def assign(self, requests: Sequence[DraftRequest], draft_cost: DraftCost) -> Sequence[DraftAssignment]:
         """All to the model."""
-        return [Share(model_length=request.max_draft_tokens) for request in requests]
+        return [DraftAssignment(num_draft_tokens=request.max_draft_tokens) for request in requests]
 
-    def model_drafted(self, drafts: Mapping[str, Sequence[int]]) -> None:
+    def on_model_drafts(self, drafts: Mapping[str, Sequence[int]]) -> None:
         """Not remembered."""
 
 
@@ -94,16 +94,16 @@ class Recorded(ModelAlone):
         self._path = path
         self._requests: dict[str, dict[str, Any]] = {}
 
-    def share(self, requests: Sequence[DraftRequest], price: DraftPrice) -> Sequence[Share]:
+    def assign(self, requests: Sequence[DraftRequest], draft_cost: DraftCost) -> Sequence[DraftAssignment]:
         """All to the model."""
         for request in requests:
             record = self._requests.setdefault(
                 request.request_id, {"prompt_tokens": request.num_prompt_tokens, "drafts": {}}
             )
             record["tokens"] = request.token_ids.tolist()
-        return super().share(requests, price)
+        return super().assign(requests, draft_cost)
 
-    def model_drafted(self, drafts: Mapping[str, Sequence[int]]) -> None:
+    def on_model_drafts(self, drafts: Mapping[str, Sequence[int]]) -> None:
         """Behind the tokens that there are now."""
         for request_id, draft in drafts.items():
             record = self._requests[request_id]
@@ -117,15 +117,15 @@ class Recorded(ModelAlone):
                 file.write(json.dumps(record) + "\n")
 
 
-class SwitchableSources(SharingDrafter):
+class SwitchableSources(HybridDrafter):
     """Drafts as the arm of the requests says."""
 
     def __init__(self, options: HybridOptions, context: PluginContext) -> None:
-        self._arms: dict[str, SharingDrafter] = {
+        self._arms: dict[str, HybridDrafter] = {
             SUFFIX: LookupAlone(build_lookup(options, context)),
             MODEL: ModelAlone(),
             RECORDED: Recorded(os.environ[RECORD_VARIABLE]),
-            HYBRID: HybridDrafter(build_lookup(options, context), context.num_speculative_tokens),
+            HYBRID: LookupHybridDrafter(build_lookup(options, context), context.num_speculative_tokens),
         }
         self._arm = self._arms[HYBRID]
 
@@ -133,14 +133,14 @@ class SwitchableSources(SharingDrafter):
         """Passed on."""
         return self._arm.propose(requests)
 
-    def share(self, requests: Sequence[DraftRequest], price: DraftPrice) -> Sequence[Share]:
+    def assign(self, requests: Sequence[DraftRequest], draft_cost: DraftCost) -> Sequence[DraftAssignment]:
         """Passed on to the arm of the first request, which is that of all."""
         self._arm = self._arms.get(requests[0].cache_salt, self._arms[HYBRID])
-        return self._arm.share(requests, price)
+        return self._arm.assign(requests, draft_cost)
 
-    def model_drafted(self, drafts: Mapping[str, Sequence[int]]) -> None:
+    def on_model_drafts(self, drafts: Mapping[str, Sequence[int]]) -> None:
         """Passed on."""
-        self._arm.model_drafted(drafts)
+        self._arm.on_model_drafts(drafts)
 
     def forget(self, request_id: str) -> None:
         """Passed on to all: those that do not know it do nothing."""
@@ -173,14 +173,16 @@ class SwitchablePolicies(SpeculationPolicy):
         self._arm = request.cache_salt if request.cache_salt in self._policies else HYBRID
         self._policies[self._arm].enter(request)
 
-    def draft_lengths(self, step: UpcomingStep) -> Sequence[int]:
+    def get_num_draft_tokens(self, step: UpcomingStep) -> Sequence[int]:
         """Passed on."""
         most = MODEL_LENGTH if self._arm == MODEL else step.max_draft_tokens
-        return self._policies[self._arm].draft_lengths(replace(step, max_draft_tokens=min(most, step.max_draft_tokens)))
+        return self._policies[self._arm].get_num_draft_tokens(
+            replace(step, max_draft_tokens=min(most, step.max_draft_tokens))
+        )
 
-    def price(self) -> DraftPrice:
+    def draft_cost(self) -> DraftCost:
         """Passed on."""
-        return self._policies[self._arm].price()
+        return self._policies[self._arm].draft_cost()
 
     def observe(self, outcome: StepOutcome) -> None:
         """Passed on, and kept."""

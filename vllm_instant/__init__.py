@@ -1,6 +1,7 @@
 """vllm-instant: lower latency for vLLM, from plugins that one deployment file chooses.
 
-This module is the public API for plugin authors; ``vllm_instant.interfaces`` says what a plugin of each kind implements.
+This module is the public API for plugin authors; ``vllm_instant.interfaces`` says what a plugin of each kind
+implements.
 """
 
 from vllm_instant.deployment.settings import Deployment
@@ -9,12 +10,12 @@ from vllm_instant.interfaces import (
     AttentionLayer,
     AttentionProvider,
     AttentionStep,
-    BatchingPolicy,
     CacheParts,
     Draft,
+    DraftAssignment,
+    DraftCost,
     Drafter,
     DrafterOptions,
-    DraftPrice,
     DraftRequest,
     EngineLoad,
     ExpertCount,
@@ -23,23 +24,23 @@ from vllm_instant.interfaces import (
     FeedForwardLayer,
     FeedForwardProvider,
     Holds,
+    HybridDrafter,
     LinearWeights,
-    Look,
+    Measurement,
     Plugin,
     PluginContext,
     PluginOptions,
     PrefillOutcome,
     PrefillProgress,
-    QueueMoment,
     RejectionSampler,
     RequestState,
     Rotation,
     RouterStep,
     RoutingMeasures,
     RowKind,
+    SchedulerSnapshot,
+    SchedulingPolicy,
     SessionLimits,
-    Share,
-    SharingDrafter,
     SpeculationPolicy,
     StepOutcome,
     StepRows,
@@ -49,9 +50,9 @@ from vllm_instant.interfaces import (
 from vllm_instant.interfaces.hookspecs import hookimpl
 from vllm_instant.moe.expert_groups import SuperExperts
 from vllm_instant.moe.routing_trace import RoutedModel, Trace
-from vllm_instant.scheduling.request_registry import prompt_class, told_output_tokens
-from vllm_instant.speculation.draft_plan import worthwhile
-from vllm_instant.speculation.verification import DraftRows, Verification, draft_rows
+from vllm_instant.scheduling.request_registry import hinted_output_tokens, prompt_group
+from vllm_instant.speculation.draft_plan import trim_drafts
+from vllm_instant.speculation.verification import PaddedDrafts, VerificationBatch, pad_drafts
 
 __version__ = "0.1.0"
 
@@ -60,13 +61,12 @@ __all__ = [
     "AttentionLayer",
     "AttentionProvider",
     "AttentionStep",
-    "BatchingPolicy",
     "CacheParts",
     "Deployment",
     "Draft",
-    "DraftPrice",
+    "DraftAssignment",
+    "DraftCost",
     "DraftRequest",
-    "DraftRows",
     "Drafter",
     "DrafterOptions",
     "EngineLoad",
@@ -76,14 +76,15 @@ __all__ = [
     "FeedForwardLayer",
     "FeedForwardProvider",
     "Holds",
+    "HybridDrafter",
     "LinearWeights",
-    "Look",
+    "Measurement",
+    "PaddedDrafts",
     "Plugin",
     "PluginContext",
     "PluginOptions",
     "PrefillOutcome",
     "PrefillProgress",
-    "QueueMoment",
     "RejectionSampler",
     "RequestState",
     "Rotation",
@@ -91,9 +92,9 @@ __all__ = [
     "RouterStep",
     "RoutingMeasures",
     "RowKind",
+    "SchedulerSnapshot",
+    "SchedulingPolicy",
     "SessionLimits",
-    "Share",
-    "SharingDrafter",
     "SpeculationPolicy",
     "StepOutcome",
     "StepRows",
@@ -101,10 +102,10 @@ __all__ = [
     "SuperExperts",
     "Trace",
     "UpcomingStep",
-    "Verification",
-    "draft_rows",
+    "VerificationBatch",
+    "hinted_output_tokens",
     "hookimpl",
-    "prompt_class",
-    "told_output_tokens",
-    "worthwhile",
+    "pad_drafts",
+    "prompt_group",
+    "trim_drafts",
 ]

@@ -57,7 +57,7 @@ class InstantMetrics:
             multiprocess_mode="mostrecent",
         )
         for slot in deployment.slots:
-            offer = deployment.offer(slot)
+            offer = deployment.installed(slot)
             info.labels(
                 slot, offer.plugin.name, offer.distribution, offer.version, "yes" if offer.plugin.lossy else "no"
             ).set(1)

@@ -14,5 +14,5 @@ def register() -> None:
 
     module_names.hide_bare_folder()
     flags.install(activation.serve)
-    if deployment_env.current() is not None:
+    if deployment_env.get_deployment() is not None:
         activation.activate()

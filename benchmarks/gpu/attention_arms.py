@@ -58,7 +58,7 @@ def ours(query: Any, tables: Any, lengths: Any, starts: Any, tokens: int, blocks
     calls = []
     for _ in range(copies):
         views = cache(blocks)
-        keywords = {"most_query_tokens": tokens, "scale": HEAD**-0.5, "workspace": workspace}
+        keywords = {"max_query_tokens": tokens, "scale": HEAD**-0.5, "workspace": workspace}
         output = torch.empty_like(query)
         calls.append(replayed(partial(paged_attention, query, views, tables, lengths, starts, output, **keywords)))
     return calls
@@ -85,7 +85,7 @@ def stock(
             lengths,
             starts,
             torch.empty_like(query),
-            most_query_tokens=tokens,
+            max_query_tokens=tokens,
             longest=context,
             sums=sums,
         )

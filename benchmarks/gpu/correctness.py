@@ -85,7 +85,7 @@ def merges(numbers: random.Random) -> int:
     made = batch(numbers.randrange(2**31), [(6000, 3), (700, 1), (2048, 4), (1, 1)], dtype=torch.float16)
     query, cache, *others = (t.cuda() for t in (made.query, made.cache, made.block_tables, made.lengths, made.starts))
     views, workspace = split(cache, made.head), workspace_for(query.device, made.head)
-    keywords = {"most_query_tokens": 4, "scale": made.head**-0.5, "workspace": workspace}
+    keywords = {"max_query_tokens": 4, "scale": made.head**-0.5, "workspace": workspace}
     first: dict[int, Any] = {}
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(LAUNCHES):

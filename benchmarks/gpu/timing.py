@@ -106,7 +106,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95, draws: in
 
 
 def write(path: Path, measured: Any) -> None:
-    """Write ``measured`` with its circumstances as JSON."""
+    """Write ``measured`` with the environment that it was measured in as JSON."""
     import torch
     import triton
 

@@ -35,7 +35,7 @@ class ShyPolicy(SpeculationPolicy):
     def __init__(self, options):
         self.max_temperature = options.max_temperature
 
-    def draft_lengths(self, step):
+    def get_num_draft_tokens(self, step):
         """Called before every step: one length a request."""
         return [step.max_draft_tokens if r.temperature <= self.max_temperature else 0 for r in step.requests]
 

@@ -30,10 +30,10 @@ DISCONNECTS = "disconnects"
 UNKNOWN = "unknown"
 CAUSES = (ACCEPTANCE, BATCH, PREFILL, MEMORY, COMPILE, QUEUEING, CLIENT, STOPPED, DISCONNECTS)
 
-LEAST_SCORE = 0.25
+MIN_SCORE = 0.25
 """Below it, a cause is unknown."""
-LEAST_DRAFTED = 40
-LEAST_DROP = 0.1
+MIN_DRAFTED = 40
+MIN_DROP = 0.1
 """Of the share of accepted draft tokens."""
 FULL = 0.95
 """Share of the KV cache in use at which it is full: new blocks are taken one at a time."""
@@ -63,7 +63,7 @@ def attribute(scene: Scene) -> list[Finding]:
         taken = 1 - share * found[reason].score
         found[sign] = replace(found[sign], score=float(found[sign].score * taken))
     ordered = sorted(found.values(), key=lambda finding: -finding.score)
-    if ordered[0].score < LEAST_SCORE:
+    if ordered[0].score < MIN_SCORE:
         seen = [line for finding in ordered for line in finding.evidence]
         ordered = [Finding(UNKNOWN, 0.0, ["nothing that was recorded explains it", *seen[:3]]), *ordered]
     return [replace(ordered[0], evidence=[*ordered[0].evidence, *_traced(scene)]), *ordered[1:]]
@@ -125,12 +125,12 @@ def compiling(scene: Scene) -> Finding:
 def acceptance(scene: Scene) -> Finding:
     """Fewer tokens a step, because drafts are refused."""
     meters, span, quiet = scene.meters, [scene.span], scene.quiet
-    if not meters.has(m.DRAFTED) or not meters.growth(m.DRAFTED, span) >= LEAST_DRAFTED:
+    if not meters.has(m.DRAFTED) or not meters.growth(m.DRAFTED, span) >= MIN_DRAFTED:
         return Finding(ACCEPTANCE, 0.0, [])
     now, before = meters.ratio(m.ACCEPTED, m.DRAFTED, span), meters.ratio(m.ACCEPTED, m.DRAFTED, quiet)
     a_step, a_step_before = (1 + meters.ratio(m.ACCEPTED, m.DRAFTS, spans) for spans in (span, quiet))
     line = f"{now:.2f} of draft tokens accepted, {before:.2f} before"
-    if not before - now >= LEAST_DROP:
+    if not before - now >= MIN_DROP:
         return Finding(ACCEPTANCE, 0.0, [line])
     lines = [
         line,

@@ -1,8 +1,8 @@
 """Servers beside each other: the same requests, paired, with intervals and a verdict for each row.
 
 Every server got the same prompts in segments of the same number, so rounds are compared in pairs and the drift of the
-machine cancels. The rule is that of ``vllm_instant.tools.measure.significance``: a difference counts if it is certain for all
-rows at once, and larger than what two processes of one kind differ by.
+machine cancels. The rule is that of ``vllm_instant.tools.measure.significance``: a difference counts if it is certain
+for all rows at once, and larger than what two processes of one kind differ by.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from vllm_instant.tools.measure.significance import MARGIN, Contrast, Direction,
 from vllm_instant.tools.measure.statistics import Estimate
 from vllm_instant_loadtests.run_recorder import Request, Run
 
-LEAST_ROUNDS = 4
+MIN_ROUNDS = 4
 BLOCKS = 8
 """Into which the requests of fewer rounds are divided."""
-LEAST_FOR_P99 = 100
+MIN_FOR_P99 = 100
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Row:
     ours: float | None
     theirs: float | None
     contrast: Contrast | None
-    why_not: str = ""
+    unsupported_reason: str = ""
     """Why there is no contrast."""
 
     @property
@@ -79,7 +79,7 @@ class Comparison:
                 self.ours: row.ours,
                 self.theirs: row.theirs,
                 "verdict": row.verdict,
-                "why_not": row.why_not,
+                "unsupported_reason": row.unsupported_reason,
                 **({"effect": vars(row.effect)} if row.effect else {}),
             }
             for row in self.rows
@@ -161,11 +161,11 @@ def _row(
         by_round = [np.array([value for request in one for value in samples(request)]) for one in arm]
         arms.append(by_round)
     kept = [i for i in range(len(ours)) if len(arms[0][i]) and len(arms[1][i])]
-    if len(kept) < LEAST_ROUNDS:
-        return Row(name, "ms", None, None, None, f"{len(kept)} rounds of both, {LEAST_ROUNDS} are needed")
+    if len(kept) < MIN_ROUNDS:
+        return Row(name, "ms", None, None, None, f"{len(kept)} rounds of both, {MIN_ROUNDS} are needed")
     least = min(sum(len(arm[i]) for i in kept) for arm in arms)
-    if share == 0.99 and least < LEAST_FOR_P99:
-        return Row(name, "ms", None, None, None, f"{least} values, a p99 needs {LEAST_FOR_P99}")
+    if share == 0.99 and least < MIN_FOR_P99:
+        return Row(name, "ms", None, None, None, f"{least} values, a p99 needs {MIN_FOR_P99}")
 
     def statistic(values: np.ndarray) -> float:
         return float(values.mean() if share is None else np.quantile(values, share))
@@ -194,6 +194,6 @@ def _rounds(requests: Sequence[Request]) -> list[list[int]]:
     by_segment: dict[int | None, list[int]] = {}
     for i, request in enumerate(requests):
         by_segment.setdefault(request.segment, []).append(i)
-    if len(by_segment) >= LEAST_ROUNDS:
+    if len(by_segment) >= MIN_ROUNDS:
         return list(by_segment.values())
     return [list(part) for part in np.array_split(np.arange(len(requests)), BLOCKS) if len(part)]

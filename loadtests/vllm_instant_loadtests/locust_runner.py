@@ -21,7 +21,7 @@ import httpx
 from gevent.event import Event
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
-from vllm_instant.tools.measure.environment_info import circumstances
+from vllm_instant.tools.measure.environment_info import environment_info
 from vllm_instant.tools.measure.sampling import RefusedError
 from vllm_instant.tools.measure.server_info import Served, authorization, look
 from vllm_instant.tools.measure.servers import SETTLE_SECONDS
@@ -177,7 +177,7 @@ class Conductor:
             logger.info("%s: %d requests over %.0f s", scenario.title, len(due), scenario.seconds)
             for segment in schedule.segments(scenario, list(targets), choices.seed):
                 if about["segments"] and not self._stopped:
-                    gevent.sleep(SETTLE_SECONDS)  # see evidence.servers.settle
+                    gevent.sleep(SETTLE_SECONDS)  # see measure.servers.settle
                 if self._stopped:
                     break
                 about["segments"] += self._play_segment(segment, due, targets, epoch, scenario)
@@ -367,7 +367,7 @@ def _about(choices: Choices, served: Mapping[str, Served], headers: Mapping[str,
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "clock": clock,
         "finished": False,
-        "circumstances": circumstances(os.environ.get("LOADTEST_COMMAND") or " ".join(["locust", *sys.argv[1:]])),
+        "environment_info": environment_info(os.environ.get("LOADTEST_COMMAND") or " ".join(["locust", *sys.argv[1:]])),
     }
 
 

@@ -22,7 +22,7 @@ from vllm_instant_loadtests.windows import HOP, ITL, METRICS, PACE, STALL, TTFT,
 SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "=", "not measured": "–"}
 # What a run that was recorded by something else need not say.
 _NO_SCENARIO: dict[str, Any] = {"title": "", "name": "", "description": ""}
-_NO_CIRCUMSTANCES: dict[str, Any] = {"device": "", "date": "", "command": "", "versions": {}}
+_NO_ENVIRONMENT_INFO: dict[str, Any] = {"device": "", "date": "", "command": "", "versions": {}}
 _NO_SERVER: dict[str, Any] = {"url": "", "version": "", "deployment": ""}
 
 
@@ -39,7 +39,7 @@ def write_html(analysis: Analysis, run: Run, path: Path) -> None:
     """One self-contained page: goals, spikes with their evidence, servers beside each other, everything over time."""
     page = template("vllm_instant_loadtests", "report.html").render(
         scenario=_NO_SCENARIO | (analysis.about.get("scenario") or {}),
-        circumstances=_NO_CIRCUMSTANCES | (analysis.about.get("circumstances") or {}),
+        environment_info=_NO_ENVIRONMENT_INFO | (analysis.about.get("environment_info") or {}),
         finished=analysis.about.get("finished", True),
         played=[_NO_SERVER | server for server in analysis.about.get("servers", [])],
         analysis=analysis,

@@ -15,7 +15,7 @@ purpose: the ground truth of a chaos run). A line that was cut off by a kill is 
   part of the scenario's timeline that was played) and ``number``: all servers get the same part, with the same prompts,
   in segments of the same number. With ``together`` (also in ``run.json``) they get it at the same time;
 * ``began`` (ISO date), ``clock`` (what ``time.perf_counter`` said at second 0 on the machine of the load generator),
-  ``finished`` (false until the run is complete) and ``circumstances`` (machine, versions, command).
+  ``finished`` (false until the run is complete) and ``environment_info`` (machine, versions, command).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Run:
     """What ran, and everything that was recorded."""
 
     about: dict[str, Any]
-    """Scenario, servers (name, address, version, deployment), goals, circumstances."""
+    """Scenario, servers (name, address, version, deployment), goals, environment_info."""
     requests: list[Request] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)

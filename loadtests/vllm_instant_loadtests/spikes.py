@@ -15,7 +15,7 @@ For each metric (see ``windows``):
 4. *Answers*: where tokens came slower, so many answers must have been slow that their texts do not explain it
    (Student's t over answers, without the slowest): with one or two under way, an unpredictable text is no slower
    server.
-5. *Floors*: certain is not yet large. A spike is at least ``LEAST_RATIO`` times the baseline, costs ``LEAST_LOST``
+5. *Floors*: certain is not yet large. A spike is at least ``MIN_RATIO`` times the baseline, costs ``MIN_LOST``
    seconds of delay, and where tokens came slower, the interval of its ratio excludes 1: not a single slow step.
 
 Spikes of several metrics at the same time are one spike.
@@ -39,15 +39,15 @@ ALPHA = 0.05
 """Chance that a run without any change gets a spike."""
 LEVEL = 0.35
 """Quantile of the windows that is their baseline's level."""
-MOST_NOISE, MOST_NOISE_ABOVE = 0.4, 0.25
+MAX_NOISE, MAX_NOISE_ABOVE = 0.4, 0.25
 """Standard deviations of logarithms that are believed, and of those above the level."""
-LEAST_RATIO = 1.3
+MIN_RATIO = 1.3
 NOISES = 2.5
 """Standard deviations of the baseline's noise that a window must lie above it to be a candidate."""
-LEAST_LOST = 0.3
+MIN_LOST = 0.3
 """Seconds by which answers fell behind; one slow step of a machine is no spike."""
 BLOCK_SECONDS = 4.0
-LEAST_ANSWERS = 4
+MIN_ANSWERS = 4
 """Under way in a rise of pace: what fewer show may be their texts."""
 SLICE_SECONDS = 2.0
 """Of an answer, whose pace is compared with that of others."""
@@ -103,7 +103,7 @@ class Baseline:
     @property
     def threshold(self) -> float:
         """How far above the level a candidate's windows lie."""
-        return max(math.log(LEAST_RATIO), NOISES * self.noise)
+        return max(math.log(MIN_RATIO), NOISES * self.noise)
 
 
 def baseline(values: Array) -> Baseline:
@@ -113,8 +113,8 @@ def baseline(values: Array) -> Baseline:
     # In standard deviations of a Gaussian, LEVEL lies 0.39 below the middle, 1 - LEVEL as much above it, and the lowest
     # 1.22 below it. Noise is not symmetric; but what lies above may be a spike, which counts only so far.
     below, above = float(level - lowest) / 0.83, float(higher - level) / 0.77
-    noise = min(MOST_NOISE, max(below, min(above, MOST_NOISE_ABOVE)))
-    return Baseline(float(level) + 0.39 * min(below, above, MOST_NOISE_ABOVE), noise)
+    noise = min(MAX_NOISE, max(below, min(above, MAX_NOISE_ABOVE)))
+    return Baseline(float(level) + 0.39 * min(below, above, MAX_NOISE_ABOVE), noise)
 
 
 def candidates(excess: Array, segment: npt.NDArray[Any], threshold: float) -> list[Candidate]:
@@ -218,7 +218,7 @@ def _span(series: Series, candidate: Candidate) -> tuple[float, float]:
 
 def _large(rise: Rise) -> bool:
     steady = rise.metric in (TTFT, STALL) or rise.ratio.low > 1.0
-    return rise.ratio.mean >= LEAST_RATIO and steady and rise.lost >= LEAST_LOST
+    return rise.ratio.mean >= MIN_RATIO and steady and rise.lost >= MIN_LOST
 
 
 class _Reference:
@@ -290,7 +290,7 @@ class _Reference:
         owners: dict[float, list[float]] = {}
         for (owner, _), pace in _paces(self._measured.within(rise.began, rise.ended), slice_seconds).items():
             owners.setdefault(owner, []).append(pace)
-        if len(owners) < LEAST_ANSWERS or len(usual) < LEAST_ANSWERS:
+        if len(owners) < MIN_ANSWERS or len(usual) < MIN_ANSWERS:
             return 1.0
         others = sorted(float(np.mean(paces)) for paces in owners.values())[:-1]
         error = float(np.std(usual, ddof=1)) / math.sqrt(len(others))

@@ -29,7 +29,7 @@ SECONDS = 600.0
 CLOSING_SECONDS = 5.0
 """Most that the end of a typist's session may take; the server ends it itself when it has been idle."""
 AT_ONCE = 1 << 16
-MOST_CONNECTIONS = 1 << 16
+MAX_CONNECTIONS = 1 << 16
 SLOWEST_PIECE = 0.25
 """Seconds of typing that go into one event of a typist."""
 _TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
@@ -88,7 +88,7 @@ class StreamingClient:
         host, port = parts.hostname or "", parts.port or (443 if secure else 80)
         pool = SSLConnectionPool if secure else ConnectionPool
         self._pool = pool(
-            host, port, host, port, size=MOST_CONNECTIONS, connection_timeout=30.0, network_timeout=SECONDS
+            host, port, host, port, size=MAX_CONNECTIONS, connection_timeout=30.0, network_timeout=SECONDS
         )
         self._path = parts.path.rstrip("/")
         self._model = model

@@ -24,9 +24,9 @@ HOP = 0.5
 WIDTH = {ITL: 1.0, PACE: 1.0, TTFT: 2.0, STALL: 1.0}
 WARM_UP = 2.0
 """Seconds at the beginning of a segment that are not looked at: there is no load yet."""
-LEAST_SECONDS = 15.0
+MIN_SECONDS = 15.0
 """Of windows with data; with less there is no baseline."""
-LEAST_ENTRIES = {ITL: 300, PACE: 300, TTFT: 15, STALL: 300}
+MIN_ENTRIES = {ITL: 300, PACE: 300, TTFT: 15, STALL: 300}
 """Tokens, or first tokens, that a run must have."""
 FIELDS = ("began", "ended", "values", "weights", "owner")
 
@@ -175,11 +175,11 @@ def series(metric: str, measured: Entries, parts: Sequence[tuple[float, float]])
 
 def _too_little(metric: str, measured: Entries, values: Array) -> str:
     seconds, tokens = float(np.isfinite(values).sum() * HOP), measured.weights.sum()
-    if seconds < LEAST_SECONDS:
-        return f"{seconds:.0f} s with {metric} data, {LEAST_SECONDS:.0f} are needed for a baseline"
-    if tokens < LEAST_ENTRIES[metric]:
+    if seconds < MIN_SECONDS:
+        return f"{seconds:.0f} s with {metric} data, {MIN_SECONDS:.0f} are needed for a baseline"
+    if tokens < MIN_ENTRIES[metric]:
         what = "first tokens" if metric == TTFT else "tokens"
-        return f"{tokens:.0f} {what}, {LEAST_ENTRIES[metric]} are needed for a baseline"
+        return f"{tokens:.0f} {what}, {MIN_ENTRIES[metric]} are needed for a baseline"
     return ""
 
 

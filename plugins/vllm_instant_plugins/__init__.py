@@ -38,7 +38,7 @@ def instant_plugins() -> Iterable[Plugin]:
 def instant_check(deployment: Deployment) -> Iterable[str]:
     """What these plugins say against a deployment."""
     return [
-        *speculation.contradictions(deployment),
-        *drafters.contradictions(deployment),
-        *chunked.contradictions(deployment),
+        *speculation.validate(deployment),
+        *drafters.validate(deployment),
+        *chunked.validate(deployment),
     ]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 
-def objection(name: str) -> str | None:
+def unsupported_reason(name: str) -> str | None:
     """What is wrong with a draft model that is named by its path; None if nothing is, or it is no path.
 
     Looks at ``config.json`` and at the headers of safetensors files, which say how long the files must be.

@@ -44,11 +44,11 @@ def _ngram(options: NgramOptions) -> Mapping[str, Any]:
     return _speculative_config(options, method="ngram")
 
 
-def contradictions(deployment: Deployment) -> Iterable[str]:
+def validate(deployment: Deployment) -> Iterable[str]:
     """A draft model that is written as a path must be there; n-gram bounds must be in order."""
     choice = deployment.slots["drafter"]
     if choice.plugin in ("model", "hybrid"):
-        problem = draft_folder.objection(choice.options["model"])
+        problem = draft_folder.unsupported_reason(choice.options["model"])
         if problem is not None:
             yield f"[drafter] model = {problem}"
     if choice.plugin == "ngram" and choice.options["prompt_lookup_min"] > choice.options["prompt_lookup_max"]:

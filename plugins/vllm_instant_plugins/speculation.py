@@ -30,7 +30,7 @@ class Fixed(SpeculationPolicy):
         self.num_draft_tokens = num_draft_tokens
         self.max_batch_size = max_batch_size
 
-    def draft_lengths(self, step: UpcomingStep) -> Sequence[int]:
+    def get_num_draft_tokens(self, step: UpcomingStep) -> Sequence[int]:
         """The fixed length, or 0 for all when the batch is too large."""
         length = step.max_draft_tokens
         if self.num_draft_tokens is not None:
@@ -44,7 +44,7 @@ def _build(options: FixedOptions, context: PluginContext) -> Fixed:
     return Fixed(options.num_draft_tokens, options.max_batch_size)
 
 
-def contradictions(deployment: Deployment) -> Iterable[str]:
+def validate(deployment: Deployment) -> Iterable[str]:
     """``fixed`` cannot hand out more than the drafter can draft."""
     if deployment.slots["speculation"].plugin != "fixed":
         return

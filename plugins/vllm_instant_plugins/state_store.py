@@ -28,7 +28,7 @@ def default_folder(name: str) -> Path:
     return Path(platformdirs.user_cache_dir("vllm-instant")) / name
 
 
-class KeptFile:
+class PersistentState:
     """The file of one deployment.
 
     Args:

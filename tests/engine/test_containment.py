@@ -16,7 +16,7 @@ def test_failing_plugins_are_disabled_and_no_request_fails(launch, prompts, expe
         totals = server.metrics()
         log = server.log_text()
     assert totals["vllm_instant:plugin_failures_total"] == 2
-    for slot, hook in (("speculation", "draft_lengths"), ("drafter", "propose")):
+    for slot, hook in (("speculation", "get_num_draft_tokens"), ("drafter", "propose")):
         records = [line for line in log.splitlines() if f"Plugin raising in slot {slot} raised in {hook}" in line]
         assert len(records) == 1
     assert "0 to 4 draft tokens were due, found 99" in log
@@ -29,7 +29,7 @@ def test_failing_plugins_are_disabled_and_no_request_fails(launch, prompts, expe
             "cannot_start",
             "plugin cannot_start of slot speculation cannot start: OSError: the model of this policy is not there",
         ),
-        ("incomplete", "plugin incomplete of slot speculation cannot start: its object has no draft_lengths"),
+        ("incomplete", "plugin incomplete of slot speculation cannot start: its object has no get_num_draft_tokens"),
     ],
 )
 def test_a_plugin_that_cannot_start_stops_the_server(launch, policy, sentence):

@@ -24,7 +24,7 @@ def test_example_files_are_valid(path):
 
 def test_it_is_chosen_by_name_like_any_plugin():
     deployment = resolve(EXAMPLES / "bigram.toml")
-    assert deployment.offer("drafter").distribution == "bigram-plugin"
+    assert deployment.installed("drafter").distribution == "bigram-plugin"
     assert deployment.options("speculation").max_temperature == 0.7
 
 
@@ -51,4 +51,4 @@ def test_the_drafter(tokens, expected):
 
 def test_the_policy():
     states = [RequestState("cold", 1, 1, 0.2), RequestState("hot", 1, 1, 1.0)]
-    assert _build("speculation", "shy", max_temperature=0.5).draft_lengths(UpcomingStep(states, 4)) == [4, 0]
+    assert _build("speculation", "shy", max_temperature=0.5).get_num_draft_tokens(UpcomingStep(states, 4)) == [4, 0]

@@ -10,7 +10,7 @@ from attention_cases import QUANTIZED, assert_exact_to_float32, attended, batch,
 from attention_reference import attention_reference, paged_attention_reference
 from interpreting import interpreted
 
-from vllm_instant_kernels.attention_tiles import LEAST_TILES, MOST_PROGRAMS, splits_for
+from vllm_instant_kernels.attention_tiles import MAX_PROGRAMS, MIN_TILES, splits_for
 from vllm_instant_kernels.cache_layout import split
 from vllm_instant_kernels.paged_attention import paged_attention, workspace_for
 
@@ -126,7 +126,7 @@ def test_a_needle_is_found_in_sixteen_bit_products(numbers):
 def test_all_parts_are_merged_and_no_more_than_there_are(numbers):
     """Requests whose caches make more, fewer and exactly as many parts as there are programs."""
     tile = 64
-    lengths = [tile * LEAST_TILES, tile * LEAST_TILES + 1, 2 * tile * LEAST_TILES, 1023, 5]
+    lengths = [tile * MIN_TILES, tile * MIN_TILES + 1, 2 * tile * MIN_TILES, 1023, 5]
     made = batch(numbers.randrange(2**31), [(length, 2) for length in lengths], kv_heads=1)
     for splits in (2, 8):
         _assert_exact(made, {}, splits)
@@ -138,7 +138,7 @@ def test_how_many_parts():
     assert splits_for(8, device) == 32
     assert splits_for(128, device) == 2
     assert splits_for(200, device) == splits_for(100_000, device) == 1
-    assert all(programs * splits_for(programs, device) <= MOST_PROGRAMS for programs in range(1, 300))
+    assert all(programs * splits_for(programs, device) <= MAX_PROGRAMS for programs in range(1, 300))
 
 
 def test_a_batch_without_requests_or_tokens_is_nothing_to_do(numbers):
@@ -146,13 +146,13 @@ def test_a_batch_without_requests_or_tokens_is_nothing_to_do(numbers):
     output = torch.empty(0, 8, 64)
     views, workspace = split(made.cache, 64), workspace_for(made.cache.device, 64)
     arguments = (views, made.block_tables, made.lengths, made.starts, output)
-    paged_attention(made.query, *arguments, most_query_tokens=0, scale=1.0, workspace=workspace)
+    paged_attention(made.query, *arguments, max_query_tokens=0, scale=1.0, workspace=workspace)
 
 
 def test_what_cannot_be_attended_is_refused():
     made = batch(1, [(20, 2)])
     views, workspace = split(made.cache, 64), workspace_for(made.cache.device, 64)
-    keywords = {"most_query_tokens": 2, "scale": 1.0, "workspace": workspace}
+    keywords = {"max_query_tokens": 2, "scale": 1.0, "workspace": workspace}
     tables, lengths, starts, output = made.block_tables, made.lengths, made.starts, torch.empty_like(made.query)
     with pytest.raises(
         ValueError, match=r"query is of shape \(2, 8, 32\) .* does not go with 1 requests and 2 KV heads"
@@ -199,7 +199,7 @@ def test_the_last_to_arrive_merges_whoever_it_is(numbers):
     for _ in range(10_000):
         splits = numbers.choice([2, 4, 8, 16])
         output = torch.full_like(query, torch.nan)
-        keywords = {"most_query_tokens": 4, "scale": 64**-0.5, "workspace": workspace, "splits": splits}
+        keywords = {"max_query_tokens": 4, "scale": 64**-0.5, "workspace": workspace, "splits": splits}
         paged_attention(query, views, tables, lengths, starts, output, **keywords)
         # Which program merges differs from launch to launch; the order of its sum does not.
         wrong += (output != outputs.setdefault(splits, output)).sum()

@@ -10,7 +10,7 @@ from vllm_instant_plugins.speculation import Fixed
 @given(st.none() | st.integers(0, 9), st.none() | st.integers(1, 9), st.integers(0, 12), st.integers(0, 8))
 def test_fixed(length, max_batch_size, requests, most):
     states = [RequestState(f"r{i}", 1, 1, 0.0) for i in range(requests)]
-    lengths = Fixed(length, max_batch_size).draft_lengths(UpcomingStep(states, most))
+    lengths = Fixed(length, max_batch_size).get_num_draft_tokens(UpcomingStep(states, most))
     too_many = max_batch_size is not None and requests > max_batch_size
     wanted = 0 if too_many else min(most, length if length is not None else most)
     assert lengths == [wanted] * requests
@@ -39,7 +39,7 @@ def test_only_seams_import_vllm():
 
     root = Path(vllm_instant.__file__).parent
     for path in root.rglob("*.py"):
-        if "seams" in path.relative_to(root).parts:
+        if "patches" in path.relative_to(root).parts:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []

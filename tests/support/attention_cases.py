@@ -133,7 +133,7 @@ def attended(
     lengths: torch.Tensor,
     starts: torch.Tensor,
     head: int,
-    most_query_tokens: int,
+    max_query_tokens: int,
     options: dict[str, float],
     splits: int | None,
     rounded_to: str = "",
@@ -154,7 +154,7 @@ def attended(
     for _ in range(2 if splits and splits > 1 else 1):  # the second launch finds what the first left
         if kernel == "paged_attention":
             paged_attention(
-                query, views, block_tables, lengths, starts, output, most_query_tokens=most_query_tokens, **keywords
+                query, views, block_tables, lengths, starts, output, max_query_tokens=max_query_tokens, **keywords
             )
         else:
             prefill_attention(query, views, block_tables, lengths, starts, output, **keywords)

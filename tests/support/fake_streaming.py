@@ -13,10 +13,10 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from vllm_instant import EngineLoad, Holds, SessionLimits, StreamingPrefill
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.streaming.engine import Early, Prompt, RequestError
-from vllm_instant.streaming.metrics import StreamingNumbers
-from vllm_instant.streaming.session_manager import Host
+from vllm_instant.streaming.metrics import StreamingMetrics
+from vllm_instant.streaming.session_manager import SessionManager
 from vllm_instant.tools.demo.assets import ASSETS
 
 CONTRACTIONS_AND_NUMBERS = "|".join(
@@ -58,26 +58,26 @@ class FakeEngine:
 
     Args:
         kind: of tokenizer.
-        most_tokens: of a prompt; longer ones are refused.
+        max_tokens: of a prompt; longer ones are refused.
 
     """
 
     block_size = 4
 
-    def __init__(self, kind: str = "demo", most_tokens: int = 100_000) -> None:
+    def __init__(self, kind: str = "demo", max_tokens: int = 100_000) -> None:
         self._tokenizer = tokenizers_by_kind()[kind]
-        self._most = most_tokens
+        self._most = max_tokens
         self.running = 0
         self.slots = 8
         self.prefilled: list[list[int]] = []
         self.answered: list[dict[str, Any]] = []
         self.open_answers = 0
-        self.at_once = self.most_at_once = self.stopped = 0
+        self.at_once = self.max_at_once = self.stopped = 0
         self.answer_gate = asyncio.Event()
         self.answer_gate.set()
         self.holding: list[str] = []
         self.held_for: list[str | None] = []
-        self.why_not: str | None = None
+        self.unsupported_reason: str | None = None
         self.prefill_gate = asyncio.Event()
         self.prefill_gate.set()
         self.hold_gate = asyncio.Event()
@@ -102,18 +102,18 @@ class FakeEngine:
         return Prompt(ids)
 
     async def hold(self, name: str, holds: Holds) -> str | None:
-        if self.why_not is None:
+        if self.unsupported_reason is None:
             self.holding.append(name)
         await self.hold_gate.wait()
-        return self.why_not
+        return self.unsupported_reason
 
-    async def let_go(self, name: str) -> None:
+    async def unpin(self, name: str) -> None:
         self.holding.remove(name)
 
     async def prefill(self, prompt: Prompt, length: int, affinity: int, hold: str | None = None) -> None:
         self.held_for.append(hold)
         self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
+        self.max_at_once = max(self.max_at_once, self.at_once)
         try:
             await asyncio.sleep(0)
             await self.prefill_gate.wait()
@@ -167,7 +167,7 @@ class Eager(StreamingPrefill):
     def starts_early(self, load):
         return load.running == 0
 
-    def most_early_seconds(self):
+    def max_early_seconds(self):
         return 0.05
 
     def limits(self):
@@ -175,7 +175,9 @@ class Eager(StreamingPrefill):
 
 
 @contextmanager
-def hosting(engine: FakeEngine, plugin: StreamingPrefill | None = None, **named: Any) -> Iterator[Host]:
+def hosting(engine: FakeEngine, plugin: StreamingPrefill | None = None, **named: Any) -> Iterator[SessionManager]:
     """A host for sessions; inside a running event loop."""
     registry = CollectorRegistry()
-    yield Host(engine, Contained("streaming", "eager", plugin or Eager()), StreamingNumbers(registry), **named)
+    yield SessionManager(
+        engine, GuardedPlugin("streaming", "eager", plugin or Eager()), StreamingMetrics(registry), **named
+    )

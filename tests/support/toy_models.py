@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_instant import Verification
+from vllm_instant import VerificationBatch
 
 
 class ToyPair:
@@ -39,13 +39,13 @@ class ToyPair:
             before = tokens[:, position] = torch.multinomial(self.draft[before], 1)[:, 0]
         return tokens
 
-    def step(self, drafts: torch.Tensor, lengths: torch.Tensor, certain: bool = False) -> Verification:
+    def step(self, drafts: torch.Tensor, lengths: torch.Tensor, certain: bool = False) -> VerificationBatch:
         """What a sampler gets for the first ``lengths`` of each row of ``drafts``."""
         batch, longest = drafts.shape
         before = torch.cat([torch.full((batch, 1), self.vocabulary), drafts[:, :-1]], 1)
         mask = torch.arange(longest) < lengths[:, None]
         rows = before[mask]
-        return Verification(
+        return VerificationBatch(
             drafts[mask], lengths.tolist(), self.target[rows].log(), None if certain else self.draft[rows]
         )
 

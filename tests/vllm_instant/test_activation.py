@@ -12,7 +12,8 @@ from vllm_instant.deployment.settings import resolve
 LOADED = (
     "import sys; from vllm_instant.register import register; register(); "
     "import vllm.v1.attention.backends.registry, vllm.v1.engine.output_processor; "
-    "print([name for name in ('numba', 'vllm_instant_plugins', 'vllm_instant.patches.scheduler') if name in sys.modules])"
+    "print([name for name in "
+    "('numba', 'vllm_instant_plugins', 'vllm_instant.patches.scheduler') if name in sys.modules])"
 )
 
 
@@ -22,7 +23,7 @@ def test_a_worker_that_begins_loads_no_plugin(monkeypatch):
     monkeypatch.setenv(deployment_env.VARIABLE, "")
     monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "")
     slots = ("speculation.plugin=goodput", "batching.plugin=similarity", "attention.plugin=fp8")
-    deployment_env.publish(resolve(None, [*slots, "streaming.plugin=chunked"]))
+    deployment_env.set_deployment(resolve(None, [*slots, "streaming.plugin=chunked"]))
     done = subprocess.run(
         [sys.executable, "-c", LOADED], env=dict(os.environ), capture_output=True, text=True, check=False, timeout=120
     )

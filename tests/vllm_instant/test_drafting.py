@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_instant import Draft, DraftPrice
-from vllm_instant.speculation.draft_plan import worthwhile
+from vllm_instant import Draft, DraftCost
+from vllm_instant.speculation.draft_plan import trim_drafts
 
 CHANCE = st.floats(0.0, 1.0)
 
@@ -18,7 +18,7 @@ def _drafts(*confidences):
 
 
 def _linear(row, start=0.0):
-    return DraftPrice(batch=[(1, start + row), (100, start + 100 * row)])
+    return DraftCost(verify_cost_curve=[(1, start + row), (100, start + 100 * row)])
 
 
 @given(
@@ -26,35 +26,35 @@ def _linear(row, start=0.0):
     st.lists(st.floats(-0.5, 1.0), min_size=9, max_size=9),
 )
 def test_no_other_cut_would_bring_more(confidences, steps):
-    price = DraftPrice(batch=list(enumerate(np.cumsum(steps).tolist(), 1)))
-    cost = [0.0, *(c for _, c in price.batch)]
+    draft_cost = DraftCost(verify_cost_curve=list(enumerate(np.cumsum(steps).tolist(), 1)))
+    cost = [0.0, *(c for _, c in draft_cost.verify_cost_curve)]
     reach = [np.cumprod(c) if c else np.zeros(0) for c in confidences]
 
     def earned(lengths):
         return sum(float(r[:k].sum()) for r, k in zip(reach, lengths, strict=True)) - cost[sum(lengths)]
 
     drafts = _drafts(*confidences)
-    kept = worthwhile(drafts, price, [False] * len(drafts))
+    kept = trim_drafts(drafts, draft_cost, [False] * len(drafts))
     assert all(list(k) == list(d.token_ids[: len(k)]) for k, d in zip(kept, drafts, strict=True))
     best = max(earned(lengths) for lengths in itertools.product(*(range(len(c) + 1) for c in confidences)))
     assert earned([len(k) for k in kept]) == pytest.approx(best)
 
 
 def test_without_a_price_drafts_stay_whole():
-    assert worthwhile(_drafts([0.0, 0.0]), DraftPrice(), [False]) == [[0, 1]]
+    assert trim_drafts(_drafts([0.0, 0.0]), DraftCost(), [False]) == [[0, 1]]
 
 
 def test_drafts_without_confidence_and_pinned_ones_are_not_touched():
     drafts = [[1, 2], Draft([3, 4], [0.1, 0.1]), Draft([5], [0.1])]
-    assert worthwhile(drafts, _linear(0.9, 9.0), [False, True, False]) == [[1, 2], [3, 4], []]
+    assert trim_drafts(drafts, _linear(0.9, 9.0), [False, True, False]) == [[1, 2], [3, 4], []]
 
 
 def test_what_is_verified_anyway_has_paid_the_start():
-    price = _linear(0.5, 9.0)
-    assert worthwhile(_drafts([0.9]), price, [False]) == [[]]
-    assert worthwhile([Draft([1], [0.9]), [7]], price, [False, False]) == [[1], [7]]
+    draft_cost = _linear(0.5, 9.0)
+    assert trim_drafts(_drafts([0.9]), draft_cost, [False]) == [[]]
+    assert trim_drafts([Draft([1], [0.9]), [7]], draft_cost, [False, False]) == [[1], [7]]
 
 
 def test_of_equals_the_first_are_kept():
-    price = DraftPrice(batch=[(1, 0.1), (2, 0.2), (3, 9.0)])
-    assert worthwhile(_drafts([0.5], [0.5], [0.5]), price, [False] * 3) == [[0], [0], []]
+    draft_cost = DraftCost(verify_cost_curve=[(1, 0.1), (2, 0.2), (3, 9.0)])
+    assert trim_drafts(_drafts([0.5], [0.5], [0.5]), draft_cost, [False] * 3) == [[0], [0], []]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_instant.scheduling.pinned_prefixes import HeldPrefixes
+from vllm_instant.scheduling.pinned_prefixes import PinnedPrefixes
 
 SIZE = 4
 
@@ -33,7 +33,7 @@ def pool():
 
 @pytest.fixture
 def held(pool):
-    found = HeldPrefixes(pool, [SIZE], num_blocks=100)
+    found = PinnedPrefixes(pool, [SIZE], num_blocks=100)
     assert found.open("a", sessions=2, tokens=20)
     return found
 
@@ -98,10 +98,10 @@ def test_blocks_go_back_from_the_one_used_longest_ago(held, pool):
     held.keep("a", ids(8), [ids(2)], None, 1.0)
     held.keep("b", ids(8), [ids(2, 10)], None, 1.0)
     held.find("a", ids(9), None)
-    assert held.give_back()
+    assert held.evict_lru()
     assert pool.freed == [11, 10], "the end first"
-    assert held.give_back()
-    assert not held.give_back()
+    assert held.evict_lru()
+    assert not held.evict_lru()
     assert held.find("a", ids(9), None)[0] == 0
     assert len(held) == 2, "both may hold again"
 
@@ -113,7 +113,7 @@ def test_what_is_replaced_is_freed_only_where_it_is_not_needed_again(held, pool)
 
 
 def test_several_groups_of_layers(pool):
-    held = HeldPrefixes(pool, [4, 8], num_blocks=100)
+    held = PinnedPrefixes(pool, [4, 8], num_blocks=100)
     held.open("a", sessions=1, tokens=100)
     held.keep("a", ids(10), [ids(3), ids(2, 50)], None, 1.0)
     assert held.find("a", [*ids(7), 99, 99], None) == (7, ([0, 1], [50]))
@@ -132,7 +132,7 @@ ACTIONS = st.lists(
 @given(ACTIONS)
 def test_nothing_is_ever_lost_or_freed_twice(actions):
     pool = Pool()
-    held = HeldPrefixes(pool, [SIZE], num_blocks=30)
+    held = PinnedPrefixes(pool, [SIZE], num_blocks=30)
     for action, name, number in actions:
         if action == "open":
             held.open(name, sessions=3, tokens=40)
@@ -146,7 +146,7 @@ def test_nothing_is_ever_lost_or_freed_twice(actions):
             assert tokens < number
             assert all(len(group) == -(-tokens // SIZE) for group in groups)
         elif action == "give back":
-            held.give_back()
+            held.evict_lru()
         else:
             held.clear()
         assert held.num_blocks == sum(pool.references.values()) <= 15

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant.moe.router_scoring import FUNCTIONS, Scoring, held_to, one_hot
+from vllm_instant.moe.router_scoring import FUNCTIONS, RouterScoring, one_hot, reroute_restricted
 from vllm_instant.tools.moe import budgets
 
 SHAPES = st.tuples(st.integers(1, 12), st.sampled_from([(8, 2), (16, 4), (64, 8)]), st.integers(0, 10_000))
@@ -18,14 +18,14 @@ def _logits(tokens, experts, seed):
 
 def _scoring(function, top_k, experts, seed, biased, grouped, renormalize=True):
     bias = torch.rand(experts, generator=torch.Generator().manual_seed(seed + 1)) if biased else None
-    return Scoring(function, top_k, bias, 4 if grouped else 1, 2 if grouped else 1, renormalize)
+    return RouterScoring(function, top_k, bias, 4 if grouped else 1, 2 if grouped else 1, renormalize)
 
 
 @given(SHAPES)
 def test_softmax_is_the_reference(shape):
     tokens, (experts, top_k), seed = shape
     logits = _logits(tokens, experts, seed)
-    scoring = Scoring("softmax", top_k)
+    scoring = RouterScoring("softmax", top_k)
     weights = scoring.weights(logits)
     picks, picked = scoring.pick(weights, scoring.ranking(weights))
     expected, expected_weights = budgets.route(logits.numpy(), top_k, np.ones(experts, bool))
@@ -43,7 +43,7 @@ def test_whoever_is_held_picks_only_what_is_allowed(shape, function, biased, gro
     generator = torch.Generator().manual_seed(seed + 2)
     allowed = torch.rand(1, experts, generator=generator) < share
     held = torch.rand(tokens, generator=generator) < 0.7
-    changed, chosen, chosen_weights = held_to(scoring, weights, picks, allowed, held)
+    changed, chosen, chosen_weights = reroute_restricted(scoring, weights, picks, allowed, held)
     enough = int(allowed.sum()) >= top_k
     inside = allowed.expand_as(weights).gather(1, picks).all(-1)
     assert torch.equal(changed, held & ~inside & enough)
@@ -62,33 +62,33 @@ def test_a_large_bias_does_not_bring_a_forbidden_expert_back():
     """A forbidden logit alone would leave a sigmoid of 0 plus the bias, which may still win."""
     bias = torch.zeros(8)
     bias[3] = 5.0
-    scoring = Scoring("sigmoid", 2, bias)
+    scoring = RouterScoring("sigmoid", 2, bias)
     weights = scoring.weights(torch.zeros(1, 8))
     picks, _ = scoring.pick(weights, scoring.ranking(weights))
     assert 3 in picks
     allowed = torch.ones(1, 8, dtype=torch.bool)
     allowed[0, 3] = False
-    changed, chosen, picked = held_to(scoring, weights, picks, allowed, torch.tensor([True]))
+    changed, chosen, picked = reroute_restricted(scoring, weights, picks, allowed, torch.tensor([True]))
     assert changed.all()
     assert 3 not in chosen
     torch.testing.assert_close(picked, torch.full((1, 2), 0.5))
 
 
 def test_groups_are_judged_by_their_allowed_experts():
-    scoring = Scoring("softmax", 2, groups=4, top_groups=1)
+    scoring = RouterScoring("softmax", 2, groups=4, top_groups=1)
     weights = scoring.weights(torch.tensor([[9.0, 8.0, 5.0, 4.0, 1.0, 0.0, 0.0, 0.0]]))
     allowed = torch.tensor([[False, True, True, True, True, True, True, True]])
-    _, chosen, _ = held_to(scoring, weights, torch.tensor([[0, 1]]), allowed, torch.tensor([True]))
+    _, chosen, _ = reroute_restricted(scoring, weights, torch.tensor([[0, 1]]), allowed, torch.tensor([True]))
     # The first group has one allowed expert left, too few for two picks: groups no longer bind this token.
     assert chosen.tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_what_is_kept_weighs_as_before_without_renormalisation(renormalize):
-    scoring = Scoring("softmax", 2, renormalize=renormalize)
+    scoring = RouterScoring("softmax", 2, renormalize=renormalize)
     weights = scoring.weights(torch.tensor([[2.0, 1.0, 0.0, -1.0]]))
     picks, before = scoring.pick(weights, scoring.ranking(weights))
     allowed = torch.tensor([[True, False, True, True]])
-    _, chosen, after = held_to(scoring, weights, picks, allowed, torch.tensor([True]))
+    _, chosen, after = reroute_restricted(scoring, weights, picks, allowed, torch.tensor([True]))
     assert chosen.tolist() == [[0, 2]]
     assert (after[0, 0] == before[0, 0]) == (not renormalize)

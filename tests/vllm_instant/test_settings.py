@@ -19,7 +19,7 @@ def test_defaults_are_lossless_and_ask_nothing_of_vllm():
         "attention": "native",
         "streaming": "off",
     }
-    assert not any(deployment.offer(slot).plugin.lossy for slot in deployment.slots)
+    assert not any(deployment.installed(slot).plugin.lossy for slot in deployment.slots)
     assert deployment.engine_arguments() == {}
 
 

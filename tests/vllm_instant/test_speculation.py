@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_instant import RequestState, SpeculationPolicy
-from vllm_instant.deployment.circuit_breaker import Contained
-from vllm_instant.speculation.draft_budget import SpeculationBudget, requested_draft_length
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
+from vllm_instant.speculation.draft_budget import DraftBudgetManager, requested_draft_length
 from vllm_instant.speculation.draft_plan import DraftReport
 
 
@@ -20,7 +20,7 @@ class Scripted(SpeculationPolicy):
         self.outcomes = []
         self.forgotten = []
 
-    def draft_lengths(self, step):
+    def get_num_draft_tokens(self, step):
         return self.answer(len(step.requests))
 
     def observe(self, outcome):
@@ -32,7 +32,7 @@ class Scripted(SpeculationPolicy):
 
 def _budget(answer, most=4):
     policy = Scripted(answer)
-    return SpeculationBudget(Contained("speculation", "scripted", policy), most), policy
+    return DraftBudgetManager(GuardedPlugin("speculation", "scripted", policy), most), policy
 
 
 def _states(count):
@@ -65,9 +65,9 @@ def test_one_log_record_names_plugin_slot_and_hook(caplog):
         for _ in range(3):
             assert budget.plan(_states(2)) == [4, 4]
     [record] = caplog.records
-    for word in ("scripted", "speculation", "draft_lengths", "ZeroDivisionError"):
+    for word in ("scripted", "speculation", "get_num_draft_tokens", "ZeroDivisionError"):
         assert word in record.getMessage()
-    assert budget.policy.failures == {"draft_lengths": 1}
+    assert budget.policy.failures == {"get_num_draft_tokens": 1}
 
 
 def test_a_disabled_policy_is_not_called_again():
@@ -87,7 +87,7 @@ def test_outcomes_are_counted_and_shown():
     budget.step_scheduled(7)
     budget.step_finished(7, states, [2, 2], [1, 0], num_scheduled_tokens=6)
     assert policy.outcomes == [], "the policy sees it when there is time"
-    budget.while_the_model_runs()
+    budget.on_model_executing()
     assert (budget.counters.proposed, budget.counters.accepted) == (4, 1)
     [outcome] = policy.outcomes
     assert outcome.accepted == [1, 0]
@@ -102,7 +102,7 @@ def test_what_workers_report_belongs_to_the_step_that_finished_last():
     budget.step_finished(1, states, [0], [0], num_scheduled_tokens=1, draft_passes=2)
     budget.step_finished(2, states, [2], [1], num_scheduled_tokens=3, draft_passes=2)
     budget.drafted(DraftReport(draft_passes=1, draft_missed=40))
-    budget.while_the_model_runs()
+    budget.on_model_executing()
     assert [(outcome.draft_passes, outcome.draft_missed) for outcome in policy.outcomes] == [(2, None), (1, 40)]
 
 
@@ -137,7 +137,7 @@ def test_failures_elsewhere_are_contained_too(failing):
     [state] = _states(1)
     budget.admit(state)
     budget.step_finished(0, [state], [1], [1], num_scheduled_tokens=2)
-    budget.while_the_model_runs()
+    budget.on_model_executing()
     budget.forget("r0")
     assert budget.policy.failures == {failing: 1}
     assert budget.plan([state]) == [4]
@@ -146,13 +146,13 @@ def test_failures_elsewhere_are_contained_too(failing):
 def _asked(budget):
     """Counts what the policy is asked, with the requests of each question."""
     questions = []
-    answer = budget.policy.instance.draft_lengths
+    answer = budget.policy.instance.get_num_draft_tokens
 
     def counting(step):
         questions.append([request.request_id for request in step.requests])
         return answer(step)
 
-    budget.policy.instance.draft_lengths = counting
+    budget.policy.instance.get_num_draft_tokens = counting
     return questions
 
 
@@ -163,7 +163,7 @@ def test_the_next_plan_is_made_while_the_model_runs():
         budget.admit(state)
     questions = _asked(budget)
     budget.plan(states)
-    budget.while_the_model_runs()
+    budget.on_model_executing()
     assert questions == [["r0", "r1"]] * 2
     assert budget.plan(states) == [3, 3]
     assert len(questions) == 2, "the plan was there already"
@@ -176,10 +176,10 @@ def test_a_request_that_ended_does_not_spoil_the_plan_and_a_new_one_makes_a_new_
         budget.admit(state)
     questions = _asked(budget)
     budget.plan([first, second])
-    budget.while_the_model_runs()
+    budget.on_model_executing()
     budget.forget("r0")
     assert budget.plan([second]) == [2]
-    budget.while_the_model_runs()
+    budget.on_model_executing()
     budget.admit(third)
     assert budget.plan([second, third]) == [2, 2]
     assert questions == [["r0", "r1"], ["r0", "r1"], ["r1"], ["r1", "r2"]]
@@ -219,7 +219,7 @@ def test_wrong_wishes_are_one_clear_sentence(wish):
 def test_times_are_those_of_the_clock():
     now = [0.0]
     policy = Scripted(lambda n: [0] * n)
-    budget = SpeculationBudget(Contained("speculation", "scripted", policy), 4, clock=lambda: now[0])
+    budget = DraftBudgetManager(GuardedPlugin("speculation", "scripted", policy), 4, clock=lambda: now[0])
     states = _states(1)
 
     def step(number, begins, ends):
@@ -234,7 +234,7 @@ def test_times_are_those_of_the_clock():
     step(2, 10.7, 11.0)  # busy: the 0.2 s between the steps belong to the second
     budget.engine_idles()
     step(3, 20.0, 20.25)
-    budget.while_the_model_runs()
+    budget.on_model_executing()
     assert [outcome.seconds for outcome in policy.outcomes] == pytest.approx([0.5, 0.5, 0.25])
     assert [outcome.number for outcome in policy.outcomes] == [1, 2, 3]
 
@@ -257,6 +257,6 @@ def test_a_list_that_its_owner_changes_is_read_again():
     for state in states:
         budget.admit(state)
     assert budget.plan_drafts(states).lengths == {"r0": 3, "r1": 3, "r2": 3}
-    budget.while_the_model_runs()
+    budget.on_model_executing()
     del states[1]
     assert budget.plan_drafts(states).lengths == {"r0": 3, "r2": 3}

@@ -29,11 +29,11 @@ from vllm_instant_kernels.cache_layout import CacheViews
 from vllm_instant_kernels.fp8 import from_e4m3
 
 LOG2_E = 1.4426950408889634
-MOST_SPLITS = 32
+MAX_SPLITS = 32
 """Parts that the cache of a request is cut into, at most."""
-MOST_PROGRAMS = 1024
+MAX_PROGRAMS = 1024
 """Programs of a launch that cuts caches into parts, at most."""
-LEAST_TILES = 4
+MIN_TILES = 4
 """Tiles of a part, at least: below that the merge costs more than it spreads."""
 
 
@@ -162,7 +162,7 @@ def attend_and_merge(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-    LEAST_TILES: tl.constexpr,
+    MIN_TILES: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRODUCTS: tl.constexpr,
@@ -197,7 +197,7 @@ def attend_and_merge(
         if WINDOW > 0:
             begin = tl.maximum(before + chunk * TOKENS - WINDOW + 1, 0) // TILE * TILE
         tiles = tl.cdiv(end - begin, TILE)
-        tiles_each = tl.maximum(tl.cdiv(tiles, splits), LEAST_TILES)
+        tiles_each = tl.maximum(tl.cdiv(tiles, splits), MIN_TILES)
         parts = tl.cdiv(tiles, tiles_each)
         if split < parts:
             first = begin + split * tiles_each * TILE
@@ -268,7 +268,7 @@ class Workspace:
     sums: torch.Tensor
     """float32, flat."""
     arrivals: torch.Tensor
-    """int32 ``[MOST_PROGRAMS]``, 0 between launches."""
+    """int32 ``[MAX_PROGRAMS]``, 0 between launches."""
 
     @classmethod
     def on(cls, device: torch.device, rows: int, head_size: int) -> Workspace:
@@ -276,10 +276,10 @@ class Workspace:
 
         Make it before graphs are captured: it must live as long as they do.
         """
-        numbers = MOST_PROGRAMS * rows * (triton.next_power_of_2(head_size) + 2)
+        numbers = MAX_PROGRAMS * rows * (triton.next_power_of_2(head_size) + 2)
         return cls(
             torch.empty(numbers, dtype=torch.float32, device=device),
-            torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device),
+            torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
         )
 
 
@@ -293,7 +293,7 @@ def splits_for(programs: int, device: torch.device) -> int:
 
     Two programs fit on a multiprocessor. Powers of two, so that few variants are compiled.
     """
-    wanted = min(2 * _multiprocessors(device) // max(programs, 1), MOST_SPLITS, MOST_PROGRAMS // max(programs, 1))
+    wanted = min(2 * _multiprocessors(device) // max(programs, 1), MAX_SPLITS, MAX_PROGRAMS // max(programs, 1))
     return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
 
 

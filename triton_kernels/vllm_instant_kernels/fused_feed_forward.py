@@ -34,7 +34,7 @@ import triton.language as tl
 
 from vllm_instant_kernels.fp8 import from_e4m3
 
-MOST_ROWS = 16
+MAX_ROWS = 16
 """Rows of a batch: what a tensor core takes at least."""
 
 
@@ -318,9 +318,9 @@ def _launched(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (rows, length), (residual_rows, hidden) = attention.shape, residual.shape
     inner = weights.down.numbers.shape[1]
-    if not 1 <= rows <= MOST_ROWS or residual_rows != rows:
+    if not 1 <= rows <= MAX_ROWS or residual_rows != rows:
         raise ValueError(
-            f"attention has {rows} rows and residual {residual_rows}; both must have the same 1 to {MOST_ROWS}"
+            f"attention has {rows} rows and residual {residual_rows}; both must have the same 1 to {MAX_ROWS}"
         )
     if not attention.is_contiguous() or not residual.is_contiguous():
         raise ValueError("attention and residual must be contiguous")
@@ -337,10 +337,10 @@ def _launched(
         products = tl.float32
     of_hidden, of_inner = _columns(hidden, 32), _columns(inner, 32)
     tiles = hidden // of_hidden
-    common = {"ROWS": MOST_ROWS, "PRODUCTS": products, "num_warps": 4, "num_stages": 4}
+    common = {"ROWS": MAX_ROWS, "PRODUCTS": products, "num_warps": 4, "num_stages": 4}
     x, y = torch.empty_like(residual), torch.empty_like(residual)
     h = residual.new_empty(rows, inner)
-    squares = residual.new_empty(tiles, MOST_ROWS, dtype=torch.float32)
+    squares = residual.new_empty(tiles, MAX_ROWS, dtype=torch.float32)
     _project[(tiles,)](
         attention,
         weights.output.numbers,
@@ -374,7 +374,7 @@ def _launched(
     )
     part = triton.cdiv(triton.cdiv(inner, splits), 128) * 128
     splits = triton.cdiv(inner, part)
-    sums = residual.new_empty(splits, MOST_ROWS, hidden, dtype=torch.float32)
+    sums = residual.new_empty(splits, MAX_ROWS, hidden, dtype=torch.float32)
     arrivals = counters_for(hidden, residual.device) if counters is None else counters
     _down[(tiles, splits)](
         h,

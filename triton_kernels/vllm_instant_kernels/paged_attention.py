@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from vllm_instant_kernels.attention_tiles import (
-    LEAST_TILES,
     LOG2_E,
-    MOST_PROGRAMS,
+    MAX_PROGRAMS,
+    MIN_TILES,
     Workspace,
     attend_and_merge,
     check,
@@ -63,7 +63,7 @@ def _paged_attention(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-    LEAST_TILES: tl.constexpr,
+    MIN_TILES: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRODUCTS: tl.constexpr,
@@ -107,21 +107,21 @@ def _paged_attention(
         BLOCK,
         TILE,
         ROWS,
-        LEAST_TILES,
+        MIN_TILES,
         WINDOW,
         SOFT_CAP,
         PRODUCTS,
     )
 
 
-def most_rows(head_size: int) -> int:
+def max_rows(head_size: int) -> int:
     """Rows of a program, at most: the sums of more would not fit into its registers."""
     return 64 if head_size <= 128 else 32
 
 
 def workspace_for(device: torch.device, head_size: int) -> Workspace:
     """Memory that suffices for all launches over heads of this size, whatever the batch."""
-    return Workspace.on(device, most_rows(head_size), head_size)
+    return Workspace.on(device, max_rows(head_size), head_size)
 
 
 def paged_attention(
@@ -132,7 +132,7 @@ def paged_attention(
     starts: torch.Tensor,
     output: torch.Tensor,
     *,
-    most_query_tokens: int,
+    max_query_tokens: int,
     scale: float,
     workspace: Workspace,
     window: int = 0,
@@ -152,7 +152,7 @@ def paged_attention(
         lengths: int32 ``[requests]``, tokens of each request in the cache, its query tokens included.
         starts: int32 ``[requests + 1]``, first query token of each request, and their number; a request may have none.
         output: written, like ``query``; rows that belong to no request stay as they are.
-        most_query_tokens: no request has more.
+        max_query_tokens: no request has more.
         scale: what scores are multiplied with, usually ``head ** -0.5``.
         workspace: of ``workspace_for``; no other launch may use it at the same time.
         window: each token sees only so many, itself included; 0 is all.
@@ -168,13 +168,13 @@ def paged_attention(
     if not requests or not query.shape[0]:
         return
     group = query.shape[1] // kv_heads
-    rows = min(max(16, triton.next_power_of_2(most_query_tokens * group)), max(most_rows(head), 16))
-    chunks = triton.cdiv(most_query_tokens, rows // group)
+    rows = min(max(16, triton.next_power_of_2(max_query_tokens * group)), max(max_rows(head), 16))
+    chunks = triton.cdiv(max_query_tokens, rows // group)
     programs = requests * kv_heads * chunks
     if splits is None:
         splits = splits_for(programs, query.device)
-    if splits > 1 and programs * splits > MOST_PROGRAMS:
-        raise ValueError(f"{splits} parts make {programs * splits} programs; at most {MOST_PROGRAMS} are possible")
+    if splits > 1 and programs * splits > MAX_PROGRAMS:
+        raise ValueError(f"{splits} parts make {programs * splits} programs; at most {MAX_PROGRAMS} are possible")
     _paged_attention[(requests, kv_heads * chunks, splits)](
         query,
         output,
@@ -201,7 +201,7 @@ def paged_attention(
         BLOCK=cache.keys.shape[1],
         TILE=64 if head <= 128 else 32,
         ROWS=rows,
-        LEAST_TILES=LEAST_TILES,
+        MIN_TILES=MIN_TILES,
         WINDOW=window,
         SOFT_CAP=soft_cap,
         PRODUCTS=products_of(query, cache),

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from vllm_instant_kernels.attention_tiles import (
-    LEAST_TILES,
     LOG2_E,
-    MOST_PROGRAMS,
+    MAX_PROGRAMS,
+    MIN_TILES,
     Workspace,
     attend_and_merge,
     check,
@@ -29,7 +29,7 @@ from vllm_instant_kernels.attention_tiles import (
     splits_for,
 )
 from vllm_instant_kernels.cache_layout import CacheViews
-from vllm_instant_kernels.paged_attention import most_rows
+from vllm_instant_kernels.paged_attention import max_rows
 
 
 @triton.jit(do_not_specialize=["splits", "requests"])
@@ -65,7 +65,7 @@ def _prefill_attention(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-    LEAST_TILES: tl.constexpr,
+    MIN_TILES: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRODUCTS: tl.constexpr,
@@ -122,7 +122,7 @@ def _prefill_attention(
         BLOCK,
         TILE,
         ROWS,
-        LEAST_TILES,
+        MIN_TILES,
         WINDOW,
         SOFT_CAP,
         PRODUCTS,
@@ -154,13 +154,13 @@ def prefill_attention(
     if not requests or not query.shape[0]:
         return
     group = query.shape[1] // kv_heads
-    rows = max(most_rows(head), triton.next_power_of_2(group))
+    rows = max(max_rows(head), triton.next_power_of_2(group))
     chunks = query.shape[0] // (rows // group) + requests
     if splits is None:
         splits = splits_for(chunks * kv_heads, query.device)
-    if splits > 1 and chunks * kv_heads * splits > MOST_PROGRAMS:
+    if splits > 1 and chunks * kv_heads * splits > MAX_PROGRAMS:
         total = chunks * kv_heads * splits
-        raise ValueError(f"{splits} parts make {total} programs; at most {MOST_PROGRAMS} are possible")
+        raise ValueError(f"{splits} parts make {total} programs; at most {MAX_PROGRAMS} are possible")
     _prefill_attention[(chunks, kv_heads, splits)](
         query,
         output,
@@ -188,7 +188,7 @@ def prefill_attention(
         # Converting FP8 numbers in integer operations takes registers, which smaller tiles leave.
         TILE=64 if head <= 128 and cache.keys.dtype != torch.uint8 else 32,
         ROWS=rows,
-        LEAST_TILES=LEAST_TILES,
+        MIN_TILES=MIN_TILES,
         WINDOW=window,
         SOFT_CAP=soft_cap,
         PRODUCTS=products_of(query, cache),

@@ -1,1 +1,1 @@
-"""What a deployment chooses: the file and where its values come from, plugins and the slots that they fill, failures contained."""
+"""The deployment file, the sources of its values, the plugins it names and the breaker around them."""

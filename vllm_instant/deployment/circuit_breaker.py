@@ -21,7 +21,7 @@ class ContractError(Exception):
 
 
 @dataclass
-class Contained(Generic[Contract]):
+class GuardedPlugin(Generic[Contract]):
     """One plugin's object behind a breaker that opens at the first exception and stays open."""
 
     slot: str
@@ -56,7 +56,7 @@ class Contained(Generic[Contract]):
             return otherwise
 
 
-def failure_counts(*contained: Contained[Any] | None) -> list[dict[str, Any]]:
+def failure_counts(*contained: GuardedPlugin[Any] | None) -> list[dict[str, Any]]:
     """The failures so far as plain data: ``slot``, ``plugin``, ``hook``, ``count``."""
     return [
         {"slot": c.slot, "plugin": c.plugin, "hook": hook, "count": count}

@@ -15,7 +15,7 @@ VARIABLE = "INSTANT_SETTINGS"
 _RAY_LIST = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
-def publish(deployment: Deployment) -> None:
+def set_deployment(deployment: Deployment) -> None:
     """Make a deployment the one that this process and its later children serve."""
     os.environ[VARIABLE] = deployment.model_dump_json()
     copied = [name for name in os.environ.get(_RAY_LIST, "").split(",") if name]
@@ -23,12 +23,12 @@ def publish(deployment: Deployment) -> None:
         os.environ[_RAY_LIST] = ",".join([*copied, VARIABLE])
 
 
-def withdraw() -> None:
+def clear_deployment() -> None:
     """Forget the published deployment, so that later children start as stock vLLM."""
     os.environ.pop(VARIABLE, None)
 
 
-def current() -> Deployment | None:
+def get_deployment() -> Deployment | None:
     """The deployment that this process serves, None without selection."""
     text = os.environ.get(VARIABLE)
     return Deployment.model_validate_json(text) if text else None

@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.instant")
 
 
 @dataclass(frozen=True)
-class Offer:
+class InstalledPlugin:
     """A plugin together with the distribution that brings it."""
 
     plugin: Plugin
@@ -46,7 +46,7 @@ class PluginManager:
         self._pluggy = pluggy.PluginManager(hookspecs.PROJECT)
         self._pluggy.add_hookspecs(hookspecs)
         self._origin: dict[str, tuple[str, str]] = {}
-        self._offers: dict[tuple[str, str], list[Offer]] = defaultdict(list)
+        self._offers: dict[tuple[str, str], list[InstalledPlugin]] = defaultdict(list)
         self.broken: list[BrokenDistribution] = []
         for entry_point in found:
             self._load(entry_point)
@@ -68,7 +68,7 @@ class PluginManager:
             self.broken.append(BrokenDistribution(distribution, entry_point.name, reason))
             return
         for plugin in offers:
-            self._offers[plugin.slot, plugin.name].append(Offer(plugin, distribution, version))
+            self._offers[plugin.slot, plugin.name].append(InstalledPlugin(plugin, distribution, version))
 
     def _ask(self, name: str | None) -> list[Plugin]:
         offered: list[Plugin] = []
@@ -84,7 +84,7 @@ class PluginManager:
                 )
         return offered
 
-    def offers(self) -> Iterator[Offer]:
+    def installed_plugins(self) -> Iterator[InstalledPlugin]:
         """Every offer, by slot in the order of the deployment file, then by name."""
         order = list(SLOTS)
         for key in sorted(self._offers, key=lambda pair: (order.index(pair[0]), pair[1])):
@@ -94,18 +94,18 @@ class PluginManager:
         """The names that a deployment may choose for a slot."""
         return sorted({name for offered_slot, name in self._offers if offered_slot == slot})
 
-    def find(self, slot: str, name: str) -> list[Offer]:
+    def find(self, slot: str, name: str) -> list[InstalledPlugin]:
         """The offers of one name: none, one, or several when distributions collide."""
         return self._offers.get((slot, name), [])
 
-    def get(self, slot: str, name: str) -> Offer:
+    def get(self, slot: str, name: str) -> InstalledPlugin:
         """The one offer of a name that was resolved before; raises LookupError otherwise."""
         found = self.find(slot, name)
         if len(found) != 1:
             raise LookupError(f"{len(found)} installed plugins are called {name!r} in slot {slot!r}")
         return found[0]
 
-    def objections(self, deployment: Any) -> list[str]:
+    def validation_errors(self, deployment: Any) -> list[str]:
         """What the installed distributions say against a deployment; a check that fails is an objection, too."""
         sentences: list[str] = []
         for implementation in self._pluggy.hook.instant_check.get_hookimpls():

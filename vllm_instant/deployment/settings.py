@@ -25,7 +25,7 @@ from vllm_instant.deployment.config_sources import (
     read_overrides,
 )
 from vllm_instant.deployment.errors import DeploymentError, Problem, choices, shown
-from vllm_instant.deployment.plugin_manager import Offer, PluginManager, plugin_manager
+from vllm_instant.deployment.plugin_manager import InstalledPlugin, PluginManager, plugin_manager
 from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.interfaces import PluginOptions
 
@@ -35,7 +35,7 @@ DEFAULT_ORIGIN = "default"
 PLUGIN_DRAFTER = "vllm_instant.patches.drafter.PluginDrafter"
 """What vLLM instantiates for a drafter plugin."""
 ATTENTION_ARGUMENTS = {"attention_backend": "CUSTOM", "kv_cache_dtype": "fp8_per_token_head"}
-"""What makes vLLM ask an attention plugin (``seams.attention``)."""
+"""What makes vLLM ask an attention plugin (``patches.attention``)."""
 
 
 class SlotChoice(BaseModel):
@@ -59,13 +59,13 @@ class Deployment(BaseModel):
     origins: dict[str, str] = Field(default_factory=dict)
     """Where each value came from, by ``table.key``; a value not listed is a default."""
 
-    def offer(self, slot: str, manager: PluginManager | None = None) -> Offer:
+    def installed(self, slot: str, manager: PluginManager | None = None) -> InstalledPlugin:
         """The offer that fills a slot."""
         return (manager or plugin_manager()).get(slot, self.slots[slot].plugin)
 
     def options(self, slot: str, manager: PluginManager | None = None) -> PluginOptions:
         """The options of the plugin that fills a slot, as that plugin's own model."""
-        return self.offer(slot, manager).plugin.options.model_validate(self.slots[slot].options)
+        return self.installed(slot, manager).plugin.options.model_validate(self.slots[slot].options)
 
     def engine_arguments(self, manager: PluginManager | None = None) -> Table:
         """What vLLM should be started with: what the plugins need, then the ``[vllm]`` table over it.
@@ -75,7 +75,7 @@ class Deployment(BaseModel):
         arguments: Table = {}
         speculating = self.slots["speculation"].plugin != "off"
         for slot in SLOTS:
-            plugin = self.offer(slot, manager).plugin
+            plugin = self.installed(slot, manager).plugin
             if slot == "drafter":
                 if speculating and not self.drafter_is_default:
                     arguments.update(self.drafter_arguments(manager))
@@ -90,7 +90,7 @@ class Deployment(BaseModel):
         if (
             isinstance(drafting, dict)
             and drafting.get("method") != "custom_class"
-            and self.offer("attention", manager).plugin.build is not None
+            and self.installed("attention", manager).plugin.build is not None
         ):
             # A draft model shares the type of the cache, and vLLM does not pass the backend on.
             backend = ATTENTION_ARGUMENTS["attention_backend"]
@@ -99,13 +99,13 @@ class Deployment(BaseModel):
 
     @property
     def drafter_is_default(self) -> bool:
-        """Whether nobody named a drafter: then it only serves where it costs nothing (``seams.default_drafter``)."""
+        """Whether nobody named a drafter: then it only serves where it costs nothing (``patches.default_drafter``)."""
         slot = SLOTS["drafter"]
         return self.slots[slot.name].plugin == slot.default and f"{slot.name}.plugin" not in self.origins
 
     def drafter_arguments(self, manager: PluginManager | None = None) -> Table:
         """The engine arguments that make vLLM use the deployment's drafter."""
-        plugin = self.offer("drafter", manager).plugin
+        plugin = self.installed("drafter", manager).plugin
         if plugin.engine_arguments is not None:
             return dict(plugin.engine_arguments(self.options("drafter", manager)))
         if plugin.build is None:
@@ -191,22 +191,22 @@ def _check(merged: Table, origins: dict[str, str], file: str | None, manager: Pl
     deployment = Deployment(
         file=str(Path(file).resolve()) if file else None, slots=slots, vllm=merged.get("vllm", {}), origins=origins
     )
-    problems += [Problem(where, "", sentence) for sentence in contradictions(deployment, manager)]
+    problems += [Problem(where, "", sentence) for sentence in validate(deployment, manager)]
     if not problems:
-        problems += [Problem(where, "", sentence) for sentence in _plugin_objections(deployment, manager)]
+        problems += [Problem(where, "", sentence) for sentence in _plugin_validation_errors(deployment, manager)]
     if problems:
         raise DeploymentError(problems)
     return deployment
 
 
-def _plugin_objections(deployment: Deployment, manager: PluginManager) -> list[str]:
+def _plugin_validation_errors(deployment: Deployment, manager: PluginManager) -> list[str]:
     """What plugins say against a deployment, a failure of their own code included."""
     try:
         deployment.engine_arguments(manager)
     # Plugin code: whatever it raises is a sentence for the user and not a traceback.
     except Exception as error:
         return [f"a plugin cannot say which engine arguments it needs: {type(error).__name__}: {error}"]
-    return manager.objections(deployment)
+    return manager.validation_errors(deployment)
 
 
 def _check_slot(
@@ -264,7 +264,11 @@ def _sentence(detail: Table, slot: str, plugin: str, options: type[PluginOptions
         if key in manager.names(slot) and isinstance(detail.get("input"), dict):
             return f"the options of a plugin stand directly in [{slot}], not in [{slot}.{key}]"
         owners = sorted(
-            {o.plugin.name for o in manager.offers() if o.plugin.slot == slot and key in o.plugin.options.model_fields}
+            {
+                o.plugin.name
+                for o in manager.installed_plugins()
+                if o.plugin.slot == slot and key in o.plugin.options.model_fields
+            }
         )
         if owners:
             return f"is an option of {' and '.join(owners)}, not of {plugin}, which fills this slot"
@@ -279,9 +283,9 @@ def _sentence(detail: Table, slot: str, plugin: str, options: type[PluginOptions
     return f"expected {message}, found {found}" if message != detail["msg"] else f"{message}; found {found}"
 
 
-def contradictions(deployment: Deployment, manager: PluginManager) -> Iterator[str]:
+def validate(deployment: Deployment, manager: PluginManager) -> Iterator[str]:
     """Choices that exclude each other, whichever plugins they name."""
-    drafter = deployment.offer("drafter", manager).plugin
+    drafter = deployment.installed("drafter", manager).plugin
     brings_drafter = drafter.build is not None or drafter.engine_arguments is not None
     if brings_drafter and not deployment.drafter_is_default and "speculative_config" in deployment.vllm:
         yield (

@@ -18,7 +18,7 @@ class Slot:
     """The plugin of a deployment that does not name one; always lossless."""
     contract: type
     optional: bool = False
-    """Whether the default only serves where it takes nothing away (``seams.default_drafter``)."""
+    """Whether the default only serves where it takes nothing away (``patches.default_drafter``)."""
 
 
 SLOTS: dict[str, Slot] = {
@@ -44,7 +44,7 @@ SLOTS: dict[str, Slot] = {
             "which waiting requests run next, and who is preempted",
             "engine core",
             "fcfs",
-            interfaces.BatchingPolicy,
+            interfaces.SchedulingPolicy,
         ),
         Slot("experts", "which experts a batch may use", "worker", "native", interfaces.ExpertRouter),
         Slot(

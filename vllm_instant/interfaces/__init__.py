@@ -14,12 +14,12 @@ from vllm_instant.interfaces.attention import (
     CacheParts,
     Rotation,
 )
-from vllm_instant.interfaces.drafter import Draft, Drafter, DraftRequest, Share, SharingDrafter
+from vllm_instant.interfaces.drafter import Draft, DraftAssignment, Drafter, DraftRequest, HybridDrafter
 from vllm_instant.interfaces.experts import (
     ExpertCount,
     ExpertLayer,
     ExpertRouter,
-    Look,
+    Measurement,
     RouterStep,
     RoutingMeasures,
     RowKind,
@@ -29,8 +29,8 @@ from vllm_instant.interfaces.feed_forward import FeedForwardLayer, FeedForwardPr
 from vllm_instant.interfaces.plugins import DrafterOptions, Plugin, PluginContext, PluginOptions
 from vllm_instant.interfaces.rejection_sampler import RejectionSampler
 from vllm_instant.interfaces.requests import RequestState
-from vllm_instant.interfaces.scheduling import Admission, BatchingPolicy, QueueMoment
-from vllm_instant.interfaces.speculation import DraftPrice, SpeculationPolicy, StepOutcome, UpcomingStep
+from vllm_instant.interfaces.scheduling import Admission, SchedulerSnapshot, SchedulingPolicy
+from vllm_instant.interfaces.speculation import DraftCost, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant.interfaces.streaming import (
     EngineLoad,
     Holds,
@@ -45,10 +45,10 @@ __all__ = [
     "AttentionLayer",
     "AttentionProvider",
     "AttentionStep",
-    "BatchingPolicy",
     "CacheParts",
     "Draft",
-    "DraftPrice",
+    "DraftAssignment",
+    "DraftCost",
     "DraftRequest",
     "Drafter",
     "DrafterOptions",
@@ -59,23 +59,23 @@ __all__ = [
     "FeedForwardLayer",
     "FeedForwardProvider",
     "Holds",
+    "HybridDrafter",
     "LinearWeights",
-    "Look",
+    "Measurement",
     "Plugin",
     "PluginContext",
     "PluginOptions",
     "PrefillOutcome",
     "PrefillProgress",
-    "QueueMoment",
     "RejectionSampler",
     "RequestState",
     "Rotation",
     "RouterStep",
     "RoutingMeasures",
     "RowKind",
+    "SchedulerSnapshot",
+    "SchedulingPolicy",
     "SessionLimits",
-    "Share",
-    "SharingDrafter",
     "SpeculationPolicy",
     "StepOutcome",
     "StepRows",

@@ -53,7 +53,7 @@ class AttentionStep:
     """int32 ``[requests]``, tokens in the cache, the new ones included; 0 for padding."""
     starts: torch.Tensor
     """int32 ``[requests + 1]``, the first new token of each request, and their number."""
-    most_query_tokens: int
+    max_query_tokens: int
     """No request has more new tokens, also whenever a CUDA graph that is captured now is replayed."""
 
 
@@ -77,7 +77,7 @@ class AttentionProvider(Protocol):
     over where ``attend`` declines, and once the plugin is disabled.
     """
 
-    def objection(self, head_size: int, dtype: torch.dtype) -> str | None:
+    def unsupported_reason(self, head_size: int, dtype: torch.dtype) -> str | None:
         """Why layers of this kind cannot be served, one sentence; None if they can. Asked while the model is built."""
         ...
 
@@ -101,7 +101,7 @@ class AttentionProvider(Protocol):
         """Whether ``rotate_and_write`` takes the place of vLLM's rotation and of ``write``. Optional."""
         return False
 
-    def objection_to_rotation(self, head_size: int, rotary: int, is_neox: bool) -> str | None:
+    def rotation_unsupported_reason(self, head_size: int, rotary: int, is_neox: bool) -> str | None:
         """Why it cannot for some layers, one sentence; None if it can. Asked once a layer, if ``rotates``."""
         return "it has no rotation"
 

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant.interfaces.speculation import DraftPrice
+from vllm_instant.interfaces.speculation import DraftCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class DraftRequest:
     is_pinned: bool = False
     """Whether its client asked for this draft length: what the draft costs does not count."""
     missed_tokens: int = 0
-    """Tokens of it that came while the draft model beside a ``SharingDrafter`` did not run: read before it drafts."""
+    """Tokens that the draft model beside a ``HybridDrafter`` has not read yet; it reads them before it drafts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Draft:
     token_ids: Sequence[int]
     confidence: Sequence[float]
     """For each token the chance that it is accepted if those before it are, in 0..1. The speculation policy prices
-    verification (``DraftPrice``), and tokens that are not expected to earn their price are cut."""
+    verification (``DraftCost``), and tokens that are not expected to earn their price are cut."""
 
 
 @runtime_checkable
@@ -57,26 +57,26 @@ class Drafter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class DraftAssignment:
     """What one request gets from a drafter that shares the work with a draft model."""
 
     own: Sequence[int] = ()
-    """Draft tokens of its own; used when ``model_length`` is 0."""
-    model_length: int = 0
+    """Draft tokens of its own; used when ``num_draft_tokens`` is 0."""
+    num_draft_tokens: int = 0
     """How many tokens the draft model shall draft for it instead."""
 
 
 @runtime_checkable
-class SharingDrafter(Drafter, Protocol):
+class HybridDrafter(Drafter, Protocol):
     """A drafter beside a draft model that vLLM runs: it decides for each request and step who drafts.
 
     A plugin is one when it brings both ``build`` and ``engine_arguments`` (which configure the draft model).
     """
 
-    def share(self, requests: Sequence[DraftRequest], price: DraftPrice) -> Sequence[Share]:
+    def assign(self, requests: Sequence[DraftRequest], draft_cost: DraftCost) -> Sequence[DraftAssignment]:
         """One share a request. The draft model does not run when no request wants it."""
         ...
 
-    def model_drafted(self, drafts: Mapping[str, Sequence[int]]) -> None:
+    def on_model_drafts(self, drafts: Mapping[str, Sequence[int]]) -> None:
         """What the draft model then drafted, by request id: what becomes of it shows in the next ``token_ids``."""
         ...

@@ -72,13 +72,13 @@ class RouterStep:
     """int8 ``[tokens]``: a ``RowKind`` each."""
 
 
-class Look(IntEnum):
+class Measurement(IntEnum):
     """What is measured in a step."""
 
-    NOTHING = 0
+    OFF = 0
     COUNTS = 1
     """Distinct experts and router mass, natively and as routed."""
-    SHADOW = 2
+    REFERENCE = 2
     """Counts; and the model runs once more, before, as ``shadow`` says, to compare what it would have answered."""
 
 
@@ -157,15 +157,15 @@ class ExpertRouter(Protocol):
         """
         return True
 
-    def look(self, number: int) -> Look:
+    def look(self, number: int) -> Measurement:
         """What to measure in the step with this number. Optional; nothing by default."""
-        return Look.NOTHING
+        return Measurement.OFF
 
     def shadow(self, active: bool) -> None:
         """What ``allowed`` says from now on is for comparison (or no longer). Optional.
 
-        Whoever asks for ``Look.SHADOW`` must route natively while it is active: what the server answers is compared
-        with that.
+        Whoever asks for ``Measurement.REFERENCE`` must route natively while it is active: what the server answers is
+        compared with that.
         """
         return None
 
@@ -173,7 +173,7 @@ class ExpertRouter(Protocol):
         """Numbers of steps that were looked at, some steps later. Optional."""
         return None
 
-    def measures(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float]:
         """Numbers of its own for ``/metrics``. Optional."""
         return {}
 

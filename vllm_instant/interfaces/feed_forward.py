@@ -52,10 +52,10 @@ class FeedForwardProvider(Protocol):
     plugin is disabled, are computed by vLLM's separate operations.
     """
 
-    most_rows: int
+    max_rows: int
     """Larger batches are not asked for."""
 
-    def objection(self, layer: FeedForwardLayer) -> str | None:
+    def unsupported_reason(self, layer: FeedForwardLayer) -> str | None:
         """Why a layer cannot be served, one sentence; None if it can. Asked when the model is loaded."""
         ...
 

@@ -34,7 +34,7 @@ class PluginContext:
     device: str
     """``cpu``, ``cuda``, …"""
     confident_drafts: bool = False
-    """Whether the drafter says how sure it is of each token, so that ``DraftPrice`` cuts its drafts."""
+    """Whether the drafter says how sure it is of each token, so that ``DraftCost`` cuts its drafts."""
     itl_slo_ms: float | None = None
     """The deployment's goal for the time between tokens, in milliseconds, if its speculation policy has one."""
     identity: Mapping[str, str] = field(default_factory=dict)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     import torch
 
-    from vllm_instant.speculation.verification import Verification
+    from vllm_instant.speculation.verification import VerificationBatch
 
 
 @runtime_checkable
 class RejectionSampler(Protocol):
     """Decides which draft tokens are kept, and what follows them. Runs in every worker process."""
 
-    def verify(self, step: Verification) -> tuple[torch.Tensor, torch.Tensor]:
+    def verify(self, step: VerificationBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Verify one step.
 
         Returns:

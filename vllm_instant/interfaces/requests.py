@@ -31,9 +31,9 @@ class RequestState:
     when the policy decides."""
     cache_salt: str = ""
     """What separates its tenant's data from that of others; empty when nothing does."""
-    prompt_class: int = 0
+    prompt_group: int = 0
     """The same for requests whose prompts begin alike (a system prompt): what policies group requests by."""
     arrival: float = 0.0
-    """When it entered the engine, in seconds of the clock that ``QueueMoment.now`` reads."""
+    """When it entered the engine, in seconds of the clock that ``SchedulerSnapshot.now`` reads."""
     num_preemptions: int = 0
     """How often it lost its KV blocks."""

@@ -11,7 +11,7 @@ from vllm_instant.interfaces.speculation import StepOutcome
 
 
 @dataclass(frozen=True, slots=True)
-class QueueMoment:
+class SchedulerSnapshot:
     """What a batching policy decides about: who waits, who runs, and how much room there is."""
 
     waiting: Sequence[RequestState]
@@ -21,7 +21,7 @@ class QueueMoment:
     """With ``num_output_tokens`` up to date."""
     now: float
     """Seconds, monotonic."""
-    most_running: int
+    max_num_running: int
     """Most requests that run together."""
     free_kv_tokens: int
     """Tokens for which there are free KV blocks."""
@@ -32,16 +32,17 @@ class Admission:
     """Who may start."""
 
     order: Sequence[int] = ()
-    """Indices into ``QueueMoment.waiting``, those first that shall start first; all others follow as they arrived."""
-    most: int | None = None
-    """At most so many start in this step; None: as many as there is room for."""
+    """Indices into ``SchedulerSnapshot.waiting``, those first that shall start first; all others follow as they
+    arrived."""
+    max_num_admitted: int | None = None
+    """Limit of the requests that start in this step; None for no limit beyond free places."""
     by_id: Sequence[str] = ()
     """Request ids in place of ``order``, for a policy that knows who waits and need not look at everybody: a step costs
     what is named then, however many wait. Ids of those that do not wait are passed over."""
 
 
 @runtime_checkable
-class BatchingPolicy(Protocol):
+class SchedulingPolicy(Protocol):
     """Decides which waiting requests start, how much of their prompts a step reads, and who is preempted.
 
     Runs in the engine-core process. The order is asked for when there is room for somebody, not in every step; an
@@ -49,7 +50,7 @@ class BatchingPolicy(Protocol):
     vLLM's.
     """
 
-    def admit(self, moment: QueueMoment) -> Admission:
+    def admit(self, moment: SchedulerSnapshot) -> Admission:
         """Who may start now, and in which order."""
         ...
 
@@ -69,21 +70,21 @@ class BatchingPolicy(Protocol):
         """A request left the engine; ``complete`` says whether it ended by itself. Optional."""
         return None
 
-    def spare(self, running: Sequence[RequestState]) -> Sequence[int] | None:
+    def preemption_order(self, running: Sequence[RequestState]) -> Sequence[int] | None:
         """Indices of the running requests, those first that shall keep their KV blocks longest when blocks run out.
 
         None keeps vLLM's own choice, which preempts who started last. Asked only when blocks are short. Optional.
         """
         return None
 
-    def most_prompt_tokens(self, moment: QueueMoment) -> int | None:
+    def max_prompt_tokens(self, moment: SchedulerSnapshot) -> int | None:
         """Most prompt tokens that the next step shall read beside the running requests' own; None: no limit.
 
         Optional.
         """
         return None
 
-    def think(self, moment: QueueMoment) -> None:
+    def background_work(self, moment: SchedulerSnapshot) -> None:
         """Called while the model runs and nobody waits for an answer: the place for whatever takes long. Optional."""
         return None
 
@@ -91,7 +92,7 @@ class BatchingPolicy(Protocol):
         """Learn from a finished step. Optional."""
         return None
 
-    def measures(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float]:
         """Numbers about itself, by name, for ``/metrics``. Optional."""
         return {}
 

@@ -20,7 +20,7 @@ class UpcomingStep:
     """Most draft tokens a request can get."""
     num_waiting: int = 0
     """Requests that wait for their first step."""
-    longest_wait: float = 0.0
+    max_wait: float = 0.0
     """Seconds that the oldest of them has waited."""
     number: int = 0
     """Counts up. What became of the drafts of step ``number`` is seen in the outcome with ``number + 1``."""
@@ -54,27 +54,27 @@ class StepOutcome:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftPrice:
+class DraftCost:
     """What drafts cost in one step, each in the accepted tokens that it must bring at least; all 0: everything is free.
 
     Workers keep of a draft whose confidence is known what is expected to bring more than it costs.
     """
 
-    batch: Sequence[tuple[int, float]] = ()
+    verify_cost_curve: Sequence[tuple[int, float]] = ()
     """What verifying so many draft tokens in all costs, at some rising numbers from 1; interpolated in between."""
-    row: float = 0.0
+    per_token: float = 0.0
     """The same as a rough price of each draft token, for those who decide before they know how many there will be."""
-    verifying: float = 0.0
+    verify_fixed: float = 0.0
     """What comes on top when any draft is verified."""
-    drafting: float = 0.0
+    draft_fixed: float = 0.0
     """Running a draft model at all."""
-    draft_pass: float = 0.0
+    per_draft_step: float = 0.0
     """Each pass of a draft model, which brings one more token for every request."""
-    resuming: float = 0.0
+    catch_up_fixed: float = 0.0
     """What comes on top when a draft model first reads what came while it did not run,"""
-    missed_token: float = 0.0
+    catch_up_per_token: float = 0.0
     """and each token of that."""
-    step: float = 0.0
+    baseline_step: float = 0.0
     """One request's share of a step without drafts, which brings it one token; 0 where it is not known."""
 
 
@@ -86,13 +86,13 @@ class SpeculationPolicy(Protocol):
     request appears they are asked for again with the same ``number``, and the later answer counts.
     """
 
-    def draft_lengths(self, step: UpcomingStep) -> Sequence[int]:
+    def get_num_draft_tokens(self, step: UpcomingStep) -> Sequence[int]:
         """One length a request, each in ``0..step.max_draft_tokens``; 0 for all: the drafter does not even run."""
         ...
 
-    def price(self) -> DraftPrice:
-        """What drafts cost in the step that ``draft_lengths`` was asked for last. Optional; free by default."""
-        return DraftPrice()
+    def draft_cost(self) -> DraftCost:
+        """What drafts cost in the step that ``get_num_draft_tokens`` was asked for last. Optional; free by default."""
+        return DraftCost()
 
     def enter(self, request: RequestState) -> None:
         """A request entered the engine; it may wait before its first step. Optional."""

@@ -110,7 +110,7 @@ class StreamingPrefill(Protocol):
         """
         return False
 
-    def most_early_seconds(self) -> float:
+    def max_early_seconds(self) -> float:
         """How long such an answer goes on when nobody commits. Optional."""
         return 1.0
 

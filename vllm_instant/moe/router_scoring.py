@@ -17,7 +17,7 @@ FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 
 @dataclass(frozen=True)
-class Scoring:
+class RouterScoring:
     """The rule by which a layer's router weighs and picks."""
 
     function: str
@@ -94,8 +94,8 @@ def one_hot(picks: torch.Tensor, experts: int) -> torch.Tensor:
     return picks.new_zeros((len(picks), experts)).scatter_(1, picks, 1).bool()
 
 
-def held_to(
-    scoring: Scoring, weights: torch.Tensor, picks: torch.Tensor, allowed: torch.Tensor, held: torch.Tensor
+def reroute_restricted(
+    scoring: RouterScoring, weights: torch.Tensor, picks: torch.Tensor, allowed: torch.Tensor, held: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pick anew where a token's own picks are not all allowed.
 

@@ -84,7 +84,7 @@ class Trace:
         return np.unique(self.request)
 
     @property
-    def prompt_class(self) -> npt.NDArray[np.int16]:
+    def prompt_group(self) -> npt.NDArray[np.int16]:
         """The class of each token's request, int16 ``[tokens]``."""
         return self.class_of_request[self.request]
 

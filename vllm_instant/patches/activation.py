@@ -32,56 +32,59 @@ logger = logging.getLogger("vllm.instant")
 
 
 def serve(deployment: Deployment, speculates: bool | None = None) -> None:
-    """Check the seams that a deployment needs, publish it to later processes and activate it in this one.
+    """Check the patches that a deployment needs, publish it to later processes and activate it in this one.
 
     Args:
         deployment: what to serve.
         speculates: whether the server has a drafter; by default, what the deployment says.
 
     Raises:
-        DeploymentError: when a seam that a chosen plugin needs does not fit the installed vLLM.
+        DeploymentError: when a patch that a chosen plugin needs does not fit the installed vLLM.
 
     """
     problems = []
     for report in registry.check_installed(deployment, speculates):
-        if report.why_not is None:
+        if report.unsupported_reason is None:
             continue
-        if report.needed_by and not report.seam.optional:
+        if report.needed_by and not report.patch.optional:
             message = (
-                f"does not fit vLLM {report.version} ({report.why_not}); needed by {', '.join(report.needed_by)}. "
-                "Install a vLLM of the supported range, or choose other plugins (see vllm-instant doctor)"
+                f"does not fit vLLM {report.version} ({report.unsupported_reason}); needed by "
+                f"{', '.join(report.needed_by)}. Install a vLLM of the supported range, or choose other plugins "
+                "(see vllm-instant doctor)"
             )
-            problems.append(Problem(f"seam {report.seam.name}", "", message))
+            problems.append(Problem(f"patch {report.patch.name}", "", message))
         else:
-            logger.warning("Seam %s does not fit vLLM %s: %s", report.seam.name, report.version, report.why_not)
+            logger.warning(
+                "Patch %s does not fit vLLM %s: %s", report.patch.name, report.version, report.unsupported_reason
+            )
     if problems:
         raise DeploymentError(problems)
     if not registry.in_supported_range():
         logger.warning(
-            "vLLM %s is outside of the range that vllm-instant was tested with (%s); all needed seams fit, going on",
+            "vLLM %s is outside of the range that vllm-instant was tested with (%s); all needed patches fit, going on",
             registry.installed_version(),
             registry.SUPPORTED,
         )
     for slot in deployment.slots:
-        plugin = deployment.offer(slot).plugin
+        plugin = deployment.installed(slot).plugin
         if plugin.lossy:
             logger.warning("Plugin %s in slot %s is lossy: answers may differ from the model's own", plugin.name, slot)
-    deployment_env.publish(deployment)
+    deployment_env.set_deployment(deployment)
     activate()
 
 
 def activate() -> None:
-    """Install the seams of a published deployment; each waits for the module that it changes.
+    """Install the patches of a published deployment; each waits for the module that it changes.
 
-    No seam may load plugins here: not every process that vLLM starts needs them, and Numba with them.
+    No patch may load plugins here: not every process that vLLM starts needs them, and Numba with them.
     """
     sampling.install()
     drafter.install()
     rejection_sampler.install()
-    if streaming.is_served(deployment_env.current()):
+    if streaming.is_served(deployment_env.get_deployment()):
         streaming.install()
     # A vLLM that they do not fit is served without them, unless a chosen plugin needs one.
-    for seam in (
+    for patch in (
         default_drafter,
         draft_model_skip,
         hybrid_drafting,  # around what skipping made of the same method
@@ -99,5 +102,5 @@ def activate() -> None:
         engine_core,
         single_rpc,  # around the engine core's own way of leaving out the question for drafts
     ):
-        if registry.fits_installed(seam.SEAM):
-            seam.install()
+        if registry.fits_installed(patch.PATCH):
+            patch.install()

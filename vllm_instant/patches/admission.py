@@ -1,7 +1,7 @@
 """The batching policy in vLLM's scheduler: the order of its queue, its victims, and how much prompt a step reads.
 
-A mixin for both of vLLM's schedulers (``seams.scheduler`` composes it with the speculation budget). vLLM's own
-admission loop runs unchanged over a queue that is ours (``seams.waiting_queue``), so that LoRA limits, structured
+A mixin for both of vLLM's schedulers (``patches.scheduler`` composes it with the speculation budget). vLLM's own
+admission loop runs unchanged over a queue that is ours (``patches.waiting_queue``), so that LoRA limits, structured
 output, KV connectors, streaming sessions and pauses go on working as they do.
 """
 
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.interfaces import Admission, QueueMoment, RequestState
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.interfaces import Admission, RequestState, SchedulerSnapshot
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.min_p_logit_bias import needs_no_drafts
-from vllm_instant.patches.plugin_factory import build_contained, context_of
+from vllm_instant.patches.plugin_factory import build_guarded, context_of
 from vllm_instant.patches.waiting_queue import InstantQueue
 from vllm_instant.scheduling.admission import Batching
-from vllm_instant.scheduling.request_registry import LiveRequests, StatesOnDemand
+from vllm_instant.scheduling.request_registry import LazyRequestStates, RequestRegistry
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -32,7 +32,7 @@ class LiveRequestsMixin:
     """One ``RequestState`` for each request, for all policies; put before vLLM's scheduler in a class's bases."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.instant_requests = LiveRequests()
+        self.instant_requests = RequestRegistry()
         super().__init__(*args, **kwargs)
 
     def instant_state(self, request: Request) -> RequestState:
@@ -80,10 +80,10 @@ class BatchingMixin(LiveRequestsMixin):
         super().__init__(*args, **kwargs)
         self.instant_batching: Batching | None = None
         self.instant_queue: InstantQueue | None = None
-        deployment = deployment_env.current()
+        deployment = deployment_env.get_deployment()
         if deployment is None:
             return
-        policy = build_contained("batching", deployment, context_of(self.vllm_config, deployment))
+        policy = build_guarded("batching", deployment, context_of(self.vllm_config, deployment))
         if policy is None:
             return
         self.instant_batching = Batching(policy)
@@ -146,13 +146,13 @@ class BatchingMixin(LiveRequestsMixin):
         batching = self.instant_batching
         return Admission() if batching is None else batching.admit(self._moment(waiting))
 
-    def instant_think(self) -> None:
+    def instant_background_work(self) -> None:
         """Called while the model runs."""
         batching, queue = self.instant_batching, self.instant_queue
         if batching is not None and queue is not None and batching.thinks:
-            batching.while_the_model_runs(self._moment(queue.states()))
+            batching.on_model_executing(self._moment(queue.states()))
 
-    def _running_states(self) -> StatesOnDemand:
+    def _running_states(self) -> LazyRequestStates:
         """With their output tokens brought up to date, when somebody looks."""
         running, states = self.running, self.instant_requests.states
 
@@ -164,10 +164,10 @@ class BatchingMixin(LiveRequestsMixin):
                 found.append(state)
             return found
 
-        return StatesOnDemand(len(running), gather)
+        return LazyRequestStates(len(running), gather)
 
-    def _moment(self, waiting: Sequence[RequestState]) -> QueueMoment:
-        return QueueMoment(
+    def _moment(self, waiting: Sequence[RequestState]) -> SchedulerSnapshot:
+        return SchedulerSnapshot(
             waiting,
             self._running_states(),
             time.monotonic(),
@@ -177,7 +177,7 @@ class BatchingMixin(LiveRequestsMixin):
 
     def _put_victims_last(self, batching: Batching) -> None:
         """Sort the running requests: vLLM preempts from the end of the list."""
-        order = batching.spare(self._running_states())
+        order = batching.preemption_order(self._running_states())
         if order is not None:
             self.running = [self.running[place] for place in order]
 
@@ -190,7 +190,7 @@ class BatchingMixin(LiveRequestsMixin):
         reading = sum(request.is_prefill_chunk for request in self.running)
         if not reading and not len(self.waiting):
             return
-        most = batching.most_prompt_tokens(self._moment(()))
+        most = batching.max_prompt_tokens(self._moment(()))
         if most is None:
             return
         decoding = sum(
@@ -215,36 +215,36 @@ def _is_complete(request: Any) -> bool:
 _SCHEDULER = "v1/core/sched/scheduler.py"
 _QUEUE = "v1/core/sched/request_queue.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="batching",
     purpose="the order of waiting requests",
     requirements=(
-        Function(_SCHEDULER, "Scheduler.schedule", ("self",)),
-        Function(_SCHEDULER, "Scheduler.add_request", ("self", "request"), exact=True),
-        Function(_SCHEDULER, "Scheduler._preempt_request", ("self", "request")),
-        Function(_SCHEDULER, "Scheduler._free_request", ("self", "request")),
-        Mentions(
+        HasSignature(_SCHEDULER, "Scheduler.schedule", ("self",)),
+        HasSignature(_SCHEDULER, "Scheduler.add_request", ("self", "request"), exact=True),
+        HasSignature(_SCHEDULER, "Scheduler._preempt_request", ("self", "request")),
+        HasSignature(_SCHEDULER, "Scheduler._free_request", ("self", "request")),
+        References(
             _SCHEDULER,
             "Scheduler.__init__",
             ("waiting", "running", "policy", "max_num_active_reqs", "num_waiting_for_streaming_input", "block_size"),
         ),
-        Mentions(
+        References(
             _SCHEDULER,
             "Scheduler.schedule",
             ("peek_request", "pop_request", "prepend_requests", "max_num_scheduled_tokens", "is_prefill_chunk"),
         ),
-        Mentions(_SCHEDULER, "Scheduler.schedule", ("long_prefill_token_threshold", "max_num_active_reqs")),
-        Function(_QUEUE, "RequestQueue.add_request", ("self", "request"), exact=True),
-        Function(_QUEUE, "RequestQueue.pop_request", ("self",), exact=True),
-        Function(_QUEUE, "RequestQueue.peek_request", ("self",), exact=True),
-        Function(_QUEUE, "RequestQueue.prepend_request", ("self", "request"), exact=True),
-        Function(_QUEUE, "RequestQueue.prepend_requests", ("self", "requests"), exact=True),
-        Function(_QUEUE, "RequestQueue.remove_request", ("self", "request"), exact=True),
-        Function(_QUEUE, "RequestQueue.remove_requests", ("self", "requests"), exact=True),
-        Name("v1/core/sched/output.py", "SchedulerOutput.scheduled_new_reqs"),
-        Name("v1/core/sched/output.py", "CachedRequestData.resumed_req_ids"),
-        Function("v1/core/block_pool.py", "BlockPool.get_num_free_blocks", ("self",), exact=True),
-        Mentions("v1/request.py", "Request.__init__", ("num_preemptions", "num_output_placeholders", "priority")),
+        References(_SCHEDULER, "Scheduler.schedule", ("long_prefill_token_threshold", "max_num_active_reqs")),
+        HasSignature(_QUEUE, "RequestQueue.add_request", ("self", "request"), exact=True),
+        HasSignature(_QUEUE, "RequestQueue.pop_request", ("self",), exact=True),
+        HasSignature(_QUEUE, "RequestQueue.peek_request", ("self",), exact=True),
+        HasSignature(_QUEUE, "RequestQueue.prepend_request", ("self", "request"), exact=True),
+        HasSignature(_QUEUE, "RequestQueue.prepend_requests", ("self", "requests"), exact=True),
+        HasSignature(_QUEUE, "RequestQueue.remove_request", ("self", "request"), exact=True),
+        HasSignature(_QUEUE, "RequestQueue.remove_requests", ("self", "requests"), exact=True),
+        HasAttribute("v1/core/sched/output.py", "SchedulerOutput.scheduled_new_reqs"),
+        HasAttribute("v1/core/sched/output.py", "CachedRequestData.resumed_req_ids"),
+        HasSignature("v1/core/block_pool.py", "BlockPool.get_num_free_blocks", ("self",), exact=True),
+        References("v1/request.py", "Request.__init__", ("num_preemptions", "num_output_placeholders", "priority")),
     ),
     slots=("batching",),
 )

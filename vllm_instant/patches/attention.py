@@ -19,14 +19,14 @@ from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.errors import DeploymentError, Problem
 from vllm_instant.deployment.settings import ATTENTION_ARGUMENTS, Deployment
 from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.interfaces import AttentionProvider
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
-from vllm_instant.patches.plugin_factory import build_contained, context_of
+from vllm_instant.patches.plugin_factory import build_guarded, context_of
 
 logger = logging.getLogger("vllm.instant")
 
@@ -51,26 +51,26 @@ _UNSERVED = {
 """What a layer may ask for that the contract of attention plugins does not have, by vLLM's name."""
 
 
-def provider() -> Contained[AttentionProvider] | None:
+def provider() -> GuardedPlugin[AttentionProvider] | None:
     """The deployment's attention plugin behind its breaker, built once a process and deployment; None without one.
 
     Raises:
         PluginStartError: the plugin cannot start here.
 
     """
-    deployment = deployment_env.current()
+    deployment = deployment_env.get_deployment()
     return None if deployment is None else _built(deployment.model_dump_json())
 
 
 @cache
-def _built(text: str) -> Contained[AttentionProvider] | None:
+def _built(text: str) -> GuardedPlugin[AttentionProvider] | None:
     from vllm.config import get_current_vllm_config
 
     deployment = Deployment.model_validate_json(text)
-    return build_contained("attention", deployment, context_of(get_current_vllm_config(), deployment))
+    return build_guarded("attention", deployment, context_of(get_current_vllm_config(), deployment))
 
 
-def why_not(plugin: AttentionProvider, asked: Any) -> str | None:
+def unsupported_reason(plugin: AttentionProvider, asked: Any) -> str | None:
     """Why a plugin cannot serve layers as vLLM's ``AttentionSelectorConfig`` describes them; None if it can."""
     found = [words for name, words in _UNSERVED.items() if getattr(asked, name, False)]
     if found:
@@ -80,7 +80,7 @@ def why_not(plugin: AttentionProvider, asked: Any) -> str | None:
     if asked.kv_cache_dtype != ATTENTION_ARGUMENTS["kv_cache_dtype"]:
         wanted = ATTENTION_ARGUMENTS["kv_cache_dtype"]
         return f"the KV cache is of type {asked.kv_cache_dtype}, and attention plugins need {wanted}"
-    return plugin.objection(asked.head_size, asked.dtype)
+    return plugin.unsupported_reason(asked.head_size, asked.dtype)
 
 
 def objection_to_cache(kv_cache_dtype: str | None, backend: Any) -> str | None:
@@ -137,7 +137,7 @@ def _choosing(original: Callable[..., str], place: Any, on_cpu: bool) -> Callabl
     ) -> str:
         plugin = provider() if selected_backend == place else None
         if plugin is not None:
-            reason = why_not(plugin.instance, attn_selector_config)
+            reason = unsupported_reason(plugin.instance, attn_selector_config)
             if reason is None:
                 return BACKEND
             logger.warning("Plugin %s of slot attention leaves layers to vLLM: %s", plugin.plugin, reason)
@@ -153,7 +153,7 @@ def _choosing(original: Callable[..., str], place: Any, on_cpu: bool) -> Callabl
 
 def _register(module: ModuleType) -> None:
     """Name our backend in vLLM's registry, which others than the wrapped choice ask, too."""
-    deployment = deployment_env.current()
+    deployment = deployment_env.get_deployment()
     # By the name alone: in a worker it is too early to load plugins (see activation.activate).
     if deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default:
         module.register_backend(getattr(module.AttentionBackendEnum, PLACE), BACKEND)
@@ -169,33 +169,35 @@ _BACKEND = "v1/attention/backend.py"
 _TRITON = "v1/attention/backends/triton_attn.py"
 _CHOICE = ("cls", "selected_backend", "attn_selector_config", "num_heads")
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="attention",
     purpose="attention plugins and the KV cache that they lay out",
     requirements=(
-        Function("v1/attention/backends/registry.py", "register_backend", ("backend", "class_path"), exact=True),
-        Name("v1/attention/backends/registry.py", "AttentionBackendEnum.CUSTOM"),
-        Mentions("v1/attention/selector.py", "_cached_get_attn_backend", ("get_attn_backend_cls", "current_platform")),
-        *(Name("v1/attention/selector.py", f"AttentionSelectorConfig.{name}") for name in _UNSERVED),
+        HasSignature("v1/attention/backends/registry.py", "register_backend", ("backend", "class_path"), exact=True),
+        HasAttribute("v1/attention/backends/registry.py", "AttentionBackendEnum.CUSTOM"),
+        References(
+            "v1/attention/selector.py", "_cached_get_attn_backend", ("get_attn_backend_cls", "current_platform")
+        ),
+        *(HasAttribute("v1/attention/selector.py", f"AttentionSelectorConfig.{name}") for name in _UNSERVED),
         *(
-            Name("v1/attention/selector.py", f"AttentionSelectorConfig.{name}")
+            HasAttribute("v1/attention/selector.py", f"AttentionSelectorConfig.{name}")
             for name in ("head_size", "dtype", "kv_cache_dtype", "attn_type")
         ),
-        Function("platforms/cuda.py", "CudaPlatformBase.get_attn_backend_cls", _CHOICE, exact=True),
-        Function("platforms/cpu.py", "CpuPlatform.get_attn_backend_cls", _CHOICE, exact=True),
-        Name("v1/attention/backends/cpu_attn.py", "CPUAttentionBackend.supported_kv_cache_dtypes"),
-        Function(_BACKEND, "AttentionBackend.customize_spec", ("cls", "spec"), exact=True),
-        Mentions(_TRITON, "TritonAttentionBackend.customize_spec", ("state_content_bytes", "is_per_token_head")),
-        Name("v1/kv_cache_interface.py", "AttentionSpec.state_content_bytes"),
-        Mentions("v1/worker/utils.py", "customize_attention_spec", ("customize_spec",)),
-        Name("config/speculative.py", "SpeculativeConfig.attention_backend"),
-        Function(_TRITON, "TritonAttentionImpl._pth_key_value_caches", ("self", "kv_cache"), exact=True),
-        Mentions(
+        HasSignature("platforms/cuda.py", "CudaPlatformBase.get_attn_backend_cls", _CHOICE, exact=True),
+        HasSignature("platforms/cpu.py", "CpuPlatform.get_attn_backend_cls", _CHOICE, exact=True),
+        HasAttribute("v1/attention/backends/cpu_attn.py", "CPUAttentionBackend.supported_kv_cache_dtypes"),
+        HasSignature(_BACKEND, "AttentionBackend.customize_spec", ("cls", "spec"), exact=True),
+        References(_TRITON, "TritonAttentionBackend.customize_spec", ("state_content_bytes", "is_per_token_head")),
+        HasAttribute("v1/kv_cache_interface.py", "AttentionSpec.state_content_bytes"),
+        References("v1/worker/utils.py", "customize_attention_spec", ("customize_spec",)),
+        HasAttribute("config/speculative.py", "SpeculativeConfig.attention_backend"),
+        HasSignature(_TRITON, "TritonAttentionImpl._pth_key_value_caches", ("self", "kv_cache"), exact=True),
+        References(
             _TRITON,
             "TritonAttentionImpl.forward",
             ("_pth_key_value_caches", "_k_scale_cache", "_v_scale_cache", "num_actual_tokens"),
         ),
-        Function(
+        HasSignature(
             _TRITON,
             "TritonAttentionImpl.forward",
             (
@@ -212,13 +214,13 @@ SEAM = Seam(
             ),
             exact=True,
         ),
-        Function(
+        HasSignature(
             _TRITON,
             "TritonAttentionImpl.do_kv_cache_update",
             ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
             exact=True,
         ),
-        Mentions(
+        References(
             _TRITON,
             "TritonAttentionImpl.__init__",
             (
@@ -232,7 +234,7 @@ SEAM = Seam(
             ),
         ),
         *(
-            Name(_TRITON, f"TritonAttentionMetadata.{name}")
+            HasAttribute(_TRITON, f"TritonAttentionMetadata.{name}")
             for name in (
                 "block_table",
                 "causal",

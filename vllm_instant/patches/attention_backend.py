@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 from vllm._custom_ops import rotary_embedding
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.settings import ATTENTION_ARGUMENTS
 from vllm_instant.interfaces import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, Rotation
 from vllm_instant.patches import attention
 
 
-def _plugin() -> Contained[AttentionProvider]:
+def _plugin() -> GuardedPlugin[AttentionProvider]:
     plugin = attention.provider()
     if plugin is None:
         raise RuntimeError("this attention backend needs a deployment whose attention plugin brings kernels")
@@ -128,7 +128,7 @@ class InstantAttentionImpl(TritonAttentionImpl):
     def fused_rope_kvcache_supported(self) -> bool:
         """Asked by vLLM's own fusion pass, where it is on: ROCm only, so far."""
         plugin = self.plugin.instance
-        return plugin.rotates() and plugin.objection_to_rotation(self.head_size, self.head_size, True) is None
+        return plugin.rotates() and plugin.rotation_unsupported_reason(self.head_size, self.head_size, True) is None
 
     def do_rope_and_kv_cache_update(
         self,
@@ -167,7 +167,7 @@ class InstantAttentionImpl(TritonAttentionImpl):
                 block_tables=attn_metadata.block_table,
                 lengths=attn_metadata.seq_lens,
                 starts=attn_metadata.query_start_loc,
-                most_query_tokens=attn_metadata.max_query_len,
+                max_query_tokens=attn_metadata.max_query_len,
             )
             if self.plugin.call("attend", lambda plugin: plugin.attend(self.shape, parts, step), False):
                 return output

@@ -1,4 +1,4 @@
-"""What a seam relies on in vLLM, and a check of it against vLLM's sources.
+"""What a patch relies on in vLLM, and a check of it against vLLM's sources.
 
 The check reads Python files with ``ast``: nothing of vLLM is imported, so that it takes milliseconds, works for a
 release that is only unpacked somewhere, and cannot be fooled by an installation that fails to import.
@@ -64,7 +64,7 @@ def _find(vllm: Path, file: str, qualified_name: str) -> ast.AST:
 
 
 @dataclass(frozen=True)
-class Function:
+class HasSignature:
     """A function or method whose leading positional parameters have these names.
 
     ``exact``: we call it, so that it must not need any more than these; otherwise we wrap it and pass on the rest.
@@ -90,7 +90,7 @@ class Function:
 
 
 @dataclass(frozen=True)
-class Name:
+class HasAttribute:
     """A class, function, dataclass field or module-level variable that exists."""
 
     file: str
@@ -101,7 +101,7 @@ class Name:
 
 
 @dataclass(frozen=True)
-class Mentions:
+class References:
     """A definition whose body uses these attribute or variable names (fields it reads, methods it calls)."""
 
     file: str
@@ -118,7 +118,7 @@ class Mentions:
 
 
 @dataclass(frozen=True)
-class Passage:
+class HasStatements:
     """A function with these statements one right after another, at the top of its body."""
 
     file: str
@@ -136,11 +136,11 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Seam:
+class VllmPatch:
     """One place where this package reaches into vLLM.
 
     ``slots`` names the slots whose plugins need it; an empty tuple means that every deployment does. ``optional``
-    seams do not stop a server: without them something less important is missing, which ``purpose`` names.
+    patches do not stop a server: without them something less important is missing, which ``purpose`` names.
     """
 
     name: str
@@ -151,7 +151,7 @@ class Seam:
     state: Callable[[], str] | None = None
     """What ``doctor`` says beside ok: whether a repair is active here, for example."""
 
-    def why_not(self, vllm: Path) -> str | None:
+    def unsupported_reason(self, vllm: Path) -> str | None:
         """None when every requirement holds in the package folder ``vllm``, else what is different."""
         missing = []
         for requirement in self.requirements:

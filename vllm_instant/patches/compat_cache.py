@@ -1,4 +1,4 @@
-"""Remember which seams fit an installation, so that only its first server start reads vLLM's sources.
+"""Remember which patches fit an installation, so that only its first server start reads vLLM's sources.
 
 The key covers this package's version, every requirement, and size and modification time of every file that is read:
 whatever changes, the check is made anew. A cache that cannot be read or written is as good as none.
@@ -15,34 +15,34 @@ from pathlib import Path
 
 import platformdirs
 
-from vllm_instant.patches.compat import Seam, forget_sources
+from vllm_instant.patches.compat import VllmPatch, forget_sources
 
-CACHE = Path(platformdirs.user_cache_dir("vllm-instant")) / "seams.json"
+CACHE = Path(platformdirs.user_cache_dir("vllm-instant")) / "patches.json"
 
 
-def why_not(seams: Sequence[Seam], vllm: Path, cache: Path = CACHE) -> dict[str, str | None]:
-    """By seam name, None where it fits the package folder ``vllm``, else what is different."""
-    key = _fingerprint(seams, vllm)
+def unsupported_reason(patches: Sequence[VllmPatch], vllm: Path, cache: Path = CACHE) -> dict[str, str | None]:
+    """By patch name, None where it fits the package folder ``vllm``, else what is different."""
+    key = _fingerprint(patches, vllm)
     with suppress(OSError, ValueError, AttributeError):
         stored = json.loads(cache.read_text())
         if stored.get("key") == key:
-            verdicts: dict[str, str | None] = stored["why_not"]
+            verdicts: dict[str, str | None] = stored["unsupported_reason"]
             return verdicts
-    verdicts = {seam.name: seam.why_not(vllm) for seam in seams}
+    verdicts = {patch.name: patch.unsupported_reason(vllm) for patch in patches}
     forget_sources()
     with suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(".part")
-        partial.write_text(json.dumps({"key": key, "why_not": verdicts}))
+        partial.write_text(json.dumps({"key": key, "unsupported_reason": verdicts}))
         partial.replace(cache)
     return verdicts
 
 
-def _fingerprint(seams: Sequence[Seam], vllm: Path) -> str:
+def _fingerprint(patches: Sequence[VllmPatch], vllm: Path) -> str:
     digest = hashlib.sha256(f"{version('vllm-instant')}|{vllm}".encode())
-    for seam in seams:
-        digest.update(f"{seam.name}{seam.requirements!r}".encode())
-        for file in sorted({requirement.file for requirement in seam.requirements}):
+    for patch in patches:
+        digest.update(f"{patch.name}{patch.requirements!r}".encode())
+        for file in sorted({requirement.file for requirement in patch.requirements}):
             with suppress(OSError):
                 status = (vllm / file).stat()
                 digest.update(f"{file}|{status.st_size}|{status.st_mtime_ns}".encode())

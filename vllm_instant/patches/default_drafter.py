@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.settings import Deployment
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 
 MODULE = "vllm.engine.arg_utils"
@@ -45,7 +45,7 @@ def _wrap(module: ModuleType) -> None:
     def create_speculative_config(self: Any, target_model_config: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_instant.patches.scheduler import QUALIFIED_NAME
 
-        deployment = deployment_env.current()
+        deployment = deployment_env.get_deployment()
         if (
             deployment is not None
             and self.scheduler_cls == QUALIFIED_NAME
@@ -66,16 +66,16 @@ def install() -> None:
 
 _ARGUMENTS = "engine/arg_utils.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="default drafter",
     purpose="a drafter for servers that name none",
     requirements=(
-        Function(_ARGUMENTS, "EngineArgs.create_speculative_config", ("self", "target_model_config")),
-        Mentions(_ARGUMENTS, "EngineArgs.create_engine_config", ("create_speculative_config", "create_model_config")),
-        Name(_ARGUMENTS, "EngineArgs.logits_processors"),
-        Name(_ARGUMENTS, "EngineArgs.scheduler_cls"),
-        Mentions("config/model.py", "ModelConfig.__post_init__", ("runner_type",)),
-        Name("config/model.py", "ModelConfig.is_encoder_decoder"),
+        HasSignature(_ARGUMENTS, "EngineArgs.create_speculative_config", ("self", "target_model_config")),
+        References(_ARGUMENTS, "EngineArgs.create_engine_config", ("create_speculative_config", "create_model_config")),
+        HasAttribute(_ARGUMENTS, "EngineArgs.logits_processors"),
+        HasAttribute(_ARGUMENTS, "EngineArgs.scheduler_cls"),
+        References("config/model.py", "ModelConfig.__post_init__", ("runner_type",)),
+        HasAttribute("config/model.py", "ModelConfig.is_encoder_decoder"),
     ),
     slots=("drafter",),
     optional=True,

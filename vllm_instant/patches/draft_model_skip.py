@@ -2,8 +2,8 @@
 
 vLLM's own way to draft nothing (``num_spec_tokens_to_schedule = 0``) still runs a draft model once a step, to keep its
 KV cache whole, and an n-gram lookup in full. Here both are skipped. A draft model that runs again later first reads,
-in one forward pass, what it has missed (``vllm_instant.speculation.draft_coverage`` keeps the account); a long gap is read over
-several steps, so that nobody waits for it, and its request gets no drafts until then.
+in one forward pass, what it has missed (``vllm_instant.speculation.draft_coverage`` keeps the account); a long gap is
+read over several steps, so that nobody waits for it, and its request gets no drafts until then.
 
 EAGLE heads and MTP layers read the target's hidden states, which are gone after a step: they keep vLLM's one pass a
 step, and so do drafters under asynchronous scheduling, where sampled tokens stay on the device.
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.scheduler import PLAN_ATTRIBUTE
 from vllm_instant.speculation.draft_coverage import DraftCoverage
@@ -30,7 +30,7 @@ READ_TOKENS_PER_STEP = 512
 """Most missed tokens that a draft model reads before one draft: a fraction of one step of the target."""
 
 
-class DraftModelKeeper:
+class DraftModelCatchUp:
     """Runs one worker's draft model when drafts are wanted, with its KV cache in order.
 
     Args:
@@ -200,11 +200,11 @@ def can_be_skipped(runner: Any) -> bool:
     )
 
 
-def keeper_of(runner: Any, module: ModuleType) -> DraftModelKeeper:
+def keeper_of(runner: Any, module: ModuleType) -> DraftModelCatchUp:
     """The keeper of this runner's draft model, made when it is asked for first."""
     keeper = runner.__dict__.get(_KEEPER_ATTRIBUTE)
     if keeper is None:
-        keeper = DraftModelKeeper(runner, module)
+        keeper = DraftModelCatchUp(runner, module)
         setattr(runner, _KEEPER_ATTRIBUTE, keeper)
     return keeper
 
@@ -245,11 +245,11 @@ def install() -> None:
 _RUNNER = "v1/worker/gpu_model_runner.py"
 _PROPOSER = "v1/spec_decode/llm_base_proposer.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="draft skipping",
     purpose="vLLM's own drafters do not run in steps without drafts",
     requirements=(
-        Function(
+        HasSignature(
             _RUNNER,
             "GPUModelRunner.propose_draft_token_ids",
             (
@@ -264,21 +264,21 @@ SEAM = Seam(
                 "common_attn_metadata",
             ),
         ),
-        Mentions(_RUNNER, "GPUModelRunner.sample_tokens", ("propose_draft_token_ids", "draft_after_bookkeeping")),
-        Function(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), exact=True),
-        Mentions(_RUNNER, "GPUModelRunner.execute_model", ("_update_states",)),
-        Mentions(_RUNNER, "GPUModelRunner._get_draft_token_ids_cpu", ("_draft_token_ids", "list")),
-        Mentions("v1/worker/gpu_input_batch.py", "InputBatch", ("num_computed_tokens_cpu", "token_ids_cpu")),
-        Function(_PROPOSER, "SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata", ("self",)),
-        Function(_PROPOSER, "SpecDecodeBaseProposer._get_slot_mapping", ("self", "num_tokens", "slot_mapping")),
-        Mentions(
+        References(_RUNNER, "GPUModelRunner.sample_tokens", ("propose_draft_token_ids", "draft_after_bookkeeping")),
+        HasSignature(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), exact=True),
+        References(_RUNNER, "GPUModelRunner.execute_model", ("_update_states",)),
+        References(_RUNNER, "GPUModelRunner._get_draft_token_ids_cpu", ("_draft_token_ids", "list")),
+        References("v1/worker/gpu_input_batch.py", "InputBatch", ("num_computed_tokens_cpu", "token_ids_cpu")),
+        HasSignature(_PROPOSER, "SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata", ("self",)),
+        HasSignature(_PROPOSER, "SpecDecodeBaseProposer._get_slot_mapping", ("self", "num_tokens", "slot_mapping")),
+        References(
             _PROPOSER,
             "SpecDecodeBaseProposer.__init__",
             ("kv_cache_gid", "block_size", "max_num_tokens", "input_ids", "positions", "parallel_drafting"),
         ),
-        Name("v1/attention/backend.py", "CommonAttentionMetadata.block_table_tensor"),
-        Name("v1/attention/backend.py", "CommonAttentionMetadata.seq_lens_cpu_upper_bound"),
-        Name("v1/attention/backend.py", "CommonAttentionMetadata.slot_mapping"),
+        HasAttribute("v1/attention/backend.py", "CommonAttentionMetadata.block_table_tensor"),
+        HasAttribute("v1/attention/backend.py", "CommonAttentionMetadata.seq_lens_cpu_upper_bound"),
+        HasAttribute("v1/attention/backend.py", "CommonAttentionMetadata.slot_mapping"),
     ),
     slots=("speculation",),
     optional=True,

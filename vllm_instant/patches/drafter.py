@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.deployment.circuit_breaker import Contained, ContractError
+from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.interfaces import Draft, Drafter, DraftRequest
-from vllm_instant.patches.compat import Function, Mentions, Seam
+from vllm_instant.patches.compat import HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
-from vllm_instant.patches.plugin_factory import build_contained, context_of
+from vllm_instant.patches.plugin_factory import build_guarded, context_of
 from vllm_instant.patches.scheduler import PLAN_ATTRIBUTE
-from vllm_instant.speculation.draft_plan import DraftPlan, worthwhile
+from vllm_instant.speculation.draft_plan import DraftPlan, trim_drafts
 
 MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
 NO_PLAN = DraftPlan()
@@ -32,14 +32,14 @@ class PluginDrafter:
     """What vLLM's ``custom_class`` method instantiates; asks the deployment's drafter plugin."""
 
     def __init__(self, vllm_config: Any) -> None:
-        deployment = deployment_env.current()
+        deployment = deployment_env.get_deployment()
         if deployment is None:
             raise RuntimeError("PluginDrafter needs a deployment: start the server with --plugins vllm_instant")
         context = context_of(vllm_config, deployment)
-        contained = build_contained("drafter", deployment, context)
+        contained = build_guarded("drafter", deployment, context)
         if contained is None:
             raise RuntimeError(f"[drafter] plugin {deployment.slots['drafter'].plugin!r} brings no drafter of its own")
-        self.drafter: Contained[Drafter] = contained
+        self.drafter: GuardedPlugin[Drafter] = contained
         self.vocab_size = context.vocab_size
         self.max_draft_tokens = context.num_speculative_tokens
         self._request_ids: Sequence[str] = ()
@@ -125,7 +125,7 @@ class PluginDrafter:
             checked_draft(proposal, request.max_draft_tokens, self.vocab_size)
             for request, proposal in zip(wanted, answer, strict=True)
         ]
-        return worthwhile(checked, self._plan.price, [request.is_pinned for request in wanted])
+        return trim_drafts(checked, self._plan.draft_cost, [request.is_pinned for request in wanted])
 
 
 def checked_draft(proposal: Sequence[int] | Draft | None, most: int, vocab_size: int) -> list[int] | Draft:
@@ -187,20 +187,22 @@ def install() -> None:
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="drafter",
     purpose="drafters that plugins bring",
     requirements=(
-        Function(_RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output", "sampled_token_ids")),
-        Function(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), exact=True),
-        Mentions(_RUNNER, "GPUModelRunner.execute_model", ("_update_states",)),
-        Mentions(
+        HasSignature(
+            _RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output", "sampled_token_ids")
+        ),
+        HasSignature(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), exact=True),
+        References(_RUNNER, "GPUModelRunner.execute_model", ("_update_states",)),
+        References(
             _RUNNER,
             "GPUModelRunner.propose_draft_token_ids",
             ("drafter", "propose", "num_tokens_no_spec", "token_ids_cpu"),
         ),
-        Mentions("v1/worker/gpu_input_batch.py", "InputBatch", ("num_prompt_tokens", "req_ids")),
-        Function("v1/spec_decode/custom_class_proposer.py", "create_custom_proposer", ("vllm_config",)),
+        References("v1/worker/gpu_input_batch.py", "InputBatch", ("num_prompt_tokens", "req_ids")),
+        HasSignature("v1/spec_decode/custom_class_proposer.py", "create_custom_proposer", ("vllm_config",)),
     ),
     slots=("drafter",),
 )

@@ -6,7 +6,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from vllm_instant.patches.compat import Function, Mentions, Seam
+from vllm_instant.patches.compat import HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.moe_reports import REPORT
 
@@ -33,16 +33,16 @@ def instant_decisions(self: Any, last: int, request_id: str | None = None, queue
 
 
 def instant_hold(self: Any, name: str, sessions: int, tokens: int, share: float) -> str | None:
-    """Let a session hold its prefix (``seams.holding``); returns why not, if not."""
+    """Let a session hold its prefix (``patches.holding``); returns why not, if not."""
     hold = getattr(self.scheduler, "instant_hold", None)
     return hold(name, sessions, tokens, share) if hold is not None else "the scheduler is not vllm-instant's"
 
 
 def instant_let_go(self: Any, name: str) -> None:
     """The session holds nothing any more."""
-    let_go = getattr(self.scheduler, "instant_let_go", None)
-    if let_go is not None:
-        let_go(name)
+    unpin = getattr(self.scheduler, "instant_let_go", None)
+    if unpin is not None:
+        unpin(name)
 
 
 def _change(module: ModuleType) -> None:
@@ -95,15 +95,15 @@ def install() -> None:
     when_imported(MODULE, _change)
 
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="engine_core",
     purpose="numbers for the metrics, reasons for decisions",
     requirements=(
-        Function("v1/engine/core.py", "EngineCore.post_step", ("self", "model_executed"), exact=True),
-        Function("v1/engine/core.py", "EngineCore.shutdown", ("self",), exact=True),
-        Function("v1/engine/core.py", "EngineCoreProc._handle_shutdown", ("self",), exact=True),
-        Mentions("v1/engine/core.py", "EngineCore.__init__", ("scheduler", "model_executor")),
-        Function("v1/engine/core_client.py", "AsyncMPClient.call_utility_all_async", ("self", "method")),
+        HasSignature("v1/engine/core.py", "EngineCore.post_step", ("self", "model_executed"), exact=True),
+        HasSignature("v1/engine/core.py", "EngineCore.shutdown", ("self",), exact=True),
+        HasSignature("v1/engine/core.py", "EngineCoreProc._handle_shutdown", ("self",), exact=True),
+        References("v1/engine/core.py", "EngineCore.__init__", ("scheduler", "model_executor")),
+        HasSignature("v1/engine/core_client.py", "AsyncMPClient.call_utility_all_async", ("self", "method")),
     ),
     optional=True,
 )

@@ -7,7 +7,7 @@ norm adds the two. Each part's class becomes a subclass of itself, so that check
 stay what they are.
 
 torch.compile and CUDA graphs see the operator as one opaque piece. It asks the plugin in batches of up to
-``most_rows``; for larger ones, and once the plugin is disabled, it runs the parts as vLLM has them.
+``max_rows``; for larger ones, and once the plugin is disabled, it runs the parts as vLLM has them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.deployment.circuit_breaker import Contained, ContractError
+from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.interfaces import FeedForwardProvider
 from vllm_instant.patches import attention
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.feed_forward_layers import (
     UnservedLayerError,
     candidates,
@@ -45,14 +45,14 @@ CACHE_KEY = "vllm_instant_feed_forward"
 """In ``additional_config``: makes compiled graphs with our operator others than those without it."""
 
 
-def provider(vllm_config: Any) -> Contained[FeedForwardProvider] | None:
+def provider(vllm_config: Any) -> GuardedPlugin[FeedForwardProvider] | None:
     """The part of the attention plugin that computes second halves, behind a breaker of its own; None without one.
 
     Raises:
         PluginStartError: the plugin cannot start here.
 
     """
-    deployment = deployment_env.current()
+    deployment = deployment_env.get_deployment()
     if deployment is None:
         return None
     from vllm.config import set_current_vllm_config
@@ -62,7 +62,7 @@ def provider(vllm_config: Any) -> Contained[FeedForwardProvider] | None:
 
 
 @cache
-def _part(text: str) -> Contained[FeedForwardProvider] | None:
+def _part(text: str) -> GuardedPlugin[FeedForwardProvider] | None:
     whole = attention.provider()
     part = None if whole is None else whole.instance.feed_forward()
     if whole is None or part is None:
@@ -72,10 +72,10 @@ def _part(text: str) -> Contained[FeedForwardProvider] | None:
             f"plugin {whole.plugin} of slot attention cannot start: its feed_forward() returned a "
             f"{type(part).__name__}; return None, or derive it from vllm_instant.FeedForwardProvider"
         )
-    return Contained("attention", f"{whole.plugin}.feed_forward", part)
+    return GuardedPlugin("attention", f"{whole.plugin}.feed_forward", part)
 
 
-def why_not(vllm_config: Any) -> str | None:
+def unsupported_reason(vllm_config: Any) -> str | None:
     """Why no layer of an engine can be served, one sentence; None if some may be."""
     from vllm import envs
 
@@ -96,7 +96,9 @@ class ServedHalf:
 
     """
 
-    def __init__(self, plugin: Contained[FeedForwardProvider], compute: Callable[[Any, Any], Any], layer: Any) -> None:
+    def __init__(
+        self, plugin: GuardedPlugin[FeedForwardProvider], compute: Callable[[Any, Any], Any], layer: Any
+    ) -> None:
         self._plugin = plugin
         self._compute = compute
         projection, norm, mlp = layer.self_attn.o_proj, layer.post_attention_layernorm, layer.mlp
@@ -110,7 +112,7 @@ class ServedHalf:
 
     def __call__(self, attended: Any, residual: Any) -> tuple[Any, Any]:
         """What the feed-forward adds, and the residual stream before it, from both behind the attention."""
-        if 0 < len(attended) <= self._plugin.instance.most_rows:
+        if 0 < len(attended) <= self._plugin.instance.max_rows:
             attended, residual = attended.contiguous(), residual.contiguous()
             computed = self._plugin.call("compute", lambda _: self._by_plugin(attended, residual), None)
             if computed is not None:
@@ -210,7 +212,7 @@ def register_operator() -> Any:
     return library
 
 
-def attach(model: Any, vllm_config: Any, model_config: Any, plugin: Contained[FeedForwardProvider]) -> int:
+def attach(model: Any, vllm_config: Any, model_config: Any, plugin: GuardedPlugin[FeedForwardProvider]) -> int:
     """Serve the layers of a loaded model that can be; returns their number. Says once why others are not."""
     device = str(vllm_config.device_config.device_type)
     found = candidates(model)
@@ -220,9 +222,9 @@ def attach(model: Any, vllm_config: Any, model_config: Any, plugin: Contained[Fe
     for layer in layers:
         try:
             half = second_half(layer, model_config.dtype, device)
-            objection = plugin.instance.objection(half)
-            if objection is not None:
-                raise UnservedLayerError(objection)
+            unsupported_reason = plugin.instance.unsupported_reason(half)
+            if unsupported_reason is not None:
+                raise UnservedLayerError(unsupported_reason)
         except UnservedLayerError as error:
             reasons[str(error)] += 1
             continue
@@ -240,7 +242,7 @@ def attach(model: Any, vllm_config: Any, model_config: Any, plugin: Contained[Fe
             plugin.plugin,
             served,
             model_config.model,
-            plugin.instance.most_rows,
+            plugin.instance.max_rows,
         )
     return served
 
@@ -249,10 +251,10 @@ def _loading(load: Any) -> Any:
     @functools.wraps(load)
     def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
         plugin = provider(vllm_config)
-        objection = None if plugin is None else why_not(vllm_config)
-        if plugin is None or objection is not None:
+        reason = None if plugin is None else unsupported_reason(vllm_config)
+        if plugin is None or reason is not None:
             if plugin is not None:
-                logger.warning("Plugin %s leaves all layers to vLLM: %s", plugin.plugin, objection)
+                logger.warning("Plugin %s leaves all layers to vLLM: %s", plugin.plugin, reason)
             return load(self, vllm_config, model_config, *args, **kwargs)
         # Before the model is made: parts of it keep the configuration.
         if isinstance(vllm_config.additional_config, dict):
@@ -289,7 +291,7 @@ def _wrap(module: ModuleType) -> None:
 
 def install() -> None:
     """Change the loaders of models when they are imported, if the deployment names an attention plugin."""
-    deployment = deployment_env.current()
+    deployment = deployment_env.get_deployment()
     # By the name alone: in a worker it is too early to load plugins (see activation.activate).
     if deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default:
         when_imported(LOADER_MODULE, _wrap)
@@ -298,42 +300,44 @@ def install() -> None:
 _LOADER = "model_executor/model_loader"
 _LAYERS = "model_executor/layers"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="feed forward",
     purpose="attention plugins that compute the second half of decoder layers in small batches",
     requirements=(
         *requirements(),
-        Name(f"{_LOADER}/__init__.py", "_LOAD_FORMAT_TO_MODEL_LOADER"),
-        Function(f"{_LOADER}/base_loader.py", "BaseModelLoader.create_model", ("self", "vllm_config")),
-        Function(f"{_LOADER}/base_loader.py", "BaseModelLoader.load_model", ("self", "vllm_config", "model_config")),
-        Mentions(
+        HasAttribute(f"{_LOADER}/__init__.py", "_LOAD_FORMAT_TO_MODEL_LOADER"),
+        HasSignature(f"{_LOADER}/base_loader.py", "BaseModelLoader.create_model", ("self", "vllm_config")),
+        HasSignature(
+            f"{_LOADER}/base_loader.py", "BaseModelLoader.load_model", ("self", "vllm_config", "model_config")
+        ),
+        References(
             f"{_LOADER}/base_loader.py",
             "BaseModelLoader.load_model",
             ("create_model", "process_weights_after_loading"),
         ),
-        Function(f"{_LAYERS}/layernorm.py", "RMSNorm.forward_native", ("self", "x", "residual"), exact=True),
-        Mentions(f"{_LAYERS}/layernorm.py", "RMSNorm.forward_native", ("fused_add_rms_norm", "maybe_inplace")),
-        Mentions(
+        HasSignature(f"{_LAYERS}/layernorm.py", "RMSNorm.forward_native", ("self", "x", "residual"), exact=True),
+        References(f"{_LAYERS}/layernorm.py", "RMSNorm.forward_native", ("fused_add_rms_norm", "maybe_inplace")),
+        References(
             f"{_LAYERS}/layernorm.py",
             "RMSNorm.__init__",
             ("variance_epsilon", "variance_size_override", "has_weight", "weight"),
         ),
-        Name(f"{_LAYERS}/activation.py", "SiluAndMul"),
-        Function("ir/op.py", "IrOp.set_priority", ("self", "priority"), exact=True),
-        Function("ir/op.py", "IrOp.supported_providers", ("self",), exact=True),
-        Function(f"{_LAYERS}/linear.py", "RowParallelLinear.forward", ("self", "input_"), exact=True),
-        Mentions(
+        HasAttribute(f"{_LAYERS}/activation.py", "SiluAndMul"),
+        HasSignature("ir/op.py", "IrOp.set_priority", ("self", "priority"), exact=True),
+        HasSignature("ir/op.py", "IrOp.supported_providers", ("self",), exact=True),
+        HasSignature(f"{_LAYERS}/linear.py", "RowParallelLinear.forward", ("self", "input_"), exact=True),
+        References(
             f"{_LAYERS}/linear.py", "LinearBase.__init__", ("tp_size", "return_bias", "input_size", "output_size")
         ),
-        Mentions(f"{_LAYERS}/linear.py", "UnquantizedLinearMethod.process_weights_after_loading", ("cpu_linear",)),
-        Name("forward_context.py", "ForwardContext.no_compile_layers"),
-        Mentions(f"{_LAYERS}/attention/attention.py", "Attention.__init__", ("layer_name", "static_forward_context")),
-        Name("utils/torch_utils.py", "LayerName"),
-        Function("utils/torch_utils.py", "_encode_layer_name", ("layer_name",), exact=True),
-        Function("utils/torch_utils.py", "_resolve_layer_name", ("layer_name",), exact=True),
-        Function("utils/torch_utils.py", "direct_register_custom_op", ("op_name", "op_func", "mutates_args")),
-        Name("config/vllm.py", "VllmConfig.additional_config"),
-        Name("config/vllm.py", "VllmConfig.lora_config"),
+        References(f"{_LAYERS}/linear.py", "UnquantizedLinearMethod.process_weights_after_loading", ("cpu_linear",)),
+        HasAttribute("forward_context.py", "ForwardContext.no_compile_layers"),
+        References(f"{_LAYERS}/attention/attention.py", "Attention.__init__", ("layer_name", "static_forward_context")),
+        HasAttribute("utils/torch_utils.py", "LayerName"),
+        HasSignature("utils/torch_utils.py", "_encode_layer_name", ("layer_name",), exact=True),
+        HasSignature("utils/torch_utils.py", "_resolve_layer_name", ("layer_name",), exact=True),
+        HasSignature("utils/torch_utils.py", "direct_register_custom_op", ("op_name", "op_func", "mutates_args")),
+        HasAttribute("config/vllm.py", "VllmConfig.additional_config"),
+        HasAttribute("config/vllm.py", "VllmConfig.lora_config"),
     ),
     slots=("attention",),
     optional=True,

@@ -1,6 +1,6 @@
 """Which decoder layers of a model have a second half that plugins may compute, and where its weights are.
 
-A layer qualifies if all of its parts are of kinds that are known to the letter (``KINDS``, which the seam's
+A layer qualifies if all of its parts are of kinds that are known to the letter (``KINDS``, which the patch's
 requirements check in vLLM's sources). What derives from them without another ``forward`` does, too.
 """
 
@@ -10,7 +10,7 @@ import ast
 from typing import Any
 
 from vllm_instant.interfaces import FeedForwardLayer, LinearWeights
-from vllm_instant.patches.compat import Passage, Requirement
+from vllm_instant.patches.compat import HasStatements, Requirement
 
 MODELS = "vllm.model_executor.models"
 _HALF = """
@@ -76,7 +76,9 @@ class UnservedLayerError(Exception):
 def requirements() -> tuple[Requirement, ...]:
     """That vLLM's classes are still what ``KINDS`` says."""
     return tuple(
-        Passage(f"model_executor/models/{module}.py", f"{name}.forward", tuple(map(ast.unparse, ast.parse(code).body)))
+        HasStatements(
+            f"model_executor/models/{module}.py", f"{name}.forward", tuple(map(ast.unparse, ast.parse(code).body))
+        )
         for of_part in KINDS.values()
         for (module, name), code in ((known.split("."), code) for known, code in of_part.items())
     )
@@ -129,7 +131,7 @@ def second_half(layer: Any, dtype: Any, device: str) -> FeedForwardLayer:
 
 
 def _written_in(module: Any) -> str:
-    """The class whose ``forward`` a module has, seams of ours aside, as module and name."""
+    """The class whose ``forward`` a module has, patches of ours aside, as module and name."""
     for kind in type(module).__mro__:
         if "forward" in vars(kind) and not kind.__module__.startswith("vllm_instant"):
             return f"{kind.__module__}.{kind.__qualname__}"

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from vllm_instant.deployment import deployment_env, settings
 from vllm_instant.deployment.errors import EXIT_CODE, DeploymentError, Problem
 from vllm_instant.patches.attention import refuse_unreadable_cache
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.default_drafter import chooses_drafter, may_be_used
 from vllm_instant.patches.engine_options import as_arguments
 from vllm_instant.patches.scheduler import QUALIFIED_NAME as SCHEDULER
@@ -254,7 +254,7 @@ def _select(parsed: Any, serve: Serve) -> None:
     plugins = [name for text in words for name in _names(text)] if words is not None else None
     selection = Selection(plugins, parsed.instant_config, list(parsed.instant_set or []))
     if not selection.selected:
-        deployment_env.withdraw()
+        deployment_env.clear_deployment()
         for option, value in (("--instant-config", selection.config), ("--instant-set", selection.overrides)):
             if value:
                 _fail(DeploymentError([Problem(option, "", f"has no effect without the plugin: {SELECT_HINT}")]))
@@ -275,12 +275,12 @@ def _take_scheduler(arguments: Any, deployment: settings.Deployment) -> bool:
     """Name our scheduler on parsed options or EngineArgs if it has something to do; says whether that is drafts."""
     asked = getattr(arguments, "scheduler_cls", None)
     replaced = asked not in (None, SCHEDULER)
-    batches = deployment.offer("batching").plugin.build is not None
+    batches = deployment.installed("batching").plugin.build is not None
     speculates = deployment.slots["speculation"].plugin != "off" and (
         chooses_drafter(arguments) or (not replaced and may_be_used(arguments, deployment))
     )
     if not (speculates or batches):
-        if not replaced and deployment.offer("streaming").plugin.build is not None:
+        if not replaced and deployment.installed("streaming").plugin.build is not None:
             # Sessions may hold KV blocks there; under another scheduler they go without.
             arguments.scheduler_cls = SCHEDULER
         return False
@@ -330,7 +330,7 @@ def _select_offline(engine_args: Any, serve: Serve) -> None:
     additional = engine_args.additional_config
     if not isinstance(additional, dict) or ADDITIONAL_CONFIG_KEY not in additional:
         if _published_offline:
-            deployment_env.withdraw()
+            deployment_env.clear_deployment()
             _published_offline = False
         return
     file = additional[ADDITIONAL_CONFIG_KEY]
@@ -363,21 +363,21 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 _PARSER = "utils/argparse_utils.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="flags",
     purpose="--plugins, --instant-config, --instant-set and LLM(additional_config=...)",
     requirements=(
-        Function("engine/arg_utils.py", "EngineArgs.add_cli_args", ("parser",)),
-        Function("engine/arg_utils.py", "EngineArgs.create_engine_config", ("self",)),
-        Mentions("engine/arg_utils.py", "AsyncEngineArgs.add_cli_args", ("load_general_plugins", "add_cli_args")),
-        Mentions("engine/arg_utils.py", "EngineArgs.__post_init__", ("load_general_plugins",)),
-        Name("engine/arg_utils.py", "EngineArgs.additional_config"),
-        Name("engine/arg_utils.py", "EngineArgs.scheduler_cls"),
-        Name("engine/arg_utils.py", "EngineArgs.speculative_config"),
-        Function(_PARSER, "FlexibleArgumentParser.parse_args", ("self", "args", "namespace")),
-        Function(_PARSER, "FlexibleArgumentParser._pull_args_from_config", ("self", "args")),
-        Function(_PARSER, "FlexibleArgumentParser.load_config_file", ("self", "file_path")),
-        Mentions(_PARSER, "FlexibleArgumentParser.parse_args", ("_pull_args_from_config",)),
-        Mentions("plugins/__init__.py", "load_plugins_by_group", ("VLLM_PLUGINS",)),
+        HasSignature("engine/arg_utils.py", "EngineArgs.add_cli_args", ("parser",)),
+        HasSignature("engine/arg_utils.py", "EngineArgs.create_engine_config", ("self",)),
+        References("engine/arg_utils.py", "AsyncEngineArgs.add_cli_args", ("load_general_plugins", "add_cli_args")),
+        References("engine/arg_utils.py", "EngineArgs.__post_init__", ("load_general_plugins",)),
+        HasAttribute("engine/arg_utils.py", "EngineArgs.additional_config"),
+        HasAttribute("engine/arg_utils.py", "EngineArgs.scheduler_cls"),
+        HasAttribute("engine/arg_utils.py", "EngineArgs.speculative_config"),
+        HasSignature(_PARSER, "FlexibleArgumentParser.parse_args", ("self", "args", "namespace")),
+        HasSignature(_PARSER, "FlexibleArgumentParser._pull_args_from_config", ("self", "args")),
+        HasSignature(_PARSER, "FlexibleArgumentParser.load_config_file", ("self", "file_path")),
+        References(_PARSER, "FlexibleArgumentParser.parse_args", ("_pull_args_from_config",)),
+        References("plugins/__init__.py", "load_plugins_by_group", ("VLLM_PLUGINS",)),
     ),
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.slots import SLOTS
-from vllm_instant.patches.compat import Function, Mentions, Name, Passage, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, HasStatements, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 
 logger = logging.getLogger("vllm.instant")
@@ -35,7 +35,7 @@ def _wrap(module: ModuleType) -> None:
     def load_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         model = load(self, vllm_config, *args, **kwargs)
         # By the name alone: a server without such a plugin loads nothing of ours.
-        deployment = deployment_env.current()
+        deployment = deployment_env.get_deployment()
         if deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default:
             from vllm_instant.patches.fused_rope_attention import serve
 
@@ -66,21 +66,23 @@ _ATTENTION = "model_executor/layers/attention/attention.py"
 _ROTARY = "model_executor/layers/rotary_embedding/base.py"
 _BACKEND = "v1/attention/backend.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="rotation",
     purpose="attention plugins that rotate and write in one launch",
     requirements=(
-        Function("model_executor/model_loader/base_loader.py", "BaseModelLoader.load_model", ("self", "vllm_config")),
+        HasSignature(
+            "model_executor/model_loader/base_loader.py", "BaseModelLoader.load_model", ("self", "vllm_config")
+        ),
         *(
-            Passage(
+            HasStatements(
                 f"model_executor/models/{file}.py",
                 f"{name}.forward",
                 ("q, k = self.rotary_emb(positions, q, k)", "attn_output = self.attn(q, k, v)"),
             )
             for file, name in (("llama", "LlamaAttention"), ("qwen2", "Qwen2Attention"), ("qwen3", "Qwen3Attention"))
         ),
-        Function(_ATTENTION, "Attention.forward", ("self", "query", "key", "value"), exact=True),
-        Mentions(
+        HasSignature(_ATTENTION, "Attention.forward", ("self", "query", "key", "value"), exact=True),
+        References(
             _ATTENTION,
             "Attention.forward",
             (
@@ -94,20 +96,20 @@ SEAM = Seam(
                 "layer_name",
             ),
         ),
-        Function(_ATTENTION, "get_attention_context", ("layer_name",), exact=True),
-        Function(
+        HasSignature(_ATTENTION, "get_attention_context", ("layer_name",), exact=True),
+        HasSignature(
             _ATTENTION, "unified_attention_with_output", ("query", "key", "value", "output", "layer_name"), exact=True
         ),
-        Function(_ROTARY, "RotaryEmbeddingBase._match_cos_sin_cache_dtype", ("self", "query"), exact=True),
-        Mentions(_ROTARY, "RotaryEmbedding.forward_cuda", ("rotary_embedding", "use_flashinfer", "is_neox_style")),
-        Function(_ROTARY, "RotaryEmbedding.forward_native", ("self", "positions", "query", "key"), exact=True),
-        Function(
+        HasSignature(_ROTARY, "RotaryEmbeddingBase._match_cos_sin_cache_dtype", ("self", "query"), exact=True),
+        References(_ROTARY, "RotaryEmbedding.forward_cuda", ("rotary_embedding", "use_flashinfer", "is_neox_style")),
+        HasSignature(_ROTARY, "RotaryEmbedding.forward_native", ("self", "positions", "query", "key"), exact=True),
+        HasSignature(
             "_custom_ops.py",
             "rotary_embedding",
             ("positions", "query", "key", "head_size", "cos_sin_cache", "is_neox"),
             exact=True,
         ),
-        Function(
+        HasSignature(
             _BACKEND,
             "AttentionImpl.do_rope_and_kv_cache_update",
             (
@@ -124,9 +126,9 @@ SEAM = Seam(
             ),
             exact=True,
         ),
-        Function(_BACKEND, "AttentionImpl.fused_rope_kvcache_supported", ("self",), exact=True),
-        Name("config/compilation.py", "CompilationConfig.splitting_ops"),
-        Name("config/vllm.py", "VllmConfig.additional_config"),
+        HasSignature(_BACKEND, "AttentionImpl.fused_rope_kvcache_supported", ("self",), exact=True),
+        HasAttribute("config/compilation.py", "CompilationConfig.splitting_ops"),
+        HasAttribute("config/vllm.py", "VllmConfig.additional_config"),
     ),
     slots=("attention",),
     optional=True,

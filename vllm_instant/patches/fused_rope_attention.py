@@ -135,7 +135,7 @@ def hands_on(forward: Any) -> bool:
     return False
 
 
-def objection(parent: Any, attention: Any) -> str | None:
+def unsupported_reason(parent: Any, attention: Any) -> str | None:
     """Why the rotation of an attention layer stays vLLM's, as the end of a sentence; None if it need not."""
     rotary = getattr(parent, "rotary_emb", None)
     kind = type(rotary)
@@ -158,7 +158,7 @@ def objection(parent: Any, attention: Any) -> str | None:
             f"rotation, keys and values disagree about the size of a head ({rotary.head_size}, {attention.head_size}, "
             f"{attention.head_size_v})"
         )
-    found: str | None = attention.impl.plugin.instance.objection_to_rotation(
+    found: str | None = attention.impl.plugin.instance.rotation_unsupported_reason(
         attention.head_size, rotary.rotary_dim, rotary.is_neox_style
     )
     return found
@@ -182,7 +182,7 @@ def serve(model: Any) -> int:
     left: Counter[str] = Counter()
     for layer in layers:
         parent = parents.get(id(layer))
-        reason = objection(parent, layer)
+        reason = unsupported_reason(parent, layer)
         if reason is not None:
             left[reason] += 1
         elif parent is not None:

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 from fastapi import Body, FastAPI, HTTPException, Query, Request
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.deployment.circuit_breaker import Contained, failure_counts
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin, failure_counts
 from vllm_instant.deployment.settings import Deployment, SlotChoice
 from vllm_instant.metrics import InstantMetrics
 from vllm_instant.patches import streaming
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.engine_core import DECISIONS_METHOD, METHOD
 from vllm_instant.patches.moe_reports import METHOD as EXPERTS_METHOD
 from vllm_instant.patches.plugin_factory import uses_drafter_plugin
@@ -49,12 +49,12 @@ class InstantEndpoints:
             ("experts", _set_experts, "POST"),
         ):
             app.add_api_route(f"/v1/instant/{path}", endpoint, methods=[method], tags=["vllm-instant"])
-        if streaming.is_served(deployment_env.current()):
+        if streaming.is_served(deployment_env.get_deployment()):
             self._app, self._streaming = app, streaming.attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Start polling the engines; with several API servers only the first one does, so nothing counts twice."""
-        deployment = deployment_env.current()
+        deployment = deployment_env.get_deployment()
         if deployment is None:
             return
         if engine_client is not None:
@@ -103,7 +103,7 @@ async def _show_experts(request: Request) -> dict[str, Any]:
 async def _set_experts(request: Request, settings: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
     """Hand settings to the experts plugin in all workers; the first one's answer, its layers included."""
     deployment: Deployment | None = getattr(request.app.state, "instant_deployment", None)
-    if deployment is None or deployment.offer("experts").plugin.build is None:
+    if deployment is None or deployment.installed("experts").plugin.build is None:
         raise HTTPException(404, "this server has no experts plugin")
     workers = await request.app.state.engine_client.collective_rpc(EXPERTS_METHOD, args=(settings,))
     if not workers or workers[0] is None:
@@ -121,7 +121,7 @@ def as_served(deployment: Deployment, speculative_config: Any) -> Deployment:
     return deployment.model_copy(update={"slots": deployment.slots | {"drafter": SlotChoice(plugin="native")}})
 
 
-async def _poll(engine_client: Any, metrics: InstantMetrics, reader: Contained[Any] | None = None) -> None:
+async def _poll(engine_client: Any, metrics: InstantMetrics, reader: GuardedPlugin[Any] | None = None) -> None:
     client = engine_client.engine_core
     failures = 0
     while failures < 3:
@@ -142,19 +142,19 @@ async def _poll(engine_client: Any, metrics: InstantMetrics, reader: Contained[A
         logger.warning("vllm_instant metrics stopped: the engine does not answer (%s: %s)", type(last).__name__, last)
 
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="endpoints",
     purpose="metrics and /v1/instant routes",
     requirements=(
-        Name("plugins/endpoint_plugins/interface.py", "EndpointPlugin.required_tasks"),
-        Function("plugins/endpoint_plugins/interface.py", "EndpointPlugin.attach_router", ("self", "app")),
-        Function(
+        HasAttribute("plugins/endpoint_plugins/interface.py", "EndpointPlugin.required_tasks"),
+        HasSignature("plugins/endpoint_plugins/interface.py", "EndpointPlugin.attach_router", ("self", "app")),
+        HasSignature(
             "plugins/endpoint_plugins/interface.py",
             "EndpointPlugin.init_state",
             ("self", "engine_client", "state", "args"),
         ),
-        Mentions("v1/engine/async_llm.py", "AsyncLLM.__init__", ("engine_core", "vllm_config")),
-        Name("config/parallel.py", "ParallelConfig._api_process_rank"),
+        References("v1/engine/async_llm.py", "AsyncLLM.__init__", ("engine_core", "vllm_config")),
+        HasAttribute("config/parallel.py", "ParallelConfig._api_process_rank"),
     ),
     optional=True,
 )

@@ -1,9 +1,9 @@
 """A drafter plugin beside vLLM's draft model, on the V1 runner under synchronous scheduling.
 
-Step by step the plugin says which requests the draft model serves. The draft model is run by ``seams.draft_skipping``,
-only when a request wants it and only as far as one does. Where the model's tokens are sampled (``draft_sample_method =
-"probabilistic"``) vLLM verifies drafts against the distributions that they were drawn from; the plugin's tokens then
-carry distributions with all weight on one token.
+Step by step the plugin says which requests the draft model serves. The draft model is run by
+``patches.draft_skipping``, only when a request wants it and only as far as one does. Where the model's tokens are
+sampled (``draft_sample_method = "probabilistic"``) vLLM verifies drafts against the distributions that they were drawn
+from; the plugin's tokens then carry distributions with all weight on one token.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.deployment.circuit_breaker import Contained, ContractError
-from vllm_instant.interfaces import Draft, DraftRequest, Share, SharingDrafter
-from vllm_instant.patches.compat import Function, Mentions, Seam
-from vllm_instant.patches.draft_model_skip import DraftModelKeeper, can_be_skipped, keeper_of
+from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
+from vllm_instant.interfaces import Draft, DraftAssignment, DraftRequest, HybridDrafter
+from vllm_instant.patches.compat import HasSignature, References, VllmPatch
+from vllm_instant.patches.draft_model_skip import DraftModelCatchUp, can_be_skipped, keeper_of
 from vllm_instant.patches.drafter import checked_draft
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.plugin_factory import (
     PluginStartError,
-    build_contained,
+    build_guarded,
     context_of,
     uses_drafter_plugin,
 )
@@ -33,10 +33,10 @@ from vllm_instant.speculation.draft_plan import DraftPlan
 
 MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
 SHARER_ATTRIBUTE = "instant_draft_sharer"
-"""On a model runner: its ``DraftSharer``, or None."""
+"""On a model runner: its ``HybridDraftRunner``, or None."""
 
 
-class DraftSharer:
+class HybridDraftRunner:
     """Splits one worker's drafting between a plugin and the draft model.
 
     Args:
@@ -48,7 +48,7 @@ class DraftSharer:
     """
 
     def __init__(
-        self, runner: Any, drafter: Contained[SharingDrafter], keeper: DraftModelKeeper, vocab_size: int
+        self, runner: Any, drafter: GuardedPlugin[HybridDrafter], keeper: DraftModelCatchUp, vocab_size: int
     ) -> None:
         self.runner = runner
         self.drafter = drafter
@@ -63,7 +63,7 @@ class DraftSharer:
         """Drafts for the rows of the batch, a list of token ids a row.
 
         Args:
-            run_model: ``propose_draft_token_ids`` as it is without this seam.
+            run_model: ``propose_draft_token_ids`` as it is without this patch.
             scheduler_output: the step.
             plan: what the scheduler decided about its drafts.
             arguments: of ``propose_draft_token_ids``, behind ``scheduler_output``.
@@ -72,12 +72,12 @@ class DraftSharer:
         batch = self.runner.input_batch
         requests = self._requests(scheduler_output, plan, arguments[0]) if any(plan.lengths.values()) else []
         # When the plugin is disabled the draft model does everything.
-        otherwise = [Share(model_length=request.max_draft_tokens) for request in requests]
+        otherwise = [DraftAssignment(num_draft_tokens=request.max_draft_tokens) for request in requests]
         shares = self.drafter.call("share", lambda drafter: self._ask(drafter, requests, plan), otherwise)
         by_model = {
-            request.request_id: share.model_length
+            request.request_id: share.num_draft_tokens
             for request, share in zip(requests, shares, strict=True)
-            if share.model_length
+            if share.num_draft_tokens
         }
         passes = max(by_model.values(), default=0)
         self.draft_passes = passes
@@ -89,7 +89,7 @@ class DraftSharer:
         rows = batch.req_id_to_index
         if by_model:
             drafted = {request_id: drafts[rows[request_id]] for request_id in by_model}
-            self.drafter.call("model_drafted", lambda drafter: drafter.model_drafted(drafted), None)
+            self.drafter.call("on_model_drafts", lambda drafter: drafter.on_model_drafts(drafted), None)
         own = {
             rows[request.request_id]: list(share.own)
             for request, share in zip(requests, shares, strict=True)
@@ -140,19 +140,19 @@ class DraftSharer:
             )
         return requests
 
-    def _ask(self, drafter: SharingDrafter, requests: Sequence[DraftRequest], plan: DraftPlan) -> list[Share]:
+    def _ask(self, drafter: HybridDrafter, requests: Sequence[DraftRequest], plan: DraftPlan) -> list[DraftAssignment]:
         """The plugin's answer with everything checked that could harm the engine further down."""
         if not requests:
             return []
-        shares = drafter.share(requests, plan.price)
+        shares = drafter.assign(requests, plan.draft_cost)
         if len(shares) != len(requests):
             raise ContractError(f"shares for {len(requests)} requests were due, {len(shares)} came")
         checked = []
         for request, share in zip(requests, shares, strict=True):
-            if not 0 <= share.model_length <= request.max_draft_tokens:
+            if not 0 <= share.num_draft_tokens <= request.max_draft_tokens:
                 raise ContractError(f"0 to {request.max_draft_tokens} tokens may be asked for, found {share}")
             own = checked_draft(share.own, request.max_draft_tokens, self.vocab_size)
-            checked.append(Share(own.token_ids if isinstance(own, Draft) else own, share.model_length))
+            checked.append(DraftAssignment(own.token_ids if isinstance(own, Draft) else own, share.num_draft_tokens))
         return checked
 
     def _certain(self, own: Mapping[int, Sequence[int]]) -> None:
@@ -173,22 +173,22 @@ class DraftSharer:
         runner._draft_probs = probabilities
 
 
-def _forget(drafter: SharingDrafter, request_id: str) -> None:
+def _forget(drafter: HybridDrafter, request_id: str) -> None:
     drafter.forget(request_id)
 
 
-def _build(runner: Any, module: ModuleType) -> DraftSharer | None:
+def _build(runner: Any, module: ModuleType) -> HybridDraftRunner | None:
     """The sharer of this runner, if its deployment names a drafter that shares.
 
     Raises:
         PluginStartError: when the drafter cannot share, or the draft model cannot be skipped.
 
     """
-    deployment = deployment_env.current()
+    deployment = deployment_env.get_deployment()
     speculative = runner.speculative_config
     if deployment is None or speculative is None:
         return None
-    plugin = deployment.offer("drafter").plugin
+    plugin = deployment.installed("drafter").plugin
     if plugin.build is None or plugin.engine_arguments is None or not uses_drafter_plugin(deployment, speculative):
         return None
     if runner.use_async_scheduling or not can_be_skipped(runner):
@@ -198,15 +198,15 @@ def _build(runner: Any, module: ModuleType) -> DraftSharer | None:
             "draft model of vLLM's method draft_model"
         )
     context = context_of(runner.vllm_config, deployment)
-    contained = build_contained("drafter", deployment, context)
+    contained = build_guarded("drafter", deployment, context)
     if contained is None:
         return None
-    if not isinstance(contained.instance, SharingDrafter):
+    if not isinstance(contained.instance, HybridDrafter):
         raise PluginStartError(
             f"plugin {plugin.name} of slot drafter cannot start: it brings a draft model, so that its "
-            f"{type(contained.instance).__name__} must be a vllm_instant.SharingDrafter"
+            f"{type(contained.instance).__name__} must be a vllm_instant.HybridDrafter"
         )
-    return DraftSharer(runner, contained, keeper_of(runner, module), context.vocab_size)
+    return HybridDraftRunner(runner, contained, keeper_of(runner, module), context.vocab_size)
 
 
 def _wrap(module: ModuleType) -> None:
@@ -250,17 +250,19 @@ def install() -> None:
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="draft sharing",
     purpose="a drafter plugin beside a draft model",
     requirements=(
-        Function(_RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output", "sampled_token_ids")),
-        Function(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config")),
-        Function(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), exact=True),
-        Mentions(_RUNNER, "GPUModelRunner.execute_model", ("_update_states",)),
-        Mentions(_RUNNER, "GPUModelRunner._get_spec_decode_draft_probs", ("_draft_probs", "num_draft_tokens")),
-        Mentions(_RUNNER, "GPUModelRunner.sample_tokens", ("propose_draft_token_ids", "_bookkeeping_sync")),
-        Mentions("v1/worker/gpu_input_batch.py", "InputBatch", ("num_tokens_no_spec", "token_ids_cpu", "req_ids")),
+        HasSignature(
+            _RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output", "sampled_token_ids")
+        ),
+        HasSignature(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config")),
+        HasSignature(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), exact=True),
+        References(_RUNNER, "GPUModelRunner.execute_model", ("_update_states",)),
+        References(_RUNNER, "GPUModelRunner._get_spec_decode_draft_probs", ("_draft_probs", "num_draft_tokens")),
+        References(_RUNNER, "GPUModelRunner.sample_tokens", ("propose_draft_token_ids", "_bookkeeping_sync")),
+        References("v1/worker/gpu_input_batch.py", "InputBatch", ("num_tokens_no_spec", "token_ids_cpu", "req_ids")),
     ),
     slots=("drafter",),
     optional=True,

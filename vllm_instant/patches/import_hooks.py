@@ -1,7 +1,7 @@
 """Change a module right after its first import, so that no process loads what it would not have loaded anyway.
 
 The front end never imports the model runner, and the engine core only does when it runs the worker in its own
-process: a seam that touches such a module waits for it.
+process: a patch that touches such a module waits for it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 vLLM refuses them on a server that speculates, because its rejection sampler applies neither to draft tokens. A request
 without drafts needs neither there: its one token a step is sampled by the ordinary sampler, which applies both if the
-processors are loaded. So they are loaded, the refusal is lifted, and ``seams.scheduler`` gives such requests no drafts.
+processors are loaded. So they are loaded, the refusal is lifted, and ``patches.scheduler`` gives such requests no
+drafts.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 
 INPUT_PROCESSOR_MODULE = "vllm.v1.engine.input_processor"
 MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
-LEAST_MIN_P = 1e-5
+MIN_MIN_P = 1e-5
 """vLLM ignores smaller values (``_SAMPLING_EPS``)."""
 
 _served = False
@@ -26,7 +27,7 @@ _served = False
 
 def needs_no_drafts(sampling: Any) -> bool:
     """Whether vLLM's rejection sampler cannot verify drafts for these ``SamplingParams``; None counts as no."""
-    return sampling is not None and (sampling.min_p > LEAST_MIN_P or bool(sampling.logit_bias))
+    return sampling is not None and (sampling.min_p > MIN_MIN_P or bool(sampling.logit_bias))
 
 
 def _lift_refusal(module: ModuleType) -> None:
@@ -53,7 +54,7 @@ def _served_by(vllm_config: Any) -> bool:
     from vllm_instant.patches.scheduler import QUALIFIED_NAME
 
     return (
-        deployment_env.current() is not None
+        deployment_env.get_deployment() is not None
         and vllm_config.scheduler_config.scheduler_cls == QUALIFIED_NAME
         and not vllm_config.use_v2_model_runner
     )
@@ -83,21 +84,21 @@ def install() -> None:
 
 _PROCESSORS = "v1/sample/logits_processor/__init__.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="undrafted sampling",
     purpose="requests with min_p or logit_bias are served beside speculation, without drafts",
     requirements=(
-        Function("v1/engine/input_processor.py", "InputProcessor.__init__", ("self", "vllm_config")),
-        Function("sampling_params.py", "SamplingParams._validate_spec_decode", ("self", "speculative_config")),
-        Mentions("sampling_params.py", "SamplingParams._validate_spec_decode", ("min_p", "logit_bias")),
-        Function(
+        HasSignature("v1/engine/input_processor.py", "InputProcessor.__init__", ("self", "vllm_config")),
+        HasSignature("sampling_params.py", "SamplingParams._validate_spec_decode", ("self", "speculative_config")),
+        References("sampling_params.py", "SamplingParams._validate_spec_decode", ("min_p", "logit_bias")),
+        HasSignature(
             _PROCESSORS,
             "build_logitsprocs",
             ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
             exact=True,
         ),
-        Name(_PROCESSORS, "BUILTIN_LOGITS_PROCESSORS"),
-        Mentions("v1/sample/rejection_sampler.py", "RejectionSampler.forward", ("sampler", "bonus_logits")),
+        HasAttribute(_PROCESSORS, "BUILTIN_LOGITS_PROCESSORS"),
+        References("v1/sample/rejection_sampler.py", "RejectionSampler.forward", ("sampler", "bonus_logits")),
     ),
     slots=("speculation",),
     optional=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from importlib.machinery import PathFinder
 
-from vllm_instant.patches.compat import Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, References, VllmPatch
 
 SHADOWED = "triton_kernels"
 
@@ -29,12 +29,12 @@ def hide_bare_folder(name: str = SHADOWED) -> bool:
     return True
 
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="module_names",
     purpose="keeps a folder called triton_kernels from hiding the module that vLLM vendors",
     requirements=(
-        Name("utils/import_utils.py", "_has_module"),
-        Mentions("utils/import_utils.py", "import_triton_kernels", ("_has_module", "modules")),
+        HasAttribute("utils/import_utils.py", "_has_module"),
+        References("utils/import_utils.py", "import_triton_kernels", ("_has_module", "modules")),
     ),
     optional=True,
 )

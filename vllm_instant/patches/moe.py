@@ -20,10 +20,10 @@ from vllm_instant.deployment.settings import Deployment
 from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.interfaces import ExpertLayer, StepRows
 from vllm_instant.patches import moe_routers
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
-from vllm_instant.patches.moe_worker import ServedExperts
-from vllm_instant.patches.plugin_factory import PluginStartError, build_contained, context_of
+from vllm_instant.patches.moe_worker import MoeWorker
+from vllm_instant.patches.plugin_factory import PluginStartError, build_guarded, context_of
 
 logger = logging.getLogger("vllm.instant")
 
@@ -32,7 +32,7 @@ MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
 CPU_RUNNER_MODULE = "vllm.v1.worker.cpu_model_runner"
 V2_RUNNER_MODULE = "vllm.v1.worker.gpu.model_runner"
 SERVING = "instant_experts"
-"""On a model runner: its ``ServedExperts``. On its output: the report."""
+"""On a model runner: its ``MoeWorker``. On its output: the report."""
 CLASS_KEY = "instant_prompt_class"
 """What a client writes into ``vllm_xargs`` to name its kind of prompt in traces."""
 CACHE_KEY = "vllm_instant_experts"
@@ -41,7 +41,7 @@ CACHE_KEY = "vllm_instant_experts"
 
 def chosen() -> Deployment | None:
     """The deployment, if it names an experts plugin."""
-    deployment = deployment_env.current()
+    deployment = deployment_env.get_deployment()
     # By the name alone: in a worker it is too early to load plugins (see activation.activate).
     if deployment is None or deployment.slots["experts"].plugin == SLOTS["experts"].default:
         return None
@@ -109,10 +109,10 @@ def _attach(runner: Any) -> None:
         return
     name = deployment.slots["experts"].plugin
     layers = served_layers(runner.get_model(), name)
-    plugin = build_contained("experts", deployment, context_of(runner.vllm_config, deployment))
+    plugin = build_guarded("experts", deployment, context_of(runner.vllm_config, deployment))
     if plugin is None:
         return
-    serving = ServedExperts(plugin, len(runner.is_padding), runner.device)
+    serving = MoeWorker(plugin, len(runner.is_padding), runner.device)
     try:
         serving.serve(layers)
     except ValueError as error:
@@ -172,9 +172,9 @@ def _wrap(module: ModuleType) -> None:
         deployment = chosen()
         if deployment is not None:
             name = deployment.slots["experts"].plugin
-            objection = objection_to(vllm_config)
-            if objection is not None:
-                raise PluginStartError(f"plugin {name} of slot experts cannot serve: {objection}")
+            unsupported_reason = objection_to(vllm_config)
+            if unsupported_reason is not None:
+                raise PluginStartError(f"plugin {name} of slot experts cannot serve: {unsupported_reason}")
             additional = vllm_config.additional_config
             if isinstance(additional, dict):
                 vllm_config.additional_config = {**additional, CACHE_KEY: "route"}
@@ -240,7 +240,7 @@ def _hidden(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _shadow(runner: Any, serving: ServedExperts, rows: Any, run: Any) -> Any:
+def _shadow(runner: Any, serving: MoeWorker, rows: Any, run: Any) -> Any:
     """The hidden states of some rows as the pass for comparison has them."""
     from vllm.forward_context import get_forward_context
 
@@ -254,7 +254,7 @@ def _shadow(runner: Any, serving: ServedExperts, rows: Any, run: Any) -> Any:
         get_forward_context().moe_layer_index = 0
 
 
-def _compare(runner: Any, serving: ServedExperts, shadow: Any, served: Any) -> None:
+def _compare(runner: Any, serving: MoeWorker, shadow: Any, served: Any) -> None:
     from vllm.distributed import get_tp_group
 
     model = runner.get_model()
@@ -311,21 +311,21 @@ def install() -> None:
 _RUNNER = "v1/worker/gpu_model_runner.py"
 _MOE = "model_executor/layers/fused_moe"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="experts",
     purpose="experts plugins: which routed experts a step may use",
     requirements=(
-        Name(f"{_MOE}/layer.py", "FusedMoEFactory"),
-        Mentions(f"{_MOE}/layer.py", "FusedMoEFactory", ("create_fused_moe_router",)),
-        Function(
+        HasAttribute(f"{_MOE}/layer.py", "FusedMoEFactory"),
+        References(f"{_MOE}/layer.py", "FusedMoEFactory", ("create_fused_moe_router",)),
+        HasSignature(
             f"{_MOE}/router/base_router.py",
             "BaseRouter._compute_routing",
             ("self", "hidden_states", "router_logits", "indices_type"),
             exact=True,
         ),
-        Mentions(f"{_MOE}/router/base_router.py", "BaseRouter._select_experts", ("_compute_routing", "capture_fn")),
-        Mentions(f"{_MOE}/router/base_router.py", "BaseRouter.__init__", ("top_k", "global_num_experts")),
-        Mentions(
+        References(f"{_MOE}/router/base_router.py", "BaseRouter._select_experts", ("_compute_routing", "capture_fn")),
+        References(f"{_MOE}/router/base_router.py", "BaseRouter.__init__", ("top_k", "global_num_experts")),
+        References(
             f"{_MOE}/router/cpu_router.py",
             "CPURouter.__init__",
             (
@@ -340,13 +340,13 @@ SEAM = Seam(
                 "_hash_indices_table",
             ),
         ),
-        Mentions(f"{_MOE}/router/fused_topk_router.py", "FusedTopKRouter.__init__", ("renormalize", "scoring_func")),
-        Mentions(
+        References(f"{_MOE}/router/fused_topk_router.py", "FusedTopKRouter.__init__", ("renormalize", "scoring_func")),
+        References(
             f"{_MOE}/router/fused_topk_bias_router.py",
             "FusedTopKBiasRouter.__init__",
             ("renormalize", "scoring_func", "routed_scaling_factor", "e_score_correction_bias", "_hash_indices_table"),
         ),
-        Mentions(
+        References(
             f"{_MOE}/router/grouped_topk_router.py",
             "GroupedTopKRouter.__init__",
             (
@@ -358,32 +358,34 @@ SEAM = Seam(
                 "e_score_correction_bias",
             ),
         ),
-        Name(f"{_MOE}/config.py", "RoutingMethodType.Custom"),
-        Name(f"{_MOE}/runner/moe_runner.py", "MoERunner.is_monolithic"),
-        Mentions(f"{_MOE}/runner/moe_runner.py", "MoERunner.__init__", ("router", "layer_name", "moe_config")),
-        Mentions(_RUNNER, "GPUModelRunner.__init__", ("is_padding", "input_batch")),
-        Function(_RUNNER, "GPUModelRunner.load_model", ("self",)),
-        Function("v1/worker/cpu_model_runner.py", "CPUModelRunner.load_model", ("self",)),
-        Function(
+        HasAttribute(f"{_MOE}/config.py", "RoutingMethodType.Custom"),
+        HasAttribute(f"{_MOE}/runner/moe_runner.py", "MoERunner.is_monolithic"),
+        References(f"{_MOE}/runner/moe_runner.py", "MoERunner.__init__", ("router", "layer_name", "moe_config")),
+        References(_RUNNER, "GPUModelRunner.__init__", ("is_padding", "input_batch")),
+        HasSignature(_RUNNER, "GPUModelRunner.load_model", ("self",)),
+        HasSignature("v1/worker/cpu_model_runner.py", "CPUModelRunner.load_model", ("self",)),
+        HasSignature(
             _RUNNER,
             "GPUModelRunner._prepare_inputs",
             ("self", "scheduler_output", "num_scheduled_tokens"),
             exact=True,
         ),
-        Mentions(_RUNNER, "GPUModelRunner.execute_model", ("_prepare_inputs", "_model_forward", "set_forward_context")),
-        Function(_RUNNER, "GPUModelRunner._model_forward", ("self", "input_ids", "positions")),
-        Function(_RUNNER, "GPUModelRunner.sample_tokens", ("self",)),
-        Function(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config")),
-        Name("forward_context.py", "ForwardContext.moe_layer_index"),
+        References(
+            _RUNNER, "GPUModelRunner.execute_model", ("_prepare_inputs", "_model_forward", "set_forward_context")
+        ),
+        HasSignature(_RUNNER, "GPUModelRunner._model_forward", ("self", "input_ids", "positions")),
+        HasSignature(_RUNNER, "GPUModelRunner.sample_tokens", ("self",)),
+        HasSignature(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config")),
+        HasAttribute("forward_context.py", "ForwardContext.moe_layer_index"),
         *(
-            Name("config/parallel.py", f"ParallelConfig.{name}")
+            HasAttribute("config/parallel.py", f"ParallelConfig.{name}")
             for name in ("pipeline_parallel_size", "data_parallel_size", "enable_dbo")
         ),
-        Name("config/vllm.py", "VllmConfig.additional_config"),
-        Mentions(
+        HasAttribute("config/vllm.py", "VllmConfig.additional_config"),
+        References(
             "v1/worker/gpu_input_batch.py", "InputBatch.__init__", ("num_prompt_tokens", "num_computed_tokens_cpu")
         ),
-        Function("v1/worker/gpu/model_runner.py", "GPUModelRunner.__init__", ("self",)),
+        HasSignature("v1/worker/gpu/model_runner.py", "GPUModelRunner.__init__", ("self",)),
     ),
     slots=("experts",),
 )

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm_instant.interfaces import ExpertCount
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.moe import SERVING, chosen
 
@@ -62,21 +62,21 @@ def install() -> None:
     when_imported(WORKER_MODULE, _extend_worker)
 
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="expert reports",
     purpose="numbers of experts plugins for the metrics, and settings for them",
     requirements=(
-        Function(
+        HasSignature(
             "v1/core/sched/scheduler.py",
             "Scheduler.update_from_output",
             ("self", "scheduler_output", "model_runner_output"),
             exact=True,
         ),
-        Name("v1/worker/worker_base.py", "WorkerBase"),
-        Mentions("v1/worker/gpu_worker.py", "Worker.load_model", ("model_runner",)),
-        Mentions("v1/worker/cpu_worker.py", "CPUWorker.init_device", ("model_runner",)),
-        Function("v1/engine/async_llm.py", "AsyncLLM.collective_rpc", ("self", "method", "timeout", "args")),
-        Name("v1/outputs.py", "ModelRunnerOutput.sampled_token_ids"),
+        HasAttribute("v1/worker/worker_base.py", "WorkerBase"),
+        References("v1/worker/gpu_worker.py", "Worker.load_model", ("model_runner",)),
+        References("v1/worker/cpu_worker.py", "CPUWorker.init_device", ("model_runner",)),
+        HasSignature("v1/engine/async_llm.py", "AsyncLLM.collective_rpc", ("self", "method", "timeout", "args")),
+        HasAttribute("v1/outputs.py", "ModelRunnerOutput.sampled_token_ids"),
     ),
     slots=("experts",),
     optional=True,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from vllm_instant.moe.router_scoring import Scoring
+from vllm_instant.moe.router_scoring import RouterScoring
 
 NAMESPACE = "vllm_instant"
 LAYER = "instant_layer"
@@ -25,7 +25,7 @@ class UnservedRouterError(Exception):
     """A router that experts plugins cannot serve; the message says why."""
 
 
-def scoring_of(router: Any) -> Scoring:
+def scoring_of(router: Any) -> RouterScoring:
     """By what rule a router of vLLM's picks.
 
     Raises:
@@ -44,9 +44,9 @@ def scoring_of(router: Any) -> Scoring:
     if custom is not None:
         name = f"{custom.__module__.rsplit('.', 1)[-1]}.{custom.__name__}" if hasattr(custom, "__name__") else ""
         if name == "llama4.custom_routing_function":
-            return Scoring("sigmoid", router.top_k, renormalize=False)
+            return RouterScoring("sigmoid", router.top_k, renormalize=False)
         if name == "cohere2_moe.token_choice_with_bias":
-            return Scoring("sigmoid", router.top_k, renormalize=renormalize)
+            return RouterScoring("sigmoid", router.top_k, renormalize=renormalize)
         raise UnservedRouterError(f"it picks by a function of the model's own ({name or custom!r})")
     if kind not in ("CPURouter", "FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter"):
         raise UnservedRouterError(f"plugins do not know routers of type {kind}")
@@ -57,7 +57,7 @@ def scoring_of(router: Any) -> Scoring:
     groups, top_groups = (router.num_expert_group, router.topk_group) if grouped else (1, 1)
     if router.global_num_experts <= groups or router.global_num_experts % groups:
         groups = top_groups = 1
-    return Scoring(
+    return RouterScoring(
         function,
         router.top_k,
         None if bias is None else bias.data.float(),

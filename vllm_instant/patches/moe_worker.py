@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant.deployment.circuit_breaker import Contained, ContractError, failure_counts
+from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin, failure_counts
 from vllm_instant.interfaces import (
     ExpertLayer,
     ExpertRouter,
-    Look,
+    Measurement,
     RouterStep,
     RoutingMeasures,
     RowKind,
     StepRows,
 )
-from vllm_instant.moe.router_scoring import held_to, one_hot
+from vllm_instant.moe.router_scoring import one_hot, reroute_restricted
 from vllm_instant.patches import moe_routers
 
 logger = logging.getLogger("vllm.instant")
 
 SHADOW_ROWS = 8
 """Most tokens of a step whose next-token distributions are compared."""
-MOST_MIXED_ROWS = 256
+MAX_MIXED_ROWS = 256
 """A shadow that waited too long takes a step that also reads prompts, if it has no more rows than this."""
 PATIENCE = 64
 """Steps for which a shadow waits for one that only decodes."""
@@ -40,7 +40,7 @@ _FIELDS = ("native_experts", "routed_experts", "native_mass", "routed_mass")
 class ServedLayer:
     """One MoE layer whose router asks the plugin."""
 
-    def __init__(self, serving: ServedExperts, router: Any, layer: ExpertLayer, scoring: Any) -> None:
+    def __init__(self, serving: MoeWorker, router: Any, layer: ExpertLayer, scoring: Any) -> None:
         self._serving = serving
         self._router = router
         self.layer = layer
@@ -69,7 +69,7 @@ class ServedLayer:
         routed = own
         held = kinds == RowKind.DECODE
         if allowed is not None and (serving.replays or self._refuses_any(allowed, own, held)):
-            changed, chosen, chosen_weights = held_to(self.scoring, scores, own, allowed, held)
+            changed, chosen, chosen_weights = reroute_restricted(self.scoring, scores, own, allowed, held)
             weights = torch.where(changed[:, None], chosen_weights, weights)
             picks = torch.where(changed[:, None], chosen.to(torch.int32), picks)
             routed = torch.where(changed[:, None], chosen, own)
@@ -96,7 +96,7 @@ class ServedLayer:
         return allowed
 
 
-class ServedExperts:
+class MoeWorker:
     """The plugin of a worker, its layers and its numbers.
 
     Args:
@@ -106,7 +106,7 @@ class ServedExperts:
 
     """
 
-    def __init__(self, plugin: Contained[ExpertRouter], max_rows: int, device: Any) -> None:
+    def __init__(self, plugin: GuardedPlugin[ExpertRouter], max_rows: int, device: Any) -> None:
         import torch
 
         self.plugin = plugin
@@ -122,7 +122,7 @@ class ServedExperts:
         self._counted: Any = None
         self._kl = torch.zeros(3, dtype=torch.float64, device=device)
         self._pending: tuple[int, Any] | None = None
-        self._look = Look.NOTHING
+        self._look = Measurement.OFF
         self._overdue = 0
         self._decode_rows: list[int] = []
         self._latest: dict[str, Any] | None = None
@@ -174,29 +174,32 @@ class ServedExperts:
         self._decode_rows = np.flatnonzero(kinds == RowKind.DECODE).tolist()
         self._consume()
         asked = self.plugin.call("begin_step", lambda plugin: plugin.begin_step(rows), False)
-        look = self.plugin.call("look", lambda plugin: plugin.look(self.number), Look.NOTHING)
-        if look is Look.SHADOW and asked is False:
-            look = Look.COUNTS  # both passes would be the same
-        self._look = look if self._decode_rows else Look.NOTHING
-        if look is Look.SHADOW and self.shadow_objection is not None:
-            self._look = Look.COUNTS
-        elif look is Look.SHADOW or (self._overdue and asked is not False):
+        look = self.plugin.call("look", lambda plugin: plugin.look(self.number), Measurement.OFF)
+        if look is Measurement.REFERENCE and asked is False:
+            look = Measurement.COUNTS  # both passes would be the same
+        self._look = look if self._decode_rows else Measurement.OFF
+        if look is Measurement.REFERENCE and self.shadow_objection is not None:
+            self._look = Measurement.COUNTS
+        elif look is Measurement.REFERENCE or (self._overdue and asked is not False):
             pure = len(self._decode_rows) == total
-            late = self._overdue > PATIENCE and total <= MOST_MIXED_ROWS
+            late = self._overdue > PATIENCE and total <= MAX_MIXED_ROWS
             if self._decode_rows and (pure or late):
-                self._look, self._overdue = Look.SHADOW, 0
+                self._look, self._overdue = Measurement.REFERENCE, 0
             else:
-                self._look, self._overdue = Look.COUNTS if self._decode_rows else Look.NOTHING, self._overdue + 1
+                self._look, self._overdue = (
+                    Measurement.COUNTS if self._decode_rows else Measurement.OFF,
+                    self._overdue + 1,
+                )
         if not self.replays:
             self.idle = self.plugin.disabled or asked is False
-            self.counting = self._look is not Look.NOTHING
+            self.counting = self._look is not Measurement.OFF
         self._requests = int(rows.is_decode.sum())
         self._drafts = int(sum(drafts))
 
     @property
     def wants_shadow(self) -> bool:
         """Whether the model shall run this step once for comparison, before it runs it for good."""
-        return self._look is Look.SHADOW and not self.plugin.disabled
+        return self._look is Measurement.REFERENCE and not self.plugin.disabled
 
     def shadow(self, active: bool) -> None:
         """The pass that begins is the one for comparison, or no longer."""
@@ -209,7 +212,7 @@ class ServedExperts:
     def before_forward(self) -> None:
         """The pass that counts begins."""
         if self.replays:
-            self._counting.fill_(1.0 if self._look is not Look.NOTHING else 0.0)
+            self._counting.fill_(1.0 if self._look is not Measurement.OFF else 0.0)
 
     def compared_rows(self, logits_rows: Any) -> Any:
         """Which of the rows that sample are compared: int64 ``[at most SHADOW_ROWS]``, spread over the batch."""
@@ -240,7 +243,7 @@ class ServedExperts:
 
     def finish(self) -> None:
         """The model ran: start to read what was measured."""
-        if self._look is Look.NOTHING or self._pending is not None:
+        if self._look is Measurement.OFF or self._pending is not None:
             return
         import torch
 
@@ -312,7 +315,7 @@ class ServedExperts:
 
     def _own_measures(self) -> dict[str, float]:
         nothing: dict[str, float] = {}
-        return self.plugin.call("measures", lambda plugin: dict(plugin.measures()), nothing)
+        return self.plugin.call("measures", lambda plugin: dict(plugin.metrics()), nothing)
 
     def layers_described(self) -> list[dict[str, Any]]:
         """Means a counted step, layer by layer."""

@@ -1,4 +1,4 @@
-"""Sessions of arriving prompts that hold their KV blocks (``vllm_instant.scheduling.pinned_prefixes``), in vLLM's scheduler.
+"""Pinned KV-cache prefixes of streaming sessions (``scheduling.pinned_prefixes``), in vLLM's scheduler.
 
 A held prefix is offered to the session's next request where vLLM looks for a prefix-cache hit; that it may end inside a
 block is something that vLLM provides for (it copies such a block before the request writes to it). So no request waits
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
-from vllm_instant.scheduling.pinned_prefixes import HeldPrefixes
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
+from vllm_instant.scheduling.pinned_prefixes import PinnedPrefixes
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -19,7 +19,7 @@ HOLD = "instant_hold"
 """In a request's ``extra_args``: the session whose held prefix it uses, and leaves its own to."""
 
 
-class HoldingMixin:
+class PinningMixin:
     """Holds prefixes for sessions; put before vLLM's scheduler in a class's bases."""
 
     # What the mixin uses of its vLLM base class.
@@ -29,7 +29,7 @@ class HoldingMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.instant_held: HeldPrefixes | None = None
+        self.instant_held: PinnedPrefixes | None = None
         self._instant_held_share = 0.0
 
     def instant_hold(self, name: str, sessions: int, tokens: int, share: float) -> str | None:
@@ -44,7 +44,7 @@ class HoldingMixin:
         """
         from vllm_instant.patches import registry
 
-        if not registry.fits_installed(SEAM):
+        if not registry.fits_installed(PATCH):
             return "this vLLM is not as it must be for that (see vllm-instant doctor)"
         managers = self.kv_cache_manager.coordinator.single_type_managers
         if any(type(manager).__name__ != "FullAttentionManager" for manager in managers):
@@ -56,7 +56,7 @@ class HoldingMixin:
         if self.instant_held is None:
             pool = self.kv_cache_manager.block_pool
             sizes = [manager.block_size for manager in managers]
-            self.instant_held = HeldPrefixes(pool, sizes, pool.num_gpu_blocks)
+            self.instant_held = PinnedPrefixes(pool, sizes, pool.num_gpu_blocks)
             self._give_back_when_short(self.instant_held)
         self._instant_held_share = share
         return None if self.instant_held.open(name, sessions, tokens) else "enough other sessions do"
@@ -66,13 +66,13 @@ class HoldingMixin:
         if self.instant_held is not None:
             self.instant_held.close(name)
 
-    def _give_back_when_short(self, held: HeldPrefixes) -> None:
+    def _give_back_when_short(self, held: PinnedPrefixes) -> None:
         """Before a request waits or is preempted for want of blocks, held ones are given back."""
         allocate = self.kv_cache_manager.allocate_slots
 
         def allocate_slots(*args: Any, **kwargs: Any) -> Any:
             blocks = allocate(*args, **kwargs)
-            while blocks is None and held.give_back():
+            while blocks is None and held.evict_lru():
                 blocks = allocate(*args, **kwargs)
             return blocks
 
@@ -124,23 +124,23 @@ _SCHEDULER = "v1/core/sched/scheduler.py"
 _MANAGER = "v1/core/single_type_kv_cache_manager.py"
 _POOL = "v1/core/block_pool.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="holding",
     purpose="sessions of arriving prompts keep their KV blocks between chunks",
     requirements=(
-        Function(_SCHEDULER, "Scheduler._get_local_prefix_cache_hit", ("self", "request")),
-        Mentions(_SCHEDULER, "Scheduler.schedule", ("_get_local_prefix_cache_hit", "num_new_local_computed_tokens")),
-        Function(_SCHEDULER, "Scheduler._free_request_blocks", ("self", "request"), exact=True),
-        Function(_SCHEDULER, "Scheduler.reset_prefix_cache", ("self",)),
-        Mentions(_SCHEDULER, "Scheduler.__init__", ("kv_cache_manager", "connector", "use_eagle")),
-        Function("v1/core/kv_cache_manager.py", "KVCacheManager.allocate_slots", ("self", "request")),
-        Function(_MANAGER, "SingleTypeKVCacheManager._has_partial_local_hit", ("self", "new_computed_blocks")),
-        Mentions(_MANAGER, "SingleTypeKVCacheManager.allocate_new_blocks", ("_partial_hit_reqs", "_apply_cow")),
-        Mentions(_MANAGER, "SingleTypeKVCacheManager.__init__", ("req_to_blocks", "block_size")),
-        Name(_MANAGER, "FullAttentionManager"),
-        Function(_POOL, "BlockPool.touch", ("self", "blocks"), exact=True),
-        Function(_POOL, "BlockPool.free_blocks", ("self", "ordered_blocks")),
-        Mentions("v1/request.py", "Request.__init__", ("num_output_placeholders", "skip_reading_prefix_cache")),
+        HasSignature(_SCHEDULER, "Scheduler._get_local_prefix_cache_hit", ("self", "request")),
+        References(_SCHEDULER, "Scheduler.schedule", ("_get_local_prefix_cache_hit", "num_new_local_computed_tokens")),
+        HasSignature(_SCHEDULER, "Scheduler._free_request_blocks", ("self", "request"), exact=True),
+        HasSignature(_SCHEDULER, "Scheduler.reset_prefix_cache", ("self",)),
+        References(_SCHEDULER, "Scheduler.__init__", ("kv_cache_manager", "connector", "use_eagle")),
+        HasSignature("v1/core/kv_cache_manager.py", "KVCacheManager.allocate_slots", ("self", "request")),
+        HasSignature(_MANAGER, "SingleTypeKVCacheManager._has_partial_local_hit", ("self", "new_computed_blocks")),
+        References(_MANAGER, "SingleTypeKVCacheManager.allocate_new_blocks", ("_partial_hit_reqs", "_apply_cow")),
+        References(_MANAGER, "SingleTypeKVCacheManager.__init__", ("req_to_blocks", "block_size")),
+        HasAttribute(_MANAGER, "FullAttentionManager"),
+        HasSignature(_POOL, "BlockPool.touch", ("self", "blocks"), exact=True),
+        HasSignature(_POOL, "BlockPool.free_blocks", ("self", "ordered_blocks")),
+        References("v1/request.py", "Request.__init__", ("num_output_placeholders", "skip_reading_prefix_cache")),
     ),
     slots=("streaming",),
     optional=True,

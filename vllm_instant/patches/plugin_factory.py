@@ -7,11 +7,11 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.settings import Deployment
 from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.interfaces import PluginContext
-from vllm_instant.patches.compat import Name, Seam
+from vllm_instant.patches.compat import HasAttribute, VllmPatch
 
 
 class PluginStartError(Exception):
@@ -29,7 +29,7 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
         vocab_size=vllm_config.model_config.get_vocab_size(),
         num_speculative_tokens=speculative.num_speculative_tokens if speculative is not None else 0,
         device=str(vllm_config.device_config.device_type),
-        confident_drafts=own_drafter and deployment is not None and deployment.offer("drafter").plugin.confident,
+        confident_drafts=own_drafter and deployment is not None and deployment.installed("drafter").plugin.confident,
         itl_slo_ms=deployment.slots["speculation"].options.get("itl_slo_ms") if deployment is not None else None,
         identity=_identity(vllm_config, deployment if own_drafter else None),
     )
@@ -71,14 +71,14 @@ def _device_name(device_type: str) -> str:
     return str(current_platform.get_device_name())
 
 
-def build_contained(slot: str, deployment: Deployment, context: PluginContext) -> Contained[Any] | None:
+def build_guarded(slot: str, deployment: Deployment, context: PluginContext) -> GuardedPlugin[Any] | None:
     """Build the plugin of a slot behind its breaker; None when the slot keeps vLLM's own behaviour.
 
     Raises:
         PluginStartError: when the plugin's ``build`` fails or returns something that its slot cannot use.
 
     """
-    plugin = deployment.offer(slot).plugin
+    plugin = deployment.installed(slot).plugin
     if plugin.build is None:
         return None
     try:
@@ -98,22 +98,22 @@ def build_contained(slot: str, deployment: Deployment, context: PluginContext) -
             f"plugin {plugin.name} of slot {slot} cannot start: its {type(instance).__name__} has no "
             f"{', '.join(missing)}; derive it from vllm_instant.{contract.__name__}"
         )
-    return Contained(slot, plugin.name, instance)
+    return GuardedPlugin(slot, plugin.name, instance)
 
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="configuration",
     purpose="tells plugins about the model and the engine",
     requirements=(
-        Name("config/vllm.py", "VllmConfig.speculative_config"),
-        Name("config/vllm.py", "VllmConfig.device_config"),
-        Name("config/scheduler.py", "SchedulerConfig.max_num_seqs"),
-        Name("config/model.py", "ModelConfig.max_model_len"),
-        Name("config/model.py", "ModelConfig.get_vocab_size"),
-        Name("config/model.py", "ModelConfig.enforce_eager"),
-        Name("config/model.py", "ModelConfig.quantization"),
-        Name("config/cache.py", "CacheConfig.cache_dtype"),
-        Name("config/parallel.py", "ParallelConfig.tensor_parallel_size"),
+        HasAttribute("config/vllm.py", "VllmConfig.speculative_config"),
+        HasAttribute("config/vllm.py", "VllmConfig.device_config"),
+        HasAttribute("config/scheduler.py", "SchedulerConfig.max_num_seqs"),
+        HasAttribute("config/model.py", "ModelConfig.max_model_len"),
+        HasAttribute("config/model.py", "ModelConfig.get_vocab_size"),
+        HasAttribute("config/model.py", "ModelConfig.enforce_eager"),
+        HasAttribute("config/model.py", "ModelConfig.quantization"),
+        HasAttribute("config/cache.py", "CacheConfig.cache_dtype"),
+        HasAttribute("config/parallel.py", "ParallelConfig.tensor_parallel_size"),
     ),
     slots=("speculation", "drafter", "batching"),
 )

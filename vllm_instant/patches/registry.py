@@ -1,4 +1,4 @@
-"""All seams, and whether they fit a given vLLM."""
+"""All patches, and whether they fit a given vLLM."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from vllm_instant.patches import (
     streaming,
     worker_reports,
 )
-from vllm_instant.patches.compat import Seam, forget_sources, installed_vllm
+from vllm_instant.patches.compat import VllmPatch, forget_sources, installed_vllm
 from vllm_instant.patches.cpu import generator_offset, numba_scan, sampling, single_rpc
 
 SUPPORTED = SpecifierSet(">=0.32.0,<0.34")
-"""The versions whose sources the tests check; newer ones work if their seams fit."""
+"""The versions whose sources the tests check; newer ones work if their patches fit."""
 
-SEAMS: tuple[Seam, ...] = tuple(
-    module.SEAM
+PATCHES: tuple[VllmPatch, ...] = tuple(
+    module.PATCH
     for module in (
         flags,
         module_names,
@@ -78,11 +78,11 @@ SEAMS: tuple[Seam, ...] = tuple(
 
 @dataclass(frozen=True)
 class Report:
-    """The result of checking one seam."""
+    """The result of checking one patch."""
 
-    seam: Seam
+    patch: VllmPatch
     version: str
-    why_not: str | None
+    unsupported_reason: str | None
     needed_by: tuple[str, ...]
     """The configured plugins that need it, as ``slot=plugin``; ``every deployment`` for the general ones."""
 
@@ -102,12 +102,12 @@ def in_supported_range() -> bool:
     return SUPPORTED.contains(installed_version().split("+")[0], prereleases=True)
 
 
-def needed_by(seam: Seam, deployment: Deployment | None, speculates: bool | None = None) -> tuple[str, ...]:
-    """Which choices of a deployment need a seam; nothing is needed by a slot that keeps vLLM's own behaviour.
+def needed_by(patch: VllmPatch, deployment: Deployment | None, speculates: bool | None = None) -> tuple[str, ...]:
+    """Which choices of a deployment need a patch; nothing is needed by a slot that keeps vLLM's own behaviour.
 
     ``speculates`` says whether the server has a drafter, where that is known better than from the deployment alone.
     """
-    if not seam.slots:
+    if not patch.slots:
         return ("every deployment",)
     if deployment is None:
         return ()
@@ -116,29 +116,31 @@ def needed_by(seam: Seam, deployment: Deployment | None, speculates: bool | None
         speculates = "speculative_config" in deployment.engine_arguments()
     return tuple(
         f"{slot}={deployment.slots[slot].plugin}"
-        for slot in seam.slots
-        if deployment.offer(slot).plugin.build is not None
+        for slot in patch.slots
+        if deployment.installed(slot).plugin.build is not None
         and (speculates or slot not in ("speculation", "drafter", "rejection_sampler"))
     )
 
 
 def check(vllm: Path, vllm_version: str, deployment: Deployment | None = None) -> Iterator[Report]:
-    """Check every seam against a vLLM package folder, reading its sources."""
-    for seam in SEAMS:
-        yield Report(seam, vllm_version, seam.why_not(vllm), needed_by(seam, deployment))
+    """Check every patch against a vLLM package folder, reading its sources."""
+    for patch in PATCHES:
+        yield Report(patch, vllm_version, patch.unsupported_reason(vllm), needed_by(patch, deployment))
     forget_sources()
 
 
-def fits_installed(seam: Seam) -> bool:
-    """Whether one seam fits the installed vLLM, from memory where nothing changed."""
+def fits_installed(patch: VllmPatch) -> bool:
+    """Whether one patch fits the installed vLLM, from memory where nothing changed."""
     folder = installed_vllm()
-    return folder is not None and compat_cache.why_not(SEAMS, folder)[seam.name] is None
+    return folder is not None and compat_cache.unsupported_reason(PATCHES, folder)[patch.name] is None
 
 
 def check_installed(deployment: Deployment, speculates: bool | None = None) -> Iterator[Report]:
-    """Check every seam against the installed vLLM, from memory where nothing changed; nothing without a vLLM."""
+    """Check every patch against the installed vLLM, from memory where nothing changed; nothing without a vLLM."""
     folder = installed_vllm()
     if folder is not None:
-        why_not = compat_cache.why_not(SEAMS, folder)
-        for seam in SEAMS:
-            yield Report(seam, installed_version(), why_not[seam.name], needed_by(seam, deployment, speculates))
+        unsupported_reason = compat_cache.unsupported_reason(PATCHES, folder)
+        for patch in PATCHES:
+            yield Report(
+                patch, installed_version(), unsupported_reason[patch.name], needed_by(patch, deployment, speculates)
+            )

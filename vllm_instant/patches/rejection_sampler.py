@@ -23,13 +23,13 @@ from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.deployment.circuit_breaker import Contained, ContractError
+from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.deployment.settings import Deployment
 from vllm_instant.interfaces import RejectionSampler
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
-from vllm_instant.patches.plugin_factory import PluginStartError, build_contained, context_of
-from vllm_instant.speculation.verification import DraftRows, Verification, draft_rows
+from vllm_instant.patches.plugin_factory import PluginStartError, build_guarded, context_of
+from vllm_instant.speculation.verification import PaddedDrafts, VerificationBatch, pad_drafts
 
 logger = logging.getLogger("vllm.instant")
 
@@ -53,7 +53,7 @@ def sampler_class(base: Any, constrain: Any) -> Any:
     class InstantRejectionSampler(base):
         """Verifies drafts as the deployment's plugin says; as vLLM does once the plugin is disabled."""
 
-        instant_plugin: Contained[RejectionSampler]
+        instant_plugin: GuardedPlugin[RejectionSampler]
 
         def forward(self, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
             # All greedy: vLLM's rule is the rule. Disabled: vLLM takes over, seeds included.
@@ -79,7 +79,7 @@ def sampler_class(base: Any, constrain: Any) -> Any:
                 predict_bonus_token=True,
                 logprobs_mode_override="processed_logits" if self.is_processed_logprobs_mode else "raw_logits",
             )
-            rows = draft_rows(metadata.draft_token_ids.to(torch.int64), metadata.num_draft_tokens)
+            rows = pad_drafts(metadata.draft_token_ids.to(torch.int64), metadata.num_draft_tokens)
             output = assembled(rows, num_kept, following, bonus.sampled_token_ids)
             logprobs = None
             if wants_logprobs:
@@ -103,14 +103,14 @@ def sampler_class(base: Any, constrain: Any) -> Any:
             generators = sampling.generators
             plain = sampling.all_random and not generators
             # The plugin may overwrite what it gets, which others still need here.
-            step = Verification(drafts, counts, target if plain else target.clone(), draft_probs)
+            step = VerificationBatch(drafts, counts, target if plain else target.clone(), draft_probs)
             answer = self.instant_plugin.call("verify", lambda plugin: checked(plugin.verify(step), step), None)
             if answer is None or plain:
                 return None if answer is None else (*answer, generators)
             num_kept, following = answer
             if not sampling.all_random:
                 is_greedy = sampling.temperature == 0
-                num_matched, first_choice = greedy(draft_rows(drafts, counts), target)
+                num_matched, first_choice = greedy(pad_drafts(drafts, counts), target)
                 num_kept = torch.where(is_greedy, num_matched, num_kept)
                 following = torch.where(is_greedy, first_choice, following)
             needed = dict(generators)
@@ -137,7 +137,7 @@ def sampler_class(base: Any, constrain: Any) -> Any:
     return InstantRejectionSampler
 
 
-def checked(answer: Any, step: Verification) -> tuple[Any, Any]:
+def checked(answer: Any, step: VerificationBatch) -> tuple[Any, Any]:
     """A plugin's verdict with everything checked that could harm the engine further down.
 
     Values are only looked at on a CPU: elsewhere that would wait for the device in every step.
@@ -163,7 +163,7 @@ def checked(answer: Any, step: Verification) -> tuple[Any, Any]:
     return num_kept, following
 
 
-def greedy(rows: DraftRows, target_logits: Any) -> tuple[Any, Any]:
+def greedy(rows: PaddedDrafts, target_logits: Any) -> tuple[Any, Any]:
     """Drafts that are the target's first choice are kept: how many, and the first choice behind them; int64 each."""
     first_choice = target_logits.argmax(-1)[rows.index]
     num_kept = ((first_choice == rows.token_ids) & rows.is_real).cumprod(1).sum(1)
@@ -171,7 +171,7 @@ def greedy(rows: DraftRows, target_logits: Any) -> tuple[Any, Any]:
     return num_kept, first_choice.gather(1, position[:, None])[:, 0]
 
 
-def assembled(rows: DraftRows, num_kept: Any, following: Any, bonus_token_ids: Any) -> Any:
+def assembled(rows: PaddedDrafts, num_kept: Any, following: Any, bonus_token_ids: Any) -> Any:
     """Kept drafts and the token behind them, int32 ``[batch, longest + 1]``, padded with -1.
 
     Args:
@@ -203,14 +203,14 @@ def certain_rows(draft_probs: Any, rows: Any, token_ids: Any) -> Any:
 def _put_into(runner: Any, module: ModuleType) -> None:
     """Replace a model runner's sampler, where it has one and the deployment a plugin for it."""
     original = getattr(runner, "rejection_sampler", None)
-    deployment = deployment_env.current()
+    deployment = deployment_env.get_deployment()
     if original is None or deployment is None:
         return
     method = runner.speculative_config.rejection_sample_method
     if method != "standard":
         _refuse_if_named(deployment, f"speculative_config says rejection_sample_method = {method!r}")
         return
-    plugin = build_contained("rejection_sampler", deployment, context_of(runner.vllm_config, deployment))
+    plugin = build_guarded("rejection_sampler", deployment, context_of(runner.vllm_config, deployment))
     if plugin is not None:
         from vllm.v1.sample.rejection_sampler import apply_sampling_constraints
 
@@ -221,7 +221,7 @@ def _put_into(runner: Any, module: ModuleType) -> None:
 
 def _refuse_if_named(deployment: Deployment, why: str) -> None:
     choice = deployment.slots["rejection_sampler"]
-    if deployment.offer("rejection_sampler").plugin.lossy:
+    if deployment.installed("rejection_sampler").plugin.lossy:
         raise PluginStartError(f"plugin {choice.plugin} of slot rejection_sampler cannot serve: {why}")
     logger.info("vLLM's own rejection sampler serves: %s", why)
 
@@ -263,7 +263,7 @@ def _wrap_v2(module: ModuleType) -> None:
     @functools.wraps(initialize)
     def __init__(self: Any, sampler: Any, spec_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         initialize(self, sampler, spec_config, *args, **kwargs)
-        deployment = deployment_env.current()
+        deployment = deployment_env.get_deployment()
         if deployment is None:
             return
         chosen = deployment.slots["rejection_sampler"].plugin
@@ -288,26 +288,28 @@ _RUNNER = "v1/worker/gpu_model_runner.py"
 _SAMPLER = "v1/sample/rejection_sampler.py"
 _V2_SAMPLER = "v1/worker/gpu/spec_decode/rejection_sampler.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="rejection sampler",
     purpose="rejection samplers that plugins bring; seeds that hold whatever is drafted",
     requirements=(
-        Mentions(_RUNNER, "GPUModelRunner.__init__", ("rejection_sampler", "speculative_config", "sampler")),
-        Function(_RUNNER, "GPUModelRunner._get_spec_decode_draft_probs", ("self", "spec_decode_metadata"), exact=True),
-        Mentions(_RUNNER, "GPUModelRunner._sample", ("rejection_sampler", "sampling_metadata")),
-        Function(
+        References(_RUNNER, "GPUModelRunner.__init__", ("rejection_sampler", "speculative_config", "sampler")),
+        HasSignature(
+            _RUNNER, "GPUModelRunner._get_spec_decode_draft_probs", ("self", "spec_decode_metadata"), exact=True
+        ),
+        References(_RUNNER, "GPUModelRunner._sample", ("rejection_sampler", "sampling_metadata")),
+        HasSignature(
             _SAMPLER,
             "RejectionSampler.forward",
             ("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
             exact=True,
         ),
-        Function(
+        HasSignature(
             _SAMPLER,
             "RejectionSampler.apply_logits_processors",
             ("self", "logits", "sampling_metadata", "metadata"),
             exact=True,
         ),
-        Function(
+        HasSignature(
             _SAMPLER,
             "RejectionSampler._get_logprobs_tensors",
             (
@@ -321,18 +323,18 @@ SEAM = Seam(
             ),
             exact=True,
         ),
-        Mentions(_SAMPLER, "RejectionSampler.__init__", ("sampler", "is_processed_logprobs_mode")),
-        Function(
+        References(_SAMPLER, "RejectionSampler.__init__", ("sampler", "is_processed_logprobs_mode")),
+        HasSignature(
             _SAMPLER,
             "apply_sampling_constraints",
             ("logits", "cu_num_draft_tokens", "sampling_metadata"),
             exact=True,
         ),
-        Mentions("v1/sample/sampler.py", "Sampler.__init__", ("topk_topp_sampler",)),
-        Function("v1/sample/sampler.py", "Sampler.forward", ("self", "logits", "sampling_metadata")),
-        Name("v1/sample/metadata.py", "SamplingMetadata.generators"),
-        Name("v1/spec_decode/metadata.py", "SpecDecodeMetadata.target_logits_indices"),
-        Mentions(_V2_SAMPLER, "RejectionSampler.__init__", ("use_block_verification", "rejection_sample_method")),
+        References("v1/sample/sampler.py", "Sampler.__init__", ("topk_topp_sampler",)),
+        HasSignature("v1/sample/sampler.py", "Sampler.forward", ("self", "logits", "sampling_metadata")),
+        HasAttribute("v1/sample/metadata.py", "SamplingMetadata.generators"),
+        HasAttribute("v1/spec_decode/metadata.py", "SpecDecodeMetadata.target_logits_indices"),
+        References(_V2_SAMPLER, "RejectionSampler.__init__", ("use_block_verification", "rejection_sample_method")),
     ),
     slots=("rejection_sampler",),
 )

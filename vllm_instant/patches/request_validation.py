@@ -6,9 +6,9 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from vllm_instant.patches.compat import Function, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
-from vllm_instant.scheduling.request_registry import told_output_tokens
+from vllm_instant.scheduling.request_registry import hinted_output_tokens
 from vllm_instant.speculation.draft_budget import requested_draft_length
 
 MODULE = "vllm.v1.engine.input_processor"
@@ -22,7 +22,7 @@ def _wrap(module: ModuleType) -> None:
         try:
             extra_args = getattr(params, "extra_args", None)
             requested_draft_length(extra_args)
-            told_output_tokens(extra_args)
+            hinted_output_tokens(extra_args)
         except ValueError as error:
             from vllm.exceptions import VLLMValidationError
 
@@ -38,14 +38,14 @@ def install() -> None:
     when_imported(MODULE, _wrap)
 
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="request options",
     purpose="a client's wrong vllm_xargs are refused",
     requirements=(
-        Function(
+        HasSignature(
             "v1/engine/input_processor.py", "InputProcessor.process_inputs", ("self", "request_id", "prompt", "params")
         ),
-        Name("exceptions.py", "VLLMValidationError"),
+        HasAttribute("exceptions.py", "VLLMValidationError"),
     ),
     slots=("speculation", "batching"),
     optional=True,

@@ -19,11 +19,11 @@ from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import failure_counts
 from vllm_instant.interfaces import RequestState, StepOutcome
 from vllm_instant.patches.admission import BatchingMixin
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.moe_reports import count_in
-from vllm_instant.patches.pinned_prefixes import HoldingMixin
-from vllm_instant.patches.plugin_factory import build_contained, context_of
-from vllm_instant.speculation.draft_budget import SpeculationBudget
+from vllm_instant.patches.pinned_prefixes import PinningMixin
+from vllm_instant.patches.plugin_factory import build_guarded, context_of
+from vllm_instant.speculation.draft_budget import DraftBudgetManager
 from vllm_instant.speculation.draft_plan import DraftPlan
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ REPORT_ATTRIBUTE = "instant_draft_report"
 PADDING = -1
 
 
-class InstantMixin(BatchingMixin, HoldingMixin):
+class InstantMixin(BatchingMixin, PinningMixin):
     """Serves ``speculation`` beside ``batching``, and holds prefixes; put before vLLM's scheduler in the bases."""
 
     # What the mixin uses of its vLLM base class, beside what BatchingMixin does.
@@ -50,17 +50,17 @@ class InstantMixin(BatchingMixin, HoldingMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.instant_budget: SpeculationBudget | None = None
+        self.instant_budget: DraftBudgetManager | None = None
         self.instant_nothing_to_draft = False
-        """Nobody gets drafts after this step, so that there are none to fetch (read by ``seams.engine_core``)."""
+        """Nobody gets drafts after this step, so that there are none to fetch (read by ``patches.engine_core``)."""
         self._latest_output: float | None = None
         self._instant_plan = DraftPlan()
         self._instant_drafter_failures: Sequence[Mapping[str, Any]] = ()
-        deployment = deployment_env.current()
+        deployment = deployment_env.get_deployment()
         if deployment is not None and self.num_spec_tokens:
-            policy = build_contained("speculation", deployment, context_of(self.vllm_config, deployment))
+            policy = build_guarded("speculation", deployment, context_of(self.vllm_config, deployment))
             if policy is not None:
-                self.instant_budget = SpeculationBudget(policy, self.num_spec_tokens, requests=self.instant_requests)
+                self.instant_budget = DraftBudgetManager(policy, self.num_spec_tokens, requests=self.instant_requests)
                 # Each response says what was drafted and accepted for it, unless the user wants it in more detail.
                 if self.spec_decode_metrics_level == "none":
                     self.spec_decode_metrics_level = "summary"
@@ -95,11 +95,11 @@ class InstantMixin(BatchingMixin, HoldingMixin):
             state = state_of(request_id)
             if state is not None:
                 drafting.append(state)
-        longest_wait = 0.0
+        max_wait = 0.0
         if len(self.waiting):
             oldest = self.waiting.peek_request() if self.instant_queue is None else self.instant_queue.oldest()
-            longest_wait = max(0.0, time.time() - oldest.arrival_time)
-        plan = budget.plan_drafts(drafting, len(self.waiting), longest_wait)
+            max_wait = max(0.0, time.time() - oldest.arrival_time)
+        plan = budget.plan_drafts(drafting, len(self.waiting), max_wait)
         # The drafter makes one length for the whole batch; the longest wish decides.
         scheduler_output.num_spec_tokens_to_schedule = max(plan.lengths.values(), default=0)
         setattr(scheduler_output, PLAN_ATTRIBUTE, plan)
@@ -117,8 +117,8 @@ class InstantMixin(BatchingMixin, HoldingMixin):
         """Called right after a step was handed to the workers: the time to think, until they answer."""
         bitmask = super().get_grammar_bitmask(scheduler_output)  # type: ignore[misc]
         if self.instant_budget is not None:
-            self.instant_budget.while_the_model_runs()
-        self.instant_think()
+            self.instant_budget.on_model_executing()
+        self.instant_background_work()
         return bitmask
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -208,7 +208,7 @@ class InstantMixin(BatchingMixin, HoldingMixin):
         return super()._free_request(request, *args, **kwargs)
 
     def instant_close(self) -> None:
-        """Let the policies keep what they learned (called by ``seams.engine_core``)."""
+        """Let the policies keep what they learned (called by ``patches.engine_core``)."""
         for policy in (self.instant_budget, self.instant_batching):
             if policy is not None:
                 policy.close()
@@ -247,51 +247,51 @@ def create_scheduler(*args: Any, **kwargs: Any) -> Any:
 _SCHEDULER = "v1/core/sched/scheduler.py"
 _OUTPUT = "v1/core/sched/output.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="scheduler",
     purpose="per-request speculation budget",
     requirements=(
-        Function(_SCHEDULER, "Scheduler.add_request", ("self", "request"), exact=True),
-        Function(_SCHEDULER, "Scheduler._update_after_schedule", ("self", "scheduler_output"), exact=True),
-        Function(_SCHEDULER, "Scheduler.update_draft_token_ids", ("self", "draft_token_ids"), exact=True),
-        Function(
+        HasSignature(_SCHEDULER, "Scheduler.add_request", ("self", "request"), exact=True),
+        HasSignature(_SCHEDULER, "Scheduler._update_after_schedule", ("self", "scheduler_output"), exact=True),
+        HasSignature(_SCHEDULER, "Scheduler.update_draft_token_ids", ("self", "draft_token_ids"), exact=True),
+        HasSignature(
             _SCHEDULER,
             "Scheduler.update_from_output",
             ("self", "scheduler_output", "model_runner_output"),
             exact=True,
         ),
-        Function(_SCHEDULER, "Scheduler._free_request", ("self", "request")),
-        Function(_SCHEDULER, "Scheduler.schedule", ("self",)),
-        Function(_SCHEDULER, "Scheduler.get_grammar_bitmask", ("self", "scheduler_output"), exact=True),
-        Mentions(
+        HasSignature(_SCHEDULER, "Scheduler._free_request", ("self", "request")),
+        HasSignature(_SCHEDULER, "Scheduler.schedule", ("self",)),
+        HasSignature(_SCHEDULER, "Scheduler.get_grammar_bitmask", ("self", "scheduler_output"), exact=True),
+        References(
             "v1/engine/core.py", "EngineCore.step", ("execute_model", "get_grammar_bitmask", "update_from_output")
         ),
-        Mentions(
+        References(
             _SCHEDULER,
             "Scheduler.__init__",
             ("num_spec_tokens", "requests", "running", "waiting", "spec_decode_metrics_level"),
         ),
-        Function("v1/core/sched/request_queue.py", "RequestQueue.peek_request", ("self",)),
-        Mentions(_SCHEDULER, "Scheduler.schedule", ("_update_after_schedule", "spec_token_ids")),
-        Mentions(_SCHEDULER, "Scheduler.update_draft_token_ids", ("req_ids", "draft_token_ids", "spec_token_ids")),
-        Function(
+        HasSignature("v1/core/sched/request_queue.py", "RequestQueue.peek_request", ("self",)),
+        References(_SCHEDULER, "Scheduler.schedule", ("_update_after_schedule", "spec_token_ids")),
+        References(_SCHEDULER, "Scheduler.update_draft_token_ids", ("req_ids", "draft_token_ids", "spec_token_ids")),
+        HasSignature(
             "v1/core/sched/async_scheduler.py", "AsyncScheduler._update_after_schedule", ("self", "scheduler_output")
         ),
-        Mentions(
+        References(
             "v1/core/sched/async_scheduler.py",
             "AsyncScheduler._update_after_schedule",
             ("spec_token_ids", "num_spec_tokens_to_schedule", "num_output_placeholders"),
         ),
-        Mentions("v1/request.py", "Request.__init__", ("cache_salt",)),
-        Name(_OUTPUT, "SchedulerOutput.num_spec_tokens_to_schedule"),
-        Name(_OUTPUT, "SchedulerOutput.scheduled_spec_decode_tokens"),
-        Name(_OUTPUT, "SchedulerOutput.num_scheduled_tokens"),
-        Name(_OUTPUT, "SchedulerOutput.num_invalid_spec_tokens"),
-        Name("v1/outputs.py", "DraftTokenIds.draft_token_ids"),
-        Name("v1/outputs.py", "ModelRunnerOutput.sampled_token_ids"),
-        Name("v1/outputs.py", "ModelRunnerOutput.req_id_to_index"),
-        Mentions("v1/engine/core.py", "EngineCore.post_step", ("take_draft_token_ids", "update_draft_token_ids")),
-        Function("config/scheduler.py", "SchedulerConfig.get_scheduler_cls", ("self",)),
+        References("v1/request.py", "Request.__init__", ("cache_salt",)),
+        HasAttribute(_OUTPUT, "SchedulerOutput.num_spec_tokens_to_schedule"),
+        HasAttribute(_OUTPUT, "SchedulerOutput.scheduled_spec_decode_tokens"),
+        HasAttribute(_OUTPUT, "SchedulerOutput.num_scheduled_tokens"),
+        HasAttribute(_OUTPUT, "SchedulerOutput.num_invalid_spec_tokens"),
+        HasAttribute("v1/outputs.py", "DraftTokenIds.draft_token_ids"),
+        HasAttribute("v1/outputs.py", "ModelRunnerOutput.sampled_token_ids"),
+        HasAttribute("v1/outputs.py", "ModelRunnerOutput.req_id_to_index"),
+        References("v1/engine/core.py", "EngineCore.post_step", ("take_draft_token_ids", "update_draft_token_ids")),
+        HasSignature("config/scheduler.py", "SchedulerConfig.get_scheduler_cls", ("self",)),
     ),
     slots=("speculation",),
 )

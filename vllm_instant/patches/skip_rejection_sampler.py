@@ -11,7 +11,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 
 MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
@@ -40,14 +40,14 @@ def install() -> None:
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="plain sampling",
     purpose="steps without drafts are sampled without the rejection sampler",
     requirements=(
-        Function(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata"), exact=True),
-        Mentions(_RUNNER, "GPUModelRunner._sample", ("sampler", "rejection_sampler", "sampling_metadata")),
-        Mentions(_RUNNER, "GPUModelRunner._bookkeeping_sync", ("max_gen_len", "use_async_scheduling")),
-        Name("v1/spec_decode/metadata.py", "SpecDecodeMetadata.num_draft_tokens"),
+        HasSignature(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata"), exact=True),
+        References(_RUNNER, "GPUModelRunner._sample", ("sampler", "rejection_sampler", "sampling_metadata")),
+        References(_RUNNER, "GPUModelRunner._bookkeeping_sync", ("max_gen_len", "use_async_scheduling")),
+        HasAttribute("v1/spec_decode/metadata.py", "SpecDecodeMetadata.num_draft_tokens"),
     ),
     slots=("speculation",),
     optional=True,

@@ -19,15 +19,15 @@ from uuid import uuid4
 
 from fastapi import FastAPI
 
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.settings import Deployment
 from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.interfaces import EngineLoad, Holds, StreamingPrefill
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.engine_core import HOLD_METHOD, LET_GO_METHOD
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.pinned_prefixes import HOLD
-from vllm_instant.patches.plugin_factory import PluginStartError, build_contained, context_of
+from vllm_instant.patches.plugin_factory import PluginStartError, build_guarded, context_of
 from vllm_instant.streaming.engine import ChatRequest, Early, Prompt, RequestError
 
 logger = logging.getLogger("vllm.instant")
@@ -167,9 +167,9 @@ class VllmStreamingEngine:
         limits = (name, holds.sessions, holds.tokens, holds.cache_share)
         answers = await self._client.engine_core.call_utility_all_async(HOLD_METHOD, *limits)
         # With several engines the session's affinity chooses one; the others hold nothing.
-        return next((why_not for why_not in answers if why_not is not None), None)
+        return next((unsupported_reason for unsupported_reason in answers if unsupported_reason is not None), None)
 
-    async def let_go(self, name: str) -> None:
+    async def unpin(self, name: str) -> None:
         await self._client.engine_core.call_utility_all_async(LET_GO_METHOD, name)
 
     def _chat_request(self, request: ChatRequest) -> Any:
@@ -213,13 +213,13 @@ def attach(app: FastAPI) -> Any:
 
 def start(
     streaming: Any, app: FastAPI, engine_client: Any, state: Any, deployment: Deployment
-) -> Contained[StreamingPrefill] | None:
+) -> GuardedPlugin[StreamingPrefill] | None:
     """Begin to serve; returns the plugin. Raises PluginStartError where that cannot be."""
-    from vllm_instant.streaming.metrics import StreamingNumbers
-    from vllm_instant.streaming.session_manager import Host
+    from vllm_instant.streaming.metrics import StreamingMetrics
+    from vllm_instant.streaming.session_manager import SessionManager
 
     config = engine_client.vllm_config
-    plugin = build_contained("streaming", deployment, context_of(config, deployment))
+    plugin = build_guarded("streaming", deployment, context_of(config, deployment))
     if plugin is None:
         return None
     if not config.cache_config.enable_prefix_caching:
@@ -232,7 +232,7 @@ def start(
         raise PluginStartError(
             f"plugin {plugin.plugin} of slot streaming cannot start: this model has no /v1/chat/completions"
         )
-    streaming.start(Host(VllmStreamingEngine(engine_client, chat), plugin, StreamingNumbers()))
+    streaming.start(SessionManager(VllmStreamingEngine(engine_client, chat), plugin, StreamingMetrics()))
     _let_tokens_in(app, streaming)
     return plugin
 
@@ -240,7 +240,7 @@ def start(
 def _let_tokens_in(app: FastAPI, streaming: Any) -> None:
     """Put the session tokens before the API-key check, if there is one."""
     from vllm_instant.streaming.routes import DEMO_PATH
-    from vllm_instant.streaming.tokens import TokenGate
+    from vllm_instant.streaming.tokens import AuthMiddleware
 
     for middleware in app.user_middleware:
         if getattr(middleware.cls, "__name__", "") == _AUTHENTICATION:
@@ -248,7 +248,7 @@ def _let_tokens_in(app: FastAPI, streaming: Any) -> None:
             public = (DEMO_PATH,) if streaming.host.limits.demo_page else ()
             # Before everything: vLLM has put its middleware together by now.
             stack = app.middleware_stack or app.build_middleware_stack()
-            app.middleware_stack = TokenGate(stack, tokens=streaming.tokens, key=key, public=public)
+            app.middleware_stack = AuthMiddleware(stack, tokens=streaming.tokens, key=key, public=public)
             return
 
 
@@ -291,43 +291,45 @@ def install() -> None:
 
 _CHAT = "entrypoints/openai/chat_completion/serving.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="streaming",
     purpose="reads prompts ahead while they arrive, and answers them as the chat endpoint would",
     requirements=(
-        Function(_CHAT, "OpenAIServingChat.render_chat_request", ("self", "request"), exact=True),
-        Function(_CHAT, "OpenAIServingChat.create_chat_completion", ("self", "request", "raw_request"), exact=True),
-        Function(
+        HasSignature(_CHAT, "OpenAIServingChat.render_chat_request", ("self", "request"), exact=True),
+        HasSignature(_CHAT, "OpenAIServingChat.create_chat_completion", ("self", "request", "raw_request"), exact=True),
+        HasSignature(
             "entrypoints/serve/engine/serving.py",
             "BaseServing._maybe_get_adapters",
             ("self", "request", "supports_default_mm_loras"),
             exact=True,
         ),
-        Mentions(_CHAT, "OpenAIServingChat._create_chat_completion", ("_get_data_parallel_rank", "request_id")),
-        Function("v1/engine/async_llm.py", "AsyncLLM.generate", ("self", "prompt", "sampling_params", "request_id")),
-        Function("v1/engine/async_llm.py", "AsyncLLM.get_num_unfinished_requests", ("self",), exact=True),
-        Function("inputs/engine.py", "tokens_input", ("prompt_token_ids",), exact=True),
-        Function(
+        References(_CHAT, "OpenAIServingChat._create_chat_completion", ("_get_data_parallel_rank", "request_id")),
+        HasSignature(
+            "v1/engine/async_llm.py", "AsyncLLM.generate", ("self", "prompt", "sampling_params", "request_id")
+        ),
+        HasSignature("v1/engine/async_llm.py", "AsyncLLM.get_num_unfinished_requests", ("self",), exact=True),
+        HasSignature("inputs/engine.py", "tokens_input", ("prompt_token_ids",), exact=True),
+        HasSignature(
             "v1/engine/output_processor.py",
             "OutputProcessor._update_stats_from_output",
             ("self", "req_state", "engine_core_output", "engine_core_timestamp", "iteration_stats"),
         ),
-        Function(
+        HasSignature(
             "v1/engine/output_processor.py",
             "OutputProcessor._update_stats_from_finished",
             ("self", "req_state", "finish_reason", "iteration_stats"),
         ),
-        Function(
+        HasSignature(
             "entrypoints/serve/middleware/authenticate.py",
             "AuthenticationMiddleware.__init__",
             ("self", "app", "tokens"),
         ),
-        Name("config/parallel.py", "ParallelConfig.data_parallel_external_lb"),
-        Name("config/parallel.py", "ParallelConfig.data_parallel_hybrid_lb"),
-        Name("config/cache.py", "CacheConfig.block_size"),
-        Name("config/cache.py", "CacheConfig.enable_prefix_caching"),
-        Name("exceptions.py", "VLLMClientError"),
-        Name("exceptions.py", "GracefulHTTPError"),
+        HasAttribute("config/parallel.py", "ParallelConfig.data_parallel_external_lb"),
+        HasAttribute("config/parallel.py", "ParallelConfig.data_parallel_hybrid_lb"),
+        HasAttribute("config/cache.py", "CacheConfig.block_size"),
+        HasAttribute("config/cache.py", "CacheConfig.enable_prefix_caching"),
+        HasAttribute("exceptions.py", "VLLMClientError"),
+        HasAttribute("exceptions.py", "GracefulHTTPError"),
     ),
     slots=("streaming",),
 )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from vllm_instant.interfaces import Admission, RequestState
-from vllm_instant.scheduling.request_registry import StatesOnDemand
+from vllm_instant.scheduling.request_registry import LazyRequestStates
 
 Ask = Callable[[Sequence[RequestState]], Admission]
 
@@ -75,7 +75,7 @@ class InstantQueue:
 
     def states(self) -> Sequence[RequestState]:
         """Of those that wait for their first start, in the order of arrival; to be looked at before that changes."""
-        return StatesOnDemand(len(self._states), self._all_states)
+        return LazyRequestStates(len(self._states), self._all_states)
 
     # ---------------------------------------------------------------------------------------- vLLM's methods
 
@@ -181,7 +181,7 @@ class InstantQueue:
     def _order_now(self) -> list[Any]:
         if self._order is None:
             admission = self._ask(self.states()) if self._scheduling and self._line else Admission()
-            self._most = admission.most
+            self._most = admission.max_num_admitted
             self._order = self._sorted(admission)
         elif not self._order and (self._line or self._front):
             # All that the policy named have started: the others follow as they came.

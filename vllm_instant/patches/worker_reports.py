@@ -11,9 +11,9 @@ from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment.circuit_breaker import failure_counts
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.drafter import PluginDrafter
-from vllm_instant.patches.hybrid_drafting import SHARER_ATTRIBUTE, DraftSharer
+from vllm_instant.patches.hybrid_drafting import SHARER_ATTRIBUTE, HybridDraftRunner
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.rejection_sampler import SAMPLER_ATTRIBUTE
 from vllm_instant.patches.scheduler import REPORT_ATTRIBUTE
@@ -26,7 +26,7 @@ def report_of(runner: Any) -> DraftReport | None:
     """The report of a model runner; None when no plugin of ours drafts or verifies there."""
     sampler = getattr(getattr(runner, "rejection_sampler", None), SAMPLER_ATTRIBUTE, None)
     sharer = getattr(runner, SHARER_ATTRIBUTE, None)
-    if isinstance(sharer, DraftSharer):
+    if isinstance(sharer, HybridDraftRunner):
         return DraftReport(sharer.draft_passes, sharer.draft_missed, failure_counts(sharer.drafter, sampler))
     drafter = getattr(runner, "drafter", None)
     if isinstance(drafter, PluginDrafter):
@@ -53,13 +53,13 @@ def install() -> None:
     when_imported(MODEL_RUNNER_MODULE, _wrap)
 
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="draft reports",
     purpose="failures of plugins in workers and passes of a shared draft model reach the metrics and the policy",
     requirements=(
-        Function("v1/worker/gpu_model_runner.py", "GPUModelRunner.take_draft_token_ids", ("self",), exact=True),
-        Mentions("v1/engine/core.py", "EngineCore.post_step", ("take_draft_token_ids", "update_draft_token_ids")),
-        Name("v1/outputs.py", "DraftTokenIds.draft_token_ids"),
+        HasSignature("v1/worker/gpu_model_runner.py", "GPUModelRunner.take_draft_token_ids", ("self",), exact=True),
+        References("v1/engine/core.py", "EngineCore.post_step", ("take_draft_token_ids", "update_draft_token_ids")),
+        HasAttribute("v1/outputs.py", "DraftTokenIds.draft_token_ids"),
     ),
     slots=("drafter", "rejection_sampler"),
     optional=True,

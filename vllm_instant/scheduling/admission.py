@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vllm_instant.deployment.circuit_breaker import Contained, ContractError
-from vllm_instant.interfaces import Admission, BatchingPolicy, QueueMoment, RequestState, StepOutcome
+from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
+from vllm_instant.interfaces import Admission, RequestState, SchedulerSnapshot, SchedulingPolicy, StepOutcome
 
 
 @dataclass
@@ -35,16 +35,16 @@ class Batching:
 
     """
 
-    def __init__(self, policy: Contained[BatchingPolicy], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, policy: GuardedPlugin[SchedulingPolicy], clock: Callable[[], float] = time.monotonic) -> None:
         self.policy = policy
         self.counters = BatchingCounters()
         self.clock = clock
         kind = type(policy.instance)
-        self.limits_prompts = kind.most_prompt_tokens is not BatchingPolicy.most_prompt_tokens
+        self.limits_prompts = kind.max_prompt_tokens is not SchedulingPolicy.max_prompt_tokens
         """Whether the policy has anything to say about how much of the prompts a step reads."""
-        self.spares = kind.spare is not BatchingPolicy.spare
-        self.thinks = kind.think is not BatchingPolicy.think
-        self.observes = kind.observe is not BatchingPolicy.observe
+        self.spares = kind.preemption_order is not SchedulingPolicy.preemption_order
+        self.thinks = kind.background_work is not SchedulingPolicy.background_work
+        self.observes = kind.observe is not SchedulingPolicy.observe
 
     def enter(self, state: RequestState) -> None:
         """A request begins to wait."""
@@ -78,50 +78,50 @@ class Batching:
         now = self.clock()
         self.policy.call("finished", lambda policy: policy.finished(state, now, complete), None)
 
-    def admit(self, moment: QueueMoment) -> Admission:
+    def admit(self, moment: SchedulerSnapshot) -> Admission:
         """Whom to start; as they came when the policy is disabled. Somebody starts when nobody runs."""
 
-        def ask(policy: BatchingPolicy) -> Admission:
+        def ask(policy: SchedulingPolicy) -> Admission:
             admission = policy.admit(moment)
             order = admission.order
             if order and not (0 <= min(order) and max(order) < len(moment.waiting) and len(set(order)) == len(order)):
                 raise ContractError(f"an order names each of 0..{len(moment.waiting) - 1} at most once, found {order}")
             if len(set(admission.by_id)) != len(admission.by_id):
                 raise ContractError(f"an order names each request at most once, found {admission.by_id}")
-            if admission.most is not None and admission.most < 0:
-                raise ContractError(f"most must not be negative, found {admission.most}")
+            if admission.max_num_admitted is not None and admission.max_num_admitted < 0:
+                raise ContractError(f"max_num_admitted must not be negative, found {admission.max_num_admitted}")
             return admission
 
         admission = self.policy.call("admit", ask, Admission())
-        if admission.most == 0 and not moment.running:
-            return replace(admission, most=1)
+        if admission.max_num_admitted == 0 and not moment.running:
+            return replace(admission, max_num_admitted=1)
         return admission
 
-    def spare(self, running: Sequence[RequestState]) -> Sequence[int] | None:
+    def preemption_order(self, running: Sequence[RequestState]) -> Sequence[int] | None:
         """Indices of those that run, those first that keep their KV blocks longest; None: vLLM's own choice."""
 
-        def ask(policy: BatchingPolicy) -> Sequence[int] | None:
-            order = policy.spare(running)
+        def ask(policy: SchedulingPolicy) -> Sequence[int] | None:
+            order = policy.preemption_order(running)
             if order is not None and sorted(order) != list(range(len(running))):
                 raise ContractError(f"an order of all {len(running)} running requests was due, found {list(order)}")
             return order
 
         return self.policy.call("spare", ask, None)
 
-    def most_prompt_tokens(self, moment: QueueMoment) -> int | None:
+    def max_prompt_tokens(self, moment: SchedulerSnapshot) -> int | None:
         """Most prompt tokens of the next step; None: no limit."""
 
-        def ask(policy: BatchingPolicy) -> int | None:
-            most = policy.most_prompt_tokens(moment)
+        def ask(policy: SchedulingPolicy) -> int | None:
+            most = policy.max_prompt_tokens(moment)
             if most is not None and most < 1:
                 raise ContractError(f"a step must read at least one prompt token, found {most}")
             return most
 
-        return self.policy.call("most_prompt_tokens", ask, None)
+        return self.policy.call("max_prompt_tokens", ask, None)
 
-    def while_the_model_runs(self, moment: QueueMoment) -> None:
+    def on_model_executing(self, moment: SchedulerSnapshot) -> None:
         """The step is on its way, and there is time."""
-        self.policy.call("think", lambda policy: policy.think(moment), None)
+        self.policy.call("think", lambda policy: policy.background_work(moment), None)
 
     def observe(self, outcome: StepOutcome) -> None:
         """A step is over."""
@@ -130,8 +130,8 @@ class Batching:
     def totals(self) -> dict[str, Any]:
         """The counters, and what the policy measures of itself, as plain data."""
 
-        def ask(policy: BatchingPolicy) -> dict[str, float]:
-            return {str(name): float(value) for name, value in policy.measures().items()}
+        def ask(policy: SchedulingPolicy) -> dict[str, float]:
+            return {str(name): float(value) for name, value in policy.metrics().items()}
 
         nothing: dict[str, float] = {}
         return asdict(self.counters) | {"measures": self.policy.call("measures", ask, nothing)}

@@ -34,7 +34,7 @@ class _Held:
     key: Hashable = None
 
 
-class HeldPrefixes:
+class PinnedPrefixes:
     """The held prefixes of one engine.
 
     Args:
@@ -131,7 +131,7 @@ class HeldPrefixes:
         sizes = zip(held.groups, self._block_sizes, strict=True) if held.groups else ()
         return tokens, tuple(group[: -(-tokens // size)] for group, size in sizes)
 
-    def give_back(self) -> bool:
+    def evict_lru(self) -> bool:
         """Free what was used longest ago; whether there was anything."""
         for held in self._held.values():
             if held.groups:

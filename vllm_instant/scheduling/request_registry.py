@@ -14,8 +14,8 @@ PROMPT_HEAD = 32
 """Prompts that share so many tokens at their beginning (a system prompt) are of one class."""
 
 
-def prompt_class(token_ids: Sequence[int] | npt.NDArray[np.int32]) -> int:
-    """What ``RequestState.prompt_class`` is for a prompt; the same in every process."""
+def prompt_group(token_ids: Sequence[int] | npt.NDArray[np.int32]) -> int:
+    """What ``RequestState.prompt_group`` is for a prompt; the same in every process."""
     head = token_ids[:PROMPT_HEAD]
     return hash(tuple(head) if isinstance(head, list) else tuple(int(token) for token in head))
 
@@ -24,7 +24,7 @@ OUTPUT_TOKENS_KEY = "instant_output_tokens"
 """What a client that knows how long its answer will be writes into ``vllm_xargs``: a number of tokens."""
 
 
-def told_output_tokens(extra_args: Mapping[str, Any] | None) -> float | None:
+def hinted_output_tokens(extra_args: Mapping[str, Any] | None) -> float | None:
     """How many tokens a client expects of its answer; None when it says nothing.
 
     Raises:
@@ -39,7 +39,7 @@ def told_output_tokens(extra_args: Mapping[str, Any] | None) -> float | None:
     raise ValueError(f"vllm_xargs: {OUTPUT_TOKENS_KEY} must be a number of tokens from 1, found {value!r}")
 
 
-class StatesOnDemand(Sequence[RequestState]):
+class LazyRequestStates(Sequence[RequestState]):
     """States that are gathered when somebody looks: most decisions need their number only.
 
     Args:
@@ -71,7 +71,7 @@ class StatesOnDemand(Sequence[RequestState]):
         return self._found
 
 
-class LiveRequests:
+class RequestRegistry:
     """Registry of live requests; gives each its class and an index that is free."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class LiveRequests:
         """A request entered the engine."""
         if self.states.get(state.request_id) is state:
             return
-        state.prompt_class = prompt_class(state.prompt_token_ids)
+        state.prompt_group = prompt_group(state.prompt_token_ids)
         state.index = self._free_indices.pop() if self._free_indices else len(self.states)
         self.states[state.request_id] = state
 

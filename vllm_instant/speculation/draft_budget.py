@@ -17,16 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vllm_instant.deployment.circuit_breaker import Contained, ContractError
+from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.interfaces import (
-    DraftPrice,
+    DraftCost,
     ExpertCount,
     RequestState,
     SpeculationPolicy,
     StepOutcome,
     UpcomingStep,
 )
-from vllm_instant.scheduling.request_registry import LiveRequests
+from vllm_instant.scheduling.request_registry import RequestRegistry
 from vllm_instant.speculation.draft_plan import DraftPlan, DraftReport
 
 CLIENT_KEY = "instant_speculation"
@@ -68,7 +68,7 @@ class SpeculationCounters:
     """Planned steps in which no request was granted any draft token."""
 
 
-class SpeculationBudget:
+class DraftBudgetManager:
     """Asks a policy for draft lengths and tells it what became of them.
 
     Args:
@@ -81,15 +81,15 @@ class SpeculationBudget:
 
     def __init__(
         self,
-        policy: Contained[SpeculationPolicy],
+        policy: GuardedPlugin[SpeculationPolicy],
         max_draft_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
-        requests: LiveRequests | None = None,
+        requests: RequestRegistry | None = None,
     ) -> None:
         self.policy = policy
         self.max_draft_tokens = max_draft_tokens
         self.counters = SpeculationCounters()
-        self._requests = LiveRequests() if requests is None else requests
+        self._requests = RequestRegistry() if requests is None else requests
         self._is_registrar = requests is None
         self.states = self._requests.states
         """The live states of all admitted requests, by request id."""
@@ -113,7 +113,7 @@ class SpeculationBudget:
         """The next plan, made while the model ran: a length for each of these requests."""
         self._named: tuple[Sequence[RequestState], list[str]] = ((), [])
         """The ids of the requests of the newest plan: mostly those of the next one."""
-        self._price = DraftPrice()
+        self._draft_cost = DraftCost()
         self._waiting: tuple[int, float] = (0, 0.0)
 
     # ---------------------------------------------------------------------------------------------- requests
@@ -126,7 +126,9 @@ class SpeculationBudget:
         try:
             length = requested_draft_length(state.extra_args)
         except ValueError:
-            length = None  # refused at the door where there is one (seams/request_options.py); else the policy decides
+            length = (
+                None  # refused at the door where there is one (patches/request_options.py); else the policy decides
+            )
         if state.pinned_draft_length is None and length is not None:
             state.pinned_draft_length = min(length, self.max_draft_tokens)
         self._num_salted += bool(state.cache_salt)
@@ -150,13 +152,13 @@ class SpeculationBudget:
         """The scheduler starts to put a step together."""
         self._latest_begin = self._clock()
 
-    def plan(self, states: Sequence[RequestState], num_waiting: int = 0, longest_wait: float = 0.0) -> list[int]:
+    def plan(self, states: Sequence[RequestState], num_waiting: int = 0, max_wait: float = 0.0) -> list[int]:
         """Draft lengths for the step now being scheduled, one a request, each in ``0..max_draft_tokens``.
 
         When the policy is disabled every request gets the full length, which is what vLLM does by itself.
         """
         self._number += 1
-        self._planned, self._none_left, self._waiting = states, True, (num_waiting, longest_wait)
+        self._planned, self._none_left, self._waiting = states, True, (num_waiting, max_wait)
         lengths = self._planned_ahead(states)
         if lengths is None:
             self._show_outcomes()
@@ -185,21 +187,21 @@ class SpeculationBudget:
         except KeyError:
             return None
 
-    def plan_drafts(self, states: Sequence[RequestState], num_waiting: int = 0, longest_wait: float = 0.0) -> DraftPlan:
+    def plan_drafts(self, states: Sequence[RequestState], num_waiting: int = 0, max_wait: float = 0.0) -> DraftPlan:
         """``plan`` as the workers need it."""
-        lengths = self.plan(states, num_waiting, longest_wait)
+        lengths = self.plan(states, num_waiting, max_wait)
         if self._named[0] != states:
             self._named = list(states), [state.request_id for state in states]
         return DraftPlan(
             dict(zip(self._named[1], lengths, strict=True)),
-            self._price,
+            self._draft_cost,
             frozenset(state.request_id for state in states if state.pinned_draft_length)
             if self._num_pinned
             else NOBODY,
             {state.request_id: state.cache_salt for state in states if state.cache_salt} if self._num_salted else {},
         )
 
-    def while_the_model_runs(self) -> None:
+    def on_model_executing(self) -> None:
         """The step is on its way, and there is time: learn from those before it and plan the one after it."""
         self._show_outcomes()
         alive = list(self._planned)
@@ -218,7 +220,7 @@ class SpeculationBudget:
         step = UpcomingStep(states, most, *self._waiting, number)
 
         def ask(policy: SpeculationPolicy) -> list[int]:
-            lengths = list(policy.draft_lengths(step))
+            lengths = list(policy.get_num_draft_tokens(step))
             if len(lengths) != len(states):
                 raise ContractError(f"{len(states)} lengths were due, {len(lengths)} came")
             different = set(lengths)
@@ -229,8 +231,8 @@ class SpeculationBudget:
         if not states:
             return []
         full = [most] * len(states)
-        lengths = self.policy.call("draft_lengths", ask, full)
-        self._price = self.policy.call("price", lambda policy: policy.price(), DraftPrice())
+        lengths = self.policy.call("get_num_draft_tokens", ask, full)
+        self._draft_cost = self.policy.call("price", lambda policy: policy.draft_cost(), DraftCost())
         return lengths
 
     def step_scheduled(self, step: int) -> None:

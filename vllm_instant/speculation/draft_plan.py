@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant.interfaces import Draft, DraftPrice
+from vllm_instant.interfaces import Draft, DraftCost
 
-FREE = DraftPrice()
+FREE = DraftCost()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class DraftPlan:
 
     lengths: Mapping[str, int] = field(default_factory=dict)
     """By request id; a request that is missing gets the full length."""
-    price: DraftPrice = FREE
+    draft_cost: DraftCost = FREE
     pinned: frozenset[str] = frozenset()
     """Requests whose clients asked for their length, whatever it costs."""
     cache_salts: Mapping[str, str] = field(default_factory=dict)
@@ -41,8 +41,8 @@ class DraftReport:
     """Failures of its drafter plugin so far, see ``containment.failure_counts``."""
 
 
-def worthwhile(
-    drafts: Sequence[Sequence[int] | Draft], price: DraftPrice, pinned: Sequence[bool]
+def trim_drafts(
+    drafts: Sequence[Sequence[int] | Draft], draft_cost: DraftCost, pinned: Sequence[bool]
 ) -> list[Sequence[int]]:
     """The drafts without what is not expected to earn its price.
 
@@ -51,7 +51,7 @@ def worthwhile(
     ``pinned`` requests stay as they are, and the others are verified beside them.
     """
     whole = [draft.token_ids if isinstance(draft, Draft) else draft for draft in drafts]
-    if not price.batch:
+    if not draft_cost.verify_cost_curve:
         return whole
     cuttable = [
         row
@@ -64,16 +64,16 @@ def worthwhile(
     together = np.concatenate(reach)
     falling = np.sort(together)[::-1]
     already = sum(map(len, whole)) - len(together)
-    counts, costs = np.array([(0, 0.0), *price.batch]).T
+    counts, costs = np.array([(0, 0.0), *draft_cost.verify_cost_curve]).T
     cost = np.interp(already + np.arange(len(falling) + 1.0), counts, costs)
     earned = np.concatenate([[0.0], np.cumsum(falling)]) - cost
     best = int(earned.argmax())  # the fewest of equals
     least = falling[best - 1] if best else np.inf
-    spare = best - int(np.count_nonzero(together > least))
+    preemption_order = best - int(np.count_nonzero(together > least))
     for row, chances in zip(cuttable, reach, strict=True):
         kept = int(np.count_nonzero(chances > least))
         # Of equally likely tokens those of the first requests are kept.
-        equal = min(spare, int(np.count_nonzero(chances == least)))
-        spare -= equal
+        equal = min(preemption_order, int(np.count_nonzero(chances == least)))
+        preemption_order -= equal
         whole[row] = whole[row][: kept + equal]
     return whole

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Verification:
+class VerificationBatch:
     """The drafts of one step of requests that sample, with what both models say of them.
 
     Greedy requests and requests with a seed are not among them: what is kept of their drafts follows from the target
-    alone, whatever sampler is chosen (``seams.rejection_sampler``). All tensors are on the model's device.
+    alone, whatever sampler is chosen (``patches.rejection_sampler``). All tensors are on the model's device.
     """
 
     draft_token_ids: torch.Tensor
@@ -30,7 +30,7 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftRows:
+class PaddedDrafts:
     """Ragged drafts as a rectangle: ``batch`` requests with up to ``longest`` drafts each."""
 
     number: torch.Tensor
@@ -45,7 +45,7 @@ class DraftRows:
     """bool ``[batch, longest]``: the first ``num_real`` of each request."""
 
 
-def draft_rows(draft_token_ids: torch.Tensor, num_draft_tokens: Sequence[int]) -> DraftRows:
+def pad_drafts(draft_token_ids: torch.Tensor, num_draft_tokens: Sequence[int]) -> PaddedDrafts:
     """Lay out the drafts of a step, one line a request.
 
     Args:
@@ -63,4 +63,4 @@ def draft_rows(draft_token_ids: torch.Tensor, num_draft_tokens: Sequence[int]) -
     index = (start[:, None] + position).clamp_(max=len(draft_token_ids) - 1)
     token_ids = draft_token_ids[index]
     is_real = ((position < number[:, None]) & (token_ids >= 0)).cumprod(1).bool()
-    return DraftRows(number, index, torch.where(is_real, token_ids, 0), is_real.sum(1), is_real)
+    return PaddedDrafts(number, index, torch.where(is_real, token_ids, 0), is_real.sum(1), is_real)

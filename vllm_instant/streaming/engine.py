@@ -63,7 +63,7 @@ class StreamingEngine(Protocol):
         """Let a session hold what its requests leave in the KV cache; returns why not, if not."""
         ...
 
-    async def let_go(self, name: str) -> None:
+    async def unpin(self, name: str) -> None:
         """The session holds nothing any more."""
         ...
 

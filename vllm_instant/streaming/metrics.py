@@ -9,7 +9,7 @@ from vllm_instant.metrics import PREFIX
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
-class StreamingNumbers:
+class StreamingMetrics:
     """Prometheus metrics of one API server; several servers of one deployment add up.
 
     Args:

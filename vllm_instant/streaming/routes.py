@@ -17,7 +17,7 @@ from starlette.requests import HTTPConnection
 
 from vllm_instant.streaming.events import Commit, EventError, check, parse
 from vllm_instant.streaming.session import Send, Session, error_event
-from vllm_instant.streaming.session_manager import Host, RefusedError
+from vllm_instant.streaming.session_manager import RefusedError, SessionManager
 from vllm_instant.streaming.tokens import CLIENT, SessionTokens
 
 logger = logging.getLogger("vllm.instant")
@@ -40,7 +40,7 @@ class Streaming:
     """
 
     def __init__(self, tokens: SessionTokens) -> None:
-        self.host: Host | None = None
+        self.host: SessionManager | None = None
         """What serves; None until the engine is there."""
         self.tokens = tokens
         self._http: dict[str, HttpSession] = {}
@@ -59,7 +59,7 @@ class Streaming:
         ):
             app.add_api_route(f"{BASE}/{path}", endpoint, methods=[method], tags=tags, response_model=None)
 
-    def start(self, host: Host) -> None:
+    def start(self, host: SessionManager) -> None:
         """Serve from now on; called inside the server's event loop."""
         self.host = host
         self._reaper = asyncio.get_running_loop().create_task(self._reap())
@@ -97,7 +97,7 @@ class Streaming:
         finally:
             host.leave(client)
 
-    async def _follow(self, websocket: WebSocket, session: Session, host: Host, send: Send) -> None:
+    async def _follow(self, websocket: WebSocket, session: Session, host: SessionManager, send: Send) -> None:
         while True:
             try:
                 async with asyncio.timeout(max(session.seconds_left, 0.01)):
@@ -227,7 +227,7 @@ class HttpSession:
 
     """
 
-    def __init__(self, host: Host, number: int, client: str) -> None:
+    def __init__(self, host: SessionManager, number: int, client: str) -> None:
         self.client = client
         self.prefilled_tokens = 0
         self._answer: asyncio.Queue[dict[str, Any]] | None = None
@@ -279,13 +279,13 @@ def client_of(connection: HTTPConnection) -> str:
     return f"address {connection.client.host if connection.client else ''}"
 
 
-def created(session: Session, host: Host) -> dict[str, Any]:
+def created(session: Session, host: SessionManager) -> dict[str, Any]:
     """The event that begins a session."""
     limits = {"idle_seconds": host.limits.idle_seconds, "text_characters": host.limits.text_characters}
     return {"type": "session.created", "session": {"id": session.id, **limits}}
 
 
-def idle_event(host: Host) -> dict[str, Any]:
+def idle_event(host: SessionManager) -> dict[str, Any]:
     """Why a session is closed."""
     return error_event(f"nothing came for {host.limits.idle_seconds:g} seconds", "idle", status=408)
 

@@ -20,7 +20,7 @@ from vllm_instant.streaming.events import (
     ReplaceText,
     UpdateSession,
 )
-from vllm_instant.streaming.session_manager import Host
+from vllm_instant.streaming.session_manager import SessionManager
 from vllm_instant.streaming.speculative_answer import EarlyAnswer
 from vllm_instant.streaming.text import TextBuffer, TextError, common_length, settled_length
 
@@ -47,7 +47,7 @@ class Session:
 
     """
 
-    def __init__(self, host: Host, number: int, send: Send) -> None:
+    def __init__(self, host: SessionManager, number: int, send: Send) -> None:
         self.id = f"sess_{number}_{host.new_name()}"
         self._last_event = host.clock()
         self._host = host
@@ -276,7 +276,7 @@ class Session:
     async def _let_go(self) -> None:
         if self._holds:
             self._holds = False
-            await self._host.let_go(self.id)
+            await self._host.unpin(self.id)
 
     async def _read_more(self) -> bool:
         """Read one chunk, if that is due; whether something may be due right after."""
@@ -347,7 +347,7 @@ class Session:
             return
         if await self._changes_within(seconds):
             return
-        deadline = self._host.clock() + self._host.most_early_seconds()
+        deadline = self._host.clock() + self._host.max_early_seconds()
         while not self.is_answering and not self._host.starts_early():
             if self._host.clock() >= deadline:
                 return
@@ -358,7 +358,7 @@ class Session:
         self._tried_early = True
         early = self._early = EarlyAnswer(self._host.engine, self._body(self._text.text), self._number, self._hold_name)
         self._host.numbers.early.labels("begun").inc()
-        asyncio.get_running_loop().call_later(self._host.most_early_seconds(), self._expire_early, early)
+        asyncio.get_running_loop().call_later(self._host.max_early_seconds(), self._expire_early, early)
 
     def _expire_early(self, early: EarlyAnswer) -> None:
         if self._early is early:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from vllm_instant.deployment.circuit_breaker import Contained, ContractError
+from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.interfaces import (
     EngineLoad,
     Holds,
@@ -20,7 +20,7 @@ from vllm_instant.interfaces import (
     StreamingPrefill,
 )
 from vllm_instant.streaming.engine import StreamingEngine
-from vllm_instant.streaming.metrics import StreamingNumbers
+from vllm_instant.streaming.metrics import StreamingMetrics
 
 logger = logging.getLogger("vllm.instant")
 
@@ -32,7 +32,7 @@ class RefusedError(Exception):
     """A session that a limit forbids; the message is for the client."""
 
 
-class Host:
+class SessionManager:
     """Shared by the sessions of one server; made inside its event loop.
 
     Args:
@@ -46,8 +46,8 @@ class Host:
     def __init__(
         self,
         engine: StreamingEngine,
-        plugin: Contained[StreamingPrefill],
-        numbers: StreamingNumbers,
+        plugin: GuardedPlugin[StreamingPrefill],
+        numbers: StreamingMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
@@ -103,21 +103,21 @@ class Host:
         if self.holds is None:
             return False
         try:
-            why_not = await self.engine.hold(name, self.holds)
+            unsupported_reason = await self.engine.hold(name, self.holds)
         except asyncio.CancelledError:
-            self.keep(self.engine.let_go(name))  # the engine may have heard of it
+            self.keep(self.engine.unpin(name))  # the engine may have heard of it
             raise
-        if why_not is None:
+        if unsupported_reason is None:
             self.numbers.held.inc()
-        elif why_not not in self._said:
-            self._said.add(why_not)
-            logger.warning("A session does not keep its KV blocks between chunks: %s", why_not)
-        return why_not is None
+        elif unsupported_reason not in self._said:
+            self._said.add(unsupported_reason)
+            logger.warning("A session does not keep its KV blocks between chunks: %s", unsupported_reason)
+        return unsupported_reason is None
 
-    async def let_go(self, name: str) -> None:
+    async def unpin(self, name: str) -> None:
         """The session keeps none any more."""
         self.numbers.held.dec()
-        await self.engine.let_go(name)
+        await self.engine.unpin(name)
 
     # ------------------------------------------------------------------------------------------ the plugin
 
@@ -149,9 +149,9 @@ class Host:
         """Whether to begin an answer now that nobody has asked for."""
         return bool(self._plugin.call("starts_early", lambda p: p.starts_early(self.engine.load()), False))
 
-    def most_early_seconds(self) -> float:
+    def max_early_seconds(self) -> float:
         """How long that goes on."""
-        return self._plugin.call("most_early_seconds", lambda p: p.most_early_seconds(), 0.0)
+        return self._plugin.call("max_early_seconds", lambda p: p.max_early_seconds(), 0.0)
 
     def worth_rendering(self, tokens: int, characters_a_token: float, is_held: bool = False) -> int:
         """Characters of new text for which the prompt is tokenised again.

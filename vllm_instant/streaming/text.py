@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-LONGEST_TAIL = 256
+MAX_TAIL = 256
 """Characters at the end that are looked at: text without any boundary counts as settled before them."""
 
 
@@ -16,13 +16,13 @@ class TextBuffer:
     """The text so far. Positions are in characters, that is Unicode code points.
 
     Args:
-        most_characters: how long it may get.
+        max_characters: how long it may get.
 
     """
 
-    def __init__(self, most_characters: int) -> None:
+    def __init__(self, max_characters: int) -> None:
         self.text = ""
-        self._most = most_characters
+        self._most = max_characters
 
     def append(self, text: str) -> None:
         """Add text at the end; raises TextError where it would become too long, and then changes nothing."""
@@ -49,12 +49,12 @@ def settled_length(text: str) -> int:
 
     Tokenisers split text at boundaries between words, numbers, spaces and other signs before they merge, and look one
     piece ahead at most; normalisers join a letter with the marks behind it. So everything before the last two pieces
-    stays. Text without boundaries (a long line in a script that writes none) counts as settled ``LONGEST_TAIL``
+    stays. Text without boundaries (a long line in a script that writes none) counts as settled ``MAX_TAIL``
     characters before its end: nearly always right, and what is read ahead in vain is never used.
     """
     pieces = 0
     kind = ""
-    for position in range(len(text) - 1, max(-1, len(text) - 1 - LONGEST_TAIL), -1):
+    for position in range(len(text) - 1, max(-1, len(text) - 1 - MAX_TAIL), -1):
         found = _kind(text[position])
         if not found or found == kind:
             continue
@@ -62,7 +62,7 @@ def settled_length(text: str) -> int:
         kind = found
         if pieces == 3:
             return _behind_marks(text, position + 1)
-    return max(0, len(text) - LONGEST_TAIL) if len(text) > LONGEST_TAIL else 0
+    return max(0, len(text) - MAX_TAIL) if len(text) > MAX_TAIL else 0
 
 
 def _kind(character: str) -> str:

@@ -67,7 +67,7 @@ def _decoded(text: str) -> bytes:
     return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
 
 
-class TokenGate:
+class AuthMiddleware:
     """ASGI middleware in front of the API-key check: a session token stands for the key, for sessions and nothing else.
 
     Args:

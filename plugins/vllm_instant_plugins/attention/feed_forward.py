@@ -9,7 +9,7 @@ import torch
 
 from vllm_instant import FeedForwardLayer, FeedForwardProvider, LinearWeights
 from vllm_instant_kernels.fused_feed_forward import (
-    MOST_ROWS,
+    MAX_ROWS,
     FeedForwardWeights,
     Weight,
     counters_for,
@@ -29,10 +29,10 @@ class FusedFeedForward(FeedForwardProvider):
     """
 
     def __init__(self, interprets: bool) -> None:
-        self.most_rows = MOST_ROWS
+        self.max_rows = MAX_ROWS
         self._interprets = interprets
 
-    def objection(self, layer: FeedForwardLayer) -> str | None:
+    def unsupported_reason(self, layer: FeedForwardLayer) -> str | None:
         if layer.dtype not in (torch.float16, torch.bfloat16) and not self._interprets:
             return f"the model computes in {layer.dtype}, and the kernels serve float16 and bfloat16"
         hidden, inner = layer.down.numbers.shape

@@ -14,7 +14,7 @@ from vllm_instant_kernels.prefill_attention import prefill_attention
 from vllm_instant_kernels.rope_quantize_write import quantize_write, rope_quantize_write
 from vllm_instant_plugins.attention.feed_forward import FusedFeedForward
 
-LONGEST_VERIFIED = 16
+MAX_VERIFIED = 16
 """Query tokens of a request up to which a step counts as decode or verification."""
 LARGEST_HEAD = 256
 
@@ -51,7 +51,7 @@ class FusedAttention(AttentionProvider):
         self._rotates = rotate
         self._workspaces: dict[int, Workspace] = {}
 
-    def objection(self, head_size: int, dtype: torch.dtype) -> str | None:
+    def unsupported_reason(self, head_size: int, dtype: torch.dtype) -> str | None:
         if head_size % 16 or not 32 <= head_size <= LARGEST_HEAD:
             return f"heads are of size {head_size}, and it serves multiples of 16 from 32 to {LARGEST_HEAD}"
         if dtype not in (torch.float16, torch.bfloat16) and not self._interprets:
@@ -77,7 +77,7 @@ class FusedAttention(AttentionProvider):
     def rotates(self) -> bool:
         return self._rotates
 
-    def objection_to_rotation(self, head_size: int, rotary: int, is_neox: bool) -> str | None:
+    def rotation_unsupported_reason(self, head_size: int, rotary: int, is_neox: bool) -> str | None:
         if not is_neox:
             return "they rotate neighbours in a head (GPT-J), and it rotates halves of a head (GPT-NeoX)"
         return None
@@ -100,8 +100,8 @@ class FusedAttention(AttentionProvider):
 
     def attend(self, layer: AttentionLayer, cache: CacheParts, step: AttentionStep) -> bool:
         views, workspace = _views(cache), self._workspaces[layer.head_size]
-        most = step.most_query_tokens
-        if most <= LONGEST_VERIFIED:
+        most = step.max_query_tokens
+        if most <= MAX_VERIFIED:
             paged_attention(
                 step.query,
                 views,
@@ -109,7 +109,7 @@ class FusedAttention(AttentionProvider):
                 step.lengths,
                 step.starts,
                 step.output,
-                most_query_tokens=most,
+                max_query_tokens=most,
                 scale=layer.scale,
                 workspace=workspace,
                 window=layer.window,

@@ -106,7 +106,7 @@ def _is_cpu_build() -> bool:
         return False
 
 
-def contradictions(deployment: Deployment) -> Iterator[str]:
+def validate(deployment: Deployment) -> Iterator[str]:
     """What reading ahead cannot be combined with."""
     plugin = deployment.slots["streaming"].plugin
     if plugin in ("chunked", "resumable") and deployment.vllm.get("enable_prefix_caching") is False:

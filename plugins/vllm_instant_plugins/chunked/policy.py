@@ -10,9 +10,9 @@ from vllm_instant import EngineLoad, Holds, PrefillOutcome, PrefillProgress, Ses
 
 REMEMBERED = 32
 """Chunks whose time is kept."""
-LEAST_TOKENS = 16
+MIN_TOKENS = 16
 """Of a chunk: each costs an engine step."""
-LEAST_HELD_TOKENS = 2
+MIN_HELD_TOKENS = 2
 """Of a chunk that is held, while nobody else is served."""
 
 
@@ -47,13 +47,13 @@ class ChunkedPrefill(StreamingPrefill):
         if progress.is_held:
             block, whole, start = 1, progress.settled_tokens, progress.cached_tokens
         alone = load.running == 0
-        if whole - start < (LEAST_HELD_TOKENS if progress.is_held and alone else LEAST_TOKENS):
+        if whole - start < (MIN_HELD_TOKENS if progress.is_held and alone else MIN_TOKENS):
             return 0
         if alone:
             return whole
         if load.running >= load.max_running:
             return 0
-        least = -(-LEAST_TOKENS // block) * block
+        least = -(-MIN_TOKENS // block) * block
         return min(whole, start + max(least, self._tokens_in_stall() // block * block))
 
     def _tokens_in_stall(self) -> int:

@@ -57,7 +57,7 @@ def learn_costs(
     x: Any,
     seconds: float,
     noise: float,
-    most_sigmas: float,
+    max_sigmas: float,
     common_drift: float,
     own_drift: float,
     knots: Any,
@@ -83,7 +83,7 @@ def learn_costs(
         variance += x[i] * spread[i]
     deviation = np.sqrt(variance)
     surprise = (seconds - expected) / deviation
-    bounded = min(max(surprise, -most_sigmas), most_sigmas) * deviation
+    bounded = min(max(surprise, -max_sigmas), max_sigmas) * deviation
     for i in range(size):
         weights[i] += spread[i] / variance * bounded
     for i in range(len(knots) + 1, size):

@@ -43,7 +43,7 @@ _EXTRA = (
 )
 
 OUTLIER_SIGMAS = 3.0
-MOST_RESIDUAL = 0.3
+MAX_RESIDUAL = 0.3
 _BIAS_RATE = 0.1
 _FREE_BIAS = 0.04
 _FOLLOWING = 0.1
@@ -196,7 +196,7 @@ class StepCosts:
             self._covariance,
         )
         self.largest_rows = max(self.largest_rows, int(rows + 0.5))
-        residual = min(max(still_off, -MOST_RESIDUAL), MOST_RESIDUAL)
+        residual = min(max(still_off, -MAX_RESIDUAL), MAX_RESIDUAL)
         self._bias += _BIAS_RATE * (residual - self._bias)
         residual -= self._bias
         rate = max(0.01, 1.0 / (self.observations + 1))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import DraftPrice
+from vllm_instant import DraftCost
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.plan_kernels import price_drafts
 from vllm_instant_plugins.goodput.planner import Choice
 
 Array = npt.NDArray[np.float64]
 
-FREE = DraftPrice()
+FREE = DraftCost()
 PRICED_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 """Numbers of draft tokens whose verification is priced."""
 FIRST_DRAFTS = 4.0
@@ -38,15 +38,15 @@ class Pricing:
         if drafted:
             self._usual = _MEMORY * self._usual + (1 - _MEMORY) * drafted
 
-    def price(
+    def draft_cost(
         self,
         best: Choice,
         context: float,
         more_rows: float,
         most: int,
-        most_rows: float,
-        most_seconds: float = np.inf,
-    ) -> DraftPrice:
+        max_rows: float,
+        max_seconds: float = np.inf,
+    ) -> DraftCost:
         """What drafts cost in the next step.
 
         Args:
@@ -54,8 +54,8 @@ class Pricing:
             context: tokens of context over all requests.
             more_rows: rows that the step has in any case, beside one a request.
             most: most draft tokens that there can be.
-            most_rows: steps with more rows than this shall not be run,
-            most_seconds: nor steps whose target takes longer.
+            max_rows: steps with more rows than this shall not be run,
+            max_seconds: nor steps whose target takes longer.
 
         """
         costs = self._costs
@@ -65,13 +65,13 @@ class Pricing:
         verifying = rate * costs.verifying_seconds()
         of_experts = costs.expert_seconds(rows + counts, requests) if costs.experts.counted else np.zeros(len(counts))
         seconds = costs.target_seconds(rows + counts, context, requests=requests) + costs.verifying_seconds()
-        if seconds[-1] > most_seconds:
-            most_rows = min(most_rows, rows + float(np.interp(most_seconds, np.maximum.accumulate(seconds), counts)))
+        if seconds[-1] > max_seconds:
+            max_rows = min(max_rows, rows + float(np.interp(max_seconds, np.maximum.accumulate(seconds), counts)))
         batch = np.empty(len(counts) - 1)
         rough = price_drafts(
             counts,
             float(rows),
-            float(most_rows),
+            float(max_rows),
             self._usual,
             rate,
             verifying,
@@ -83,15 +83,15 @@ class Pricing:
         )
         resuming, missed_token = costs.resuming_weights().tolist()
         some, each_row, each, each_request = costs.drafting_weights().tolist()
-        return DraftPrice(
-            batch=tuple(zip(listed, batch.tolist(), strict=True)),
-            row=max(0.0, rough),
-            verifying=verifying,
-            drafting=rate * max(some + each_row * rows, 0.0),
-            draft_pass=rate * max(each + each_request * requests, 0.0),
-            resuming=rate * resuming,
-            missed_token=rate * missed_token,
-            step=rate * best.off_seconds / requests,
+        return DraftCost(
+            verify_cost_curve=tuple(zip(listed, batch.tolist(), strict=True)),
+            per_token=max(0.0, rough),
+            verify_fixed=verifying,
+            draft_fixed=rate * max(some + each_row * rows, 0.0),
+            per_draft_step=rate * max(each + each_request * requests, 0.0),
+            catch_up_fixed=rate * resuming,
+            catch_up_per_token=rate * missed_token,
+            baseline_step=rate * best.off_seconds / requests,
         )
 
     def _counts_up_to(self, most: int) -> tuple[Array, list[int]]:

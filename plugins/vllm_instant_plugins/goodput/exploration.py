@@ -2,7 +2,7 @@
 
 Drafting or not, what is not done is not seen: a request without drafts does not show that it has become predictable, a
 drafter that is off does not show that it has become good, a step size that was never run has an uncertain cost. Each
-exploration is weighed: what it is expected to lose, in steps, must be within the ``Allowance``.
+exploration is weighed: what it is expected to lose, in steps, must be within the ``ExplorationBudget``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant_plugins.goodput.costs import StepCosts
-from vllm_instant_plugins.goodput.exploration_budget import Allowance
+from vllm_instant_plugins.goodput.exploration_budget import ExplorationBudget
 from vllm_instant_plugins.goodput.planner import Choice
 from vllm_instant_plugins.goodput.request_kernels import grant, miss_all, miss_idle
 
@@ -25,7 +25,7 @@ CURIOUS_SIGMAS = 2.0
 """A step whose cost is uncertain is tried when drafting so much would be best at this many standard deviations less,"""
 CURIOUS_GAIN = 1.02
 """and this many times as good as the best plan."""
-MOST_TRIAL_LOSS = 0.3
+MAX_TRIAL_LOSS = 0.3
 """A whole step of drafting that is expected to lose more than this, in steps, is not tried."""
 HOPE = 2.0
 """Such a step drafts what would be best if acceptance were this many times what is believed."""
@@ -33,9 +33,9 @@ VAGUE = 0.02
 """Relative uncertainty from which the time of a step without drafts is measured again while drafting,"""
 CLEAR = 2.0
 """unless drafting is so many times as good even if that step takes ``CURIOUS_SIGMAS`` standard deviations less."""
-MOST_REFERENCE_LOSS = 0.5
+MAX_REFERENCE_LOSS = 0.5
 """In steps; what is known so badly is not believed to lose more."""
-MOST_PROBED_TOKENS = 4
+MAX_PROBED_TOKENS = 4
 
 
 @dataclass(slots=True)  # not frozen, which would take longer to make
@@ -69,7 +69,7 @@ class Explorer:
     """
 
     def __init__(self, costs: StepCosts) -> None:
-        self.allowance = Allowance()
+        self.allowance = ExplorationBudget()
         self.follow_up = 0
         """Requests to probe again at once, because the last probe surprised."""
         self._costs = costs
@@ -110,7 +110,7 @@ class Explorer:
 
         ``drafting``: the best plan does. Whether that pays at all is the first thing to know.
         """
-        if not self.allowance.affords("costs", 0.0) or (drafting and self._least_gain(now) < 1.0):
+        if not self.allowance.affords("costs", 0.0) or (drafting and self._min_gain(now) < 1.0):
             return None
         choice = now.choice
         hopeful = now.best(now.believed, sigmas=CURIOUS_SIGMAS)
@@ -139,14 +139,14 @@ class Explorer:
                     lengths[probed] = 1
                     return lengths, "draft+probe"
         if self.allowance.affords("reference", 0.0):
-            loss = min(1.0 - 1.0 / max(choice.gain, 1.0), MOST_REFERENCE_LOSS)
-            if self._least_gain(now) >= CLEAR:
+            loss = min(1.0 - 1.0 / max(choice.gain, 1.0), MAX_REFERENCE_LOSS)
+            if self._min_gain(now) >= CLEAR:
                 self.allowance.pay("reference", 0.0)  # asked again later
             elif self.allowance.take("reference", loss):
                 return np.zeros_like(choice.lengths), "reference"
         return choice.lengths, "draft"
 
-    def _least_gain(self, now: Situation) -> float:
+    def _min_gain(self, now: Situation) -> float:
         """The best plan's gain if a step without drafts takes as little as it may; infinite when its time is known."""
         choice = now.choice
         off = self._costs.features(choice.requests, now.context, 0, 0, choice.requests)
@@ -174,7 +174,7 @@ class Explorer:
         loss = max(0.0, 1.0 - plan.gain + reading / plan.off_seconds)
         of_probe = float(self._seconds(np.array(1.0), np.array(plan.requests + 1.0), now)) / plan.off_seconds - 1.0
         shown = int(drafting.sum())
-        self._saving = shown > 1 and loss <= MOST_TRIAL_LOSS and loss < shown * of_probe
+        self._saving = shown > 1 and loss <= MAX_TRIAL_LOSS and loss < shown * of_probe
         if not self._saving:
             self.allowance.pay("trial", 0.0)  # asked again later
             return None
@@ -193,7 +193,7 @@ class Explorer:
         if not follow_up and not self.allowance.may("drafter", self._saving):
             return lengths, "off"
         probed = min(max(1, follow_up), len(now.free))
-        trials = np.arange(1, min(MOST_PROBED_TOKENS, now.max_draft_tokens) + 1)
+        trials = np.arange(1, min(MAX_PROBED_TOKENS, now.max_draft_tokens) + 1)
         passes: Array = trials.astype(np.float64)
         seconds = self._seconds(passes, choice.requests + passes * probed, now)
         # The longest of the cheapest: a second token that costs nothing tells more.

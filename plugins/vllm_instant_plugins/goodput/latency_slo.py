@@ -66,7 +66,7 @@ class LatencyGoals:
         urgency = np.where(gaps > 0, mean / self.itl_seconds, 1.0)
         return np.clip(urgency, 1 / STRONGEST, STRONGEST)
 
-    def most_seconds(self, step: UpcomingStep) -> float:
+    def max_seconds(self, step: UpcomingStep) -> float:
         """The longest step that still keeps the goals, if one without drafts keeps them.
 
         A request without drafts gets one token a step, so that a step must not be longer than the goal for the time
@@ -76,5 +76,5 @@ class LatencyGoals:
         if self.itl_seconds is not None:
             most = self.itl_seconds
         if self.ttft_seconds is not None and step.num_waiting:
-            most = min(most, max(0.0, self.ttft_seconds - step.longest_wait))
+            most = min(most, max(0.0, self.ttft_seconds - step.max_wait))
         return most

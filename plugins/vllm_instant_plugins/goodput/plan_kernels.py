@@ -57,8 +57,8 @@ def best_plan(
     verifying: float,
     drafting: Any,
     more_rows: float,
-    most_rows: float,
-    most_seconds: float,
+    max_rows: float,
+    max_seconds: float,
     must_draft: bool,
     lengths: Any,
 ) -> tuple[int, int, float, float, float]:
@@ -87,7 +87,7 @@ def best_plan(
             tokens[j, level] += reach[i, j] * weight * delivered
     right = first_not_below(requests + more_rows, knots, 0)
     off_seconds = max(between(requests + more_rows, right, knots, off_at_knots) + context_seconds, 1e-6)
-    allowed = max(most_seconds, off_seconds)
+    allowed = max(max_seconds, off_seconds)
     best_rate = -1.0 if must_draft else base / off_seconds
     best_passes, best_level, best_tokens, best_seconds = 0, 0, 0.0, off_seconds
     above_rows, above_tokens = np.zeros(LEVELS), np.zeros(LEVELS)
@@ -106,7 +106,7 @@ def best_plan(
             if level and extra == above_rows[level - 1] and above_tokens[level] == above_tokens[level - 1]:
                 continue  # nothing lies between the two: the same plan
             all_rows = requests + more_rows + extra
-            if all_rows > most_rows:
+            if all_rows > max_rows:
                 continue
             right = first_not_below(all_rows, knots, right)
             seconds = max(between(all_rows, right, knots, at_knots) + context_seconds, 1e-6)
@@ -128,7 +128,7 @@ def best_plan(
 def price_drafts(
     counts: Any,
     rows: float,
-    most_rows: float,
+    max_rows: float,
     usual: float,
     rate: float,
     verifying: float,
@@ -151,7 +151,7 @@ def price_drafts(
         seconds = max(between(all_rows, right, knots, at_knots) + of_experts[i] + context_seconds, 1e-6)
         if i == 0:
             nothing = seconds
-        elif all_rows <= most_rows:
+        elif all_rows <= max_rows:
             extra[i] = rate * (seconds - nothing)
             affordable = i + 1
         else:

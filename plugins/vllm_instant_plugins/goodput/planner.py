@@ -57,7 +57,7 @@ class Choice:
         return int(self.lengths.sum())
 
 
-def longest_step(choice: Choice, reach: Array, yields: Array | None, slowest: float) -> float:
+def max_step(choice: Choice, reach: Array, yields: Array | None, slowest: float) -> float:
     """Seconds of a step beyond which its drafts slow some request down to less than ``slowest`` of its speed without.
 
     Args:
@@ -78,8 +78,8 @@ def choose(
     costs: StepCosts,
     context: float,
     *,
-    most_rows: float,
-    most_seconds: float = np.inf,
+    max_rows: float,
+    max_seconds: float = np.inf,
     weights: Array | None = None,
     yields: Array | None = None,
     must_draft: bool = False,
@@ -93,8 +93,8 @@ def choose(
         reach: chance that draft token j of request i is reached and accepted, ``[requests, positions]``, falling in j.
         costs: what steps cost here.
         context: tokens of context over all requests.
-        most_rows: plans with more rows than this are not considered.
-        most_seconds: plans that take longer are not considered unless drafting nothing does, too.
+        max_rows: plans with more rows than this are not considered.
+        max_seconds: plans that take longer are not considered unless drafting nothing does, too.
         weights: what a token of each request is worth, ``[requests]``; 1 by default.
         yields: share of the granted draft tokens that the drafter delivers, ``[requests]``; 1 by default.
         must_draft: the best plan that drafts anything, if the limits allow one.
@@ -122,8 +122,8 @@ def choose(
         costs.verifying_seconds(),
         costs.drafting_weights() if drafting_counts else _NO_DRAFTING,
         float(more_rows),
-        float(most_rows),
-        float(most_seconds),
+        float(max_rows),
+        float(max_seconds),
         must_draft,
         lengths,
     )

@@ -9,7 +9,7 @@ from pydantic import Field
 from vllm_instant import Plugin, PluginContext, PluginOptions, RequestState, StepOutcome, UpcomingStep
 from vllm_instant_plugins.goodput.latency_slo import LatencyGoals
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
-from vllm_instant_plugins.state_store import KeptFile, default_folder
+from vllm_instant_plugins.state_store import PersistentState, default_folder
 
 
 class GoodputOptions(PluginOptions):
@@ -42,7 +42,7 @@ def warm_up() -> None:
     state = RequestState("warm-up", 1, 8, 0.0)
     policy.enter(state)
     for number in (1, 2, 3):
-        [length] = policy.draft_lengths(UpcomingStep([state], 2, number=number))
+        [length] = policy.get_num_draft_tokens(UpcomingStep([state], 2, number=number))
         policy.observe(StepOutcome([state], [1], [1], 2, 1e-3, 1, number, length))
     policy.costs.estimate(policy.costs.features(1, 8, 0, 0, 1))
 
@@ -55,7 +55,7 @@ def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:
     store = None
     if options.keep_costs:
         folder = Path(options.costs_folder).expanduser() if options.costs_folder else default_folder("costs")
-        store = KeptFile(folder, context.identity)
+        store = PersistentState(folder, context.identity)
     return GoodputPolicy(
         context.num_speculative_tokens,
         context.max_num_seqs,

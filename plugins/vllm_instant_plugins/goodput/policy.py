@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import DraftPrice, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
+from vllm_instant import DraftCost, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.decision_log import Decision, Trace
 from vllm_instant_plugins.goodput.draft_cost import FREE, Pricing
 from vllm_instant_plugins.goodput.exploration import Explorer, Situation
 from vllm_instant_plugins.goodput.latency_slo import LatencyGoals
-from vllm_instant_plugins.goodput.planner import Choice, choose, longest_step
+from vllm_instant_plugins.goodput.planner import Choice, choose, max_step
 from vllm_instant_plugins.goodput.request_kernels import believe
-from vllm_instant_plugins.goodput.request_table import Batch, Roster, whole_numbers
-from vllm_instant_plugins.state_store import KeptFile
+from vllm_instant_plugins.goodput.request_table import Batch, RequestTable, whole_numbers
+from vllm_instant_plugins.state_store import PersistentState
 
 logger = logging.getLogger("vllm.instant")
 
@@ -68,7 +68,7 @@ class GoodputPolicy(SpeculationPolicy):
         max_draft_tokens: int,
         max_requests: int,
         goals: LatencyGoals | None = None,
-        store: KeptFile | None = None,
+        store: PersistentState | None = None,
         calibrating: bool = False,
         log_changes: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -78,7 +78,7 @@ class GoodputPolicy(SpeculationPolicy):
         self.acceptance = AcceptanceModel(max(1, max_draft_tokens))
         self.costs = StepCosts(max_requests * (max_draft_tokens + 1))
         self.explorer = Explorer(self.costs)
-        self.roster = Roster()
+        self.roster = RequestTable()
         self.trace = Trace()
         self.drafting = False
         """Whether drafting pays at present; changes with hysteresis."""
@@ -91,7 +91,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._log_changes = log_changes
         self._confident = confident_drafts
         self._slowest = slowest_request
-        self._price = FREE
+        self._draft_cost = FREE
         self._pricing = Pricing(self.costs)
         self._sweep = np.random.default_rng(0)
         self._clock = clock
@@ -116,13 +116,13 @@ class GoodputPolicy(SpeculationPolicy):
         self.roster.enter(request, self._newest_step)
         self.explorer.enter(index, 0.0 if self.drafting else request.num_prompt_tokens)
         kind = (min(round(request.temperature * 2), 4), request.structured_output)
-        self.acceptance.enter(index, kind, request.prompt_class)
+        self.acceptance.enter(index, kind, request.prompt_group)
         if self._goals is not None:
             self._goals.enter(index)
 
     # ----------------------------------------------------------------------------------------------- choosing
 
-    def draft_lengths(self, step: UpcomingStep) -> Sequence[int]:
+    def get_num_draft_tokens(self, step: UpcomingStep) -> Sequence[int]:
         """The lengths with the most expected tokens a second, or an exploration that is worth its price."""
         requests = step.requests
         count = len(requests)
@@ -131,7 +131,7 @@ class GoodputPolicy(SpeculationPolicy):
             return []
         self.explorer.allowance.step()
         # What is tried in order to learn is not cut by what is believed.
-        self._price = FREE
+        self._draft_cost = FREE
         batch = self.roster.batch(requests)
         resting = self._resting
         if (
@@ -154,13 +154,13 @@ class GoodputPolicy(SpeculationPolicy):
             return self._decide(step, batch, first, choice, choice.lengths, "learning")
         goals = self._goals
         more_rows = 0.0 if batch.all_free else float(pins[pins >= 0].sum())
-        most_rows = self._most_rows(count)
+        max_rows = self._max_rows(count)
         best = functools.partial(
             choose,
             costs=self.costs,
             context=context,
-            most_rows=most_rows,
-            most_seconds=goals.most_seconds(step) if goals is not None else np.inf,
+            max_rows=max_rows,
+            max_seconds=goals.max_seconds(step) if goals is not None else np.inf,
             weights=goals.weights(batch.indices) if goals is not None else None,
             yields=yields,
             more_rows=more_rows,
@@ -169,16 +169,16 @@ class GoodputPolicy(SpeculationPolicy):
         choice = best(believed)
         longest = np.inf
         if self._slowest and (self._confident or choice.seconds * self._slowest > choice.off_seconds):
-            longest = longest_step(choice, believed, yields, self._slowest)
+            longest = max_step(choice, believed, yields, self._slowest)
         if choice.seconds > longest:
-            best = functools.partial(best, most_seconds=min(longest, best.keywords["most_seconds"]))
+            best = functools.partial(best, max_seconds=min(longest, best.keywords["max_seconds"]))
             choice = best(believed)
         if self._calibrating:
             return self._decide(step, batch, first, choice, self._any_lengths(count, step), "calibrating")
         gain = choice.return_on_drafts if self._confident else choice.gain
-        worthwhile = choice.passes > 0 and gain >= self._least_gain(step.number)
-        if worthwhile != self.drafting:
-            self.drafting = worthwhile
+        trim_drafts = choice.passes > 0 and gain >= self._min_gain(step.number)
+        if trim_drafts != self.drafting:
+            self.drafting = trim_drafts
             self.switches += 1
             self._switched_at = step.number
             if self._log_changes:
@@ -187,18 +187,18 @@ class GoodputPolicy(SpeculationPolicy):
             step.number, batch.indices, free, context, more_rows, believed, best, choice, step.max_draft_tokens
         )
         explorer = self.explorer
-        uncertain = explorer.uncertain(now, worthwhile)
+        uncertain = explorer.uncertain(now, trim_drafts)
         if uncertain is not None:
             return self._decide(step, batch, first, uncertain, uncertain.lengths, "costs")
         rests = False
-        if worthwhile:
+        if trim_drafts:
             lengths, reason = explorer.while_drafting(now)
             if self._confident and reason != "reference":
                 most = len(free) * step.max_draft_tokens
-                self._price = self._pricing.price(choice, context, more_rows, most, most_rows, longest)
+                self._draft_cost = self._pricing.draft_cost(choice, context, more_rows, most, max_rows, longest)
             if self._confident and goals is None:
                 # Whose drafts come true may get as much as its drafter is sure of.
-                sure = (lengths > 0) & (believed[:, 0] >= self._price.row)
+                sure = (lengths > 0) & (believed[:, 0] >= self._draft_cost.per_token)
                 lengths = np.where(sure, step.max_draft_tokens, lengths)
         else:
             self._hoped, self._got = 0.1 + 0.99 * self._hoped, 0.1 + 0.99 * self._got
@@ -235,15 +235,15 @@ class GoodputPolicy(SpeculationPolicy):
         )
         return reach, first, None if least > 0.98 else yields, context
 
-    def _most_rows(self, requests: int) -> float:
+    def _max_rows(self, requests: int) -> float:
         """Not far beyond what was measured: the first steps go up by degrees."""
         return max(2.0 * requests, 1.5 * self.costs.largest_rows + 8)
 
-    def price(self) -> DraftPrice:
+    def draft_cost(self) -> DraftCost:
         """What drafts cost in the step that was planned last."""
-        return self._price
+        return self._draft_cost
 
-    def _least_gain(self, number: int) -> float:
+    def _min_gain(self, number: int) -> float:
         """The gain from which drafting pays now: harder to reach when it is off, harder to leave when it is on.
 
         For some steps after a change only a clear difference changes it back, so that it never flaps.

@@ -98,7 +98,7 @@ def compare_drafts(
     granted: Any,
     proposed: Any,
 ) -> tuple[int, int, int]:
-    """``Roster.compare``."""
+    """``RequestTable.compare``."""
     planned_free, known_free, kept = 0, 0, 0
     plan = np.zeros(len(pins), np.intp)
     for i in range(len(planned)):

@@ -39,7 +39,7 @@ class Batch:
         return len(self.free) == len(self.requests)
 
 
-class Roster:
+class RequestTable:
     """Context, pins and drafting records of the live requests."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import DraftPrice
+from vllm_instant import DraftCost
 
 Array = npt.NDArray[np.float64]
 
@@ -40,7 +40,7 @@ def best_passes(
     reading: Reading,
     row_price: Array,
     pinned: npt.NDArray[np.bool_],
-    price: DraftPrice,
+    draft_cost: DraftCost,
 ) -> tuple[int, npt.NDArray[np.bool_], npt.NDArray[np.intp], float]:
     """The passes that are worth most.
 
@@ -50,7 +50,7 @@ def best_passes(
         reading: what the model has missed.
         row_price: what one draft token more costs each request, ``[requests]``.
         pinned: whose clients asked for their length, and are served whatever it costs, ``[requests]``.
-        price: of the step, with ``batch``.
+        draft_cost: of the step, with ``batch``.
 
     Returns:
         The passes, 0 or more; whom the model serves then; its tokens that are worth their rows; and what all is worth.
@@ -63,20 +63,22 @@ def best_passes(
     np.cumsum(np.where(earned > 0, reached, 0.0), axis=1, out=value[:, 1:])
     np.cumsum(earned, axis=1, out=gain[:, 1:])
     np.cumsum(earned > 0, axis=1, out=rows[:, 1:])
-    to_read = np.where(pinned, 0.0, price.missed_token * reading.missed / reading.steps)
+    to_read = np.where(pinned, 0.0, draft_cost.catch_up_per_token * reading.missed / reading.steps)
     gain[:, 1:] -= to_read[:, None]
     by_model = gain > own.gain[:, None]
     together = np.where(by_model, value - to_read[:, None], own.value[:, None]).sum(0)
     resumes = by_model & (reading.missed > 0)[:, None]
-    together -= price.resuming * resumes.any(0) / np.where(resumes, reading.steps[:, None], 1.0).max(0)
-    together -= rows_cost(price, np.where(pinned[:, None], 0.0, np.where(by_model, rows, own.rows[:, None])).sum(0))
+    together -= draft_cost.catch_up_fixed * resumes.any(0) / np.where(resumes, reading.steps[:, None], 1.0).max(0)
+    together -= rows_cost(
+        draft_cost, np.where(pinned[:, None], 0.0, np.where(by_model, rows, own.rows[:, None])).sum(0)
+    )
     passes = np.arange(positions + 1)
-    together -= np.where(passes > 0, price.drafting + price.draft_pass * passes, 0.0)
+    together -= np.where(passes > 0, draft_cost.draft_fixed + draft_cost.per_draft_step * passes, 0.0)
     best = int(together.argmax())
     return best, by_model[:, best], (earned > 0).sum(1), float(together[best])
 
 
-def rows_cost(price: DraftPrice, rows: Array) -> Array:
+def rows_cost(draft_cost: DraftCost, rows: Array) -> Array:
     """What verifying so many draft tokens in all costs; same shape as ``rows``."""
-    counts, costs = np.array([(0, 0.0), *price.batch]).T
+    counts, costs = np.array([(0, 0.0), *draft_cost.verify_cost_curve]).T
     return np.asarray(np.interp(rows, counts, costs))

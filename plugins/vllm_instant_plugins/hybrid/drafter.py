@@ -13,19 +13,19 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import Draft, DraftPrice, DraftRequest, Share, SharingDrafter, prompt_class, worthwhile
+from vllm_instant import Draft, DraftAssignment, DraftCost, DraftRequest, HybridDrafter, prompt_group, trim_drafts
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
 from vllm_instant_plugins.goodput.plan_kernels import UNAFFORDABLE
 from vllm_instant_plugins.hybrid.draft_steps import Lookups, Reading, best_passes, rows_cost
-from vllm_instant_plugins.hybrid.lookup_miss_streaks import LEAST_GAIN, Silences
-from vllm_instant_plugins.suffix.calibration import came_true
+from vllm_instant_plugins.hybrid.lookup_miss_streaks import MIN_GAIN, LookupMissStreaks
+from vllm_instant_plugins.suffix.calibration import count_accepted
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
 
 Array = npt.NDArray[np.float64]
 
 PROBE_SHARE = 0.005
 """Share of the tokens that is spent on looking whether an unused draft model has become better."""
-LEAST_STEPS_BETWEEN_PROBES = 50
+MIN_STEPS_BETWEEN_PROBES = 50
 PROBE_TOKENS = 3
 """Drafted then: a first token alone does not show what those behind it are worth."""
 FORGETTING, RELAXING = 0.99, 0.998
@@ -34,7 +34,7 @@ DOUBT = 10.0
 """Accepted tokens that the belief in one's own expectations is worth."""
 
 
-class HybridDrafter(SharingDrafter):
+class LookupHybridDrafter(HybridDrafter):
     """Chooses between a lookup and a draft model.
 
     Args:
@@ -59,24 +59,24 @@ class HybridDrafter(SharingDrafter):
         self._lengths: dict[str, int] = {}
         """Tokens of each request when its share was last asked for."""
         self._unused_steps = 0
-        self._silences = Silences()
+        self._silences = LookupMissStreaks()
 
     def propose(self, requests: Sequence[DraftRequest]) -> Sequence[Draft]:
         """The lookup's drafts alone."""
         return self._lookup.propose(requests)
 
-    def share(self, requests: Sequence[DraftRequest], price: DraftPrice) -> Sequence[Share]:
+    def assign(self, requests: Sequence[DraftRequest], draft_cost: DraftCost) -> Sequence[DraftAssignment]:
         """The source of each request's draft, and how far the draft model drafts."""
         indices = self._learn(requests)
         lookups = self._lookup.propose(requests)
-        price = _whole(price)
+        draft_cost = _whole(draft_cost)
         most = np.array([request.max_draft_tokens for request in requests])
         pinned = np.array([request.is_pinned for request in requests])
-        kept = [len(tokens) for tokens in worthwhile(lookups, price, pinned.tolist())]
+        kept = [len(tokens) for tokens in trim_drafts(lookups, draft_cost, pinned.tolist())]
         # A client that asked for its length is served whatever it costs.
-        row_price = np.where(pinned, 0.0, _further_row(price, len(requests), self._most))
+        row_price = np.where(pinned, 0.0, _further_row(draft_cost, len(requests), self._most))
         own_value, own_gain = _worth(lookups, kept, row_price)
-        value, steps = self._silences.values(requests, own_gain, price, self._most)
+        value, steps = self._silences.values(requests, own_gain, draft_cost, self._most)
         own_value, own_gain = _worth(lookups, kept, row_price, value)
         own_worth = np.array(kept)
 
@@ -85,33 +85,39 @@ class HybridDrafter(SharingDrafter):
         reached[np.arange(self._most) >= most[:, None]] = 0.0
         missed = np.array([request.missed_tokens for request in requests])
         best, use_model, worth, together = best_passes(
-            reached, Lookups(own_value, own_gain, own_worth), Reading(missed, steps), row_price, pinned, price
+            reached, Lookups(own_value, own_gain, own_worth), Reading(missed, steps), row_price, pinned, draft_cost
         )
-        if together <= 0 and price.batch and not pinned.any():
+        if together <= 0 and draft_cost.verify_cost_curve and not pinned.any():
             best, use_model, own_worth = 0, np.zeros_like(use_model), np.zeros_like(own_worth)
         worth = np.minimum(worth, best)
         self._unused_steps = 0 if best else self._unused_steps + 1
         probed = int(own_gain.argmin())
         hoped = float(reached[probed, :PROBE_TOKENS].sum())
-        catching_up = price.missed_token * missed[probed] + (price.resuming if missed[probed] else 0.0)
+        catching_up = draft_cost.catch_up_per_token * missed[probed] + (
+            draft_cost.catch_up_fixed if missed[probed] else 0.0
+        )
         hoped -= float(catching_up)
-        if best == 0 and own_gain[probed] < LEAST_GAIN and self._probe_is_due(len(requests), price, hoped):
+        if best == 0 and own_gain[probed] < MIN_GAIN and self._probe_is_due(len(requests), draft_cost, hoped):
             self._unused_steps = 0
             use_model[probed] = True
             worth = np.minimum(most, PROBE_TOKENS)
         self.model.fade(indices[~use_model])
         self._expected = {requests[row].request_id: reach[row] for row in np.flatnonzero(use_model)}
         return [
-            Share(lookup.token_ids[:length], int(model_length) if model else 0)
-            for lookup, length, model, model_length in zip(lookups, own_worth, use_model, worth, strict=True)
+            DraftAssignment(lookup.token_ids[:length], int(num_draft_tokens) if model else 0)
+            for lookup, length, model, num_draft_tokens in zip(lookups, own_worth, use_model, worth, strict=True)
         ]
 
-    def _probe_is_due(self, requests: int, price: DraftPrice, hoped: float) -> bool:
-        costs = price.drafting + PROBE_TOKENS * price.draft_pass + float(rows_cost(price, np.array([PROBE_TOKENS]))[0])
+    def _probe_is_due(self, requests: int, draft_cost: DraftCost, hoped: float) -> bool:
+        costs = (
+            draft_cost.draft_fixed
+            + PROBE_TOKENS * draft_cost.per_draft_step
+            + float(rows_cost(draft_cost, np.array([PROBE_TOKENS]))[0])
+        )
         loss = max(0.0, costs - hoped)
-        return self._unused_steps >= max(LEAST_STEPS_BETWEEN_PROBES, loss / (PROBE_SHARE * requests))
+        return self._unused_steps >= max(MIN_STEPS_BETWEEN_PROBES, loss / (PROBE_SHARE * requests))
 
-    def model_drafted(self, drafts: Mapping[str, Sequence[int]]) -> None:
+    def on_model_drafts(self, drafts: Mapping[str, Sequence[int]]) -> None:
         """Remember what to compare with the tokens that come."""
         for request_id, draft in drafts.items():
             if draft:
@@ -128,14 +134,14 @@ class HybridDrafter(SharingDrafter):
             index = self._indices.get(request_id)
             if index is None:
                 index = self._indices[request_id] = self._free.pop() if self._free else len(self._indices)
-                self.model.enter(index, 0, prompt_class(request.token_ids[: request.num_prompt_tokens]))
+                self.model.enter(index, 0, prompt_group(request.token_ids[: request.num_prompt_tokens]))
             indices.append(index)
             self._lengths[request_id] = len(request.token_ids)
             drafted = self._drafted.pop(request_id, None)
             if drafted is not None:
                 before, draft, expected = drafted
                 came = request.token_ids[before:]
-                tried, right = came_true(draft, came)
+                tried, right = count_accepted(draft, came)
                 if tried:
                     rows.append(index)
                     compared.append(tried)
@@ -159,20 +165,26 @@ class HybridDrafter(SharingDrafter):
         self._silences.forget(request_id)
 
 
-def _whole(price: DraftPrice) -> DraftPrice:
+def _whole(draft_cost: DraftCost) -> DraftCost:
     """The price with what batches cost, also where only the rough price is known."""
-    if price.batch or not (price.row or price.verifying):
-        return price
-    return replace(price, batch=[(count, count * price.row + price.verifying) for count in (1, 1024)])
+    if draft_cost.verify_cost_curve or not (draft_cost.per_token or draft_cost.verify_fixed):
+        return draft_cost
+    return replace(
+        draft_cost,
+        verify_cost_curve=[(count, count * draft_cost.per_token + draft_cost.verify_fixed) for count in (1, 1024)],
+    )
 
 
-def _further_row(price: DraftPrice, requests: int, most: int) -> float:
+def _further_row(draft_cost: DraftCost, requests: int, most: int) -> float:
     """What one draft token more costs where every request has one: the first ones also pay for verifying at all."""
-    few, affordable = float(requests), max((count for count, cost in price.batch if cost < UNAFFORDABLE), default=0)
+    few, affordable = (
+        float(requests),
+        max((count for count, cost in draft_cost.verify_cost_curve if cost < UNAFFORDABLE), default=0),
+    )
     many = min(few * (1.0 + most / 2), affordable)
     if many <= few:
-        return price.row
-    cost_of_few, cost_of_many = rows_cost(price, np.array([few, many]))
+        return draft_cost.per_token
+    cost_of_few, cost_of_many = rows_cost(draft_cost, np.array([few, many]))
     return max(0.0, float(cost_of_many - cost_of_few) / (many - few))
 
 

@@ -14,20 +14,20 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import DraftPrice, DraftRequest
+from vllm_instant import DraftCost, DraftRequest
 
 Array = npt.NDArray[np.float64]
 
-LEAST_GAIN = 0.5
+MIN_GAIN = 0.5
 """A lookup that is expected to gain fewer tokens than this says next to nothing."""
 MEMORY = 0.99
 REQUEST_MEMORY = 0.95
 PRIOR_STEPS = 8.0
 FIRST_LASTING = 0.8
-MOST_STEPS = 50.0
+MAX_STEPS = 50.0
 
 
-class Silences:
+class LookupMissStreaks:
     """Stretches in which lookups find nothing worth while, by request."""
 
     def __init__(self) -> None:
@@ -39,14 +39,14 @@ class Silences:
         """Requests whose lookup was silent when they were asked about last."""
 
     def values(
-        self, requests: Sequence[DraftRequest], gain: Array, price: DraftPrice, positions: int
+        self, requests: Sequence[DraftRequest], gain: Array, draft_cost: DraftCost, positions: int
     ) -> tuple[Array, Array]:
         """What a token at each draft position is worth if it is accepted, in average tokens, and how long that holds.
 
         Args:
             requests: all that may get drafts.
             gain: what each one's lookup is expected to gain, ``[requests]``.
-            price: of this step.
+            draft_cost: of this step.
             positions: draft positions.
 
         Returns:
@@ -57,12 +57,14 @@ class Silences:
         values, steps = np.ones((len(requests), positions)), np.ones(len(requests))
         further = np.arange(positions)
         for row, request in enumerate(requests):
-            silent = gain[row] < LEAST_GAIN
+            silent = gain[row] < MIN_GAIN
             lasting = self._learn(request.request_id, bool(silent))
             if silent:
-                steps[row] = min(1.0 / (1.0 - lasting), MOST_STEPS) if lasting < 1.0 else MOST_STEPS
-            if silent and price.step > 0 and not request.is_pinned:
-                values[row] = price.row + max(0.0, price.step - price.row) * lasting**further
+                steps[row] = min(1.0 / (1.0 - lasting), MAX_STEPS) if lasting < 1.0 else MAX_STEPS
+            if silent and draft_cost.baseline_step > 0 and not request.is_pinned:
+                values[row] = (
+                    draft_cost.per_token + max(0.0, draft_cost.baseline_step - draft_cost.per_token) * lasting**further
+                )
         return values, steps
 
     def _learn(self, request_id: str, silent: bool) -> float:

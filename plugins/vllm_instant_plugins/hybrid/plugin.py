@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vllm_instant import Plugin, PluginContext
-from vllm_instant_plugins.hybrid.drafter import HybridDrafter
+from vllm_instant_plugins.hybrid.drafter import LookupHybridDrafter
 from vllm_instant_plugins.suffix.plugin import SuffixOptions
 from vllm_instant_plugins.suffix.plugin import build as build_lookup
 
@@ -35,8 +35,8 @@ def _engine_arguments(options: HybridOptions) -> Mapping[str, Any]:
     return {"speculative_config": speculative, "async_scheduling": False}
 
 
-def _build(options: HybridOptions, context: PluginContext) -> HybridDrafter:
-    return HybridDrafter(build_lookup(options, context), context.num_speculative_tokens)
+def _build(options: HybridOptions, context: PluginContext) -> LookupHybridDrafter:
+    return LookupHybridDrafter(build_lookup(options, context), context.num_speculative_tokens)
 
 
 PLUGIN = Plugin(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_instant import DraftRows, RejectionSampler, Verification, draft_rows
+from vllm_instant import PaddedDrafts, RejectionSampler, VerificationBatch, pad_drafts
 from vllm_instant_plugins.samplers.drawing import replacements
 from vllm_instant_plugins.samplers.residuals import residual_masses
 from vllm_instant_plugins.samplers.token import kept_one_by_one, ratios
@@ -28,15 +28,15 @@ from vllm_instant_plugins.samplers.token import kept_one_by_one, ratios
 class BlockSampler(RejectionSampler):
     """Lossless, and keeps most of a single draft that any lossless rule can keep."""
 
-    def verify(self, step: Verification) -> tuple[torch.Tensor, torch.Tensor]:
+    def verify(self, step: VerificationBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``RejectionSampler.verify``."""
-        rows = draft_rows(step.draft_token_ids, step.num_draft_tokens)
+        rows = pad_drafts(step.draft_token_ids, step.num_draft_tokens)
         target_probs = step.target_logits.softmax(-1, dtype=torch.float32)
         return verified(step.draft_token_ids, rows, target_probs, step.draft_probs)
 
 
 def verified(
-    draft_token_ids: torch.Tensor, rows: DraftRows, target_probs: torch.Tensor, draft_probs: torch.Tensor | None
+    draft_token_ids: torch.Tensor, rows: PaddedDrafts, target_probs: torch.Tensor, draft_probs: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``RejectionSampler.verify`` from the probabilities of both models.
 
@@ -66,7 +66,7 @@ def verified(
 
 
 def _verified_by_kernels(
-    draft_token_ids: torch.Tensor, rows: DraftRows, target_probs: torch.Tensor, draft_probs: torch.Tensor | None
+    draft_token_ids: torch.Tensor, rows: PaddedDrafts, target_probs: torch.Tensor, draft_probs: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in four launches, with no intermediate result as large as the distributions."""
     from vllm_instant_kernels.block_verification import verify_blocks
@@ -97,7 +97,7 @@ def weights(of_drafts: torch.Tensor) -> torch.Tensor:
 
 
 def length_chances(
-    rows: DraftRows,
+    rows: PaddedDrafts,
     after: torch.Tensor,
     target_probs: torch.Tensor,
     draft_probs: torch.Tensor,

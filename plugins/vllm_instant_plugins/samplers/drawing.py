@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from vllm_instant import DraftRows
+from vllm_instant import PaddedDrafts
 
 
-def probabilities_of_drafts(probs: torch.Tensor, rows: DraftRows) -> torch.Tensor:
+def probabilities_of_drafts(probs: torch.Tensor, rows: PaddedDrafts) -> torch.Tensor:
     """What ``probs``, ``[total, vocabulary]``, says of each draft token: ``[batch, longest]``, same dtype."""
     return probs[rows.index, rows.token_ids]
 
@@ -31,7 +31,7 @@ def draw(weights: torch.Tensor) -> torch.Tensor:
 
 
 def replacements(
-    rows: DraftRows,
+    rows: PaddedDrafts,
     num_kept: torch.Tensor,
     kept_weight: torch.Tensor | None,
     target_probs: torch.Tensor,

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_instant import RejectionSampler, Verification, draft_rows
+from vllm_instant import RejectionSampler, VerificationBatch, pad_drafts
 from vllm_instant_plugins.samplers import block
 from vllm_instant_plugins.samplers.drawing import replacements
 from vllm_instant_plugins.samplers.residuals import move_towards
@@ -39,9 +39,9 @@ class RelaxedSampler(RejectionSampler):
     def __init__(self, epsilon: float) -> None:
         self.epsilon = epsilon
 
-    def verify(self, step: Verification) -> tuple[torch.Tensor, torch.Tensor]:
+    def verify(self, step: VerificationBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``RejectionSampler.verify``."""
-        rows = draft_rows(step.draft_token_ids, step.num_draft_tokens)
+        rows = pad_drafts(step.draft_token_ids, step.num_draft_tokens)
         target_probs = step.target_logits.softmax(-1, dtype=torch.float32)
         if step.draft_probs is None:
             chances = ratios(rows, target_probs, None)

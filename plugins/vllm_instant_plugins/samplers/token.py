@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import torch
 
-from vllm_instant import DraftRows, RejectionSampler, Verification, draft_rows
+from vllm_instant import PaddedDrafts, RejectionSampler, VerificationBatch, pad_drafts
 from vllm_instant_plugins.samplers.drawing import probabilities_of_drafts, replacements
 
 
 class TokenSampler(RejectionSampler):
     """Lossless; the best there is when drafts are certain."""
 
-    def verify(self, step: Verification) -> tuple[torch.Tensor, torch.Tensor]:
+    def verify(self, step: VerificationBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``RejectionSampler.verify``."""
-        rows = draft_rows(step.draft_token_ids, step.num_draft_tokens)
+        rows = pad_drafts(step.draft_token_ids, step.num_draft_tokens)
         target_probs = step.target_logits.softmax(-1, dtype=torch.float32)
         num_kept = kept_one_by_one(rows, ratios(rows, target_probs, step.draft_probs))
         return num_kept, replacements(rows, num_kept, None, target_probs, step.draft_probs)
 
 
-def ratios(rows: DraftRows, target_probs: torch.Tensor, draft_probs: torch.Tensor | None) -> torch.Tensor:
+def ratios(rows: PaddedDrafts, target_probs: torch.Tensor, draft_probs: torch.Tensor | None) -> torch.Tensor:
     """``P(x) / Q(x)`` of each draft token, float64 ``[batch, longest]``; 0 for what no draft model can have drawn."""
     target = probabilities_of_drafts(target_probs, rows).double()
     if draft_probs is None:
@@ -33,7 +33,7 @@ def ratios(rows: DraftRows, target_probs: torch.Tensor, draft_probs: torch.Tenso
     return torch.where((draft > 0) & rows.is_real, target / draft, 0.0)
 
 
-def kept_one_by_one(rows: DraftRows, chances: torch.Tensor) -> torch.Tensor:
+def kept_one_by_one(rows: PaddedDrafts, chances: torch.Tensor) -> torch.Tensor:
     """How many leading drafts are kept when each is kept with its own chance; int64 ``[batch]``."""
     # Strictly smaller: a chance of 0 keeps nothing, not even when the random number is 0.
     kept = (torch.rand_like(chances) < chances) & rows.is_real

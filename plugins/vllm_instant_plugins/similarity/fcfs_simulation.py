@@ -40,7 +40,7 @@ def _starts(free: Array, arrival: Array, service: Array, out: Array) -> None:
         free[at] = value
 
 
-class FirstComeFirstServed:
+class FcfsSimulation:
     """The queue as it would have been.
 
     Args:

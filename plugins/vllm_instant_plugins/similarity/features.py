@@ -30,7 +30,7 @@ def prefix_group(request: RequestState) -> int:
 
 def contexts(request: RequestState, score: float) -> Contexts:
     """One context of each of ``KINDS``; ``score`` is what ``Scorer`` expects."""
-    kind = request.prompt_class
+    kind = request.prompt_group
     temperature = min(round(request.temperature * 2), 4)
     return (
         (),

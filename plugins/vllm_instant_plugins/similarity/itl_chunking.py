@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_instant import QueueMoment, StepOutcome
+from vllm_instant import SchedulerSnapshot, StepOutcome
 from vllm_instant_plugins.similarity.cost_model import LinearTime
 from vllm_instant_plugins.similarity.policy import SECONDS_PER_PROMPT_TOKEN, SECONDS_PER_TOKEN, SimilarityPolicy
 
-LEAST_PROMPT_TOKENS = 16
+MIN_PROMPT_TOKENS = 16
 ENOUGH_STEPS = 10
 
 
@@ -28,14 +28,14 @@ class PacedSimilarityPolicy(SimilarityPolicy):
         """Seconds of a step: constant, for each token that is decoded or verified, for each prompt token."""
         self._itl_seconds = itl_seconds
 
-    def most_prompt_tokens(self, moment: QueueMoment) -> int | None:
+    def max_prompt_tokens(self, moment: SchedulerSnapshot) -> int | None:
         """What fits into a step beside those that run."""
         decoding = sum(state.num_output_tokens > 0 for state in moment.running)
         if not decoding or self.step_time.measured < ENOUGH_STEPS:
             return None
         fixed, decode, prompt = self.step_time.prices
         room = self._itl_seconds - fixed - decode * decoding
-        return max(LEAST_PROMPT_TOKENS, int(room / max(prompt, 1e-7)))
+        return max(MIN_PROMPT_TOKENS, int(room / max(prompt, 1e-7)))
 
     def observe(self, outcome: StepOutcome) -> None:
         """Learn what a step takes."""

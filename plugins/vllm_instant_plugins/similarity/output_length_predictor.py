@@ -35,7 +35,7 @@ LEANING = 0.5
 MEMORY = 0.97
 """What a context keeps of its counts when it learns again."""
 FORGETTING = 0.98
-MOST_CONTEXTS = 4096
+MAX_CONTEXTS = 4096
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Quantiles whose truth is checked."""
 
@@ -88,7 +88,7 @@ _POINTS: Array = np.append(EDGES, 2 * EDGES[-1])
 
 
 @dataclass(frozen=True)
-class Ticket:
+class PendingObservation:
     """What is still to be known of a request that is gone, until it was learned from."""
 
     contexts: Contexts
@@ -101,11 +101,11 @@ class LengthPredictor:
     """Distributions of output lengths.
 
     Args:
-        most_requests: a first size; it grows.
+        max_requests: a first size; it grows.
 
     """
 
-    def __init__(self, most_requests: int = 64) -> None:
+    def __init__(self, max_requests: int = 64) -> None:
         self.observed = 0
         """Finished requests that were learned from."""
         self.scorer = Scorer()
@@ -119,10 +119,10 @@ class LengthPredictor:
         """Share of the outcomes that were below each of ``LEVELS``, recently."""
         self._contexts: dict[int, Contexts] = {}
         self._features: dict[int, Any] = {}
-        self._row: npt.NDArray[np.intp] = np.zeros((most_requests, len(KINDS)), np.intp)
-        self._limit: Array = np.ones(most_requests)
-        self._first_guess: Array = np.ones((most_requests, BINS + 1))
-        self._curve: Array = np.ones((most_requests, BINS + 1))
+        self._row: npt.NDArray[np.intp] = np.zeros((max_requests, len(KINDS)), np.intp)
+        self._limit: Array = np.ones(max_requests)
+        self._first_guess: Array = np.ones((max_requests, BINS + 1))
+        self._curve: Array = np.ones((max_requests, BINS + 1))
         self._random = np.random.default_rng(0)
 
     @property
@@ -177,14 +177,14 @@ class LengthPredictor:
         reached = np.interp(alive * (1 - level), survival[::-1], _POINTS[::-1])
         return float(min(max(reached, done), self._limit[index]))
 
-    def release(self, index: int) -> Ticket | None:
+    def release(self, index: int) -> PendingObservation | None:
         """The request is gone, and its index with it; what ``learn`` needs to know of it."""
         described, features = self._contexts.pop(index, None), self._features.pop(index, None)
         if described is None or features is None:
             return None
-        return Ticket(described, features, self._first_guess[index].copy(), float(self._limit[index]))
+        return PendingObservation(described, features, self._first_guess[index].copy(), float(self._limit[index]))
 
-    def learn(self, ticket: Ticket, tokens: int) -> None:
+    def learn(self, ticket: PendingObservation, tokens: int) -> None:
         """A request has said ``tokens`` and ended by itself, or at its limit."""
         tokens = max(1, tokens)
         cut_off = tokens >= ticket.limit
@@ -235,7 +235,7 @@ class LengthPredictor:
     def _row_of(self, kind: int, context: tuple[int, ...]) -> int:
         row = self._rows.get((kind, context))
         if row is None:
-            if len(self._rows) >= MOST_CONTEXTS:
+            if len(self._rows) >= MAX_CONTEXTS:
                 self._drop_thin_contexts()
             row = self._rows[(kind, context)] = len(self._rows)
             if row >= len(self._events):
@@ -246,7 +246,7 @@ class LengthPredictor:
     def _drop_thin_contexts(self) -> None:
         """Keep the half of the contexts that was seen most."""
         seen = self._risk[: len(self._rows), 0]
-        keep = set(np.argsort(-seen, kind="stable")[: MOST_CONTEXTS // 2].tolist()) | {0}
+        keep = set(np.argsort(-seen, kind="stable")[: MAX_CONTEXTS // 2].tolist()) | {0}
         kept = [(key, row) for key, row in self._rows.items() if row in keep]
         rows = [row for _, row in kept]
         events, risk = self._events[rows], self._risk[rows]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from vllm_instant import Plugin, PluginContext, PluginOptions, QueueMoment, RequestState
+from vllm_instant import Plugin, PluginContext, PluginOptions, RequestState, SchedulerSnapshot
 from vllm_instant_plugins.similarity.itl_chunking import PacedSimilarityPolicy
 from vllm_instant_plugins.similarity.policy import SimilarityPolicy
-from vllm_instant_plugins.state_store import KeptFile, default_folder
+from vllm_instant_plugins.state_store import PersistentState, default_folder
 
 
 class SimilarityOptions(PluginOptions):
@@ -37,9 +37,9 @@ def warm_up() -> None:
     states = [RequestState(f"warm-up {n}", 4, 8, 0.0, index=n, extra_args={"instant_output_tokens": 4}) for n in (0, 1)]
     for state in states:
         policy.enter(state)
-    policy.admit(QueueMoment(states, (), 0.0, 2, 1024))
+    policy.admit(SchedulerSnapshot(states, (), 0.0, 2, 1024))
     policy.started(states[0], 0.0)
-    policy.think(QueueMoment(states[1:], states[:1], 0.0, 2, 1024))
+    policy.background_work(SchedulerSnapshot(states[1:], states[:1], 0.0, 2, 1024))
     states[0].num_output_tokens = 4
     policy.finished(states[0], 0.1, True)
     policy.close()
@@ -51,7 +51,7 @@ def _build(options: SimilarityOptions, context: PluginContext) -> SimilarityPoli
     if options.keep_lengths:
         folder = Path(options.lengths_folder).expanduser() if options.lengths_folder else default_folder("lengths")
         # How long answers are depends on the model alone; how long they take is learned again soon.
-        store = KeptFile(folder, {"model": context.identity.get("model", context.model)}, "lengths")
+        store = PersistentState(folder, {"model": context.identity.get("model", context.model)}, "lengths")
     goal = options.itl_slo_ms if options.itl_slo_ms is not None else context.itl_slo_ms
     places, ratio, seconds = context.max_num_seqs, options.wait_ratio, options.wait_seconds
     if goal is None:

@@ -7,7 +7,7 @@ as they came (``first_come``), times ``wait_ratio``, plus ``wait_seconds``. So a
 ones for a while, and not for ever.
 
 Whatever takes long (foretelling, learning, the other queue, and the order of those that may be first soon) is done in
-``think``, while the model runs. ``admit`` reads names from a list then, however many wait.
+``background_work``, while the model runs. ``admit`` reads names from a list then, however many wait.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant import Admission, BatchingPolicy, QueueMoment, RequestState
+from vllm_instant import Admission, RequestState, SchedulerSnapshot, SchedulingPolicy
 from vllm_instant_plugins.similarity.cost_model import LinearTime
-from vllm_instant_plugins.similarity.fcfs_simulation import FirstComeFirstServed
-from vllm_instant_plugins.similarity.output_length_predictor import LengthPredictor, Ticket
-from vllm_instant_plugins.similarity.priority import LEAST_PATIENCE, ranked
+from vllm_instant_plugins.similarity.fcfs_simulation import FcfsSimulation
+from vllm_instant_plugins.similarity.output_length_predictor import LengthPredictor, PendingObservation
+from vllm_instant_plugins.similarity.priority import MIN_PATIENCE, ranked
 from vllm_instant_plugins.similarity.request_table import Array, Ledger, told_tokens
 from vllm_instant_plugins.similarity.waiting_list import Indices, Line
-from vllm_instant_plugins.state_store import KeptFile
+from vllm_instant_plugins.state_store import PersistentState
 
 logger = logging.getLogger("vllm.instant")
 
@@ -65,7 +65,7 @@ def _indices(states: Sequence[RequestState]) -> Indices:
     return np.fromiter(map(_index_of, states), np.intp, len(states))
 
 
-class SimilarityPolicy(BatchingPolicy):
+class SimilarityPolicy(SchedulingPolicy):
     """Orders the queue by expected cost with bounded patience.
 
     Args:
@@ -82,14 +82,14 @@ class SimilarityPolicy(BatchingPolicy):
         slots: int,
         wait_ratio: float = 2.0,
         wait_seconds: float = 1.0,
-        store: KeptFile | None = None,
+        store: PersistentState | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lengths = LengthPredictor(slots)
         self.service = LinearTime([0.0, SECONDS_PER_PROMPT_TOKEN, SECONDS_PER_TOKEN])
         """Seconds of a request's stay: constant, for each prompt token, for each output token."""
         self._ledger = Ledger(max(64, 2 * slots))
-        self._as_they_came = FirstComeFirstServed(slots)
+        self._as_they_came = FcfsSimulation(slots)
         self._ratio, self._seconds = wait_ratio, wait_seconds
         self._store = store
         self._saved_at, self._saved = clock(), 0
@@ -102,7 +102,7 @@ class SimilarityPolicy(BatchingPolicy):
         """When, and how many waited that had come before; not written down yet, either."""
         self._just_ended: list[tuple[RequestState, float, bool]] = []
         """When, and whether by themselves."""
-        self._ended: list[tuple[Ticket, int, int, float]] = []
+        self._ended: list[tuple[PendingObservation, int, int, float]] = []
         """Ended by themselves, to be learned from: output tokens, prompt tokens, seconds."""
         self._starts: deque[dict[str, Any]] = deque(maxlen=512)
         self._start_of: dict[int, dict[str, Any]] = {}
@@ -193,7 +193,7 @@ class SimilarityPolicy(BatchingPolicy):
 
     # ---------------------------------------------------------------------------------------------- thinking
 
-    def think(self, moment: QueueMoment) -> None:
+    def background_work(self, moment: SchedulerSnapshot) -> None:
         """Learn from those that ended, foretell those that came, and work out everybody's patience."""
         newcomers = [index for index in self._catch_up() if index in self._line]
         self._learn()
@@ -238,7 +238,7 @@ class SimilarityPolicy(BatchingPolicy):
         )
         ledger.cost[waiting] = self._stay(prompt, tokens)
 
-    def _work_out_patience(self, moment: QueueMoment) -> None:
+    def _work_out_patience(self, moment: SchedulerSnapshot) -> None:
         """By when each of those that wait shall have started."""
         self._patience_at = moment.now
         ledger = self._ledger
@@ -261,7 +261,7 @@ class SimilarityPolicy(BatchingPolicy):
             crowd = min(1.0, float(would_wait.mean()) / max(float(stay[indices].mean()), 1e-6))
             tail = np.partition(latency, few)[few] * (1 + TAIL_GIVES * crowd**2)
             patience = np.minimum(patience, np.maximum(would_wait, tail - stay[indices]))
-        ledger.due[indices] = arrival + np.maximum(patience, LEAST_PATIENCE)
+        ledger.due[indices] = arrival + np.maximum(patience, MIN_PATIENCE)
 
     def _expected_tokens(self, indices: Indices, done: Array) -> Array:
         told = self._ledger.told[indices]
@@ -277,12 +277,12 @@ class SimilarityPolicy(BatchingPolicy):
 
     # ---------------------------------------------------------------------------------------------- the queue
 
-    def admit(self, moment: QueueMoment) -> Admission:
+    def admit(self, moment: SchedulerSnapshot) -> Admission:
         """The order by cost and patience; as they came while too little is known."""
         most, line = self._guard(moment), self._line.indices
         if not self.lengths.useful and not self._somebody_told():
-            return Admission(most=most)
-        places = max(0, moment.most_running - len(moment.running))
+            return Admission(max_num_admitted=most)
+        places = max(0, moment.max_num_running - len(moment.running))
         # Some of the line may be held back by the engine; those in front of it shall not be all that are named.
         needed = places + MORE_THAN_PLACES + max(0, len(line) - len(moment.waiting))
         if len(self._ranking) < min(needed, len(line)) or moment.now - self._ranked_at > STALE_SECONDS:
@@ -292,7 +292,9 @@ class SimilarityPolicy(BatchingPolicy):
             if moment.now - self._patience_at > STALE_SECONDS:
                 self._work_out_patience(moment)
             self._rank(self._written_down(), moment.now, max(needed, CANDIDATES))
-        return Admission(most=most, by_id=[self._live[index].request_id for index in islice(self._ranking, needed)])
+        return Admission(
+            max_num_admitted=most, by_id=[self._live[index].request_id for index in islice(self._ranking, needed)]
+        )
 
     def _somebody_told(self) -> bool:
         """Whether any of those that wait told how long its answer will be."""
@@ -308,13 +310,13 @@ class SimilarityPolicy(BatchingPolicy):
         self._ranked_at = now
         self._ranking = dict.fromkeys(ranked(self._ledger, indices, now, most))
 
-    def _guard(self, moment: QueueMoment) -> int | None:
+    def _guard(self, moment: SchedulerSnapshot) -> int | None:
         """After a preemption nobody starts until those that run have room to go on."""
         if moment.now - self._preempted_at > GUARD_SECONDS or not moment.running:
             return None
         return 0 if moment.free_kv_tokens < GUARD_TOKENS * len(moment.running) else 1
 
-    def spare(self, running: Sequence[RequestState]) -> Sequence[int] | None:
+    def preemption_order(self, running: Sequence[RequestState]) -> Sequence[int] | None:
         """Those first whose blocks are dear to make again for what they still hold them.
 
         A victim's work (its whole context) is done twice; what is gained is its blocks, for as long as it would have
@@ -329,7 +331,7 @@ class SimilarityPolicy(BatchingPolicy):
 
     # --------------------------------------------------------------------------------------- reporting, keeping
 
-    def measures(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float]:
         """For ``/metrics``."""
         return {
             "finished_requests_learned": float(self.lengths.observed),
@@ -353,7 +355,7 @@ class SimilarityPolicy(BatchingPolicy):
     def _kept(self) -> dict[str, object]:
         return {"lengths": self.lengths.kept(), "service": self.service.prices.tolist()}
 
-    def _restore(self, store: KeptFile, slots: int) -> None:
+    def _restore(self, store: PersistentState, slots: int) -> None:
         kept = store.load()
         if kept is None:
             return

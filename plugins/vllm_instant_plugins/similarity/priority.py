@@ -11,7 +11,7 @@ from vllm_instant_plugins.similarity.waiting_list import Indices
 IMPATIENCE = 1.5
 """What a request costs counts less with this power of the share of its patience that is left: with less the bound is
 overstepped by some, with more the short ones lose what they gained (simulated: ``tests/plugins/similarity``)."""
-LEAST_PATIENCE = 1e-3
+MIN_PATIENCE = 1e-3
 """Seconds."""
 
 
@@ -21,7 +21,7 @@ def ranked(ledger: Ledger, indices: Indices, now: float, most: int) -> list[int]
     ``now`` is the moment that it is the order for, in seconds of the clock of the arrivals.
     """
     cost, arrival, due = ledger.cost[indices], ledger.arrival[indices], ledger.due[indices]
-    left = (due - now) / np.maximum(due - arrival, LEAST_PATIENCE)
+    left = (due - now) / np.maximum(due - arrival, MIN_PATIENCE)
     # Whose patience is at its end go before all others, in the order in which it ended.
     weight = np.where(left > 0, cost * np.abs(left) ** IMPATIENCE, left)
     if most < len(weight):

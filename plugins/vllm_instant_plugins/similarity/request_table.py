@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import RequestState, told_output_tokens
+from vllm_instant import RequestState, hinted_output_tokens
 from vllm_instant_plugins.similarity.features import prefix_group
 
 Array = npt.NDArray[np.float64]
@@ -14,7 +14,7 @@ Array = npt.NDArray[np.float64]
 def told_tokens(request: RequestState) -> float:
     """The output length that the client told; NaN when it told none, or nonsense where nobody refused it."""
     try:
-        told = told_output_tokens(request.extra_args)
+        told = hinted_output_tokens(request.extra_args)
     except ValueError:
         told = None
     return float("nan") if told is None else min(told, float(request.max_tokens))

@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_plugins.suffix.index import LONGEST_MATCH, Found, Tokens
+from vllm_instant_plugins.suffix.index import MAX_MATCH, Match, Tokens
 
 PRIOR_MATCH = 2.0
 """Before anything was seen a match of n tokens is trusted n / (n + this)."""
 PRIOR_WEIGHT = 8.0
 FORGETTING = 0.998
-LEARNED_LENGTHS = LONGEST_MATCH + 129
+LEARNED_LENGTHS = MAX_MATCH + 129
 REQUEST_WEIGHT = 6.0
 """Expected hits that the belief that a request is like the others is worth."""
 REQUEST_FORGETTING = 0.95
 
 
-def came_true(proposed: Tokens, came: Tokens) -> tuple[int, int]:
+def count_accepted(proposed: Tokens, came: Tokens) -> tuple[int, int]:
     """How many of the proposed tokens were compared with one that came, and how many of these came true."""
     compared = min(len(proposed), len(came))
     same = proposed[:compared] == came[:compared]
@@ -25,7 +25,7 @@ def came_true(proposed: Tokens, came: Tokens) -> tuple[int, int]:
     return kept + (kept < compared), kept
 
 
-class HitRates:
+class ConfidenceCalibrator:
     """How often the token after a match came true, by the match's length."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class HitRates:
         self.rates[at] = (self._hits[at] + PRIOR_WEIGHT * self._prior[at]) / (self._trials[at] + PRIOR_WEIGHT)
 
 
-class Predictability:
+class RequestCalibration:
     """How much more or less often than others one request continues as it did before."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Predictability:
         """What its confidences are multiplied with."""
         return self._came / self._expected
 
-    def observe(self, found: Found, compared: int, kept: int) -> None:
+    def observe(self, found: Match, compared: int, kept: int) -> None:
         """Of a proposal, with confidence as for any request, so many tokens were compared and came true."""
         rest = 1.0 - REQUEST_FORGETTING
         # Beliefs about later tokens were conditional on the earlier ones.

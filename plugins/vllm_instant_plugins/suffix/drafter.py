@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_instant import Draft, Drafter, DraftRequest
-from vllm_instant_plugins.suffix.calibration import HitRates, Predictability, came_true
-from vllm_instant_plugins.suffix.index import LONGEST_MATCH, NOTHING, Found, TokenIndex, Tokens
+from vllm_instant_plugins.suffix.calibration import ConfidenceCalibrator, RequestCalibration, count_accepted
+from vllm_instant_plugins.suffix.index import MAX_MATCH, NOTHING, Match, TokenIndex, Tokens
 
 LEAST = 0.05
 """Proposals end before the chance that all of it is accepted falls below this."""
-MOST_GROUPS = 4096
+MAX_GROUPS = 4096
 """Tenants that are told apart at a time; who comes back after so many others starts with an empty history."""
 
 
@@ -30,8 +30,8 @@ class _Own:
     index: TokenIndex
     num_prompt_tokens: int
     group: int
-    predictability: Predictability = field(default_factory=Predictability)
-    found: Found = NOTHING
+    predictability: RequestCalibration = field(default_factory=RequestCalibration)
+    found: Match = NOTHING
     from_history: bool = False
 
 
@@ -52,7 +52,7 @@ class SuffixDrafter(Drafter):
         self._across_tenants = across_tenants
         self._groups: OrderedDict[str, int] = OrderedDict()
         self._next_group = 0
-        self._own_rates, self._history_rates = HitRates(), HitRates()
+        self._own_rates, self._history_rates = ConfidenceCalibrator(), ConfidenceCalibrator()
 
     def warm_up(self) -> None:
         """Compile, or load what was compiled, now: not while a request waits."""
@@ -74,7 +74,7 @@ class SuffixDrafter(Drafter):
         if len(own.found.tokens):
             self._learn(own, came)
         own.index.append(came)
-        newest = request.token_ids[-LONGEST_MATCH:]
+        newest = request.token_ids[-MAX_MATCH:]
         most = request.max_draft_tokens
         own.found = own.index.propose(newest, most, self._own_rates.rates, LEAST)
         own.from_history = False
@@ -86,7 +86,7 @@ class SuffixDrafter(Drafter):
         return Draft(own.found.tokens.tolist(), confidence.tolist())
 
     def _learn(self, own: _Own, came: Tokens) -> None:
-        compared, kept = came_true(own.found.tokens, came)
+        compared, kept = count_accepted(own.found.tokens, came)
         if compared:
             rates = self._history_rates if own.from_history else self._own_rates
             rates.observe(own.found.matched[:compared], kept)
@@ -100,7 +100,7 @@ class SuffixDrafter(Drafter):
         if group is None:
             group = self._groups[cache_salt] = self._next_group
             self._next_group += 1
-            if len(self._groups) > MOST_GROUPS:
+            if len(self._groups) > MAX_GROUPS:
                 self._groups.popitem(last=False)
         else:
             self._groups.move_to_end(cache_salt)
@@ -116,6 +116,6 @@ class SuffixDrafter(Drafter):
                 self._history.end_sequence(own.group)
 
 
-def _promise(found: Found) -> float:
+def _promise(found: Match) -> float:
     """Accepted tokens to expect of a proposal."""
     return float(found.confidence.cumprod().sum()) if len(found.tokens) else 0.0

@@ -20,9 +20,9 @@ from vllm_instant_plugins.jit import compiled
 
 ORDER = 2
 """Tokens that are hashed: the shortest match that counts."""
-MOST_CANDIDATES = 24
+MAX_CANDIDATES = 24
 """Newest places that are compared."""
-LONGEST_MATCH = 32
+MAX_MATCH = 32
 """Tokens up to which matches are told apart."""
 
 END = -1
@@ -68,7 +68,7 @@ def _candidates(
     oldest = max(0, stop - capacity)
     place = heads[_slot(newest, wanted, group, mask)]
     found = 0
-    for _ in range(MOST_CANDIDATES):
+    for _ in range(MAX_CANDIDATES):
         # A place is good while its n-gram and one token behind it are still in the ring.
         if place - ORDER < oldest:
             break
@@ -76,7 +76,7 @@ def _candidates(
             length = 0
             while (
                 length < wanted
-                and length < LONGEST_MATCH
+                and length < MAX_MATCH
                 and place - 1 - length >= oldest
                 and groups[(place - 1 - length) % capacity] == group
                 and tokens[(place - 1 - length) % capacity] == newest[wanted - 1 - length]
@@ -158,7 +158,7 @@ def _continue(
     return len(draft)
 
 
-class Found(NamedTuple):
+class Match(NamedTuple):
     """Proposed tokens, the nearest first."""
 
     tokens: Tokens
@@ -168,7 +168,7 @@ class Found(NamedTuple):
     """Length of the longest match that each token follows, earlier proposed tokens included."""
 
 
-NOTHING = Found(np.empty(0, np.int32), np.empty(0), np.empty(0, np.int64))
+NOTHING = Match(np.empty(0, np.int32), np.empty(0), np.empty(0, np.int64))
 
 
 class TokenIndex:
@@ -217,7 +217,7 @@ class TokenIndex:
 
     def propose(
         self, newest: Tokens, most: int, hit_rates: npt.NDArray[np.float64], least: float, group: int = 0
-    ) -> Found:
+    ) -> Match:
         """What followed earlier occurrences of ``newest``.
 
         Args:
@@ -228,7 +228,7 @@ class TokenIndex:
             group: only places of this group count.
 
         """
-        places, lengths = np.empty(MOST_CANDIDATES, np.int64), np.empty(MOST_CANDIDATES, np.int64)
+        places, lengths = np.empty(MAX_CANDIDATES, np.int64), np.empty(MAX_CANDIDATES, np.int64)
         found = _candidates(
             self._tokens, self._groups, self._previous, self._heads, self.stop, newest, group, places, lengths
         )
@@ -249,4 +249,4 @@ class TokenIndex:
             confidence,
             matched,
         )
-        return Found(tokens[:count], confidence[:count], matched[:count]) if count else NOTHING
+        return Match(tokens[:count], confidence[:count], matched[:count]) if count else NOTHING

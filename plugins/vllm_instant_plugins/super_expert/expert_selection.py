@@ -1,7 +1,7 @@
 """Which experts the decoding tokens of a step may use: those that somebody must have, then those most wanted.
 
-The rule of ``vllm_instant.tools.moe.budgets`` on tensors, with one thing more: experts that prompts in the same step pick
-are paid for, too, whoever else uses them.
+The rule of ``vllm_instant.tools.moe.budgets`` on tensors, with one thing more: experts that prompts in the same step
+pick are paid for, too, whoever else uses them.
 """
 
 from __future__ import annotations

@@ -29,13 +29,13 @@ MEMORY = 40.0
 """About so many measurements count for means."""
 FEWEST = 8
 """Measurements before a level is judged good."""
-FEWEST_COUNTED = 4
+MIN_COUNTED = 4
 """Counted steps before the kept mass is believed."""
 COMFORT = 0.5
 """A tighter level is tried when the mean is below this share of the limit."""
 FIRST_PATIENCE = 2000
 """Steps that a level must have held before a tighter one is tried …"""
-LONGEST_PATIENCE = 256_000
+MAX_PATIENCE = 256_000
 """… which doubles with each relapse up to this."""
 
 
@@ -165,7 +165,7 @@ class QualityGate:
             self.evidence.add_kept(kept)
         if self.level < self.last and self._exceeded():
             if self._tried:  # a try that failed: the next one comes later
-                self.patience = min(2 * self.patience, LONGEST_PATIENCE)
+                self.patience = min(2 * self.patience, MAX_PATIENCE)
             self.loosened += 1
             return self._move(self.level + 1, step, Verdict.LOOSENED)
         if self.level > 0 and step - self.since >= self.patience and self._comfortable():
@@ -180,7 +180,7 @@ class QualityGate:
     def _exceeded(self) -> bool:
         found = self.evidence
         kept = found.mean_kept
-        if kept is not None and found.counted >= FEWEST_COUNTED and kept < self.min_kept:
+        if kept is not None and found.counted >= MIN_COUNTED and kept < self.min_kept:
             return True
         return found.stake >= ALARM
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_instant import ExpertLayer, ExpertRouter, Look, RouterStep, RoutingMeasures, StepRows, SuperExperts
+from vllm_instant import ExpertLayer, ExpertRouter, Measurement, RouterStep, RoutingMeasures, StepRows, SuperExperts
 from vllm_instant_plugins.super_expert.expert_selection import LayerChoice, warm_up
 from vllm_instant_plugins.super_expert.quality_gate import QualityGate, Verdict
 
@@ -109,14 +109,14 @@ class SuperExpertRouter(ExpertRouter):
             return None
         return self._choices[layer.index].allowed(step)
 
-    def look(self, number: int) -> Look:
+    def look(self, number: int) -> Measurement:
         """Counts now and then, a shadow more rarely, both more often after a change."""
         self._number = number
         since = number - self._changed
         probing = since < PROBE_STEPS or (self.gate is not None and self.gate.suspicious)
         if self._shadow_every and since % (PROBE_EVERY if probing else self._shadow_every) == 0:
-            return Look.SHADOW
-        return Look.COUNTS if number % COUNT_EVERY == 0 else Look.NOTHING
+            return Measurement.REFERENCE
+        return Measurement.COUNTS if number % COUNT_EVERY == 0 else Measurement.OFF
 
     def shadow(self, active: bool) -> None:
         """The shadow is the model's own routing; where that serves, the level that may come next."""
@@ -162,7 +162,7 @@ class SuperExpertRouter(ExpertRouter):
         for choice, experts in zip(self._choices, self._num_experts, strict=True):
             choice.budget.fill_(math.ceil(share * experts - 1e-9))
 
-    def measures(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float]:
         """The budget and the gate."""
         found: dict[str, float] = {"budget": self.share, "budget_configured": self.budget}
         if self.gate is not None:

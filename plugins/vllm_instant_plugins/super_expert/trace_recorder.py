@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_instant import ExpertLayer, ExpertRouter, Look, RoutedModel, RouterStep, StepRows, Trace
+from vllm_instant import ExpertLayer, ExpertRouter, Measurement, RoutedModel, RouterStep, StepRows, Trace
 
 logger = logging.getLogger("vllm.instant")
 
@@ -95,11 +95,11 @@ class Recorder(ExpertRouter):
         self.used += len(chosen)
         return len(chosen) > 0
 
-    def _number_of(self, request_id: str, prompt_class: str) -> int:
+    def _number_of(self, request_id: str, prompt_group: str) -> int:
         number = self._requests.get(request_id)
         if number is None:
             number = self._requests[request_id] = len(self._requests)
-            self._class_of_request.append(self._classes.setdefault(prompt_class or UNNAMED, len(self._classes)))
+            self._class_of_request.append(self._classes.setdefault(prompt_group or UNNAMED, len(self._classes)))
         return number
 
     def allowed(self, layer: ExpertLayer, step: RouterStep) -> torch.Tensor | None:
@@ -110,9 +110,9 @@ class Recorder(ExpertRouter):
             self._weights[layer.index].index_copy_(0, places, step.pick_weights.to(torch.float16))
         return None
 
-    def look(self, number: int) -> Look:
+    def look(self, number: int) -> Measurement:
         """Counts now and then."""
-        return Look.COUNTS if number % COUNT_EVERY == 0 else Look.NOTHING
+        return Measurement.COUNTS if number % COUNT_EVERY == 0 else Measurement.OFF
 
     def write(self) -> Path | None:
         """Write what was recorded so far."""
@@ -138,7 +138,7 @@ class Recorder(ExpertRouter):
             tuple(self._classes),
         )
 
-    def measures(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float]:
         """How far the trace is."""
         return {"recorded_tokens": float(self.used)} if self._capacity else {}
 

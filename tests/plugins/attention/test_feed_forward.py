@@ -30,23 +30,23 @@ def test_nobody_gets_it_without_asking(monkeypatch):
     assert plugin.build(plugin.options(), context).feed_forward() is None
     part = plugin.build(plugin.options(feed_forward=True), context).feed_forward()
     assert isinstance(part, FeedForwardProvider)
-    assert part.most_rows == 16
+    assert part.max_rows == 16
 
 
 def test_what_the_kernels_do_not_serve_gets_a_sentence():
     part = FusedFeedForward(interprets=False)
-    assert part.objection(_layer()) is None
-    assert part.objection(_layer(fp8=True)) is None
-    assert part.objection(_layer(hidden=72)) == (
+    assert part.unsupported_reason(_layer()) is None
+    assert part.unsupported_reason(_layer(fp8=True)) is None
+    assert part.unsupported_reason(_layer(hidden=72)) == (
         "the sizes of the layer are 72 and 96, and the kernels serve multiples of 16"
     )
-    assert part.objection(_layer(inner=100)) == (
+    assert part.unsupported_reason(_layer(inner=100)) == (
         "the sizes of the layer are 64 and 100, and the kernels serve multiples of 16"
     )
-    assert part.objection(_layer(dtype=torch.float32)) == (
+    assert part.unsupported_reason(_layer(dtype=torch.float32)) == (
         "the model computes in torch.float32, and the kernels serve float16 and bfloat16"
     )
-    assert FusedFeedForward(interprets=True).objection(_layer(dtype=torch.float32)) is None
+    assert FusedFeedForward(interprets=True).unsupported_reason(_layer(dtype=torch.float32)) is None
 
 
 @pytest.mark.parametrize("interprets", [False, True])

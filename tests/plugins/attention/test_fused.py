@@ -32,15 +32,18 @@ def test_devices_without_fp8_numbers_are_refused(device):
 def test_older_gpus_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"and this is a GPU of compute capability 8\.0"):
         _on_gpu(monkeypatch, (8, 0))
-    assert _on_gpu(monkeypatch, (8, 9)).objection(128, torch.bfloat16) is None
+    assert _on_gpu(monkeypatch, (8, 9)).unsupported_reason(128, torch.bfloat16) is None
 
 
 def test_layers_that_it_does_not_serve_get_a_sentence(monkeypatch):
     plugin = _on_gpu(monkeypatch, (9, 0))
-    assert plugin.objection(96, torch.float16) is None
-    assert plugin.objection(72, torch.float16) == "heads are of size 72, and it serves multiples of 16 from 32 to 256"
-    assert "of size 512" in plugin.objection(512, torch.float16)
-    assert plugin.objection(64, torch.float32) == (
+    assert plugin.unsupported_reason(96, torch.float16) is None
+    assert (
+        plugin.unsupported_reason(72, torch.float16)
+        == "heads are of size 72, and it serves multiples of 16 from 32 to 256"
+    )
+    assert "of size 512" in plugin.unsupported_reason(512, torch.float16)
+    assert plugin.unsupported_reason(64, torch.float32) == (
         "the model computes in torch.float32, and it serves float16 and bfloat16"
     )
 
@@ -60,7 +63,7 @@ def test_which_kernel(monkeypatch, most, kernel):
     plugin = _on_gpu(monkeypatch, (9, 0))
     plugin.prepare(LAYER)
     parts = fused.CacheParts(*(torch.empty(0) for _ in range(4)))
-    step = AttentionStep(*(torch.empty(0) for _ in range(5)), most_query_tokens=most)
+    step = AttentionStep(*(torch.empty(0) for _ in range(5)), max_query_tokens=most)
     assert plugin.attend(LAYER, parts, step) == (kernel is not None)
     assert [name for name, _ in called] == ([kernel] if kernel else [])
     for _, options in called:
@@ -77,7 +80,7 @@ def test_what_it_rotates(monkeypatch, rotate, is_neox):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     plugin = FusedAttention("cuda", 100, rotate)
     assert plugin.rotates() == rotate
-    assert (plugin.objection_to_rotation(128, 64, is_neox) is None) == is_neox
+    assert (plugin.rotation_unsupported_reason(128, 64, is_neox) is None) == is_neox
     query, key, value, rotated, positions, table, slots = (torch.empty(0) for _ in range(7))
     parts = fused.CacheParts(*(torch.empty(0) for _ in range(4)))
     served = plugin.rotate_and_write(query, key, value, rotated, Rotation(positions, table, is_neox), parts, slots)

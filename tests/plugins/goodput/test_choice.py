@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_instant_plugins.goodput.costs import StepCosts
-from vllm_instant_plugins.goodput.planner import choose, longest_step
+from vllm_instant_plugins.goodput.planner import choose, max_step
 
 
 def _costs(base=20.0, row=0.0, start=0.0, each=0.0, each_request=0.0, verifying=0.0, knee=None):
@@ -56,7 +56,7 @@ shapes = st.builds(
 @settings(max_examples=60, deadline=None)
 def test_it_is_as_good_as_trying_everything(chances, costs):
     reach = _reach(*chances, positions=3)
-    choice = choose(reach, costs, 0.0, most_rows=1e9)
+    choice = choose(reach, costs, 0.0, max_rows=1e9)
     _, rate = _best_by_search(reach, costs)
     # Thresholds come in steps, so that two nearly equal chances are taken or left together.
     assert choice.tokens / choice.seconds >= 0.93 * rate
@@ -66,7 +66,7 @@ def test_it_is_as_good_as_trying_everything(chances, costs):
 @given(chances, shapes)
 @settings(max_examples=60, deadline=None)
 def test_a_likelier_request_never_gets_less(chances, costs):
-    choice = choose(_reach(*chances), costs, 0.0, most_rows=1e9)
+    choice = choose(_reach(*chances), costs, 0.0, max_rows=1e9)
     order = np.argsort(chances)
     assert (np.diff(choice.lengths[order]) >= 0).all()
 
@@ -74,8 +74,8 @@ def test_a_likelier_request_never_gets_less(chances, costs):
 @given(st.floats(0.05, 0.9), st.floats(0.0, 0.1), st.integers(1, 8), shapes)
 @settings(max_examples=80, deadline=None)
 def test_the_budget_grows_with_acceptance(chance, more, requests, costs):
-    low = choose(_reach(*[chance] * requests), costs, 0.0, most_rows=1e9)
-    high = choose(_reach(*[min(1.0, chance + more)] * requests), costs, 0.0, most_rows=1e9)
+    low = choose(_reach(*[chance] * requests), costs, 0.0, max_rows=1e9)
+    high = choose(_reach(*[min(1.0, chance + more)] * requests), costs, 0.0, max_rows=1e9)
     assert high.draft_tokens >= low.draft_tokens
 
 
@@ -85,23 +85,23 @@ def test_the_budget_grows_with_acceptance(chance, more, requests, costs):
 def test_the_unit_of_time_does_not_matter(chances, costs, factor):
     """Between plans that are equally good rounding decides: what they are worth is the same."""
     reach = _reach(*chances)
-    before = choose(reach, costs, 0.0, most_rows=1e9)
+    before = choose(reach, costs, 0.0, max_rows=1e9)
     costs.weights *= factor
-    after = choose(reach, costs, 0.0, most_rows=1e9)
+    after = choose(reach, costs, 0.0, max_rows=1e9)
     assert after.gain == pytest.approx(before.gain, rel=1e-9)
     assert after.tokens / after.seconds * factor == pytest.approx(before.tokens / before.seconds, rel=1e-9)
 
 
 def test_free_rows_are_all_taken_and_dear_ones_only_when_likely():
     reach = _reach(0.9, 0.5, 0.1)
-    assert choose(reach, _costs(row=0.0), 0.0, most_rows=1e9).lengths.tolist() == [4, 4, 4]
-    dear = choose(reach, _costs(base=3.0, row=3.0), 0.0, most_rows=1e9)
+    assert choose(reach, _costs(row=0.0), 0.0, max_rows=1e9).lengths.tolist() == [4, 4, 4]
+    dear = choose(reach, _costs(base=3.0, row=3.0), 0.0, max_rows=1e9)
     assert dear.lengths[0] > 0
     assert dear.lengths[2] == 0
 
 
 def test_hopeless_drafts_are_not_made_even_where_rows_are_free():
-    choice = choose(_reach(0.0, 0.0), _costs(row=0.0, start=0.1), 0.0, most_rows=1e9)
+    choice = choose(_reach(0.0, 0.0), _costs(row=0.0, start=0.1), 0.0, max_rows=1e9)
     assert choice.lengths.tolist() == [0, 0]
     assert choice.passes == 0
     assert choice.gain == pytest.approx(1.0)
@@ -109,63 +109,63 @@ def test_hopeless_drafts_are_not_made_even_where_rows_are_free():
 
 def test_drafting_costs_count():
     reach = _reach(0.6)
-    assert choose(reach, _costs(row=0.1, each=0.5), 0.0, most_rows=1e9).lengths[0] >= 2
-    assert choose(reach, _costs(row=0.1, each=12.0), 0.0, most_rows=1e9).lengths[0] <= 1
-    assert choose(reach, _costs(row=0.1, start=50.0), 0.0, most_rows=1e9).lengths[0] == 0
+    assert choose(reach, _costs(row=0.1, each=0.5), 0.0, max_rows=1e9).lengths[0] >= 2
+    assert choose(reach, _costs(row=0.1, each=12.0), 0.0, max_rows=1e9).lengths[0] <= 1
+    assert choose(reach, _costs(row=0.1, start=50.0), 0.0, max_rows=1e9).lengths[0] == 0
 
 
 def test_a_drafter_that_weighs_its_passes_itself_is_not_charged_for_them():
     costs = _costs(row=0.1, start=50.0, each=5.0)
-    assert choose(_reach(0.9, 0.9), costs, 0.0, most_rows=100).draft_tokens == 0
-    assert choose(_reach(0.9, 0.9), costs, 0.0, most_rows=100, drafting_counts=False).draft_tokens == 8
+    assert choose(_reach(0.9, 0.9), costs, 0.0, max_rows=100).draft_tokens == 0
+    assert choose(_reach(0.9, 0.9), costs, 0.0, max_rows=100, drafting_counts=False).draft_tokens == 8
 
 
 def test_limits_on_rows_and_time():
     reach = _reach(0.95, 0.95)
-    limited = choose(reach, _costs(row=0.01), 0.0, most_rows=6)
+    limited = choose(reach, _costs(row=0.01), 0.0, max_rows=6)
     assert 0 < limited.draft_tokens <= 4
     slow = _costs(base=20.0, row=1.0)
-    within = choose(reach, slow, 0.0, most_rows=1e9, most_seconds=0.0245)
+    within = choose(reach, slow, 0.0, max_rows=1e9, max_seconds=0.0245)
     assert within.seconds <= 0.0245
-    impossible = choose(reach, slow, 0.0, most_rows=1e9, most_seconds=0.001)
+    impossible = choose(reach, slow, 0.0, max_rows=1e9, max_seconds=0.001)
     assert impossible.draft_tokens == 0, "what cannot be kept without drafts either forbids only drafts"
 
 
 def test_weights_move_drafts_to_those_who_need_them():
     reach = _reach(0.6, 0.6)
     costs = _costs(base=8.0, row=4.0)
-    even = choose(reach, costs, 0.0, most_rows=1e9)
+    even = choose(reach, costs, 0.0, max_rows=1e9)
     assert even.lengths[0] == even.lengths[1]
-    uneven = choose(reach, costs, 0.0, most_rows=1e9, weights=np.array([2.5, 0.3]))
+    uneven = choose(reach, costs, 0.0, max_rows=1e9, weights=np.array([2.5, 0.3]))
     assert uneven.lengths[0] > uneven.lengths[1]
 
 
 def test_a_drafter_that_seldom_delivers_costs_fewer_rows():
     reach = _reach(0.7)
     costs = _costs(base=10.0, row=1.0)
-    rare = choose(reach, costs, 0.0, most_rows=1e9, yields=np.array([0.1]))
-    full = choose(reach, costs, 0.0, most_rows=1e9)
+    rare = choose(reach, costs, 0.0, max_rows=1e9, yields=np.array([0.1]))
+    full = choose(reach, costs, 0.0, max_rows=1e9)
     assert rare.lengths[0] >= full.lengths[0] > 0
     assert rare.seconds < full.seconds
 
 
 def test_must_draft_gives_the_best_plan_that_drafts():
     costs = _costs(base=10.0, row=5.0, start=1.0)
-    assert choose(_reach(0.3), costs, 0.0, most_rows=1e9).draft_tokens == 0
-    forced = choose(_reach(0.3), costs, 0.0, most_rows=1e9, must_draft=True)
+    assert choose(_reach(0.3), costs, 0.0, max_rows=1e9).draft_tokens == 0
+    forced = choose(_reach(0.3), costs, 0.0, max_rows=1e9, must_draft=True)
     assert forced.lengths.tolist() == [1]
     assert forced.gain < 1
 
 
 def test_a_step_is_too_long_when_somebody_is_slower_for_others_drafts():
     reach = _reach(0.9, 0.0)
-    choice = choose(reach, _costs(base=20.0, row=1.0), 0.0, most_rows=1e9)
+    choice = choose(reach, _costs(base=20.0, row=1.0), 0.0, max_rows=1e9)
     assert choice.lengths.tolist() == [4, 0]
-    assert longest_step(choice, reach, None, 0.5) == pytest.approx(2 * choice.off_seconds)
-    assert longest_step(choice, reach, None, 1.0) == pytest.approx(choice.off_seconds)
+    assert max_step(choice, reach, None, 0.5) == pytest.approx(2 * choice.off_seconds)
+    assert max_step(choice, reach, None, 1.0) == pytest.approx(choice.off_seconds)
     # Whom drafts help may take part in longer steps.
     helped = _reach(0.9, 0.8)
-    both = choose(helped, _costs(base=20.0, row=1.0), 0.0, most_rows=1e9)
-    assert longest_step(both, helped, None, 0.5) == pytest.approx(2 * both.off_seconds * (1 + helped[1].sum()))
-    seldom = longest_step(both, helped, np.array([1.0, 0.5]), 0.5)
+    both = choose(helped, _costs(base=20.0, row=1.0), 0.0, max_rows=1e9)
+    assert max_step(both, helped, None, 0.5) == pytest.approx(2 * both.off_seconds * (1 + helped[1].sum()))
+    seldom = max_step(both, helped, np.array([1.0, 0.5]), 0.5)
     assert seldom == pytest.approx(2 * both.off_seconds * (1 + 0.5 * helped[1].sum()))

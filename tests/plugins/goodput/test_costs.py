@@ -11,10 +11,10 @@ from vllm_instant.tools.measure.simulator import TWO_CORES, TWO_CORES_DRAFT_MODE
 from vllm_instant_plugins.goodput.costs import StepCosts
 
 
-def _learn(costs, cost, steps=400, seed=0, noise=0.02, factor=1.0, most_requests=16):
+def _learn(costs, cost, steps=400, seed=0, noise=0.02, factor=1.0, max_requests=16):
     random = np.random.default_rng(seed)
     for _ in range(steps):
-        requests = int(random.integers(1, most_requests + 1))
+        requests = int(random.integers(1, max_requests + 1))
         length = int(random.integers(0, 9))
         drafts, passes = requests * length, int(random.integers(0, 9))
         seconds = factor * cost.seconds(requests + drafts, 200 * requests, passes, requests)
@@ -39,7 +39,7 @@ def test_estimates_come_within_a_few_percent(cost):
 
 def test_a_curve_that_falls_is_learned_as_it_is():
     costs = StepCosts(64)
-    _learn(costs, TWO_CORES, steps=800, most_requests=4)
+    _learn(costs, TWO_CORES, steps=800, max_requests=4)
     one, two, three = costs.target_seconds(np.array([1.0, 2.0, 3.0]), 200.0)
     assert two > 1.08 * one
     assert three < 0.92 * two

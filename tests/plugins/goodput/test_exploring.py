@@ -12,16 +12,16 @@ from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.exploration import Explorer, Situation
 from vllm_instant_plugins.goodput.exploration_budget import (
     ALLOWANCE_PER_STEP,
-    LONGEST_SILENCE,
-    MOST_ALLOWANCE,
+    MAX_ALLOWANCE,
+    MAX_SILENCE,
     SHORTEST_SILENCE,
-    Allowance,
+    ExplorationBudget,
 )
 from vllm_instant_plugins.goodput.planner import choose
 
 
 def _after(steps):
-    allowance = Allowance()
+    allowance = ExplorationBudget()
     for _ in range(steps):
         allowance.step()
     return allowance
@@ -30,7 +30,7 @@ def _after(steps):
 class TestAllowance:
     def test_it_grows_by_the_step_up_to_a_bound(self):
         assert _after(10).left == pytest.approx(10 * ALLOWANCE_PER_STEP)
-        assert _after(10_000).left == MOST_ALLOWANCE
+        assert _after(10_000).left == MAX_ALLOWANCE
 
     def test_nothing_is_taken_that_is_not_there(self):
         allowance = _after(10)
@@ -48,10 +48,10 @@ class TestAllowance:
         assert allowance.take("a", 0.0)
 
     def test_what_must_be_is_done_after_the_longest_silence_even_without_allowance(self):
-        allowance = Allowance()
+        allowance = ExplorationBudget()
         allowance.pay("a", 5.0)
-        assert allowance.left == -MOST_ALLOWANCE
-        for step in range(LONGEST_SILENCE):
+        assert allowance.left == -MAX_ALLOWANCE
+        for step in range(MAX_SILENCE):
             assert not allowance.take("a", 1.0, must=True), step
             allowance.step()
         assert allowance.due("a")
@@ -60,7 +60,7 @@ class TestAllowance:
     def test_saving_waits_until_it_must(self):
         allowance = _after(1000)
         allowance.pay("a", 0.0)
-        for _ in range(LONGEST_SILENCE - 1):
+        for _ in range(MAX_SILENCE - 1):
             allowance.step()
             assert not allowance.take("a", 0.0, must=True, saving=True)
         allowance.step()
@@ -68,7 +68,7 @@ class TestAllowance:
 
     @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 1)), max_size=300))
     def test_what_is_taken_never_exceeds_what_was_given(self, wishes):
-        allowance, taken = Allowance(), 0.0
+        allowance, taken = ExplorationBudget(), 0.0
         for what, loss in wishes:
             allowance.step()
             if allowance.take(what, loss):
@@ -89,7 +89,7 @@ def _costs(row=0.0, base=0.02, unsure=0.0):
 
 def _situation(costs, acceptance, requests=4, positions=4):
     believed = np.cumprod(np.full((requests, positions), acceptance), axis=1)
-    best = functools.partial(choose, costs=costs, context=0.0, most_rows=1e9)
+    best = functools.partial(choose, costs=costs, context=0.0, max_rows=1e9)
     everyone = np.arange(requests)
     return Situation(1, everyone, everyone, 0.0, 0.0, believed, best, best(believed), positions)
 
@@ -169,7 +169,7 @@ class TestExplorer:
         assert explorer.trial(now) is None
         explorer.allowance.left = 1.0
         assert explorer.while_off(now)[1] == "off"
-        for _ in range(LONGEST_SILENCE):
+        for _ in range(MAX_SILENCE):
             explorer.allowance.step()
         assert explorer.trial(now) is not None
 

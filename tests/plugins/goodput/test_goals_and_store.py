@@ -9,7 +9,7 @@ import pytest
 
 from vllm_instant import RequestState, UpcomingStep
 from vllm_instant_plugins.goodput.latency_slo import STRONGEST, LatencyGoals
-from vllm_instant_plugins.state_store import KeptFile
+from vllm_instant_plugins.state_store import PersistentState
 
 BOTH = np.array([0, 1])
 
@@ -62,27 +62,27 @@ def test_an_index_that_is_used_again_starts_anew():
 def test_the_longest_step():
     goals, _ = _goals(itl_seconds=0.030, ttft_seconds=0.2)
     one = [RequestState("r", 1, 1, 0.0)]
-    assert goals.most_seconds(UpcomingStep(one, 4)) == 0.030
-    assert goals.most_seconds(UpcomingStep(one, 4, num_waiting=2, longest_wait=0.19)) == pytest.approx(0.010)
-    assert goals.most_seconds(UpcomingStep(one, 4, num_waiting=2, longest_wait=3.0)) == 0.0
-    assert LatencyGoals().most_seconds(UpcomingStep(one, 4)) == np.inf
+    assert goals.max_seconds(UpcomingStep(one, 4)) == 0.030
+    assert goals.max_seconds(UpcomingStep(one, 4, num_waiting=2, max_wait=0.19)) == pytest.approx(0.010)
+    assert goals.max_seconds(UpcomingStep(one, 4, num_waiting=2, max_wait=3.0)) == 0.0
+    assert LatencyGoals().max_seconds(UpcomingStep(one, 4)) == np.inf
     assert LatencyGoals().weights(BOTH) is None
 
 
 def test_a_file_for_each_identity(tmp_path):
-    one, other = KeptFile(tmp_path, {"model": "a"}), KeptFile(tmp_path, {"model": "b"})
+    one, other = PersistentState(tmp_path, {"model": "a"}), PersistentState(tmp_path, {"model": "b"})
     assert one.load() is None
     one.save({"weights": [1.0]})
     assert one.load() == {"weights": [1.0]}
     assert other.load() is None
-    assert KeptFile(tmp_path, {"model": "a"}).load() == {"weights": [1.0]}
+    assert PersistentState(tmp_path, {"model": "a"}).load() == {"weights": [1.0]}
 
 
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"format": 99}', '{"format": 1, "identity": {}, "costs": {}}', "\0"]
 )
 def test_a_file_that_is_not_ours_is_none(tmp_path, content):
-    store = KeptFile(tmp_path, {"model": "a"})
+    store = PersistentState(tmp_path, {"model": "a"})
     store.path.parent.mkdir(exist_ok=True)
     store.path.write_text(content)
     assert store.load() is None
@@ -90,13 +90,13 @@ def test_a_file_that_is_not_ours_is_none(tmp_path, content):
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    store = KeptFile(tmp_path / "file", {"model": "a"})
+    store = PersistentState(tmp_path / "file", {"model": "a"})
     store.save({})
     assert "not kept" in caplog.text
 
 
 def test_saving_aside_does_not_wait(tmp_path):
-    store = KeptFile(tmp_path, {"model": "a"})
+    store = PersistentState(tmp_path, {"model": "a"})
     store.save_aside({"weights": [2.0]})
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and thread.daemon:
@@ -106,7 +106,7 @@ def test_saving_aside_does_not_wait(tmp_path):
 
 def test_what_is_saved_last_is_what_is_kept(tmp_path, monkeypatch):
     """A writing that still goes on aside neither disturbs the last one nor comes after it."""
-    kept = KeptFile(tmp_path, {"device": "a"})
+    kept = PersistentState(tmp_path, {"device": "a"})
     began, write = threading.Event(), kept._write
 
     def slowly(knowledge):

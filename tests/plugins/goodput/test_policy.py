@@ -25,7 +25,7 @@ from vllm_instant_plugins.goodput.costs import MISSED_UNIT
 from vllm_instant_plugins.goodput.decision_log import Decision
 from vllm_instant_plugins.goodput.planner import Choice
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
-from vllm_instant_plugins.goodput.request_table import Roster
+from vllm_instant_plugins.goodput.request_table import RequestTable
 from vllm_instant_plugins.speculation import Fixed
 
 COSTS = {"cpu": TWO_CORES, "cpu+model": TWO_CORES_DRAFT_MODEL, "gpu": roofline(8e9)}
@@ -222,7 +222,7 @@ def test_a_lookup_that_finds_nothing_is_not_paid_for():
     for step in range(1, 400):
         drafted = [k if random.random() < 0.2 else 0 for k in lengths]
         rows = 4 + sum(drafted)
-        lengths = policy.draft_lengths(UpcomingStep(states, 4, number=step))
+        lengths = policy.get_num_draft_tokens(UpcomingStep(states, 4, number=step))
         outcome = StepOutcome(states, drafted, drafted, rows, 0.010 + 0.001 * rows, 4, step, max(lengths))
         policy.observe(outcome)
         granted.append(sum(lengths))
@@ -246,7 +246,7 @@ def test_two_hundred_fifty_six_requests_in_microseconds(chance, planning_us, lea
         outcome = StepOutcome(list(states), drafted, accepted, rows, 0.005 + 2e-5 * rows, 256, step, max(lengths))
         upcoming = UpcomingStep(list(states), 8, number=step)
         began = time.perf_counter()
-        lengths = policy.draft_lengths(upcoming)
+        lengths = policy.get_num_draft_tokens(upcoming)
         planned = time.perf_counter()
         policy.observe(outcome)
         planning.append(planned - began)
@@ -256,16 +256,16 @@ def test_two_hundred_fifty_six_requests_in_microseconds(chance, planning_us, lea
 
 
 def test_what_was_learned_is_there_at_the_next_start(tmp_path):
-    from vllm_instant_plugins.state_store import KeptFile
+    from vllm_instant_plugins.state_store import PersistentState
 
     identity = {"device": "simulated"}
-    stores = [KeptFile(tmp_path, identity), KeptFile(tmp_path, identity)]
+    stores = [PersistentState(tmp_path, identity), PersistentState(tmp_path, identity)]
     _serve(PAIR, TWO_CORES, 4, lambda clock: _goodput(clock, store=stores[0]))
     second = _goodput(lambda: 0.0, store=stores[1])
     assert second.costs.ready
     x = second.costs.features(8, 600, 4, 1, 4)
     assert second.costs.estimate(x)[0] == pytest.approx(TWO_CORES.seconds(8, 600, 1, 4), rel=0.1)
-    assert not _goodput(lambda: 0.0, store=KeptFile(tmp_path, {"device": "another"})).costs.ready
+    assert not _goodput(lambda: 0.0, store=PersistentState(tmp_path, {"device": "another"})).costs.ready
 
 
 def test_calibrating_tries_all_lengths():
@@ -303,7 +303,7 @@ def test_changes_are_logged_when_asked_for(caplog):
 
 
 def _ask(policy, states, number):
-    return list(policy.draft_lengths(UpcomingStep(states, 8, number=number)))
+    return list(policy.get_num_draft_tokens(UpcomingStep(states, 8, number=number)))
 
 
 def _tell(policy, states, number, drafted, accepted, seconds=0.02, passes=0):
@@ -401,7 +401,7 @@ def _choice():
 
 
 def _decision(number, state, length):
-    batch = Roster().batch([state])
+    batch = RequestTable().batch([state])
     return Decision(number, "off", batch, np.array([length]), np.ones(1), _choice(), 0.0, length)
 
 
@@ -409,13 +409,13 @@ def test_nothing_is_compiled_while_requests_wait():
     """In a process of its own, because the other tests have compiled everything."""
     code = """
 import sys
-from vllm_instant.evidence.simulator import TWO_CORES, RequestClass, simulate, steady
-from vllm_instant_plugins.goodput.goals import LatencyGoals
+from vllm_instant.tools.measure.simulator import TWO_CORES, RequestClass, simulate, steady
+from vllm_instant_plugins.goodput.latency_slo import LatencyGoals
 from vllm_instant_plugins.goodput.plugin import warm_up
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 
 def signatures():
-    modules = [module for name, module in sys.modules.items() if ".goodput.compiled_" in name]
+    modules = [module for name, module in sys.modules.items() if ".goodput." in name and name.endswith("_kernels")]
     functions = [found for module in modules for found in vars(module).items()]
     return {name: len(function.signatures) for name, function in functions if hasattr(function, "signatures")}
 
@@ -481,16 +481,16 @@ def test_what_reading_missed_tokens_takes_is_priced():
     state = RequestState("a", 100, 100, 0.0)
     policy.enter(state)
     for number in range(1, 600):
-        length = policy.draft_lengths(UpcomingStep([state], 4, number=number))[0]
+        length = policy.get_num_draft_tokens(UpcomingStep([state], 4, number=number))[0]
         missed = int(random.integers(0, 3)) * 100 if length else 0
         seconds = 0.02 + 0.0002 * length + (0.002 + 4e-5 * missed if missed else 0.0)
         policy.observe(
             StepOutcome([state], [length], [length], 1 + length, seconds, 1, number, length, draft_missed=missed)
         )
-    price = policy.price()
-    per_second = price.step / 0.02  # a step of one request without drafts
-    assert price.resuming == pytest.approx(0.002 * per_second, rel=0.5)
-    assert price.missed_token == pytest.approx(4e-5 * per_second, rel=0.2)
+    draft_cost = policy.draft_cost()
+    per_second = draft_cost.baseline_step / 0.02  # a step of one request without drafts
+    assert draft_cost.catch_up_fixed == pytest.approx(0.002 * per_second, rel=0.5)
+    assert draft_cost.catch_up_per_token == pytest.approx(4e-5 * per_second, rel=0.2)
 
 
 def test_a_price_is_asked_once_costs_are_known():
@@ -498,13 +498,13 @@ def test_a_price_is_asked_once_costs_are_known():
     state = RequestState("a", 100, 100, 0.0)
     policy.enter(state)
     for number in range(1, 40):
-        length = policy.draft_lengths(UpcomingStep([state], 8, number=number))[0]
+        length = policy.get_num_draft_tokens(UpcomingStep([state], 8, number=number))[0]
         rows = 1 + length
         policy.observe(StepOutcome([state], [length], [length], rows, 0.01 + 0.002 * rows, 1, number, length))
-    price = policy.price()
-    assert 0.05 < price.row < 1.0
-    assert [count for count, _ in price.batch] == [1, 2, 3, 4, 6, 8]
-    assert price.batch[-1][1] > price.batch[0][1] >= price.verifying >= 0
+    draft_cost = policy.draft_cost()
+    assert 0.05 < draft_cost.per_token < 1.0
+    assert [count for count, _ in draft_cost.verify_cost_curve] == [1, 2, 3, 4, 6, 8]
+    assert draft_cost.verify_cost_curve[-1][1] > draft_cost.verify_cost_curve[0][1] >= draft_cost.verify_fixed >= 0
     # Drafts always come true here: the time of a step without any would bring several tokens.
-    assert 2.0 < price.step < 9.0
-    assert not GoodputPolicy(8, 16).price().batch
+    assert 2.0 < draft_cost.baseline_step < 9.0
+    assert not GoodputPolicy(8, 16).draft_cost().verify_cost_curve

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_instant import RequestState
-from vllm_instant_plugins.goodput.request_table import Roster, whole_numbers
+from vllm_instant_plugins.goodput.request_table import RequestTable, whole_numbers
 
 
 def _entered(roster, count, pins=None):
@@ -17,7 +17,7 @@ def _entered(roster, count, pins=None):
 
 
 def test_the_same_requests_are_looked_up_once():
-    roster = Roster()
+    roster = RequestTable()
     states = _entered(roster, 3)
     batch = roster.batch(states)
     assert batch.indices.tolist() == [0, 1, 2]
@@ -28,7 +28,7 @@ def test_the_same_requests_are_looked_up_once():
 
 
 def test_a_list_that_changed_is_another_one():
-    roster = Roster()
+    roster = RequestTable()
     states = _entered(roster, 3)
     before = roster.batch(states)
     states[1] = RequestState("new", 5, 100, 0.0, index=7)
@@ -37,14 +37,14 @@ def test_a_list_that_changed_is_another_one():
 
 
 def test_a_request_that_comes_again_is_not_the_one_that_was():
-    roster = Roster()
+    roster = RequestTable()
     [state] = _entered(roster, 1)
     again = RequestState("r0", 10, 100, 0.0, index=0, prompt_token_ids=np.arange(3))
     assert roster.batch([state]) is not roster.batch([again])
 
 
 def test_who_may_be_planned_for():
-    roster = Roster()
+    roster = RequestTable()
     batch = roster.batch(_entered(roster, 4, pins={2: 0, 3: 5}))
     assert batch.pins.tolist() == [-1, -1, 0, 5]
     assert batch.free.tolist() == [0, 1]
@@ -53,7 +53,7 @@ def test_who_may_be_planned_for():
 
 
 def test_requests_beyond_the_first_arrays():
-    roster = Roster()
+    roster = RequestTable()
     roster.enter(RequestState("far", 7, 100, 0.0, index=300, num_output_tokens=2), 0)
     assert roster.context[300] == 9
     assert roster.pins[[299, 300]].tolist() == [-1, -1]
@@ -61,14 +61,14 @@ def test_requests_beyond_the_first_arrays():
 
 
 def test_a_step_gives_each_request_its_accepted_tokens_and_one_more():
-    roster = Roster()
+    roster = RequestTable()
     batch = roster.batch(_entered(roster, 3))
     assert roster.advance(batch, np.array([4, 0, 2]), np.array([3, 0, 0])) == (33.0, 6, 3)
     assert roster.context[:3].tolist() == [14.0, 12.0, 13.0]
 
 
 def test_what_the_drafter_delivers_is_compared_with_what_it_was_granted():
-    roster = Roster()
+    roster = RequestTable()
     states = _entered(roster, 3, pins={1: 4})
     planned = roster.batch(states)
     states[2] = RequestState("new", 5, 100, 0.0, index=2)

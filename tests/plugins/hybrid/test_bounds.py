@@ -3,23 +3,23 @@
 import json
 
 import pytest
-from drafter_bounds import StepPrices, Text, least_time, texts_of
+from drafter_bounds import StepPrices, Text, min_time, texts_of
 
 PRICES = StepPrices(verifying=0.2, row=0.05, drafting=0.3, draft_pass=0.1)
 
 
 def test_without_drafts_a_token_is_a_step():
-    assert least_time(Text([0] * 5, [0] * 5), PRICES) == pytest.approx(5.0)
+    assert min_time(Text([0] * 5, [0] * 5), PRICES) == pytest.approx(5.0)
 
 
 def test_it_drafts_what_will_be_accepted_and_pays():
     # One step of three drafts brings four tokens.
-    assert least_time(Text([3, 2, 1, 0], [0] * 4), PRICES) == pytest.approx(1.35)
-    assert least_time(Text([0] * 4, [3, 2, 1, 0]), PRICES) == pytest.approx(1.35 + 0.6)
+    assert min_time(Text([3, 2, 1, 0], [0] * 4), PRICES) == pytest.approx(1.35)
+    assert min_time(Text([0] * 4, [3, 2, 1, 0]), PRICES) == pytest.approx(1.35 + 0.6)
     # A single token of the draft model would cost 0.65 of a step for one step.
-    assert least_time(Text([0, 0], [1, 0]), PRICES) == pytest.approx(1.65)
+    assert min_time(Text([0, 0], [1, 0]), PRICES) == pytest.approx(1.65)
     dear = StepPrices(verifying=0.2, row=0.05, drafting=0.9, draft_pass=0.1)
-    assert least_time(Text([0, 0], [1, 0]), dear) == pytest.approx(2.0)
+    assert min_time(Text([0, 0], [1, 0]), dear) == pytest.approx(2.0)
 
 
 def test_costs_are_found_again():

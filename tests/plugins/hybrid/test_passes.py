@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant import DraftPrice
+from vllm_instant import DraftCost
 from vllm_instant_plugins.hybrid.draft_steps import Lookups, Reading, best_passes
 
 ROW = 0.1
 
 
-def _price(**of):
-    return DraftPrice(batch=[(1, ROW), (1000, 1000 * ROW)], row=ROW, **of)
+def _draft_cost(**of):
+    return DraftCost(verify_cost_curve=[(1, ROW), (1000, 1000 * ROW)], per_token=ROW, **of)
 
 
 def _best(chances, gains=None, missed=None, steps=1.0, pinned=(), **of):
@@ -27,18 +27,18 @@ def _best(chances, gains=None, missed=None, steps=1.0, pinned=(), **of):
         Reading(np.zeros(count, int) if missed is None else np.array(missed), np.full(count, steps)),
         np.where(asked, 0.0, ROW),
         asked,
-        _price(**of),
+        _draft_cost(**of),
     )
 
 
 def test_nothing_is_run_for_nothing():
-    best, by_model, _, together = _best([0.0, 0.05], drafting=0.1)
+    best, by_model, _, together = _best([0.0, 0.05], draft_fixed=0.1)
     assert (best, by_model.any(), together) == (0, False, 0.0)
 
 
 def test_each_pass_must_pay_for_all_together():
-    assert _best([0.9], drafting=0.04, draft_pass=0.75)[0] == 1
-    assert _best([0.9, 0.9], drafting=0.04, draft_pass=0.75)[0] == 4
+    assert _best([0.9], draft_fixed=0.04, per_draft_step=0.75)[0] == 1
+    assert _best([0.9, 0.9], draft_fixed=0.04, per_draft_step=0.75)[0] == 4
     assert _best([0.9, 0.9], gains=[9.0, 9.0])[0] == 0
 
 
@@ -50,11 +50,11 @@ def test_a_request_stays_with_its_better_source():
 
 
 def test_what_must_be_read_first_is_paid_off_over_the_steps():
-    assert _best([0.9], missed=[100], missed_token=0.05)[0] == 0
-    assert _best([0.9], missed=[100], missed_token=0.05, steps=10.0)[0] == 4
-    assert _best([0.9], missed=[1], resuming=3.0)[0] == 0
-    assert _best([0.9], missed=[0], resuming=3.0)[0] == 4
-    assert _best([0.9], missed=[100], missed_token=0.05, pinned=[0])[0] == 4
+    assert _best([0.9], missed=[100], catch_up_per_token=0.05)[0] == 0
+    assert _best([0.9], missed=[100], catch_up_per_token=0.05, steps=10.0)[0] == 4
+    assert _best([0.9], missed=[1], catch_up_fixed=3.0)[0] == 0
+    assert _best([0.9], missed=[0], catch_up_fixed=3.0)[0] == 4
+    assert _best([0.9], missed=[100], catch_up_per_token=0.05, pinned=[0])[0] == 4
 
 
 @given(
@@ -67,7 +67,7 @@ def test_what_must_be_read_first_is_paid_off_over_the_steps():
 @settings(max_examples=80, deadline=None)
 def test_it_is_as_good_as_trying_every_number_of_passes(chances, drafting, each, token, missed):
     best, by_model, worth, together = _best(
-        chances, missed=[missed] * len(chances), drafting=drafting, draft_pass=each, missed_token=token
+        chances, missed=[missed] * len(chances), draft_fixed=drafting, per_draft_step=each, catch_up_per_token=token
     )
     found = []
     for passes in range(5):

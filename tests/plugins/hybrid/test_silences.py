@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from vllm_instant import DraftPrice, DraftRequest
-from vllm_instant_plugins.hybrid.lookup_miss_streaks import LEAST_GAIN, MOST_STEPS, Silences
+from vllm_instant import DraftCost, DraftRequest
+from vllm_instant_plugins.hybrid.lookup_miss_streaks import MAX_STEPS, MIN_GAIN, LookupMissStreaks
 
-PRICE = DraftPrice(row=0.1, step=3.0)
+PRICE = DraftCost(per_token=0.1, baseline_step=3.0)
 
 
-def _values(silences, gain, price=PRICE, name="a", pinned=False):
+def _values(silences, gain, draft_cost=PRICE, name="a", pinned=False):
     request = DraftRequest(name, np.array([1, 2, 3], np.int32), 2, 4, "", pinned)
-    return silences.values([request], np.array([gain]), price, 4)[0][0]
+    return silences.values([request], np.array([gain]), draft_cost, 4)[0][0]
 
 
 def _steps(silences, gain):
@@ -20,23 +20,23 @@ def _steps(silences, gain):
 
 
 def test_a_token_is_a_token_where_the_lookup_speaks():
-    assert _values(Silences(), LEAST_GAIN).tolist() == [1.0] * 4
+    assert _values(LookupMissStreaks(), MIN_GAIN).tolist() == [1.0] * 4
 
 
 def test_the_first_token_saves_a_step():
-    assert _values(Silences(), 0.0)[0] == pytest.approx(3.0)
+    assert _values(LookupMissStreaks(), 0.0)[0] == pytest.approx(3.0)
 
 
 def test_each_request_saves_its_share_of_the_step():
     """However many get drafts in it."""
     requests = [DraftRequest(name, np.array([1, 2], np.int32), 1, 4) for name in "abc"]
-    values, _ = Silences().values(requests, np.array([0.0, 9.0, 0.0]), PRICE, 4)
+    values, _ = LookupMissStreaks().values(requests, np.array([0.0, 9.0, 0.0]), PRICE, 4)
     assert values[0, 0] == values[2, 0] == pytest.approx(3.0)
     assert values[1].tolist() == [1.0] * 4
 
 
 def test_how_long_silences_last_is_learned():
-    long, short = Silences(), Silences()
+    long, short = LookupMissStreaks(), LookupMissStreaks()
     for step in range(200):
         lasting = _values(long, 0.0)
         ending = _values(short, 0.0 if step % 2 else 2.0)
@@ -46,17 +46,17 @@ def test_how_long_silences_last_is_learned():
 
 
 def test_silences_are_expected_to_last_as_they_did():
-    long, short = Silences(), Silences()
-    assert _steps(Silences(), 2.0) == 1.0
+    long, short = LookupMissStreaks(), LookupMissStreaks()
+    assert _steps(LookupMissStreaks(), 2.0) == 1.0
     for step in range(400):
         lasting = _steps(long, 0.0)
         ending = _steps(short, 0.0 if step % 2 else 2.0)
-    assert lasting == MOST_STEPS
+    assert lasting == MAX_STEPS
     assert ending == pytest.approx(1.0, abs=0.2)
 
 
 def test_others_start_with_what_was_learned_and_who_ended_is_forgotten():
-    silences = Silences()
+    silences = LookupMissStreaks()
     for _ in range(400):
         _values(silences, 0.0, name="a")
     assert _values(silences, 0.0, name="b")[3] > 2.8
@@ -66,6 +66,8 @@ def test_others_start_with_what_was_learned_and_who_ended_is_forgotten():
     assert not silences._silent
 
 
-@pytest.mark.parametrize("changed", [{"price": DraftPrice(row=0.1)}, {"pinned": True}], ids=["unpriced", "pinned"])
+@pytest.mark.parametrize(
+    "changed", [{"draft_cost": DraftCost(per_token=0.1)}, {"pinned": True}], ids=["unpriced", "pinned"]
+)
 def test_without_a_price_tokens_are_counted(changed):
-    assert _values(Silences(), 0.0, **changed).tolist() == [1.0] * 4
+    assert _values(LookupMissStreaks(), 0.0, **changed).tolist() == [1.0] * 4

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from planted_samplers import PLANTED
 from toy_models import ToyPair
 
-from vllm_instant import Verification, draft_rows
+from vllm_instant import VerificationBatch, pad_drafts
 from vllm_instant_plugins.samplers import block, residuals
 from vllm_instant_plugins.samplers.block import BlockSampler
 from vllm_instant_plugins.samplers.drawing import draw
@@ -103,7 +103,7 @@ def test_relaxed_moves_no_chance_to_what_is_forbidden():
     residuals.move_towards(target, draft, 0.4)
     torch.testing.assert_close(target, torch.tensor([[0.5, 0.5, 0.0]]))
     logits = torch.tensor([[0.0, 0.0, -torch.inf]]).repeat(4000, 1)
-    step = Verification(torch.full((4000,), 2), [1] * 4000, logits, draft.repeat(4000, 1))
+    step = VerificationBatch(torch.full((4000,), 2), [1] * 4000, logits, draft.repeat(4000, 1))
     kept, following = RelaxedSampler(1.0).verify(step)
     assert kept.sum() == 0
     assert set(following.tolist()) <= {0, 1}
@@ -139,7 +139,7 @@ def test_padding_is_refused_and_what_follows_comes_from_the_target():
     pair = ToyPair()
     drafts = pair.drafts(BATCH, 3)
     drafts[:, 1:] = -1
-    step = Verification(
+    step = VerificationBatch(
         drafts.flatten(),
         [3] * BATCH,
         pair.target[torch.cat([torch.full((BATCH, 1), 4), drafts[:, :1], drafts[:, :1]], 1).flatten()].log(),
@@ -156,19 +156,19 @@ def test_padding_is_refused_and_what_follows_comes_from_the_target():
 def test_equal_models_keep_everything_and_impossible_drafts_nothing(sampler):
     probs = torch.rand(8, 50).softmax(-1)
     drafts = torch.multinomial(probs, 1)[:, 0]
-    kept, _ = sampler.verify(Verification(drafts, [4, 4], probs.log(), probs))
+    kept, _ = sampler.verify(VerificationBatch(drafts, [4, 4], probs.log(), probs))
     assert kept.tolist() == [4, 4]
     logits = probs.log()
     logits[0, drafts[0]] = -torch.inf
-    kept, following = sampler.verify(Verification(drafts, [4, 4], logits, probs))
+    kept, following = sampler.verify(VerificationBatch(drafts, [4, 4], logits, probs))
     assert kept.tolist() == [0, 4]
     assert following[0] != drafts[0]
 
 
 def test_what_a_draft_model_cannot_have_drawn_is_refused():
     probs = torch.tensor([[0.5, 0.5, 0.0]])
-    step = Verification(torch.tensor([2]), [1], torch.zeros(1, 3), probs)
-    assert float(ratios(draft_rows(step.draft_token_ids, [1]), torch.full((1, 3), 1 / 3), probs)[0, 0]) == 0
+    step = VerificationBatch(torch.tensor([2]), [1], torch.zeros(1, 3), probs)
+    assert float(ratios(pad_drafts(step.draft_token_ids, [1]), torch.full((1, 3), 1 / 3), probs)[0, 0]) == 0
     assert all(int(sampler.verify(step)[0][0]) == 0 for sampler in LOSSLESS.values())
 
 
@@ -196,4 +196,4 @@ def test_a_random_number_of_zero_keeps_no_impossible_draft(monkeypatch):
     probs = torch.tensor([[0.5, 0.5]])
     logits = torch.tensor([[0.0, -torch.inf]])
     for sampler in LOSSLESS.values():
-        assert sampler.verify(Verification(torch.tensor([1]), [1], logits, probs))[0].tolist() == [0]
+        assert sampler.verify(VerificationBatch(torch.tensor([1]), [1], logits, probs))[0].tolist() == [0]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_instant_plugins.similarity.cost_model import LinearTime
-from vllm_instant_plugins.similarity.fcfs_simulation import FirstComeFirstServed
+from vllm_instant_plugins.similarity.fcfs_simulation import FcfsSimulation
 
 
 def _by_hand(jobs, slots):
@@ -31,7 +31,7 @@ def test_it_is_first_come_first_served_whatever_is_served_when(gaps, slots, rand
     for gap, service in gaps:
         now += gap
         jobs.append((now, service))
-    queue = FirstComeFirstServed(slots)
+    queue = FcfsSimulation(slots)
     expected = np.array([service for _, service in jobs])
     open_jobs = set()
     for index, (arrival, _) in enumerate(jobs):
@@ -48,7 +48,7 @@ def test_it_is_first_come_first_served_whatever_is_served_when(gaps, slots, rand
 
 
 def test_settled_requests_are_forgotten():
-    queue = FirstComeFirstServed(2)
+    queue = FcfsSimulation(2)
     for number in range(5000):
         queue.enter(number % 3, float(number))
         queue.served(number % 3, 0.5)

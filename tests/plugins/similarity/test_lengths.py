@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_instant import RequestState
-from vllm_instant.scheduling.request_registry import prompt_class
+from vllm_instant.scheduling.request_registry import prompt_group
 from vllm_instant_plugins.similarity.features import Scorer
 from vllm_instant_plugins.similarity.output_length_predictor import USEFUL, LengthPredictor
 
@@ -17,7 +17,7 @@ def _request(prompt=(), max_tokens=4096, output=0, index=0, temperature=0.0):
     state = RequestState(
         "r", len(prompt), max_tokens, temperature, prompt_token_ids=prompt, num_output_tokens=output, index=index
     )
-    state.prompt_class = prompt_class(prompt)
+    state.prompt_group = prompt_group(prompt)
     return state
 
 
@@ -158,7 +158,7 @@ def test_who_waits_is_foretold_again(taught):
 
 
 def test_contexts_are_bounded(monkeypatch):
-    monkeypatch.setattr("vllm_instant_plugins.similarity.output_length_predictor.MOST_CONTEXTS", 64)
+    monkeypatch.setattr("vllm_instant_plugins.similarity.output_length_predictor.MAX_CONTEXTS", 64)
     predictor = LengthPredictor()
     for number in range(300):
         _learn(predictor, [number] * 40, 10)

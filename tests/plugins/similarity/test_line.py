@@ -9,7 +9,7 @@ from vllm_instant_plugins.similarity.waiting_list import Line
 
 @given(st.lists(st.integers(0, 30), max_size=120))
 def test_any_coming_and_going_keeps_the_order_of_arrival(indices):
-    """An index that waits leaves, one that does not comes, as ``LiveRequests`` gives them out again."""
+    """An index that waits leaves, one that does not comes, as ``RequestRegistry`` gives them out again."""
     line, expected = Line(2), []
     for index in indices:
         assert (index in line) == (index in expected)

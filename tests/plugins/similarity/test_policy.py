@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant import Admission, QueueMoment, RequestState, StepOutcome, told_output_tokens
-from vllm_instant.scheduling.request_registry import LiveRequests
+from vllm_instant import Admission, RequestState, SchedulerSnapshot, StepOutcome, hinted_output_tokens
+from vllm_instant.scheduling.request_registry import RequestRegistry
 from vllm_instant.tools.measure.queue_simulator import Job, serve
 from vllm_instant_plugins.similarity.itl_chunking import PacedSimilarityPolicy
 from vllm_instant_plugins.similarity.policy import SimilarityPolicy
 from vllm_instant_plugins.similarity.request_table import told_tokens
-from vllm_instant_plugins.state_store import KeptFile
+from vllm_instant_plugins.state_store import PersistentState
 
 SLOTS = 8
 STEP = 0.03
@@ -149,7 +149,7 @@ def test_everybody_is_served_once_and_no_slot_is_idle_while_somebody_waits(strea
 
 @pytest.fixture
 def live():
-    return LiveRequests()
+    return RequestRegistry()
 
 
 def _enter(policy, live, number, tokens=16, arrival=0.0, prompt=(), **known):
@@ -169,7 +169,7 @@ def _enter(policy, live, number, tokens=16, arrival=0.0, prompt=(), **known):
 
 
 def _moment(waiting, running=(), now=0.0, free=1_000_000):
-    return QueueMoment(waiting, running, now, SLOTS, free)
+    return SchedulerSnapshot(waiting, running, now, SLOTS, free)
 
 
 def _order(policy, waiting, **options):
@@ -202,23 +202,23 @@ class _Unseen(list):
 def test_after_thinking_nobody_is_looked_at(live):
     policy = _policy()
     waiting = _Unseen(_enter(policy, live, n, tokens) for n, tokens in enumerate([300, 16, 300, 17]))
-    policy.think(_moment(waiting))
+    policy.background_work(_moment(waiting))
     assert _order(policy, waiting, now=0.02) == [1, 3, 0, 2]
 
 
 def test_newcomers_find_their_place_among_those_in_order(live):
     policy = _policy()
     waiting = [_enter(policy, live, n, 300) for n in range(3)]
-    policy.think(_moment(waiting))
+    policy.background_work(_moment(waiting))
     waiting += [_enter(policy, live, 3, 16, arrival=0.01), _enter(policy, live, 4, 300, arrival=0.01)]
-    policy.think(_moment(waiting, now=0.02))
+    policy.background_work(_moment(waiting, now=0.02))
     assert _order(policy, waiting, now=0.03) == [3, 0, 1, 2, 4]
 
 
 def test_who_has_started_or_gone_is_not_named_though_another_has_its_index(live):
     policy = _policy()
     waiting = [_enter(policy, live, n, 16) for n in range(30)]
-    policy.think(_moment(waiting))
+    policy.background_work(_moment(waiting))
     for state, leave in ((waiting.pop(3), True), (waiting.pop(0), False)):
         if leave:
             policy.started(state, 0.01)
@@ -226,7 +226,7 @@ def test_who_has_started_or_gone_is_not_named_though_another_has_its_index(live)
         live.forget(state.request_id)
     waiting.append(_enter(policy, live, 40, 300, arrival=0.02))
     assert _order(policy, waiting, now=0.03) == [1, 2, *range(4, 26)]
-    policy.think(_moment(waiting, now=0.03))
+    policy.background_work(_moment(waiting, now=0.03))
     assert policy.decisions(5)[0]["request_id"] == "r3"
 
 
@@ -235,10 +235,10 @@ def test_who_becomes_due_before_the_order_is_made_again_is_named(live, monkeypat
     monkeypatch.setattr("vllm_instant_plugins.similarity.policy.CANDIDATES", 30)
     policy = _policy()
     waiting = [_enter(policy, live, 0, 300), *(_enter(policy, live, n, 16, arrival=0.5) for n in range(1, 60))]
-    policy.think(_moment(waiting, now=0.6))
+    policy.background_work(_moment(waiting, now=0.6))
     due = policy._ledger.due[waiting[0].index]
     assert 0 not in _order(policy, waiting, now=0.61)
-    policy.think(_moment(waiting, now=due - 0.01))
+    policy.background_work(_moment(waiting, now=due - 0.01))
     assert _order(policy, waiting, now=due + 0.01)[0] == 0
 
 
@@ -246,7 +246,7 @@ def test_when_those_in_order_are_used_up_everybody_is_put_in_order(live, monkeyp
     monkeypatch.setattr("vllm_instant_plugins.similarity.policy.CANDIDATES", 25)
     policy = _policy()
     waiting = [_enter(policy, live, n, 16) for n in range(60)]
-    policy.think(_moment(waiting))
+    policy.background_work(_moment(waiting))
     for state in waiting[:10]:
         policy.started(state, 0.01)
     assert _order(policy, waiting[10:], now=0.02) == [*range(10, 34)]
@@ -277,7 +277,7 @@ def test_those_that_share_a_long_prefix_stand_together(live):
     shared, other = [5] * 200, [6] * 200
     waiting = [_enter(policy, live, n, 16, prompt=(shared if n % 2 else other)) for n in range(6)]
     assert _order(policy, waiting) == [0, 2, 4, 1, 3, 5]
-    policy, live = _policy(), LiveRequests()
+    policy, live = _policy(), RequestRegistry()
     waiting = [_enter(policy, live, n, 16, prompt=(shared if n % 2 else other)[:100]) for n in range(6)]
     assert _order(policy, waiting) == [0, 1, 2, 3, 4, 5]
 
@@ -293,37 +293,39 @@ def test_victims_hold_much_for_long_and_cost_little(live):
     nearly_done = _enter(policy, live, 0, 100, num_output_tokens=95)
     fresh_and_long = _enter(policy, live, 1, 2000, num_output_tokens=4)
     much_work = _enter(policy, live, 2, 2000, prompt=[1] * 3000, num_output_tokens=400)
-    order = policy.spare([fresh_and_long, nearly_done, much_work])
+    order = policy.preemption_order([fresh_and_long, nearly_done, much_work])
     assert list(order) == [1, 2, 0], "the last one is preempted"
     fresh_and_long.num_preemptions = 5
-    assert list(policy.spare([fresh_and_long, nearly_done, much_work]))[-1] == 2, "not the same one again and again"
+    assert list(policy.preemption_order([fresh_and_long, nearly_done, much_work]))[-1] == 2, (
+        "not the same one again and again"
+    )
 
 
 def test_after_a_preemption_nobody_starts_until_there_is_room(live):
     policy = _policy()
     running = [_enter(policy, live, n, 300) for n in range(4)]
     waiting = [_enter(policy, live, 9, 16)]
-    assert policy.admit(_moment(waiting, running, 1.0, free=50)).most is None
+    assert policy.admit(_moment(waiting, running, 1.0, free=50)).max_num_admitted is None
     policy.preempted(running[0], 1.0)
-    assert policy.admit(_moment(waiting, running, 1.1, free=50)).most == 0
-    assert policy.admit(_moment(waiting, running, 1.1, free=5000)).most == 1
-    assert policy.admit(_moment(waiting, running, 60.0, free=50)).most is None
+    assert policy.admit(_moment(waiting, running, 1.1, free=50)).max_num_admitted == 0
+    assert policy.admit(_moment(waiting, running, 1.1, free=5000)).max_num_admitted == 1
+    assert policy.admit(_moment(waiting, running, 60.0, free=50)).max_num_admitted is None
 
 
 def test_prompts_are_read_in_pieces_that_keep_the_goal(live):
     policy = PacedSimilarityPolicy(SLOTS, 0.050, clock=lambda: 0.0)
     decoding = [_enter(policy, live, n, 300, num_output_tokens=5) for n in range(4)]
     waiting = [_enter(policy, live, 9, 16, prompt=[1] * 900)]
-    assert policy.most_prompt_tokens(_moment(waiting, decoding)) is None, "nothing was measured yet"
+    assert policy.max_prompt_tokens(_moment(waiting, decoding)) is None, "nothing was measured yet"
     random = np.random.default_rng(0)
     for _ in range(200):
         prompt, requests = int(random.integers(0, 200)), int(random.integers(1, 8))
         seconds = 0.010 + 0.001 * requests + 0.0004 * prompt
         policy.observe(StepOutcome(decoding[:1] * requests, [0] * requests, [0] * requests, requests + prompt, seconds))
-    most = policy.most_prompt_tokens(_moment(waiting, decoding))
+    most = policy.max_prompt_tokens(_moment(waiting, decoding))
     assert most == pytest.approx((0.050 - 0.010 - 4 * 0.001) / 0.0004, rel=0.1)
-    assert policy.most_prompt_tokens(_moment(waiting, ())) is None, "nobody is disturbed"
-    assert _policy().most_prompt_tokens(_moment(waiting, decoding)) is None, "there is no goal"
+    assert policy.max_prompt_tokens(_moment(waiting, ())) is None, "nobody is disturbed"
+    assert _policy().max_prompt_tokens(_moment(waiting, decoding)) is None, "there is no goal"
 
 
 def test_a_goal_that_cannot_be_kept_does_not_stop_prompts(live):
@@ -331,7 +333,7 @@ def test_a_goal_that_cannot_be_kept_does_not_stop_prompts(live):
     decoding = [_enter(policy, live, 0, 300, num_output_tokens=5)]
     for _ in range(20):
         policy.observe(StepOutcome(decoding, [0], [0], 1, 0.02))
-    assert policy.most_prompt_tokens(_moment((), decoding)) == 16
+    assert policy.max_prompt_tokens(_moment((), decoding)) == 16
 
 
 def test_aborted_requests_teach_nothing(live):
@@ -346,17 +348,17 @@ def test_aborted_requests_teach_nothing(live):
 
 
 def test_what_was_learned_survives_a_restart(tmp_path, learned):
-    store = KeptFile(tmp_path, {"model": "m"}, "lengths")
+    store = PersistentState(tmp_path, {"model": "m"}, "lengths")
     policy = _policy(store=store)
     serve(_jobs(5, 100, 0.7, told=False), SLOTS, policy)
     policy.close()
-    again = _policy(store=KeptFile(tmp_path, {"model": "m"}, "lengths"))
+    again = _policy(store=PersistentState(tmp_path, {"model": "m"}, "lengths"))
     assert again.lengths.useful
     assert again.lengths.observed == policy.lengths.observed == 100
 
 
 def test_a_file_of_another_release_is_a_warning_and_a_fresh_start(tmp_path, caplog):
-    store = KeptFile(tmp_path, {"model": "m"}, "lengths")
+    store = PersistentState(tmp_path, {"model": "m"}, "lengths")
     store.save({"lengths": {"edges": []}, "service": [0.0, 0.0, 1.0]})
     assert _policy(store=store).lengths.observed == 0
     assert "does not fit" in caplog.text
@@ -368,11 +370,11 @@ def test_nonsense_from_a_client_counts_as_nothing(nonsense):
     assert np.isnan(told_tokens(state))
     if nonsense is not None:
         with pytest.raises(ValueError, match=r"instant_output_tokens must be a number of tokens from 1, found"):
-            told_output_tokens(state.extra_args)
+            hinted_output_tokens(state.extra_args)
 
 
 def test_measures_have_names():
-    assert set(_policy().measures()) == {
+    assert set(_policy().metrics()) == {
         "finished_requests_learned",
         "output_length_calibration_error",
         "seconds_per_output_token",

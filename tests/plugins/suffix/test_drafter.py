@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from vllm_instant import DraftRequest
-from vllm_instant_plugins.suffix.calibration import HitRates, Predictability, came_true
-from vllm_instant_plugins.suffix.drafter import MOST_GROUPS, SuffixDrafter
-from vllm_instant_plugins.suffix.index import Found
+from vllm_instant_plugins.suffix.calibration import ConfidenceCalibrator, RequestCalibration, count_accepted
+from vllm_instant_plugins.suffix.drafter import MAX_GROUPS, SuffixDrafter
+from vllm_instant_plugins.suffix.index import Match
 
 
 def _request(name, tokens, most=8, prompt=None, salt=""):
@@ -73,10 +73,10 @@ def test_no_history_where_none_is_wanted():
 
 def test_tenants_without_number_do_not_fill_the_memory():
     drafter = SuffixDrafter(64, 1000)
-    for number in range(MOST_GROUPS + 50):
+    for number in range(MAX_GROUPS + 50):
         drafter.propose([_request("a", [1, 2], salt=str(number))])
         drafter.forget("a")
-    assert len(drafter._groups) == MOST_GROUPS
+    assert len(drafter._groups) == MAX_GROUPS
 
 
 def test_a_request_that_begins_again_is_read_again():
@@ -106,11 +106,11 @@ def test_confidence_is_what_came_true():
     [([1, 2, 3], [1, 2, 3, 4], (3, 3)), ([1, 2, 3], [1, 9], (2, 1)), ([1, 2], [1], (1, 1)), ([1], [], (0, 0))],
 )
 def test_only_what_can_be_compared_counts(proposed, came, expected):
-    assert came_true(np.array(proposed, np.int32), np.array(came, np.int32)) == expected
+    assert count_accepted(np.array(proposed, np.int32), np.array(came, np.int32)) == expected
 
 
 def test_rates_are_learned_by_length_of_the_match():
-    rates = HitRates()
+    rates = ConfidenceCalibrator()
     for _ in range(300):
         rates.observe(np.array([2, 3]), 0)
         rates.observe(np.array([10]), 1)
@@ -120,8 +120,8 @@ def test_rates_are_learned_by_length_of_the_match():
 
 
 def test_an_unpredictable_request_is_believed_less():
-    found = Found(np.array([1, 2], np.int32), np.array([0.8, 0.8]), np.array([4, 5]))
-    one, other = Predictability(), Predictability()
+    found = Match(np.array([1, 2], np.int32), np.array([0.8, 0.8]), np.array([4, 5]))
+    one, other = RequestCalibration(), RequestCalibration()
     assert one.factor == 1.0
     for _ in range(20):
         one.observe(found, 1, 0)

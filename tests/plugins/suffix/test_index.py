@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant_plugins.suffix.index import LONGEST_MATCH, ORDER, TokenIndex
+from vllm_instant_plugins.suffix.index import MAX_MATCH, ORDER, TokenIndex
 
 SURE = np.ones(400)
 
@@ -19,11 +19,11 @@ def _propose(index, newest, most=8, least=0.0, group=0):
 
 
 def _longest_match(tokens):
-    """By plain search: the longest run before the end that equals the end, at most ``LONGEST_MATCH``."""
+    """By plain search: the longest run before the end that equals the end, at most ``MAX_MATCH``."""
     best = 0
     for stop in range(ORDER, len(tokens)):
         length = 0
-        while length < min(stop, LONGEST_MATCH) and tokens[stop - 1 - length] == tokens[-1 - length]:
+        while length < min(stop, MAX_MATCH) and tokens[stop - 1 - length] == tokens[-1 - length]:
             length += 1
         best = max(best, length if length >= ORDER else 0)
     return best
@@ -34,7 +34,7 @@ def _longest_match(tokens):
 def test_it_finds_the_longest_earlier_match(values):
     index = TokenIndex(64, growing=True)
     index.append(_tokens(*values))
-    found = _propose(index, values[-LONGEST_MATCH:], most=1)
+    found = _propose(index, values[-MAX_MATCH:], most=1)
     longest = _longest_match(values)
     assert len(found.tokens) == (longest > 0)
     if longest:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_instant import ExpertLayer, RouterStep, RowKind
-from vllm_instant.moe.router_scoring import Scoring
+from vllm_instant.moe.router_scoring import RouterScoring
 from vllm_instant.tools.moe import budgets
 from vllm_instant_plugins.super_expert.expert_selection import LayerChoice
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def _step(logits, top_k, kinds):
-    scoring = Scoring("softmax", top_k)
+    scoring = RouterScoring("softmax", top_k)
     weights = scoring.weights(logits)
     ranking = scoring.ranking(weights)
     picks, picked = scoring.pick(weights, ranking)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant import Look, RoutingMeasures
+from vllm_instant import Measurement, RoutingMeasures
 from vllm_instant_plugins.super_expert.quality_gate import FIRST_PATIENCE, QualityGate, Verdict
 from vllm_instant_plugins.super_expert.router import SuperExpertRouter
 
@@ -26,15 +26,15 @@ class Serving:
         for _ in range(steps):
             self.number += 1
             look = self.router.look(self.number)
-            if look is not Look.NOTHING:
+            if look is not Measurement.OFF:
                 self.router.observe(self._measures(look))
-            self.shadows += look is Look.SHADOW
+            self.shadows += look is Measurement.REFERENCE
             self.levels.append(self.gate.level)
         return self
 
     def _measures(self, look):
         level = self.gate.level
-        if look is Look.COUNTS:
+        if look is Measurement.COUNTS:
             return RoutingMeasures(1.0, 40.0, 20.0, 1.0, self.kept[level], 0.0, 0.0, 0.0)
         compared = level if self.gate.compared_level is None else self.gate.compared_level
         # Most tokens hardly differ, a few much: a standard deviation of about three means.

@@ -86,7 +86,7 @@ def test_without_a_file_nothing_is_held():
     recorder = Recorder(None, 1000, 1.0, 1.0, "toy")
     model = Model(recorder)
     assert not model.step(("a", "x", 4, True))
-    assert recorder.measures() == {}
+    assert recorder.metrics() == {}
     with pytest.raises(ValueError, match="nothing to write"):
         recorder.control({"write": True})
     with pytest.raises(ValueError, match="found"):

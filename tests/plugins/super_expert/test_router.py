@@ -1,11 +1,20 @@
-"""``super_expert`` as the seam calls it, without an engine."""
+"""``super_expert`` as the patch calls it, without an engine."""
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_instant import ExpertLayer, Look, RoutedModel, RouterStep, RoutingMeasures, RowKind, StepRows, SuperExperts
-from vllm_instant.moe.router_scoring import Scoring
+from vllm_instant import (
+    ExpertLayer,
+    Measurement,
+    RoutedModel,
+    RouterStep,
+    RoutingMeasures,
+    RowKind,
+    StepRows,
+    SuperExperts,
+)
+from vllm_instant.moe.router_scoring import RouterScoring
 from vllm_instant_plugins.super_expert.quality_gate import QualityGate
 from vllm_instant_plugins.super_expert.router import SuperExpertRouter
 
@@ -33,7 +42,7 @@ def _rows(decoding, prompt=0):
 
 def _step(tokens, seed=0):
     weights = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(seed)).softmax(-1)
-    picks, picked = Scoring("softmax", 4).pick(weights, weights)
+    picks, picked = RouterScoring("softmax", 4).pick(weights, weights)
     return RouterStep(weights, weights, picks, picked, torch.full((tokens,), RowKind.DECODE, dtype=torch.int8))
 
 
@@ -75,12 +84,12 @@ def test_loosening_reaches_the_tensors_and_the_log(caplog):
     before = [choice.budget for choice in router._choices]
     assert [int(budget) for budget in before] == [4, 4]
     for number in range(1, 4):
-        assert router.look(4 * number) is Look.SHADOW
+        assert router.look(4 * number) is Measurement.REFERENCE
         router.observe(RoutingMeasures(2, 20, 8, 2.0, 1.0, 4, 8.0, 16.0))
     # The tensors are those that a graph would have captured.
     assert [int(budget) for budget in before] == [7, 7]
     assert "loosened its budget to 44 %" in caplog.text
-    assert router.measures()["loosened"] == 1
+    assert router.metrics()["loosened"] == 1
 
 
 def test_settings():
@@ -89,7 +98,7 @@ def test_settings():
     router = _router(adjustable=True)
     assert router.control({"budget": 0.5, "shadow_every": 0}) == {"budget": 0.5, "shadow_every": 0}
     assert int(router._choices[1].budget) == 8
-    assert router.look(4) is not Look.SHADOW
+    assert router.look(4) is not Measurement.REFERENCE
     for wrong in ({"budget": 0}, {"budget": True}, {"shadow_every": 1.5}, {"keep": 2}):
         with pytest.raises(ValueError, match="found"):
             router.control(wrong)

@@ -4,11 +4,11 @@ import random
 
 from vllm_instant import (
     Admission,
-    BatchingPolicy,
     Drafter,
     DrafterOptions,
     Plugin,
     PluginOptions,
+    SchedulingPolicy,
     SpeculationPolicy,
     hookimpl,
 )
@@ -20,7 +20,7 @@ class CyclingPolicy(SpeculationPolicy):
     def __init__(self):
         self.step = 0
 
-    def draft_lengths(self, step):
+    def get_num_draft_tokens(self, step):
         self.step += 1
         if self.step % 7 == 0:
             return [0] * len(step.requests)
@@ -33,7 +33,7 @@ class BurstsPolicy(SpeculationPolicy):
     def __init__(self):
         self.step = 0
 
-    def draft_lengths(self, step):
+    def get_num_draft_tokens(self, step):
         self.step += 1
         return [1 if self.step % 12 == 0 or "bursts" not in r.extra_args else 0 for r in step.requests]
 
@@ -41,23 +41,23 @@ class BurstsPolicy(SpeculationPolicy):
 class RaisingPolicy(CyclingPolicy):
     """Works for some steps, then raises."""
 
-    def draft_lengths(self, step):
+    def get_num_draft_tokens(self, step):
         if self.step == 5:
             raise RuntimeError("policy failed on purpose")
-        return super().draft_lengths(step)
+        return super().get_num_draft_tokens(step)
 
 
 class BackwardsOptions(PluginOptions):
-    """What the tests of the batching seam turn."""
+    """What the tests of the batching patch turn."""
 
-    most: int | None = None
+    max_num_admitted: int | None = None
     victim: str = ""
     prompt_tokens: int | None = None
     order: str = ""
     fail: bool = False
 
 
-class Backwards(BatchingPolicy):
+class Backwards(SchedulingPolicy):
     """The newest request first; for the rest as its options say."""
 
     def __init__(self, options):
@@ -72,18 +72,18 @@ class Backwards(BatchingPolicy):
         order = range(len(moment.waiting) - 1, -1, -1)
         if self.options.order:
             order = [int(place) for place in self.options.order.split(",")]
-        return Admission(order, self.options.most)
+        return Admission(order, self.options.max_num_admitted)
 
-    def spare(self, running):
+    def preemption_order(self, running):
         return sorted(range(len(running)), key=lambda place: running[place].request_id == self.options.victim)
 
-    def most_prompt_tokens(self, moment):
+    def max_prompt_tokens(self, moment):
         return self.options.prompt_tokens
 
     def finished(self, request, now, complete):
         self.ended.append((request.request_id, request.num_output_tokens, complete))
 
-    def measures(self):
+    def metrics(self):
         return {"asked": self.asked}
 
 
@@ -99,7 +99,7 @@ class Shuffled(Backwards):
         self.random.shuffle(order)
         return Admission(order[: self.random.randrange(len(order) + 1)], self.random.choice([None, 1, 2]))
 
-    def spare(self, running):
+    def preemption_order(self, running):
         order = list(range(len(running)))
         self.random.shuffle(order)
         return order

@@ -13,7 +13,7 @@ from vllm_instant_plugins.attention.feed_forward import FusedFeedForward
 
 
 class PlainAttention(AttentionProvider):
-    def objection(self, head_size, dtype):
+    def unsupported_reason(self, head_size, dtype):
         return None
 
     def row_bytes(self, head_size):

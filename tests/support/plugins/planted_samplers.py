@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_instant import RejectionSampler, draft_rows
+from vllm_instant import RejectionSampler, pad_drafts
 from vllm_instant_plugins.samplers.drawing import draw
 from vllm_instant_plugins.samplers.token import TokenSampler
 
@@ -11,7 +11,7 @@ class AcceptAlways(RejectionSampler):
     """Keeps every draft token, whatever the target says."""
 
     def verify(self, step):
-        rows = draft_rows(step.draft_token_ids, step.num_draft_tokens)
+        rows = pad_drafts(step.draft_token_ids, step.num_draft_tokens)
         return rows.num_real, self._after(step, rows, rows.num_real)
 
     @staticmethod
@@ -25,7 +25,7 @@ class WrongResidual(TokenSampler):
 
     def verify(self, step):
         num_kept, _ = super().verify(step)
-        rows = draft_rows(step.draft_token_ids, step.num_draft_tokens)
+        rows = pad_drafts(step.draft_token_ids, step.num_draft_tokens)
         return num_kept, AcceptAlways._after(step, rows, num_kept)
 
 
@@ -34,7 +34,7 @@ class OffByOne(TokenSampler):
 
     def verify(self, step):
         num_kept, following = super().verify(step)
-        rows = draft_rows(step.draft_token_ids, step.num_draft_tokens)
+        rows = pad_drafts(step.draft_token_ids, step.num_draft_tokens)
         whole = (num_kept == rows.number) & (rows.number > 1)
         wrong = AcceptAlways._after(step, rows, (num_kept - 2).clamp(min=0))
         return num_kept - whole.long(), torch.where(whole, wrong, following)

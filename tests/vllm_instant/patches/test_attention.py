@@ -1,4 +1,4 @@
-"""The seam around attention plugins, with vLLM's own configuration and classes."""
+"""The patch around attention plugins, with vLLM's own configuration and classes."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_instant import AttentionProvider
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.errors import DeploymentError
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.patches import attention
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.engine
 
 
 class Provider(AttentionProvider):
-    def objection(self, head_size, dtype):
+    def unsupported_reason(self, head_size, dtype):
         return None if head_size == 64 else f"heads are of size {head_size}"
 
     def row_bytes(self, head_size):
@@ -42,14 +42,14 @@ def _asked(**changes):
     ],
 )
 def test_why_a_layer_is_left_to_vllm(changes, words):
-    reason = attention.why_not(Provider(), _asked(**changes))
+    reason = attention.unsupported_reason(Provider(), _asked(**changes))
     assert reason is None if words is None else words in reason
 
 
 @pytest.fixture
 def choose(monkeypatch):
-    """vLLM's choice as the seam changes it, for a platform that answers with what it was asked for."""
-    monkeypatch.setattr(attention, "provider", lambda: Contained("attention", "test", Provider()))
+    """vLLM's choice as the patch changes it, for a platform that answers with what it was asked for."""
+    monkeypatch.setattr(attention, "provider", lambda: GuardedPlugin("attention", "test", Provider()))
 
     def original(cls, selected_backend, attn_selector_config, num_heads=None):
         return f"vLLM {selected_backend}"
@@ -106,7 +106,7 @@ def test_rows_of_the_cache_are_as_long_as_the_plugin_says(monkeypatch):
 
     from vllm_instant.patches.attention_backend import InstantAttentionBackend
 
-    monkeypatch.setattr(attention, "provider", lambda: Contained("attention", "test", Provider()))
+    monkeypatch.setattr(attention, "provider", lambda: GuardedPlugin("attention", "test", Provider()))
 
     def bytes_a_token(head, dtype, mode):
         spec = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=head, dtype=dtype, kv_quant_mode=mode)

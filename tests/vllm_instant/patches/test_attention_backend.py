@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_instant import AttentionProvider, CacheParts
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.patches import attention
 
 pytestmark = pytest.mark.engine
@@ -41,7 +41,7 @@ class Recording(AttentionProvider):
 
 @pytest.fixture
 def plugin(monkeypatch):
-    contained = Contained("attention", "recording", Recording())
+    contained = GuardedPlugin("attention", "recording", Recording())
     monkeypatch.setattr(attention, "provider", lambda: contained)
     return contained
 
@@ -104,7 +104,7 @@ def test_a_step_reaches_the_plugin(plugin, by_vllm):
     assert step.output.data_ptr() == output.data_ptr()
     assert step.lengths.tolist() == [9, 5]
     assert step.starts.tolist() == [0, 2, 3]
-    assert step.most_query_tokens == 2
+    assert step.max_query_tokens == 2
     assert by_vllm == []
 
 

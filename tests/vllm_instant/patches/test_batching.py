@@ -22,7 +22,9 @@ def make(asynchronous, demo_pair, monkeypatch):
     def build(plugin, *overrides, drafts=0, places=3, change=lambda config: None):
         monkeypatch.setenv(deployment_env.VARIABLE, "")
         monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "")
-        deployment_env.publish(resolve(None, (f"batching.plugin={plugin}", "speculation.plugin=fixed", *overrides)))
+        deployment_env.set_deployment(
+            resolve(None, (f"batching.plugin={plugin}", "speculation.plugin=fixed", *overrides))
+        )
         config = harness.engine_config(demo_pair.target, drafts, places, asynchronous)
         change(config)
         return harness.make_scheduler(create_scheduler, config)
@@ -111,7 +113,7 @@ def test_who_waits_can_be_aborted(make):
 
 
 def test_nobody_starts_when_the_policy_holds_the_queue(make):
-    scheduler = make("backwards", "batching.most=1")
+    scheduler = make("backwards", "batching.max_num_admitted=1")
     _add(scheduler, 4)
     assert _started(_step(scheduler)) == ["request-3"]
     assert _started(_step(scheduler)) == ["request-2"]
@@ -223,7 +225,7 @@ def test_the_learned_policy_sends_the_short_one_first(make, tmp_path):
         if not scheduler.requests:
             break
         _step(scheduler)
-    scheduler.instant_think()
+    scheduler.instant_background_work()
     assert scheduler.instant_totals()["batching"]["measures"]["finished_requests_learned"] == 55
     scheduler.add_request(harness.make_request(101, prompt_tokens=40, max_tokens=40))
     scheduler.add_request(harness.make_request(102, prompt_tokens=40, max_tokens=2))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_instant import Share, SharingDrafter
-from vllm_instant.deployment.circuit_breaker import Contained
-from vllm_instant.patches.hybrid_drafting import SHARER_ATTRIBUTE, DraftSharer, _wrap
+from vllm_instant import DraftAssignment, HybridDrafter
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
+from vllm_instant.patches.hybrid_drafting import SHARER_ATTRIBUTE, HybridDraftRunner, _wrap
 from vllm_instant.patches.scheduler import PLAN_ATTRIBUTE
 from vllm_instant.patches.worker_reports import report_of
 from vllm_instant.speculation.draft_plan import DraftPlan
@@ -17,7 +17,7 @@ LENGTH, VOCABULARY = 16, 50
 SAMPLED = torch.tensor([[11, 12, -1], [21, -1, -1], [31, 32, 33]])
 
 
-class Recording(SharingDrafter):
+class Recording(HybridDrafter):
     """Shares as the test says and keeps what it was asked and told."""
 
     def __init__(self, shares):
@@ -27,7 +27,7 @@ class Recording(SharingDrafter):
     def propose(self, requests):
         return [[] for _ in requests]
 
-    def share(self, requests, price):
+    def assign(self, requests, draft_cost):
         self.asked = [
             (r.request_id, r.token_ids.tolist(), r.num_prompt_tokens, r.max_draft_tokens, r.cache_salt, r.is_pinned)
             for r in requests
@@ -35,7 +35,7 @@ class Recording(SharingDrafter):
         self.missed = {r.request_id: r.missed_tokens for r in requests}
         return self.shares(requests) if callable(self.shares) else self.shares
 
-    def model_drafted(self, drafts):
+    def on_model_drafts(self, drafts):
         self.drafted.append(dict(drafts))
 
     def forget(self, request_id):
@@ -72,7 +72,7 @@ def _sharer(shares, discarded=(False, False, False)):
     )
     plugin = Recording(shares)
     keeper = SimpleNamespace(missed=lambda scheduler_output: [0, 5, 2], read_tokens=5)
-    return DraftSharer(runner, Contained("drafter", "recording", plugin), keeper, VOCABULARY), plugin
+    return HybridDraftRunner(runner, GuardedPlugin("drafter", "recording", plugin), keeper, VOCABULARY), plugin
 
 
 def _propose(sharer, model, plan):
@@ -84,7 +84,7 @@ def _propose(sharer, model, plan):
 
 
 def test_each_request_gets_what_its_share_says():
-    sharer, plugin = _sharer([Share([1, 2, 3]), Share(model_length=2), Share()])
+    sharer, plugin = _sharer([DraftAssignment([1, 2, 3]), DraftAssignment(num_draft_tokens=2), DraftAssignment()])
     model = Model()
     plan = DraftPlan({"a": 4, "b": 4, "c": 4}, pinned=frozenset("c"), cache_salts={"b": "salt"})
     assert _propose(sharer, model, plan) == [[1, 2, 3], [7, 7], []]
@@ -99,7 +99,7 @@ def test_each_request_gets_what_its_share_says():
 
 
 def test_what_the_model_missed_is_told_and_what_it_read_is_reported():
-    sharer, plugin = _sharer([Share(model_length=2)] * 3)
+    sharer, plugin = _sharer([DraftAssignment(num_draft_tokens=2)] * 3)
     _propose(sharer, Model(), DraftPlan({"a": 4, "b": 4, "c": 4}))
     assert plugin.missed == {"a": 0, "b": 5, "c": 2}
     sharer.runner.rejection_sampler = None
@@ -109,7 +109,7 @@ def test_what_the_model_missed_is_told_and_what_it_read_is_reported():
 
 
 def test_the_model_does_not_draft_when_nobody_wants_it():
-    sharer, plugin = _sharer([Share([1]), Share(), Share([2])])
+    sharer, plugin = _sharer([DraftAssignment([1]), DraftAssignment(), DraftAssignment([2])])
     model = Model()
     assert _propose(sharer, model, DraftPlan({"a": 4, "b": 4, "c": 4})) == [[1], [], [2]]
     assert model.plans == [({}, 0)]
@@ -118,7 +118,7 @@ def test_the_model_does_not_draft_when_nobody_wants_it():
 
 
 def test_only_requests_that_may_draft_are_asked_about():
-    sharer, plugin = _sharer([Share([1])], discarded=(False, True, False))
+    sharer, plugin = _sharer([DraftAssignment([1])], discarded=(False, True, False))
     assert _propose(sharer, Model(), DraftPlan({"a": 0, "b": 4, "c": 4})) == [[], [], [1]]
     assert [asked[0] for asked in plugin.asked] == ["c"]
 
@@ -130,19 +130,19 @@ def test_nobody_is_asked_in_a_step_without_drafts():
 
 
 def test_its_own_tokens_stand_in_where_the_model_drafts_nothing():
-    sharer, _ = _sharer([Share([1, 2], 3), Share(model_length=3), Share()])
+    sharer, _ = _sharer([DraftAssignment([1, 2], 3), DraftAssignment(num_draft_tokens=3), DraftAssignment()])
     assert _propose(sharer, Model(unread="ab"), DraftPlan({"a": 4, "b": 4, "c": 4})) == [[1, 2], [], []]
 
 
 def test_drafts_end_at_the_models_length():
-    sharer, plugin = _sharer([Share()])
+    sharer, plugin = _sharer([DraftAssignment()])
     sharer.runner.input_batch.num_tokens_no_spec[:3] = (LENGTH - 3, LENGTH - 1, LENGTH - 3)
     _propose(sharer, Model(), DraftPlan({"a": 4, "b": 4, "c": 4}))
     assert [(asked[0], asked[3]) for asked in plugin.asked] == [("a", 1)]
 
 
 def test_certain_tokens_get_certain_distributions():
-    sharer, _ = _sharer([Share([1, 2, 3]), Share(model_length=2), Share()])
+    sharer, _ = _sharer([DraftAssignment([1, 2, 3]), DraftAssignment(num_draft_tokens=2), DraftAssignment()])
     model = Model()
 
     def with_probabilities(runner, *arguments):
@@ -162,9 +162,9 @@ def test_certain_tokens_get_certain_distributions():
     "shares",
     [
         lambda requests: [],
-        lambda requests: [Share([1] * 5)] * 3,
-        lambda requests: [Share([VOCABULARY])] * 3,
-        lambda requests: [Share(model_length=5)] * 3,
+        lambda requests: [DraftAssignment([1] * 5)] * 3,
+        lambda requests: [DraftAssignment([VOCABULARY])] * 3,
+        lambda requests: [DraftAssignment(num_draft_tokens=5)] * 3,
         lambda requests: 1 / 0,
     ],
     ids=["too few", "too long", "outside of the vocabulary", "too many passes", "raises"],
@@ -177,7 +177,7 @@ def test_a_plugin_that_fails_leaves_the_model_alone(shares):
 
 
 def test_who_ended_is_forgotten():
-    sharer, plugin = _sharer([Share()] * 3)
+    sharer, plugin = _sharer([DraftAssignment()] * 3)
     runner_class = type("Runner", (), dict.fromkeys(("propose_draft_token_ids", "initialize_kv_cache"), print))
     runner_class._update_states = lambda self, scheduler_output: "updated"
     _wrap(SimpleNamespace(GPUModelRunner=runner_class))

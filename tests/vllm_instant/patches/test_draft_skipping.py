@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from vllm_instant.patches.draft_model_skip import DraftModelKeeper, keeper_of
+from vllm_instant.patches.draft_model_skip import DraftModelCatchUp, keeper_of
 
 BLOCK = 4
 
@@ -29,7 +29,7 @@ MODULE = SimpleNamespace(set_forward_context=None)
 
 def test_what_came_while_it_did_not_run_is_missed():
     runner = _runner([6, 9])
-    keeper = DraftModelKeeper(runner, MODULE)
+    keeper = DraftModelCatchUp(runner, MODULE)
     assert keeper.missed(_step()) == [6, 9]
     tables = runner.input_batch.block_table[0].get_numpy_array()
     # It is one token ahead of the target where it drafted last.
@@ -41,7 +41,7 @@ def test_what_came_while_it_did_not_run_is_missed():
 
 def test_steps_that_want_no_drafts_are_missed():
     runner = _runner([0, 0])
-    keeper = DraftModelKeeper(runner, MODULE)
+    keeper = DraftModelCatchUp(runner, MODULE)
     keeper.read_tokens = 9
     assert keeper.propose(None, _step(), {}, (None,) * 7) == [[], []]
     assert keeper.read_tokens == 0
@@ -51,7 +51,7 @@ def test_steps_that_want_no_drafts_are_missed():
 
 def test_a_request_that_lost_its_blocks_is_read_again_but_for_whole_blocks():
     runner = _runner([6, 9])
-    keeper = DraftModelKeeper(runner, MODULE)
+    keeper = DraftModelCatchUp(runner, MODULE)
     keeper.missed(_step())
     keeper.coverage.draft_read("a", 6, runner.input_batch.block_table[0].get_numpy_array()[0])
     assert keeper.missed(_step()) == [0, 9]
@@ -60,7 +60,7 @@ def test_a_request_that_lost_its_blocks_is_read_again_but_for_whole_blocks():
 
 def test_each_step_is_looked_up_once(monkeypatch):
     runner = _runner([0, 0])
-    keeper = DraftModelKeeper(runner, MODULE)
+    keeper = DraftModelCatchUp(runner, MODULE)
     looked, covered = [], keeper.coverage.covered
     monkeypatch.setattr(keeper.coverage, "covered", lambda *arguments: looked.append(1) or covered(*arguments))
     for step, of_two in enumerate((2, 4, 6)):

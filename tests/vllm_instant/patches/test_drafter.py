@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_instant import Draft, Drafter, DraftPrice
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant import Draft, DraftCost, Drafter
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.patches.drafter import PluginDrafter, _wrap
 from vllm_instant.patches.worker_reports import report_of
 from vllm_instant.speculation.draft_plan import DraftPlan
@@ -35,7 +35,7 @@ class Recording(Drafter):
 def _adapter(answer):
     adapter = object.__new__(PluginDrafter)
     plugin = Recording(answer)
-    adapter.drafter = Contained("drafter", "recording", plugin)
+    adapter.drafter = GuardedPlugin("drafter", "recording", plugin)
     adapter.vocab_size, adapter.max_draft_tokens = 100, 3
     return adapter, plugin
 
@@ -125,7 +125,7 @@ def test_finished_requests_are_forgotten():
 
 def test_drafts_that_do_not_earn_their_price_are_cut():
     adapter, _ = _adapter(lambda requests: [Draft([1, 2, 3], [0.9, 0.9, 0.1])] * 3)
-    plan = DraftPlan(price=DraftPrice(batch=[(1, 0.3), (100, 30.0)]), pinned=frozenset("b"))
+    plan = DraftPlan(draft_cost=DraftCost(verify_cost_curve=[(1, 0.3), (100, 30.0)]), pinned=frozenset("b"))
     assert _propose(adapter, [[1], [1], [1]], plan) == [[1, 2], [1, 2, 3], [1, 2]]
 
 

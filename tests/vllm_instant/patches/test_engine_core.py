@@ -11,7 +11,7 @@ from vllm_instant.patches import engine_core
 
 @pytest.fixture
 def module():
-    """As much of vLLM's module as the seam changes; what happens is noted in ``happened``."""
+    """As much of vLLM's module as the patch changes; what happens is noted in ``happened``."""
     happened: list[str] = []
 
     class EngineCore:

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.interfaces import ExpertLayer, ExpertRouter, Look, RowKind, StepRows
-from vllm_instant.patches import moe as seam
+from vllm_instant.interfaces import ExpertLayer, ExpertRouter, Measurement, RowKind, StepRows
+from vllm_instant.patches import moe as patch
 from vllm_instant.patches import moe_reports, moe_routers
-from vllm_instant.patches.moe_worker import ServedExperts
+from vllm_instant.patches.moe_worker import MoeWorker
 from vllm_instant.patches.plugin_factory import PluginStartError
 
 pytestmark = pytest.mark.engine
@@ -82,7 +82,7 @@ class Restricting(ExpertRouter):
         return self.experts
 
     def look(self, number):
-        return Look.COUNTS
+        return Measurement.COUNTS
 
     def observe(self, measures):
         self.seen.append(measures)
@@ -90,7 +90,7 @@ class Restricting(ExpertRouter):
 
 def _serving(router, plugin, kinds=None):
     moe_routers.adopt(router)
-    serving = ServedExperts(Contained("experts", "test", plugin), 64, torch.device("cpu"))
+    serving = MoeWorker(GuardedPlugin("experts", "test", plugin), 64, torch.device("cpu"))
     layer = ExpertLayer(0, "layers.0.experts", EXPERTS, TOP_K)
     serving.serve([(router, layer, moe_routers.scoring_of(router))])
     kinds = [RowKind.DECODE] * TOKENS if kinds is None else kinds
@@ -347,24 +347,24 @@ def test_the_square_root_of_softplus_is_known():
 def test_engines_that_split_a_step_are_refused(field, value, words):
     fields = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "enable_dbo": False}
     config = SimpleNamespace(parallel_config=SimpleNamespace(**fields))
-    assert seam.objection_to(config) is None
+    assert patch.objection_to(config) is None
     setattr(config.parallel_config, field, value)
-    assert words in seam.objection_to(config)
+    assert words in patch.objection_to(config)
 
 
 def test_native_touches_nothing():
-    deployment_env.publish(resolve(None, []))
+    deployment_env.set_deployment(resolve(None, []))
     try:
-        assert seam.chosen() is None
-        deployment_env.publish(resolve(None, ["experts.plugin=observed"]))
-        assert seam.chosen() is not None
+        assert patch.chosen() is None
+        deployment_env.set_deployment(resolve(None, ["experts.plugin=observed"]))
+        assert patch.chosen() is not None
     finally:
-        deployment_env.withdraw()
+        deployment_env.clear_deployment()
 
 
 def test_a_model_without_experts_is_refused():
     with pytest.raises(PluginStartError, match="no mixture-of-experts layers"):
-        seam.served_layers(torch.nn.Linear(2, 2), "super_expert")
+        patch.served_layers(torch.nn.Linear(2, 2), "super_expert")
 
 
 def test_rows_that_decode():
@@ -380,7 +380,7 @@ def test_rows_that_decode():
         requests={name: SimpleNamespace(sampling_params=params if name == "decodes" else None) for name in names},
     )
     output = SimpleNamespace(scheduled_spec_decode_tokens={"verifies": [5, 6]})
-    rows, drafts = seam.rows_of(runner, output, np.array([20, 1, 3, 7, 1], np.int32), 9)
+    rows, drafts = patch.rows_of(runner, output, np.array([20, 1, 3, 7, 1], np.int32), 9)
     assert rows.is_decode.tolist() == [False, True, True, False, False]
     assert rows.starts.tolist() == [0, 20, 21, 24, 31, 32]
     assert rows.prompt_classes == ["", "code", "", "", ""]
@@ -390,7 +390,7 @@ def test_rows_that_decode():
 
 def test_counts_reach_the_scheduler_beside_the_output():
     class Counting(Restricting):
-        def measures(self):
+        def metrics(self):
             return {"budget": 0.5}
 
     router, (hidden, logits) = _router("softmax"), _inputs()
@@ -398,7 +398,7 @@ def test_counts_reach_the_scheduler_beside_the_output():
     router._compute_routing(hidden, logits, None)
     serving.finish()
     output = SimpleNamespace()
-    setattr(output, seam.SERVING, serving.report())
+    setattr(output, patch.SERVING, serving.report())
     count = moe_reports.count_in(output)
     assert (count.requests, count.draft_tokens) == (TOKENS, 0)
     assert (count.num_experts, count.top_k) == (EXPERTS, TOP_K)
@@ -412,7 +412,7 @@ def test_counts_reach_the_scheduler_beside_the_output():
 class TestShadow:
     class Shy(Restricting):
         def look(self, number):
-            return Look.SHADOW
+            return Measurement.REFERENCE
 
     def _begin(self, serving, kinds):
         serving.begin(_rows(kinds), [0] * len(kinds))
@@ -496,7 +496,7 @@ class TestRunner:
                 return SimpleNamespace(compute_logits=lambda hidden: hidden.cumsum(-1))
 
         module = SimpleNamespace(GPUModelRunner=GPUModelRunner)
-        seam._wrap(module)
+        patch._wrap(module)
         monkeypatch.setattr("vllm.distributed.get_tp_group", lambda: SimpleNamespace(world_size=1))
         context = SimpleNamespace(moe_layer_index=0)
         monkeypatch.setattr(forward_context, "_forward_context", context)
@@ -506,12 +506,12 @@ class TestRunner:
             shadowed = False
 
             def look(self, number):
-                return Look.SHADOW if number == 1 else Look.NOTHING
+                return Measurement.REFERENCE if number == 1 else Measurement.OFF
 
             def shadow(self, active):
                 self.shadowed = active
 
-        serving = ServedExperts(Contained("experts", "test", Shadowing()), 64, torch.device("cpu"))
+        serving = MoeWorker(GuardedPlugin("experts", "test", Shadowing()), 64, torch.device("cpu"))
         layer_router = _router("softmax")
         moe_routers.adopt(layer_router)
         layer = ExpertLayer(0, "layers.0.experts", EXPERTS, TOP_K)
@@ -549,6 +549,6 @@ class TestRunner:
         self._step(runner)
         outputs = [self._step(runner)[1] for _ in range(40)]
         assert len(passes) == 42
-        reports = [getattr(output, seam.SERVING) for output in outputs if hasattr(output, seam.SERVING)]
+        reports = [getattr(output, patch.SERVING) for output in outputs if hasattr(output, patch.SERVING)]
         assert len(reports) == 1
         assert reports[0]["totals"]["kl_tokens"] == 3

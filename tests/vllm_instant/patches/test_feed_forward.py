@@ -9,9 +9,9 @@ import torch
 from feed_forward_cases import feed_forward_apart_reference
 
 from vllm_instant import AttentionProvider, FeedForwardProvider
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.patches import attention
-from vllm_instant.patches import feed_forward as seam
+from vllm_instant.patches import feed_forward as patch
 from vllm_instant.patches.compat import RequirementError, forget_sources, installed_vllm
 from vllm_instant.patches.feed_forward_layers import requirements
 from vllm_instant.patches.plugin_factory import PluginStartError
@@ -19,7 +19,7 @@ from vllm_instant.patches.plugin_factory import PluginStartError
 pytestmark = pytest.mark.engine
 
 HIDDEN, INNER, HEADS, HEAD = 64, 96, 4, 32
-MOST_ROWS = 16
+MAX_ROWS = 16
 PARTS = ("self_attn.o_proj", "post_attention_layernorm", "mlp")
 
 
@@ -27,9 +27,9 @@ class Plain(FeedForwardProvider):
     """In plain tensor operations; remembers the rows that it was asked for, and fails when it is told to."""
 
     def __init__(self):
-        self.most_rows, self.rows, self.fails, self.reason = MOST_ROWS, [], False, None
+        self.max_rows, self.rows, self.fails, self.reason = MAX_ROWS, [], False, None
 
-    def objection(self, layer):
+    def unsupported_reason(self, layer):
         return self.reason
 
     def serve(self, layer):
@@ -117,12 +117,12 @@ def layer(request, engine):
 
 @pytest.fixture
 def plugin():
-    return Contained("attention", "plain.feed_forward", Plain())
+    return GuardedPlugin("attention", "plain.feed_forward", Plain())
 
 
 def _attach(layer, plugin, engine):
     model = torch.nn.ModuleList([layer])
-    return seam.attach(model, engine, SimpleNamespace(dtype=torch.float32, model="a-model"), plugin)
+    return patch.attach(model, engine, SimpleNamespace(dtype=torch.float32, model="a-model"), plugin)
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def test_a_layer_returns_what_it_did_before(layer, plugin, engine, rows):
     found = _run(layer, rows)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    assert plugin.instance.rows == ([rows] if rows <= MOST_ROWS else [])
+    assert plugin.instance.rows == ([rows] if rows <= MAX_ROWS else [])
 
 
 def test_the_operator_leaves_its_inputs_alone(engine, plugin):
@@ -347,7 +347,7 @@ def test_a_plugins_objection_is_said_once(engine, plugin, caplog):
     plugin.instance.reason = "it does not like it"
     model = torch.nn.ModuleList([_layer("llama", engine) for _ in range(3)])
     with caplog.at_level(logging.WARNING, "vllm.instant"):
-        assert seam.attach(model, engine, SimpleNamespace(dtype=torch.float32, model="a-model"), plugin) == 0
+        assert patch.attach(model, engine, SimpleNamespace(dtype=torch.float32, model="a-model"), plugin) == 0
     [record] = warnings(caplog)
     assert record.getMessage() == "Plugin plain.feed_forward leaves 3 layers of a-model to vLLM: it does not like it"
 
@@ -381,7 +381,7 @@ def _fp8(linear):
 def test_fp8_weights_with_a_scale_an_output_reach_the_plugin(engine, plugin):
     layer = _layer("qwen2", engine)
     expected = _run(layer, 4)
-    for _, linear in seam.linears(layer):
+    for _, linear in patch.linears(layer):
         _fp8(linear)
     assert _attach(layer, plugin, engine) == 1
     added, residual = _run(layer, 4)
@@ -395,7 +395,7 @@ def test_fp8_weights_with_a_scale_an_output_reach_the_plugin(engine, plugin):
 @pytest.mark.parametrize("spoiled", ["one scale", "blocks", "outputs first"])
 def test_other_fp8_weights_do_not(engine, plugin, caplog, spoiled):
     layer = _layer("qwen2", engine)
-    for _, linear in seam.linears(layer):
+    for _, linear in patch.linears(layer):
         _fp8(linear)
     down = layer.mlp.down_proj
     if spoiled == "one scale":
@@ -422,15 +422,15 @@ def loading(engine, monkeypatch):
 
             def load_model(self, vllm_config, model_config, prefix=""):
                 model = self.create_model(vllm_config, model_config, prefix)
-                self.kept = [hasattr(linear, "_cpu_skip_gemm_dispatch") for _, linear in seam.linears(self.layer)]
+                self.kept = [hasattr(linear, "_cpu_skip_gemm_dispatch") for _, linear in patch.linears(self.layer)]
                 return model
 
         class OwnWay(Base):
             def load_model(self, vllm_config, model_config, prefix=""):
                 return super().load_model(vllm_config, model_config, prefix)
 
-        seam._wrap(SimpleNamespace(BaseModelLoader=Base, _LOAD_FORMAT_TO_MODEL_LOADER={"a": Base, "own": OwnWay}))
-        monkeypatch.setattr(seam, "provider", lambda config: plugin)
+        patch._wrap(SimpleNamespace(BaseModelLoader=Base, _LOAD_FORMAT_TO_MODEL_LOADER={"a": Base, "own": OwnWay}))
+        monkeypatch.setattr(patch, "provider", lambda config: plugin)
         config = {"lora_config": None, "additional_config": {"a": 1}, "device_config": engine.device_config}
         loader = OwnWay()
         loader.load_model(
@@ -444,16 +444,16 @@ def loading(engine, monkeypatch):
 
 def test_loaders_serve_what_they_load(loading, plugin):
     loader = loading(plugin)
-    assert hasattr(loader.layer.self_attn.attn, seam.SERVED)
+    assert hasattr(loader.layer.self_attn.attn, patch.SERVED)
     # Known before the model is made: it keeps copies of the configuration.
-    assert loader.seen == {"a": 1, seam.CACHE_KEY: "plain.feed_forward"}
+    assert loader.seen == {"a": 1, patch.CACHE_KEY: "plain.feed_forward"}
     # vLLM would pack the weights for its own kernels.
     assert loader.kept == [True] * 3
 
 
 def test_without_a_plugin_nothing_is_touched(loading):
     loader = loading(None)
-    assert not hasattr(loader.layer.self_attn.attn, seam.SERVED)
+    assert not hasattr(loader.layer.self_attn.attn, patch.SERVED)
     assert loader.seen == {"a": 1}
     assert loader.kept == [False] * 3
 
@@ -461,7 +461,7 @@ def test_without_a_plugin_nothing_is_touched(loading):
 def test_lora_leaves_all_layers_to_vllm(loading, plugin, caplog):
     with caplog.at_level(logging.WARNING, "vllm.instant"):
         loader = loading(plugin, lora_config=object())
-    assert not hasattr(loader.layer.self_attn.attn, seam.SERVED)
+    assert not hasattr(loader.layer.self_attn.attn, patch.SERVED)
     assert "leaves all layers to vLLM: LoRA adapters change its linear layers" in caplog.text
 
 
@@ -471,7 +471,7 @@ def test_batch_invariance_leaves_all_layers_to_vllm(loading, plugin, caplog, mon
     monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True)
     with caplog.at_level(logging.WARNING, "vllm.instant"):
         loader = loading(plugin)
-    assert not hasattr(loader.layer.self_attn.attn, seam.SERVED)
+    assert not hasattr(loader.layer.self_attn.attn, patch.SERVED)
     assert "(VLLM_BATCH_INVARIANT)" in caplog.text
 
 
@@ -508,12 +508,12 @@ class Whole(AttentionProvider):
 @pytest.fixture
 def part_of(monkeypatch):
     def find(whole):
-        seam._part.cache_clear()
-        monkeypatch.setattr(attention, "provider", lambda: whole and Contained("attention", "whole", whole))
-        return seam._part("a deployment")
+        patch._part.cache_clear()
+        monkeypatch.setattr(attention, "provider", lambda: whole and GuardedPlugin("attention", "whole", whole))
+        return patch._part("a deployment")
 
     yield find
-    seam._part.cache_clear()
+    patch._part.cache_clear()
 
 
 def test_the_part_has_a_breaker_of_its_own(part_of):

@@ -54,7 +54,7 @@ def _assert_selected(parsed, seqs=5):
     assert parsed.enable_prefix_caching is False
     assert parsed.speculative_config["num_speculative_tokens"] == 3
     assert parsed.scheduler_cls == SCHEDULER
-    assert deployment_env.current().slots["drafter"].plugin == "ngram"
+    assert deployment_env.get_deployment().slots["drafter"].plugin == "ngram"
     assert "vllm_instant" in os.environ["VLLM_PLUGINS"].split(",")
 
 
@@ -143,8 +143,8 @@ def test_one_value_set_on_the_command_line(parse, deploy):
 
 def test_without_a_file_the_defaults_are_served(parse):
     parsed = parse("serve", "MODEL", "--plugins", "vllm_instant")
-    assert deployment_env.current().file is None
-    assert deployment_env.current().drafter_is_default
+    assert deployment_env.get_deployment().file is None
+    assert deployment_env.get_deployment().drafter_is_default
     # Whether the default drafter then drafts depends on the model.
     assert parsed.scheduler_cls == SCHEDULER
     assert parsed.speculative_config is None
@@ -182,7 +182,7 @@ def test_without_selection_nothing_happens(parse, monkeypatch):
 def test_lists_that_vllm_parses_for_itself_change_nothing(parse, parser, deploy):
     parse("serve", "MODEL", "--plugins", "vllm_instant", "--instant-config", deploy)
     parser.parse_args(["serve", "MODEL"])
-    assert deployment_env.current().slots["drafter"].plugin == "ngram"
+    assert deployment_env.get_deployment().slots["drafter"].plugin == "ngram"
 
 
 def test_ray_workers_get_the_deployment(parse, deploy, monkeypatch):
@@ -235,7 +235,7 @@ class TestOffline:
         assert config.scheduler_config.max_num_seqs == 5
         assert config.speculative_config.num_speculative_tokens == 3
         assert config.additional_config == {"mine": 1}, "the key must not enter the compilation cache key"
-        assert deployment_env.current().slots["drafter"].plugin == "ngram"
+        assert deployment_env.get_deployment().slots["drafter"].plugin == "ngram"
 
     def test_explicit_arguments_win(self, engine_args, deploy):
         args = engine_args(additional_config={"vllm_instant": str(deploy)}, max_num_seqs=9)
@@ -243,13 +243,13 @@ class TestOffline:
 
     def test_true_takes_the_defaults(self, engine_args):
         engine_args(additional_config={"vllm_instant": True}).create_engine_config()
-        assert deployment_env.current().file is None
+        assert deployment_env.get_deployment().file is None
 
     def test_the_next_engine_without_the_key_is_stock(self, engine_args, deploy):
         engine_args(additional_config={"vllm_instant": str(deploy)}).create_engine_config()
         config = engine_args().create_engine_config()
         assert config.scheduler_config.scheduler_cls is None
-        assert deployment_env.current() is None
+        assert deployment_env.get_deployment() is None
 
     @pytest.mark.parametrize(
         ("value", "sentence"), [(3, "expected the path of a deployment file"), ("gone.toml", "there is no such file")]

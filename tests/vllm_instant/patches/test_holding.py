@@ -20,7 +20,7 @@ def make(request, demo_pair, monkeypatch):
     def build(blocks=200, places=4):
         monkeypatch.setenv(deployment_env.VARIABLE, "")
         monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "")
-        deployment_env.publish(resolve(None, ("speculation.plugin=fixed",)))
+        deployment_env.set_deployment(resolve(None, ("speculation.plugin=fixed",)))
         config = harness.engine_config(demo_pair.target, 0, places, request.param)
         config.cache_config.enable_prefix_caching = True
         config.cache_config.num_gpu_blocks = blocks
@@ -165,7 +165,7 @@ def test_reasons_not_to_hold(make, change, reason):
 
 def test_not_on_a_vllm_that_is_different(make, monkeypatch):
     scheduler = make()
-    monkeypatch.setattr(registry, "fits_installed", lambda seam: False)
+    monkeypatch.setattr(registry, "fits_installed", lambda patch: False)
     assert "vllm-instant doctor" in scheduler.instant_hold("s", 4, 500, 0.5)
 
 

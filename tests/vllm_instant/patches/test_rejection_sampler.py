@@ -1,4 +1,4 @@
-"""The seam around rejection samplers, with vLLM's own sampler classes and made-up logits."""
+"""The patch around rejection samplers, with vLLM's own sampler classes and made-up logits."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from planted_samplers import OutOfRange, Raising
 from sampler_harness import drafts_metadata, our_sampler, prepare_cpu_kernels, sampling_metadata, stock_sampler
 
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.patches import rejection_sampler as seam
+from vllm_instant.patches import rejection_sampler as patch
 from vllm_instant_plugins.samplers.block import BlockSampler
 from vllm_instant_plugins.samplers.token import TokenSampler
 
@@ -132,9 +132,9 @@ def test_a_failing_plugin_is_disabled_and_vllm_takes_over(drafts, plugin, caplog
     (torch.tensor([0, 0]), torch.tensor([0, VOCABULARY])),
 ])  # fmt: skip
 def test_what_a_plugin_may_not_answer(answer):
-    step = seam.Verification(torch.tensor([1, 2]), [1, 1], torch.zeros(2, VOCABULARY), None)
-    with pytest.raises(seam.ContractError):
-        seam.checked(answer, step)
+    step = patch.VerificationBatch(torch.tensor([1, 2]), [1, 1], torch.zeros(2, VOCABULARY), None)
+    with pytest.raises(patch.ContractError):
+        patch.checked(answer, step)
 
 
 def test_log_probabilities_come_with_every_token(drafts):
@@ -151,7 +151,7 @@ def test_log_probabilities_come_with_every_token(drafts):
 
 def test_drafts_of_structured_output_count_as_certain():
     probs = torch.full((3, 4), 0.25)
-    certain = seam.certain_rows(probs, [0, 2], torch.tensor([3, 1]))
+    certain = patch.certain_rows(probs, [0, 2], torch.tensor([3, 1]))
     assert certain.tolist() == [[0, 0, 0, 1], [0.25] * 4, [0, 1, 0, 0]]
     assert probs[0].tolist() == [0.25] * 4
 
@@ -165,12 +165,12 @@ def test_cutting_drafts_by_value_needs_certain_drafts():
     torch.manual_seed(0)
 
     def first_token(draft_probs):
-        step = seam.Verification(cut, [1] * batch, target.log().repeat(batch, 1), draft_probs)
+        step = patch.VerificationBatch(cut, [1] * batch, target.log().repeat(batch, 1), draft_probs)
         kept, following = TokenSampler().verify(step)
         return float((torch.where(kept == 1, cut, following) == 0).float().mean())
 
     assert abs(first_token(draft.repeat(batch, 1)) - 0.7) > 0.03
-    certain = seam.certain_rows(draft.repeat(batch, 1), list(range(batch)), tokens)
+    certain = patch.certain_rows(draft.repeat(batch, 1), list(range(batch)), tokens)
     assert first_token(certain) == pytest.approx(0.7, abs=0.012)
     assert first_token(None) == pytest.approx(0.7, abs=0.012)
 
@@ -179,7 +179,7 @@ def test_cutting_drafts_by_value_needs_certain_drafts():
 def serving(monkeypatch):
     def serve(*overrides):
         deployment = resolve(None, list(overrides))
-        monkeypatch.setattr(seam.carrier, "current", lambda: deployment)
+        monkeypatch.setattr(patch.deployment_env, "get_deployment", lambda: deployment)
 
     return serve
 
@@ -190,7 +190,7 @@ def _v2_sampler(method="standard"):
             self.use_block_verification = spec_config.rejection_sample_method == "block"
 
     module = SimpleNamespace(RejectionSampler=RejectionSampler)
-    seam._wrap_v2(module)
+    patch._wrap_v2(module)
     return module.RejectionSampler(None, SimpleNamespace(rejection_sample_method=method), None)
 
 
@@ -201,7 +201,7 @@ def test_block_is_vllms_own_on_the_v2_runner(serving):
     serving("rejection_sampler.plugin=token")
     assert not _v2_sampler().use_block_verification
     serving("rejection_sampler.plugin=relaxed", "rejection_sampler.epsilon=0.1")
-    with pytest.raises(seam.PluginStartError, match="relaxed of slot rejection_sampler needs vLLM's V1"):
+    with pytest.raises(patch.PluginStartError, match="relaxed of slot rejection_sampler needs vLLM's V1"):
         _v2_sampler()
 
 
@@ -211,8 +211,8 @@ def test_a_method_of_vllms_that_was_asked_for_stays(serving):
     )
     serving()
     before = runner.rejection_sampler
-    seam._put_into(runner, None)
+    patch._put_into(runner, None)
     assert runner.rejection_sampler is before
     serving("rejection_sampler.plugin=relaxed", "rejection_sampler.epsilon=0.1")
-    with pytest.raises(seam.PluginStartError, match="rejection_sample_method = 'synthetic'"):
-        seam._put_into(runner, None)
+    with pytest.raises(patch.PluginStartError, match="rejection_sample_method = 'synthetic'"):
+        patch._put_into(runner, None)

@@ -1,4 +1,4 @@
-"""The signature checks against made-up sources, and the seams against really supported versions."""
+"""The signature checks against made-up sources, and the patches against really supported versions."""
 
 import os
 import subprocess
@@ -11,12 +11,12 @@ import pytest
 
 from vllm_instant.patches import compat_cache, registry
 from vllm_instant.patches.compat import (
-    Function,
-    Mentions,
-    Name,
-    Passage,
+    HasAttribute,
+    HasSignature,
+    HasStatements,
+    References,
     RequirementError,
-    Seam,
+    VllmPatch,
     installed_vllm,
 )
 
@@ -52,14 +52,14 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     "requirement",
     [
-        Function("engine.py", "helper", ("a", "b"), exact=True),
-        Function("engine.py", "Engine.step", ("self", "batch"), exact=True),
-        Function("engine.py", "Engine.__init__", ("self", "config"), exact=True),
-        Function("engine.py", "helper", ("a",)),
-        Name("engine.py", "Engine.size"),
-        Name("engine.py", "LIMIT"),
-        Mentions("engine.py", "Engine.step", ("queue", "pop")),
-        Passage("engine.py", "prepare", ("b = a + 1", "return helper(a, b)")),
+        HasSignature("engine.py", "helper", ("a", "b"), exact=True),
+        HasSignature("engine.py", "Engine.step", ("self", "batch"), exact=True),
+        HasSignature("engine.py", "Engine.__init__", ("self", "config"), exact=True),
+        HasSignature("engine.py", "helper", ("a",)),
+        HasAttribute("engine.py", "Engine.size"),
+        HasAttribute("engine.py", "LIMIT"),
+        References("engine.py", "Engine.step", ("queue", "pop")),
+        HasStatements("engine.py", "prepare", ("b = a + 1", "return helper(a, b)")),
     ],
 )
 def test_what_holds(folder, requirement):
@@ -69,16 +69,19 @@ def test_what_holds(folder, requirement):
 @pytest.mark.parametrize(
     ("requirement", "words"),
     [
-        (Function("engine.py", "helper", ("a", "c")), "helper takes (a, b), not (a, c"),
-        (Function("engine.py", "helper", ("a",), exact=True), "needs more arguments now"),
-        (Function("engine.py", "LIMIT", ()), "no longer a function"),
-        (Function("engine.py", "Engine.stop", ("self",)), "has no Engine.stop"),
-        (Name("engine.py", "Engine.width"), "has no Engine.width"),
-        (Name("gone.py", "x"), "gone.py is gone"),
-        (Mentions("engine.py", "Engine.step", ("pop", "push")), "no longer uses push"),
-        (Passage("engine.py", "prepare", ("a = 2 * a", "return helper(a, b)")), "prepare no longer says: a = 2 * a; r"),
-        (Passage("engine.py", "prepare", ("return helper(a, b)", "b = a + 1")), "prepare no longer says"),
-        (Passage("engine.py", "LIMIT", ()), "no longer a function"),
+        (HasSignature("engine.py", "helper", ("a", "c")), "helper takes (a, b), not (a, c"),
+        (HasSignature("engine.py", "helper", ("a",), exact=True), "needs more arguments now"),
+        (HasSignature("engine.py", "LIMIT", ()), "no longer a function"),
+        (HasSignature("engine.py", "Engine.stop", ("self",)), "has no Engine.stop"),
+        (HasAttribute("engine.py", "Engine.width"), "has no Engine.width"),
+        (HasAttribute("gone.py", "x"), "gone.py is gone"),
+        (References("engine.py", "Engine.step", ("pop", "push")), "no longer uses push"),
+        (
+            HasStatements("engine.py", "prepare", ("a = 2 * a", "return helper(a, b)")),
+            "prepare no longer says: a = 2 * a; r",
+        ),
+        (HasStatements("engine.py", "prepare", ("return helper(a, b)", "b = a + 1")), "prepare no longer says"),
+        (HasStatements("engine.py", "LIMIT", ()), "no longer a function"),
     ],
 )
 def test_what_does_not_hold_is_said(folder, requirement, words):
@@ -88,51 +91,56 @@ def test_what_does_not_hold_is_said(folder, requirement, words):
 
 
 def test_a_seam_lists_everything_that_is_different(folder):
-    seam = Seam("s", "p", (Name("engine.py", "A"), Name("engine.py", "B"), Name("broken.py", "C")))
-    why_not = seam.why_not(folder)
-    assert "has no A" in why_not
-    assert "has no B" in why_not
-    assert "cannot be parsed" in why_not
+    patch = VllmPatch(
+        "s", "p", (HasAttribute("engine.py", "A"), HasAttribute("engine.py", "B"), HasAttribute("broken.py", "C"))
+    )
+    unsupported_reason = patch.unsupported_reason(folder)
+    assert "has no A" in unsupported_reason
+    assert "has no B" in unsupported_reason
+    assert "cannot be parsed" in unsupported_reason
 
 
 class TestVerdicts:
-    SEAMS = (Seam("good", "p", (Name("engine.py", "LIMIT"),)), Seam("bad", "p", (Name("engine.py", "A"),)))
+    PATCHES = (
+        VllmPatch("good", "p", (HasAttribute("engine.py", "LIMIT"),)),
+        VllmPatch("bad", "p", (HasAttribute("engine.py", "A"),)),
+    )
 
     def test_they_are_those_of_the_check(self, folder, tmp_path):
-        found = compat_cache.why_not(self.SEAMS, folder, tmp_path / "cache.json")
+        found = compat_cache.unsupported_reason(self.PATCHES, folder, tmp_path / "cache.json")
         assert found == {"good": None, "bad": "engine.py has no A"}
 
     def test_the_second_time_nothing_is_read(self, folder, tmp_path, monkeypatch):
         cache = tmp_path / "cache.json"
-        first = compat_cache.why_not(self.SEAMS, folder, cache)
-        monkeypatch.setattr(Seam, "why_not", lambda *_: pytest.fail("read again"))
-        assert compat_cache.why_not(self.SEAMS, folder, cache) == first
+        first = compat_cache.unsupported_reason(self.PATCHES, folder, cache)
+        monkeypatch.setattr(VllmPatch, "unsupported_reason", lambda *_: pytest.fail("read again"))
+        assert compat_cache.unsupported_reason(self.PATCHES, folder, cache) == first
 
     def test_a_changed_file_or_requirement_is_checked_anew(self, folder, tmp_path):
         cache = tmp_path / "cache.json"
-        compat_cache.why_not(self.SEAMS, folder, cache)
+        compat_cache.unsupported_reason(self.PATCHES, folder, cache)
         (folder / "engine.py").write_text(SOURCE + "A = 1\n")
-        assert compat_cache.why_not(self.SEAMS, folder, cache)["bad"] is None
-        other = (Seam("bad", "p", (Name("engine.py", "B"),)),)
-        assert compat_cache.why_not(other, folder, cache) == {"bad": "engine.py has no B"}
+        assert compat_cache.unsupported_reason(self.PATCHES, folder, cache)["bad"] is None
+        other = (VllmPatch("bad", "p", (HasAttribute("engine.py", "B"),)),)
+        assert compat_cache.unsupported_reason(other, folder, cache) == {"bad": "engine.py has no B"}
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 3}'])
     def test_a_damaged_cache_is_as_good_as_none(self, folder, tmp_path, content):
         cache = tmp_path / "cache.json"
         cache.write_text(content)
-        assert compat_cache.why_not(self.SEAMS, folder, cache)["good"] is None
+        assert compat_cache.unsupported_reason(self.PATCHES, folder, cache)["good"] is None
 
     def test_a_folder_that_cannot_be_written_does_no_harm(self, folder, tmp_path):
         (tmp_path / "file").write_text("")
-        assert compat_cache.why_not(self.SEAMS, folder, tmp_path / "file" / "cache.json")["good"] is None
+        assert compat_cache.unsupported_reason(self.PATCHES, folder, tmp_path / "file" / "cache.json")["good"] is None
 
 
-@pytest.mark.parametrize("seam", registry.SEAMS, ids=lambda seam: seam.name)
-def test_every_seam_fits_the_installed_version(seam):
+@pytest.mark.parametrize("patch", registry.PATCHES, ids=lambda patch: patch.name)
+def test_every_seam_fits_the_installed_version(patch):
     folder = installed_vllm()
     assert folder is not None, "vLLM is not installed"
     assert registry.in_supported_range()
-    assert seam.why_not(folder) is None
+    assert patch.unsupported_reason(folder) is None
 
 
 NEWEST_GPU_RELEASE = "0.33.0"
@@ -160,7 +168,7 @@ def newest_gpu_release() -> Path:
     return package
 
 
-@pytest.mark.parametrize("seam", registry.SEAMS, ids=lambda seam: seam.name)
-def test_every_seam_fits_the_newest_gpu_release(seam, newest_gpu_release):
+@pytest.mark.parametrize("patch", registry.PATCHES, ids=lambda patch: patch.name)
+def test_every_seam_fits_the_newest_gpu_release(patch, newest_gpu_release):
     assert registry.SUPPORTED.contains(NEWEST_GPU_RELEASE)
-    assert seam.why_not(newest_gpu_release) is None
+    assert patch.unsupported_reason(newest_gpu_release) is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_instant import AttentionProvider, CacheParts
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.patches import attention, fused_rope
 
 pytestmark = pytest.mark.engine
@@ -33,7 +33,7 @@ class Rotating(AttentionProvider):
     def rotates(self):
         return self.wanted
 
-    def objection_to_rotation(self, head_size, rotary, is_neox):
+    def rotation_unsupported_reason(self, head_size, rotary, is_neox):
         return self.objects
 
     def rotate_and_write(self, query, key, value, rotated, rotation, cache, slots):
@@ -124,7 +124,7 @@ class Renamed(Module):
 
 @pytest.fixture
 def plugin(monkeypatch):
-    contained = Contained("attention", "turning", Rotating())
+    contained = GuardedPlugin("attention", "turning", Rotating())
     monkeypatch.setattr(attention, "provider", lambda: contained)
     return contained
 
@@ -448,7 +448,7 @@ def test_loaded_models_are_looked_at(monkeypatch, build, chosen):
             return module
 
     slot = SimpleNamespace(plugin="turning" if chosen else "native")
-    monkeypatch.setattr(fused_rope.carrier, "current", lambda: SimpleNamespace(slots={"attention": slot}))
+    monkeypatch.setattr(fused_rope.deployment_env, "get_deployment", lambda: SimpleNamespace(slots={"attention": slot}))
     fused_rope._wrap(SimpleNamespace(BaseModelLoader=Loader))
     assert Loader().load_model(config, model_config=None) is module
     assert (type(module.attn).__name__ == "RotatingAttention") == chosen

@@ -28,7 +28,7 @@ def make(asynchronous, demo_pair, monkeypatch):
         monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "")
         if not any(override.startswith("speculation.plugin=") for override in overrides):
             overrides = ("speculation.plugin=fixed", *overrides)
-        deployment_env.publish(resolve(None, overrides))
+        deployment_env.set_deployment(resolve(None, overrides))
         config = harness.engine_config(demo_pair.target, drafts, 16, asynchronous)
         return harness.make_scheduler(create_scheduler, config)
 
@@ -152,7 +152,7 @@ def test_a_failing_policy_leaves_stock_behaviour(make, asynchronous):
         output = _step(scheduler, asynchronous)
     assert output.num_scheduled_tokens == {"request-0": 1 + DRAFTS}
     assert scheduler.instant_totals()["failures"] == [
-        {"slot": "speculation", "plugin": "raising", "hook": "draft_lengths", "count": 1}
+        {"slot": "speculation", "plugin": "raising", "hook": "get_num_draft_tokens", "count": 1}
     ]
 
 
@@ -211,7 +211,7 @@ def test_step_times_add_up_to_wall_clock_time_while_busy(make, asynchronous):
     time.sleep(0.05)  # what happens between steps is a part of what serving costs
     _step(scheduler, asynchronous)
     elapsed = time.perf_counter() - began
-    scheduler.instant_budget.while_the_model_runs()
+    scheduler.instant_budget.on_model_executing()
     assert sum(outcome.seconds for outcome in seen[-2:]) == pytest.approx(elapsed, rel=0.2)
 
 
@@ -226,5 +226,5 @@ def test_idle_time_is_nobodys_cost(make, asynchronous):
     scheduler.instant_budget.policy.instance.observe = seen.append
     scheduler.add_request(harness.make_request(1))
     _step(scheduler, asynchronous)
-    scheduler.instant_budget.while_the_model_runs()
+    scheduler.instant_budget.on_model_executing()
     assert seen[-1].seconds < 0.1

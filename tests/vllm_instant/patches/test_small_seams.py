@@ -57,7 +57,7 @@ class TestImportHooks:
 class TestModuleNames:
     CODE = """
         import importlib.util, sys
-        from vllm_instant.seams.module_names import hide_bare_folder
+        from vllm_instant.patches.module_names import hide_bare_folder
         hidden = hide_bare_folder()
         print(hidden, importlib.util.find_spec("triton_kernels") is not None)
         """
@@ -99,14 +99,14 @@ CONTEXT = PluginContext(
 @pytest.mark.usefixtures("with_test_plugins")
 class TestBuilding:
     def _build(self, plugin):
-        return plugin_factory.build_contained("speculation", resolve(None, [f"speculation.plugin={plugin}"]), CONTEXT)
+        return plugin_factory.build_guarded("speculation", resolve(None, [f"speculation.plugin={plugin}"]), CONTEXT)
 
     def test_stock_behaviour_needs_no_object(self):
         assert self._build("off") is None
 
     def test_a_policy_is_built_with_its_options(self):
         deployment = resolve(None, ["speculation.plugin=fixed", "speculation.max_batch_size=3"])
-        contained = plugin_factory.build_contained("speculation", deployment, CONTEXT)
+        contained = plugin_factory.build_guarded("speculation", deployment, CONTEXT)
         assert contained.instance.max_batch_size == 3
         assert contained.plugin == "fixed"
 
@@ -120,7 +120,7 @@ class TestBuilding:
     def test_an_object_that_does_not_follow_the_contract_is_refused(self):
         with pytest.raises(
             plugin_factory.PluginStartError,
-            match="has no draft_lengths, price, enter, observe, forget, decisions, close",
+            match="has no get_num_draft_tokens, draft_cost, enter, observe, forget, decisions, close",
         ):
             self._build("incomplete")
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 
 from vllm_instant import EngineLoad, StreamingPrefill
 from vllm_instant.deployment import deployment_env
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.metrics import InstantMetrics
 from vllm_instant.patches import http_routes, streaming
@@ -26,7 +26,7 @@ class Stats:
 
 
 def processor():
-    """A stand-in for vLLM's module, with the seam in place."""
+    """A stand-in for vLLM's module, with the patch in place."""
 
     class OutputProcessor:
         def _update_stats_from_output(self, req_state, output, timestamp, stats):
@@ -81,7 +81,7 @@ def client(prefix_caching=True, unfinished=0, ranks=1, **cache):
 
 
 class Chat:
-    """As much of vLLM's chat endpoint as the seam asks."""
+    """As much of vLLM's chat endpoint as the patch asks."""
 
     def __init__(self, lines=(), refusal=None):
         self.lines, self.refusal, self.asked, self.closed = lines, refusal, [], False
@@ -169,7 +169,7 @@ def test_a_body_that_is_no_chat_request_is_named():
 
 def test_only_a_deployment_that_reads_ahead_has_the_routes(write_file, monkeypatch):
     def paths(deployment):
-        monkeypatch.setattr(deployment_env, "current", lambda: deployment)
+        monkeypatch.setattr(deployment_env, "get_deployment", lambda: deployment)
         app = FastAPI()
         InstantEndpoints().attach_router(app)
         return {route.path for route in app.routes}
@@ -226,7 +226,7 @@ def test_a_failure_in_the_api_server_is_counted():
         def next_chunk(self, progress, load):
             raise ValueError("no")
 
-    plugin = Contained("streaming", "broken", Broken())
+    plugin = GuardedPlugin("streaming", "broken", Broken())
     plugin.call("next_chunk", lambda p: p.next_chunk(None, None), 0)
 
     async def answer(method):

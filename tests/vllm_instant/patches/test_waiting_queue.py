@@ -77,7 +77,7 @@ def test_a_policy_that_does_not_look_at_those_that_wait_does_not_pay_for_them():
         def _all_states(self):
             pytest.fail("gathered")
 
-    queue = _queue(lambda waiting: Admission(by_id=["b"], most=len(waiting)), kind=Held)
+    queue = _queue(lambda waiting: Admission(by_id=["b"], max_num_admitted=len(waiting)), kind=Held)
     for name in "abc":
         queue.add_request(Request(name))
     assert _take_all(queue) == list("bac")
@@ -117,7 +117,7 @@ def test_nobody_is_asked_while_all_places_are_taken():
 
 def test_no_more_start_than_the_policy_allows():
     running = []
-    queue = _queue(lambda waiting: Admission(most=2), running)
+    queue = _queue(lambda waiting: Admission(max_num_admitted=2), running)
     for name in "abcd":
         queue.add_request(Request(name))
     assert _take_all(queue, running) == ["a", "b"]
@@ -186,7 +186,7 @@ class EveryRequestOnce(RuleBasedStateMachine):
         order = sorted(range(len(names)), key=lambda place: hash((self.seed, names[place])))
         order, most = order[: self.seed % 4], None if self.seed % 3 else 1
         if self.seed % 2:
-            return Admission(most=most, by_id=["elsewhere", *(names[place] for place in order)])
+            return Admission(max_num_admitted=most, by_id=["elsewhere", *(names[place] for place in order)])
         return Admission(order, most)
 
     @rule()

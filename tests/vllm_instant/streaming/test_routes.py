@@ -12,7 +12,7 @@ from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
 from vllm_instant.streaming.routes import Streaming
-from vllm_instant.streaming.tokens import SessionTokens, TokenGate
+from vllm_instant.streaming.tokens import AuthMiddleware, SessionTokens
 
 KEY = "secret"
 
@@ -47,7 +47,7 @@ def serving(engine=None, with_key=False, clock=time.time, **limits):
     streaming.attach(app)
     if with_key:
         app.add_middleware(KeyCheck)
-        app.add_middleware(TokenGate, tokens=tokens, key=KEY, public=("/v1/instant/demo",))
+        app.add_middleware(AuthMiddleware, tokens=tokens, key=KEY, public=("/v1/instant/demo",))
     with TestClient(app) as client:
         yield client, streaming
 
@@ -202,7 +202,7 @@ def test_the_same_over_plain_http():
 
 
 def test_a_request_that_fails_has_its_status_over_plain_http():
-    with serving(FakeEngine(most_tokens=10)) as (client, _):
+    with serving(FakeEngine(max_tokens=10)) as (client, _):
         assert client.post("/v1/instant/sessions", json={"model": "missing"}).status_code == 400
         identity = client.post("/v1/instant/sessions", json={"model": "m"}).json()["id"]
         answer = client.post(f"/v1/instant/sessions/{identity}", json=[APPEND, COMMIT])

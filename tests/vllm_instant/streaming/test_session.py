@@ -148,7 +148,7 @@ def test_the_next_turn_stands_behind_the_answer():
 
 def test_a_request_that_fails_leaves_the_text_as_it_was():
     async def run():
-        engine = FakeEngine(most_tokens=20)
+        engine = FakeEngine(max_tokens=20)
         async with session_on(engine) as (session, heard, _):
             await append(session, LONG)
             await committed(session)
@@ -189,7 +189,7 @@ def test_sessions_take_turns():
                 await session.handle(check({"type": "session.update", "session": {"model": "m"}}))
                 await append(session, LONG)
             await until(lambda: len(engine.prefilled) == 5)
-            assert engine.most_at_once == 1
+            assert engine.max_at_once == 1
             for session in sessions:
                 await session.close()
 
@@ -402,7 +402,7 @@ def test_a_session_that_ends_while_it_asks_holds_nothing():
 def test_where_nothing_can_be_held_prompts_are_read_as_ever(caplog):
     async def run():
         engine = FakeEngine()
-        engine.why_not = "a KV connector is configured"
+        engine.unsupported_reason = "a KV connector is configured"
         async with session_on(engine, Eager(holds=HOLDS)) as (session, heard, host):
             await append(session, LONG)
             await until(lambda: engine.prefilled)

@@ -4,7 +4,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from streaming_texts import TEXTS
 
-from vllm_instant.streaming.text import LONGEST_TAIL, TextBuffer, TextError, common_length, settled_length
+from vllm_instant.streaming.text import MAX_TAIL, TextBuffer, TextError, common_length, settled_length
 
 
 @pytest.mark.parametrize("kind", ["demo", "split", "words"])
@@ -34,8 +34,8 @@ def test_all_but_the_last_words_is_settled():
 
 
 def test_a_text_without_boundaries_is_settled_far_before_its_end():
-    assert settled_length("字" * 1000) == 1000 - LONGEST_TAIL
-    assert settled_length("字" * LONGEST_TAIL) == 0
+    assert settled_length("字" * 1000) == 1000 - MAX_TAIL
+    assert settled_length("字" * MAX_TAIL) == 0
 
 
 EDITS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), TEXTS), max_size=12)

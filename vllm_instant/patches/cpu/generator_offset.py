@@ -11,7 +11,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from vllm_instant.patches.compat import Function, Mentions, Seam
+from vllm_instant.patches.compat import HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 
 MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
@@ -86,12 +86,12 @@ def _state() -> str:
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="cpu_seeds",
     purpose="requests with a seed may have prompts that are read in pieces, on the CPU",
     requirements=(
-        Function(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata")),
-        Mentions(_RUNNER, "GPUModelRunner._bookkeeping_sync", ("discard_request_mask", "generators", "input_batch")),
+        HasSignature(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata")),
+        References(_RUNNER, "GPUModelRunner._bookkeeping_sync", ("discard_request_mask", "generators", "input_batch")),
     ),
     optional=True,
     state=_state,

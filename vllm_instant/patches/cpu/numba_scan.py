@@ -15,7 +15,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from vllm_instant.patches.compat import Function, Seam
+from vllm_instant.patches.compat import HasSignature, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 
 DISPATCHER_MODULE = "vllm.triton_utils.dispatcher"
@@ -51,10 +51,10 @@ def _state() -> str:
     return "repairs when served with the plugin: an engine in the caller's own process did not start beside Numba"
 
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="kernel_scan",
     purpose="the engine may run in the caller's own process, on the CPU",
-    requirements=(Function("triton_utils/dispatcher.py", "_rebind_kernels", ("overrides",)),),
+    requirements=(HasSignature("triton_utils/dispatcher.py", "_rebind_kernels", ("overrides",)),),
     optional=True,
     state=_state,
 )

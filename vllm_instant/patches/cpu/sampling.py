@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from vllm_instant.patches.compat import Function, Seam
+from vllm_instant.patches.compat import HasSignature, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 
 logger = logging.getLogger("vllm.instant")
@@ -150,16 +150,16 @@ def _state() -> str:
     return "repairs when served with the plugin: " + "; ".join(wrong) if wrong else "nothing to repair in this vLLM"
 
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="cpu_sampling",
     purpose="repairs sampling with speculation on the CPU",
     requirements=(
-        Function(
+        HasSignature(
             "utils/cpu_triton_utils.py",
             "_expand_kernel_impl",
             ("output", "input_val", "cu_num_tokens", "replace_from", "replace_to"),
         ),
-        Function("v1/sample/ops/topk_topp_sampler.py", "apply_top_k_only", ("logits", "k"), exact=True),
+        HasSignature("v1/sample/ops/topk_topp_sampler.py", "apply_top_k_only", ("logits", "k"), exact=True),
     ),
     slots=("speculation", "drafter", "rejection_sampler"),
     state=_state,

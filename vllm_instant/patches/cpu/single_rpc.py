@@ -13,7 +13,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from vllm_instant.patches.compat import Function, Mentions, Name, Seam
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 
 RUNNER_MODULE = "vllm.v1.worker.cpu_model_runner"
@@ -93,28 +93,28 @@ def install() -> None:
 _RUNNER = "v1/worker/gpu_model_runner.py"
 _CORE = "v1/engine/core.py"
 
-SEAM = Seam(
+PATCH = VllmPatch(
     name="worker messages",
     purpose="one message a step to the workers of the CPU build",
     requirements=(
-        Name("v1/worker/cpu_model_runner.py", "CPUModelRunner"),
-        Function(_RUNNER, "GPUModelRunner.execute_model", ("self", "scheduler_output")),
-        Function(_RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output"), exact=True),
-        Function(_RUNNER, "GPUModelRunner.take_draft_token_ids", ("self",), exact=True),
-        Mentions(_RUNNER, "GPUModelRunner.sample_tokens", ("execute_model_state", "propose_draft_token_ids")),
-        Mentions(_RUNNER, "GPUModelRunner.execute_model", ("execute_model_state",)),
-        Mentions(_CORE, "EngineCore.step", ("execute_model", "sample_tokens", "model_output", "get_grammar_bitmask")),
-        Function(_CORE, "EngineCore.post_step", ("self", "model_executed"), exact=True),
-        Mentions(_CORE, "EngineCore.post_step", ("take_draft_token_ids", "update_draft_token_ids")),
-        Function(
+        HasAttribute("v1/worker/cpu_model_runner.py", "CPUModelRunner"),
+        HasSignature(_RUNNER, "GPUModelRunner.execute_model", ("self", "scheduler_output")),
+        HasSignature(_RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output"), exact=True),
+        HasSignature(_RUNNER, "GPUModelRunner.take_draft_token_ids", ("self",), exact=True),
+        References(_RUNNER, "GPUModelRunner.sample_tokens", ("execute_model_state", "propose_draft_token_ids")),
+        References(_RUNNER, "GPUModelRunner.execute_model", ("execute_model_state",)),
+        References(_CORE, "EngineCore.step", ("execute_model", "sample_tokens", "model_output", "get_grammar_bitmask")),
+        HasSignature(_CORE, "EngineCore.post_step", ("self", "model_executed"), exact=True),
+        References(_CORE, "EngineCore.post_step", ("take_draft_token_ids", "update_draft_token_ids")),
+        HasSignature(
             "v1/core/sched/scheduler.py",
             "Scheduler.update_from_output",
             ("self", "scheduler_output", "model_runner_output"),
             exact=True,
         ),
-        Name("config/vllm.py", "VllmConfig.max_concurrent_batches"),
-        Name("v1/core/sched/output.py", "SchedulerOutput.has_structured_output_requests"),
-        Name("v1/outputs.py", "ModelRunnerOutput.sampled_token_ids"),
+        HasAttribute("config/vllm.py", "VllmConfig.max_concurrent_batches"),
+        HasAttribute("v1/core/sched/output.py", "SchedulerOutput.has_structured_output_requests"),
+        HasAttribute("v1/outputs.py", "ModelRunnerOutput.sampled_token_ids"),
     ),
     optional=True,
 )

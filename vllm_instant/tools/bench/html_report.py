@@ -64,7 +64,7 @@ def render(record: Mapping[str, Any]) -> str:
     rows = [Row.read(plain) for plain in record["rows"]]
     axis = Axis(rows)
     arms = list(record["arms"])
-    return template("vllm_instant.tools.bench", "page.html").render(
+    return template("vllm_instant.tools.bench", "html_report.html").render(
         record=record,
         versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         arms=arms,

@@ -12,7 +12,7 @@ import numpy as np
 from vllm_instant.tools.bench.checkpoint import State
 from vllm_instant.tools.bench.plan import AGAIN, STOCK, BadInputError, Plan, Price
 from vllm_instant.tools.bench.rows import Row, rows, verdicts
-from vllm_instant.tools.measure.environment_info import circumstances
+from vllm_instant.tools.measure.environment_info import environment_info
 from vllm_instant.tools.measure.significance import Contrast, margin_for
 
 FORMAT = "vllm-instant bench 1"
@@ -42,7 +42,7 @@ def record(
 
     """
     stated = margin_for(plan.starts) if margin is None else margin
-    about = circumstances(command)
+    about = environment_info(command)
     if not local:
         about["device"] = f"the servers' machines are not known; asked from {about['device']}"
     places = {users: [state.turns[number, users] for number in range(plan.rounds)] for users in plan.concurrency}

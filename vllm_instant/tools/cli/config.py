@@ -109,7 +109,7 @@ def template() -> str:
 
 def _table(slot: Slot) -> Iterator[str]:
     yield f"# {slot.name}: {slot.decides} (decided in the {slot.runs_in})."
-    offers = [offer for offer in plugin_manager().offers() if offer.plugin.slot == slot.name]
+    offers = [offer for offer in plugin_manager().installed_plugins() if offer.plugin.slot == slot.name]
     for offer in offers:
         lossy = " LOSSY: answers may change." if offer.plugin.lossy else ""
         yield f"#   {offer.plugin.name}: {offer.plugin.summary}.{lossy}"

@@ -39,13 +39,13 @@ def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmS
         reports = list(registry.check(folder, vllm_version, deployment))
         results = [_result(report, installed=vllm is None) for report in reports]
     print_columns(
-        ("seam", "vLLM", "result", "for", "needed by"),
+        ("patch", "vLLM", "result", "for", "needed by"),
         (
             (
-                report.seam.name,
+                report.patch.name,
                 report.version,
                 result,
-                report.seam.purpose,
+                report.patch.purpose,
                 ", ".join(report.needed_by) or "-",
             )
             for report, result in zip(reports, results, strict=True)
@@ -60,18 +60,18 @@ def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmS
             file=sys.stderr,
         )
         raise typer.Exit(1)
-    if any(report.why_not and report.needed_by and not report.seam.optional for report in reports):
+    if any(report.unsupported_reason and report.needed_by and not report.patch.optional for report in reports):
         print("A chosen plugin cannot work with this vLLM.", file=sys.stderr)
         raise typer.Exit(1)
 
 
 def _result(report: registry.Report, installed: bool) -> str:
-    if report.why_not is not None:
-        return f"does not fit: {report.why_not}"
-    if report.seam.state is None or not installed:
+    if report.unsupported_reason is not None:
+        return f"does not fit: {report.unsupported_reason}"
+    if report.patch.state is None or not installed:
         return "ok"
     try:
-        return f"ok ({report.seam.state()})"
+        return f"ok ({report.patch.state()})"
     # vLLM may be installed and yet fail to import; that is exactly what one asks a doctor about.
     except Exception as error:
         return f"fits, but vLLM cannot be imported: {type(error).__name__}: {str(error).splitlines()[0]}"

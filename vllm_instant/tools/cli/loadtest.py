@@ -173,7 +173,7 @@ def _compared(row: dict[str, Any], ours: str, theirs: str) -> tuple[str, ...]:
     values = ["–" if row[name] is None else f"{row[name]:.1f}" for name in (theirs, ours)]
     effect = row.get("effect")
     shown = f"{effect['mean']:.2f} [{effect['low']:.2f}, {effect['high']:.2f}]" if effect else "–"
-    return f"{row['name']}, {row['unit']}", *values, shown, row["verdict"] or row["why_not"]
+    return f"{row['name']}, {row['unit']}", *values, shown, row["verdict"] or row["unsupported_reason"]
 
 
 def _row(name: str, scenario: Scenario) -> tuple[str, str, str]:

@@ -22,7 +22,7 @@ def list_plugins() -> None:
                 "lossy" if offer.plugin.lossy else "lossless",
                 offer.plugin.summary,
             )
-            for offer in manager.offers()
+            for offer in manager.installed_plugins()
         ),
     )
     for broken in manager.broken:

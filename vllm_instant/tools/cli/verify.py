@@ -144,7 +144,7 @@ def _started(
         stock = Arm(stock_server.url, stock_server.served_model())
         expected = verify.baseline(stock, plan, status.update)
         for number, (config, deployment) in enumerate(deployments):
-            lossy = [slot for slot in deployment.slots if deployment.offer(slot).plugin.lossy]
+            lossy = [slot for slot in deployment.slots if deployment.installed(slot).plugin.lossy]
             settings = [f"--instant-set={override}" for override in overrides]
             settings += ["--instant-config", str(config)] if config is not None else []
             status.update(f"Starting {config or 'the default deployment'} …")

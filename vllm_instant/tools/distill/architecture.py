@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 LARGEST_SHARE = 0.1
 """Parameters of the draft relative to the target's: at least 90 % fewer."""
 LAYERS_OF_TARGET = 3
-MOST_LAYERS = 4
+MAX_LAYERS = 4
 """A draft token costs one pass through all layers, one after the other: width is cheaper than depth."""
 WIDTH_STEP = 32
 
@@ -83,7 +83,7 @@ def derive(target: Any, target_parameters: int, share: float = LARGEST_SHARE, la
         ValueError: when even the narrowest draft has more parameters: the embeddings of a large vocabulary alone can.
 
     """
-    depth = layers or min(MOST_LAYERS, max(1, target.num_hidden_layers // LAYERS_OF_TARGET))
+    depth = layers or min(MAX_LAYERS, max(1, target.num_hidden_layers // LAYERS_OF_TARGET))
     most = int(share * target_parameters)
     narrowest = parameters(shaped(target, depth, WIDTH_STEP))
     what = f"{depth} layers with the target's vocabulary of {target.vocab_size} tokens"

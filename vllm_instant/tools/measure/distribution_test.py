@@ -53,7 +53,7 @@ def compare(
     theirs: Sequence[Tokens],
     *,
     false_alarms: float = 1e-3,
-    most_permutations: int = 20_000,
+    max_permutations: int = 20_000,
     seed: int = 0,
 ) -> Agreement:
     """Test whether the arms agree.
@@ -62,7 +62,7 @@ def compare(
         ours: for each prompt int64 ``[draws, n]``.
         theirs: the same prompts of the other arm; the numbers of draws may differ.
         false_alarms: the rate that the caller decides with; permutations go on until a p-value near it is known.
-        most_permutations: how many are tried at most.
+        max_permutations: how many are tried at most.
         seed: of the permutations.
 
     Raises:
@@ -87,7 +87,7 @@ def compare(
 
     generator = np.random.default_rng(seed)
     tried = exceeded = 0
-    while tried < most_permutations:
+    while tried < max_permutations:
         permuted = np.sum([prompt.chi_squares(prompt.shuffled(generator, BATCH)) for prompt in prompts], axis=0)
         exceeded += int((((permuted - freedom) / scale).max(0) >= highest - 1e-9).sum())
         tried += BATCH

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_instant.tools.measure.nvml import gpus
 
 
-def circumstances(command: str) -> dict[str, Any]:
+def environment_info(command: str) -> dict[str, Any]:
     """The machine and installation that this runs on, as JSON types.
 
     Args:

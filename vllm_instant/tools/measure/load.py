@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-MOST_WARM_UP = 20.0
+MAX_WARM_UP = 20.0
 """Seconds after which a window opens even if some user has not got a token."""
 _TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 
@@ -79,7 +79,7 @@ def measure(
     """Run ``concurrency`` users and measure ``seconds`` of it.
 
     The window opens ``warm_up`` seconds after every user has got a first token: before that, the server only reads
-    prompts (after ``MOST_WARM_UP`` it opens in any case).
+    prompts (after ``MAX_WARM_UP`` it opens in any case).
 
     User ``i`` sends prompts ``first_prompt + i``, ``first_prompt + i + concurrency``, … of the list, over and over.
     The lengths of the answers lie between the two bounds, by the number of the prompt: were they all the same, the
@@ -112,7 +112,7 @@ async def _measure(
             )
             for i in range(concurrency)
         ]
-        deadline = time.perf_counter() + MOST_WARM_UP
+        deadline = time.perf_counter() + MAX_WARM_UP
         while window.begun < concurrency and time.perf_counter() < deadline and not any(u.done() for u in users):
             await asyncio.sleep(0.02)
         window.opens = time.perf_counter() + warm_up

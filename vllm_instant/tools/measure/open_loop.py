@@ -1,6 +1,6 @@
 """Requests that are sent when they are due, however slow the server is, each followed token by token.
 
-A closed loop (``evidence.load``) sends less to a slower server and so hides how long people would have waited; here the
+A closed loop (``measure.load``) sends less to a slower server and so hides how long people would have waited; here the
 load does not depend on the server (no coordinated omission), and latencies count from when a request was due.
 """
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant.deployment.circuit_breaker import Contained
-from vllm_instant.interfaces import Admission, BatchingPolicy, QueueMoment, RequestState
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
+from vllm_instant.interfaces import Admission, RequestState, SchedulerSnapshot, SchedulingPolicy
 from vllm_instant.scheduling.admission import Batching
-from vllm_instant.scheduling.request_registry import LiveRequests
+from vllm_instant.scheduling.request_registry import RequestRegistry
 
 Array = npt.NDArray[np.float64]
 
@@ -56,15 +56,15 @@ class Served:
         return self.end - self.arrival
 
 
-class _AsTheyCome(BatchingPolicy):
-    def admit(self, moment: QueueMoment) -> Admission:
+class _AsTheyCome(SchedulingPolicy):
+    def admit(self, moment: SchedulerSnapshot) -> Admission:
         return Admission()
 
 
 def serve(
     jobs: Sequence[Job],
     slots: int,
-    policy: BatchingPolicy | None = None,
+    policy: SchedulingPolicy | None = None,
     *,
     seconds_per_token: float = 0.03,
     seconds_per_prompt_token: float = 0.0005,
@@ -76,18 +76,18 @@ def serve(
 
     """
     now = 0.0
-    contained = Contained("batching", "simulated", policy if policy is not None else _AsTheyCome())
+    contained = GuardedPlugin("batching", "simulated", policy if policy is not None else _AsTheyCome())
     batching = Batching(contained, clock=lambda: now)
-    live = LiveRequests()
+    live = RequestRegistry()
     states: list[RequestState | None] = [None] * len(jobs)
     waiting: list[int] = []
     running: list[tuple[float, int]] = []
     start, end = np.full(len(jobs), np.nan), np.full(len(jobs), np.nan)
     coming = 0
 
-    def moment() -> QueueMoment:
+    def moment() -> SchedulerSnapshot:
         here, there = [_known(states[n]) for n in waiting], [_known(states[n]) for _, n in running]
-        return QueueMoment(here, there, now, slots, free_kv_tokens=1_000_000)
+        return SchedulerSnapshot(here, there, now, slots, free_kv_tokens=1_000_000)
 
     while coming < len(jobs) or waiting or running:
         while coming < len(jobs) and jobs[coming].arrival <= now:
@@ -119,7 +119,7 @@ def serve(
         started = 0
         while waiting and len(running) < slots:
             admission = batching.admit(moment())
-            if admission.most is not None and started >= admission.most:
+            if admission.max_num_admitted is not None and started >= admission.max_num_admitted:
                 break
             number = waiting.pop(_first(admission, [_known(states[n]).request_id for n in waiting]))
             start[number] = now
@@ -132,7 +132,7 @@ def serve(
             batching.started(_known(states[number]), oldest)
             started += 1
         if batching.thinks:
-            batching.while_the_model_runs(moment())
+            batching.on_model_executing(moment())
         events = [running[0][0]] if running else []
         if coming < len(jobs):
             events.append(jobs[coming].arrival)

@@ -1,7 +1,7 @@
 """An engine made of numbers: what a speculation policy would do to a server, in milliseconds and without a model.
 
 Requests come, wait for a place, and get one token a step plus the draft tokens that a random process accepts; a step
-takes what a cost function says. Everything a policy is told goes through the same ``SpeculationBudget`` as in a real
+takes what a cost function says. Everything a policy is told goes through the same ``DraftBudgetManager`` as in a real
 server, with its own clock, so that minutes of serving take moments and a seed repeats them exactly.
 """
 
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant.deployment.circuit_breaker import Contained
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.interfaces import Draft, ExpertCount, RequestState, SpeculationPolicy
-from vllm_instant.speculation.draft_budget import SpeculationBudget
-from vllm_instant.speculation.draft_plan import DraftPlan, worthwhile
+from vllm_instant.speculation.draft_budget import DraftBudgetManager
+from vllm_instant.speculation.draft_plan import DraftPlan, trim_drafts
 
 COUNT_EVERY = 8
 """One step of so many has its distinct experts counted."""
@@ -215,8 +215,8 @@ def simulate(
     # The same requests, and the same luck of their tokens, for every policy: only what differs by policy differs.
     random = np.random.default_rng([seed, 0])
     clock = _Clock()
-    contained: Contained[SpeculationPolicy] = Contained("speculation", "simulated", make_policy(clock))
-    budget = SpeculationBudget(contained, max_draft_tokens, clock)
+    contained: GuardedPlugin[SpeculationPolicy] = GuardedPlugin("speculation", "simulated", make_policy(clock))
+    budget = DraftBudgetManager(contained, max_draft_tokens, clock)
     arrivals = _arrivals(classes, requests, np.random.default_rng([seed, 1]))
     running: list[_Running] = []
     late: deque[tuple[float, Callable[[], None]]] = deque()
@@ -236,7 +236,7 @@ def simulate(
         plan = budget.plan_drafts([r.state for r in running])
         lengths = list(plan.lengths.values())
         budget.step_scheduled(step)
-        budget.while_the_model_runs()
+        budget.on_model_executing()
         drafted = [r.granted for r in running]
         accepted = [_accepted(classes[r.kind].acceptance, step, r) for r in running]
         rows, passes = len(running) + sum(drafted), max(lengths, default=0)
@@ -322,11 +322,11 @@ def _drafts(classes: Sequence[RequestClass], running: Sequence[_Running], plan: 
         found = request.luck[-1 - request.state.num_output_tokens % 128] < chosen.finds
         tokens = range(length if found else 0)
         drafts.append(Draft(tokens, [chosen.stated] * len(tokens)) if chosen.stated is not None else tokens)
-    return [len(draft) for draft in worthwhile(drafts, plan.price, [False] * len(drafts))]
+    return [len(draft) for draft in trim_drafts(drafts, plan.draft_cost, [False] * len(drafts))]
 
 
 def _outcome(
-    budget: SpeculationBudget,
+    budget: DraftBudgetManager,
     step: int,
     states: list[RequestState],
     drafted: list[int],

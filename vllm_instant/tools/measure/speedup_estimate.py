@@ -39,7 +39,8 @@ def balance(decisions: Iterable[Mapping[str, Any]]) -> Balance | None:
     and those that have not finished.
 
     Args:
-        decisions: as the server answers them, the oldest first (``vllm_instant_plugins.goodput.decision_log.Decision.plain``):
+        decisions: as the server answers them, the oldest first
+        (``vllm_instant_plugins.goodput.decision_log.Decision.plain``):
             the drafts of a decision are made in its step and verified in the next, whose tokens and time its outcome
             says.
 

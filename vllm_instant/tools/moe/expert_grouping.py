@@ -18,7 +18,7 @@ Labels = npt.NDArray[np.int64]
 
 LEARN_SHARE = 0.7
 """Share of the requests that clusters are learned from; the others say what they are worth."""
-LEAST_REQUESTS = 8
+MIN_REQUESTS = 8
 """With fewer requests neither a split nor an interval means anything."""
 RESAMPLES = 1000
 ROWS = 65_536
@@ -231,7 +231,7 @@ def affinity_by_class(trace: Trace, labels: Labels) -> dict[str, tuple[tuple[flo
     """For each prompt class the share of its router weight that each cluster gets, ``[layers][clusters]``."""
     found = {}
     for code, name in enumerate(trace.classes):
-        own = trace.select(trace.prompt_class == code)
+        own = trace.select(trace.prompt_group == code)
         if not len(own):
             continue
         layers = []
@@ -291,8 +291,8 @@ def learn(trace: Trace, clusters: int | None = None, seed: int = 0) -> tuple[Sup
 
     """
     model = trace.model
-    if len(trace.requests) < LEAST_REQUESTS:
-        raise TraceError(f"{len(trace.requests)} requests are too few to learn from: at least {LEAST_REQUESTS}")
+    if len(trace.requests) < MIN_REQUESTS:
+        raise TraceError(f"{len(trace.requests)} requests are too few to learn from: at least {MIN_REQUESTS}")
     if clusters is not None and not 1 <= clusters <= model.experts:
         raise TraceError(f"{clusters} clusters of {model.experts} experts: valid are 1 to {model.experts}")
     tried: dict[int, float] = {}

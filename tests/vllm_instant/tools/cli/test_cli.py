@@ -101,8 +101,8 @@ class TestDoctor:
     def test_it_is_content_here(self, run, write_file):
         result = run("doctor", "--config", write_file('[drafter]\nplugin = "ngram"\n'))
         assert result.exit_code == 0
-        for seam in registry.SEAMS:
-            assert f"{seam.name} " in result.stdout
+        for patch in registry.PATCHES:
+            assert f"{patch.name} " in result.stdout
         [line] = [line for line in result.stdout.splitlines() if line.startswith("scheduler ")]
         assert "ok" in line
         assert "speculation=goodput" in line
@@ -114,7 +114,7 @@ class TestDoctor:
 
         for path in installed_vllm().rglob("*.py"):
             relative = path.relative_to(installed_vllm())
-            if any(str(relative) == r.file for seam in registry.SEAMS for r in seam.requirements):
+            if any(str(relative) == r.file for patch in registry.PATCHES for r in patch.requirements):
                 copy = tmp_path / relative
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_text(path.read_text().replace("def _update_after_schedule", "def _after_schedule"))
@@ -143,7 +143,7 @@ class TestDoctor:
         monkeypatch.setattr(registry, "installed_vllm", lambda: other_vllm)
         activation_calls = []
         monkeypatch.setattr(activation, "activate", lambda: activation_calls.append(1))
-        with pytest.raises(DeploymentError, match="seam scheduler: does not fit vLLM"):
+        with pytest.raises(DeploymentError, match="patch scheduler: does not fit vLLM"):
             activation.serve(resolve(write_file('[drafter]\nplugin = "ngram"\n')))
         assert activation_calls == []
 
@@ -157,7 +157,7 @@ class TestDoctor:
         monkeypatch.setattr(activation, "activate", lambda: None)
         activation.serve(resolve())
         assert "vLLM 0.99.0 is outside of the range" in caplog.text
-        assert deployment_env.current() is not None
+        assert deployment_env.get_deployment() is not None
 
 
 def test_demo_text_writes_every_document_once_and_keeps_what_is_held_out_apart(run, tmp_path):

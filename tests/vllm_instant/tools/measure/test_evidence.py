@@ -154,7 +154,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the back
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from pathlib import Path
 from test_evidence import Pretend
-from vllm_instant.evidence.servers import running
+from vllm_instant.tools.measure.servers import running
 with running(Pretend(Path({str(tmp_path)!r}))):
     print("up", flush=True)
     time.sleep(600)

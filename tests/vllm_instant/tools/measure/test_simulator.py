@@ -69,7 +69,7 @@ def test_feedback_arrives_late_but_with_the_right_times():
     seen = []
 
     class Watching(SpeculationPolicy):
-        def draft_lengths(self, step):
+        def get_num_draft_tokens(self, step):
             return [0] * len(step.requests)
 
         def observe(self, outcome):
@@ -92,9 +92,9 @@ def test_feedback_arrives_late_but_with_the_right_times():
 
 
 def test_a_policy_that_raises_is_an_error():
-    with pytest.raises(RuntimeError, match="draft_lengths"):
+    with pytest.raises(RuntimeError, match="get_num_draft_tokens"):
         simulate(
-            lambda clock: type("Broken", (Fixed,), {"draft_lengths": lambda self, step: 1 / 0})(1, None),
+            lambda clock: type("Broken", (Fixed,), {"get_num_draft_tokens": lambda self, step: 1 / 0})(1, None),
             [RequestClass(steady(1.0))],
             FLAT,
             concurrency=1,
@@ -114,7 +114,7 @@ def test_a_drafter_that_was_off_first_reads_what_it_missed():
     classes = [RequestClass(steady(0.0), prompt_tokens=100, output_tokens=(50, 50))]
 
     class Late(Fixed):
-        def draft_lengths(self, step):
+        def get_num_draft_tokens(self, step):
             return [1 if step.number == 20 else 0 for _ in step.requests]
 
     report = simulate(lambda clock: Late(1, None), classes, slow, concurrency=1, requests=1, noise=0, hiccups=0)

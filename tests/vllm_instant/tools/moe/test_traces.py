@@ -42,15 +42,15 @@ def test_merging_keeps_requests_steps_and_classes_apart():
     assert both.classes == ("code", "chat", "maths")
     assert not set(both.request[:20]) & set(both.request[20:])
     assert not set(both.step[:20]) & set(both.step[20:])
-    names = np.array(both.classes)[both.prompt_class[20:]]
-    assert np.array_equal(names, np.array(second.classes)[second.prompt_class])
+    names = np.array(both.classes)[both.prompt_group[20:]]
+    assert np.array_equal(names, np.array(second.classes)[second.prompt_group])
 
 
 def test_a_split_shares_no_request_and_takes_from_every_class():
     first, second = trace(tokens=400, requests=20).split(0.5)
     assert not set(first.request) & set(second.request)
     assert len(first.requests) == len(second.requests) == 10
-    assert set(first.prompt_class) == set(second.prompt_class) == {0, 1}
+    assert set(first.prompt_group) == set(second.prompt_group) == {0, 1}
 
 
 def test_decode_leaves_prompts_out():
