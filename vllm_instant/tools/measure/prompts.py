@@ -17,12 +17,15 @@ def snippets(kind: str, temperature: float, count: int, seed: int | str) -> list
     """Beginnings to continue, from documents that the demo models were not trained on, cut at line ends."""
     texts = [text for text in _held_out(kind) if len(text) > 4 * CHARACTERS]
     choose = random.Random(seed)
-    prompts = []
-    for _ in range(count):
+    prompts: list[Prompt] = []
+    while len(prompts) < count:
         text = choose.choice(texts)
         start = text.find("\n", choose.randrange(len(text) - CHARACTERS)) + 1
-        prompts.append(Prompt(text[start : start + CHARACTERS], temperature, kind))
-    return [p for p in prompts if p.text.strip()]
+        beginning = text[start : start + CHARACTERS]
+        # Blank lines at the end of a document are no prompt; drawing again with the same seed would never end.
+        if beginning.strip():
+            prompts.append(Prompt(beginning, temperature, kind))
+    return prompts
 
 
 def records(count: int, seed: int | str) -> list[Prompt]:
@@ -63,7 +66,7 @@ BUILT_IN: dict[str, Callable[[int, str], list[Prompt]]] = {
 
 def built_in(count: int, seed: str) -> list[Prompt]:
     """``count`` prompts, the classes in turn; another seed gives others."""
-    made = {name: _at_least(make, -(-count // len(BUILT_IN)), seed) for name, make in BUILT_IN.items()}
+    made = {name: make(-(-count // len(BUILT_IN)), seed) for name, make in BUILT_IN.items()}
     names = list(made)
     return [made[names[i % len(names)]][i // len(names)] for i in range(count)]
 
@@ -71,13 +74,6 @@ def built_in(count: int, seed: str) -> list[Prompt]:
 def held_out_texts(count: int, characters: int = 1500) -> list[str]:
     """Beginnings of documents that the demo models were not trained on, code and structured ones."""
     return [document.text[:characters] for document in _documents() if len(document.text) > 400][:count]
-
-
-def _at_least(make: Callable[[int, str], list[Prompt]], count: int, seed: str) -> list[Prompt]:
-    made: list[Prompt] = []
-    while len(made) < count:
-        made += make(count, f"{seed}/{len(made)}")
-    return made
 
 
 @functools.cache
