@@ -60,3 +60,8 @@ class Plugin:
     engine_arguments: Callable[[Any], Mapping[str, Any]] | None = None
     confident: bool = False
     """For drafters: whether their drafts say how sure they are (``Draft.confidence``)."""
+    calibration_options: Callable[[Any], Mapping[str, Any]] | None = None
+    """Options to set while ``vllm-instant calibrate`` loads a server, so that the plugin measures and stores its costs.
+
+    Called with the deployment's options of the plugin. Raises ValueError, with one sentence, where nothing would be
+    stored. None for a plugin that stores no costs."""

@@ -97,10 +97,9 @@ class SchedulingPolicy(Protocol):
         return {}
 
     def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
-        """Why the newest requests started when they did, as ``SpeculationPolicy.decisions`` does. Optional.
+        """Return why the newest requests started when they did, for ``vllm-instant explain --queue``. Optional.
 
-        For ``vllm-instant explain --queue`` a decision has ``request_id``, ``waited_ms``, ``bound_ms`` (the longest
-        that it might have waited), ``expected_tokens``, ``tokens`` (None while it runs) and ``older_waiting``.
+        The form of a decision and the arguments are those of ``SpeculationPolicy.decisions``.
         """
         return ()
 

@@ -107,11 +107,21 @@ class SpeculationPolicy(Protocol):
         return None
 
     def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
-        """Why the newest decisions were taken, the oldest first, as plain data for ``vllm-instant explain``. Optional.
+        """Return the newest decisions, the oldest first, for ``vllm-instant explain``. Optional.
+
+        A decision is a mapping of JSON types with any keys. The tools use these, all of them optional:
+
+        * ``summary``: a dict from heading to formatted text, the decision's row in the table that ``explain`` prints;
+          without it the row has the decision's own keys and values.
+        * ``explanation``: one sentence about the words of the row; ``explain`` prints each sentence once.
+        * ``step``, ``num_requests``, ``draft_tokens`` and ``outcome``: the step's number, its requests, their draft
+          tokens, and None or what the step did (``tokens``, ``milliseconds``, ``prompt_tokens``); from these the tools
+          estimate the speedup that drafts bring.
 
         Args:
-            last: at most so many.
-            request_id: only those that concern this request (an id as the client saw it is a prefix of ours).
+            last: Maximum number of decisions.
+            request_id: Return only decisions about this request, and its own figures; the id that the client saw is a
+                prefix of the engine's.
 
         """
         return ()
