@@ -22,6 +22,7 @@ from vllm_instant.patches import (
     registry,
     rejection_sampler,
     request_validation,
+    shared_noise,
     skip_rejection_sampler,
     streaming,
     worker_reports,
@@ -90,6 +91,7 @@ def activate() -> None:
         hybrid_drafting,  # around what skipping made of the same method
         worker_reports,
         skip_rejection_sampler,
+        shared_noise,
         numba_scan,
         generator_offset,  # around what the sampling of a step has become
         min_p_logit_bias,

@@ -6,7 +6,8 @@ the target alone:
 
 - **greedy** requests keep the drafts that are the target's first choice;
 - requests with a **seed** say what they would say without speculation: at each position the target's token is sampled
-  with the request's generator just as vLLM's sampler does without drafts, and a draft is kept when it is that token.
+  with the request's generator just as vLLM's sampler does without drafts, and a draft is kept when it is that token
+  (drafts are sampled with the same noise, see ``patches.shared_noise``).
   The same seed gives the same answer whatever was drafted, which no rule that depends on the drafts can promise.
 
 Requests with **structured output** lose drafts that their grammar does not allow. Where drafts are drawn from a draft
@@ -29,6 +30,7 @@ from vllm_instant.interfaces import RejectionSampler
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.plugin_factory import PluginStartError, build_guarded, context_of
+from vllm_instant.patches.shared_noise import share_noise
 from vllm_instant.speculation.verification import PaddedDrafts, VerificationBatch, pad_drafts
 
 logger = logging.getLogger("vllm.instant")
@@ -217,6 +219,7 @@ def _put_into(runner: Any, module: ModuleType) -> None:
         # The object stays what vLLM's constructor made of it; only what it does is ours.
         original.__class__ = sampler_class(type(original), apply_sampling_constraints)
         setattr(original, SAMPLER_ATTRIBUTE, plugin)
+        share_noise(runner)
 
 
 def _refuse_if_named(deployment: Deployment, why: str) -> None:
