@@ -1,4 +1,4 @@
-"""Real servers on the CPU, in float32, where greedy answers must be identical to the letter."""
+"""Real servers on the CPU, in float32, where greedy answers must be identical character by character."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[str]:
-    """Pieces of documents that the demo models were not trained on, from a few words to several hundred tokens."""
+    """Excerpts of held-out documents, from a few words to several hundred tokens long."""
     pieces = []
     for document in documents():
         if document.held_out:
@@ -40,17 +40,17 @@ def prompts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def stock(demo_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Stock vLLM without speculation; the package is installed but not selected."""
-    log = tmp_path_factory.mktemp("stock") / "server.log"
+def baseline(demo_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A vLLM server without speculation; the package is installed but not selected."""
+    log = tmp_path_factory.mktemp("baseline") / "server.log"
     with Server(demo_pair.target, [*COMMON, *NAMED], log=log) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def expected(stock: Server, prompts: list[str]) -> list[str]:
-    """What stock vLLM answers."""
-    return ask_all(stock, prompts)
+def expected(baseline: Server, prompts: list[str]) -> list[str]:
+    """The answers of vLLM alone."""
+    return ask_all(baseline, prompts)
 
 
 Launch = Callable[..., Any]
@@ -58,7 +58,7 @@ Launch = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def launch(demo_pair: Pair, plugin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """``with launch(deployment_text, *words) as server``: our server, DRAFT in the text being the draft model."""
+    """``with launch(deployment_text, *words) as server``: our server; DRAFT stands for the draft model's path."""
 
     @contextmanager
     def start(deployment: str, *words: str, **environment: str) -> Iterator[Server]:

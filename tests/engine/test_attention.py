@@ -1,4 +1,4 @@
-"""An attention plugin inside vLLM: our kernels, in Triton's interpreter, say what plain tensor operations say."""
+"""An attention plugin inside vLLM: our kernels in Triton's interpreter give the tokens of plain tensor operations."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from vllm_instant_kernels.cache_layout import row_bytes
 
 PROMPT = "import os\nimport sys\n\ndef main(argv):\n    for name in argv:\n        print(name)\n\ndef main(argv):\n"
 TOKENS = 8
-# Whether drafting pays in the interpreter is not the question: every draft is verified.
+# The interpreter's speed must not decide how much is drafted: every draft is verified.
 DEPLOYMENT = '[attention]\nplugin = "{}"\n[speculation]\nplugin = "fixed"\n'
 FED_FORWARD = """
 [attention]
@@ -32,13 +32,13 @@ num_speculative_tokens = 2
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
-    """Where a server writes down what the fused feed-forward was asked for."""
+    """File in which a server records its calls of the fused feed-forward."""
     return tmp_path_factory.mktemp("feed_forward") / "calls"
 
 
 @pytest.fixture(scope="module")
 def servers(launch, calls):
-    """Ours in the interpreter, also rotating, the plain one, also with our feed-forward, and vLLM's own FP8."""
+    """Our kernels interpreted, also with fused RoPE; the reference, also with our feed-forward; vLLM's own FP8."""
     with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
 
         def start(plugin, *more, **environment):
@@ -46,7 +46,7 @@ def servers(launch, calls):
             return stack.enter_context(launch(DEPLOYMENT.format(plugin), *words, **environment))
 
         def start_watched():
-            # Compiled by Dynamo, and Inductor left out, which takes long here.
+            # Compiled by Dynamo without Inductor, which is slow on a CPU.
             words = ["--max-num-seqs", "4", "--no-enforce-eager", "--compilation-config.backend", "eager"]
             deployment = FED_FORWARD.replace("CALLS", str(calls))
             return stack.enter_context(launch(deployment, *words, TRITON_INTERPRET="1"))
@@ -54,7 +54,7 @@ def servers(launch, calls):
         starting = {
             "fp8_fused": pool.submit(start, "fp8_fused", TRITON_INTERPRET="1"),
             "plain": pool.submit(start, "plain"),
-            # Compiled, but without Inductor, which takes long with two cores.
+            # Compiled without Inductor, which is slow on two cores.
             "sole_rotation": pool.submit(
                 start, "sole_rotation", "--no-enforce-eager", TRITON_INTERPRET="1", VLLM_CPU_CI_ENV="1"
             ),
@@ -65,7 +65,7 @@ def servers(launch, calls):
 
 
 def _said(server, tokens=TOKENS, **parameters):
-    """Several prompts at a time, so that steps mix pieces of prompts with decoding and verification."""
+    """Send several prompts at once, so that steps mix prefill chunks with decoding and verification."""
     prompts = [PROMPT, PROMPT[20:60]]
     with ThreadPoolExecutor(2) as pool:
         asked = pool.map(lambda p: ask(server, p, max_tokens=tokens, return_token_ids=True, **parameters), prompts)
@@ -73,14 +73,14 @@ def _said(server, tokens=TOKENS, **parameters):
 
 
 @pytest.fixture(scope="module")
-def plainly_said(servers):
+def reference_tokens(servers):
     return _said(servers["plain"])
 
 
-def test_tokens_are_those_of_plain_tensor_operations(servers, plainly_said):
+def test_tokens_are_those_of_plain_tensor_operations(servers, reference_tokens):
     fused = servers["fp8_fused"]
     found = _said(fused)
-    assert found == plainly_said
+    assert found == reference_tokens
     assert all(len(tokens) == TOKENS for tokens in found)
     drafted = fused.metrics()["vllm:spec_decode_num_draft_tokens_total"]
     assert drafted > 0, "nothing was verified"
@@ -89,7 +89,7 @@ def test_tokens_are_those_of_plain_tensor_operations(servers, plainly_said):
 
 
 def test_the_second_half_of_layers_in_three_launches(servers, calls, demo_pair):
-    """Inside of what vLLM compiles, in the target and in its draft model, and only in small batches."""
+    """It runs inside vLLM's compiled graph, in the target and in its draft model, and only in small batches."""
     watched = servers["watched"]
     tokens = httpx.post(f"{watched.url}/tokenize", json={"prompt": PROMPT}).json()["tokens"]
     assert len(tokens) > 16
@@ -103,18 +103,18 @@ def test_the_second_half_of_layers_in_three_launches(servers, calls, demo_pair):
         layers, hidden = config["num_hidden_layers"], config["hidden_size"]
         assert f"computes {layers} layers of {model} in batches of up to 16 tokens" in log
         rows = [int(r) for h, r in map(str.split, calls.read_text().splitlines()) if int(h) == hidden]
-        # A step runs all layers; that of the prompt is no small batch.
+        # Each step runs all layers; the prompt's step is not a small batch.
         assert rows
         assert len(rows) % layers == 0
         assert set(rows) <= set(range(1, 17))
     assert "raised in" not in log
 
 
-def test_rotation_and_write_are_one_launch(servers, plainly_said):
-    """Where nothing else can rotate or write, in a compiled model whose layers end with our feed-forward as well."""
+def test_rotation_and_write_are_one_launch(servers, reference_tokens):
+    """No other code may rotate or write; the compiled model's layers also end with our feed-forward."""
     server = servers["sole_rotation"]
-    # The feed-forward takes long in the interpreter.
-    assert _said(server, 3) == [tokens[:3] for tokens in plainly_said]
+    # The feed-forward is slow in the interpreter.
+    assert _said(server, 3) == [tokens[:3] for tokens in reference_tokens]
     log = server.log_text()
     assert re.search(r"rotates in (\d+) of \1 layers", log)
     assert "in batches of up to 16 tokens" in log
@@ -124,7 +124,7 @@ def test_rotation_and_write_are_one_launch(servers, plainly_said):
 
 
 def _capacity(server):
-    """Tokens that fit, and bytes for them, as vLLM's start-up says."""
+    """KV cache capacity in tokens and in bytes, from vLLM's start-up log."""
     log = server.log_text()
     tokens = re.search(r"KV cache size: ([\d,]+) tokens", log)
     concurrency = re.search(r"Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x", log)
@@ -133,19 +133,24 @@ def _capacity(server):
     return int(tokens[1].replace(",", "")), float(concurrency[2])
 
 
-def test_more_requests_fit_into_the_same_memory(servers, stock, demo_pair):
-    """Stock vLLM computes in float32 here: its cache takes twice the bytes of BF16."""
+def test_more_requests_fit_into_the_same_memory(servers, baseline, demo_pair):
+    """The baseline computes in float32: its cache takes twice the bytes of BF16."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(demo_pair.target)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    (tokens, concurrency), (of_stock, concurrency_of_stock) = _capacity(servers["fp8_fused"]), _capacity(stock)
-    print(f"{tokens} tokens, {concurrency}x; stock {of_stock} tokens, {concurrency_of_stock}x; head size {head}")
+    (tokens, concurrency), (baseline_tokens, baseline_concurrency) = (
+        _capacity(servers["fp8_fused"]),
+        _capacity(baseline),
+    )
+    print(
+        f"{tokens} tokens, {concurrency}x; baseline {baseline_tokens} tokens, {baseline_concurrency}x; head size {head}"
+    )
     expected = row_bytes(head, 4) / row_bytes(head)
-    assert math.isclose(tokens / of_stock, expected, rel_tol=0.02)
-    assert math.isclose(concurrency / concurrency_of_stock, expected, rel_tol=0.02)
-    # Against BF16, too.
-    assert tokens / of_stock > 2 * 1.7
+    assert math.isclose(tokens / baseline_tokens, expected, rel_tol=0.02)
+    assert math.isclose(concurrency / baseline_concurrency, expected, rel_tol=0.02)
+    # The capacity relative to BF16.
+    assert tokens / baseline_tokens > 2 * 1.7
 
 
 def test_a_cache_that_the_cpu_cannot_read_is_refused_at_once(launch):
@@ -158,8 +163,8 @@ def test_a_cache_that_the_cpu_cannot_read_is_refused_at_once(launch):
     assert "fp8_per_token_head and would give wrong tokens; valid: auto, fp8, fp8_e4m3, fp8_e5m2" in caught.value.log
 
 
-def test_vllms_own_fp8_cache_serves_on_the_cpu(servers, stock):
+def test_vllms_own_fp8_cache_serves_on_the_cpu(servers, baseline):
     server = servers["fp8"]
-    # FP8 is not exact, but what is certain stays what it is.
-    assert ask(server, PROMPT)[0]["text"][:8] == ask(stock, PROMPT)[0]["text"][:8]
+    # FP8 is not exact, but tokens with a clear margin stay the same.
+    assert ask(server, PROMPT)[0]["text"][:8] == ask(baseline, PROMPT)[0]["text"][:8]
     assert httpx.get(f"{server.url}/v1/instant/deployment").json()["slots"]["attention"]["plugin"] == "fp8"

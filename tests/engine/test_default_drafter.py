@@ -1,4 +1,4 @@
-"""A server that names no drafter: lookup drafts by default, and what vLLM refuses beside speculation still works."""
+"""A server without a drafter in its file drafts by lookup, and still serves what vLLM refuses beside speculation."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import pytest
-from asking import ask, ask_all
+from asking import ask, ask_all, settled_metrics
 
 REPEATED = "alpha = 1\nbeta = 2\ngamma = 3\ndelta = 4\n" * 6
 
@@ -25,12 +25,11 @@ def test_repetition_is_drafted_without_any_configuration(server):
     assert server.metrics()["vllm:spec_decode_num_accepted_tokens_total"] > 60
 
 
-def test_what_was_written_before_a_pause_is_drafted_behind_it(server):
-    """Between the two requests nobody is served, so that no step with drafts says that the first one has ended."""
+def test_an_output_is_drafted_from_after_the_server_was_idle(server):
+    """The server is idle between the requests, so that no step reports the end of the first one to the drafter."""
 
     def accepted():
-        time.sleep(2.5)  # the metrics are polled once a second
-        return server.metrics()["vllm:spec_decode_num_accepted_tokens_total"]
+        return settled_metrics(server)["vllm:spec_decode_num_accepted_tokens_total"]
 
     prompt = {"vllm_xargs": {"instant_speculation": 8}, "max_tokens": 96}
     before = accepted()
@@ -40,6 +39,7 @@ def test_what_was_written_before_a_pause_is_drafted_behind_it(server):
     assert accepted() - first > max(first - before, 60)
 
 
+@pytest.mark.perf
 def test_an_idle_server_sleeps(server):
     ask(server, REPEATED)
     processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
@@ -50,10 +50,10 @@ def test_an_idle_server_sleeps(server):
     time.sleep(3)
     before = seconds()
     time.sleep(3)
-    assert seconds() - before < 1.0, "a worker that waits for a message within a second takes a whole core"
+    assert seconds() - before < 1.0, "a worker that polls for messages takes a whole core"
 
 
-def test_fifty_prompts_are_answered_as_by_stock(server, prompts, expected):
+def test_fifty_prompts_are_answered_as_by_the_baseline(server, prompts, expected):
     assert ask_all(server, prompts) == expected
 
 
@@ -66,12 +66,12 @@ def test_fifty_prompts_are_answered_as_by_stock(server, prompts, expected):
     ],
     ids=lambda parameters: next(iter(parameters)),
 )
-def test_sampling_that_stock_refuses_beside_speculation(server, stock, prompts, parameters):
-    wanted = [ask(stock, prompt, **parameters)[0]["text"] for prompt in prompts[:4]]
+def test_sampling_that_vllm_refuses_beside_speculation(server, baseline, prompts, parameters):
+    wanted = [ask(baseline, prompt, **parameters)[0]["text"] for prompt in prompts[:4]]
     assert [ask(server, prompt, **parameters)[0]["text"] for prompt in prompts[:4]] == wanted
     if "temperature" in parameters:
         return
-    # Beside requests that are drafted for, in the same steps.
+    # In the same steps as requests with drafts.
     with ThreadPoolExecutor(2) as pool:
         beside = pool.submit(lambda: [ask(server, REPEATED, max_tokens=96) for _ in range(6)])
         assert [ask(server, prompt, **parameters)[0]["text"] for prompt in prompts[:4]] == wanted

@@ -1,4 +1,4 @@
-"""A mixture of experts in real servers: native routing to the letter, fewer experts, the gate, and a trace."""
+"""A mixture of experts in real servers: native routing, fewer experts, the quality gate, and a trace."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def trace_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clusters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A planted file: in each layer it keeps a quarter of the experts, whoever wants them."""
+    """An arbitrary file: in each layer it keeps the same quarter of the experts for every token."""
     generator = np.random.default_rng(0)
     prior = [generator.permutation([1e6] * 16 + [1e-6] * 48).tolist() for _ in range(LAYERS)]
     model = RoutedModel("planted", LAYERS, EXPERTS, TOP_K)
@@ -73,7 +73,7 @@ def clusters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def servers(
     trace_file: Path, clusters: Path, plugin_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Server]]:
-    """Stock vLLM, ours with super_expert, and ours that observes; started together."""
+    """The baseline, ours with super_expert, and ours with observed; started together."""
     model = moe_assets.prepare(size=widen_experts.SMALL, dtype="float32")
     folder = tmp_path_factory.mktemp("moe")
 
@@ -87,7 +87,7 @@ def servers(
         return Server(model, words, log=folder / f"{name}.log", environment={"PYTHONPATH": ":".join(path)})
 
     found = {
-        "stock": server("stock", None),
+        "baseline": server("baseline", None),
         "super_expert": server("super_expert", SUPER_EXPERT),
         "observed": server("observed", OBSERVED),
     }
@@ -107,12 +107,12 @@ def _control(server: Server, **settings: Any) -> dict[str, Any]:
 
 
 def _batch(server: Server, texts: list[str], tokens: int = 40) -> list[str]:
-    """All of them decode together."""
+    """Complete all texts in one batch."""
     return [choice["text"] for choice in ask(server, texts, max_tokens=tokens)]  # type: ignore[arg-type]
 
 
-def test_the_models_own_routing_is_stock_to_the_letter(servers: dict[str, Server], texts: list[str]) -> None:
-    expected = [ask(servers["stock"], text)[0]["text"] for text in texts[:3]] + _batch(servers["stock"], texts)
+def test_native_routing_gives_the_baselines_answers(servers: dict[str, Server], texts: list[str]) -> None:
+    expected = [ask(servers["baseline"], text)[0]["text"] for text in texts[:3]] + _batch(servers["baseline"], texts)
     for name in ("super_expert", "observed"):
         found = [ask(servers[name], text)[0]["text"] for text in texts[:3]] + _batch(servers[name], texts)
         assert found == expected, name
@@ -131,9 +131,9 @@ def test_a_budget_means_fewer_distinct_experts_and_the_gate_leaves_bad_clusters(
     assert steps, log[-2000:]
     measures = _control(server)["measures"]
     assert measures["budget"] > 0.25
-    # From the change of the budget on, which came within the first steps of this batch.
+    # Counted from the change of the budget, which happened in the first steps of this batch.
     assert steps[-1] - steps[0] < 200
-    # A level whose divergence is near the limit takes some more measurements until the gate is sure.
+    # A level whose divergence is near the limit needs more measurements before the gate decides.
     for _ in range(4):
         if "the model's own routing" in server.log_text() or _control(server)["measures"]["kl"] < 0.02:
             break
@@ -142,7 +142,7 @@ def test_a_budget_means_fewer_distinct_experts_and_the_gate_leaves_bad_clusters(
         pytest.fail(server.log_text()[-2000:])
 
 
-def test_numbers_and_what_goes_wrong(servers: dict[str, Server], texts: list[str]) -> None:
+def test_metrics_and_rejected_settings(servers: dict[str, Server], texts: list[str]) -> None:
     server = servers["super_expert"]
     described = _control(server, forget=True)
     assert [layer["layer"] for layer in described["layers"]] == [
@@ -167,7 +167,7 @@ def test_numbers_and_what_goes_wrong(servers: dict[str, Server], texts: list[str
 def test_a_trace_under_speculation_is_readable(servers: dict[str, Server], trace_file: Path) -> None:
     server = servers["observed"]
     texts = [*snippets("code", 0.0, 12, 0), *snippets("structured", 0.0, 12, 0)]
-    # Until all are sent; what other tests asked is in the trace, too.
+    # Until all texts are sent; the trace also holds the requests of other tests.
     path, tokens = record(server.url, "demo", texts, 6000, concurrency=6, output_tokens=24)
     assert path == trace_file
     trace = Trace.read(trace_file)

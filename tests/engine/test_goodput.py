@@ -1,4 +1,4 @@
-"""The default policy on a real server: same answers, reasons, wishes of clients, a draft model that may pause."""
+"""The default policy on a real server: answers, decision log, request parameters, a skipped draft model."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def _complete(server, prompt, **parameters):
 
 
 def _counts(response):
-    """Draft tokens that were proposed and accepted for a request, as its response says."""
+    """Number of proposed and of accepted draft tokens in a response's metrics."""
     metrics = response.json()["metrics"]["speculative_decoding"]
     return metrics["num_draft_tokens"], metrics["num_accepted_draft_tokens"]
 
@@ -40,7 +40,7 @@ def server(launch, costs):
         yield running
 
 
-def test_fifty_prompts_are_answered_as_by_stock(server, prompts, expected):
+def test_fifty_prompts_are_answered_as_by_the_baseline(server, prompts, expected):
     assert ask_all(server, prompts) == expected
     assert server.metrics()["vllm:spec_decode_num_draft_tokens_total"] > 10
 
@@ -69,27 +69,27 @@ def test_decisions_can_be_read(server):
     assert len(json.loads(raw.stdout)["engines"][0]["decisions"]) == 3
 
 
-@pytest.mark.parametrize(("wish", "most"), [("off", 0), (2, 2)])
-def test_a_client_decides_for_its_request(server, wish, most):
-    response = _complete(server, "class Cache:", vllm_xargs={"instant_speculation": wish})
+@pytest.mark.parametrize(("setting", "maximum"), [("off", 0), (2, 2)])
+def test_a_client_sets_the_draft_length_of_its_request(server, setting, maximum):
+    response = _complete(server, "class Cache:", vllm_xargs={"instant_speculation": setting})
     proposed, accepted = _counts(response)
     steps = 64 - accepted
-    assert (proposed == 0) == (most == 0)
-    assert proposed <= most * steps
-    if most:
-        assert proposed >= most * (steps - 3)
+    assert (proposed == 0) == (maximum == 0)
+    assert proposed <= maximum * steps
+    if maximum:
+        assert proposed >= maximum * (steps - 3)
 
 
 @pytest.mark.parametrize(
-    ("wish", "sentence"),
+    ("parameters", "sentence"),
     [
         ({"instant_speculation": "sometimes"}, 'must be "off", "auto" or a whole number from 0, found'),
         ({"instant_output_tokens": "few"}, "instant_output_tokens must be a number of tokens from 1, found"),
     ],
     ids=lambda value: next(iter(value), ""),
 )
-def test_a_wrong_wish_is_refused_in_one_sentence(server, wish, sentence):
-    response = _complete(server, "class Cache:", vllm_xargs=wish)
+def test_a_wrong_parameter_is_refused_in_one_sentence(server, parameters, sentence):
+    response = _complete(server, "class Cache:", vllm_xargs=parameters)
     assert response.status_code == 400
     assert sentence in response.json()["error"]["message"]
 
@@ -98,7 +98,7 @@ def test_changes_are_logged(server):
     assert "drafting begins" in server.log_text()
 
 
-def test_costs_are_kept_when_the_server_stops(launch, tmp_path):
+def test_learned_costs_are_saved_when_the_server_stops(launch, tmp_path):
     with launch(GOODPUT + COSTS.format(folder=tmp_path)) as server:
         _complete(server, "def main():")
         _complete(server, "def main():")
@@ -108,8 +108,8 @@ def test_costs_are_kept_when_the_server_stops(launch, tmp_path):
     assert stored["costs"]["observations"] >= 20
 
 
-def test_a_draft_model_that_paused_drafts_as_well_as_before(launch, prompts):
-    """Drafts are a function of the context alone, if the draft model has read all of it."""
+def test_a_skipped_draft_model_catches_up_and_drafts_as_well_as_before(launch, prompts):
+    """Drafts depend on the context alone, provided that the draft model has processed all of it."""
     with launch(BURSTS) as server:
         shares = []
         for extra in ({}, {"bursts": 1}):
@@ -118,12 +118,12 @@ def test_a_draft_model_that_paused_drafts_as_well_as_before(launch, prompts):
             ]
             proposed, accepted = (sum(c) for c in zip(*counts, strict=True))
             shares.append((proposed, accepted / proposed))
-        (always, share), (seldom, share_of_bursts) = shares
-        assert 60 < seldom < always / 6
-        assert share_of_bursts > share - 0.12
+        (always, share), (in_bursts, share_in_bursts) = shares
+        assert 60 < in_bursts < always / 6
+        assert share_in_bursts > share - 0.12
 
 
-def test_calibrate_learns_before_the_first_user(demo_pair, tmp_path):
+def test_calibrate_learns_costs_before_the_server_starts(demo_pair, tmp_path):
     file = tmp_path / "deploy.toml"
     file.write_text(GOODPUT.replace("DRAFT", str(demo_pair.draft)) + COSTS.format(folder=tmp_path / "costs"))
     command = [CLI, "calibrate", str(demo_pair.target), "--instant-config", str(file), "--most", "2", "--seconds", "2"]

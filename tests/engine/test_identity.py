@@ -1,15 +1,14 @@
-"""Float32 greedy answers are those of stock vLLM, with speculation on and budgets that change every step.
+"""Float32 greedy answers equal vLLM's, with speculation on and budgets that change every step.
 
-Prompts are read in pieces (chunked prefill) between the steps of others, and the KV cache is too small for all requests
-at once, so that some are preempted and begin again; the prefix cache is on, as it is by default.
+Chunked prefill mixes prompts with decoding, and the KV cache is too small for all requests at once, so that some are
+preempted and recomputed; the prefix cache is on, as it is by default.
 """
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from asking import ask, ask_all
+from asking import ask, ask_all, metrics_when
 from deployments import DRAFT_MODEL, EXAMPLE, HYBRID, NGRAM, SUFFIX
 
 DEPLOYMENTS = {
@@ -36,72 +35,68 @@ def _draft_length(server):
 
 
 def _padding(totals):
-    """What vLLM counts beside drafts: it pads a new request with one token left to read to the full draft length."""
+    """Padding that vLLM counts as drafts: a request with one uncached prompt token is padded to the full length."""
     return totals.get(VLLM_PROPOSED, 0) - totals.get(PROPOSED, 0)
 
 
 def _settled(server, length):
-    """The metrics once ours, which the API server asks the engine for every second, have caught up with vLLM's."""
-    deadline = time.monotonic() + 10
-    while True:
-        time.sleep(0.5)
-        totals = server.metrics()
-        # A step that ours lack may look like padding: its accepted tokens tell them apart.
-        equal = _padding(totals) in range(0, 4 * length, length) and totals[ACCEPTED] == totals[VLLM_ACCEPTED]
-        if equal or time.monotonic() > deadline:
-            return totals
+    """The metrics after ours, which the API server polls every second, have caught up with vLLM's."""
+
+    def caught_up(totals):
+        # A step that our counters lack may look like padding; the accepted tokens distinguish the two.
+        return _padding(totals) in range(0, 4 * length, length) and totals[ACCEPTED] == totals[VLLM_ACCEPTED]
+
+    return metrics_when(server, caught_up)
 
 
-def test_fifty_prompts_and_the_numbers_behind_them(server, prompts, expected):
+def test_fifty_prompts_and_their_metrics(server, prompts, expected):
     assert ask_all(server, prompts) == expected
 
     length = _draft_length(server)
     totals = _settled(server, length)
     proposed = totals[PROPOSED]
     assert proposed > 100
-    # Depends on how many cached prompts happen to end one token before a block does: none, one, rarely two.
+    # The number of cached prompts that end one token before a block boundary: none, one, rarely two.
     assert _padding(totals) in range(0, 4 * length, length)
     assert totals[ACCEPTED] == totals[VLLM_ACCEPTED] > 10
     assert totals["vllm_instant:draft_tokens_budgeted_total"] >= proposed
     assert totals["vllm_instant:plugin_info"] == 7
     assert "vllm_instant:plugin_failures_total" not in totals
     if httpx.get(f"{server.url}/v1/instant/deployment").json()["slots"]["batching"]["plugin"] != "fcfs":
-        # Whatever the order, and however small the pieces: everybody started once.
+        # Every request started once, whatever the order and the chunk size.
         assert totals["vllm_instant:requests_started_total"] == len(prompts)
 
 
-def test_a_seed_says_what_it_says_without_speculation(server, stock, prompts):
-    """To the letter, whoever drafts and however much."""
-
+def test_a_seed_gives_the_answer_that_it_gives_without_speculation(server, baseline, prompts):
     def texts(where):
         with ThreadPoolExecutor(4) as pool:
             asked = enumerate(prompts[:4])
             return list(pool.map(lambda a: ask(where, a[1][:500], temperature=1.0, seed=a[0])[0]["text"], asked))
 
-    assert texts(server) == texts(stock)
+    assert texts(server) == texts(baseline)
 
 
 @pytest.fixture(scope="module")
-def long_answers(stock, prompts):
-    """Eight short prompts with answers that together do not fit into the small KV cache, and what stock says."""
+def long_answers(baseline, prompts):
+    """Eight short prompts whose answers together exceed the small KV cache, and the baseline's answers."""
     beginnings = [prompt[:60] for prompt in prompts[:8]]
-    return beginnings, ask_all(stock, beginnings, max_tokens=260)
+    return beginnings, ask_all(baseline, beginnings, max_tokens=260)
 
 
-def test_preempted_requests_begin_again_and_say_the_same(server, long_answers):
+def test_preempted_requests_are_recomputed_with_the_same_answers(server, long_answers):
     beginnings, answers = long_answers
     assert ask_all(server, beginnings, max_tokens=260) == answers
     assert server.metrics()["vllm:num_preemptions_total"] > 0
 
 
-def test_answers_that_fill_the_models_length(server, stock, prompts):
+def test_answers_that_fill_the_models_length(server, baseline, prompts):
     long = "\n".join(prompts)[:9000]
-    ours, theirs = (ask(where, long, max_tokens=None, truncate_prompt_tokens=960) for where in (server, stock))
+    ours, theirs = (ask(where, long, max_tokens=None, truncate_prompt_tokens=960) for where in (server, baseline))
     assert ours[0]["text"] == theirs[0]["text"]
     assert ours[0]["finish_reason"] == theirs[0]["finish_reason"] == "length"
 
 
-def test_requests_that_are_aborted_in_flight_harm_nobody(server, prompts, expected):
+def test_requests_aborted_in_flight_do_not_affect_others(server, prompts, expected):
     def abandon(prompt):
         body = {"model": "demo", "prompt": prompt, "max_tokens": 200, "temperature": 0, "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
@@ -127,9 +122,9 @@ def test_requests_that_are_aborted_in_flight_harm_nobody(server, prompts, expect
     ],
     ids=lambda parameters: next(iter(parameters)),
 )
-def test_other_features_are_identical_too(server, stock, prompts, parameters):
+def test_other_features_are_identical_too(server, baseline, prompts, parameters):
     for prompt in prompts[:4]:
-        ours, theirs = ask(server, prompt, **parameters), ask(stock, prompt, **parameters)
+        ours, theirs = ask(server, prompt, **parameters), ask(baseline, prompt, **parameters)
         assert [c["text"] for c in ours] == [c["text"] for c in theirs]
         assert [c["finish_reason"] for c in ours] == [c["finish_reason"] for c in theirs]
         if "logprobs" in parameters:

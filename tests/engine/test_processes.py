@@ -4,23 +4,23 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
-from asking import ask_all
+from asking import ask_all, metrics_when
 from deployments import DRAFT_MODEL, EXAMPLE
 
 from vllm_instant.tools.measure.servers import serving_environment
 
+PROPOSED, VLLM_PROPOSED = "vllm_instant:draft_tokens_proposed_total", "vllm:spec_decode_num_draft_tokens_total"
+
 
 def test_two_tensor_parallel_workers(launch, prompts, expected):
-    """The drafter plugin runs in both workers, the budget is decided once; answers stay the same."""
+    """The drafter plugin runs in both workers, the budget is decided once, and answers stay the same."""
     words = ["--tensor-parallel-size", "2"]
     with launch(EXAMPLE, *words, VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
         answers = ask_all(server, prompts[:12])
-        time.sleep(1.5)
-        totals = server.metrics()
+        totals = metrics_when(server, lambda now: now.get("vllm_instant:draft_tokens_accepted_total", 0) > 0)
     assert answers == expected[:12]
     assert totals["vllm_instant:draft_tokens_accepted_total"] > 0
 
@@ -36,10 +36,9 @@ def test_two_api_servers_and_a_key(launch, prompts, expected):
             body = {"model": "demo", "prompt": prompt, "max_tokens": 48, "temperature": 0, "ignore_eos": True}
             response = httpx.post(f"{server.url}/v1/completions", json=body, headers=key, timeout=300)
             assert response.json()["choices"][0]["text"] == answer
-        time.sleep(1.5)
-        totals = server.metrics()
+        totals = metrics_when(server, lambda now: 0 < now.get(PROPOSED, 0) == now[VLLM_PROPOSED])
     assert deployment["slots"]["drafter"]["plugin"] == "model"
-    assert totals["vllm_instant:draft_tokens_proposed_total"] == totals["vllm:spec_decode_num_draft_tokens_total"] > 0
+    assert totals[PROPOSED] == totals[VLLM_PROPOSED] > 0
 
 
 OFFLINE = """
@@ -82,7 +81,7 @@ def test_offline(processes, demo_pair, tmp_path, plugin_folder, prompts, expecte
     assert answer["totals"]["speculation"]["proposed"] > 0
 
 
-def test_an_unselected_server_is_stock(stock):
-    metrics = httpx.get(f"{stock.url}/metrics").text
+def test_a_server_without_the_plugin_selected_is_plain_vllm(baseline):
+    metrics = httpx.get(f"{baseline.url}/metrics").text
     assert "vllm_instant" not in metrics
-    assert httpx.get(f"{stock.url}/v1/instant/deployment").status_code == 404
+    assert httpx.get(f"{baseline.url}/v1/instant/deployment").status_code == 404

@@ -37,7 +37,7 @@ def _proposed(server):
 
 
 def _seeded(where, prompts, length=400):
-    """All ways to sample at once, so that they meet in batches."""
+    """Send all sampling modes at once, so that they share batches."""
     asked = [(prompt, seed, p) for p in SAMPLING.values() for seed, prompt in enumerate(prompts[:PROMPTS_EACH])]
     with ThreadPoolExecutor(8) as pool:
         answers = pool.map(lambda a: ask(where, a[0][:length], seed=a[1], **a[2])[0]["text"], asked)
@@ -45,27 +45,27 @@ def _seeded(where, prompts, length=400):
 
 
 @pytest.fixture(scope="module")
-def seeded_by_stock(stock, prompts):
-    return _seeded(stock, prompts)
+def seeded_by_baseline(baseline, prompts):
+    return _seeded(baseline, prompts)
 
 
-def test_a_seed_says_what_it_says_without_speculation(server, seeded_by_stock, prompts):
-    """To the letter, with drafts and whatever their lengths."""
+def test_a_seed_gives_the_answer_that_it_gives_without_speculation(server, seeded_by_baseline, prompts):
+    """Identical texts, with drafts of varying length."""
     before = _proposed(server)
-    assert _seeded(server, prompts) == seeded_by_stock
+    assert _seeded(server, prompts) == seeded_by_baseline
     assert _proposed(server) > before
 
 
-def test_verify_agrees(server, stock, tmp_path):
+def test_verify_agrees(server, baseline, tmp_path):
     file = tmp_path / "report.json"
-    words = ["--stock", stock.url, "--ours", server.url, "--draws", "100", "--tokens", "3", "--json", str(file)]
+    words = ["--stock", baseline.url, "--ours", server.url, "--draws", "100", "--tokens", "3", "--json", str(file)]
     result = CliRunner().invoke(app, ["verify", *words])
     assert result.exit_code == 0, result.output
     assert {check["outcome"] for check in json.loads(file.read_text())[0]["checks"]} == {"pass"}
 
 
-def test_the_quality_report_reads_real_log_probabilities(server, stock, prompts):
-    arms = [Arm(where.url, "demo") for where in (server, stock)]
+def test_the_quality_report_reads_real_log_probabilities(server, baseline, prompts):
+    arms = [Arm(where.url, "demo") for where in (server, baseline)]
     found = quality.report(*arms, prompts[:4], prompts[4:8], tokens=12)
     assert found.tokens > 100
     assert 1 < found.stock_perplexity < 10_000
@@ -74,7 +74,7 @@ def test_the_quality_report_reads_real_log_probabilities(server, stock, prompts)
     assert found.answers == 4
 
 
-def test_requests_side_by_side_keep_their_seeds(server, stock, prompts):
+def test_requests_side_by_side_keep_their_seeds(server, baseline, prompts):
     """Seeded, unseeded and greedy requests in one batch."""
 
     def parameters(number):
@@ -85,16 +85,16 @@ def test_requests_side_by_side_keep_their_seeds(server, stock, prompts):
             jobs = [pool.submit(ask, where, prompts[number][:300], **parameters(number)) for number in range(12)]
             return [job.result()[0]["text"] for job in jobs]
 
-    ours, again, theirs = texts(server), texts(server), texts(stock)
+    ours, again, theirs = texts(server), texts(server), texts(baseline)
     for number in range(12):
         if number % 3 != 1:
             assert ours[number] == again[number] == theirs[number]
     assert any(ours[number] != again[number] for number in range(1, 12, 3))
 
 
-def test_log_probabilities_are_those_of_the_tokens(server, stock, prompts):
+def test_log_probabilities_are_those_of_the_tokens(server, baseline, prompts):
     request = {"temperature": 1.0, "seed": 5, "logprobs": 3, "return_token_ids": True}
-    ours, theirs = (ask(where, prompts[3][:300], **request)[0] for where in (server, stock))
+    ours, theirs = (ask(where, prompts[3][:300], **request)[0] for where in (server, baseline))
     assert ours["token_ids"] == theirs["token_ids"]
     assert ours["logprobs"]["tokens"] == theirs["logprobs"]["tokens"]
     assert ours["logprobs"]["token_logprobs"] == pytest.approx(theirs["logprobs"]["token_logprobs"], abs=1e-3)
@@ -103,7 +103,7 @@ def test_log_probabilities_are_those_of_the_tokens(server, stock, prompts):
     assert all(value <= 0 for value in unseeded["token_logprobs"])
 
 
-def test_masks_hold_for_drafts_and_what_follows_them(server, prompts):
+def test_masks_apply_to_drafts_and_to_the_tokens_after_them(server, prompts):
     allowed = [40, 41, 42, 43, 44, 300, 301]
     choice = ask(server, prompts[0][:200], temperature=1.0, allowed_token_ids=allowed, return_token_ids=True)[0]
     assert set(choice["token_ids"]) <= set(allowed)

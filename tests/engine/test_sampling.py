@@ -1,7 +1,7 @@
-"""Sampled answers follow the model's distribution, which on the CPU needs the repair of vLLM's expansion.
+"""Sampled answers follow the model's distribution, which on the CPU needs a repair of vLLM's expand kernel.
 
 The exact joint distribution of three tokens (top-k 3, so 27 outcomes) comes from transformers; thousands of sampled
-completions are held against it. A wrong sampler is far away: without the repairs the temperature of draft tokens is
+completions are compared with it. A wrong sampler is far off: without the repairs the temperature of draft tokens is
 uninitialised memory, and top-k without top-p kills the engine.
 """
 
@@ -49,7 +49,7 @@ def exact(demo_pair):
 
 def _p_value(server, exact):
     counts = Counter()
-    # Without seeds: requests with a seed are not left to the rejection sampler.
+    # Without seeds: seeded requests bypass the rejection sampler.
     for _ in range(REQUESTS):
         choices = ask(
             server,
@@ -65,7 +65,7 @@ def _p_value(server, exact):
     assert total == REQUESTS * COMPLETIONS
     if set(counts) - set(exact):
         return 0.0  # tokens that top-k excludes
-    # Rare outcomes are pooled, as the chi-square approximation wants.
+    # Rare outcomes are pooled, as the chi-square approximation requires.
     common = [
         outcome
         for outcome in product(*[{t[i] for t in exact} for i in range(TOKENS)])
@@ -87,7 +87,7 @@ def test_our_server_samples_the_models_distribution(launch, exact):
         assert before > 0, "without drafts this would test nothing"
 
 
-def test_stock_speculation_is_wrong_exactly_where_the_probes_say_so(demo_pair, exact, tmp_path):
+def test_vllms_own_speculation_is_wrong_exactly_where_the_probes_detect_it(demo_pair, exact, tmp_path):
     speculation = {"method": "draft_model", "model": str(demo_pair.draft), "num_speculative_tokens": 5}
     words = [
         *COMMON,

@@ -1,4 +1,4 @@
-"""Prompts that are typed into a real server; the demo's target in float32, with an API key and a chat template."""
+"""Streaming prompts on a real server: the demo's target in float32, with an API key and a chat template."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import random
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import websockets
+from asking import settled_metrics
 from streaming_checks import abuse_part, identity_part
 from streaming_harness import pieces, typed, typing
 from typer.testing import CliRunner
@@ -51,7 +51,7 @@ def session(server: Server, **request: Any) -> StreamingSession:
 
 
 def whole(server: Server, text: str, **request: Any) -> list[dict[str, Any]]:
-    """The choices of the same prompt sent at once; the salt keeps it away from what sessions have read."""
+    """The choices of the same prompt sent whole; the cache_salt keeps it apart from the sessions' cached blocks."""
     body = {**GREEDY, "cache_salt": text[:20], **request}
     body["messages"] = [*request.get("messages", []), {"role": "user", "content": text}]
     response = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=120)
@@ -60,7 +60,7 @@ def whole(server: Server, text: str, **request: Any) -> list[dict[str, Any]]:
     return choices
 
 
-def test_what_is_typed_with_mistakes_is_answered_as_if_sent_whole(server: Server) -> None:
+def test_an_edited_prompt_is_answered_as_if_sent_whole(server: Server) -> None:
     found = asyncio.run(identity_part(server.url, count=12, key=KEY))
     assert found["identical"] == 12
 
@@ -96,7 +96,7 @@ def test_a_commit_has_every_option_of_the_chat_endpoint(server: Server, options:
             assert tokens == [entry["token"] for entry in expected["logprobs"]["content"]]
 
 
-def test_what_is_read_ahead_is_cached_and_not_counted_as_requests(server: Server) -> None:
+def test_prefilled_text_is_cached_and_not_counted_as_requests(server: Server) -> None:
     names = {
         "requests": "vllm:request_success_total",
         "first tokens": "vllm:time_to_first_token_seconds_count",
@@ -106,8 +106,7 @@ def test_what_is_read_ahead_is_cached_and_not_counted_as_requests(server: Server
         "hits": "vllm:prefix_cache_hits_total",
         "commits": "vllm_instant:streaming_time_to_first_token_seconds_count",
     }
-    time.sleep(1.2)
-    before = server.metrics()
+    before = settled_metrics(server)
     text = pieces(1500, 1, 22)[0]
 
     async def run() -> int:
@@ -120,8 +119,7 @@ def test_what_is_read_ahead_is_cached_and_not_counted_as_requests(server: Server
             return typing_session.prefilled_tokens
 
     read = asyncio.run(run())
-    time.sleep(0.5)
-    after = server.metrics()
+    after = settled_metrics(server)
     grown = {what: after[name] - before.get(name, 0.0) for what, name in names.items()}
     assert grown["requests"] == grown["first tokens"] == grown["commits"] == 1
     assert grown["chunks"] > 3
@@ -130,7 +128,7 @@ def test_what_is_read_ahead_is_cached_and_not_counted_as_requests(server: Server
     assert grown["prompt tokens"] < read + 150
 
 
-def test_what_a_session_holds_is_kept_to_the_last_token(server: Server) -> None:
+def test_a_session_pins_its_prefix_to_the_last_token(server: Server) -> None:
     """The prefix cache alone would keep whole blocks of 32 tokens."""
 
     async def hits(extra: str) -> float:
@@ -152,16 +150,14 @@ def test_what_a_session_holds_is_kept_to_the_last_token(server: Server) -> None:
     assert any(tokens % 32 for tokens in found), found
 
 
-def test_the_answer_begins_in_a_pause_and_counts_once_it_is_asked_for(server: Server) -> None:
-    time.sleep(0.5)
-    before = server.metrics()
-    # Without drafts the answer is not complete before the commit.
+def test_a_speculative_answer_starts_in_a_pause_and_counts_after_the_commit(server: Server) -> None:
+    before = settled_metrics(server)
+    # Without drafts the answer is incomplete at the time of the commit.
     request = {**GREEDY, "max_tokens": 200, "ignore_eos": True, "vllm_xargs": {"instant_speculation": "off"}}
     answer = asyncio.run(typed(server.url, [(0, 0, "Why is the sky blue?")], 0.1, 0.25, api_key=KEY, **request))
     assert answer.text == whole(server, "Why is the sky blue?", **request)[0]["message"]["content"]
     assert answer.in_server < 0.01
-    time.sleep(0.3)
-    after = server.metrics()
+    after = settled_metrics(server)
     assert after["vllm:request_success_total"] - before["vllm:request_success_total"] == 2
 
 
@@ -180,7 +176,7 @@ def test_turns_follow_each_other_in_one_session(server: Server) -> None:
     assert second == whole(server, "import re", messages=history)[0]["message"]["content"]
 
 
-def test_nobody_suffers_from_sessions_that_misbehave(server: Server) -> None:
+def test_misbehaving_sessions_do_not_affect_other_requests(server: Server) -> None:
     found = asyncio.run(abuse_part(server, sessions=40, key=KEY))
     assert not found["errors_of_other_requests"]
     assert found["other_requests"]["during"] > 3
@@ -191,7 +187,7 @@ def test_nobody_suffers_from_sessions_that_misbehave(server: Server) -> None:
     assert found["alive"]
 
 
-def test_the_api_key_guards_sessions_and_tokens_open_them(server: Server) -> None:
+def test_sessions_need_the_api_key_or_a_session_token(server: Server) -> None:
     address = f"ws{server.url.removeprefix('http')}/v1/instant/session"
 
     async def opened(**credentials: Any) -> str:
@@ -241,8 +237,8 @@ window.WebSocket = class extends Native {
 """
 
 
-def test_a_person_types_into_the_page(server: Server) -> None:
-    """Over a line so slow that the session is opened again (the key's field loses the focus) while they type."""
+def test_the_demo_page_in_a_browser(server: Server) -> None:
+    """The connection is so slow that the session reopens (the key's field loses the focus) during typing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
@@ -274,7 +270,7 @@ def test_a_person_types_into_the_page(server: Server) -> None:
             chromium.close()
 
 
-def test_the_dashboard_asks_for_metrics_that_are_exported(server: Server) -> None:
+def test_the_dashboard_queries_exported_metrics(server: Server) -> None:
     exported = set()
     for line in httpx.get(f"{server.url}/metrics").text.splitlines():
         if line.startswith("# TYPE "):
@@ -311,8 +307,8 @@ def test_a_load_test_measures_chats_completions_and_typists(server: Server, tmp_
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_nothing_went_wrong_inside_whatever_clients_did(server: Server) -> None:
-    """Runs last."""
+def test_the_log_has_no_errors_after_all_tests(server: Server) -> None:
+    """Runs last, on the log of all tests in this file."""
     assert server.metrics()[HELD] == 0
     for fault in ("Exception in ASGI", "of session", "reads no more ahead", "raised in"):
         assert fault not in server.log_text()
