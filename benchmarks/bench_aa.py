@@ -21,10 +21,10 @@ from typing import Any
 from results import HERE, earlier, write
 from rich.console import Console
 
-from vllm_instant.tools.bench.checkpoint import State
-from vllm_instant.tools.bench.plan import AGAIN, OURS, SHORT, STOCK, Plan
-from vllm_instant.tools.bench.rows import Row, rows
-from vllm_instant.tools.bench.session import RunningArms, run
+from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
+from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, OURS, SHORT, BenchPlan
+from vllm_instant.tools.bench.rows import BenchRow, bench_rows
+from vllm_instant.tools.bench.session import ExternalServers, run_bench
 from vllm_instant.tools.demo import assets, widen_model
 from vllm_instant.tools.measure.servers import Server, running, terminable
 
@@ -33,14 +33,14 @@ WORDS = ["--served-model-name", "demo", "--max-model-len", "1024", "--max-num-se
 
 def one_run(urls: Sequence[str], path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """One bench: what got a verdict, and how far the rows were from one."""
-    arms = RunningArms(dict(zip((STOCK, AGAIN, OURS), urls, strict=True)), {})
-    plan = Plan(**{**SHORT, **given})
-    state = State(path, plan.setup(), arms.names)
+    arms = ExternalServers(dict(zip((BASELINE, BASELINE_AGAIN, OURS), urls, strict=True)), {})
+    plan = BenchPlan(**{**SHORT, **given})
+    state = BenchCheckpoint(path, plan.setup(), arms.names)
     plan = replace(plan, salt=state.salt)
-    run(plan, arms, state, lambda text, done: None)
-    found = rows(plan, state, None, None)
+    run_bench(plan, arms, state, lambda text, done: None)
+    found = bench_rows(plan, state, None, None)
     contrasts = {f"{row.group}: {row.name}": row.contrasts[OURS].plain() for row in found if OURS in row.contrasts}
-    others = [(OURS, AGAIN, STOCK), (STOCK, OURS, AGAIN)]
+    others = [(OURS, BASELINE_AGAIN, BASELINE), (BASELINE, OURS, BASELINE_AGAIN)]
     return {
         "false_verdicts": false_verdicts(found),
         "rows_judged": len(contrasts),
@@ -58,13 +58,13 @@ def one_run(urls: Sequence[str], path: Path, given: Mapping[str, Any]) -> dict[s
             }
             for users in plan.concurrency
         },
-        "other_roles": [false_verdicts(rows(plan, in_roles(state, roles), None, None)) for roles in others],
+        "other_roles": [false_verdicts(bench_rows(plan, in_roles(state, roles), None, None)) for roles in others],
     }
 
 
-def in_roles(state: State, played_by: tuple[str, str, str]) -> Any:
+def in_roles(state: BenchCheckpoint, played_by: tuple[str, str, str]) -> Any:
     """The same rounds with other servers called stock, stock again and ours; without quality, which needs its stock."""
-    roles = dict(zip((STOCK, AGAIN, OURS), played_by, strict=True))
+    roles = dict(zip((BASELINE, BASELINE_AGAIN, OURS), played_by, strict=True))
 
     def recast(by_arm: Mapping[str, Any]) -> dict[str, Any]:
         return {role: by_arm[player] for role, player in roles.items()}
@@ -73,7 +73,7 @@ def in_roles(state: State, played_by: tuple[str, str, str]) -> Any:
     return SimpleNamespace(arms=state.arms, turns=turns, served=recast(state.served), quality=None)
 
 
-def false_verdicts(found: Sequence[Row]) -> list[str]:
+def false_verdicts(found: Sequence[BenchRow]) -> list[str]:
     """Rows that say better or worse."""
     judged = [(row, row.contrasts[OURS].verdict) for row in found if OURS in row.contrasts]
     return [f"{row.group}: {row.name}: {verdict}" for row, verdict in judged if verdict != "no difference"]

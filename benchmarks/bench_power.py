@@ -14,7 +14,7 @@ import numpy as np
 from results import HERE, write
 from rich.console import Console
 
-from vllm_instant.tools.measure.significance import margin_for, ratio, resampled
+from vllm_instant.tools.measure.significance import margin_for, ratio_contrast, resample_rounds
 
 PROCESS, ROW, ROUND, DRIFT = 0.025, 0.01, 0.025, 0.05
 """Standard deviations: what a process is faster or slower by for life, and by row; noise of a turn; steps of drift.
@@ -52,10 +52,12 @@ def simulated_verdicts(
         speeds = luck + own + drift[:, None] + generator.normal(0, ROUND, (rounds, 3))
         speeds[:, 2] += np.log1p(effect)
         arms = [
-            resampled([np.array([[800.0, 800.0 / s]]) for s in np.exp(speeds[:, arm])], _rate, draws=250)
+            resample_rounds([np.array([[800.0, 800.0 / s]]) for s in np.exp(speeds[:, arm])], _rate, draws=250)
             for arm in range(3)
         ]
-        contrast = ratio(arms[2], arms[0], arms[1], better="higher", margin=margin_for(starts), comparisons=COMPARISONS)
+        contrast = ratio_contrast(
+            arms[2], arms[0], arms[1], better="higher", margin=margin_for(starts), comparisons=COMPARISONS
+        )
         found.append(contrast.verdict if contrast is not None else "")
     return found
 

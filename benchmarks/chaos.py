@@ -22,12 +22,12 @@ from typing import Any
 import psutil
 
 from vllm_instant.tools.demo import assets
-from vllm_instant.tools.measure.open_loop import Due, Followed, follow_all, open_client
+from vllm_instant.tools.measure.open_loop import OpenLoopRequest, OpenLoopResult, follow_all, open_client
 from vllm_instant.tools.measure.prompts import snippets
 from vllm_instant.tools.measure.servers import Server
 from vllm_instant_loadtests import causes
 from vllm_instant_loadtests.prompts import creative, long
-from vllm_instant_loadtests.run_recorder import Client, Event, Recorder, Request, Run
+from vllm_instant_loadtests.run_recorder import Disturbance, GeneratorSample, RecordedRequest, RecordedRun, RunRecorder
 
 MODEL = "demo"
 WARM_UP = 12.0
@@ -76,8 +76,8 @@ LIVES = {
 class Plan:
     """What is sent and done in one run, on its clock."""
 
-    requests: list[Due]
-    actions: list[Event] = field(default_factory=list)
+    requests: list[OpenLoopRequest]
+    actions: list[Disturbance] = field(default_factory=list)
     """Disturbances that are not requests: pauses."""
     events: list[tuple[str, float, float, str]] = field(default_factory=list)
     """All disturbances: cause, when it begins, when it was meant to end, and the kind of its requests."""
@@ -134,7 +134,7 @@ def _disturb(plan: Plan, cause: str, at: float, seed: str, choose: random.Random
         seconds = choose.uniform(1.2, 2.4)
         whole = choose.random() < 0.5
         note = "" if cause == causes.CLIENT else "all processes" if whole else "engine core"
-        plan.actions.append(Event(MODEL, cause, at, at + seconds, note))
+        plan.actions.append(Disturbance(MODEL, cause, at, at + seconds, note))
         plan.events.append((cause, at, at + seconds, ""))
         return at + seconds
     if cause == causes.ACCEPTANCE:
@@ -169,12 +169,12 @@ def _disturb(plan: Plan, cause: str, at: float, seed: str, choose: random.Random
     return at + seconds + {causes.MEMORY: 6.0, causes.QUEUEING: 4.0, causes.BATCH: 3.0}.get(cause, 1.5)
 
 
-def play(target: Server, plan: Plan, folder: Path, about: dict[str, Any]) -> Run:
+def play(target: Server, plan: Plan, folder: Path, about: dict[str, Any]) -> RecordedRun:
     """Send and do all of a plan, record it in ``folder``, and read it again."""
     clock = time.perf_counter() + 1.5
     server_about = {"name": MODEL, "url": target.url, "model": MODEL, "deployment": " ".join(target.arguments)}
     segment = {"server": MODEL, "began": 0.0, "ended": plan.seconds, "from": 0.0, "until": plan.seconds, "number": 0}
-    recorder = Recorder(folder, about | {"servers": [server_about], "segments": [segment], "clock": clock})
+    recorder = RunRecorder(folder, about | {"servers": [server_about], "segments": [segment], "clock": clock})
     watching = subprocess.Popen(
         [
             *(sys.executable, "-m", "vllm_instant_loadtests.metrics_poller", str(folder)),
@@ -190,7 +190,7 @@ def play(target: Server, plan: Plan, folder: Path, about: dict[str, Any]) -> Run
         watching.terminate()
         watching.wait()
         recorder.close()
-    run = Run.read(folder)
+    run = RecordedRun.read(folder)
     run.about["cores_used"] = {"here": round(used / plan.seconds, 3), "elsewhere": round(others / plan.seconds, 3)}
     return run
 
@@ -207,10 +207,10 @@ def _family(target: Server) -> list[psutil.Process]:
     return [front, *front.children(recursive=True)]
 
 
-async def _play(target: Server, plan: Plan, recorder: Recorder, clock: float) -> None:
+async def _play(target: Server, plan: Plan, recorder: RunRecorder, clock: float) -> None:
     ends: dict[str, float] = {}
 
-    def record(followed: Followed) -> None:
+    def record(followed: OpenLoopResult) -> None:
         ends[followed.kind] = max(ends.get(followed.kind, 0.0), followed.due + followed.ended)
         recorder.add(_request(followed))
 
@@ -223,11 +223,11 @@ async def _play(target: Server, plan: Plan, recorder: Recorder, clock: float) ->
     watch.cancel()
     notes = {action.began: action.note for action in plan.actions}
     for cause, began, ended, kind in plan.events:
-        event = Event(MODEL, cause, began, max(ended, ends.get(kind, 0.0)), notes.get(began, ""))
+        event = Disturbance(MODEL, cause, began, max(ended, ends.get(kind, 0.0)), notes.get(began, ""))
         recorder.add(event)
 
 
-async def _act(target: Server, action: Event, clock: float) -> None:
+async def _act(target: Server, action: Disturbance, clock: float) -> None:
     await asyncio.sleep(max(0.0, clock + action.began - time.perf_counter()))
     seconds = action.ended - action.began
     if action.cause == causes.CLIENT:
@@ -247,7 +247,7 @@ async def _act(target: Server, action: Event, clock: float) -> None:
             os.kill(process.pid, signal.SIGCONT)
 
 
-async def _watch_itself(recorder: Recorder, clock: float) -> None:
+async def _watch_itself(recorder: RunRecorder, clock: float) -> None:
     worst, read_at, used = 0.0, time.perf_counter(), time.process_time()
     while True:
         due = time.perf_counter() + TIMER
@@ -256,7 +256,9 @@ async def _watch_itself(recorder: Recorder, clock: float) -> None:
         worst = max(worst, now - due)
         if now - read_at >= READING:
             cpu = time.process_time()
-            recorder.add(Client(round(now - clock, 4), round(worst, 5), round((cpu - used) / (now - read_at), 4)))
+            recorder.add(
+                GeneratorSample(round(now - clock, 4), round(worst, 5), round((cpu - used) / (now - read_at), 4))
+            )
             worst, read_at, used = 0.0, now, cpu
 
 
@@ -268,7 +270,7 @@ def _due(
     choose: random.Random,
     temperature: float = 0.0,
     leave: int | None = None,
-) -> Due:
+) -> OpenLoopRequest:
     body = {
         "model": MODEL,
         "prompt": prompt,
@@ -277,12 +279,12 @@ def _due(
         "ignore_eos": True,
         "seed": choose.getrandbits(31),
     }
-    return Due(at, body, kind, leave)
+    return OpenLoopRequest(at, body, kind, leave)
 
 
-def _request(followed: Followed) -> Request:
+def _request(followed: OpenLoopResult) -> RecordedRequest:
     due = followed.due
-    return Request(
+    return RecordedRequest(
         id=followed.id,
         server=MODEL,
         kind=followed.kind,

@@ -28,11 +28,11 @@ from regret_setup import MAX_TOKENS, MODEL, OFF, OURS, Servers, record_answers
 from results import write
 from rich.console import Console
 
-from vllm_instant.tools.measure.load import Measured, measure
+from vllm_instant.tools.measure.closed_loop import ClosedLoopResult, run_closed_loop
 from vllm_instant.tools.measure.prompts import snippets
 from vllm_instant.tools.measure.server_info import newest_decisions
 from vllm_instant.tools.measure.servers import running, settle
-from vllm_instant.tools.measure.speedup_estimate import balance, decoding_speed
+from vllm_instant.tools.measure.speedup_estimate import decoding_speed, estimate_speedup
 from vllm_instant.tools.measure.statistics import Interval, median_interval, ratio_interval
 
 STEPS_TO_NOTICE = 50
@@ -126,7 +126,7 @@ def one_load(servers: Servers, prompts: Any, perfect: dict[str, Any], users: int
     def turn(name: str, server: str, seconds: float, number: int, speculation: int | str | None = None) -> None:
         settle()
         extra = {} if speculation is None else {"vllm_xargs": {"instant_speculation": speculation}}
-        measured = measure(
+        measured = run_closed_loop(
             servers.url(server),
             MODEL,
             prompts,
@@ -160,7 +160,7 @@ def one_load(servers: Servers, prompts: Any, perfect: dict[str, Any], users: int
         speeds.setdefault("after the recovery", []).append(again)
         begin = switching.first_hopeless_step
         decisions = newest_decisions(servers.url(OURS), 2048)
-        found = balance([d for d in decisions if STEPS_TO_NOTICE <= d["step"] - begin < HOPELESS_STEPS])
+        found = estimate_speedup([d for d in decisions if STEPS_TO_NOTICE <= d["step"] - begin < HOPELESS_STEPS])
         if found is None:
             raise SystemExit("drafting never ended after the collapse")
         step_by_step.append(found.speed)
@@ -193,9 +193,9 @@ def full_steps(servers: Servers, users: int, begin: int, end: float = math.inf) 
     return found
 
 
-def load_while(switching: Switching, servers: Servers, prompts: Any, users: int, number: int) -> Measured:
+def load_while(switching: Switching, servers: Servers, prompts: Any, users: int, number: int) -> ClosedLoopResult:
     """The load of ours, long enough for the drafter's two changes."""
-    turn = measure(
+    turn = run_closed_loop(
         servers.url(OURS),
         MODEL,
         prompts,

@@ -33,10 +33,10 @@ from rich.console import Console
 from switchable_sources import HYBRID, MODEL, MODEL_LENGTH, OFF, RECORD_VARIABLE, RECORDED, SUFFIX, TURN_KEY
 
 from vllm_instant.tools.demo import assets
-from vllm_instant.tools.measure.interleaved_rounds import take_turn
-from vllm_instant.tools.measure.load import Prompt
+from vllm_instant.tools.measure.closed_loop import PromptSpec
+from vllm_instant.tools.measure.interleaved_rounds import run_arm_round
 from vllm_instant.tools.measure.prompts import free, records, snippets, sums
-from vllm_instant.tools.measure.sampling import Arm
+from vllm_instant.tools.measure.sampling import ServerClient
 from vllm_instant.tools.measure.server_info import newest_decisions
 from vllm_instant.tools.measure.servers import Server, running
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
@@ -49,7 +49,7 @@ PINS: dict[str, Any] = {OFF: "off", RECORDED: MODEL_LENGTH}
 TOKENS = 112
 
 
-def prompts_of(count: int) -> dict[str, list[Prompt]]:
+def prompts_of(count: int) -> dict[str, list[PromptSpec]]:
     """The classes of prompts, none of them twice."""
     made = {
         "code": snippets("code", 0.0, 4 * count, 11),
@@ -116,14 +116,14 @@ class ArmTurn:
 Round = Mapping[str, ArmTurn]
 
 
-def one_turn(server: Server, arm: str, prompts: Sequence[Prompt], number: int, seed: int) -> ArmTurn:
+def one_turn(server: Server, arm: str, prompts: Sequence[PromptSpec], number: int, seed: int) -> ArmTurn:
     """All prompts, one after the other."""
     arguments: dict[str, Any] = {TURN_KEY: number}
     if arm in PINS:
         arguments["instant_speculation"] = PINS[arm]
     extra = {"cache_salt": arm, "vllm_xargs": arguments}
     asked = [replace(prompt, extra=extra) for prompt in prompts]
-    turn = take_turn(Arm(server.url, NAME), asked, concurrency=1, tokens=TOKENS, seed=seed)
+    turn = run_arm_round(ServerClient(server.url, NAME), asked, concurrency=1, tokens=TOKENS, seed=seed)
     # The policy sees a step, and the drafter that a request has ended, when the next step runs.
     body = {"model": NAME, "prompt": "x", "max_tokens": 3, "ignore_eos": True}
     body |= {"cache_salt": OFF, "vllm_xargs": {"instant_speculation": "off"}}
@@ -132,7 +132,7 @@ def one_turn(server: Server, arm: str, prompts: Sequence[Prompt], number: int, s
     return ArmTurn(turn.seconds, turn.tokens, steps)
 
 
-def rounds_of(server: Server, kind: str, prompts: Sequence[Prompt], rounds: int) -> list[Round]:
+def rounds_of(server: Server, kind: str, prompts: Sequence[PromptSpec], rounds: int) -> list[Round]:
     """The rounds that count."""
     each = len(prompts) // (rounds + 1)
     order = random.Random(kind)

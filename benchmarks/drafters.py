@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_instant.tools.demo import assets
+from vllm_instant.tools.measure.closed_loop import PromptSpec, run_closed_loop
 from vllm_instant.tools.measure.interleaved_rounds import interleaved
-from vllm_instant.tools.measure.load import Prompt, measure
 from vllm_instant.tools.measure.prompts import free, records, snippets, sums
 from vllm_instant.tools.measure.servers import Server, running, settle
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
@@ -46,7 +46,7 @@ METRICS_SECONDS = 2.5
 """After which the numbers of a load are on ``/metrics``: they are polled once a second."""
 
 
-def workloads() -> dict[str, Sequence[Prompt]]:
+def workloads() -> dict[str, Sequence[PromptSpec]]:
     """The classes of prompts."""
     return {
         "code": snippets("code", 0.0, 256, 11),
@@ -103,9 +103,9 @@ def totals_of(url: str) -> np.ndarray:
     return totals
 
 
-def turn(server: Server, prompts: Sequence[Prompt], users: int, seconds: float, number: int, **extra: Any) -> float:
+def turn(server: Server, prompts: Sequence[PromptSpec], users: int, seconds: float, number: int, **extra: Any) -> float:
     """One turn's tokens a second."""
-    measured = measure(
+    measured = run_closed_loop(
         server.url,
         MODEL,
         prompts,
@@ -121,7 +121,7 @@ def turn(server: Server, prompts: Sequence[Prompt], users: int, seconds: float, 
 
 
 def one_class(
-    arms: dict[str, Server], name: str, prompts: Sequence[Prompt], users: int, rounds: int, seconds: float
+    arms: dict[str, Server], name: str, prompts: Sequence[PromptSpec], users: int, rounds: int, seconds: float
 ) -> dict[str, Any]:
     """Acceptance and speed of all drafters on one class of prompts."""
     acceptance = {}

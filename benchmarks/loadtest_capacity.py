@@ -27,7 +27,7 @@ import httpx
 import numpy as np
 from results import write
 
-from vllm_instant_loadtests.run_recorder import Run
+from vllm_instant_loadtests.run_recorder import RecordedRun
 
 HERE = Path(__file__).resolve().parent
 LOCUSTFILE = HERE.parent / "loadtests/locustfile.py"
@@ -84,10 +84,10 @@ def one_load(streams: int, step_ms: float, seconds: float, folder: Path) -> dict
         if client.wait() != 0:
             raise SystemExit("the load generator failed")
     sent = {line["id"]: line["sent"] for line in map(json.loads, truth.read_text().splitlines())}
-    return compared(Run.read(output), sent, streams, step_ms)
+    return compared(RecordedRun.read(output), sent, streams, step_ms)
 
 
-def compared(run: Run, sent: dict[str, list[list[float]]], streams: int, step_ms: float) -> dict[str, Any]:
+def compared(run: RecordedRun, sent: dict[str, list[list[float]]], streams: int, step_ms: float) -> dict[str, Any]:
     """What was recorded beside what the mock sent."""
     clock = run.about["clock"]
     late, ttft_error, ours, theirs = [], [], [], []

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from results import write
 
-from vllm_instant_loadtests.run_recorder import Request, Run
+from vllm_instant_loadtests.run_recorder import RecordedRequest, RecordedRun
 
 HERE = Path(__file__).resolve().parent
 BEFORE, AFTER = "structured", "creative"
@@ -46,7 +46,7 @@ def main() -> None:
             loadtest(None, "--analyse", str(folder))
         if options.keep:
             shutil.copytree(name, options.keep, dirs_exist_ok=True)
-        runs = [Run.read(folder) for folder in folders]
+        runs = [RecordedRun.read(folder) for folder in folders]
         report: dict[str, Any] = json.loads((folders[0] / "report.json").read_text())
         shutil.copy(folders[0] / "report.html", options.page)
     report["run"].pop("environment_info", None)
@@ -77,12 +77,12 @@ def loadtest(folder: Path | None, *words: str) -> None:
     subprocess.run([sys.executable, "-m", "vllm_instant.tools.cli", "loadtest", *words], check=True, cwd=folder)
 
 
-def of_kind(requests: Sequence[Request], kind: str) -> list[Request]:
+def of_kind(requests: Sequence[RecordedRequest], kind: str) -> list[RecordedRequest]:
     """The requests of one kind of traffic."""
     return [request for request in requests if request.kind == kind]
 
 
-def compared(before: Sequence[Request], after: Sequence[Request]) -> dict[str, Any]:
+def compared(before: Sequence[RecordedRequest], after: Sequence[RecordedRequest]) -> dict[str, Any]:
     """99th percentiles of some requests over those of others."""
     return {
         "ITL": ratio([itl(r) for r in before], [itl(r) for r in after]),
@@ -115,7 +115,7 @@ def p99(values: Sequence[np.ndarray]) -> float:
     return float(np.nanpercentile(np.concatenate(values), 99))
 
 
-def itl(request: Request) -> np.ndarray:
+def itl(request: RecordedRequest) -> np.ndarray:
     """One entry a token after the first arrival: tokens that arrive together share the time since those before."""
     if len(request.arrivals) < 2:
         return np.empty(0)
@@ -124,7 +124,7 @@ def itl(request: Request) -> np.ndarray:
     return np.repeat(np.diff(times) / tokens, tokens.astype(int))
 
 
-def gaps(request: Request) -> np.ndarray:
+def gaps(request: RecordedRequest) -> np.ndarray:
     """Seconds between arrivals, however many tokens they bring: for how long nothing moved."""
     return np.diff([when for when, _ in request.arrivals])
 

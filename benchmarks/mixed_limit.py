@@ -25,7 +25,7 @@ from regret_setup import MAX_TOKENS, MODEL, OURS, Servers, mixed
 from results import earlier, merged, write
 from rich.console import Console
 
-from vllm_instant.tools.measure.load import Prompt, measure
+from vllm_instant.tools.measure.closed_loop import PromptSpec, run_closed_loop
 from vllm_instant.tools.measure.servers import running, settle
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
@@ -36,7 +36,7 @@ DROPPED_BELOW = 0.85
 PairOfLengths = tuple[int, int]
 
 
-def pinned(prompts: Sequence[Prompt], pair: PairOfLengths) -> list[Prompt]:
+def pinned(prompts: Sequence[PromptSpec], pair: PairOfLengths) -> list[PromptSpec]:
     """The prompts with the length of their class asked for."""
     lengths = {"structured": pair[0], "free": pair[1]}
     return [replace(p, extra={"vllm_xargs": {"instant_speculation": lengths[p.kind] or "off"}}) for p in prompts]
@@ -54,7 +54,7 @@ def one_load(server: str, users: int, rounds: int, seconds: float) -> dict[str, 
         # The policy itself learns in a turn that does not count.
         for pair in [*pairs, None] if number >= 0 else [None]:
             settle()
-            turn = measure(
+            turn = run_closed_loop(
                 server,
                 MODEL,
                 pinned(prompts, pair) if pair is not None else prompts,

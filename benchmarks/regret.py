@@ -55,11 +55,11 @@ from results import earlier, merged, write
 from rich.console import Console
 from rich.table import Table
 
-from vllm_instant.tools.measure.load import Measured, measure
+from vllm_instant.tools.measure.closed_loop import ClosedLoopResult, run_closed_loop
 from vllm_instant.tools.measure.prompts import snippets
 from vllm_instant.tools.measure.server_info import newest_decisions
 from vllm_instant.tools.measure.servers import running, settle
-from vllm_instant.tools.measure.speedup_estimate import balance
+from vllm_instant.tools.measure.speedup_estimate import estimate_speedup
 from vllm_instant.tools.measure.statistics import Interval, median_interval, ratio_interval
 
 DROPPED_BELOW = {0: 0.7, 1: 0.85}
@@ -82,7 +82,7 @@ class Cell:
 
     workload: str
     load: int
-    turns: dict[str, list[Measured]] = field(default_factory=dict)
+    turns: dict[str, list[ClosedLoopResult]] = field(default_factory=dict)
     step_by_step: list[float] = field(default_factory=list)
     """Speed of ours relative to its own steps without drafts, of the rounds that had such steps."""
 
@@ -174,7 +174,7 @@ def run_cell(servers: Servers, workload: Workload, load: int, rounds: int, secon
         for arm in arms if number >= 0 else [OURS, OFF]:
             settle()
             before = newest_step(servers) if arm == OURS else 0
-            turn = measure(
+            turn = run_closed_loop(
                 servers.url(asked[arm].server),
                 MODEL,
                 workload.prompts,
@@ -194,7 +194,7 @@ def run_cell(servers: Servers, workload: Workload, load: int, rounds: int, secon
                 prompts_per_round *= 2
             if arm == OURS and number >= 0:
                 decisions = newest_decisions(servers.url(OURS), 2048)
-                found = balance(decision for decision in decisions if decision["step"] > before)
+                found = estimate_speedup(decision for decision in decisions if decision["step"] > before)
                 if found is not None:
                     cell.step_by_step.append(found.speed)
         if number in DROPPED_BELOW:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from vllm_instant.tools.demo import assets
-from vllm_instant.tools.measure.load import Prompt
+from vllm_instant.tools.measure.closed_loop import PromptSpec
 from vllm_instant.tools.measure.prompts import free, snippets
 from vllm_instant.tools.measure.servers import Server
 
@@ -34,7 +34,7 @@ class Workload:
     family: str
     """Servers with the same family draft in the same way."""
     control: dict[str, Any] | None
-    prompts: Sequence[Prompt]
+    prompts: Sequence[PromptSpec]
     whole_answers: bool = False
     """Whether turns shall be longer than any answer: where an arm is much faster than another for some requests, it
     would begin new answers, and read their prompts, within a short turn, and the other would not."""
@@ -63,7 +63,7 @@ def arms_of(servers: Servers, workload: Workload) -> dict[str, Arm]:
     return arms
 
 
-def mixed(count: int, seed: int) -> list[Prompt]:
+def mixed(count: int, seed: int) -> list[PromptSpec]:
     """Structured prompts at temperature 0 and open-ended ones at temperature 1, in turn."""
     structured = snippets("structured", 0.0, count, seed)
     return [prompt for pair in zip(structured, free(count, seed + 1), strict=False) for prompt in pair]
@@ -151,14 +151,14 @@ class Servers:
             partial.replace(self.control)
 
 
-def record_answers(servers: Servers, prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
+def record_answers(servers: Servers, prompts: Sequence[PromptSpec], path: Path) -> list[PromptSpec]:
     """Write the greedy answers for the oracle; returns the prompts that every arm answers alike.
 
     In bfloat16 two nearly equal logits can swap with the shape of the batch, and an oracle whose sequence has left its
     answer is none: such prompts are left out.
     """
 
-    def answer(url: str, prompt: Prompt) -> dict[str, Any]:
+    def answer(url: str, prompt: PromptSpec) -> dict[str, Any]:
         body = {
             "model": MODEL,
             "prompt": prompt.text,

@@ -31,7 +31,7 @@ from regret_setup import snippets
 from results import earlier, merged, write
 
 from vllm_instant.tools.demo import assets
-from vllm_instant.tools.measure.open_loop import Due, Followed, send
+from vllm_instant.tools.measure.open_loop import OpenLoopRequest, OpenLoopResult, send_open_loop
 from vllm_instant.tools.measure.server_info import newest_decisions
 from vllm_instant.tools.measure.servers import Server, running, settle
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
@@ -124,7 +124,7 @@ def wishes(mix: Mix, load: float | None, count: int, tokens_per_second: float, s
     return made
 
 
-def bodies(made: Sequence[Wish], arm: str, end_token: int) -> list[Due]:
+def bodies(made: Sequence[Wish], arm: str, end_token: int) -> list[OpenLoopRequest]:
     """What is sent for one arm."""
     sent = []
     for wish in made:
@@ -144,7 +144,7 @@ def bodies(made: Sequence[Wish], arm: str, end_token: int) -> list[Due]:
             "logit_bias": {str(end_token): 100},
             **extra,
         }
-        sent.append(Due(wish.at, body, wish.kind))
+        sent.append(OpenLoopRequest(wish.at, body, wish.kind))
     return sent
 
 
@@ -152,7 +152,7 @@ def bodies(made: Sequence[Wish], arm: str, end_token: int) -> list[Due]:
 class Run:
     """One arm's run over one round's requests."""
 
-    followed: Sequence[Followed]
+    followed: Sequence[OpenLoopResult]
     preemptions: float
     starts: Sequence[Mapping[str, Any]] = ()
     """What the server says about each start, oldest first."""
@@ -239,7 +239,7 @@ class Servers:
         """One arm's turn; raises RuntimeError when a request fails."""
         server = self.stock if arm in (STOCK, PRIORITY) else self.ours
         before = server.metrics()
-        followed = send(server.url, bodies(made, arm, self.end_token))
+        followed = send_open_loop(server.url, bodies(made, arm, self.end_token))
         failed = [f.error for f in followed if f.error]
         if failed:
             raise RuntimeError(f"{arm}: {len(failed)} of {len(followed)} requests failed, for example: {failed[0]}")

@@ -28,8 +28,8 @@ from rich.table import Table
 
 from vllm_instant.tools.measure.servers import running, terminable
 from vllm_instant_loadtests import causes
-from vllm_instant_loadtests.analysis import Analysis, analyse
-from vllm_instant_loadtests.run_recorder import Event, Run
+from vllm_instant_loadtests.analysis import RunAnalysis, analyse_run
+from vllm_instant_loadtests.run_recorder import Disturbance, RecordedRun
 
 TIMES = {"drafting": 2, "few seats": 2, "little cache": 1}
 """How often each cause of a life is done in one call; what only one life can do is done once more."""
@@ -43,11 +43,11 @@ def wanted(life: str) -> list[str]:
     return [*listed, *alone]
 
 
-def judged(life: str, run: Run, analysis: Analysis) -> dict[str, Any]:
+def judged(life: str, run: RecordedRun, analysis: RunAnalysis) -> dict[str, Any]:
     """What was done and what was found; times in seconds of the run."""
     spikes = analysis.spikes
 
-    def overlap(event: Event, began: float, ended: float) -> bool:
+    def overlap(event: Disturbance, began: float, ended: float) -> bool:
         return event.began < ended and began < event.ended
 
     events = []
@@ -137,7 +137,7 @@ def main() -> None:
                 chaos.play(target, settling, folder / f"{stem}-settling", {})
                 plan = chaos.disturbed(life, wanted(life), f"{options.seed}/{life}")
                 run = chaos.play(target, plan, folder / stem, {"scenario": {"name": f"chaos: {life}"}})
-            found = judged(life, run, analyse(run)) | {"seed": options.seed, "command": command()}
+            found = judged(life, run, analyse_run(run)) | {"seed": options.seed, "command": command()}
             found["cores_used"] = run.about["cores_used"]
             runs.append(found)
             hits = sum(event["hit"] for event in found["events"])

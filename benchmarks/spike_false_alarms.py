@@ -19,7 +19,7 @@ from rich.console import Console
 from scipy.stats import beta
 
 from vllm_instant.tools.measure.servers import running, terminable
-from vllm_instant_loadtests.analysis import analyse
+from vllm_instant_loadtests.analysis import analyse_run
 
 SECONDS = 45.0
 
@@ -47,7 +47,7 @@ def main() -> None:
             for number in range(options.runs):
                 plan = chaos.undisturbed(options.life, SECONDS, f"{options.seed}/{number}")
                 run = chaos.play(target, plan, folder / f"{stem}-{number}", {"scenario": {"name": "nothing"}})
-                analysis = analyse(run)
+                analysis = analyse_run(run)
                 [server] = analysis.servers
                 runs.append(
                     {

@@ -17,27 +17,27 @@ from pathlib import Path
 from results import HERE, write
 
 from vllm_instant_loadtests import causes
-from vllm_instant_loadtests.analysis import analyse
-from vllm_instant_loadtests.run_recorder import Event
-from vllm_instant_loadtests.simulated import SERVER, Engine, Load, simulate
+from vllm_instant_loadtests.analysis import analyse_run
+from vllm_instant_loadtests.run_recorder import Disturbance
+from vllm_instant_loadtests.simulated import SERVER, SimulatedEngine, SimulatedTraffic, simulate_run
 
 RATIOS, LENGTHS = (1.3, 1.6, 2.0, 3.0), (1.0, 2.0, 5.0, 10.0)
 BEGIN = 30.0
-TEN_STREAMS = Load(rate=4.0)
+TEN_STREAMS = SimulatedTraffic(rate=4.0)
 FIRST_SEED = 10_000
 
 
 def found(ratio: float, seconds: float, seed: int) -> bool:
     """Whether a spike overlaps the rise."""
-    event = Event(SERVER, causes.UNKNOWN, BEGIN, BEGIN + seconds)
-    run = simulate(60.0, [event], slower=ratio, load=TEN_STREAMS, seed=seed)
-    return any(spike.began < event.ended and spike.ended > event.began for spike in analyse(run).spikes)
+    event = Disturbance(SERVER, causes.UNKNOWN, BEGIN, BEGIN + seconds)
+    run = simulate_run(60.0, [event], slower=ratio, load=TEN_STREAMS, seed=seed)
+    return any(spike.began < event.ended and spike.ended > event.began for spike in analyse_run(run).spikes)
 
 
 def alarmed(seed: int) -> bool:
     """Whether a run without a change gets a spike."""
-    load, engine = Load(rate=(1.5, 2.5, 3.5)[seed % 3]), Engine(draft_tokens=5 * (seed % 2))
-    return bool(analyse(simulate(60.0, load=load, engine=engine, seed=seed)).spikes)
+    load, engine = SimulatedTraffic(rate=(1.5, 2.5, 3.5)[seed % 3]), SimulatedEngine(draft_tokens=5 * (seed % 2))
+    return bool(analyse_run(simulate_run(60.0, load=load, engine=engine, seed=seed)).spikes)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from streaming_harness import MODEL, Answer, keystrokes, pieces, summary, typed,
 
 from vllm_instant.streaming.client import StreamingSession
 from vllm_instant.tools.demo import assets, widen_model
-from vllm_instant.tools.measure.load import Measured, Prompt, measure
+from vllm_instant.tools.measure.closed_loop import ClosedLoopResult, PromptSpec, run_closed_loop
 from vllm_instant.tools.measure.servers import Server, running
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
@@ -197,9 +197,9 @@ async def background_part(url: str, prompts: Prompts, rounds: int) -> dict[str, 
     }
 
 
-async def _with_typists(url: str, prompts: Prompts, arm: str, seconds: float) -> tuple[Measured, list[float]]:
+async def _with_typists(url: str, prompts: Prompts, arm: str, seconds: float) -> tuple[ClosedLoopResult, list[float]]:
     # Answers longer than the window: what is measured is not their own prompts being read.
-    asked = [Prompt(prompts.new(SHORT)) for _ in range(2 * DECODERS)]
+    asked = [PromptSpec(prompts.new(SHORT)) for _ in range(2 * DECODERS)]
     request = {"model": MODEL, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     answers: list[float] = []
 
@@ -219,7 +219,7 @@ async def _with_typists(url: str, prompts: Prompts, arm: str, seconds: float) ->
     with ThreadPoolExecutor(1) as pool:
         load = asyncio.get_running_loop().run_in_executor(
             pool,
-            lambda: measure(
+            lambda: run_closed_loop(
                 url, MODEL, asked, concurrency=DECODERS, seconds=seconds, warm_up=2.5, max_tokens=(940, 960)
             ),
         )

@@ -20,7 +20,7 @@ from regret_setup import HERE, MAX_TOKENS, MODEL
 from results import write
 
 from vllm_instant.tools.demo import assets
-from vllm_instant.tools.measure.load import measure
+from vllm_instant.tools.measure.closed_loop import run_closed_loop
 from vllm_instant.tools.measure.prompts import snippets
 from vllm_instant.tools.measure.servers import Server, settle
 from vllm_instant.tools.measure.statistics import Interval, median_interval, ratio_interval
@@ -71,7 +71,7 @@ def main() -> None:
                         partial.write_text(json.dumps({"mode": "hopeless", "at_once": ARMS[arm]}))
                         partial.replace(control)
                         settle()
-                        turn = measure(
+                        turn = run_closed_loop(
                             server.url,
                             MODEL,
                             prompts,

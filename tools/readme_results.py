@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_instant.tools.bench.plan import AGAIN, OURS, STOCK
-from vllm_instant.tools.bench.report import comparison, floor, number
-from vllm_instant.tools.bench.rows import Row
+from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, OURS
+from vllm_instant.tools.bench.report import format_effect, format_floor, format_number
+from vllm_instant.tools.bench.rows import BenchRow
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -38,13 +38,17 @@ def bench(record: Mapping[str, Any]) -> str:
     """What `vllm-instant bench` found for the demo's model, with what it belongs to."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     rows = []
-    for row in map(Row.read, record["rows"]):
+    for row in map(BenchRow.read, record["rows"]):
         contrast = row.contrasts.get(OURS)
-        values = [number(row.values[arm].mean, row.unit) if arm in row.values else "" for arm in (STOCK, OURS)]
+        values = [
+            format_number(row.values[arm].mean, row.unit) if arm in row.values else "" for arm in (BASELINE, OURS)
+        ]
         why = f"not measured: {row.missing or 'a value is zero'}"
-        judged = ["", "", why] if contrast is None else [comparison(contrast), floor(contrast), contrast.verdict]
+        judged = (
+            ["", "", why] if contrast is None else [format_effect(contrast), format_floor(contrast), contrast.verdict]
+        )
         rows.append([f"{row.group}: {row.name}", *values, *judged])
-    headings = ["", STOCK, OURS, f"{OURS} / {STOCK} [95 %]", f"{AGAIN} / {STOCK} [95 %]", "verdict"]
+    headings = ["", BASELINE, OURS, f"{OURS} / {BASELINE} [95 %]", f"{BASELINE_AGAIN} / {BASELINE} [95 %]", "verdict"]
     return (
         f"Made by `{record['command']}` on {record['device']}; {versions}; {record['date']}. "
         f"{record['setup']['rounds']} rounds, every server started {record['setup']['starts']} times.\n\n"

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from vllm_instant_loadtests import causes, compare, goals, spikes, windows
-from vllm_instant_loadtests.goals import Checked, Goals
-from vllm_instant_loadtests.metric_series import Meters, Span
-from vllm_instant_loadtests.run_recorder import Event, Request, Run
-from vllm_instant_loadtests.spike_context import Scene
-from vllm_instant_loadtests.spikes import Rise
-from vllm_instant_loadtests.windows import ITL, STALL, TTFT, Entries, Series
+from vllm_instant_loadtests.goals import GoalResult, LoadTestGoals
+from vllm_instant_loadtests.metric_series import MetricSeries, TimeSpan
+from vllm_instant_loadtests.run_recorder import Disturbance, RecordedRequest, RecordedRun
+from vllm_instant_loadtests.spike_context import SpikeContext
+from vllm_instant_loadtests.spikes import MetricRise
+from vllm_instant_loadtests.windows import ITL, STALL, TTFT, LatencySamples, WindowedSeries
 
 E2E = "e2e"
 MARGIN = 1.0
@@ -30,9 +30,9 @@ class Spike:
     server: str
     began: float
     ended: float
-    rises: list[Rise]
+    rises: list[MetricRise]
     """By metric; the first one is the most certain."""
-    findings: list[causes.Finding]
+    findings: list[causes.CauseFinding]
     """Causes with scores, the likeliest first."""
 
     @property
@@ -51,7 +51,7 @@ class Spike:
         return self.findings[0].evidence
 
     @property
-    def alternatives(self) -> list[causes.Finding]:
+    def alternatives(self) -> list[causes.CauseFinding]:
         """Other causes that something speaks for."""
         return [finding for finding in self.findings[1:] if finding.score > 0]
 
@@ -111,11 +111,11 @@ class ServerAnalysis:
     too_little: dict[str, str]
     """By metric: why it was not searched for spikes."""
     spikes: list[Spike]
-    series: dict[str, Series]
+    series: dict[str, WindowedSeries]
     """By metric; not in JSON."""
-    quiet: list[Span]
+    quiet: list[TimeSpan]
     """The baseline: parts of the run without spikes."""
-    events: list[Event] = field(default_factory=list)
+    events: list[Disturbance] = field(default_factory=list)
     """What was done to it on purpose."""
 
     @property
@@ -155,13 +155,13 @@ class ServerAnalysis:
 
 
 @dataclass(frozen=True)
-class Analysis:
+class RunAnalysis:
     """What a run shows."""
 
     about: dict[str, Any]
     servers: list[ServerAnalysis]
-    comparisons: list[compare.Comparison]
-    goals: list[Checked]
+    comparisons: list[compare.ServerComparison]
+    goals: list[GoalResult]
 
     @property
     def met(self) -> bool:
@@ -199,7 +199,7 @@ class Analysis:
         return "\n".join(lines)
 
 
-def analyse(run: Run, goals: Goals | None = None) -> Analysis:
+def analyse_run(run: RecordedRun, goals: LoadTestGoals | None = None) -> RunAnalysis:
     """Everything about a run.
 
     Args:
@@ -207,34 +207,34 @@ def analyse(run: Run, goals: Goals | None = None) -> Analysis:
         goals: what is to be reached; without, what the scenario said (``run.about["goals"]``).
 
     """
-    wanted = goals if goals is not None else Goals(**run.about.get("goals", {}))
+    wanted = goals if goals is not None else LoadTestGoals(**run.about.get("goals", {}))
     names = [str(server["name"]) for server in run.about.get("servers", [])]
     names += sorted({request.server for request in run.requests} - set(names))
     servers = [analyse_server(run.of(name), name) for name in names]
-    return Analysis(
+    return RunAnalysis(
         run.about,
         servers,
         # The later server beside the earlier one: scenarios name stock first.
-        [compare.compare(run, ours, theirs) for theirs, ours in itertools.combinations(names, 2)],
+        [compare.compare_servers(run, ours, theirs) for theirs, ours in itertools.combinations(names, 2)],
         [checked for server in servers for checked in _checked(wanted, server)],
     )
 
 
-def analyse_server(run: Run, name: str) -> ServerAnalysis:
+def analyse_server(run: RecordedRun, name: str) -> ServerAnalysis:
     """What the part of a run that concerns one server (``Run.of``) shows."""
     requests = sorted(run.requests, key=lambda request: request.due)
     parts = windows.stretches(run.about.get("segments", []), name, requests)
-    measured = windows.entries(requests)
-    series = {metric: windows.series(metric, measured[metric], parts) for metric in windows.METRICS}
+    measured = windows.latency_samples(requests)
+    series = {metric: windows.windowed_series(metric, measured[metric], parts) for metric in windows.METRICS}
     searched = [one for one in series.values() if not one.too_little]
-    found = {one.metric: spikes.rises(one, measured[one.metric], len(searched)) for one in searched}
-    groups = spikes.together(found)
+    found = {one.metric: spikes.metric_rises(one, measured[one.metric], len(searched)) for one in searched}
+    groups = spikes.merge_rises(found)
     spans = [(min(r.began for r in group), max(r.ended for r in group)) for group in groups]
     quiet = _without(parts, spans)
-    meters = Meters(run.samples)
+    meters = MetricSeries(run.samples)
     made = []
     for group, (began, ended) in zip(groups, spans, strict=True):
-        scene = Scene(run, meters, measured, group, quiet)
+        scene = SpikeContext(run, meters, measured, group, quiet)
         made.append(Spike(name, began, ended, group, causes.attribute(scene)))
     return ServerAnalysis(
         server=name,
@@ -252,11 +252,11 @@ def analyse_server(run: Run, name: str) -> ServerAnalysis:
     )
 
 
-def _checked(wanted: Goals, server: ServerAnalysis) -> list[Checked]:
-    return list(goals.check(wanted, server.server, server.reached()))
+def _checked(wanted: LoadTestGoals, server: ServerAnalysis) -> list[GoalResult]:
+    return list(goals.check_goals(wanted, server.server, server.reached()))
 
 
-def _without(parts: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
+def _without(parts: Sequence[TimeSpan], taken: Sequence[TimeSpan]) -> list[TimeSpan]:
     """Parts of the run that are at least ``MARGIN`` away from every spike."""
     left = [(began + windows.WARM_UP, ended) for began, ended in parts]
     for low, high in taken:
@@ -265,7 +265,9 @@ def _without(parts: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
     return [(began, ended) for began, ended in left if ended > began]
 
 
-def _percentiles(requests: Sequence[Request], measured: dict[str, Entries]) -> dict[str, dict[str, float]]:
+def _percentiles(
+    requests: Sequence[RecordedRequest], measured: dict[str, LatencySamples]
+) -> dict[str, dict[str, float]]:
     whole = np.array([r.ended - r.due for r in requests if not r.left and r.error is None])
     longest = [max((b[0] - a[0] for a, b in itertools.pairwise(r.arrivals)), default=math.nan) for r in requests]
     stalls = np.array([value for value in longest if math.isfinite(value)])
@@ -273,7 +275,7 @@ def _percentiles(requests: Sequence[Request], measured: dict[str, Entries]) -> d
     everything = {
         TTFT: measured[TTFT],
         ITL: measured[ITL],
-        **{name: Entries.plain(values) for name, values in ones.items()},
+        **{name: LatencySamples.plain(values) for name, values in ones.items()},
     }
     return {
         name: {f"p{share}": entries.quantile(share / 100) * 1e3 for share in (50, 95, 99)}

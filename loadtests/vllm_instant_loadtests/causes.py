@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vllm_instant_loadtests import metric_series as m
-from vllm_instant_loadtests.spike_context import AROUND, Scene, explained, reached
+from vllm_instant_loadtests.spike_context import AROUND, SpikeContext, explained, reached
 from vllm_instant_loadtests.windows import STALL, TTFT
 
 ACCEPTANCE = "acceptance collapse"
@@ -48,7 +48,7 @@ SILENT = 0.3
 
 
 @dataclass(frozen=True)
-class Finding:
+class CauseFinding:
     """One cause, and what speaks for it."""
 
     cause: str
@@ -56,7 +56,7 @@ class Finding:
     evidence: list[str]
 
 
-def attribute(scene: Scene) -> list[Finding]:
+def attribute(scene: SpikeContext) -> list[CauseFinding]:
     """All causes with their scores, the likeliest first; ``UNKNOWN`` is the first where nothing explains a spike."""
     found = {finding.cause: finding for finding in (judge(scene) for judge in _JUDGES)}
     for reason, sign, share in _TAKES:
@@ -65,16 +65,16 @@ def attribute(scene: Scene) -> list[Finding]:
     ordered = sorted(found.values(), key=lambda finding: -finding.score)
     if ordered[0].score < MIN_SCORE:
         seen = [line for finding in ordered for line in finding.evidence]
-        ordered = [Finding(UNKNOWN, 0.0, ["nothing that was recorded explains it", *seen[:3]]), *ordered]
+        ordered = [CauseFinding(UNKNOWN, 0.0, ["nothing that was recorded explains it", *seen[:3]]), *ordered]
     return [replace(ordered[0], evidence=[*ordered[0].evidence, *_traced(scene)]), *ordered[1:]]
 
 
-def client_side(scene: Scene) -> Finding:
+def client_side(scene: SpikeContext) -> CauseFinding:
     """The load generator itself was late: what it saw late need not have come late."""
     late = scene.late()
     if not late:
-        return Finding(CLIENT, 0.0, [])
-    return Finding(
+        return CauseFinding(CLIENT, 0.0, [])
+    return CauseFinding(
         CLIENT,
         min(1.0, late / scene.lost),
         [
@@ -84,12 +84,12 @@ def client_side(scene: Scene) -> Finding:
     )
 
 
-def stopped(scene: Scene) -> Finding:
+def stopped(scene: SpikeContext) -> CauseFinding:
     """Nobody got anything, and the server's own counters stood still."""
     began, ended = scene.silence
     silence = ended - began
     if silence < max(SILENT, 4 * scene.gap):
-        return Finding(STOPPED, 0.0, [])
+        return CauseFinding(STOPPED, 0.0, [])
     lines = [f"nobody got a token for {silence:.2f} s (waits were {scene.gap:.2f} s at most before, 99 of 100)"]
     score = min(1.0, silence / scene.lost)
     away, still = scene.meters.unanswered((began, ended)), scene.meters.stood_still(m.GENERATED, (began, ended))
@@ -99,14 +99,14 @@ def stopped(scene: Scene) -> Finding:
         lines.append(f"/metrics answered, but the number of generated tokens stood still for {still:.2f} s or more")
     elif len(scene.meters.at):
         score *= 0.5
-    return Finding(STOPPED, score, lines)
+    return CauseFinding(STOPPED, score, lines)
 
 
-def compiling(scene: Scene) -> Finding:
+def compiling(scene: SpikeContext) -> CauseFinding:
     """The engine was silent when it met something for the first time: a larger batch, a longer prompt."""
     began, ended = scene.silence
     if ended - began < max(SILENT, 4 * scene.gap):
-        return Finding(COMPILE, 0.0, [])
+        return CauseFinding(COMPILE, 0.0, [])
     lines = []
     under_way = _under_way(scene, began)
     record = max((_under_way(scene, r.due) for r in scene.run.requests if r.due < began - AROUND), default=0)
@@ -118,30 +118,30 @@ def compiling(scene: Scene) -> Finding:
     if old and longest >= NEW * max(old):
         lines.append(f"a prompt of {longest} tokens came for the first time ({max(old)} at most before)")
     if not lines:
-        return Finding(COMPILE, 0.0, [])
-    return Finding(COMPILE, 0.8, [f"nobody got a token for {ended - began:.2f} s", *lines])
+        return CauseFinding(COMPILE, 0.0, [])
+    return CauseFinding(COMPILE, 0.8, [f"nobody got a token for {ended - began:.2f} s", *lines])
 
 
-def acceptance(scene: Scene) -> Finding:
+def acceptance(scene: SpikeContext) -> CauseFinding:
     """Fewer tokens a step, because drafts are refused."""
     meters, span, quiet = scene.meters, [scene.span], scene.quiet
     if not meters.has(m.DRAFTED) or not meters.growth(m.DRAFTED, span) >= MIN_DRAFTED:
-        return Finding(ACCEPTANCE, 0.0, [])
+        return CauseFinding(ACCEPTANCE, 0.0, [])
     now, before = meters.ratio(m.ACCEPTED, m.DRAFTED, span), meters.ratio(m.ACCEPTED, m.DRAFTED, quiet)
     a_step, a_step_before = (1 + meters.ratio(m.ACCEPTED, m.DRAFTS, spans) for spans in (span, quiet))
     line = f"{now:.2f} of draft tokens accepted, {before:.2f} before"
     if not before - now >= MIN_DROP:
-        return Finding(ACCEPTANCE, 0.0, [line])
+        return CauseFinding(ACCEPTANCE, 0.0, [line])
     lines = [
         line,
         f"{a_step:.2f} tokens a step of a request, {a_step_before:.2f} before: for that alone tokens come "
         f"{a_step_before / a_step:.2f} times slower; they came {scene.paced:.2f} times slower on average",
         *_kinds(scene),
     ]
-    return Finding(ACCEPTANCE, explained(a_step_before / a_step, scene.paced), lines)
+    return CauseFinding(ACCEPTANCE, explained(a_step_before / a_step, scene.paced), lines)
 
 
-def memory(scene: Scene) -> Finding:
+def memory(scene: SpikeContext) -> CauseFinding:
     """Requests lost their KV blocks, or waited for some."""
     meters, span = scene.meters, [scene.wide]
     lost, before = meters.growth(m.PREEMPTIONS, span), meters.rate(m.PREEMPTIONS, scene.quiet)
@@ -155,10 +155,10 @@ def memory(scene: Scene) -> Finding:
     if usage >= FULL:
         lines.append(f"up to {usage:.0%} of the KV cache in use, {usual:.0%} before; {waiting:.0f} requests waited")
         score = max(score, 0.9 if waiting >= 1 and usual < 0.8 * FULL else 0.3)
-    return Finding(MEMORY, score, lines)
+    return CauseFinding(MEMORY, score, lines)
 
 
-def prefill(scene: Scene) -> Finding:
+def prefill(scene: SpikeContext) -> CauseFinding:
     """Long prompts were read between the others' tokens."""
     known = [r.prompt_tokens for r in scene.sent_before() if r.prompt_tokens]
     usual = float(np.quantile(known, 0.9)) if known else math.nan
@@ -179,7 +179,7 @@ def prefill(scene: Scene) -> Finding:
             met |= (slow.ended > r.sent) & (slow.began < reached(r) + AROUND / 3)
         share = float(lost[met].sum() / lost.sum())
     most = max(r.prompt_tokens or 0 for r in long)
-    return Finding(
+    return CauseFinding(
         PREFILL,
         share,
         [
@@ -190,24 +190,24 @@ def prefill(scene: Scene) -> Finding:
     )
 
 
-def _prefill_by_metrics(scene: Scene, usual: float) -> Finding:
+def _prefill_by_metrics(scene: SpikeContext, usual: float) -> CauseFinding:
     """Where requests do not say how long their prompts are: the server's count of prompt tokens."""
     now = scene.meters.rate(m.PROMPT_TOKENS, [scene.wide])
     before = scene.meters.rate(m.PROMPT_TOKENS, scene.quiet)
     if math.isfinite(usual) or not now > LONG * before:
-        return Finding(PREFILL, 0.0, [])
+        return CauseFinding(PREFILL, 0.0, [])
     sent, sent_before = len(scene.sent(scene.wide)) / (scene.seconds + 2 * AROUND), len(scene.sent_before())
     seconds = sum(end - begin for begin, end in scene.quiet)
     # More requests are a burst; longer ones are long prompts.
     longer = (now / max(before, 1e-9)) / max(sent * seconds / max(sent_before, 1), 1.0)
-    return Finding(
+    return CauseFinding(
         PREFILL,
         min(0.9, max(0.0, (longer - 1) / LONG)),
         [f"{now:.0f} prompt tokens a second were read, {before:.0f} before"],
     )
 
 
-def queueing(scene: Scene) -> Finding:
+def queueing(scene: SpikeContext) -> CauseFinding:
     """Requests waited for a place in the batch."""
     meters = scene.meters
     waiting, before = meters.gauge(m.WAITING, [scene.wide], at_most=True), meters.gauge(m.WAITING, scene.quiet)
@@ -216,7 +216,7 @@ def queueing(scene: Scene) -> Finding:
     queued = meters.ratio(m.QUEUE_SECONDS, m.QUEUED, [reading])
     queued_before = meters.ratio(m.QUEUE_SECONDS, m.QUEUED, scene.quiet)
     if not waiting >= 1 or not waiting > 2 * before:
-        return Finding(QUEUEING, 0.0, [])
+        return CauseFinding(QUEUEING, 0.0, [])
     lines = [f"up to {waiting:.0f} requests waited for a place, {before:.1f} before"]
     if math.isfinite(queued):
         usual_wait = f", {queued_before * 1e3:.0f} ms before" if math.isfinite(queued_before) else ""
@@ -229,21 +229,21 @@ def queueing(scene: Scene) -> Finding:
     # Where no more came than before, a queue is rather the sign of something else that made answers take longer.
     more = 0.25 + 0.75 * _growth(scene)
     # What queues explain is the time to the first token.
-    return Finding(QUEUEING, more * share * (0.95 if scene.ratio(TTFT) > 1 else 0.4), lines)
+    return CauseFinding(QUEUEING, more * share * (0.95 if scene.ratio(TTFT) > 1 else 0.4), lines)
 
 
-def batch(scene: Scene) -> Finding:
+def batch(scene: SpikeContext) -> CauseFinding:
     """More requests shared each step."""
     meters = scene.meters
     now, before = meters.gauge(m.RUNNING, [scene.span]), meters.gauge(m.RUNNING, scene.quiet)
     if math.isnan(now):
         now, before = _streams(scene, [scene.span]), _streams(scene, scene.quiet)
     if not now - before >= 1.5 or not now > 1.4 * before:
-        return Finding(BATCH, 0.0, [])
+        return CauseFinding(BATCH, 0.0, [])
     # A batch also grows because answers take longer; only if more of them came it is a reason.
     came, came_before = _crowds(scene)
     rise = scene.slower if scene.slower > 1 else scene.ratio(TTFT, STALL)
-    return Finding(
+    return CauseFinding(
         BATCH,
         0.75 * _growth(scene) * explained(now / max(before, 0.5), rise),
         [
@@ -254,26 +254,26 @@ def batch(scene: Scene) -> Finding:
     )
 
 
-def disconnects(scene: Scene) -> Finding:
+def disconnects(scene: SpikeContext) -> CauseFinding:
     """Clients came and hung up."""
     sent = scene.sent((scene.span[0] - 1.0, scene.span[1]))
     left = [r for r in sent if r.left]
     seconds = sum(end - begin for begin, end in scene.quiet)
     before = sum(r.left for r in scene.sent_before()) / max(seconds, 1e-9)
     if len(left) < 4 or len(left) / (scene.seconds + 1) < 3 * before:
-        return Finding(DISCONNECTS, 0.0, [])
-    return Finding(
+        return CauseFinding(DISCONNECTS, 0.0, [])
+    return CauseFinding(
         DISCONNECTS,
         min(1.0, 1.2 * len(left) / len(sent)),
         [f"{len(left)} of {len(sent)} clients that came hung up, {before:.2f} a second before"],
     )
 
 
-def _under_way(scene: Scene, at: float) -> int:
+def _under_way(scene: SpikeContext, at: float) -> int:
     return sum(r.due <= at < r.ended for r in scene.run.requests)
 
 
-def _crowds(scene: Scene) -> tuple[float, float]:
+def _crowds(scene: SpikeContext) -> tuple[float, float]:
     """The most requests that came within ``BURST_SECONDS`` in the spike, and what is seldom more at the usual rate."""
     dues = np.sort([request.due for request in scene.run.requests])
 
@@ -286,18 +286,18 @@ def _crowds(scene: Scene) -> tuple[float, float]:
     return max(counts(scene.span[0] - BURST_SECONDS, scene.span[1])), usual + 2 * math.sqrt(usual)
 
 
-def _growth(scene: Scene) -> float:
+def _growth(scene: SpikeContext) -> float:
     """Between 0 (no more requests came together than before) and 1 (half as many again, or more)."""
     now, before = _crowds(scene)
     return min(1.0, max(0.0, now / max(before, 1) - 1.0) / 0.5)
 
 
-def _per(scene: Scene, name: str, by: str) -> str:
+def _per(scene: SpikeContext, name: str, by: str) -> str:
     now, before = scene.meters.ratio(name, by, [scene.wide]), scene.meters.ratio(name, by, scene.quiet)
     return f"{now:.1f} (before: {before:.1f})" if math.isfinite(now) and math.isfinite(before) else "unknown numbers of"
 
 
-def _streams(scene: Scene, spans: Sequence[m.Span]) -> float:
+def _streams(scene: SpikeContext, spans: Sequence[m.TimeSpan]) -> float:
     """Answers under way on average, as the clients saw it."""
     total = sum(end - begin for begin, end in spans)
     under_way = sum(
@@ -306,17 +306,17 @@ def _streams(scene: Scene, spans: Sequence[m.Span]) -> float:
     return under_way / total if total > 0 else math.nan
 
 
-def _kinds(scene: Scene) -> list[str]:
+def _kinds(scene: SpikeContext) -> list[str]:
     """Which traffic is new."""
     old, new = {r.kind for r in scene.sent_before()}, [r.kind for r in scene.sent(scene.span)]
     fresh = sorted({kind for kind in new if kind not in old})
     return [f"new traffic: {', '.join(fresh)}"] if fresh else []
 
 
-def _traced(scene: Scene) -> list[str]:
+def _traced(scene: SpikeContext) -> list[str]:
     """What the decision trace of our own scheduler says of the spike's steps."""
 
-    def outcomes(spans: Sequence[m.Span]) -> list[dict[str, float]]:
+    def outcomes(spans: Sequence[m.TimeSpan]) -> list[dict[str, float]]:
         inside = [step for step in scene.run.steps if any(begin <= step.at < end for begin, end in spans)]
         return [step.decision["outcome"] for step in inside if step.decision.get("outcome")]
 
@@ -334,7 +334,7 @@ def _traced(scene: Scene) -> list[str]:
     ]
 
 
-_JUDGES: tuple[Callable[[Scene], Finding], ...] = (
+_JUDGES: tuple[Callable[[SpikeContext], CauseFinding], ...] = (
     client_side,
     stopped,
     compiling,

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant.tools.measure.significance import MARGIN, Contrast, Direction, paired, resampled
+from vllm_instant.tools.measure.significance import MARGIN, Contrast, Direction, paired_contrast, resample_rounds
 from vllm_instant.tools.measure.statistics import Estimate
-from vllm_instant_loadtests.run_recorder import Request, Run
+from vllm_instant_loadtests.run_recorder import RecordedRequest, RecordedRun
 
 MIN_ROUNDS = 4
 BLOCKS = 8
@@ -24,7 +24,7 @@ MIN_FOR_P99 = 100
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedMetric:
     """One measure of two servers."""
 
     name: str
@@ -47,7 +47,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ServerComparison:
     """One server beside another."""
 
     ours: str
@@ -55,7 +55,7 @@ class Comparison:
     pairs: int
     """Requests that both answered."""
     rounds: int
-    rows: list[Row]
+    rows: list[ComparedMetric]
     failed: tuple[int, int]
     """Requests that only one of them failed."""
 
@@ -95,24 +95,24 @@ class Comparison:
         }
 
 
-Samples = Callable[[Request], list[float]]
+Samples = Callable[[RecordedRequest], list[float]]
 
 
-def _first(request: Request) -> list[float]:
+def _first(request: RecordedRequest) -> list[float]:
     return [request.ttft * 1e3] if request.arrivals else []
 
 
-def _between(request: Request) -> list[float]:
+def _between(request: RecordedRequest) -> list[float]:
     times, totals = np.array(request.arrivals).T
     tokens = np.maximum(np.diff(totals), 1).astype(int)
     return list(np.repeat(np.diff(times) / tokens, tokens) * 1e3)
 
 
-def _whole(request: Request) -> list[float]:
+def _whole(request: RecordedRequest) -> list[float]:
     return [(request.ended - request.due) * 1e3]
 
 
-def _stall(request: Request) -> list[float]:
+def _stall(request: RecordedRequest) -> list[float]:
     times = np.array(request.arrivals)[:, 0]
     return [float(np.diff(times).max()) * 1e3] if len(times) > 1 else []
 
@@ -130,7 +130,7 @@ _ROWS: tuple[tuple[str, Samples, float | None], ...] = (
 )
 
 
-def compare(run: Run, ours: str, theirs: str) -> Comparison:
+def compare_servers(run: RecordedRun, ours: str, theirs: str) -> ServerComparison:
     """One server beside another; lower is better in every row."""
     first, second = _numbered(run, ours), _numbered(run, theirs)
     both = sorted(first.keys() & second.keys())
@@ -150,46 +150,50 @@ def compare(run: Run, ours: str, theirs: str) -> Comparison:
         )
         for name, samples, share in _ROWS
     ]
-    return Comparison(ours, theirs, len(good), len(rounds), rows, failed)
+    return ServerComparison(ours, theirs, len(good), len(rounds), rows, failed)
 
 
 def _row(
-    name: str, samples: Samples, share: float | None, ours: Sequence[list[Request]], theirs: Sequence[list[Request]]
-) -> Row:
+    name: str,
+    samples: Samples,
+    share: float | None,
+    ours: Sequence[list[RecordedRequest]],
+    theirs: Sequence[list[RecordedRequest]],
+) -> ComparedMetric:
     arms = []
     for arm in (ours, theirs):
         by_round = [np.array([value for request in one for value in samples(request)]) for one in arm]
         arms.append(by_round)
     kept = [i for i in range(len(ours)) if len(arms[0][i]) and len(arms[1][i])]
     if len(kept) < MIN_ROUNDS:
-        return Row(name, "ms", None, None, None, f"{len(kept)} rounds of both, {MIN_ROUNDS} are needed")
+        return ComparedMetric(name, "ms", None, None, None, f"{len(kept)} rounds of both, {MIN_ROUNDS} are needed")
     least = min(sum(len(arm[i]) for i in kept) for arm in arms)
     if share == 0.99 and least < MIN_FOR_P99:
-        return Row(name, "ms", None, None, None, f"{least} values, a p99 needs {MIN_FOR_P99}")
+        return ComparedMetric(name, "ms", None, None, None, f"{least} values, a p99 needs {MIN_FOR_P99}")
 
     def statistic(values: np.ndarray) -> float:
         return float(values.mean() if share is None else np.quantile(values, share))
 
-    first, second = (resampled([arm[i] for i in kept], statistic) for arm in arms)
+    first, second = (resample_rounds([arm[i] for i in kept], statistic) for arm in arms)
     better: Direction = "lower"
-    contrast = paired(first, second, better=better, margin=MARGIN, comparisons=len(_ROWS))
-    return Row(name, "ms", first.value, second.value, contrast, "" if contrast else "a value is zero")
+    contrast = paired_contrast(first, second, better=better, margin=MARGIN, comparisons=len(_ROWS))
+    return ComparedMetric(name, "ms", first.value, second.value, contrast, "" if contrast else "a value is zero")
 
 
-def _numbered(run: Run, server: str) -> dict[int, Request]:
+def _numbered(run: RecordedRun, server: str) -> dict[int, RecordedRequest]:
     return {r.number: r for r in run.requests if r.server == server and r.number is not None}
 
 
-def _good(request: Request) -> bool:
+def _good(request: RecordedRequest) -> bool:
     return request.error is None
 
 
-def _complete(request: Request) -> bool:
+def _complete(request: RecordedRequest) -> bool:
     """What ended by itself with at least two arrivals can be compared."""
     return request.error is None and not request.left and len(request.arrivals) > 1
 
 
-def _rounds(requests: Sequence[Request]) -> list[list[int]]:
+def _rounds(requests: Sequence[RecordedRequest]) -> list[list[int]]:
     """Indices by segment; of too few segments, by blocks of neighbouring requests."""
     by_segment: dict[int | None, list[int]] = {}
     for i, request in enumerate(requests):

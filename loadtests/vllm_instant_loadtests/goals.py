@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Milliseconds = Annotated[float | None, Field(gt=0)]
 
 
-class Goals(BaseModel):
+class LoadTestGoals(BaseModel):
     """Upper bounds, and one lower bound (``tokens_per_second``); each must hold for every server of the run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,7 +40,7 @@ class Goals(BaseModel):
 
 
 @dataclass(frozen=True)
-class Checked:
+class GoalResult:
     """One goal of one server."""
 
     server: str
@@ -58,9 +58,9 @@ class Checked:
         return f"{self.server}: {self.goal} is {found}, should be {relation} {self.limit:.4g}"
 
 
-def check(goals: Goals, server: str, found: dict[str, float | None]) -> Iterator[Checked]:
+def check_goals(goals: LoadTestGoals, server: str, found: dict[str, float | None]) -> Iterator[GoalResult]:
     """Every goal that was given beside what the server did; what was not measured is not met."""
     for goal, limit in goals.given().items():
         value = found.get(goal)
         reached = value is not None and (value >= limit if goal == "tokens_per_second" else value <= limit)
-        yield Checked(server, goal, limit, value, reached)
+        yield GoalResult(server, goal, limit, value, reached)

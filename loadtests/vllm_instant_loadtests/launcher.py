@@ -27,12 +27,12 @@ LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 _ERROR = re.compile(r"/ERROR/[^:]*: (.*)")
 
 
-class DrivingError(Exception):
+class LoadTestError(Exception):
     """A run cannot be made; the message is one sentence."""
 
 
 @dataclass(frozen=True)
-class Load:
+class LocustCommand:
     """What Locust is told."""
 
     scenario: str
@@ -63,7 +63,7 @@ class Load:
         return [*words, *page]
 
 
-def servers_of(
+def scenario_servers(
     scenario: Scenario, model: str, config: Path | None, overrides: Sequence[str], logs: Path
 ) -> tuple[dict[str, Server], dict[str, dict[str, Any]]]:
     """The servers that a scenario names, not yet started, and how each is deployed, by name.
@@ -105,7 +105,7 @@ def servers_of(
     return servers, deployments
 
 
-def drive(load: Load, command: str) -> None:
+def run_locust(load: LocustCommand, command: str) -> None:
     """Make a run; raises DrivingError with what Locust says when it fails.
 
     Args:
@@ -115,7 +115,7 @@ def drive(load: Load, command: str) -> None:
     """
     load.output.mkdir(parents=True, exist_ok=True)
     if (load.output / "run.json").exists():
-        raise DrivingError(f"--output {load.output} has a run already: choose another folder, or --analyse it")
+        raise LoadTestError(f"--output {load.output} has a run already: choose another folder, or --analyse it")
     environment = os.environ | {"LOADTEST_COMMAND": command, "LOADTEST_DEPLOYMENTS": json.dumps(load.deployments)}
     if load.api_key:
         environment["VLLM_API_KEY"] = load.api_key
@@ -136,7 +136,7 @@ def drive(load: Load, command: str) -> None:
     # Locust's code is 1 where requests failed; whether that is a failure is for the goals to say.
     if code not in (0, 1) or not (load.output / "run.json").exists():
         errors = _ERROR.findall(log.read_text(errors="replace"))
-        raise DrivingError(errors[-1] if errors else f"Locust ended with exit code {code}: see {log}")
+        raise LoadTestError(errors[-1] if errors else f"Locust ended with exit code {code}: see {log}")
 
 
 def _ours(setup: ServerSetup, scenario: Scenario, config: Path | None, overrides: Sequence[str]) -> list[str]:
@@ -153,7 +153,7 @@ def _stock(setup: ServerSetup, scenario: Scenario, deployment: Deployment) -> li
         return words
     draft = deployment.slots["drafter"].options.get("model")
     if not draft:
-        raise DrivingError(
+        raise LoadTestError(
             f"the server {setup.name!r} should have draft_tokens = {setup.draft_tokens}, for which the deployment file "
             'has no draft model: choose [drafter] plugin = "model", or leave draft_tokens out'
         )

@@ -15,16 +15,16 @@ import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
-from vllm_instant_loadtests.run_recorder import Client, Request
-from vllm_instant_loadtests.schedule import Due
-from vllm_instant_loadtests.streams import Answer, CutOffError, StreamingClient
+from vllm_instant_loadtests.run_recorder import GeneratorSample, RecordedRequest
+from vllm_instant_loadtests.schedule import ScheduledRequest
+from vllm_instant_loadtests.streams import CutOffError, StreamingClient, StreamOutcome
 
 TIMER_SECONDS = 0.05
 READING_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Part:
+class SegmentTask:
     """What one process plays of a segment; only JSON types inside, since it may come from another machine."""
 
     segment: int
@@ -41,7 +41,7 @@ class Part:
     requests: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Player:
+class LoadDriver:
     """Plays parts; one a process.
 
     Args:
@@ -53,8 +53,8 @@ class Player:
 
     def __init__(
         self,
-        record: Callable[[Request | Client], None],
-        report: Callable[[Request], None],
+        record: Callable[[RecordedRequest | GeneratorSample], None],
+        report: Callable[[RecordedRequest], None],
         process: int = 0,
     ) -> None:
         self._record, self._report, self._process = record, report, process
@@ -63,14 +63,14 @@ class Player:
         self._stopped = Event()
         self._clock = 0.0
 
-    def play(self, part: Part) -> None:
+    def play(self, part: SegmentTask) -> None:
         """Send all requests of a part and wait until they are answered, cut off, or the player is stopped."""
         self._stopped.clear()
         self._clock = _second_zero(part.epoch)
         clients = self._clients_of(part.servers)
         watch = gevent.spawn(self._watch_itself)
         try:
-            for due in (Due(**plain) for plain in part.requests):
+            for due in (ScheduledRequest(**plain) for plain in part.requests):
                 if self._wait_until(part.begins + due.at - part.offset):
                     return
                 for server, client in clients.items():
@@ -89,7 +89,7 @@ class Player:
         self._stopped.set()
         self._group.kill(block=True)
 
-    def ask(self, server: Mapping[str, Any], due: Due) -> Answer:
+    def ask(self, server: Mapping[str, Any], due: ScheduledRequest) -> StreamOutcome:
         """One request that is not recorded."""
         client = StreamingClient(**server)
         try:
@@ -97,10 +97,10 @@ class Player:
         finally:
             client.close()
 
-    def _follow(self, server: str, client: StreamingClient, due: Due, part: Part) -> None:
+    def _follow(self, server: str, client: StreamingClient, due: ScheduledRequest, part: SegmentTask) -> None:
         when = part.begins + due.at - part.offset + due.typing_seconds
         answer = client.ask(due, wait=lambda: self._sleep_until(when))
-        request = Request(
+        request = RecordedRequest(
             id=answer.id,
             server=server,
             kind=due.kind,
@@ -144,12 +144,14 @@ class Player:
             if now - read_at >= READING_SECONDS:
                 cpu = time.process_time()
                 self._record(
-                    Client(round(now, 4), round(worst, 5), round((cpu - used) / (now - read_at), 4), self._process)
+                    GeneratorSample(
+                        round(now, 4), round(worst, 5), round((cpu - used) / (now - read_at), 4), self._process
+                    )
                 )
                 worst, read_at, used = 0.0, now, cpu
 
 
-def split(requests: Sequence[Due], processes: int) -> list[list[dict[str, Any]]]:
+def split_requests(requests: Sequence[ScheduledRequest], processes: int) -> list[list[dict[str, Any]]]:
     """The requests dealt out in turn, so that every process gets some of each moment."""
     return [[due.plain() for due in requests[number::processes]] for number in range(processes)]
 

@@ -23,11 +23,11 @@ from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
 from vllm_instant.tools.measure.environment_info import environment_info
 from vllm_instant.tools.measure.sampling import RefusedError
-from vllm_instant.tools.measure.server_info import Served, authorization, look
+from vllm_instant.tools.measure.server_info import ServerInfo, authorization, read_server_info
 from vllm_instant.tools.measure.servers import SETTLE_SECONDS
 from vllm_instant_loadtests import locust_stats, run_recorder, schedule
-from vllm_instant_loadtests.load_driver import Part, Player, split
-from vllm_instant_loadtests.run_recorder import Client, Recorder, Request
+from vllm_instant_loadtests.load_driver import LoadDriver, SegmentTask, split_requests
+from vllm_instant_loadtests.run_recorder import GeneratorSample, RecordedRequest, RunRecorder
 from vllm_instant_loadtests.scenario import Scenario, ScenarioError, built_in, load, named_servers
 
 logger = logging.getLogger("loadtest")
@@ -59,7 +59,7 @@ def add_options(parser: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Choices:
+class RunOptions:
     """What was asked for."""
 
     scenario: Scenario
@@ -70,7 +70,7 @@ class Choices:
     output: Path
 
     @classmethod
-    def of(cls, options: argparse.Namespace, host: str | None) -> Choices:
+    def of(cls, options: argparse.Namespace, host: str | None) -> RunOptions:
         """From Locust's options; raises ScenarioError."""
         scenario = load(options.scenario)
         seconds = float(options.duration or 0)
@@ -91,7 +91,7 @@ class Choices:
         return cls(scenario, servers, str(options.seed), float(options.rate_scale), free)
 
 
-class Conductor:
+class ScenarioRunner:
     """Plays scenarios in Locust's process, or in its workers.
 
     Args:
@@ -102,11 +102,11 @@ class Conductor:
     def __init__(self, environment: Any) -> None:
         self._environment = environment
         self._runner = environment.runner
-        self._recorder: Recorder | None = None
+        self._recorder: RunRecorder | None = None
         self._playing: gevent.Greenlet | None = None
         self._stopped = self._lost = False
         self._played: dict[str, Event] = {}
-        self._player = Player(self._record, self._report)
+        self._player = LoadDriver(self._record, self._report)
         if isinstance(self._runner, MasterRunner):
             self._runner.register_message(RECORDS, self._receive)
             self._runner.register_message(PLAYED, lambda msg, **_: self._played[msg.node_id].set())
@@ -127,7 +127,7 @@ class Conductor:
     def _run(self) -> None:
         code = 0
         try:
-            choices = Choices.of(self._environment.parsed_options, self._environment.host)
+            choices = RunOptions.of(self._environment.parsed_options, self._environment.host)
             self._play(choices)
         except (ScenarioError, RefusedError, FileExistsError) as error:
             logger.error("%s", error)
@@ -153,15 +153,15 @@ class Conductor:
         if self._environment.web_ui is not None:
             self._environment.web_ui.stop()
 
-    def _play(self, choices: Choices) -> None:
+    def _play(self, choices: RunOptions) -> None:
         scenario, headers = choices.scenario, authorization(None)
-        due = schedule.requests(scenario, choices.seed, choices.trace_speed)
+        due = schedule.scheduled_requests(scenario, choices.seed, choices.trace_speed)
         if not due:
             raise ScenarioError(f"{scenario.name} sends nothing in {scenario.seconds:g} s: raise its rate or duration")
-        served = {name: look(url, headers) for name, url in choices.servers.items()}
+        served = {name: read_server_info(url, headers) for name, url in choices.servers.items()}
         targets = {name: {"url": found.url, "model": found.name, "headers": headers} for name, found in served.items()}
         self._warm_up(due, targets)
-        other = schedule.requests(scenario, f"{choices.seed}/warm-up", choices.trace_speed)
+        other = schedule.scheduled_requests(scenario, f"{choices.seed}/warm-up", choices.trace_speed)
         before = [request for request in other if request.at < scenario.warm_up_seconds]
         for name in targets if before else ():
             segment = schedule.Segment(-1, (name,), 0.0, scenario.warm_up_seconds)
@@ -171,7 +171,7 @@ class Conductor:
         gevent.sleep(SETTLE_SECONDS)
         epoch, clock = time.time(), time.perf_counter()
         about = _about(choices, served, headers, clock)
-        self._recorder = Recorder(choices.output, about)
+        self._recorder = RunRecorder(choices.output, about)
         watching = _watching(choices, clock)
         try:
             logger.info("%s: %d requests over %.0f s", scenario.title, len(due), scenario.seconds)
@@ -194,13 +194,13 @@ class Conductor:
     def _play_segment(
         self,
         segment: schedule.Segment,
-        due: list[schedule.Due],
+        due: list[schedule.ScheduledRequest],
         targets: Mapping[str, dict[str, Any]],
         epoch: float,
         scenario: Scenario,
     ) -> list[dict[str, Any]]:
         logger.info("%s: %.0f to %.0f s", " and ".join(segment.servers), segment.begin, segment.end)
-        part = Part(
+        part = SegmentTask(
             segment=segment.number,
             servers={name: targets[name] for name in segment.servers},
             epoch=epoch,
@@ -213,7 +213,7 @@ class Conductor:
         if isinstance(self._runner, MasterRunner):
             self._hand_out(part, inside)
         else:
-            self._player.play(replace(part, requests=split(inside, 1)[0]))
+            self._player.play(replace(part, requests=split_requests(inside, 1)[0]))
         return [
             {
                 "server": server,
@@ -226,11 +226,11 @@ class Conductor:
             for server in segment.servers
         ]
 
-    def _hand_out(self, part: Part, due: list[schedule.Due]) -> None:
+    def _hand_out(self, part: SegmentTask, due: list[schedule.ScheduledRequest]) -> None:
         """Give every worker its share and wait until all have sent the last record of it."""
         workers = [client.id for client in self._runner.clients.all]
         self._played = {worker: Event() for worker in workers}
-        for worker, share in zip(workers, split(due, len(workers)), strict=True):
+        for worker, share in zip(workers, split_requests(due, len(workers)), strict=True):
             self._runner.send_message(PART, asdict(replace(part, requests=share)), worker)
         deadline = time.time() + part.seconds + part.drain_seconds + PATIENCE_SECONDS
         for worker in workers:
@@ -240,7 +240,7 @@ class Conductor:
                     self._lost = True
                     break
 
-    def _warm_up(self, due: list[schedule.Due], targets: Mapping[str, dict[str, Any]]) -> None:
+    def _warm_up(self, due: list[schedule.ScheduledRequest], targets: Mapping[str, dict[str, Any]]) -> None:
         """One request of each kind to every server, so that no first time is measured."""
         first = {one.kind: one for one in reversed(due)}.values()
         for name, target in targets.items():
@@ -258,13 +258,13 @@ class Conductor:
     def _receive(self, msg: Any, **_: Any) -> None:
         """Records of a worker."""
         for name, values in msg.data["records"]:
-            self._record(run_recorder.request(values) if name == "request" else Client(**values))
+            self._record(run_recorder.request(values) if name == "request" else GeneratorSample(**values))
 
-    def _record(self, record: Request | Client) -> None:
+    def _record(self, record: RecordedRequest | GeneratorSample) -> None:
         if self._recorder is not None:
             self._recorder.add(record)
 
-    def _report(self, request: Request) -> None:
+    def _report(self, request: RecordedRequest) -> None:
         if self._recorder is not None:  # not while warming up
             locust_stats.report(self._environment, request)
 
@@ -273,7 +273,7 @@ class Conductor:
             self._runner.send_message(message, data)
 
 
-class Worker:
+class ScenarioWorker:
     """Plays the parts that a master hands out, and sends it what it records; nothing stays here.
 
     Args:
@@ -285,15 +285,15 @@ class Worker:
         self._environment = environment
         self._runner = environment.runner
         self._records: list[tuple[str, dict[str, Any]]] = []
-        self._player: Player | None = None
+        self._player: LoadDriver | None = None
         self._runner.register_message(PART, self._play, concurrent=True)
         self._runner.register_message(STOP, self._stop, concurrent=True)
         gevent.spawn(self._send_now_and_then)
 
     def _play(self, msg: Any, **_: Any) -> None:
         if self._player is None:
-            self._player = Player(self._record, self._report, max(0, self._runner.worker_index))
-        self._player.play(Part(**msg.data))
+            self._player = LoadDriver(self._record, self._report, max(0, self._runner.worker_index))
+        self._player.play(SegmentTask(**msg.data))
         self._send()
         self._runner.send_message(PLAYED, {})
 
@@ -301,12 +301,14 @@ class Worker:
         if self._player is not None:
             self._player.stop()
 
-    def _report(self, request: Request) -> None:
+    def _report(self, request: RecordedRequest) -> None:
         if (request.segment or 0) >= 0:  # not while warming up
             locust_stats.report(self._environment, request)
 
-    def _record(self, record: Request | Client) -> None:
-        self._records.append(("request" if isinstance(record, Request) else "client", run_recorder.plain(record)))
+    def _record(self, record: RecordedRequest | GeneratorSample) -> None:
+        self._records.append(
+            ("request" if isinstance(record, RecordedRequest) else "client", run_recorder.plain(record))
+        )
 
     def _send_now_and_then(self) -> None:
         while True:
@@ -328,10 +330,10 @@ def install(environment: Any, **_: Any) -> None:
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     if isinstance(runner, WorkerRunner):
-        Worker(environment)
+        ScenarioWorker(environment)
         return
     if isinstance(runner, LocalRunner | MasterRunner):
-        conductor = Conductor(environment)
+        conductor = ScenarioRunner(environment)
         environment.events.test_start.add_listener(conductor.start)
         environment.events.test_stopping.add_listener(conductor.stop)
         options = environment.parsed_options
@@ -340,7 +342,9 @@ def install(environment: Any, **_: Any) -> None:
             options.num_users = max(1, options.expect_workers if isinstance(runner, MasterRunner) else 1)
 
 
-def _about(choices: Choices, served: Mapping[str, Served], headers: Mapping[str, str], clock: float) -> dict[str, Any]:
+def _about(
+    choices: RunOptions, served: Mapping[str, ServerInfo], headers: Mapping[str, str], clock: float
+) -> dict[str, Any]:
     scenario = choices.scenario
     return {
         "scenario": {
@@ -384,7 +388,7 @@ def _deployment(name: str, url: str, headers: Mapping[str, str]) -> dict[str, An
     return {"deployment": "", "instant": ours}
 
 
-def _watching(choices: Choices, clock: float) -> subprocess.Popen[bytes]:
+def _watching(choices: RunOptions, clock: float) -> subprocess.Popen[bytes]:
     servers = [f"{name}={url}" for name, url in choices.servers.items()]
     module = "vllm_instant_loadtests.metrics_poller"
     command = [sys.executable, "-m", module, str(choices.output), *servers, "--clock", repr(clock)]

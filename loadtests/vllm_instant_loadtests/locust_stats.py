@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant_loadtests.run_recorder import Request
+from vllm_instant_loadtests.run_recorder import RecordedRequest
 
 
 class RequestFailedError(Exception):
     """How Locust is told of a failure."""
 
 
-def report(environment: Any, request: Request) -> None:
+def report(environment: Any, request: RecordedRequest) -> None:
     """Add a request to the statistics of this process.
 
     Rows, in Locust's columns for milliseconds: ``E2E`` (one a request; failures count here), ``TTFT``, ``ITL`` (one

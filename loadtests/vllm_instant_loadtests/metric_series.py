@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_instant_loadtests.run_recorder import Sample
+from vllm_instant_loadtests.run_recorder import MetricsSample
 from vllm_instant_loadtests.windows import Array
 
-Span = tuple[float, float]
+TimeSpan = tuple[float, float]
 
 RUNNING, WAITING, KV_USE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
 PREEMPTIONS, PROMPT_TOKENS = "vllm:num_preemptions_total", "vllm:prompt_tokens_total"
@@ -23,7 +23,7 @@ STEPS, STEP_TOKENS = "vllm:iteration_tokens_total_count", "vllm:iteration_tokens
 QUEUE_SECONDS, QUEUED = "vllm:request_queue_time_seconds_sum", "vllm:request_queue_time_seconds_count"
 
 
-class Meters:
+class MetricSeries:
     """Readings of one server.
 
     Args:
@@ -31,7 +31,7 @@ class Meters:
 
     """
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    def __init__(self, samples: Sequence[MetricsSample]) -> None:
         self._samples = sorted(samples, key=lambda sample: sample.at)
         self.at: Array = np.array([sample.at for sample in self._samples])
         self.took: Array = np.array([sample.took for sample in self._samples])
@@ -44,24 +44,24 @@ class Meters:
         """``[samples]``; NaN where a reading lacks it."""
         return np.array([sample.values.get(name, np.nan) for sample in self._samples])
 
-    def growth(self, name: str, spans: Sequence[Span]) -> float:
+    def growth(self, name: str, spans: Sequence[TimeSpan]) -> float:
         """By how much a counter grew in parts of the run; a counter that fell began again. NaN if unknown."""
         at, total = self._counter(name)
         if len(at) < 2:
             return float("nan")
         return float(sum(np.interp(end, at, total) - np.interp(begin, at, total) for begin, end in spans))
 
-    def rate(self, name: str, spans: Sequence[Span]) -> float:
+    def rate(self, name: str, spans: Sequence[TimeSpan]) -> float:
         """Growth a second."""
         seconds = sum(end - begin for begin, end in spans)
         return self.growth(name, spans) / seconds if seconds > 0 else float("nan")
 
-    def ratio(self, name: str, by: str, spans: Sequence[Span]) -> float:
+    def ratio(self, name: str, by: str, spans: Sequence[TimeSpan]) -> float:
         """Growth of one counter by that of another; NaN where the other one stood still."""
         below = self.growth(by, spans)
         return self.growth(name, spans) / below if below > 0 else float("nan")
 
-    def gauge(self, name: str, spans: Sequence[Span], at_most: bool = False) -> float:
+    def gauge(self, name: str, spans: Sequence[TimeSpan], at_most: bool = False) -> float:
         """Mean (or largest) reading in parts of the run, of a single one at least the nearest; NaN if unknown."""
         values = self.values(name)
         known = np.isfinite(values)
@@ -78,7 +78,7 @@ class Meters:
             return float("nan")
         return float(values[chosen].max() if at_most else values[chosen].mean())
 
-    def unanswered(self, span: Span) -> float:
+    def unanswered(self, span: TimeSpan) -> float:
         """The longest time without a reading that touches a part of the run."""
         if len(self.at) < 2:
             return 0.0
@@ -86,7 +86,7 @@ class Meters:
         touching = (ends > span[0]) & (begins < span[1])
         return float((ends - begins)[touching].max()) if touching.any() else 0.0
 
-    def stood_still(self, name: str, span: Span) -> float:
+    def stood_still(self, name: str, span: TimeSpan) -> float:
         """The longest time in a part of the run in which readings found a counter unchanged."""
         at, total = self._counter(name)
         longest, since = 0.0, 0

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from vllm_instant.tools.measure.server_info import authorization
-from vllm_instant_loadtests.run_recorder import Recorder, Sample, Step
+from vllm_instant_loadtests.run_recorder import DecisionSample, MetricsSample, RunRecorder
 
 SECONDS = 0.5
 """Between two readings of a server."""
@@ -39,7 +39,7 @@ def values(text: str) -> dict[str, float]:
     return totals
 
 
-class Placing:
+class DecisionPlacement:
     """Places the decisions of one server on the run's clock.
 
     A decision says how long its step took, not when it was. The newest one of a reading is put at the reading, those
@@ -70,7 +70,7 @@ class Placing:
         return placed
 
 
-async def watch(recorder: Recorder, servers: Mapping[str, str], clock: float, every: float) -> None:
+async def watch(recorder: RunRecorder, servers: Mapping[str, str], clock: float, every: float) -> None:
     """Read until cancelled.
 
     Args:
@@ -85,9 +85,9 @@ async def watch(recorder: Recorder, servers: Mapping[str, str], clock: float, ev
 
 
 async def _watch(
-    client: httpx.AsyncClient, recorder: Recorder, name: str, url: str, clock: float, every: float
+    client: httpx.AsyncClient, recorder: RunRecorder, name: str, url: str, clock: float, every: float
 ) -> None:
-    placing, explains, asked = Placing(), True, 0.0
+    placing, explains, asked = DecisionPlacement(), True, 0.0
     tokens, busy = -1.0, False
     while True:
         began = time.perf_counter()
@@ -96,7 +96,7 @@ async def _watch(
             now = time.perf_counter()
             if answer.status_code == 200:
                 found = values(answer.text)
-                recorder.add(Sample(name, round(now - clock, 4), round(now - began, 5), found))
+                recorder.add(MetricsSample(name, round(now - clock, 4), round(now - began, 5), found))
                 busy = busy or found.get("vllm:generation_tokens_total") != tokens
                 tokens = found.get("vllm:generation_tokens_total", -1.0)
             # An idle engine is left alone: a question would wake it.
@@ -106,7 +106,7 @@ async def _watch(
                 explains = trace.status_code == 200
                 if explains:
                     for at, decision in placing.place(trace.json(), time.perf_counter() - clock):
-                        recorder.add(Step(name, round(at, 4), decision))
+                        recorder.add(DecisionSample(name, round(at, 4), decision))
         except httpx.HTTPError:
             pass  # a server that does not answer shows as a gap
         await asyncio.sleep(max(0.05, began + every - time.perf_counter()))
@@ -121,14 +121,14 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=SECONDS)
     options = parser.parse_args()
     servers = dict(server.split("=", 1) for server in options.servers)
-    recorder = Recorder(options.folder, None)
+    recorder = RunRecorder(options.folder, None)
     try:
         asyncio.run(_until_terminated(recorder, servers, options.clock, options.every))
     finally:
         recorder.close()
 
 
-async def _until_terminated(recorder: Recorder, servers: Mapping[str, str], clock: float, every: float) -> None:
+async def _until_terminated(recorder: RunRecorder, servers: Mapping[str, str], clock: float, every: float) -> None:
     stopped, parent = asyncio.Event(), os.getppid()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     watching = asyncio.create_task(watch(recorder, servers, clock, every))

@@ -22,7 +22,7 @@ from aiohttp import web
 
 
 @dataclass(frozen=True)
-class Pace:
+class MockPace:
     """How the mock behaves."""
 
     first_ms: float = 50.0
@@ -35,7 +35,7 @@ class Pace:
     """Answer HTTP 503."""
 
 
-class Mock:
+class MockServer:
     """The server.
 
     Args:
@@ -46,8 +46,8 @@ class Mock:
 
     """
 
-    def __init__(self, pace: Pace | None = None, model: str = "mock", truth: Path | None = None) -> None:
-        self.pace = pace or Pace()
+    def __init__(self, pace: MockPace | None = None, model: str = "mock", truth: Path | None = None) -> None:
+        self.pace = pace or MockPace()
         self.model = model
         self.running = self.waiting = self.generated = self.aborted = self.steps = 0
         self.asked: list[dict[str, Any]] = []
@@ -114,7 +114,7 @@ class Mock:
         return web.Response(text="".join(f'{name}{{engine="0"}} {float(value)}\n' for name, value in values.items()))
 
     async def _change(self, request: web.Request) -> web.Response:
-        known = {field.name for field in fields(Pace)}
+        known = {field.name for field in fields(MockPace)}
         self.pace = replace(self.pace, **{key: value for key, value in (await request.json()).items() if key in known})
         return web.json_response(asdict(self.pace))
 
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--truth", type=Path, help="write here when what was sent")
-    for field in fields(Pace):
+    for field in fields(MockPace):
         if field.name != "refuse":
             kind = int if isinstance(field.default, int) else float
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
@@ -203,7 +203,7 @@ def main() -> None:
     host, port, truth = options.pop("host"), options.pop("port"), options.pop("truth")
 
     async def serve() -> web.Application:
-        return Mock(Pace(**options), truth=truth).app()
+        return MockServer(MockPace(**options), truth=truth).app()
 
     web.run_app(serve(), host=host, port=port, print=None, access_log=None)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_instant.tools.measure import prompts as evidence
-from vllm_instant.tools.measure.load import Prompt
+from vllm_instant.tools.measure.closed_loop import PromptSpec
 
 _FORMS = ("poem", "short story", "letter", "fairy tale", "song", "monologue", "dialogue", "diary entry")
 _MOODS = ("cheerful", "gloomy", "absurd", "solemn", "mysterious", "tender", "furious", "dreamlike")
@@ -22,7 +22,7 @@ _LONG = 3000
 
 
 @dataclass(frozen=True)
-class Asked:
+class LoadPrompt:
     """One prompt: a text, or the turns of a conversation up to the user's last."""
 
     text: str
@@ -60,7 +60,7 @@ def long(count: int, seed: str, characters: int = _LONG) -> list[str]:
     return made
 
 
-def _of(make: Callable[[int, str], list[Prompt]]) -> Callable[[int, str], list[str]]:
+def _of(make: Callable[[int, str], list[PromptSpec]]) -> Callable[[int, str], list[str]]:
     return lambda count, seed: [prompt.text for prompt in make(count, seed)]
 
 
@@ -73,7 +73,7 @@ BUILT_IN: dict[str, Callable[[int, str], list[str]]] = {
 """Classes: ``make(count, seed)``; some leave out a few."""
 
 
-def of_class(name: str, count: int, seed: str, characters: int | None = None) -> list[Asked]:
+def of_class(name: str, count: int, seed: str, characters: int | None = None) -> list[LoadPrompt]:
     """``count`` prompts of a built-in class, no two alike; only ``long`` knows ``characters``."""
     made: dict[str, None] = {}
     part = 0
@@ -87,10 +87,10 @@ def of_class(name: str, count: int, seed: str, characters: int | None = None) ->
         made |= dict.fromkeys(texts)
         if part > 1 and len(made) - before < more / 4:  # the class runs out: a number makes a known prompt a new one
             made |= dict.fromkeys(f"# {seed}/{part}/{number}\n{text}" for number, text in enumerate(texts))
-    return [Asked(text) for text in list(made)[:count]]
+    return [LoadPrompt(text) for text in list(made)[:count]]
 
 
-def from_file(file: Path) -> list[Asked]:
+def from_file(file: Path) -> list[LoadPrompt]:
     """The prompts of a file.
 
     ``.txt``: one a line. ``.jsonl`` (or a JSON list): objects with a ``prompt`` (and ``temperature``), with OpenAI's
@@ -105,7 +105,7 @@ def from_file(file: Path) -> list[Asked]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if file.suffix not in (".json", ".jsonl"):
-        found = [Asked(line) for line in text.splitlines() if line.strip()]
+        found = [LoadPrompt(line) for line in text.splitlines() if line.strip()]
     else:
         found = [_entry(file, number, entry) for number, entry in enumerate(_entries(file, text), 1)]
     if not found:
@@ -121,14 +121,14 @@ def _entries(file: Path, text: str) -> Sequence[Any]:
         raise ValueError(f"{file} is neither a JSON list nor one JSON object a line: {error}") from None
 
 
-def _entry(file: Path, number: int, entry: Any) -> Asked:
+def _entry(file: Path, number: int, entry: Any) -> LoadPrompt:
     try:
         temperature = None if entry.get("temperature") is None else float(entry["temperature"])
         if "prompt" in entry:
-            return Asked(str(entry["prompt"]), temperature=temperature)
+            return LoadPrompt(str(entry["prompt"]), temperature=temperature)
         turns = [_turn(turn) for turn in entry["messages"] if turn] if "messages" in entry else _shared(entry)
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
-        return Asked(turns[last]["content"], turns[:last], temperature)
+        return LoadPrompt(turns[last]["content"], turns[:last], temperature)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
             f"{file}: object {number} should have a prompt, messages or conversations with a user's turn"

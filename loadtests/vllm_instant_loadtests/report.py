@@ -14,9 +14,9 @@ import numpy as np
 
 from vllm_instant.tools.html import Band, Line, Plot, Tick, across, round_ticks, template, up
 from vllm_instant_loadtests import metric_series as m
-from vllm_instant_loadtests.analysis import NAMES, Analysis, ServerAnalysis, Spike
-from vllm_instant_loadtests.metric_series import Meters
-from vllm_instant_loadtests.run_recorder import Run
+from vllm_instant_loadtests.analysis import NAMES, RunAnalysis, ServerAnalysis, Spike
+from vllm_instant_loadtests.metric_series import MetricSeries
+from vllm_instant_loadtests.run_recorder import RecordedRun
 from vllm_instant_loadtests.windows import HOP, ITL, METRICS, PACE, STALL, TTFT, WARM_UP, Array
 
 SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "=", "not measured": "–"}
@@ -27,7 +27,7 @@ _NO_SERVER: dict[str, Any] = {"url": "", "version": "", "deployment": ""}
 
 
 @dataclass(frozen=True)
-class Curve:
+class PlotCurve:
     """One line of a plot, in the run's units."""
 
     name: str
@@ -35,7 +35,7 @@ class Curve:
     values: Array
 
 
-def write_html(analysis: Analysis, run: Run, path: Path) -> None:
+def write_html(analysis: RunAnalysis, run: RecordedRun, path: Path) -> None:
     """One self-contained page: goals, spikes with their evidence, servers beside each other, everything over time."""
     page = template("vllm_instant_loadtests", "report.html").render(
         scenario=_NO_SCENARIO | (analysis.about.get("scenario") or {}),
@@ -53,12 +53,12 @@ def write_html(analysis: Analysis, run: Run, path: Path) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def write_json(analysis: Analysis, path: Path) -> None:
+def write_json(analysis: RunAnalysis, path: Path) -> None:
     """What ``Analysis.plain`` has; what is no number is null."""
     path.write_text(json.dumps(_finite(analysis.plain()), indent=1) + "\n", encoding="utf-8")
 
 
-def write_junit(analysis: Analysis, path: Path) -> None:
+def write_junit(analysis: RunAnalysis, path: Path) -> None:
     """A test case a goal, which fails where it is missed, and one a spike.
 
     A spike fails its case only where the number of spikes is a goal: without one, what is found is said and no failure.
@@ -92,11 +92,11 @@ def write_junit(analysis: Analysis, path: Path) -> None:
     ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)
 
 
-def plots(server: ServerAnalysis, run: Run) -> list[Plot]:
+def plots(server: ServerAnalysis, run: RecordedRun) -> list[Plot]:
     """What a server was like over time: latencies, and what explains them."""
-    meters = Meters(run.samples)
+    meters = MetricSeries(run.samples)
     found = [_plot(server, f"{NAMES[metric]}, ms", _latency(server, metric)) for metric in (TTFT, ITL, PACE, STALL)]
-    running = [Curve(name, *_known(meters, key)) for name, key in (("running", m.RUNNING), ("waiting", m.WAITING))]
+    running = [PlotCurve(name, *_known(meters, key)) for name, key in (("running", m.RUNNING), ("waiting", m.WAITING))]
     found.append(_plot(server, "Requests running and waiting", running))
     if meters.has(m.DRAFTED):
         found.append(_plot(server, "Share of draft tokens accepted, %", [_accepted(meters)], top=100.0))
@@ -112,12 +112,12 @@ def number(value: float | None) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _latency(server: ServerAnalysis, metric: str) -> list[Curve]:
+def _latency(server: ServerAnalysis, metric: str) -> list[PlotCurve]:
     series = server.series[metric]
-    return [Curve(NAMES[metric], series.at, series.values * 1e3)]
+    return [PlotCurve(NAMES[metric], series.at, series.values * 1e3)]
 
 
-def _plot(server: ServerAnalysis, title: str, curves: Sequence[Curve], top: float | None = None) -> Plot | None:
+def _plot(server: ServerAnalysis, title: str, curves: Sequence[PlotCurve], top: float | None = None) -> Plot | None:
     known = [curve for curve in curves if np.isfinite(curve.values).any()]
     if not known:
         return None
@@ -138,7 +138,7 @@ def _plot(server: ServerAnalysis, title: str, curves: Sequence[Curve], top: floa
     return Plot(title, "seconds", x_ticks, y_ticks, lines, dots=False, bands=_bands(server, low, high))
 
 
-def _parts(curve: Curve, low: float, high: float, top: float) -> list[list[tuple[float, float]]]:
+def _parts(curve: PlotCurve, low: float, high: float, top: float) -> list[list[tuple[float, float]]]:
     """Polylines; nothing is drawn where nothing was measured, or nobody asked."""
     parts: list[list[tuple[float, float]]] = []
     before = -math.inf
@@ -172,21 +172,21 @@ def _title(spike: Spike) -> str:
     return f"{spike.cause}: {spike.sentence}"
 
 
-def _known(meters: Meters, name: str) -> tuple[Array, Array]:
+def _known(meters: MetricSeries, name: str) -> tuple[Array, Array]:
     return meters.at, meters.values(name)
 
 
-def _percent(meters: Meters, name: str) -> Curve:
-    return Curve(name, meters.at, meters.values(name) * 100)
+def _percent(meters: MetricSeries, name: str) -> PlotCurve:
+    return PlotCurve(name, meters.at, meters.values(name) * 100)
 
 
-def _accepted(meters: Meters) -> Curve:
+def _accepted(meters: MetricSeries) -> PlotCurve:
     at = np.arange(meters.at[0] + 1, meters.at[-1], HOP)
     values = [meters.ratio(m.ACCEPTED, m.DRAFTED, [(float(end) - 1, float(end))]) for end in at]
-    return Curve("accepted", at - 0.5, np.array(values) * 100)
+    return PlotCurve("accepted", at - 0.5, np.array(values) * 100)
 
 
-def _speed(server: ServerAnalysis, run: Run) -> Curve:
+def _speed(server: ServerAnalysis, run: RecordedRun) -> PlotCurve:
     series = server.series[STALL]
     came = [
         (when, have - had)
@@ -194,11 +194,11 @@ def _speed(server: ServerAnalysis, run: Run) -> Curve:
         for (when, have), had in zip(request.arrivals, [0, *(n for _, n in request.arrivals)], strict=False)
     ]
     if not came or not len(series.at):
-        return Curve("tokens", np.empty(0), np.empty(0))
+        return PlotCurve("tokens", np.empty(0), np.empty(0))
     times, tokens = np.array(sorted(came)).T
     cumulated = np.concatenate([[0.0], np.cumsum(tokens)])
     began, ended = (np.searchsorted(times, series.at + side) for side in (-series.half, series.half))
-    return Curve("tokens", series.at, (cumulated[ended] - cumulated[began]) / (2 * series.half))
+    return PlotCurve("tokens", series.at, (cumulated[ended] - cumulated[began]) / (2 * series.half))
 
 
 def _finite(value: Any) -> Any:

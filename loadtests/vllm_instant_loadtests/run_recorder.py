@@ -28,7 +28,7 @@ from typing import IO, Any, Self, TypeVar
 
 
 @dataclass(frozen=True)
-class Request:
+class RecordedRequest:
     """One request and what came of it."""
 
     id: str
@@ -70,7 +70,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Sample:
+class MetricsSample:
     """One reading of a server's ``/metrics``."""
 
     server: str
@@ -83,7 +83,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Step:
+class DecisionSample:
     """One decision of our scheduler's trace, placed on the run's clock."""
 
     server: str
@@ -93,7 +93,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Client:
+class GeneratorSample:
     """How the load generator itself was doing."""
 
     at: float
@@ -106,7 +106,7 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Event:
+class Disturbance:
     """Something that was done to a server on purpose."""
 
     server: str
@@ -118,16 +118,16 @@ class Event:
 
 
 @dataclass
-class Run:
+class RecordedRun:
     """What ran, and everything that was recorded."""
 
     about: dict[str, Any]
     """Scenario, servers (name, address, version, deployment), goals, environment_info."""
-    requests: list[Request] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    client: list[Client] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    requests: list[RecordedRequest] = field(default_factory=list)
+    samples: list[MetricsSample] = field(default_factory=list)
+    steps: list[DecisionSample] = field(default_factory=list)
+    client: list[GeneratorSample] = field(default_factory=list)
+    events: list[Disturbance] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -137,9 +137,9 @@ class Run:
         read = {name: [kind(**values) for values in _lines(folder / f"{name}.jsonl")] for name, kind in _KINDS.items()}
         return cls(about, requests, **read)
 
-    def of(self, server: str) -> Run:
+    def of(self, server: str) -> RecordedRun:
         """The part that concerns one server."""
-        return Run(
+        return RecordedRun(
             self.about,
             _only(self.requests, server),
             _only(self.samples, server),
@@ -149,7 +149,7 @@ class Run:
         )
 
 
-class Recorder:
+class RunRecorder:
     """Writes a run while it happens; every record is on disk at once, so that a killed run can be read.
 
     Args:
@@ -166,7 +166,7 @@ class Recorder:
         self.folder = folder
         self._files: dict[str, IO[str]] = {}
 
-    def add(self, record: Request | Sample | Step | Client | Event) -> None:
+    def add(self, record: RecordedRequest | MetricsSample | DecisionSample | GeneratorSample | Disturbance) -> None:
         """Append one record."""
         name = _FILES[type(record)]
         if name not in self._files:
@@ -186,23 +186,28 @@ class Recorder:
         self._files.clear()
 
 
-_KINDS: dict[str, Any] = {"samples": Sample, "steps": Step, "client": Client, "events": Event}
-_FILES: dict[type, str] = {Request: "requests", **{kind: name for name, kind in _KINDS.items()}}
-_OfServer = TypeVar("_OfServer", Request, Sample, Step, Event)
+_KINDS: dict[str, Any] = {
+    "samples": MetricsSample,
+    "steps": DecisionSample,
+    "client": GeneratorSample,
+    "events": Disturbance,
+}
+_FILES: dict[type, str] = {RecordedRequest: "requests", **{kind: name for name, kind in _KINDS.items()}}
+_OfServer = TypeVar("_OfServer", RecordedRequest, MetricsSample, DecisionSample, Disturbance)
 
 
-def plain(record: Request | Sample | Step | Client | Event) -> dict[str, Any]:
+def plain(record: RecordedRequest | MetricsSample | DecisionSample | GeneratorSample | Disturbance) -> dict[str, Any]:
     """A record as JSON types."""
     values = asdict(record)
-    if isinstance(record, Request):
+    if isinstance(record, RecordedRequest):
         values["arrivals"] = [[round(when, 5), tokens] for when, tokens in record.arrivals]
     return values
 
 
-def request(values: Mapping[str, Any]) -> Request:
+def request(values: Mapping[str, Any]) -> RecordedRequest:
     """The other way."""
     arrivals = [(when, tokens) for when, tokens in values["arrivals"]]
-    return Request(**{**values, "arrivals": arrivals})
+    return RecordedRequest(**{**values, "arrivals": arrivals})
 
 
 def _only(records: list[_OfServer], server: str) -> list[_OfServer]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vllm_instant_loadtests.goals import Goals
+from vllm_instant_loadtests.goals import LoadTestGoals
 
 Rate = float | list[tuple[float, float]]
 _SERVER = re.compile(r"(?:^|\s)(?:([^\s=/]+)=)?(https?://[^\s/]\S*)")
@@ -118,7 +118,7 @@ class Scenario(_Table):
     environment: dict[str, str] = {}
     """Variables of all servers that are started."""
     alternation: Alternation = Alternation()
-    goals: Goals = Goals()
+    goals: LoadTestGoals = LoadTestGoals()
     folder: Path = Path()
     """Where the files lie that it names."""
 

@@ -17,7 +17,7 @@ COUNTED = {"include_usage": True, "continuous_usage_stats": True}
 
 
 @dataclass(frozen=True)
-class Due:
+class ScheduledRequest:
     """One request of a scenario; every server gets the same."""
 
     number: int
@@ -54,9 +54,9 @@ class Segment:
     end: float
 
 
-def requests(scenario: Scenario, seed: str, trace_speed: float = 1.0) -> list[Due]:
+def scheduled_requests(scenario: Scenario, seed: str, trace_speed: float = 1.0) -> list[ScheduledRequest]:
     """All requests in the order in which they are due; raises ScenarioError where a file cannot be used."""
-    found: list[tuple[float, Traffic, prompts.Asked, random.Random]] = []
+    found: list[tuple[float, Traffic, prompts.LoadPrompt, random.Random]] = []
     for traffic in scenario.traffic:
         choose = random.Random(f"{seed}/{traffic.kind}")
         times = _times(scenario, traffic, choose, trace_speed)
@@ -90,7 +90,7 @@ def _times(scenario: Scenario, traffic: Traffic, choose: random.Random, trace_sp
     return arrivals.due(traffic.rate or 0.0, scenario.seconds, generator, traffic.arrivals, traffic.cv)
 
 
-def _asked(scenario: Scenario, traffic: Traffic, count: int, seed: str) -> list[prompts.Asked]:
+def _asked(scenario: Scenario, traffic: Traffic, count: int, seed: str) -> list[prompts.LoadPrompt]:
     if traffic.prompts in prompts.BUILT_IN:
         return prompts.of_class(traffic.prompts, count, seed, traffic.prompt_characters)
     file = scenario.folder / traffic.prompts
@@ -107,7 +107,9 @@ def _asked(scenario: Scenario, traffic: Traffic, count: int, seed: str) -> list[
     return [shuffled[i % len(shuffled)] for i in range(count)]
 
 
-def _due(number: int, when: float, traffic: Traffic, asked: prompts.Asked, choose: random.Random) -> Due:
+def _due(
+    number: int, when: float, traffic: Traffic, asked: prompts.LoadPrompt, choose: random.Random
+) -> ScheduledRequest:
     bounds = traffic.max_tokens if isinstance(traffic.max_tokens, tuple) else (traffic.max_tokens,) * 2
     leaves = choose.random() < traffic.leave_share
     leave_after = choose.randint(*traffic.leave_after_tokens)
@@ -125,7 +127,7 @@ def _due(number: int, when: float, traffic: Traffic, asked: prompts.Asked, choos
         body["prompt"] = before + asked.text
     else:
         body["messages"] = [*asked.before, {"role": "user", "content": asked.text}]
-    return Due(
+    return ScheduledRequest(
         number,
         when,
         traffic.kind,

@@ -15,13 +15,19 @@ import numpy as np
 
 from vllm_instant_loadtests import causes
 from vllm_instant_loadtests import metric_series as m
-from vllm_instant_loadtests.run_recorder import Client, Event, Request, Run, Sample
+from vllm_instant_loadtests.run_recorder import (
+    Disturbance,
+    GeneratorSample,
+    MetricsSample,
+    RecordedRequest,
+    RecordedRun,
+)
 
 SERVER = "simulated"
 
 
 @dataclass(frozen=True)
-class Engine:
+class SimulatedEngine:
     """What steps cost, in seconds, and what fits."""
 
     step: float = 0.020
@@ -41,7 +47,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Load:
+class SimulatedTraffic:
     """What is asked."""
 
     rate: float = 3.0
@@ -66,15 +72,15 @@ class _Live:
         return self.read + self.tokens
 
 
-def simulate(
+def simulate_run(
     seconds: float = 60.0,
-    events: Sequence[Event] = (),
+    events: Sequence[Disturbance] = (),
     *,
-    engine: Engine | None = None,
-    load: Load | None = None,
+    engine: SimulatedEngine | None = None,
+    load: SimulatedTraffic | None = None,
     slower: float = 1.0,
     seed: int = 0,
-) -> Run:
+) -> RecordedRun:
     """A run.
 
     Args:
@@ -87,20 +93,27 @@ def simulate(
         seed: of all that is random.
 
     """
-    return _Simulation(engine or Engine(), load or Load(), events, slower, np.random.default_rng(seed)).run(seconds)
+    return _Simulation(
+        engine or SimulatedEngine(), load or SimulatedTraffic(), events, slower, np.random.default_rng(seed)
+    ).run(seconds)
 
 
 class _Simulation:
     def __init__(
-        self, engine: Engine, load: Load, events: Sequence[Event], slower: float, random: np.random.Generator
+        self,
+        engine: SimulatedEngine,
+        load: SimulatedTraffic,
+        events: Sequence[Disturbance],
+        slower: float,
+        random: np.random.Generator,
     ) -> None:
         self.engine, self.load, self.events, self.slower, self.random = engine, load, events, slower, random
         self.now = 0.0
         self.drift = 0.0
         self.waiting: deque[_Live] = deque()
         self.running: list[_Live] = []
-        self.ended: list[Request] = []
-        self.samples: list[Sample] = []
+        self.ended: list[RecordedRequest] = []
+        self.samples: list[MetricsSample] = []
         self.totals = dict.fromkeys(
             (m.PREEMPTIONS, m.PROMPT_TOKENS, m.GENERATED, m.STEPS, m.STEP_TOKENS, m.QUEUE_SECONDS, m.QUEUED), 0.0
         )
@@ -108,7 +121,7 @@ class _Simulation:
             self.totals |= dict.fromkeys((m.DRAFTS, m.DRAFTED, m.ACCEPTED), 0.0)
         self.compiled = False
 
-    def run(self, seconds: float) -> Run:
+    def run(self, seconds: float) -> RecordedRun:
         coming = deque(sorted(self._traffic(seconds), key=lambda live: live.due))
         next_sample = 0.5
         while coming or self.waiting or self.running:
@@ -127,7 +140,7 @@ class _Simulation:
         client = [self._client(float(at)) for at in np.arange(0.5, self.now, 0.5)]
         segment = {"server": SERVER, "began": 0.0, "ended": self.now, "from": 0.0, "until": seconds, "number": 0}
         about = {"scenario": {"name": "simulated"}, "servers": [{"name": SERVER}], "segments": [segment]}
-        return Run(about, self.ended, self.samples, [], client, list(self.events))
+        return RecordedRun(about, self.ended, self.samples, [], client, list(self.events))
 
     def _traffic(self, seconds: float) -> list[_Live]:
         # One in each slot: were arrivals Poisson's, chance would make bursts that no event stands for.
@@ -137,7 +150,7 @@ class _Simulation:
         for event in self.events:
             length = event.ended - event.began
 
-            def at(event: Event = event) -> float:
+            def at(event: Disturbance = event) -> float:
                 return float(self.random.uniform(event.began, event.ended))
 
             extra = round(length * self.load.rate * 2.5)
@@ -242,7 +255,7 @@ class _Simulation:
         if not left and live.tokens < live.answer:
             return False
         self.ended.append(
-            Request(
+            RecordedRequest(
                 id=f"{len(self.ended)}",
                 server=SERVER,
                 kind=live.kind,
@@ -272,14 +285,14 @@ class _Simulation:
     def _in(self, cause: str, at: float) -> bool:
         return any(event.cause == cause and event.began <= at < event.ended for event in self.events)
 
-    def _sample(self, at: float) -> Sample:
+    def _sample(self, at: float) -> MetricsSample:
         used = sum(live.kv for live in self.running) / self.engine.kv_tokens
         gauges = {m.RUNNING: float(len(self.running)), m.WAITING: float(len(self.waiting)), m.KV_USE: min(1.0, used)}
-        return Sample(SERVER, at, 0.004, {**gauges, **self.totals})
+        return MetricsSample(SERVER, at, 0.004, {**gauges, **self.totals})
 
-    def _client(self, at: float) -> Client:
+    def _client(self, at: float) -> GeneratorSample:
         late = max(
             (e.ended - e.began for e in self.events if e.cause == causes.CLIENT and e.ended <= at < e.ended + 0.5),
             default=0.002,
         )
-        return Client(float(at), late, 0.2)
+        return GeneratorSample(float(at), late, 0.2)

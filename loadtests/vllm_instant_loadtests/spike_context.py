@@ -10,10 +10,10 @@ from functools import cached_property
 
 import numpy as np
 
-from vllm_instant_loadtests.metric_series import Meters, Span
-from vllm_instant_loadtests.run_recorder import Request, Run
-from vllm_instant_loadtests.spikes import Rise
-from vllm_instant_loadtests.windows import ITL, PACE, STALL, TTFT, Entries
+from vllm_instant_loadtests.metric_series import MetricSeries, TimeSpan
+from vllm_instant_loadtests.run_recorder import RecordedRequest, RecordedRun
+from vllm_instant_loadtests.spikes import MetricRise
+from vllm_instant_loadtests.windows import ITL, PACE, STALL, TTFT, LatencySamples
 
 AROUND = 0.6
 """Seconds before and after a spike whose readings belong to it: they are half a second apart."""
@@ -22,25 +22,25 @@ LATE = 0.1
 
 
 @dataclass(frozen=True)
-class Scene:
+class SpikeContext:
     """One spike of one server, in its run."""
 
-    run: Run
+    run: RecordedRun
     """Of this server alone."""
-    meters: Meters
-    measured: dict[str, Entries]
+    meters: MetricSeries
+    measured: dict[str, LatencySamples]
     """By metric, see ``windows.entries``."""
-    rises: Sequence[Rise]
-    quiet: Sequence[Span]
+    rises: Sequence[MetricRise]
+    quiet: Sequence[TimeSpan]
     """The baseline: parts of the run without spikes."""
 
     @cached_property
-    def span(self) -> Span:
+    def span(self) -> TimeSpan:
         """When the spike was."""
         return min(rise.began for rise in self.rises), max(rise.ended for rise in self.rises)
 
     @cached_property
-    def wide(self) -> Span:
+    def wide(self) -> TimeSpan:
         """With the readings around it."""
         return self.span[0] - AROUND, self.span[1] + AROUND
 
@@ -67,7 +67,7 @@ class Scene:
     def paced(self) -> float:
         """By what factor the mean time between tokens differed from the baseline's, certain or not."""
         between = self.measured[PACE]
-        quiet = Entries.joined([between.within(*span) for span in self.quiet])
+        quiet = LatencySamples.joined([between.within(*span) for span in self.quiet])
         return between.within(*self.span).mean() / quiet.mean()
 
     @cached_property
@@ -85,7 +85,7 @@ class Scene:
         return float(inside.values.max()) if len(inside.values) else 0.0
 
     @cached_property
-    def silence(self) -> Span:
+    def silence(self) -> TimeSpan:
         """The longest time in the spike in which answers were under way, but nobody got anything."""
         times = np.sort([when for request in self.run.requests for when, _ in request.arrivals])
         best = (self.span[0], self.span[0])
@@ -105,11 +105,11 @@ class Scene:
         worst = float(inside.values.max()) if len(inside.values) else 0.0
         return worst, float(np.quantile(quiet, 0.99)) if len(quiet) else float("nan")
 
-    def sent(self, span: Span) -> list[Request]:
+    def sent(self, span: TimeSpan) -> list[RecordedRequest]:
         """Requests that came in a part of the run."""
         return [request for request in self.run.requests if span[0] <= request.due < span[1]]
 
-    def sent_before(self) -> list[Request]:
+    def sent_before(self) -> list[RecordedRequest]:
         """Requests of the baseline."""
         return [r for r in self.run.requests if any(begin <= r.due < end for begin, end in self.quiet)]
 
@@ -124,7 +124,7 @@ class Scene:
         return max(late, default=0.0) if worst.metric in (TTFT, STALL) else float(sum(late))
 
 
-def reached(request: Request) -> float:
+def reached(request: RecordedRequest) -> float:
     """When a request had been read: its first token, or its end without one."""
     return request.arrivals[0][0] if request.arrivals else request.ended
 

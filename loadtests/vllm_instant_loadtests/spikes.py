@@ -33,7 +33,7 @@ import numpy.typing as npt
 from scipy.stats import t as student
 
 from vllm_instant.tools.measure.statistics import Estimate
-from vllm_instant_loadtests.windows import HOP, PACE, STALL, TTFT, Array, Entries, Series, statistic
+from vllm_instant_loadtests.windows import HOP, PACE, STALL, TTFT, Array, LatencySamples, WindowedSeries, statistic
 
 ALPHA = 0.05
 """Chance that a run without any change gets a spike."""
@@ -64,7 +64,7 @@ APART = 1.0
 
 
 @dataclass(frozen=True)
-class Rise:
+class MetricRise:
     """One metric's rise in one stretch of time."""
 
     metric: str
@@ -83,7 +83,7 @@ class Rise:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SpikeCandidate:
     """Neighbouring windows above the baseline."""
 
     first: int
@@ -94,7 +94,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Baseline:
+class BaselineLevel:
     """A metric's level and noise, in logarithms."""
 
     level: float
@@ -106,7 +106,7 @@ class Baseline:
         return max(math.log(MIN_RATIO), NOISES * self.noise)
 
 
-def baseline(values: Array) -> Baseline:
+def baseline_level(values: Array) -> BaselineLevel:
     """Level and noise of the logarithms of windows; robust against spikes that fill less than half of a run."""
     logs = np.log(values[np.isfinite(values)])
     lowest, level, higher = np.quantile(logs, [LEVEL * 0.32, LEVEL, 1 - LEVEL])
@@ -114,10 +114,10 @@ def baseline(values: Array) -> Baseline:
     # 1.22 below it. Noise is not symmetric; but what lies above may be a spike, which counts only so far.
     below, above = float(level - lowest) / 0.83, float(higher - level) / 0.77
     noise = min(MAX_NOISE, max(below, min(above, MAX_NOISE_ABOVE)))
-    return Baseline(float(level) + 0.39 * min(below, above, MAX_NOISE_ABOVE), noise)
+    return BaselineLevel(float(level) + 0.39 * min(below, above, MAX_NOISE_ABOVE), noise)
 
 
-def candidates(excess: Array, segment: npt.NDArray[Any], threshold: float) -> list[Candidate]:
+def candidates(excess: Array, segment: npt.NDArray[Any], threshold: float) -> list[SpikeCandidate]:
     """Clusters of windows.
 
     Args:
@@ -127,14 +127,14 @@ def candidates(excess: Array, segment: npt.NDArray[Any], threshold: float) -> li
 
     """
     above = np.flatnonzero(np.nan_to_num(excess, nan=-1.0) > threshold)
-    found: list[Candidate] = []
+    found: list[SpikeCandidate] = []
     for i in above:
         if found and i - found[-1].last <= 1 + BRIDGED and segment[i] == segment[found[-1].last]:
-            found[-1] = Candidate(found[-1].first, int(i), 0.0)
+            found[-1] = SpikeCandidate(found[-1].first, int(i), 0.0)
         else:
-            found.append(Candidate(int(i), int(i), 0.0))
+            found.append(SpikeCandidate(int(i), int(i), 0.0))
     capped = np.clip(np.nan_to_num(excess), 0.0, CAP)
-    return [Candidate(c.first, c.last, float(capped[c.first : c.last + 1].sum() * HOP)) for c in found]
+    return [SpikeCandidate(c.first, c.last, float(capped[c.first : c.last + 1].sum() * HOP)) for c in found]
 
 
 def largest_masses(excess: Array, quiet: Array, threshold: float, seed: int = 0, draws: int = DRAWS) -> Array:
@@ -162,7 +162,9 @@ def largest_masses(excess: Array, quiet: Array, threshold: float, seed: int = 0,
     return np.array(masses) * (1 + TAIL * random.exponential(1.0, draws))
 
 
-def certain(series: Series, metrics: int, alpha: float = ALPHA) -> tuple[list[tuple[Candidate, float]], Array]:
+def certain(
+    series: WindowedSeries, metrics: int, alpha: float = ALPHA
+) -> tuple[list[tuple[SpikeCandidate, float]], Array]:
     """Candidates that noise does not get, with their corrected p-values; and which windows are baseline.
 
     Args:
@@ -171,7 +173,7 @@ def certain(series: Series, metrics: int, alpha: float = ALPHA) -> tuple[list[tu
         alpha: chance of a false alarm.
 
     """
-    base = baseline(series.values)
+    base = baseline_level(series.values)
     excess = np.log(series.values) - base.level
     found = candidates(excess, series.segment, base.threshold)
     # What could be noise by its size stays in the baseline.
@@ -186,7 +188,9 @@ def certain(series: Series, metrics: int, alpha: float = ALPHA) -> tuple[list[tu
     return [(c, min(1.0, p)) for c, p in judged if p <= alpha], quiet
 
 
-def rises(series: Series, measured: Entries, metrics: int, alpha: float = ALPHA) -> list[Rise]:
+def metric_rises(
+    series: WindowedSeries, measured: LatencySamples, metrics: int, alpha: float = ALPHA
+) -> list[MetricRise]:
     """The rises of one metric: certain and large.
 
     Args:
@@ -206,7 +210,7 @@ def rises(series: Series, measured: Entries, metrics: int, alpha: float = ALPHA)
     return [rise for rise in made if _large(rise) and metrics * reference.chance(rise) <= alpha]
 
 
-def _span(series: Series, candidate: Candidate) -> tuple[float, float]:
+def _span(series: WindowedSeries, candidate: SpikeCandidate) -> tuple[float, float]:
     """When a candidate began and ended: without what its neighbours, which have not risen, also cover."""
     began = float(series.at[candidate.first]) + series.half - HOP
     ended = float(series.at[candidate.last]) - series.half + HOP
@@ -216,7 +220,7 @@ def _span(series: Series, candidate: Candidate) -> tuple[float, float]:
     return middle - HOP / 2, middle + HOP / 2
 
 
-def _large(rise: Rise) -> bool:
+def _large(rise: MetricRise) -> bool:
     steady = rise.metric in (TTFT, STALL) or rise.ratio.low > 1.0
     return rise.ratio.mean >= MIN_RATIO and steady and rise.lost >= MIN_LOST
 
@@ -224,7 +228,7 @@ def _large(rise: Rise) -> bool:
 class _Reference:
     """The baseline's raw entries, in blocks that are drawn again."""
 
-    def __init__(self, series: Series, measured: Entries, quiet: Array) -> None:
+    def __init__(self, series: WindowedSeries, measured: LatencySamples, quiet: Array) -> None:
         self._metric = series.metric
         self._measured = measured
         middles = series.at[quiet]
@@ -238,7 +242,7 @@ class _Reference:
         if series.metric == STALL:
             # The longest of a baseline is one moment; its usual longest is what windows are compared with.
             values = series.values[quiet & np.isfinite(series.values)]
-            of_baseline = replace(Entries.plain(values), ended=middles[: len(values)])
+            of_baseline = replace(LatencySamples.plain(values), ended=middles[: len(values)])
         self._pace = of_baseline.mean()
         self._seconds = len(middles) * HOP
         self._quiet = of_baseline
@@ -247,17 +251,19 @@ class _Reference:
         random = np.random.default_rng(0)
         self._drawn = [
             self._of(
-                Entries.joined([self._blocks[i] for i in random.integers(0, len(self._blocks), len(self._blocks))])
+                LatencySamples.joined(
+                    [self._blocks[i] for i in random.integers(0, len(self._blocks), len(self._blocks))]
+                )
             )
             for _ in range(200)
         ]
 
-    def _of(self, entries: Entries) -> float:
+    def _of(self, entries: LatencySamples) -> float:
         if self._metric == STALL:
             return float(np.median(entries.values))
         return statistic(self._metric, entries)
 
-    def rise(self, began: float, ended: float, p: float) -> Rise:
+    def rise(self, began: float, ended: float, p: float) -> MetricRise:
         inside = self._measured.within(began, ended)
         value = statistic(self._metric, inside)
         random = np.random.default_rng(1)
@@ -267,15 +273,15 @@ class _Reference:
         else:
             parts = _blocks(inside, HOP if self._metric == PACE else 2 * HOP)
             picks = [random.integers(0, len(parts), len(parts)) for _ in self._drawn]
-            drawn = [statistic(self._metric, Entries.joined([parts[i] for i in pick])) for pick in picks]
+            drawn = [statistic(self._metric, LatencySamples.joined([parts[i] for i in pick])) for pick in picks]
         low, high = np.quantile(np.array(drawn) / np.array(self._drawn), [0.025, 0.975])
         ratio = Estimate(value / self.value, float(low), float(high))
         lost = value - self.value
         if self._metric not in (TTFT, STALL):
             lost = (ended - began) * (1 - self._pace / inside.mean())
-        return Rise(self._metric, began, ended, self.value, value, ratio, p, lost)
+        return MetricRise(self._metric, began, ended, self.value, value, ratio, p, lost)
 
-    def chance(self, rise: Rise) -> float:
+    def chance(self, rise: MetricRise) -> float:
         """The chance that as many answers are as slow as those of a rise, by their texts alone.
 
         How fast an answer comes depends on its text, above all under speculation. With one or two of them under way, a
@@ -299,7 +305,7 @@ class _Reference:
         return float(min(1.0, places * student.sf(difference / max(error, 1e-9), len(usual) - 1)))
 
 
-def _paces(entries: Entries, seconds: float) -> dict[tuple[float, float], float]:
+def _paces(entries: LatencySamples, seconds: float) -> dict[tuple[float, float], float]:
     """Logarithm of the mean time between tokens, by answer and slice of the run that it fills for a good part."""
     slices = np.floor(entries.ended / seconds)
     keys, group = np.unique(np.stack([entries.owner, slices]), axis=1, return_inverse=True)
@@ -310,14 +316,14 @@ def _paces(entries: Entries, seconds: float) -> dict[tuple[float, float], float]
     return {(owner, number): pace for owner, number, pace in zip(*keys[:, full], paces, strict=True)}
 
 
-def _blocks(entries: Entries, seconds: float) -> list[Entries]:
+def _blocks(entries: LatencySamples, seconds: float) -> list[LatencySamples]:
     number = np.floor(entries.ended / seconds).astype(int)
     return [entries.chosen(number == one) for one in np.unique(number)]
 
 
-def together(found: Mapping[str, Sequence[Rise]]) -> list[list[Rise]]:
+def merge_rises(found: Mapping[str, Sequence[MetricRise]]) -> list[list[MetricRise]]:
     """Rises of all metrics, those at the same time as one spike; the most certain and largest rise first."""
-    groups: list[list[Rise]] = []
+    groups: list[list[MetricRise]] = []
     ends = -math.inf
     for rise in sorted((rise for one in found.values() for rise in one), key=lambda rise: rise.began):
         if groups and rise.began <= ends + APART:

@@ -22,7 +22,7 @@ import gevent
 from geventhttpclient.connectionpool import ConnectionPool, SSLConnectionPool
 from geventhttpclient.response import HTTPParseError, HTTPResponse
 
-from vllm_instant_loadtests.schedule import Due
+from vllm_instant_loadtests.schedule import ScheduledRequest
 
 SECONDS = 600.0
 """After which an answer that has stopped coming is an error."""
@@ -48,7 +48,7 @@ class CutOffError(Exception):
 
 
 @dataclass
-class Answer:
+class StreamOutcome:
     """What came of a request; times by ``time.perf_counter``."""
 
     sent: float = float("nan")
@@ -95,7 +95,7 @@ class StreamingClient:
         given = {"Host": parts.netloc, "Content-Type": "application/json", "Accept": "*/*", **(headers or {})}
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in given.items())
 
-    def ask(self, due: Due, wait: Callable[[], None] = lambda: None) -> Answer:
+    def ask(self, due: ScheduledRequest, wait: Callable[[], None] = lambda: None) -> StreamOutcome:
         """Send a request and follow its answer to the end; failures are noted in the answer, not raised.
 
         Args:
@@ -103,7 +103,7 @@ class StreamingClient:
             wait: for typists: called when everything is typed, returns when the prompt is to be committed.
 
         """
-        answer = Answer()
+        answer = StreamOutcome()
         body = {"model": self._model, **due.body}
         try:
             if due.route == "typist":
@@ -126,7 +126,9 @@ class StreamingClient:
         """Close idle connections."""
         self._pool.close()
 
-    def _typed(self, body: dict[str, Any], due: Due, answer: Answer, wait: Callable[[], None]) -> None:
+    def _typed(
+        self, body: dict[str, Any], due: ScheduledRequest, answer: StreamOutcome, wait: Callable[[], None]
+    ) -> None:
         """Type the last message's text, then commit it and follow the answer."""
         *before, last = body["messages"]
         opened = self._exchange("POST", "/v1/instant/sessions", body | {"messages": before})
@@ -162,7 +164,7 @@ class StreamingClient:
         except ValueError:
             return None
 
-    def _follow(self, path: str, body: Any, answer: Answer, leave_after: int | None) -> None:
+    def _follow(self, path: str, body: Any, answer: StreamOutcome, leave_after: int | None) -> None:
         answer.sent = time.perf_counter()
         sock, response = self._send("POST", path, body)
         have, finished, counted = 0, False, False

@@ -12,8 +12,8 @@ from gevent.event import Event
 from locust import User, constant, task
 
 from vllm_instant_loadtests import locust_stats
-from vllm_instant_loadtests.run_recorder import Request
-from vllm_instant_loadtests.schedule import COUNTED, Due
+from vllm_instant_loadtests.run_recorder import RecordedRequest
+from vllm_instant_loadtests.schedule import COUNTED, ScheduledRequest
 from vllm_instant_loadtests.streams import StreamingClient
 
 
@@ -44,26 +44,28 @@ class StreamingUser(User):  # type: ignore[misc]
         self.client = StreamingClient(self.host or "http://127.0.0.1:8000", self.model, self.headers)
         self._numbers = itertools.count()
 
-    def chat(self, messages: list[dict[str, str]] | str, name: str = "chat", **body: Any) -> Request:
+    def chat(self, messages: list[dict[str, str]] | str, name: str = "chat", **body: Any) -> RecordedRequest:
         """Ask ``/v1/chat/completions``; further parameters go into the request's body."""
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         return self._ask("chat", name, {"messages": turns, **body})
 
-    def complete(self, prompt: str, name: str = "completion", **body: Any) -> Request:
+    def complete(self, prompt: str, name: str = "completion", **body: Any) -> RecordedRequest:
         """Ask ``/v1/completions``."""
         return self._ask("completions", name, {"prompt": prompt, **body})
 
-    def type(self, text: str, name: str = "typist", characters_per_second: float = 40.0, **body: Any) -> Request:
+    def type(
+        self, text: str, name: str = "typist", characters_per_second: float = 40.0, **body: Any
+    ) -> RecordedRequest:
         """Type a prompt into a session of ``/v1/instant/sessions``; latencies count from its commit."""
         turns = [{"role": "user", "content": text}]
         return self._ask("typist", name, {"messages": turns, **body}, characters_per_second)
 
-    def _ask(self, route: str, name: str, body: dict[str, Any], speed: float | None = None) -> Request:
+    def _ask(self, route: str, name: str, body: dict[str, Any], speed: float | None = None) -> RecordedRequest:
         body = {"stream": True, "stream_options": COUNTED, **body}
-        due = Due(next(self._numbers), 0.0, name, route, body, None, speed)
+        due = ScheduledRequest(next(self._numbers), 0.0, name, route, body, None, speed)
         began = time.perf_counter()
         answer = self.client.ask(due)
-        request = Request(
+        request = RecordedRequest(
             id=answer.id,
             server="",
             kind=name,

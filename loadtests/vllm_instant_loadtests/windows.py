@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_loadtests.run_recorder import Request
+from vllm_instant_loadtests.run_recorder import RecordedRequest
 
 Array = npt.NDArray[np.float64]
 ITL, PACE, TTFT, STALL = "itl", "pace", "ttft", "stall"
@@ -32,7 +32,7 @@ FIELDS = ("began", "ended", "values", "weights", "owner")
 
 
 @dataclass(frozen=True)
-class Entries:
+class LatencySamples:
     """Measured durations, each with the span of time in which it was."""
 
     began: Array
@@ -45,23 +45,23 @@ class Entries:
     owner: Array
     """Number of the request that each belongs to."""
 
-    def within(self, began: float, ended: float) -> Entries:
+    def within(self, began: float, ended: float) -> LatencySamples:
         """Those that touch a part of the run."""
         return self.chosen((self.ended > began) & (self.began < ended))
 
     @classmethod
-    def joined(cls, parts: Sequence[Entries]) -> Entries:
+    def joined(cls, parts: Sequence[LatencySamples]) -> LatencySamples:
         """One behind the other."""
         return cls(*(np.concatenate([np.empty(0), *(getattr(part, name) for part in parts)]) for name in FIELDS))
 
     @classmethod
-    def plain(cls, values: Array) -> Entries:
+    def plain(cls, values: Array) -> LatencySamples:
         """Values that are just values."""
         return cls(values, values, values, np.ones(len(values)), np.arange(len(values), dtype=float))
 
-    def chosen(self, which: npt.NDArray[Any]) -> Entries:
+    def chosen(self, which: npt.NDArray[Any]) -> LatencySamples:
         """A mask's or an index's."""
-        return Entries(*(getattr(self, name)[which] for name in FIELDS))
+        return LatencySamples(*(getattr(self, name)[which] for name in FIELDS))
 
     def quantile(self, share: float) -> float:
         """By weight; NaN without entries."""
@@ -77,7 +77,7 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class Series:
+class WindowedSeries:
     """One metric over time."""
 
     metric: str
@@ -96,16 +96,16 @@ class Series:
         return WIDTH[self.metric] / 2
 
 
-def statistic(metric: str, entries: Entries) -> float:
+def statistic(metric: str, samples: LatencySamples) -> float:
     """What a metric says of some entries."""
     if metric == PACE:
-        return entries.mean()
+        return samples.mean()
     if metric == STALL:
-        return float(entries.values.max()) if len(entries.values) else float("nan")
-    return entries.quantile(0.99)
+        return float(samples.values.max()) if len(samples.values) else float("nan")
+    return samples.quantile(0.99)
 
 
-def entries(requests: Iterable[Request]) -> dict[str, Entries]:
+def latency_samples(requests: Iterable[RecordedRequest]) -> dict[str, LatencySamples]:
     """What was measured, by metric.
 
     ``itl`` and ``pace``: one entry an arrival after the first, the time by token, weighted with its tokens. ``stall``:
@@ -128,19 +128,23 @@ def entries(requests: Iterable[Request]) -> dict[str, Entries]:
     silent = np.concatenate([between, np.array(cut, float).reshape(-1, 4)])
     starts = np.array(first, float).reshape(-1, 3)
     tokens = np.maximum(between[:, 2], 1)
-    by_token = Entries(between[:, 0], between[:, 1], (between[:, 1] - between[:, 0]) / tokens, tokens, between[:, 3])
+    by_token = LatencySamples(
+        between[:, 0], between[:, 1], (between[:, 1] - between[:, 0]) / tokens, tokens, between[:, 3]
+    )
     return {
         ITL: by_token,
         PACE: by_token,
-        STALL: Entries(silent[:, 0], silent[:, 1], silent[:, 1] - silent[:, 0], np.ones(len(silent)), silent[:, 3]),
-        TTFT: Entries(
+        STALL: LatencySamples(
+            silent[:, 0], silent[:, 1], silent[:, 1] - silent[:, 0], np.ones(len(silent)), silent[:, 3]
+        ),
+        TTFT: LatencySamples(
             starts[:, 0], starts[:, 0] + 1e-6, starts[:, 1] - starts[:, 0], np.ones(len(starts)), starts[:, 2]
         ),
     }
 
 
 def stretches(
-    segments: Sequence[Mapping[str, Any]], server: str, requests: Sequence[Request]
+    segments: Sequence[Mapping[str, Any]], server: str, requests: Sequence[RecordedRequest]
 ) -> list[tuple[float, float]]:
     """``(began, ended)`` of the parts of a run in which a server was asked; all of it where the run does not say.
 
@@ -160,7 +164,7 @@ def stretches(
     return found
 
 
-def series(metric: str, measured: Entries, parts: Sequence[tuple[float, float]]) -> Series:
+def windowed_series(metric: str, measured: LatencySamples, parts: Sequence[tuple[float, float]]) -> WindowedSeries:
     """A metric in windows of every stretch."""
     middles, segment = [], []
     for number, (began, ended) in enumerate(parts):
@@ -170,10 +174,10 @@ def series(metric: str, measured: Entries, parts: Sequence[tuple[float, float]])
     at: Array = np.concatenate([*middles, np.empty(0)]).astype(np.float64)
     values = _in_windows(metric, measured, at)
     stretch = np.concatenate([*segment, np.empty(0, int)]).astype(np.int64)
-    return Series(metric, at, values, stretch, _too_little(metric, measured, values))
+    return WindowedSeries(metric, at, values, stretch, _too_little(metric, measured, values))
 
 
-def _too_little(metric: str, measured: Entries, values: Array) -> str:
+def _too_little(metric: str, measured: LatencySamples, values: Array) -> str:
     seconds, tokens = float(np.isfinite(values).sum() * HOP), measured.weights.sum()
     if seconds < MIN_SECONDS:
         return f"{seconds:.0f} s with {metric} data, {MIN_SECONDS:.0f} are needed for a baseline"
@@ -183,7 +187,7 @@ def _too_little(metric: str, measured: Entries, values: Array) -> str:
     return ""
 
 
-def _in_windows(metric: str, measured: Entries, at: Array) -> Array:
+def _in_windows(metric: str, measured: LatencySamples, at: Array) -> Array:
     values = np.full(len(at), np.nan)
     if not len(measured.values):
         return values

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from vllm_instant.tools.cli import app
 from vllm_instant.tools.measure import quality
-from vllm_instant.tools.measure.sampling import Arm
+from vllm_instant.tools.measure.sampling import ServerClient
 
 SAMPLING = {
     "plain": {"temperature": 1.0},
@@ -65,8 +65,8 @@ def test_verify_agrees(server, baseline, tmp_path):
 
 
 def test_the_quality_report_reads_real_log_probabilities(server, baseline, prompts):
-    arms = [Arm(where.url, "demo") for where in (server, baseline)]
-    found = quality.report(*arms, prompts[:4], prompts[4:8], tokens=12)
+    arms = [ServerClient(where.url, "demo") for where in (server, baseline)]
+    found = quality.quality_report(*arms, prompts[:4], prompts[4:8], tokens=12)
     assert found.tokens > 100
     assert 1 < found.stock_perplexity < 10_000
     assert found.perplexity_ratio.mean == pytest.approx(1, abs=1e-3)

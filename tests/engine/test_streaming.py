@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from vllm_instant.streaming.client import StreamingError, StreamingSession
 from vllm_instant.tools.cli import app
 from vllm_instant.tools.measure.servers import Server
-from vllm_instant_loadtests.run_recorder import Run
+from vllm_instant_loadtests.run_recorder import RecordedRun
 
 KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -291,7 +291,7 @@ def test_a_load_test_measures_chats_completions_and_typists(server: Server, tmp_
     words = ["--url", server.url, "--api-key", KEY, "--output", str(tmp_path / "run")]
     done = CliRunner().invoke(app, ["loadtest", str(tmp_path / "three.toml"), *words])
     assert done.exit_code == 0, done.output
-    run = Run.read(tmp_path / "run")
+    run = RecordedRun.read(tmp_path / "run")
     assert {request.route for request in run.requests} == set(routes)
     for request in run.requests:
         assert request.error is None

@@ -6,16 +6,24 @@ import pytest
 
 from vllm_instant_loadtests import causes
 from vllm_instant_loadtests import metric_series as m
-from vllm_instant_loadtests.analysis import analyse
-from vllm_instant_loadtests.run_recorder import Event, Run, Sample, Step
-from vllm_instant_loadtests.simulated import SERVER, Engine, Load, simulate
+from vllm_instant_loadtests.analysis import analyse_run
+from vllm_instant_loadtests.run_recorder import DecisionSample, Disturbance, MetricsSample, RecordedRun
+from vllm_instant_loadtests.simulated import SERVER, SimulatedEngine, SimulatedTraffic, simulate_run
 
 CASES = {
-    causes.ACCEPTANCE: (5.0, {"engine": Engine(draft_tokens=5), "load": Load(rate=1.5)}, "of draft tokens accepted"),
-    causes.BATCH: (4.0, {"load": Load(rate=1.5)}, "requests ran at once"),
+    causes.ACCEPTANCE: (
+        5.0,
+        {"engine": SimulatedEngine(draft_tokens=5), "load": SimulatedTraffic(rate=1.5)},
+        "of draft tokens accepted",
+    ),
+    causes.BATCH: (4.0, {"load": SimulatedTraffic(rate=1.5)}, "requests ran at once"),
     causes.PREFILL: (4.0, {}, "long prompts were read meanwhile"),
-    causes.MEMORY: (4.0, {"engine": Engine(kv_tokens=2500)}, "requests were preempted"),
-    causes.QUEUEING: (1.0, {"engine": Engine(seats=8), "load": Load(rate=1.5)}, "requests waited for a place"),
+    causes.MEMORY: (4.0, {"engine": SimulatedEngine(kv_tokens=2500)}, "requests were preempted"),
+    causes.QUEUEING: (
+        1.0,
+        {"engine": SimulatedEngine(seats=8), "load": SimulatedTraffic(rate=1.5)},
+        "requests waited for a place",
+    ),
     causes.CLIENT: (1.6, {}, "the load generator's own timers came"),
     causes.STOPPED: (1.6, {}, "nobody got a token for"),
     causes.DISCONNECTS: (4.0, {}, "clients that came hung up"),
@@ -25,7 +33,7 @@ CASES = {
 
 def _disturbed(cause, seed, seconds=60):
     length, setup, _ = CASES[cause]
-    return simulate(seconds, [Event(SERVER, cause, 30.0, 30.0 + length)], seed=seed, **setup)
+    return simulate_run(seconds, [Disturbance(SERVER, cause, 30.0, 30.0 + length)], seed=seed, **setup)
 
 
 @pytest.mark.parametrize("cause", CASES)
@@ -33,7 +41,7 @@ def test_named_in_at_least_four_of_five_runs(cause):
     named = 0
     for seed in range(5):
         run = _disturbed(cause, seed)
-        spikes = [spike for spike in analyse(run).spikes if spike.began < 42 and spike.ended > 30]
+        spikes = [spike for spike in analyse_run(run).spikes if spike.began < 42 and spike.ended > 30]
         right = [spike for spike in spikes if spike.cause == cause]
         named += bool(right)
         for spike in right:
@@ -44,27 +52,29 @@ def test_named_in_at_least_four_of_five_runs(cause):
 def test_works_without_any_metrics():
     """A proxy in front of the server may hide them; what requests show is still enough for some causes."""
     run = _disturbed(causes.PREFILL, 1)
-    blind = Run(run.about, run.requests, [], [], run.client, run.events)
-    assert causes.PREFILL in [spike.cause for spike in analyse(blind).spikes]
+    blind = RecordedRun(run.about, run.requests, [], [], run.client, run.events)
+    assert causes.PREFILL in [spike.cause for spike in analyse_run(blind).spikes]
 
 
 def test_prompt_lengths_from_the_metrics_where_requests_do_not_say():
     run = _disturbed(causes.PREFILL, 2)
     requests = [replace(request, prompt_tokens=None) for request in run.requests]
-    told = Run(run.about, requests, run.samples, [], run.client, run.events)
-    found = [finding for spike in analyse(told).spikes for finding in spike.findings]
+    told = RecordedRun(run.about, requests, run.samples, [], run.client, run.events)
+    found = [finding for spike in analyse_run(told).spikes for finding in spike.findings]
     lines = [line for finding in found if finding.cause == causes.PREFILL for line in finding.evidence]
     assert any("prompt tokens a second were read" in line for line in lines)
 
 
 def test_what_nothing_explains_is_unknown():
-    run = simulate(60, [Event(SERVER, causes.UNKNOWN, 30.0, 36.0)], slower=2.5, load=Load(rate=1.0), seed=2)
-    assert [spike.cause for spike in analyse(run).spikes] == [causes.UNKNOWN]
+    run = simulate_run(
+        60, [Disturbance(SERVER, causes.UNKNOWN, 30.0, 36.0)], slower=2.5, load=SimulatedTraffic(rate=1.0), seed=2
+    )
+    assert [spike.cause for spike in analyse_run(run).spikes] == [causes.UNKNOWN]
 
 
 def test_a_sleeping_load_generator_is_not_taken_for_a_stopped_server():
     run = _disturbed(causes.CLIENT, 7)
-    [spike] = [spike for spike in analyse(run).spikes if spike.began < 33 and spike.ended > 30]
+    [spike] = [spike for spike in analyse_run(run).spikes if spike.began < 33 and spike.ended > 30]
     by_cause = {finding.cause: finding.score for finding in spike.findings}
     assert by_cause[causes.CLIENT] > 0.7
     assert by_cause[causes.STOPPED] < 0.2
@@ -72,10 +82,10 @@ def test_a_sleeping_load_generator_is_not_taken_for_a_stopped_server():
 
 def test_meters():
     samples = [
-        Sample("s", float(at), 0.01, {m.PREEMPTIONS: total, m.RUNNING: running})
+        MetricsSample("s", float(at), 0.01, {m.PREEMPTIONS: total, m.RUNNING: running})
         for at, total, running in [(0, 5, 1), (1, 7, 2), (2, 0, 8), (3, 4, 3)]
     ]
-    meters = m.Meters(samples[::-1])
+    meters = m.MetricSeries(samples[::-1])
     assert meters.growth(m.PREEMPTIONS, [(0.0, 1.0)]) == pytest.approx(2)
     # It fell: the server was started again, and counts from 0.
     assert meters.growth(m.PREEMPTIONS, [(0.0, 3.0)]) == pytest.approx(6)
@@ -90,7 +100,7 @@ def test_meters():
 def test_a_decision_trace_adds_its_line():
     run = _disturbed(causes.STOPPED, 1)
     outcome = {"tokens": 8, "drafted": 6, "accepted": 4, "milliseconds": 21.0}
-    steps = [Step(SERVER, at / 2, {"step": at, "outcome": outcome}) for at in range(120)]
-    traced = Run(run.about, run.requests, run.samples, steps, run.client, run.events)
-    [spike] = [spike for spike in analyse(traced).spikes if spike.began < 33 and spike.ended > 30]
+    steps = [DecisionSample(SERVER, at / 2, {"step": at, "outcome": outcome}) for at in range(120)]
+    traced = RecordedRun(run.about, run.requests, run.samples, steps, run.client, run.events)
+    [spike] = [spike for spike in analyse_run(traced).spikes if spike.began < 33 and spike.ended > 30]
     assert spike.evidence[-1].startswith("decision trace: 6.0 draft tokens a step and 4.0 accepted")

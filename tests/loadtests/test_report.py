@@ -8,11 +8,11 @@ import pytest
 from pydantic import ValidationError
 
 from vllm_instant_loadtests import causes, compare
-from vllm_instant_loadtests.analysis import analyse
-from vllm_instant_loadtests.goals import Goals
+from vllm_instant_loadtests.analysis import analyse_run
+from vllm_instant_loadtests.goals import LoadTestGoals
 from vllm_instant_loadtests.report import write_html, write_json, write_junit
-from vllm_instant_loadtests.run_recorder import Event, Run
-from vllm_instant_loadtests.simulated import SERVER, Engine, Load, simulate
+from vllm_instant_loadtests.run_recorder import Disturbance, RecordedRun
+from vllm_instant_loadtests.simulated import SERVER, SimulatedEngine, SimulatedTraffic, simulate_run
 
 
 def _named(run, name):
@@ -23,18 +23,23 @@ def _named(run, name):
 
 def _beside(step):
     """Two servers with the same requests; the second one's steps take ``step`` seconds."""
-    load = Load(rate=2.0, answer=(80, 80), prompt=(50, 50))
-    one = simulate(90, load=load, seed=4)
-    other = simulate(90, load=load, engine=Engine(step=step), seed=4)
+    load = SimulatedTraffic(rate=2.0, answer=(80, 80), prompt=(50, 50))
+    one = simulate_run(90, load=load, seed=4)
+    other = simulate_run(90, load=load, engine=SimulatedEngine(step=step), seed=4)
     requests = _named(one, "stock") + _named(other, "ours")
-    return Run({"servers": [{"name": "stock"}, {"name": "ours"}]}, requests)
+    return RecordedRun({"servers": [{"name": "stock"}, {"name": "ours"}]}, requests)
 
 
 @pytest.fixture(scope="module")
 def stopped():
-    run = simulate(60, [Event(SERVER, causes.STOPPED, 30.0, 32.0, "engine core <&>")], load=Load(rate=3.0), seed=5)
+    run = simulate_run(
+        60,
+        [Disturbance(SERVER, causes.STOPPED, 30.0, 32.0, "engine core <&>")],
+        load=SimulatedTraffic(rate=3.0),
+        seed=5,
+    )
     run.about["goals"] = {"itl_p99_ms": 1.0, "error_rate": 0.0, "spikes": 0}
-    return run, analyse(run)
+    return run, analyse_run(run)
 
 
 def test_goals_are_checked_for_every_server(stopped):
@@ -42,11 +47,11 @@ def test_goals_are_checked_for_every_server(stopped):
     met = {checked.goal: checked.met for checked in analysis.goals}
     assert met == {"itl_p99_ms": False, "error_rate": True, "spikes": False}
     assert not analysis.met
-    assert analyse(stopped[0], Goals(error_rate=0.5)).met
+    assert analyse_run(stopped[0], LoadTestGoals(error_rate=0.5)).met
 
 
 def test_what_was_not_measured_is_not_met():
-    analysis = analyse(simulate(8, seed=1), Goals(spikes=3))
+    analysis = analyse_run(simulate_run(8, seed=1), LoadTestGoals(spikes=3))
     assert [(checked.found, checked.met) for checked in analysis.goals] == [(None, False)]
     assert "too little data" in analysis.goals[0].sentence
 
@@ -54,12 +59,12 @@ def test_what_was_not_measured_is_not_met():
 @pytest.mark.parametrize("goal", [{"ttft_p98_ms": 3}, {"itl_p99_ms": -1}, {"error_rate": 2}, {"spikes": 0.5}])
 def test_goals_that_make_no_sense_are_refused(goal):
     with pytest.raises(ValidationError):
-        Goals(**goal)
+        LoadTestGoals(**goal)
 
 
 def test_a_faster_server_is_better_and_the_same_one_makes_no_difference():
-    faster = compare.compare(_beside(0.012), "ours", "stock")
-    same = compare.compare(_beside(0.0202), "ours", "stock")
+    faster = compare.compare_servers(_beside(0.012), "ours", "stock")
+    same = compare.compare_servers(_beside(0.0202), "ours", "stock")
     rows = {row.name: row for row in faster.rows}
     assert rows["ITL mean"].verdict == "better"
     assert rows["ITL mean"].effect.mean == pytest.approx(0.7, abs=0.15)
@@ -72,13 +77,13 @@ def test_a_faster_server_is_better_and_the_same_one_makes_no_difference():
 def test_pairs_that_one_server_failed_are_counted_and_not_compared():
     run = _beside(0.02)
     broken = [replace(r, error="HTTP 500") if r.server == "ours" and r.number < 7 else r for r in run.requests]
-    comparison = compare.compare(Run(run.about, broken), "ours", "stock")
+    comparison = compare.compare_servers(RecordedRun(run.about, broken), "ours", "stock")
     assert comparison.failed == (7, 0)
     assert comparison.pairs == 173
 
 
 def test_a_run_of_two_servers_compares_the_later_with_the_earlier():
-    analysis = analyse(_beside(0.012))
+    analysis = analyse_run(_beside(0.012))
     [comparison] = analysis.comparisons
     assert (comparison.ours, comparison.theirs) == ("ours", "stock")
 
@@ -123,7 +128,7 @@ def test_junit_fails_what_is_missed(stopped, tmp_path):
 
 def test_spikes_are_no_failures_where_nobody_asked_for_none(stopped, tmp_path):
     run, _ = stopped
-    write_junit(analyse(run, Goals(error_rate=0.0)), tmp_path / "junit.xml")
+    write_junit(analyse_run(run, LoadTestGoals(error_rate=0.0)), tmp_path / "junit.xml")
     [suite] = ElementTree.parse(tmp_path / "junit.xml").getroot()  # noqa: S314 - our own file
     assert suite.get("failures") == "0"
     assert any("server stopped" in case.get("name") for case in suite)

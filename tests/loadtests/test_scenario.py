@@ -18,7 +18,7 @@ def scenario(**more):
 
 @pytest.mark.parametrize("name", built_in())
 def test_every_built_in_scenario_sends_something(name):
-    requests = schedule.requests(load(name), "0")
+    requests = schedule.scheduled_requests(load(name), "0")
     assert {request.kind for request in requests} == {traffic.kind for traffic in load(name).traffic}
     assert [request.at for request in requests] == sorted(request.at for request in requests)
     assert [request.number for request in requests] == list(range(len(requests)))
@@ -30,7 +30,7 @@ def test_the_scenarios_that_are_promised_are_there():
 
 
 def test_in_the_draft_collapse_creative_traffic_takes_over_at_the_same_rate():
-    requests = schedule.requests(load("draft-collapse"), "0")
+    requests = schedule.scheduled_requests(load("draft-collapse"), "0")
     before = [request.kind for request in requests if request.at < load("draft-collapse").seconds / 2]
     after = [request.kind for request in requests if request.at >= load("draft-collapse").seconds / 2]
     assert set(before) == {"structured"}
@@ -71,7 +71,7 @@ def test_a_scenario_that_cannot_be_played_is_one_sentence(tables, message):
 )
 def test_files_that_are_not_there_are_one_sentence(traffic, message):
     with pytest.raises(ScenarioError, match=message):
-        schedule.requests(scenario(traffic=[traffic]), "0")
+        schedule.scheduled_requests(scenario(traffic=[traffic]), "0")
 
 
 def test_an_unknown_scenario_names_those_that_exist():
@@ -84,11 +84,13 @@ def test_rate_and_length_can_be_scaled():
     scaled = whole.scaled(3.0, 60)
     assert scaled.traffic[0].rate == [(0, 6.0), (30, 12.0)]
     assert scaled.seconds == 60
-    assert len(schedule.requests(scaled, "0")) == pytest.approx(6 * len(schedule.requests(whole, "0")), rel=0.15)
+    assert len(schedule.scheduled_requests(scaled, "0")) == pytest.approx(
+        6 * len(schedule.scheduled_requests(whole, "0")), rel=0.15
+    )
 
 
 def test_the_seed_decides_prompts_and_arrivals():
-    first, again, other = (schedule.requests(scenario(), seed) for seed in ("1", "1", "2"))
+    first, again, other = (schedule.scheduled_requests(scenario(), seed) for seed in ("1", "1", "2"))
     assert first == again
     assert {request.body["messages"][0]["content"] for request in first}.isdisjoint(
         request.body["messages"][0]["content"] for request in other[:3]
@@ -161,5 +163,5 @@ def test_files_without_prompts_are_one_sentence(tmp_path, text, message):
 def test_a_users_prompts_are_each_asked_before_one_is_asked_again(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(40)))
     found = parse({"title": "t", "seconds": 20, "traffic": [{**TRAFFIC, "prompts": "p.txt"}]}, tmp_path / "s.toml")
-    asked = [request.body["messages"][0]["content"] for request in schedule.requests(found, "0")]
+    asked = [request.body["messages"][0]["content"] for request in schedule.scheduled_requests(found, "0")]
     assert len(set(asked[:40])) == min(40, len(asked))

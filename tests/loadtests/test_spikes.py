@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from vllm_instant_loadtests import causes, spikes, windows
-from vllm_instant_loadtests.analysis import analyse
-from vllm_instant_loadtests.run_recorder import Event, Request, Run, request
-from vllm_instant_loadtests.simulated import SERVER, Engine, Load, simulate
-from vllm_instant_loadtests.windows import ITL, Series
+from vllm_instant_loadtests.analysis import analyse_run
+from vllm_instant_loadtests.run_recorder import Disturbance, RecordedRequest, RecordedRun, request
+from vllm_instant_loadtests.simulated import SERVER, SimulatedEngine, SimulatedTraffic, simulate_run
+from vllm_instant_loadtests.windows import ITL, WindowedSeries
 
 RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.json.gz"))
 BLOCK = 6.0
-TEN_STREAMS = Load(rate=4.0)
+TEN_STREAMS = SimulatedTraffic(rate=4.0)
 
 
 def _spikes(run):
-    return analyse(run).spikes
+    return analyse_run(run).spikes
 
 
 def _overlapping(run, event):
@@ -32,7 +32,7 @@ def _recorded(path):
     return [request(plain) for plain in json.loads(gzip.decompress(path.read_bytes()))]
 
 
-def _moved(one: Request, seconds: float) -> Request:
+def _moved(one: RecordedRequest, seconds: float) -> RecordedRequest:
     arrivals = [(when + seconds, tokens) for when, tokens in one.arrivals]
     return replace(
         one, due=one.due + seconds, sent=one.sent + seconds, ended=one.ended + seconds, arrivals=arrivals, segment=0
@@ -49,14 +49,14 @@ def _replayed(recordings, seed):
         begin = choose.uniform(2.0, last - BLOCK)
         inside = [one for one in source if begin <= one.due < begin + BLOCK]
         requests += [_moved(one, block * BLOCK - begin) for one in inside]
-    return Run({"servers": [{"name": requests[0].server}]}, requests)
+    return RecordedRun({"servers": [{"name": requests[0].server}]}, requests)
 
 
 def test_a_rise_of_sixty_percent_for_five_seconds_is_found_among_ten_streams():
-    event = Event(SERVER, causes.UNKNOWN, 30.0, 35.0)
+    event = Disturbance(SERVER, causes.UNKNOWN, 30.0, 35.0)
     hits = 0
     for seed in range(20):
-        found = _overlapping(simulate(60, [event], slower=1.6, load=TEN_STREAMS, seed=seed), event)
+        found = _overlapping(simulate_run(60, [event], slower=1.6, load=TEN_STREAMS, seed=seed), event)
         hits += bool(found)
         for spike in found:
             assert 26.0 < spike.began < spike.ended < 39.0
@@ -67,7 +67,14 @@ def test_a_rise_of_sixty_percent_for_five_seconds_is_found_among_ten_streams():
 def test_no_spike_in_simulated_runs_without_a_change():
     alarms = sum(
         bool(
-            _spikes(simulate(60, load=Load(rate=1.5 + seed % 3), engine=Engine(draft_tokens=5 * (seed % 2)), seed=seed))
+            _spikes(
+                simulate_run(
+                    60,
+                    load=SimulatedTraffic(rate=1.5 + seed % 3),
+                    engine=SimulatedEngine(draft_tokens=5 * (seed % 2)),
+                    seed=seed,
+                )
+            )
         )
         for seed in range(60)
     )
@@ -96,23 +103,23 @@ def test_no_spike_in_runs_recorded_without_a_change(life, share):
 
 
 def test_a_slow_half_of_a_run_is_a_spike_of_the_fast_half():
-    event = Event(SERVER, causes.ACCEPTANCE, 30.0, 60.0)
-    run = simulate(60, [event], engine=Engine(draft_tokens=5), load=Load(rate=1.5), seed=3)
+    event = Disturbance(SERVER, causes.ACCEPTANCE, 30.0, 60.0)
+    run = simulate_run(60, [event], engine=SimulatedEngine(draft_tokens=5), load=SimulatedTraffic(rate=1.5), seed=3)
     found = _overlapping(run, event)
     assert sum(spike.ended - spike.began for spike in found) > 20
     assert {spike.cause for spike in found} == {causes.ACCEPTANCE}
 
 
 def test_a_certain_rise_of_a_tenth_is_no_spike():
-    event = Event(SERVER, causes.UNKNOWN, 25.0, 40.0)
-    assert not _overlapping(simulate(60, [event], slower=1.1, load=TEN_STREAMS, seed=1), event)
+    event = Disturbance(SERVER, causes.UNKNOWN, 25.0, 40.0)
+    assert not _overlapping(simulate_run(60, [event], slower=1.1, load=TEN_STREAMS, seed=1), event)
 
 
 def test_more_metrics_or_rarer_alarms_need_more_evidence():
     at = np.arange(0.0, 60.0, windows.HOP)
     noise = np.random.default_rng(0).normal(0.0, 0.08, len(at))
     noise[60:70] += 1.0
-    series = Series(ITL, at, 0.03 * np.exp(noise), np.zeros(len(at), int))
+    series = WindowedSeries(ITL, at, 0.03 * np.exp(noise), np.zeros(len(at), int))
     [(one, p)], quiet = spikes.certain(series, 1)
     [(_, p_of_four)], _ = spikes.certain(series, 4)
     assert (one.first, one.last) == (60, 69)
@@ -132,15 +139,15 @@ def test_windows_of_two_segments_are_not_neighbours():
 
 
 def test_rises_of_several_metrics_at_the_same_time_are_one_spike():
-    event = Event(SERVER, causes.STOPPED, 30.0, 32.0)
-    run = simulate(60, [event], load=TEN_STREAMS, seed=5)
+    event = Disturbance(SERVER, causes.STOPPED, 30.0, 32.0)
+    run = simulate_run(60, [event], load=TEN_STREAMS, seed=5)
     [spike] = _overlapping(run, event)
     assert len(spike.rises) > 1
     assert len({rise.metric for rise in spike.rises}) == len(spike.rises)
 
 
 def test_a_short_run_is_not_judged():
-    analysis = analyse(simulate(10, load=TEN_STREAMS, seed=1))
+    analysis = analyse_run(simulate_run(10, load=TEN_STREAMS, seed=1))
     [server] = analysis.servers
     assert set(server.too_little) == set(windows.METRICS)
     assert server.reached()["spikes"] is None

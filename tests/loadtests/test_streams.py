@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_instant_loadtests import streams
-from vllm_instant_loadtests.schedule import Due
+from vllm_instant_loadtests.schedule import ScheduledRequest
 from vllm_instant_loadtests.streams import StreamingClient
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-DUE = Due(0, 0.0, "a", "completions", {"prompt": "p"})
+DUE = ScheduledRequest(0, 0.0, "a", "completions", {"prompt": "p"})
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def test_without_counts_an_event_with_text_is_a_token() -> None:
 
 def test_the_client_hangs_up_when_it_was_meant_to() -> None:
     with sending(HEAD, chunked(event(1), event(3), end=False), 0.2, chunked(event(9), DONE)) as client:
-        answer = client.ask(Due(0, 0.0, "a", "completions", {"prompt": "p"}, leave_after=2))
+        answer = client.ask(ScheduledRequest(0, 0.0, "a", "completions", {"prompt": "p"}, leave_after=2))
     assert answer.left
     assert answer.error is None
     assert answer.arrivals[-1][1] == 3
@@ -141,7 +141,7 @@ def test_nobody_there_is_an_error_too() -> None:
 def test_a_session_that_does_not_end_is_no_part_of_a_typists_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "CLOSING_SECONDS", 0.3)
     opened = (HEAD, chunked(b'{"id": "s"}'))
-    due = Due(0, 0.0, "a", "typist", {"messages": [{"role": "user", "content": ""}]})
+    due = ScheduledRequest(0, 0.0, "a", "typist", {"messages": [{"role": "user", "content": ""}]})
     answer = (HEAD, chunked(event(2), b"data: [DONE]\n\n"))
     with sending(*answer, to={b"POST /v1/instant/sessions ": opened, b"DELETE": (30.0,)}) as client:
         got = client.ask(due)

@@ -12,26 +12,26 @@ from pathlib import Path
 
 from aiohttp import web
 
-from vllm_instant_loadtests.mock import Mock, Pace
+from vllm_instant_loadtests.mock import MockPace, MockServer
 
 
 @dataclass
-class MockServer:
-    mock: Mock
+class RunningMock:
+    mock: MockServer
     url: str
 
 
 @contextmanager
-def serving(pace: Pace, truth: Path | None = None) -> Iterator[MockServer]:
+def serving(pace: MockPace, truth: Path | None = None) -> Iterator[RunningMock]:
     """A mock server while it serves."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started, loop = threading.Event(), asyncio.new_event_loop()
-    found: list[Mock] = []
+    found: list[MockServer] = []
 
     async def start() -> web.AppRunner:
-        found.append(Mock(pace, truth=truth))
+        found.append(MockServer(pace, truth=truth))
         runner = web.AppRunner(found[0].app(), access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()
@@ -48,7 +48,7 @@ def serving(pace: Pace, truth: Path | None = None) -> Iterator[MockServer]:
     thread.start()
     assert started.wait(10)
     try:
-        yield MockServer(found[0], f"http://127.0.0.1:{port}")
+        yield RunningMock(found[0], f"http://127.0.0.1:{port}")
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)

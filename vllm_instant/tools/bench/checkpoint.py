@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_instant.tools.bench.plan import BadInputError
-from vllm_instant.tools.measure.interleaved_rounds import Turn
+from vllm_instant.tools.measure.interleaved_rounds import ArmRound
 
 Place = tuple[int, int]
 """Round and concurrency."""
 
 
-class State:
+class BenchCheckpoint:
     """The file, and what it holds.
 
     Args:
@@ -31,7 +31,7 @@ class State:
     def __init__(self, path: Path, setup: dict[str, Any], arms: Sequence[str]) -> None:
         self.path = path
         self.arms = list(arms)
-        self.turns: dict[Place, dict[str, Turn]] = {}
+        self.turns: dict[Place, dict[str, ArmRound]] = {}
         """Complete rounds only."""
         self.served: dict[str, dict[str, Any]] = {}
         self.quality: dict[str, Any] | None = None
@@ -53,7 +53,7 @@ class State:
         """Whether every arm has taken its turn there."""
         return place in self.turns
 
-    def add_round(self, place: Place, turns: dict[str, Turn]) -> None:
+    def add_round(self, place: Place, turns: dict[str, ArmRound]) -> None:
         """Keep a complete round."""
         self.turns[place] = turns
         self._append({"place": place, "turns": {arm: turn.plain() for arm, turn in turns.items()}})
@@ -84,7 +84,7 @@ class State:
         for line in lines:
             if "turns" in line:
                 place = (int(line["place"][0]), int(line["place"][1]))
-                self.turns[place] = {arm: Turn.read(plain) for arm, plain in line["turns"].items()}
+                self.turns[place] = {arm: ArmRound.read(plain) for arm, plain in line["turns"].items()}
             self.attempt = line.get("attempt", self.attempt)
             self.served = line.get("served", self.served)
             self.quality = line.get("quality", self.quality)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_instant.tools.bench.plan import AGAIN, STOCK, deployed
-from vllm_instant.tools.bench.report import comparison, floor, number
-from vllm_instant.tools.bench.rows import Row, verdicts
+from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, deployed
+from vllm_instant.tools.bench.report import format_effect, format_floor, format_number
+from vllm_instant.tools.bench.rows import BenchRow, verdicts
 from vllm_instant.tools.html import Line, Plot, Tick, across, round_ticks, template, up
 from vllm_instant.tools.measure.statistics import Estimate
 
@@ -21,7 +21,7 @@ LEAST = 1e-9
 
 
 @dataclass(frozen=True)
-class Span:
+class AxisSpan:
     """An interval on the ratio axis, in percent of its width."""
 
     left: float
@@ -29,10 +29,10 @@ class Span:
     middle: float
 
 
-class Axis:
+class RatioAxis:
     """Ratios on a logarithmic scale around 1."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[BenchRow]) -> None:
         ends = [
             abs(math.log(max(end, LEAST)))
             for row in rows
@@ -47,9 +47,9 @@ class Axis:
         share = 0.5 + math.log(max(ratio, LEAST)) / (2 * self._reach)
         return round(100 * min(1.0, max(0.0, share)), 2)
 
-    def span(self, estimate: Estimate) -> Span:
+    def span(self, estimate: Estimate) -> AxisSpan:
         """Of an interval."""
-        return Span(self.place(estimate.low), self.place(estimate.high), self.place(estimate.mean))
+        return AxisSpan(self.place(estimate.low), self.place(estimate.high), self.place(estimate.mean))
 
     def ticks(self) -> list[Tick]:
         """Round ratios that fit."""
@@ -61,8 +61,8 @@ class Axis:
 
 def render(record: Mapping[str, Any]) -> str:
     """The page."""
-    rows = [Row.read(plain) for plain in record["rows"]]
-    axis = Axis(rows)
+    rows = [BenchRow.read(plain) for plain in record["rows"]]
+    axis = RatioAxis(rows)
     arms = list(record["arms"])
     return template("vllm_instant.tools.bench", "html_report.html").render(
         record=record,
@@ -71,24 +71,24 @@ def render(record: Mapping[str, Any]) -> str:
         tables=[(arm, verdicts(rows, arm), _groups(rows, arm, axis)) for arm in deployed(arms)],
         ticks=axis.ticks(),
         plots=_speeds(record, arms) + _latencies(record, arms),
-        stock=STOCK,
-        again=AGAIN,
+        stock=BASELINE,
+        again=BASELINE_AGAIN,
         symbols=SYMBOLS,
     )
 
 
-def _groups(rows: Sequence[Row], arm: str, axis: Axis) -> list[tuple[str, list[dict[str, Any]]]]:
+def _groups(rows: Sequence[BenchRow], arm: str, axis: RatioAxis) -> list[tuple[str, list[dict[str, Any]]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         contrast = row.contrasts.get(arm)
         cells: dict[str, Any] = {
             "name": row.name,
-            "stock": number(row.values[STOCK].mean, row.unit) if STOCK in row.values else "",
-            "ours": number(row.values[arm].mean, row.unit) if arm in row.values else "",
+            "stock": format_number(row.values[BASELINE].mean, row.unit) if BASELINE in row.values else "",
+            "ours": format_number(row.values[arm].mean, row.unit) if arm in row.values else "",
             "verdict": contrast.verdict if contrast else "not measured",
             "why": "" if contrast else row.missing or "a value is zero",
-            "effect": comparison(contrast) if contrast else "",
-            "floor": floor(contrast) if contrast else "",
+            "effect": format_effect(contrast) if contrast else "",
+            "floor": format_floor(contrast) if contrast else "",
             "drawn": None,
         }
         if contrast is not None and contrast.scale == "ratio":
@@ -103,7 +103,7 @@ def _speeds(record: Mapping[str, Any], arms: Sequence[str]) -> list[Plot]:
     for users, by_arm in record["tokens_per_second_by_round"].items():
         top = max(speed for speeds in by_arm.values() for speed in speeds)
         ticks = round_ticks(top)
-        rounds = len(by_arm[STOCK])
+        rounds = len(by_arm[BASELINE])
         x = [across(i, 0, max(rounds - 1, 1), inset=12) for i in range(rounds)]
         lines = [
             Line(arm, style, [(x[i], up(speed, ticks[-1])) for i, speed in enumerate(by_arm[arm])])

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_instant.tools.bench.plan import RESPONSE_TOKENS, Plan, Price
-from vllm_instant.tools.measure.interleaved_rounds import Turn
+from vllm_instant.tools.bench.plan import RESPONSE_TOKENS, BenchPlan, HourlyPrice
+from vllm_instant.tools.measure.interleaved_rounds import ArmRound
 from vllm_instant.tools.measure.significance import Direction, Statistic
 
 PERCENTILES = (50, 95, 99)
 
 
 @dataclass(frozen=True)
-class Metric:
+class BenchMetric:
     """One row's arithmetic."""
 
     name: str
     unit: str
     better: Direction
-    samples: Callable[[Turn], np.ndarray | None]
+    samples: Callable[[ArmRound], np.ndarray | None]
     """Of one turn, ``[samples]`` or ``[1, sums]``; None where the turn does not tell."""
     statistic: Statistic
     least: int = 1
@@ -32,12 +32,12 @@ class Metric:
     """What is printed, if it is another statistic than the one that is compared."""
 
 
-def metrics(plan: Plan, price: Price | None) -> list[Metric]:
+def round_metrics(plan: BenchPlan, price: HourlyPrice | None) -> list[BenchMetric]:
     """The rows of one level of concurrency."""
     rows = [_percentile("TTFT", q, lambda turn: [answer.ttft for answer in turn.answers]) for q in PERCENTILES]
     rows += [_percentile("ITL", q, _inter_token_latencies) for q in PERCENTILES]
     rows.append(
-        Metric(
+        BenchMetric(
             f"latency of a {RESPONSE_TOKENS}-token response",
             "ms",
             "lower",
@@ -50,7 +50,7 @@ def metrics(plan: Plan, price: Price | None) -> list[Metric]:
     if plan.ttft_slo_ms is not None or plan.itl_slo_ms is not None:
         # Compared with half an answer more than there was: a ratio needs rates that are not zero.
         rows.append(
-            Metric(
+            BenchMetric(
                 f"goodput ({_goals(plan)})",
                 "requests/s",
                 "higher",
@@ -80,10 +80,10 @@ def metrics(plan: Plan, price: Price | None) -> list[Metric]:
     return rows
 
 
-def acceptance_length(kind: str) -> Metric:
+def acceptance_length(kind: str) -> BenchMetric:
     """Tokens a step of a request, steps without drafts included; ``kind`` of prompts."""
 
-    def samples(turn: Turn) -> np.ndarray | None:
+    def samples(turn: ArmRound) -> np.ndarray | None:
         answers = [answer for answer in turn.answers if answer.kind == kind]
         accepted = [answer.accepted for answer in answers if answer.accepted is not None]
         if len(accepted) < len(answers):
@@ -91,7 +91,7 @@ def acceptance_length(kind: str) -> Metric:
         tokens = sum(answer.tokens for answer in answers)
         return np.array([[tokens, tokens - sum(accepted)]], float)
 
-    return Metric(
+    return BenchMetric(
         f"acceptance length, {kind}",
         "tokens/step",
         "higher",
@@ -101,8 +101,8 @@ def acceptance_length(kind: str) -> Metric:
     )
 
 
-def _percentile(name: str, q: int, values: Callable[[Turn], Sequence[float] | np.ndarray]) -> Metric:
-    return Metric(
+def _percentile(name: str, q: int, values: Callable[[ArmRound], Sequence[float] | np.ndarray]) -> BenchMetric:
+    return BenchMetric(
         f"{name} p{q}",
         "ms",
         "lower",
@@ -114,29 +114,29 @@ def _percentile(name: str, q: int, values: Callable[[Turn], Sequence[float] | np
 
 
 def _sums(
-    name: str, unit: str, better: Direction, pair: Callable[[Turn], tuple[float, float] | None], missing: str = ""
-) -> Metric:
-    def samples(turn: Turn) -> np.ndarray | None:
+    name: str, unit: str, better: Direction, pair: Callable[[ArmRound], tuple[float, float] | None], missing: str = ""
+) -> BenchMetric:
+    def samples(turn: ArmRound) -> np.ndarray | None:
         found = pair(turn)
         return None if found is None else np.array([found], float)
 
-    return Metric(name, unit, better, samples, _quotient, missing=missing)
+    return BenchMetric(name, unit, better, samples, _quotient, missing=missing)
 
 
 def _quotient(sums: np.ndarray) -> float:
     return float(sums[:, 0].sum() / max(sums[:, 1].sum(), 1e-9))
 
 
-def _inter_token_latencies(turn: Turn) -> np.ndarray:
+def _inter_token_latencies(turn: ArmRound) -> np.ndarray:
     return np.concatenate([answer.inter_token_latencies() for answer in turn.answers])
 
 
-def _response_times(turn: Turn) -> np.ndarray | None:
+def _response_times(turn: ArmRound) -> np.ndarray | None:
     times = 1e3 * np.array([answer.seconds_to(RESPONSE_TOKENS) for answer in turn.answers])
     return None if np.isnan(times).any() else times
 
 
-def _good(turn: Turn, plan: Plan) -> int:
+def _good(turn: ArmRound, plan: BenchPlan) -> int:
     """Answers that kept the goals: time to the first token, mean time between tokens after it."""
     kept = 0
     for answer in turn.answers:
@@ -147,6 +147,6 @@ def _good(turn: Turn, plan: Plan) -> int:
     return kept
 
 
-def _goals(plan: Plan) -> str:
+def _goals(plan: BenchPlan) -> str:
     goals = (("TTFT", plan.ttft_slo_ms), ("ITL", plan.itl_slo_ms))
     return ", ".join(f"{name} ≤ {goal:g} ms" for name, goal in goals if goal is not None)

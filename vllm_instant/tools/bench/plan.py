@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_instant.tools.measure.load import Prompt
+from vllm_instant.tools.measure.closed_loop import PromptSpec
 from vllm_instant.tools.measure.prompts import BUILT_IN, built_in
 
-STOCK, AGAIN, OURS = "stock", "stock again", "ours"
+BASELINE, BASELINE_AGAIN, OURS = "stock", "stock again", "ours"
 RESPONSE_TOKENS = 100
 """The response whose latency is a row of its own."""
 _PRICE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]{3}|[$€£¥])")
@@ -25,14 +25,14 @@ class BadInputError(ValueError):
 
 
 @dataclass(frozen=True)
-class Price:
+class HourlyPrice:
     """Of the machine that a server runs on, for an hour."""
 
     amount: float
     unit: str
 
     @classmethod
-    def parse(cls, text: str) -> Price:
+    def parse(cls, text: str) -> HourlyPrice:
         """``2.50USD``, ``2.50 EUR``; raises BadInputError without a currency or without a number."""
         match = _PRICE.fullmatch(text.strip())
         if match is None or float(match[1]) <= 0:
@@ -44,7 +44,7 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """The measurement."""
 
     concurrency: tuple[int, ...] = (1, 8, 32)
@@ -53,7 +53,7 @@ class Plan:
     """How often each server is started; rounds are dealt out evenly."""
     tokens: int = RESPONSE_TOKENS
     """Length of each answer."""
-    prompts: tuple[Prompt, ...] | None = None
+    prompts: tuple[PromptSpec, ...] | None = None
     """The user's; None for the built-in classes."""
     ttft_slo_ms: float | None = None
     itl_slo_ms: float | None = None
@@ -85,7 +85,7 @@ class Plan:
         """How many prompts a turn has: as many as users, and of each built-in class the same number."""
         return -(-concurrency // len(BUILT_IN)) * len(BUILT_IN)
 
-    def prompts_of(self, number: int, concurrency: int, attempt: int = 0) -> list[Prompt]:
+    def prompts_of(self, number: int, concurrency: int, attempt: int = 0) -> list[PromptSpec]:
         """The prompts of one round, which all arms get; no other round has them while there are enough.
 
         Args:
@@ -114,7 +114,7 @@ SHORT: Mapping[str, Any] = {"concurrency": (4,), "rounds": 6, "starts": 1, "text
 """The short form: one level of concurrency, servers started once."""
 
 
-def read_prompts(file: Path) -> tuple[Prompt, ...]:
+def read_prompts(file: Path) -> tuple[PromptSpec, ...]:
     """A file with one prompt a line, or (``.jsonl``) one object a line: ``prompt``, ``class``, ``temperature``.
 
     Raises:
@@ -128,14 +128,16 @@ def read_prompts(file: Path) -> tuple[Prompt, ...]:
     if not lines:
         raise BadInputError(f"--prompts {file} has no prompts: write one a line")
     if file.suffix != ".jsonl":
-        return tuple(Prompt(line, 0.0, "prompts") for line in lines)
+        return tuple(PromptSpec(line, 0.0, "prompts") for line in lines)
     return tuple(_prompt(file, number, line) for number, line in enumerate(lines, 1))
 
 
-def _prompt(file: Path, number: int, line: str) -> Prompt:
+def _prompt(file: Path, number: int, line: str) -> PromptSpec:
     try:
         given = json.loads(line)
-        return Prompt(str(given["prompt"]), float(given.get("temperature", 0.0)), str(given.get("class", "prompts")))
+        return PromptSpec(
+            str(given["prompt"]), float(given.get("temperature", 0.0)), str(given.get("class", "prompts"))
+        )
     except (ValueError, KeyError, TypeError):
         raise BadInputError(
             f'--prompts {file}: object {number} should be like {{"prompt": "…", "class": "…", "temperature": 0}}'
@@ -144,4 +146,4 @@ def _prompt(file: Path, number: int, line: str) -> Prompt:
 
 def deployed(arms: Sequence[str]) -> list[str]:
     """The arms that are compared with stock."""
-    return [arm for arm in arms if arm not in (STOCK, AGAIN)]
+    return [arm for arm in arms if arm not in (BASELINE, BASELINE_AGAIN)]

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant.tools.bench.checkpoint import State
-from vllm_instant.tools.bench.plan import AGAIN, STOCK, BadInputError, Plan, Price
-from vllm_instant.tools.bench.rows import Row, rows, verdicts
+from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
+from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, BadInputError, BenchPlan, HourlyPrice
+from vllm_instant.tools.bench.rows import BenchRow, bench_rows, verdicts
 from vllm_instant.tools.measure.environment_info import environment_info
 from vllm_instant.tools.measure.significance import Contrast, margin_for
 
@@ -19,12 +19,12 @@ FORMAT = "vllm-instant bench 1"
 _QUANTILES = [0.005, *(i / 40 for i in range(1, 40)), 0.99, 0.995]
 
 
-def record(
-    plan: Plan,
-    state: State,
+def bench_record(
+    plan: BenchPlan,
+    state: BenchCheckpoint,
     *,
     command: str,
-    price: Price | None,
+    price: HourlyPrice | None,
     margin: float | None,
     local: bool,
     deployments: Mapping[str, str],
@@ -48,11 +48,11 @@ def record(
     places = {users: [state.turns[number, users] for number in range(plan.rounds)] for users in plan.concurrency}
     found = about | {
         "format": FORMAT,
-        "model": state.served[STOCK]["name"].rstrip("/").rpartition("/")[2],
+        "model": state.served[BASELINE]["name"].rstrip("/").rpartition("/")[2],
         "setup": plan.setup() | {"salt": state.salt},
         "margin": stated,
         "arms": {arm: state.served[arm] | {"deployment": deployments.get(arm, "")} for arm in state.arms},
-        "rows": [row.plain() for row in rows(plan, state, price, margin)],
+        "rows": [row.plain() for row in bench_rows(plan, state, price, margin)],
         "tokens_per_second_by_round": {
             str(users): {
                 arm: [round(turns[arm].tokens / turns[arm].seconds, 2) for turns in taken] for arm in state.arms
@@ -68,11 +68,11 @@ def record(
     return dict(_without_home(found))
 
 
-def notes(plan: Plan, state: State, local: bool) -> list[str]:
+def notes(plan: BenchPlan, state: BenchCheckpoint, local: bool) -> list[str]:
     """What a reader should know before believing a row."""
     said = []
     served = state.served
-    if served[AGAIN]["url"] == served[STOCK]["url"]:
+    if served[BASELINE_AGAIN]["url"] == served[BASELINE]["url"]:
         said.append(
             "The second stock server is the first one, asked again: it shows the noise between turns, and not how much "
             "two processes differ (--stock-again URL would)."
@@ -97,7 +97,7 @@ def notes(plan: Plan, state: State, local: bool) -> list[str]:
     return said
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """A record that was saved; raises BadInputError for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -110,12 +110,12 @@ def read(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def summary(lines: Sequence[Row], arm: str) -> str:
+def summary(lines: Sequence[BenchRow], arm: str) -> str:
     """How many rows got which verdict."""
     return f"{arm}: " + ", ".join(f"{count} {name}" for name, count in verdicts(lines, arm).items())
 
 
-def number(value: float, unit: str) -> str:
+def format_number(value: float, unit: str) -> str:
     """Three significant digits with the unit."""
     if unit in ("share", "ratio"):
         return f"{value:.3f}"
@@ -130,12 +130,12 @@ def number(value: float, unit: str) -> str:
     return f"{shown} {unit}"
 
 
-def comparison(contrast: Contrast) -> str:
+def format_effect(contrast: Contrast) -> str:
     """The effect with its interval."""
     return _interval(contrast, "effect")
 
 
-def floor(contrast: Contrast) -> str:
+def format_floor(contrast: Contrast) -> str:
     """The second stock server's with its interval."""
     return _interval(contrast, "floor")
 

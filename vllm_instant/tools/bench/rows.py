@@ -8,21 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant.tools.bench.checkpoint import State
-from vllm_instant.tools.bench.metrics import Metric, acceptance_length, metrics
-from vllm_instant.tools.bench.plan import AGAIN, OURS, STOCK, Plan, Price, deployed
+from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
+from vllm_instant.tools.bench.metrics import BenchMetric, acceptance_length, round_metrics
+from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, OURS, BenchPlan, HourlyPrice, deployed
 from vllm_instant.tools.measure import quality
-from vllm_instant.tools.measure.interleaved_rounds import Turn
+from vllm_instant.tools.measure.interleaved_rounds import ArmRound
 from vllm_instant.tools.measure.significance import (
     FALSE_ALARMS,
     Contrast,
     Direction,
-    Resampled,
-    difference,
-    exact,
+    ResampledRounds,
+    difference_contrast,
+    exact_contrast,
     margin_for,
-    ratio,
-    resampled,
+    ratio_contrast,
+    resample_rounds,
 )
 from vllm_instant.tools.measure.statistics import Estimate, estimate
 
@@ -32,7 +32,7 @@ AGREEMENT_MARGIN, PERPLEXITY_MARGIN, DIVERGENCE_MARGIN, LIKELIHOOD_MARGIN = 0.05
 
 
 @dataclass
-class Row:
+class BenchRow:
     """One line of the table."""
 
     group: str
@@ -57,7 +57,7 @@ class Row:
         }
 
     @classmethod
-    def read(cls, plain: Mapping[str, Any]) -> Row:
+    def read(cls, plain: Mapping[str, Any]) -> BenchRow:
         """The row that ``plain`` was made from."""
         return cls(
             plain["group"],
@@ -69,7 +69,9 @@ class Row:
         )
 
 
-def rows(plan: Plan, state: State, price: Price | None, margin: float | None) -> list[Row]:
+def bench_rows(
+    plan: BenchPlan, state: BenchCheckpoint, price: HourlyPrice | None, margin: float | None
+) -> list[BenchRow]:
     """All rows of a run.
 
     Args:
@@ -79,7 +81,7 @@ def rows(plan: Plan, state: State, price: Price | None, margin: float | None) ->
         margin: the stated margin of the rows that are measured in rounds; None for the one that fits the plan.
 
     """
-    made = [_Rounds(*planned) for planned in _planned(plan, state, price)]
+    made = [_RoundsRow(*planned) for planned in _planned(plan, state, price)]
     judged = len(deployed(state.arms)) * (len(made) + 4 * (state.quality is not None))
     stated = margin_for(plan.starts) if margin is None else margin
     found = [one.row(stated, judged) for one in made]
@@ -89,31 +91,33 @@ def rows(plan: Plan, state: State, price: Price | None, margin: float | None) ->
     return found
 
 
-Planned = tuple[str, Metric, Mapping[str, list[Turn]], frozenset[str]]
+Planned = tuple[str, BenchMetric, Mapping[str, list[ArmRound]], frozenset[str]]
 """Group, arithmetic, turns by arm, arms that can have draft tokens."""
 
 
-def _planned(plan: Plan, state: State, price: Price | None) -> list[Planned]:
+def _planned(plan: BenchPlan, state: BenchCheckpoint, price: HourlyPrice | None) -> list[Planned]:
     drafting = frozenset(arm for arm, served in state.served.items() if served["speculates"])
     planned: list[Planned] = []
-    everything: dict[str, list[Turn]] = {arm: [] for arm in state.arms}
+    everything: dict[str, list[ArmRound]] = {arm: [] for arm in state.arms}
     for users in plan.concurrency:
         turns = {arm: [state.turns[number, users][arm] for number in range(plan.rounds)] for arm in state.arms}
         for arm in state.arms:
             everything[arm] += turns[arm]
-        planned += [(f"concurrency {users}", metric, turns, drafting) for metric in metrics(plan, price)]
-    for kind in dict.fromkeys(answer.kind for turn in everything[STOCK] for answer in turn.answers):
+        planned += [(f"concurrency {users}", metric, turns, drafting) for metric in round_metrics(plan, price)]
+    for kind in dict.fromkeys(answer.kind for turn in everything[BASELINE] for answer in turn.answers):
         planned.append(("speculation", acceptance_length(kind), everything, drafting))
     return planned
 
 
-class _Rounds:
+class _RoundsRow:
     """A row that is measured in rounds."""
 
-    def __init__(self, group: str, metric: Metric, turns: Mapping[str, list[Turn]], drafting: frozenset[str]) -> None:
-        self._row = Row(group, metric.name, metric.unit)
+    def __init__(
+        self, group: str, metric: BenchMetric, turns: Mapping[str, list[ArmRound]], drafting: frozenset[str]
+    ) -> None:
+        self._row = BenchRow(group, metric.name, metric.unit)
         self._better = metric.better
-        self._arms: dict[str, Resampled] = {}
+        self._arms: dict[str, ResampledRounds] = {}
         for arm, taken in turns.items():
             # A server that cannot speculate takes a step for each token.
             known = taken if arm in drafting else [_undrafted(turn) for turn in taken]
@@ -126,20 +130,20 @@ class _Rounds:
             if count < metric.least:
                 self._row.missing = f"{count} samples; {metric.least} are needed"
                 return
-            self._arms[arm] = found = resampled(told, metric.statistic)
-            shown = found if metric.shown is None else resampled(told, metric.shown)
+            self._arms[arm] = found = resample_rounds(told, metric.statistic)
+            shown = found if metric.shown is None else resample_rounds(told, metric.shown)
             low, high = np.quantile(shown.draws, [FALSE_ALARMS / 2, 1 - FALSE_ALARMS / 2])
             self._row.values[arm] = Estimate(shown.value, float(low), float(high))
 
-    def row(self, margin: float, comparisons: int) -> Row:
+    def row(self, margin: float, comparisons: int) -> BenchRow:
         """The row, when it is known how many get a verdict."""
         for arm in deployed(list(self._arms)) if not self._row.missing else ():
-            if self._row.values[arm].mean == self._row.values[STOCK].mean == 0:
+            if self._row.values[arm].mean == self._row.values[BASELINE].mean == 0:
                 continue  # two rates of nothing
-            contrast = ratio(
+            contrast = ratio_contrast(
                 self._arms[arm],
-                self._arms[STOCK],
-                self._arms[AGAIN],
+                self._arms[BASELINE],
+                self._arms[BASELINE_AGAIN],
                 better=self._better,
                 margin=margin,
                 comparisons=comparisons,
@@ -149,24 +153,24 @@ class _Rounds:
         return self._row
 
 
-def _undrafted(turn: Turn) -> Turn:
+def _undrafted(turn: ArmRound) -> ArmRound:
     return replace(turn, answers=[replace(answer, accepted=0) for answer in turn.answers])
 
 
-def _capacity(state: State) -> list[Row]:
+def _capacity(state: BenchCheckpoint) -> list[BenchRow]:
     quantities: list[tuple[str, str, str, Direction]] = [
         ("KV-cache bytes per token", "B", "kv_bytes_per_token", "lower"),
         ("concurrent sequences of full length", "sequences", "kv_sequences", "higher"),
     ]
     found = []
     for name, unit, key, better in quantities:
-        row = Row("KV cache", name, unit)
+        row = BenchRow("KV cache", name, unit)
         values = {arm: state.served[arm][key] for arm in state.arms}
         if all(values.values()):
             row.values = {arm: Estimate(value, value, value) for arm, value in values.items()}
             for arm in deployed(state.arms):
-                row.contrasts[arm] = exact(
-                    values[arm], values[STOCK], values[AGAIN], better=better, margin=CAPACITY_MARGIN
+                row.contrasts[arm] = exact_contrast(
+                    values[arm], values[BASELINE], values[BASELINE_AGAIN], better=better, margin=CAPACITY_MARGIN
                 )
         else:
             row.missing = "a server does not say it in its metrics"
@@ -174,13 +178,13 @@ def _capacity(state: State) -> list[Row]:
     return found
 
 
-def _quality(measured: Mapping[str, Any], chance: float) -> list[Row]:
-    agreement = Row("quality", "greedy answers equal to stock's", "share")
-    perplexity = Row("quality", "perplexity by stock's", "ratio")
-    divergence = Row("quality", "KL divergence from stock", "nats/token")
-    likelihood = Row("quality", "stock's log-probability of sampled answers, less of its own", "nats/token")
+def _quality(measured: Mapping[str, Any], chance: float) -> list[BenchRow]:
+    agreement = BenchRow("quality", "greedy answers equal to stock's", "share")
+    perplexity = BenchRow("quality", "perplexity by stock's", "ratio")
+    divergence = BenchRow("quality", "KL divergence from stock", "nats/token")
+    likelihood = BenchRow("quality", "stock's log-probability of sampled answers, less of its own", "nats/token")
     arms = {arm: {key: np.array(values) for key, values in one.items()} for arm, one in measured.items()}
-    again = arms[AGAIN]
+    again = arms[BASELINE_AGAIN]
     for arm, one in arms.items():
         agreement.values[arm] = estimate(one["same"][:, None], _mean(len(one["same"])))
         perplexity.values[arm] = estimate(one["losses"], quality.perplexity_ratio)
@@ -201,10 +205,15 @@ def _quality(measured: Mapping[str, Any], chance: float) -> list[Row]:
         )
         perplexity.contrasts[arm] = log_ratio
         divergence.contrasts[arm] = _difference(
-            one["losses"], quality.divergence, divergence.values[AGAIN], chance, "same", DIVERGENCE_MARGIN
+            one["losses"], quality.divergence, divergence.values[BASELINE_AGAIN], chance, "same", DIVERGENCE_MARGIN
         )
         likelihood.contrasts[arm] = _difference(
-            one["gaps"][:, None], _mean(len(one["gaps"])), likelihood.values[AGAIN], chance, "same", LIKELIHOOD_MARGIN
+            one["gaps"][:, None],
+            _mean(len(one["gaps"])),
+            likelihood.values[BASELINE_AGAIN],
+            chance,
+            "same",
+            LIKELIHOOD_MARGIN,
         )
     return [agreement, perplexity, divergence, likelihood]
 
@@ -212,7 +221,7 @@ def _quality(measured: Mapping[str, Any], chance: float) -> list[Row]:
 def _difference(
     samples: np.ndarray, statistic: Any, floor: Estimate, chance: float, better: Direction, margin: float
 ) -> Contrast:
-    return difference(
+    return difference_contrast(
         estimate(samples, statistic),
         # As many draws as such a small chance needs.
         estimate(samples, statistic, confidence=1 - chance, draws=20_000),
@@ -226,7 +235,7 @@ def _mean(count: int) -> Any:
     return lambda sums: sums[:, 0] / count
 
 
-def verdicts(found: Sequence[Row], arm: str = OURS) -> dict[str, int]:
+def verdicts(found: Sequence[BenchRow], arm: str = OURS) -> dict[str, int]:
     """How many rows got which verdict."""
     counts = {"better": 0, "worse": 0, "no difference": 0, "not measured": 0}
     for row in found:

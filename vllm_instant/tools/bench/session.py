@@ -9,14 +9,14 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from vllm_instant.tools.bench.checkpoint import State
-from vllm_instant.tools.bench.plan import AGAIN, STOCK, BadInputError, Plan, deployed
+from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
+from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, BadInputError, BenchPlan, deployed
 from vllm_instant.tools.measure import quality
-from vllm_instant.tools.measure.energy import meter
-from vllm_instant.tools.measure.interleaved_rounds import interleaved, take_turn
+from vllm_instant.tools.measure.energy import energy_meter
+from vllm_instant.tools.measure.interleaved_rounds import interleaved, run_arm_round
 from vllm_instant.tools.measure.prompts import built_in, held_out_texts
-from vllm_instant.tools.measure.sampling import Arm, greedy_answers
-from vllm_instant.tools.measure.server_info import Served, look
+from vllm_instant.tools.measure.sampling import ServerClient, greedy_answers
+from vllm_instant.tools.measure.server_info import ServerInfo, read_server_info
 from vllm_instant.tools.measure.servers import Server, running
 
 QUALITY_TOKENS = 48
@@ -24,7 +24,7 @@ QUALITY_TOKENS = 48
 WARM_UP_TOKENS = 24
 
 
-class Arms(Protocol):
+class ServerProvider(Protocol):
     """Where the servers come from."""
 
     @property
@@ -37,7 +37,7 @@ class Arms(Protocol):
         """Whether they run on this machine."""
         ...
 
-    def serving(self, start: int) -> AbstractContextManager[dict[str, Served]]:
+    def serving(self, start: int) -> AbstractContextManager[dict[str, ServerInfo]]:
         """The servers of one start, by arm."""
         ...
 
@@ -47,7 +47,7 @@ class Arms(Protocol):
         ...
 
 
-class RunningArms:
+class ExternalServers:
     """Servers that somebody else has started.
 
     Args:
@@ -58,18 +58,18 @@ class RunningArms:
 
     def __init__(self, urls: Mapping[str, str], headers: Mapping[str, str]) -> None:
         self._urls = dict(urls)
-        self._urls.setdefault(AGAIN, self._urls[STOCK])
-        self.names = [STOCK, AGAIN, *deployed(list(self._urls))]
+        self._urls.setdefault(BASELINE_AGAIN, self._urls[BASELINE])
+        self.names = [BASELINE, BASELINE_AGAIN, *deployed(list(self._urls))]
         self.headers = headers
         self.local = all("//127." in url or "//localhost" in url or "//[::1]" in url for url in urls.values())
 
     @contextmanager
-    def serving(self, start: int) -> Iterator[dict[str, Served]]:
+    def serving(self, start: int) -> Iterator[dict[str, ServerInfo]]:
         """Look whether they are there."""
-        yield {name: look(self._urls[name], self.headers) for name in self.names}
+        yield {name: read_server_info(self._urls[name], self.headers) for name in self.names}
 
 
-class StartedArms:
+class StartedServers:
     """Servers that are started together, side by side.
 
     Args:
@@ -84,22 +84,22 @@ class StartedArms:
 
     def __init__(self, model: str, words: Mapping[str, Sequence[str]], folder: Path) -> None:
         self._model, self._words, self._folder = model, words, folder
-        self.names = [STOCK, AGAIN, *deployed(list(words))]
+        self.names = [BASELINE, BASELINE_AGAIN, *deployed(list(words))]
 
     @contextmanager
-    def serving(self, start: int) -> Iterator[dict[str, Served]]:
+    def serving(self, start: int) -> Iterator[dict[str, ServerInfo]]:
         """New processes for every start."""
         servers = {
             name: Server(self._model, self._words[name], log=self._folder / f"{name.replace(' ', '-')}-{start}.log")
             for name in self.names
         }
         with running(*servers.values()):
-            yield {name: look(server.url) for name, server in servers.items()}
+            yield {name: read_server_info(server.url) for name, server in servers.items()}
 
 
-def same_model(served: Mapping[str, Served]) -> None:
+def same_model(served: Mapping[str, ServerInfo]) -> None:
     """Raise BadInputError when the arms serve different models."""
-    stock = served[STOCK]
+    stock = served[BASELINE]
     for arm in served.values():
         if arm.model != stock.model:
             raise BadInputError(
@@ -107,7 +107,7 @@ def same_model(served: Mapping[str, Served]) -> None:
             )
 
 
-def run(plan: Plan, arms: Arms, state: State, say: Callable[[str, int], None]) -> None:
+def run_bench(plan: BenchPlan, arms: ServerProvider, state: BenchCheckpoint, say: Callable[[str, int], None]) -> None:
     """Measure what the state file does not have yet.
 
     Args:
@@ -117,7 +117,7 @@ def run(plan: Plan, arms: Arms, state: State, say: Callable[[str, int], None]) -
         say: told what is going on, and how many turns are done since it was told before.
 
     """
-    energy = meter() if arms.local else None
+    energy = energy_meter() if arms.local else None
     for start in range(plan.starts):
         places = [(number, users) for number in plan.rounds_of(start) for users in plan.concurrency]
         todo = [place for place in places if not state.has(place)]
@@ -138,7 +138,7 @@ def run(plan: Plan, arms: Arms, state: State, say: Callable[[str, int], None]) -
                 turns = {}
                 for _, name in interleaved(arms.names, [number], order):
                     say(f"round {number + 1} of {plan.rounds}, {users} at a time: {name}", 0)
-                    turns[name] = take_turn(
+                    turns[name] = run_arm_round(
                         asked[name],
                         prompts,
                         concurrency=users,
@@ -152,20 +152,20 @@ def run(plan: Plan, arms: Arms, state: State, say: Callable[[str, int], None]) -
                 state.add_quality(measure_quality(asked, plan, lambda text: say(f"quality: {text}", 0)))
 
 
-def _warm_up(plan: Plan, asked: Mapping[str, Arm], attempt: int, start: int) -> None:
+def _warm_up(plan: BenchPlan, asked: Mapping[str, ServerClient], attempt: int, start: int) -> None:
     """All servers at once and with few tokens: caches fill and kernels compile; nothing of it is measured."""
     # Made before there are threads: Python 3.11 cannot parse sources in several of them.
     prompts = {users: plan.prompts_of(-1 - start, users, attempt) for users in plan.concurrency}
 
-    def one(arm: Arm) -> None:
+    def one(arm: ServerClient) -> None:
         for users, asked_for in prompts.items():
-            take_turn(arm, asked_for, concurrency=users, tokens=min(plan.tokens, WARM_UP_TOKENS))
+            run_arm_round(arm, asked_for, concurrency=users, tokens=min(plan.tokens, WARM_UP_TOKENS))
 
     with ThreadPoolExecutor(len(asked)) as pool:
         list(pool.map(one, asked.values()))
 
 
-def measure_quality(asked: Mapping[str, Arm], plan: Plan, tick: Callable[[str], None]) -> dict[str, Any]:
+def measure_quality(asked: Mapping[str, ServerClient], plan: BenchPlan, tick: Callable[[str], None]) -> dict[str, Any]:
     """What the quality rows are made from, for every arm but the first stock server.
 
     Stock's greedy answers are asked for one at a time, the others' several at a time: in half precision, rounding
@@ -173,19 +173,19 @@ def measure_quality(asked: Mapping[str, Arm], plan: Plan, tick: Callable[[str], 
     """
     texts = held_out_texts(plan.texts)
     prompts = [prompt.text for prompt in built_in(plan.answers, f"{plan.salt}/quality")]
-    stock = asked[STOCK]
+    stock = asked[BASELINE]
     tick("stock")
     greedy = [greedy_answers(stock, [prompt], QUALITY_TOKENS)[0] for prompt in prompts]
-    reading = quality.read(stock, texts)
+    reading = quality.read_texts(stock, texts)
     likelihood = quality.likelihood(stock, stock, prompts, QUALITY_TOKENS, 1.0)
     found = {}
     for name, arm in asked.items():
-        if name != STOCK:
+        if name != BASELINE:
             tick(name)
             answers = greedy_answers(arm, prompts, QUALITY_TOKENS)
             found[name] = {
                 "same": [float(a == b) for a, b in zip(answers, greedy, strict=True)],
-                "losses": quality.compare_readings(quality.read(arm, texts), reading).tolist(),
+                "losses": quality.compare_readings(quality.read_texts(arm, texts), reading).tolist(),
                 "gaps": (quality.likelihood(arm, stock, prompts, QUALITY_TOKENS, 1.0) - likelihood).tolist(),
             }
     return found

@@ -18,9 +18,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.tools.bench import compare, html_report, report
-from vllm_instant.tools.bench.checkpoint import State
-from vllm_instant.tools.bench.plan import AGAIN, OURS, SHORT, STOCK, BadInputError, Plan, Price, read_prompts
-from vllm_instant.tools.bench.session import Arms, RunningArms, StartedArms, run
+from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
+from vllm_instant.tools.bench.plan import (
+    BASELINE,
+    BASELINE_AGAIN,
+    OURS,
+    SHORT,
+    BadInputError,
+    BenchPlan,
+    HourlyPrice,
+    read_prompts,
+)
+from vllm_instant.tools.bench.session import ExternalServers, ServerProvider, StartedServers, run_bench
 from vllm_instant.tools.cli import bench_tables
 from vllm_instant.tools.cli.common import Overrides, fail, problems_reported
 from vllm_instant.tools.measure.sampling import RefusedError
@@ -112,10 +121,10 @@ def bench(
             "itl_slo_ms": itl_slo_ms,
         }
         given = {key: value for key, value in chosen.items() if value is not None}
-        plan = Plan(**{**(SHORT if short else {}), **given}, tokens=tokens)
+        plan = BenchPlan(**{**(SHORT if short else {}), **given}, tokens=tokens)
         if plan.starts > plan.rounds:
             raise BadInputError(f"--starts {plan.starts} needs at least as many --rounds, not {plan.rounds}")
-        price = None if price_per_hour is None else Price.parse(price_per_hour)
+        price = None if price_per_hour is None else HourlyPrice.parse(price_per_hour)
         named = _named(arms or [])
         if (stock_url is None) != (our_url is None):
             raise BadInputError("--stock and --ours belong together")
@@ -129,8 +138,13 @@ def bench(
             if stock_url is not None and our_url is not None:
                 if plan.starts > 1:
                     raise BadInputError("--starts is for servers that are started here, not for running ones")
-                urls = {STOCK: stock_url, **({AGAIN: again_url} if again_url else {}), OURS: our_url, **named}
-                servers: Arms = RunningArms(urls, authorization(api_key))
+                urls = {
+                    BASELINE: stock_url,
+                    **({BASELINE_AGAIN: again_url} if again_url else {}),
+                    OURS: our_url,
+                    **named,
+                }
+                servers: ServerProvider = ExternalServers(urls, authorization(api_key))
                 deployments, setup = dict(urls), {"servers": urls}
             else:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-instant-bench-")))
@@ -144,11 +158,11 @@ def bench(
 
 
 def _measure(
-    plan: Plan,
-    servers: Arms,
+    plan: BenchPlan,
+    servers: ServerProvider,
     deployments: Mapping[str, str],
     setup: dict[str, Any],
-    price: Price | None,
+    price: HourlyPrice | None,
     margin: float | None,
     output: Path,
     fresh: bool,
@@ -157,15 +171,15 @@ def _measure(
     unfinished = output.with_name(f"{output.name}.state.jsonl")
     if fresh:
         unfinished.unlink(missing_ok=True)
-    state = State(unfinished, plan.setup() | setup, servers.names)
+    state = BenchCheckpoint(unfinished, plan.setup() | setup, servers.names)
     plan = replace(plan, salt=state.salt)
     try:
         with _progress(plan.rounds * len(plan.concurrency) * len(servers.names)) as say:
-            run(plan, servers, state, say)
+            run_bench(plan, servers, state, say)
     finally:
         if not state.turns:
             state.finished()  # nothing to go on with
-    found = report.record(
+    found = report.bench_record(
         plan,
         state,
         command=shlex.join(["vllm-instant", *sys.argv[1:]]),
@@ -189,7 +203,7 @@ def _started(
     named: Mapping[str, str],
     words: list[str],
     folder: Path,
-) -> tuple[Arms, dict[str, str], dict[str, Any]]:
+) -> tuple[ServerProvider, dict[str, str], dict[str, Any]]:
     """Servers to start: stock vLLM twice with the engine arguments of the first deployment, and each deployment."""
     if model == DEMO and not Path(model).exists():
         from vllm_instant.tools.demo import assets, session
@@ -205,14 +219,17 @@ def _started(
     shared = {key: value for key, value in deployment.vllm.items() if key not in ("speculative_config", "model")}
     stock = [*words_of(shared), *words]
     settings = [f"--instant-set={override}" for override in overrides]
-    commands, deployments = {STOCK: stock, AGAIN: stock}, {STOCK: shlex.join(stock), AGAIN: shlex.join(stock)}
+    commands, deployments = (
+        {BASELINE: stock, BASELINE_AGAIN: stock},
+        {BASELINE: shlex.join(stock), BASELINE_AGAIN: shlex.join(stock)},
+    )
     files: dict[str, Path | None] = {OURS: config, **{name: Path(file) for name, file in named.items()}}
     for name, chosen_file in files.items():
         chosen = ["--instant-config", str(chosen_file)] if chosen_file is not None else []
         commands[name] = [*words, "--plugins", "vllm_instant", *chosen, *settings]
         text = chosen_file.read_text(encoding="utf-8") if chosen_file is not None else "the defaults"
         deployments[name] = "\n".join([text.rstrip(), *(f"# --instant-set {override}" for override in overrides)])
-    return StartedArms(model, commands, folder), deployments, {"model": model, "deployments": deployments}
+    return StartedServers(model, commands, folder), deployments, {"model": model, "deployments": deployments}
 
 
 def _levels(text: str) -> tuple[int, ...]:
@@ -229,15 +246,16 @@ def _named(arms: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for arm in arms:
         name, found, where = arm.partition("=")
-        if not found or not name or not where or name in (STOCK, AGAIN, OURS, *named):
-            raise BadInputError(f"--arm {arm} should be NAME=FILE with a name of its own (not {STOCK!r} or {OURS!r})")
+        if not found or not name or not where or name in (BASELINE, BASELINE_AGAIN, OURS, *named):
+            taken = f"not {BASELINE!r} or {OURS!r}"
+            raise BadInputError(f"--arm {arm} should be NAME=FILE with a name of its own ({taken})")
         named[name] = where
     return named
 
 
 def _compare(before: Path, after: Path) -> None:
-    records = report.read(before), report.read(after)
-    found = compare.changes(*records)
+    records = report.read_record(before), report.read_record(after)
+    found = compare.row_changes(*records)
     bench_tables.show_changes(*records, found)
     if any(change is not None and change.verdict == "worse" for _, _, change in found):
         raise typer.Exit(1)

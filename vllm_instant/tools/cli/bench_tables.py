@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from vllm_instant.tools.bench.compare import Change
-from vllm_instant.tools.bench.plan import AGAIN, STOCK, deployed
-from vllm_instant.tools.bench.report import comparison, floor, number, summary
-from vllm_instant.tools.bench.rows import Row
+from vllm_instant.tools.bench.compare import RowChange
+from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, deployed
+from vllm_instant.tools.bench.report import format_effect, format_floor, format_number, summary
+from vllm_instant.tools.bench.rows import BenchRow
 from vllm_instant.tools.cli.common import print_columns
 from vllm_instant.tools.measure.significance import FALSE_ALARMS
 
@@ -21,12 +21,12 @@ STYLES = {"better": "green", "worse": "bold red", "no difference": "dim", "not m
 def show(found: Mapping[str, Any]) -> None:
     """Print a record."""
     console = Console(soft_wrap=True)
-    lines = [Row.read(plain) for plain in found["rows"]]
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    lines = [BenchRow.read(plain) for plain in found["rows"]]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     console.print(f"{found['model']} on {found['device']}; {versions}; {found['date']}", highlight=False)
     for arm in deployed(list(found["arms"])):
         console.print(f"\n{arm} beside stock vLLM", style="bold", highlight=False)
-        headings = ("", STOCK, arm, f"{arm} / {STOCK} [95 %]", f"{AGAIN} / {STOCK} [95 %]", "verdict")
+        headings = ("", BASELINE, arm, f"{arm} / {BASELINE} [95 %]", f"{BASELINE_AGAIN} / {BASELINE} [95 %]", "verdict")
         print_columns(headings, _table(lines, arm))
         console.print(summary(lines, arm), highlight=False)
     console.print(
@@ -39,7 +39,7 @@ def show(found: Mapping[str, Any]) -> None:
         console.print(note, highlight=False)
 
 
-def _table(lines: Sequence[Row], arm: str) -> list[list[str | Text]]:
+def _table(lines: Sequence[BenchRow], arm: str) -> list[list[str | Text]]:
     """Cells, with a line for each group."""
     cells: list[list[str | Text]] = []
     group = ""
@@ -51,21 +51,21 @@ def _table(lines: Sequence[Row], arm: str) -> list[list[str | Text]]:
     return cells
 
 
-def _row_cells(row: Row, arm: str) -> list[str | Text]:
+def _row_cells(row: BenchRow, arm: str) -> list[str | Text]:
     """Stock, the arm, how they compare, the floor, the verdict."""
     contrast = row.contrasts.get(arm)
-    values = [number(row.values[name].mean, row.unit) if name in row.values else "" for name in (STOCK, arm)]
+    values = [format_number(row.values[name].mean, row.unit) if name in row.values else "" for name in (BASELINE, arm)]
     if contrast is None:
         why = row.missing or "there is nothing to compare: a value is zero"
         return [*values, "", "", Text(f"not measured: {why}", STYLES["not measured"])]
-    return [*values, comparison(contrast), floor(contrast), Text(contrast.verdict, STYLES[contrast.verdict])]
+    return [*values, format_effect(contrast), format_floor(contrast), Text(contrast.verdict, STYLES[contrast.verdict])]
 
 
-def show_changes(before: Mapping[str, Any], after: Mapping[str, Any], found: list[Change]) -> None:
+def show_changes(before: Mapping[str, Any], after: Mapping[str, Any], found: list[RowChange]) -> None:
     """Print what has changed."""
     console = Console(soft_wrap=True)
     for name, record in (("before", before), ("after", after)):
-        versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+        versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
         console.print(f"{name}: {record['date']}, {record['device']}, {versions}", highlight=False)
     if before["device"] != after["device"]:
         console.print("The devices differ: what is compared is each run's distance from its own stock servers.")
@@ -75,5 +75,7 @@ def show_changes(before: Mapping[str, Any], after: Mapping[str, Any], found: lis
         if change is None:
             cells.append([*named, "", "", Text("not in both", STYLES["not measured"])])
         else:
-            cells.append([*named, comparison(change), floor(change), Text(change.verdict, STYLES[change.verdict])])
+            cells.append(
+                [*named, format_effect(change), format_floor(change), Text(change.verdict, STYLES[change.verdict])]
+            )
     print_columns(("arm", "row", "after / before [95 %]", "larger noise floor [95 %]", "verdict"), cells)

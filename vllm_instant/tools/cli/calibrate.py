@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.tools.cli.common import Overrides, fail, problems_reported
-from vllm_instant.tools.measure.load import Prompt, measure
+from vllm_instant.tools.measure.closed_loop import PromptSpec, run_closed_loop
 from vllm_instant.tools.measure.servers import Server, ServerError, terminable
 
 SECONDS = 6.0
@@ -60,7 +60,7 @@ def calibrate(
             served = server.served_model()
             for level in levels:
                 with console.status(f"{level} concurrent requests, {seconds:.0f} s …"):
-                    measured = measure(server.url, served, _prompts(), concurrency=level, seconds=seconds)
+                    measured = run_closed_loop(server.url, served, _prompts(), concurrency=level, seconds=seconds)
                 if measured.errors:
                     fail(f"the server refuses the load: {measured.errors[0]}")
                 console.print(f"{level:4} concurrent requests: {measured.tokens_per_second:.0f} tokens/s while trying")
@@ -76,11 +76,11 @@ def calibrate(
     console.print(f"Learned from {steps} steps; the next server of this deployment starts with it.")
 
 
-def _prompts() -> list[Prompt]:
+def _prompts() -> list[PromptSpec]:
     words = "the cache of a server keeps what it has seen while a request waits for its turn to be read again"
     spoken = words.split()
     prompts = []
     for i in range(64):
         text = " ".join(spoken[(i * 7 + j * (i % 5 + 1)) % len(spoken)] for j in range(24))
-        prompts.append(Prompt(text, i % 2 * 1.0))
+        prompts.append(PromptSpec(text, i % 2 * 1.0))
     return prompts

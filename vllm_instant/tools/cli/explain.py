@@ -10,7 +10,7 @@ import httpx
 import typer
 
 from vllm_instant.tools.cli.common import fail, print_columns
-from vllm_instant.tools.measure.speedup_estimate import balance
+from vllm_instant.tools.measure.speedup_estimate import estimate_speedup
 
 REASONS = {
     "learning": "nothing measured yet: the first steps show what one costs without drafts",
@@ -79,7 +79,7 @@ def explain(
         if request:
             headings[3:5] = ["its acceptance", "its drafts"]
         print_columns(headings, (_row(decision, of_request=request is not None) for decision in engine["decisions"]))
-        found = balance(engine["decisions"]) if request is None else None
+        found = estimate_speedup(engine["decisions"]) if request is None else None
         if found is not None and found.drafting:
             print(
                 f"{found.steps} of these steps read no prompts, {found.drafting} of them had drafts: "

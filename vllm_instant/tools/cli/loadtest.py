@@ -59,7 +59,7 @@ def loadtest(
     if importlib.util.find_spec("locust") is None:
         fail("load tests need locust: pip install 'vllm-instant[loadtest]'")
     from vllm_instant_loadtests import scenario as scenarios
-    from vllm_instant_loadtests.launcher import DrivingError, Load, drive
+    from vllm_instant_loadtests.launcher import LoadTestError, LocustCommand, run_locust
 
     if list_them:
         names = scenarios.built_in()
@@ -68,13 +68,13 @@ def loadtest(
     try:
         if analyse is None:
             if scenario is None:
-                raise DrivingError("give a SCENARIO: a file or one of --list; or --analyse FOLDER for a recorded run")
+                raise LoadTestError("give a SCENARIO: a file or one of --list; or --analyse FOLDER for a recorded run")
             played = scenarios.load(scenario).scaled(rate_scale, duration)
             analyse = output or Path(f"loadtest-{played.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             with ExitStack() as stack:
                 stack.enter_context(terminable())
                 servers, deployments = _servers(stack, played, urls or [], model, config, overrides or [], analyse)
-                load = Load(
+                load = LocustCommand(
                     scenario=scenario,
                     servers=servers,
                     deployments=deployments,
@@ -89,11 +89,11 @@ def loadtest(
                 )
                 seconds = played.seconds * (1 if together else len(servers))
                 with working(f"{played.title}: {seconds:.0f} s and a little"):
-                    drive(load, shlex.join(["vllm-instant", *sys.argv[1:]]))
+                    run_locust(load, shlex.join(["vllm-instant", *sys.argv[1:]]))
         elif scenario is not None:
-            raise DrivingError(f"--analyse {analyse} judges a recorded run and takes no scenario ({scenario})")
+            raise LoadTestError(f"--analyse {analyse} judges a recorded run and takes no scenario ({scenario})")
         raise typer.Exit(_judge(analyse))
-    except (scenarios.ScenarioError, DrivingError, ServerError) as error:
+    except (scenarios.ScenarioError, LoadTestError, ServerError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("vllm-instant: interrupted; what was recorded is kept", file=sys.stderr)
@@ -110,15 +110,15 @@ def _servers(
     output: Path,
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Addresses by name, of running servers or of those that the scenario names and that run until the stack ends."""
-    from vllm_instant_loadtests.launcher import DrivingError, servers_of
+    from vllm_instant_loadtests.launcher import LoadTestError, scenario_servers
     from vllm_instant_loadtests.scenario import named_servers
 
     if urls:
         if config is not None or overrides:
-            raise DrivingError("--instant-config and --instant-set are for servers started here, not for --url")
+            raise LoadTestError("--instant-config and --instant-set are for servers started here, not for --url")
         return named_servers(" ".join(urls)), {}
     with problems_reported():
-        servers, deployments = servers_of(scenario, model, config, overrides, output / "logs")
+        servers, deployments = scenario_servers(scenario, model, config, overrides, output / "logs")
     with working(f"starting {' and '.join(servers)}"):
         stack.enter_context(running(*servers.values()))
     return {name: server.url for name, server in servers.items()}, deployments
@@ -127,17 +127,17 @@ def _servers(
 def _judge(folder: Path) -> int:
     """Say and write what a recorded run shows; the exit code."""
     from vllm_instant_loadtests import report
-    from vllm_instant_loadtests.analysis import analyse
-    from vllm_instant_loadtests.run_recorder import Run
+    from vllm_instant_loadtests.analysis import analyse_run
+    from vllm_instant_loadtests.run_recorder import RecordedRun
 
     try:
-        run = Run.read(folder)
+        run = RecordedRun.read(folder)
     except FileNotFoundError:
         fail(f"{folder} has no recorded run: there is no run.json in it")
     if not run.requests:
         fail(f"{folder} has a run without a single request: {folder / 'locust.log'} may say why")
     with working("looking for spikes"):
-        analysis = analyse(run)
+        analysis = analyse_run(run)
     plain = analysis.plain()
     print_columns(_PERCENTILES, [_percentiles(server) for server in plain["servers"]])
     for comparison in plain["comparisons"]:

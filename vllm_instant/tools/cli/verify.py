@@ -20,8 +20,8 @@ from vllm_instant.deployment.settings import Deployment, resolve
 from vllm_instant.tools.cli.common import Overrides, fail, print_columns, problems_reported, working
 from vllm_instant.tools.measure import quality, verify
 from vllm_instant.tools.measure.prompts import held_out_texts
-from vllm_instant.tools.measure.sampling import PROMPTS, Arm, RefusedError
-from vllm_instant.tools.measure.server_info import authorization, look
+from vllm_instant.tools.measure.sampling import PROMPTS, RefusedError, ServerClient
+from vllm_instant.tools.measure.server_info import authorization, read_server_info
 from vllm_instant.tools.measure.servers import Server, ServerError, terminable
 
 STYLES = {"pass": "green", "fail": "bold red", "not tested": "yellow", "lossy": "cyan"}
@@ -67,7 +67,7 @@ def verify_deployments(
     top-k and penalties, while drafts are kept and refused. Lossy deployments are measured instead of judged. Further
     words are passed to both `vllm serve`. The exit code is 1 when something fails.
     """
-    plan = verify.Plan(_prompts(prompts), draws=draws, tokens=tokens, false_alarms=false_alarms)
+    plan = verify.VerifyPlan(_prompts(prompts), draws=draws, tokens=tokens, false_alarms=false_alarms)
     if (stock_url is None) != (our_url is None):
         fail("--stock and --ours belong together")
     if (model is None) == (stock_url is None):
@@ -100,11 +100,11 @@ def _prompts(file: Path | None) -> list[str]:
 
 
 def _running(
-    stock: str, ours: str, api_key: str | None, plan: verify.Plan, length: int | None, with_quality: bool
+    stock: str, ours: str, api_key: str | None, plan: verify.VerifyPlan, length: int | None, with_quality: bool
 ) -> dict[str, Any]:
     """Check one running server against another."""
     headers = authorization(api_key)
-    arms = [look(url, headers).arm(headers) for url in (stock, ours)]
+    arms = [read_server_info(url, headers).arm(headers) for url in (stock, ours)]
     # The server says what it serves: its plugins need not be installed here.
     try:
         answer = httpx.get(f"{arms[1].url}/v1/instant/deployment", timeout=10, headers=headers)
@@ -115,10 +115,12 @@ def _running(
     lossy = any(line.startswith("vllm_instant:plugin_info") and 'lossy="yes"' in line for line in metrics)
     arms[1].draft_length = length if drafter is None else _length(drafter, length, plan.tokens)
     with working("Asking …") as status:
-        expected = verify.baseline(arms[0], plan, status.update)
+        expected = verify.baseline_answers(arms[0], plan, status.update)
         checks = verify.verify(arms[1], expected, plan, exact=False, lossy=lossy, tick=status.update)
         measured = (
-            quality.report(arms[1], arms[0], held_out_texts(40), [*plan.prompts] * 8) if with_quality or lossy else None
+            quality.quality_report(arms[1], arms[0], held_out_texts(40), [*plan.prompts] * 8)
+            if with_quality or lossy
+            else None
         )
     return _printed(ours, plan, checks, measured)
 
@@ -128,7 +130,7 @@ def _started(
     configs: list[Path],
     overrides: list[str],
     words: list[str],
-    plan: verify.Plan,
+    plan: verify.VerifyPlan,
     length: int | None,
     with_quality: bool,
 ) -> list[dict[str, Any]]:
@@ -141,8 +143,8 @@ def _started(
     with terminable(), ExitStack() as stack, working(f"Starting {model} …") as status:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-instant-verify-")))
         stock_server = stack.enter_context(Server(model, common, log=folder / "stock.log"))
-        stock = Arm(stock_server.url, stock_server.served_model())
-        expected = verify.baseline(stock, plan, status.update)
+        stock = ServerClient(stock_server.url, stock_server.served_model())
+        expected = verify.baseline_answers(stock, plan, status.update)
         for number, (config, deployment) in enumerate(deployments):
             lossy = [slot for slot in deployment.slots if deployment.installed(slot).plugin.lossy]
             settings = [f"--instant-set={override}" for override in overrides]
@@ -150,14 +152,14 @@ def _started(
             status.update(f"Starting {config or 'the default deployment'} …")
             server = Server(model, [*common, "--plugins", "vllm_instant", *settings], log=folder / f"ours{number}.log")
             with server:
-                ours = Arm(
+                ours = ServerClient(
                     server.url, server.served_model(), _length(deployment.slots["drafter"].options, length, plan.tokens)
                 )
                 checks = verify.verify(ours, expected, plan, exact=exact, lossy=bool(lossy), tick=status.update)
                 measured = None
                 if with_quality or lossy:
                     status.update("Quality")
-                    measured = quality.report(ours, stock, held_out_texts(40), [*plan.prompts] * 8)
+                    measured = quality.quality_report(ours, stock, held_out_texts(40), [*plan.prompts] * 8)
             status.stop()
             reports.append(_printed(_described(config, deployment), plan, checks, measured))
             status.start()
@@ -180,7 +182,7 @@ def _length(drafter: Mapping[str, Any], asked: int | None, tokens: int) -> int:
 
 
 def _printed(
-    title: str, plan: verify.Plan, checks: list[verify.Check], measured: quality.Quality | None
+    title: str, plan: verify.VerifyPlan, checks: list[verify.VerifyCheck], measured: quality.QualityReport | None
 ) -> dict[str, Any]:
     """Print one deployment's report; returns it as plain data."""
     console = Console(soft_wrap=True)

@@ -48,7 +48,7 @@ class Agreement:
     """The view that differs most."""
 
 
-def compare(
+def compare_draws(
     ours: Sequence[Tokens],
     theirs: Sequence[Tokens],
     *,
@@ -77,7 +77,7 @@ def compare(
         raise ValueError("both arms need draws for the same prompts")
     if len({draws.shape[1] for draws in (*ours, *theirs)}) != 1:
         raise ValueError("all draws must have the same number of tokens")
-    prompts = [_Prompt(a, b) for a, b in zip(ours, theirs, strict=True)]
+    prompts = [_PromptCells(a, b) for a, b in zip(ours, theirs, strict=True)]
     names = _view_names(ours[0].shape[1])
     observed = np.sum([prompt.chi_squares(prompt.labels[None, :]) for prompt in prompts], axis=0)
     freedom = np.sum([prompt.freedom for prompt in prompts], axis=0)
@@ -130,7 +130,7 @@ def detectable(effective_draws: float, freedom: int, false_alarms: float) -> flo
     return float(min(1.0, np.sqrt(needed / effective_draws)))
 
 
-class _Prompt:
+class _PromptCells:
     """The outcomes of both arms after one prompt, in cells."""
 
     def __init__(self, ours: Tokens, theirs: Tokens) -> None:

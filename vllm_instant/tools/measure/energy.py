@@ -15,7 +15,7 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 @dataclass
-class Meter:
+class EnergyMeter:
     """Adds up the machine's energy counters."""
 
     sources: dict[str, Callable[[], float]] = field(default_factory=dict)
@@ -26,9 +26,9 @@ class Meter:
         return sum(read() for read in self.sources.values()) if self.sources else None
 
 
-def meter(powercap: Path = POWERCAP) -> Meter:
+def energy_meter(powercap: Path = POWERCAP) -> EnergyMeter:
     """The counters of this machine that can be read."""
-    return Meter(_gpus() | _processors(powercap))
+    return EnergyMeter(_gpus() | _processors(powercap))
 
 
 @dataclass

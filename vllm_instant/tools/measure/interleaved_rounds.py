@@ -17,8 +17,8 @@ from typing import Any, Self
 import httpx
 import numpy as np
 
-from vllm_instant.tools.measure.load import Prompt, arrivals
-from vllm_instant.tools.measure.sampling import Arm, RefusedError
+from vllm_instant.tools.measure.closed_loop import PromptSpec, arrivals
+from vllm_instant.tools.measure.sampling import RefusedError, ServerClient
 from vllm_instant.tools.measure.servers import settle
 
 _ACCEPTED = re.compile(rb'"num_accepted_draft_tokens":\s*(\d+)')
@@ -29,7 +29,7 @@ TOGETHER = 0.001
 
 
 @dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """One answer; times in seconds since its request was sent."""
 
     kind: str
@@ -60,12 +60,12 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ArmRound:
     """What one arm did with one list of prompts."""
 
     seconds: float
     """From the first request to the last token."""
-    answers: list[Answer]
+    answers: list[TimedAnswer]
     joules: float | None = None
     """Energy of the machine meanwhile; None where it cannot tell."""
 
@@ -86,7 +86,7 @@ class Turn:
     def read(cls, plain: dict[str, Any]) -> Self:
         """The turn that ``plain`` was made from."""
         answers = [
-            Answer(kind, [(when, tokens) for when, tokens in came], accepted)
+            TimedAnswer(kind, [(when, tokens) for when, tokens in came], accepted)
             for kind, accepted, came in plain["answers"]
         ]
         return cls(plain["seconds"], answers, plain["joules"])
@@ -100,15 +100,15 @@ def interleaved(arms: Sequence[str], rounds: Iterable[int], order: random.Random
             yield number, arm
 
 
-def take_turn(
-    arm: Arm,
-    prompts: Sequence[Prompt],
+def run_arm_round(
+    arm: ServerClient,
+    prompts: Sequence[PromptSpec],
     *,
     concurrency: int,
     tokens: int,
     seed: int = 0,
     energy: Callable[[], float | None] = lambda: None,
-) -> Turn:
+) -> ArmRound:
     """Send every prompt once, ``concurrency`` at a time; each answer has ``tokens`` tokens.
 
     Args:
@@ -126,14 +126,14 @@ def take_turn(
     before = energy()
     seconds, answers = asyncio.run(_all(arm, prompts, concurrency, tokens, seed))
     after = energy()
-    return Turn(seconds, answers, None if before is None or after is None else after - before)
+    return ArmRound(seconds, answers, None if before is None or after is None else after - before)
 
 
 async def _all(
-    arm: Arm, prompts: Sequence[Prompt], concurrency: int, tokens: int, seed: int
-) -> tuple[float, list[Answer]]:
+    arm: ServerClient, prompts: Sequence[PromptSpec], concurrency: int, tokens: int, seed: int
+) -> tuple[float, list[TimedAnswer]]:
     waiting = iter(enumerate(prompts))
-    answers: dict[int, Answer] = {}
+    answers: dict[int, TimedAnswer] = {}
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=arm.url, timeout=SECONDS, limits=limits, headers=arm.headers) as client:
 
@@ -149,7 +149,7 @@ async def _all(
         return time.perf_counter() - started, [answers[number] for number in sorted(answers)]
 
 
-async def _ask(client: httpx.AsyncClient, arm: Arm, prompt: Prompt, tokens: int, seed: int) -> Answer:
+async def _ask(client: httpx.AsyncClient, arm: ServerClient, prompt: PromptSpec, tokens: int, seed: int) -> TimedAnswer:
     body = {
         "model": arm.model,
         "prompt": prompt.text,
@@ -178,4 +178,4 @@ async def _ask(client: httpx.AsyncClient, arm: Arm, prompt: Prompt, tokens: int,
                 accepted = int(found[-1])
     if not came:
         raise RefusedError(f"{arm.url} ended an answer without a token")
-    return Answer(prompt.kind, came, accepted)
+    return TimedAnswer(prompt.kind, came, accepted)

@@ -1,6 +1,6 @@
 """Requests that are sent when they are due, however slow the server is, each followed token by token.
 
-A closed loop (``measure.load``) sends less to a slower server and so hides how long people would have waited; here the
+A closed loop (``measure.closed_loop``) sends less to a slower server and so hides waiting times; here the
 load does not depend on the server (no coordinated omission), and latencies count from when a request was due.
 """
 
@@ -15,15 +15,15 @@ from typing import Any
 
 import httpx
 
-from vllm_instant.tools.measure.interleaved_rounds import TOGETHER, Answer
-from vllm_instant.tools.measure.load import arrivals
+from vllm_instant.tools.measure.closed_loop import arrivals
+from vllm_instant.tools.measure.interleaved_rounds import TOGETHER, TimedAnswer
 
 _ID = re.compile(rb'"id":\s*"([^"]+)"')
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 
 
 @dataclass(frozen=True)
-class Due:
+class OpenLoopRequest:
     """One request."""
 
     at: float
@@ -36,7 +36,7 @@ class Due:
 
 
 @dataclass
-class Followed:
+class OpenLoopResult:
     """What became of one request; times in seconds since it was due."""
 
     kind: str
@@ -54,28 +54,28 @@ class Followed:
     """The client hung up on purpose."""
 
     @property
-    def answer(self) -> Answer:
+    def answer(self) -> TimedAnswer:
         """What came; an answer without any token has an error beside it."""
-        return Answer(self.kind, self.arrivals)
+        return TimedAnswer(self.kind, self.arrivals)
 
 
-def send(url: str, requests: Sequence[Due], timeout: float = 600.0) -> list[Followed]:
+def send_open_loop(url: str, requests: Sequence[OpenLoopRequest], timeout: float = 600.0) -> list[OpenLoopResult]:
     """Send all requests when they are due and follow them to their ends; errors are noted with each, not raised."""
     return asyncio.run(_send(url, requests, timeout))
 
 
 async def follow_all(
     client: httpx.AsyncClient,
-    requests: Sequence[Due],
+    requests: Sequence[OpenLoopRequest],
     began: float,
-    done: Callable[[Followed], None] = lambda followed: None,
-) -> list[Followed]:
+    done: Callable[[OpenLoopResult], None] = lambda followed: None,
+) -> list[OpenLoopResult]:
     """Send all requests when they are due, ``began`` being second 0 on the clock of ``time.perf_counter``.
 
     ``done`` is handed each as soon as it has ended.
     """
 
-    async def one(request: Due) -> Followed:
+    async def one(request: OpenLoopRequest) -> OpenLoopResult:
         followed = await _follow(client, request, began)
         done(followed)
         return followed
@@ -89,14 +89,14 @@ def open_client(url: str, timeout: float = 600.0) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits)
 
 
-async def _send(url: str, requests: Sequence[Due], timeout: float) -> list[Followed]:
+async def _send(url: str, requests: Sequence[OpenLoopRequest], timeout: float) -> list[OpenLoopResult]:
     async with open_client(url, timeout) as client:
         return await follow_all(client, requests, time.perf_counter() + 0.05)
 
 
-async def _follow(client: httpx.AsyncClient, request: Due, began: float) -> Followed:
+async def _follow(client: httpx.AsyncClient, request: OpenLoopRequest, began: float) -> OpenLoopResult:
     due = began + request.at
-    followed = Followed(request.kind, request.at)
+    followed = OpenLoopResult(request.kind, request.at)
     await asyncio.sleep(max(0.0, due - time.perf_counter()))
     followed.late = time.perf_counter() - due
     body = {
@@ -128,7 +128,7 @@ async def _follow(client: httpx.AsyncClient, request: Due, began: float) -> Foll
     return followed
 
 
-def _note(followed: Followed, events: bytes) -> None:
+def _note(followed: OpenLoopResult, events: bytes) -> None:
     if found := _ID.search(events):
         followed.id = found[1].decode()
     if found := _PROMPT_TOKENS.search(events):

@@ -7,54 +7,54 @@ import random
 from collections.abc import Callable
 
 from vllm_instant.tools.demo.corpus import Document, documents
-from vllm_instant.tools.measure.load import Prompt
+from vllm_instant.tools.measure.closed_loop import PromptSpec
 
 CHARACTERS = 140
 """Length of a beginning."""
 
 
-def snippets(kind: str, temperature: float, count: int, seed: int | str) -> list[Prompt]:
+def snippets(kind: str, temperature: float, count: int, seed: int | str) -> list[PromptSpec]:
     """Beginnings to continue, from documents that the demo models were not trained on, cut at line ends."""
     texts = [text for text in _held_out(kind) if len(text) > 4 * CHARACTERS]
     choose = random.Random(seed)
-    prompts: list[Prompt] = []
+    prompts: list[PromptSpec] = []
     while len(prompts) < count:
         text = choose.choice(texts)
         start = text.find("\n", choose.randrange(len(text) - CHARACTERS)) + 1
         beginning = text[start : start + CHARACTERS]
         # Blank lines at the end of a document are no prompt; drawing again with the same seed would never end.
         if beginning.strip():
-            prompts.append(Prompt(beginning, temperature, kind))
+            prompts.append(PromptSpec(beginning, temperature, kind))
     return prompts
 
 
-def records(count: int, seed: int | str) -> list[Prompt]:
+def records(count: int, seed: int | str) -> list[PromptSpec]:
     """Repetitive structured text: a few records, over and over."""
     choose = random.Random(seed)
     lines = [line for text in _held_out("structured") for line in text.splitlines() if 80 < len(line) < 140]
     prompts = []
     for _ in range(count):
         chosen = choose.sample(lines, 3)
-        prompts.append(Prompt("\n".join([*chosen, *chosen, chosen[0][:60]]), 0.0, "repetitive"))
+        prompts.append(PromptSpec("\n".join([*chosen, *chosen, chosen[0][:60]]), 0.0, "repetitive"))
     return prompts
 
 
-def sums(count: int, seed: int | str) -> list[Prompt]:
+def sums(count: int, seed: int | str) -> list[PromptSpec]:
     """Math-like text: sums, one below the other."""
     choose = random.Random(seed)
     prompts = []
     for _ in range(count):
         pairs = [(choose.randrange(10, 99), choose.randrange(10, 99)) for _ in range(8)]
-        prompts.append(Prompt("\n".join(f"x = {a} + {b}  # {a + b}" for a, b in pairs) + "\nx =", 0.0, "math-like"))
+        prompts.append(PromptSpec("\n".join(f"x = {a} + {b}  # {a + b}" for a, b in pairs) + "\nx =", 0.0, "math-like"))
     return prompts
 
 
-def free(count: int, seed: int | str) -> list[Prompt]:
+def free(count: int, seed: int | str) -> list[PromptSpec]:
     """Open-ended text: beginnings to continue at temperature 1."""
-    return [Prompt(prompt.text, 1.0, "free") for prompt in snippets("code", 1.0, count, seed)]
+    return [PromptSpec(prompt.text, 1.0, "free") for prompt in snippets("code", 1.0, count, seed)]
 
 
-BUILT_IN: dict[str, Callable[[int, str], list[Prompt]]] = {
+BUILT_IN: dict[str, Callable[[int, str], list[PromptSpec]]] = {
     "code": lambda count, seed: snippets("code", 0.0, count, seed),
     "structured": lambda count, seed: snippets("structured", 0.0, count, seed),
     "math-like": sums,
@@ -64,7 +64,7 @@ BUILT_IN: dict[str, Callable[[int, str], list[Prompt]]] = {
 """Classes with something to predict in different ways: ``make(count, seed)``."""
 
 
-def built_in(count: int, seed: str) -> list[Prompt]:
+def built_in(count: int, seed: str) -> list[PromptSpec]:
     """``count`` prompts, the classes in turn; another seed gives others."""
     made = {name: make(-(-count // len(BUILT_IN)), seed) for name, make in BUILT_IN.items()}
     names = list(made)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant.tools.measure.sampling import Arm, RefusedError, complete
+from vllm_instant.tools.measure.sampling import RefusedError, ServerClient, complete
 from vllm_instant.tools.measure.statistics import Estimate, estimate
 
 LIKELIEST = 20
@@ -29,7 +29,7 @@ LIKELIEST = 20
 
 
 @dataclass(frozen=True)
-class Quality:
+class QualityReport:
     """Ours against stock."""
 
     texts: int
@@ -49,9 +49,14 @@ class Quality:
         return asdict(self)
 
 
-def report(
-    ours: Arm, stock: Arm, texts: Sequence[str], prompts: Sequence[str], tokens: int = 48, temperature: float = 1.0
-) -> Quality:
+def quality_report(
+    ours: ServerClient,
+    stock: ServerClient,
+    texts: Sequence[str],
+    prompts: Sequence[str],
+    tokens: int = 48,
+    temperature: float = 1.0,
+) -> QualityReport:
     """Measure both reports.
 
     Args:
@@ -63,11 +68,11 @@ def report(
         temperature: of the answers.
 
     """
-    losses = compare_readings(read(ours, texts), read(stock, texts))
+    losses = compare_readings(read_texts(ours, texts), read_texts(stock, texts))
     judged = [likelihood(arm, stock, prompts, tokens, temperature) for arm in (ours, stock)]
     answer_gaps = judged[0] - judged[1]
     total = losses.sum(0)
-    return Quality(
+    return QualityReport(
         texts=len(texts),
         tokens=int(total[3]),
         stock_perplexity=math.exp(total[0] / total[3]),
@@ -79,7 +84,7 @@ def report(
     )
 
 
-def compare_readings(ours: Reading, stock: Reading) -> np.ndarray:
+def compare_readings(ours: TextReadings, stock: TextReadings) -> np.ndarray:
     """By text: stock's loss, ours, the divergence of ours from stock's (sums over tokens, nats), and tokens."""
     return np.array(
         [
@@ -100,7 +105,7 @@ def divergence(sums: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Position:
+class TokenReading:
     """What a server thinks of one token of a text."""
 
     chosen: float
@@ -109,11 +114,11 @@ class Position:
     """Log-probabilities of the likeliest tokens, by id."""
 
 
-Reading = list[list[Position]]
+TextReadings = list[list[TokenReading]]
 """By text, by token."""
 
 
-def read(arm: Arm, texts: Sequence[str]) -> Reading:
+def read_texts(arm: ServerClient, texts: Sequence[str]) -> TextReadings:
     """Let a server read texts (at most 512 tokens of each)."""
     bodies = [
         arm.body(text, temperature=0, max_tokens=1, prompt_logprobs=LIKELIEST, truncate_prompt_tokens=512)
@@ -126,7 +131,7 @@ def read(arm: Arm, texts: Sequence[str]) -> Reading:
             raise RefusedError(f"{arm.url} gave no log-probabilities for a text of {len(text)} characters")
         reading.append(
             [
-                Position(
+                TokenReading(
                     float(entry[str(token)]["logprob"]),
                     {int(key): float(value["logprob"]) for key, value in entry.items()},
                 )
@@ -136,7 +141,7 @@ def read(arm: Arm, texts: Sequence[str]) -> Reading:
     return reading
 
 
-def _divergence(stock: Position, ours: Position) -> float:
+def _divergence(stock: TokenReading, ours: TokenReading) -> float:
     """``sum p ln(p / q)`` over the tokens that both report, and over all others as one outcome."""
     shared = stock.likeliest.keys() & ours.likeliest.keys()
     p = [math.exp(stock.likeliest[token]) for token in shared]
@@ -145,7 +150,9 @@ def _divergence(stock: Position, ours: Position) -> float:
     return sum(a * math.log(a / b) for a, b in zip([*p, rest_p], [*q, rest_q], strict=True) if a > 0)
 
 
-def likelihood(arm: Arm, stock: Arm, prompts: Sequence[str], tokens: int, temperature: float) -> np.ndarray:
+def likelihood(
+    arm: ServerClient, stock: ServerClient, prompts: Sequence[str], tokens: int, temperature: float
+) -> np.ndarray:
     """By prompt: the mean log-probability that stock gives to the tokens of the arm's sampled answer."""
     bodies = [arm.body(prompt, temperature=temperature, max_tokens=tokens) for prompt in prompts]
     whole = [[*choices[0]["prompt_token_ids"], *choices[0]["token_ids"]] for choices in complete(arm, bodies)]

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 
 from vllm_instant.speculation.draft_budget import CLIENT_KEY
-from vllm_instant.tools.measure.distribution_test import Agreement, Tokens, compare
+from vllm_instant.tools.measure.distribution_test import Agreement, Tokens, compare_draws
 
 DRAFTED, ACCEPTED = "vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"
 COMPLETIONS = 50
@@ -31,7 +31,7 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Setting:
+class SamplingSetting:
     """One way to sample."""
 
     name: str
@@ -39,10 +39,10 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("temperature 1.0", {"temperature": 1.0}),
-    Setting("temperature 0.7, top-p 0.95", {"temperature": 0.7, "top_p": 0.95}),
-    Setting("temperature 1.0, top-p 0.9, top-k 50", {"temperature": 1.0, "top_p": 0.9, "top_k": 50}),
-    Setting(
+    SamplingSetting("temperature 1.0", {"temperature": 1.0}),
+    SamplingSetting("temperature 0.7, top-p 0.95", {"temperature": 0.7, "top_p": 0.95}),
+    SamplingSetting("temperature 1.0, top-p 0.9, top-k 50", {"temperature": 1.0, "top_p": 0.9, "top_k": 50}),
+    SamplingSetting(
         "temperature 0.9, penalties",
         {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
     ),
@@ -50,7 +50,7 @@ SETTINGS = (
 
 
 @dataclass
-class Arm:
+class ServerClient:
     """A server that is asked.
 
     Args:
@@ -83,10 +83,10 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SamplingResult:
     """What became of one setting."""
 
-    setting: Setting
+    setting: SamplingSetting
     agreement: Agreement
     drafted: int
     """Draft tokens that our arm verified meanwhile."""
@@ -103,7 +103,7 @@ class RefusedError(RuntimeError):
 
 
 async def _completions(
-    arm: Arm, bodies: Sequence[dict[str, Any]], tick: Callable[[], None]
+    arm: ServerClient, bodies: Sequence[dict[str, Any]], tick: Callable[[], None]
 ) -> list[list[dict[str, Any]]]:
     gate = asyncio.Semaphore(IN_FLIGHT)
     async with httpx.AsyncClient(timeout=600, headers=arm.headers) as client:
@@ -124,14 +124,14 @@ async def _completions(
 
 
 def complete(
-    arm: Arm, bodies: Sequence[dict[str, Any]], tick: Callable[[], None] = lambda: None
+    arm: ServerClient, bodies: Sequence[dict[str, Any]], tick: Callable[[], None] = lambda: None
 ) -> list[list[dict[str, Any]]]:
     """The choices of each request, some requests at a time; raises RefusedError. ``tick`` is called after each."""
     return asyncio.run(_completions(arm, bodies, tick))
 
 
-def draws(
-    arm: Arm,
+def draw_samples(
+    arm: ServerClient,
     prompts: Sequence[str],
     parameters: dict[str, Any],
     count: int,
@@ -148,34 +148,34 @@ def draws(
     return [np.array(rows, np.int64) for rows in drawn]
 
 
-def greedy_answers(arm: Arm, prompts: Sequence[str], tokens: int) -> list[list[int]]:
+def greedy_answers(arm: ServerClient, prompts: Sequence[str], tokens: int) -> list[list[int]]:
     """The token ids of each prompt's greedy answer."""
     bodies = [arm.body(prompt, temperature=0, max_tokens=tokens) for prompt in prompts]
     return [choices[0]["token_ids"] for choices in complete(arm, bodies)]
 
 
-def seeded_answers(arm: Arm, prompts: Sequence[str], tokens: int) -> list[list[int]]:
+def seeded_answers(arm: ServerClient, prompts: Sequence[str], tokens: int) -> list[list[int]]:
     """The token ids of one sampled answer with a seed for each prompt."""
     bodies = [arm.body(prompt, temperature=1.0, seed=seed, max_tokens=tokens) for seed, prompt in enumerate(prompts)]
     return [choices[0]["token_ids"] for choices in complete(arm, bodies)]
 
 
 def sampled(
-    arm: Arm,
+    arm: ServerClient,
     expected: Sequence[Tokens],
     prompts: Sequence[str],
-    setting: Setting,
+    setting: SamplingSetting,
     false_alarms: float,
     tick: Callable[[], None] = lambda: None,
-) -> Sampled:
+) -> SamplingResult:
     """Draw as often as ``expected`` was drawn, and compare."""
     count, tokens = expected[0].shape
     drafted, accepted = arm.totals()
-    drawn = draws(arm, prompts, setting.parameters, count, tokens, tick)
+    drawn = draw_samples(arm, prompts, setting.parameters, count, tokens, tick)
     drafted_then, accepted_then = arm.totals()
-    return Sampled(
+    return SamplingResult(
         setting,
-        compare(drawn, expected, false_alarms=false_alarms),
+        compare_draws(drawn, expected, false_alarms=false_alarms),
         int(drafted_then - drafted),
         int(accepted_then - accepted),
     )

@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_instant.tools.measure.sampling import Arm, RefusedError
+from vllm_instant.tools.measure.sampling import RefusedError, ServerClient
 
 
 @dataclass(frozen=True)
-class Served:
+class ServerInfo:
     """One server."""
 
     url: str
@@ -37,9 +37,9 @@ class Served:
         """The model's name without the folder that it lies in on the server's machine."""
         return self.root.rstrip("/").rpartition("/")[2]
 
-    def arm(self, headers: Mapping[str, str] | None = None) -> Arm:
+    def arm(self, headers: Mapping[str, str] | None = None) -> ServerClient:
         """For asking it."""
-        return Arm(self.url, self.name, headers=dict(headers or {}))
+        return ServerClient(self.url, self.name, headers=dict(headers or {}))
 
     def plain(self) -> dict[str, Any]:
         """As JSON types."""
@@ -52,7 +52,7 @@ def authorization(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def look(url: str, headers: Mapping[str, str] | None = None) -> Served:
+def read_server_info(url: str, headers: Mapping[str, str] | None = None) -> ServerInfo:
     """Ask a server what it serves; raises RefusedError, which says what is there instead."""
     base = url.rstrip("/").removesuffix("/v1")
     try:
@@ -68,7 +68,7 @@ def look(url: str, headers: Mapping[str, str] | None = None) -> Served:
         raise RefusedError(f"{url} is no running vLLM server") from None
     longest = model.get("max_model_len")
     bytes_per_token, sequences, speculates = _from_metrics(metrics.text if metrics.status_code == 200 else "", longest)
-    return Served(
+    return ServerInfo(
         url=base,
         name=name,
         root=str(model.get("root") or name),

@@ -50,7 +50,7 @@ def margin_for(starts: int) -> float:
 
 
 @dataclass(frozen=True)
-class Resampled:
+class ResampledRounds:
     """A statistic of an arm, and of its rounds drawn again."""
 
     value: float
@@ -117,16 +117,24 @@ class Contrast:
         return self._scaled(self.threshold)
 
 
-def resampled(rounds: Sequence[np.ndarray], statistic: Statistic, draws: int = DRAWS, seed: int = 0) -> Resampled:
+def resample_rounds(
+    rounds: Sequence[np.ndarray], statistic: Statistic, draws: int = DRAWS, seed: int = 0
+) -> ResampledRounds:
     """A statistic of all rounds' samples, and of rounds drawn again; the same seed draws the same rounds."""
     picks = np.random.default_rng(seed).integers(0, len(rounds), (draws, len(rounds)))
     drawn = [statistic(np.concatenate([rounds[i] for i in pick])) for pick in picks]
     by_round = np.array([statistic(samples) for samples in rounds])
-    return Resampled(statistic(np.concatenate(list(rounds))), np.array(drawn), by_round)
+    return ResampledRounds(statistic(np.concatenate(list(rounds))), np.array(drawn), by_round)
 
 
-def ratio(
-    ours: Resampled, stock: Resampled, again: Resampled, *, better: Direction, margin: float, comparisons: int
+def ratio_contrast(
+    ours: ResampledRounds,
+    stock: ResampledRounds,
+    again: ResampledRounds,
+    *,
+    better: Direction,
+    margin: float,
+    comparisons: int,
 ) -> Contrast | None:
     """An arm beside both stock servers, round by round; None where a ratio has no meaning because something is zero.
 
@@ -160,8 +168,8 @@ def ratio(
     )
 
 
-def paired(
-    ours: Resampled, theirs: Resampled, *, better: Direction, margin: float, comparisons: int
+def paired_contrast(
+    ours: ResampledRounds, theirs: ResampledRounds, *, better: Direction, margin: float, comparisons: int
 ) -> Contrast | None:
     """One arm beside another, round by round, where there is no second server of either kind.
 
@@ -182,12 +190,14 @@ def paired(
     )
 
 
-def difference(effect: Estimate, certain: Estimate, floor: Estimate, *, better: Direction, margin: float) -> Contrast:
+def difference_contrast(
+    effect: Estimate, certain: Estimate, floor: Estimate, *, better: Direction, margin: float
+) -> Contrast:
     """A contrast of estimates that somebody else has made; the effect is 0 where there is none."""
     return Contrast("difference", better, effect, certain, floor, max(margin, abs(floor.low), abs(floor.high)))
 
 
-def exact(ours: float, stock: float, again: float, *, better: Direction, margin: float) -> Contrast:
+def exact_contrast(ours: float, stock: float, again: float, *, better: Direction, margin: float) -> Contrast:
     """The contrast of quantities that have no noise."""
     effect = Estimate(ours / stock, ours / stock, ours / stock)
     floor = Estimate(again / stock, again / stock, again / stock)

@@ -14,7 +14,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Balance:
+class SpeedupEstimate:
     """The finished steps among some decisions that read no prompts."""
 
     steps: int
@@ -31,7 +31,7 @@ class Balance:
         return self.undrafted_milliseconds / self.milliseconds
 
 
-def balance(decisions: Iterable[Mapping[str, Any]]) -> Balance | None:
+def estimate_speedup(decisions: Iterable[Mapping[str, Any]]) -> SpeedupEstimate | None:
     """Compare the steps that drafted, or verified what the step before had drafted, with those that did neither.
 
     A step without drafts gives every request a token. How long it takes with as many requests is the median of such
@@ -67,7 +67,7 @@ def balance(decisions: Iterable[Mapping[str, Any]]) -> Balance | None:
         return medians[min(medians, key=lambda known: abs(known - requests))]
 
     without = sum(sum(times) for times in plain.values())
-    return Balance(
+    return SpeedupEstimate(
         steps=sum(map(len, plain.values())) + len(drafting),
         drafting=len(drafting),
         milliseconds=without + sum(taken for _, _, taken in drafting),

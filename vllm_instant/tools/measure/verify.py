@@ -9,10 +9,10 @@ from typing import Any, Literal
 from vllm_instant.tools.measure.distribution_test import Tokens
 from vllm_instant.tools.measure.sampling import (
     SETTINGS,
-    Arm,
-    Sampled,
-    Setting,
-    draws,
+    SamplingResult,
+    SamplingSetting,
+    ServerClient,
+    draw_samples,
     greedy_answers,
     sampled,
     seeded_answers,
@@ -23,14 +23,14 @@ Tick = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class VerifyPlan:
     """What is asked.
 
     ``false_alarms`` is the chance that a server that samples as stock does fails any of the sampled settings.
     """
 
     prompts: Sequence[str]
-    settings: Sequence[Setting] = SETTINGS
+    settings: Sequence[SamplingSetting] = SETTINGS
     draws: int = 600
     """For each prompt and setting."""
     tokens: int = 4
@@ -46,7 +46,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Baseline:
+class BaselineAnswers:
     """What stock vLLM answers."""
 
     greedy: list[list[int]]
@@ -56,7 +56,7 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class Check:
+class VerifyCheck:
     """One line of the report."""
 
     name: str
@@ -65,7 +65,7 @@ class Check:
     numbers: dict[str, Any]
 
 
-def baseline(stock: Arm, plan: Plan, tick: Tick = lambda text: None) -> Baseline:
+def baseline_answers(stock: ServerClient, plan: VerifyPlan, tick: Tick = lambda text: None) -> BaselineAnswers:
     """Ask stock vLLM everything once."""
     tick("greedy and seeded answers of stock vLLM")
     greedy = greedy_answers(stock, plan.prompts, plan.answer_tokens)
@@ -73,13 +73,19 @@ def baseline(stock: Arm, plan: Plan, tick: Tick = lambda text: None) -> Baseline
     drawn = []
     for setting in plan.settings:
         tick(f"stock vLLM at {setting.name}")
-        drawn.append(draws(stock, plan.prompts, setting.parameters, plan.draws, plan.tokens))
-    return Baseline(greedy, seeded, drawn)
+        drawn.append(draw_samples(stock, plan.prompts, setting.parameters, plan.draws, plan.tokens))
+    return BaselineAnswers(greedy, seeded, drawn)
 
 
 def verify(
-    ours: Arm, expected: Baseline, plan: Plan, *, exact: bool, lossy: bool, tick: Tick = lambda text: None
-) -> list[Check]:
+    ours: ServerClient,
+    expected: BaselineAnswers,
+    plan: VerifyPlan,
+    *,
+    exact: bool,
+    lossy: bool,
+    tick: Tick = lambda text: None,
+) -> list[VerifyCheck]:
     """Run every check.
 
     Args:
@@ -106,7 +112,7 @@ def verify(
     return checks
 
 
-def _identity(name: str, found: list[list[int]], expected: list[list[int]], exact: bool, lossy: bool) -> Check:
+def _identity(name: str, found: list[list[int]], expected: list[list[int]], exact: bool, lossy: bool) -> VerifyCheck:
     same = sum(a == b for a, b in zip(found, expected, strict=True))
     detail = f"{same} of {len(found)} answers identical"
     if same == len(found):
@@ -117,10 +123,10 @@ def _identity(name: str, found: list[list[int]], expected: list[list[int]], exac
         outcome = "fail"
     else:
         outcome, detail = "not tested", f"{detail}; rounding can do that, float32 would tell"
-    return Check(name, outcome, detail, {"identical": same, "answers": len(found)})
+    return VerifyCheck(name, outcome, detail, {"identical": same, "answers": len(found)})
 
 
-def _distribution(result: Sampled, plan: Plan, lossy: bool) -> Check:
+def _distribution(result: SamplingResult, plan: VerifyPlan, lossy: bool) -> VerifyCheck:
     agreement = result.agreement
     numbers = asdict(agreement) | {"drafted": result.drafted, "accepted": result.accepted}
     drafts = f"{result.accepted} of {result.drafted} draft tokens kept"
@@ -135,4 +141,4 @@ def _distribution(result: Sampled, plan: Plan, lossy: bool) -> Check:
     else:
         outcome = "pass"
         detail = f"p = {agreement.p_value:.2g}; a total variation of {agreement.detectable:.3f} would be found"
-    return Check(result.setting.name, outcome, f"{detail} ({drafts})", numbers)
+    return VerifyCheck(result.setting.name, outcome, f"{detail} ({drafts})", numbers)

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from vllm_instant.tools.measure.load import Prompt
+from vllm_instant.tools.measure.closed_loop import PromptSpec
 from vllm_instant.tools.measure.prompts import BUILT_IN
 
 ROUTE = "/v1/instant/experts"
@@ -22,7 +22,7 @@ class TracingError(RuntimeError):
     """A trace that could not be recorded, in one sentence."""
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[PromptSpec]:
     """Prompts from a file: JSON lines with ``prompt`` and perhaps ``class`` and ``temperature``, or one prompt a line.
 
     Raises:
@@ -38,7 +38,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
-            prompts.append(Prompt(line, 0.0, path.stem))
+            prompts.append(PromptSpec(line, 0.0, path.stem))
             continue
         try:
             record = json.loads(line)
@@ -48,13 +48,13 @@ def read_prompts(path: Path) -> list[Prompt]:
             raise TracingError(f"{path}, line {number}: expected an object with a prompt, {error}") from None
         if not isinstance(text, str) or not isinstance(kind, str):
             raise TracingError(f"{path}, line {number}: prompt and class must be strings")
-        prompts.append(Prompt(text, temperature, kind))
+        prompts.append(PromptSpec(text, temperature, kind))
     if not prompts:
         raise TracingError(f"{path} has no prompts")
     return prompts
 
 
-def built_in_prompts(seed: int = 0, each: int = 32) -> Iterator[Prompt]:
+def built_in_prompts(seed: int = 0, each: int = 32) -> Iterator[PromptSpec]:
     """Fresh prompts of the built-in classes in turn, without end."""
     while True:
         lists = [make(each, f"trace/{seed}") for make in BUILT_IN.values()]
@@ -75,7 +75,7 @@ def recorded_tokens(url: str) -> int | None:
 def record(
     url: str,
     model: str,
-    prompts: Iterator[Prompt] | Sequence[Prompt],
+    prompts: Iterator[PromptSpec] | Sequence[PromptSpec],
     tokens: int,
     *,
     concurrency: int = 8,
@@ -106,7 +106,7 @@ def record(
         )
     waiting = iter(prompts)
 
-    def send(client: httpx.Client, prompt: Prompt) -> None:
+    def send(client: httpx.Client, prompt: PromptSpec) -> None:
         body: dict[str, Any] = {
             "model": model,
             "prompt": prompt.text,

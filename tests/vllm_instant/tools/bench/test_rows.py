@@ -3,27 +3,35 @@
 import numpy as np
 import pytest
 
-from vllm_instant.tools.bench.checkpoint import State
-from vllm_instant.tools.bench.metrics import acceptance_length, metrics
-from vllm_instant.tools.bench.plan import AGAIN, OURS, STOCK, BadInputError, Plan, Price, read_prompts
-from vllm_instant.tools.bench.rows import Row, rows, verdicts
-from vllm_instant.tools.measure.interleaved_rounds import Answer, Turn
-from vllm_instant.tools.measure.load import Prompt
+from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
+from vllm_instant.tools.bench.metrics import acceptance_length, round_metrics
+from vllm_instant.tools.bench.plan import (
+    BASELINE,
+    BASELINE_AGAIN,
+    OURS,
+    BadInputError,
+    BenchPlan,
+    HourlyPrice,
+    read_prompts,
+)
+from vllm_instant.tools.bench.rows import BenchRow, bench_rows, verdicts
+from vllm_instant.tools.measure.closed_loop import PromptSpec
+from vllm_instant.tools.measure.interleaved_rounds import ArmRound, TimedAnswer
 
-PLAN = Plan(concurrency=(2,), rounds=4, starts=1, texts=0, ttft_slo_ms=100, itl_slo_ms=15)
+PLAN = BenchPlan(concurrency=(2,), rounds=4, starts=1, texts=0, ttft_slo_ms=100, itl_slo_ms=15)
 
 
 def _answer(first=0.1, gap=0.01, tokens=100, step=1, accepted=0, kind="code"):
     counts = [*list(range(1, tokens, step)), tokens]
-    return Answer(kind, [(first + i * gap, count) for i, count in enumerate(counts)], accepted)
+    return TimedAnswer(kind, [(first + i * gap, count) for i, count in enumerate(counts)], accepted)
 
 
 def _turn(scale=1.0, joules=None, **given):
-    return Turn(2.0 * scale, [_answer(0.1 * scale, 0.01 * scale, **given) for _ in range(8)], joules)
+    return ArmRound(2.0 * scale, [_answer(0.1 * scale, 0.01 * scale, **given) for _ in range(8)], joules)
 
 
 def _value(name, turn, plan=PLAN, price=None):
-    metric = next(metric for metric in metrics(plan, price) if metric.name == name)
+    metric = next(metric for metric in round_metrics(plan, price) if metric.name == name)
     return (metric.shown or metric.statistic)(metric.samples(turn))
 
 
@@ -37,28 +45,28 @@ class TestMetrics:
     def test_rates(self):
         assert _value("output tokens/s", _turn()) == 400
         # 2 s of 3.60 an hour are 0.002, for 800 tokens.
-        assert _value("cost per million output tokens", _turn(), price=Price(3.6, "EUR")) == pytest.approx(2.5)
+        assert _value("cost per million output tokens", _turn(), price=HourlyPrice(3.6, "EUR")) == pytest.approx(2.5)
         assert _value("energy per token", _turn(joules=40.0)) == 0.05
 
     @pytest.mark.parametrize(("given", "good"), [({}, 8), ({"first": 0.2}, 0), ({"gap": 0.02}, 0)])
     def test_goodput_counts_answers_that_keep_both_goals(self, given, good):
-        turn = Turn(2.0, [_answer(**given) for _ in range(8)])
+        turn = ArmRound(2.0, [_answer(**given) for _ in range(8)])
         assert _value("goodput (TTFT ≤ 100 ms, ITL ≤ 15 ms)", turn) == good / 2
 
     def test_no_goals_no_goodput_and_no_price_no_cost(self):
-        names = [metric.name for metric in metrics(Plan(), None)]
+        names = [metric.name for metric in round_metrics(BenchPlan(), None)]
         assert not any("goodput" in name or "cost" in name for name in names)
 
     def test_acceptance_length_by_class(self):
-        turn = Turn(1.0, [_answer(accepted=50), _answer(accepted=0, kind="free")])
+        turn = ArmRound(1.0, [_answer(accepted=50), _answer(accepted=0, kind="free")])
         assert acceptance_length("code").statistic(acceptance_length("code").samples(turn)) == 2
         assert acceptance_length("free").statistic(acceptance_length("free").samples(turn)) == 1
-        unknown = Turn(1.0, [_answer(accepted=None)])
+        unknown = ArmRound(1.0, [_answer(accepted=None)])
         assert acceptance_length("code").samples(unknown) is None
 
 
 def _state(tmp_path, plan, turns, served=None):
-    state = State(tmp_path / "x.state.jsonl", plan.setup(), list(turns))
+    state = BenchCheckpoint(tmp_path / "x.state.jsonl", plan.setup(), list(turns))
     for number in range(plan.rounds):
         state.add_round((number, 2), {arm: make(number) for arm, make in turns.items()})
     facts = {"speculates": False, "kv_bytes_per_token": 64.0, "kv_sequences": 10.0, "url": "u", "root": "r"}
@@ -75,11 +83,13 @@ def _noisy(scale, seed):
 
 class TestRows:
     def test_a_faster_arm_is_better_everywhere(self, tmp_path):
-        state = _state(tmp_path, PLAN, {STOCK: _noisy(1, 1), AGAIN: _noisy(1, 2), OURS: _noisy(0.5, 3)})
-        found = {row.name: row for row in rows(PLAN, state, None, None)}
+        state = _state(tmp_path, PLAN, {BASELINE: _noisy(1, 1), BASELINE_AGAIN: _noisy(1, 2), OURS: _noisy(0.5, 3)})
+        found = {row.name: row for row in bench_rows(PLAN, state, None, None)}
         for name in ("TTFT p50", "ITL p99", "latency of a 100-token response", "output tokens/s"):
             assert found[name].contrasts[OURS].verdict == "better", name
-            assert found[name].values[STOCK].low < found[name].values[STOCK].mean < found[name].values[STOCK].high
+            assert (
+                found[name].values[BASELINE].low < found[name].values[BASELINE].mean < found[name].values[BASELINE].high
+            )
         assert found["output tokens/s"].contrasts[OURS].effect.mean == pytest.approx(2, rel=0.05)
         assert found["TTFT p99"].missing == "32 samples; 100 are needed"
         assert found["energy per token"].missing == "this machine shows no energy counter of NVML or RAPL"
@@ -88,46 +98,50 @@ class TestRows:
         assert found["goodput (TTFT ≤ 100 ms, ITL ≤ 15 ms)"].values[OURS].mean == pytest.approx(8, rel=0.05)
 
     def test_equal_arms_have_no_verdict(self, tmp_path):
-        state = _state(tmp_path, PLAN, {STOCK: _noisy(1, 1), AGAIN: _noisy(1, 2), OURS: _noisy(1, 3)})
-        counts = verdicts(rows(PLAN, state, None, None))
+        state = _state(tmp_path, PLAN, {BASELINE: _noisy(1, 1), BASELINE_AGAIN: _noisy(1, 2), OURS: _noisy(1, 3)})
+        counts = verdicts(bench_rows(PLAN, state, None, None))
         assert counts["better"] == counts["worse"] == 0
         assert counts["no difference"] > 8
 
     def test_a_slower_cache_that_holds_less_is_worse(self, tmp_path):
         served = {OURS: {"kv_bytes_per_token": 80.0, "kv_sequences": 8.0}}
-        state = _state(tmp_path, PLAN, {STOCK: _noisy(1, 1), AGAIN: _noisy(1, 2), OURS: _noisy(1.5, 3)}, served)
-        found = {row.name: row for row in rows(PLAN, state, None, None)}
+        state = _state(
+            tmp_path, PLAN, {BASELINE: _noisy(1, 1), BASELINE_AGAIN: _noisy(1, 2), OURS: _noisy(1.5, 3)}, served
+        )
+        found = {row.name: row for row in bench_rows(PLAN, state, None, None)}
         for name in ("KV-cache bytes per token", "concurrent sequences of full length", "output tokens/s"):
             assert found[name].contrasts[OURS].verdict == "worse"
 
     def test_two_rates_of_nothing_are_not_compared(self, tmp_path):
-        state = _state(tmp_path, PLAN, {STOCK: _noisy(2, 1), AGAIN: _noisy(2, 2), OURS: _noisy(1.9, 3)})
-        goodput = next(row for row in rows(PLAN, state, None, None) if row.name.startswith("goodput"))
+        state = _state(tmp_path, PLAN, {BASELINE: _noisy(2, 1), BASELINE_AGAIN: _noisy(2, 2), OURS: _noisy(1.9, 3)})
+        goodput = next(row for row in bench_rows(PLAN, state, None, None) if row.name.startswith("goodput"))
         assert goodput.contrasts == {}
 
     def test_a_server_that_drafts_but_does_not_say(self, tmp_path):
         def silent(number):
-            return Turn(2.0, [_answer(accepted=None)])
+            return ArmRound(2.0, [_answer(accepted=None)])
 
-        turns = {STOCK: silent, AGAIN: silent, OURS: silent}
+        turns = {BASELINE: silent, BASELINE_AGAIN: silent, OURS: silent}
         state = _state(tmp_path, PLAN, turns, {OURS: {"speculates": True}})
-        row = next(row for row in rows(PLAN, state, None, None) if row.group == "speculation")
+        row = next(row for row in bench_rows(PLAN, state, None, None) if row.group == "speculation")
         assert "--per-request-spec-decode-metrics summary" in row.missing
 
     def test_a_row_survives_json(self, tmp_path):
-        state = _state(tmp_path, PLAN, {STOCK: _noisy(1, 1), AGAIN: _noisy(1, 2), OURS: _noisy(0.5, 3)})
-        for row in rows(PLAN, state, None, None):
-            assert Row.read(row.plain()) == row
+        state = _state(tmp_path, PLAN, {BASELINE: _noisy(1, 1), BASELINE_AGAIN: _noisy(1, 2), OURS: _noisy(0.5, 3)})
+        for row in bench_rows(PLAN, state, None, None):
+            assert BenchRow.read(row.plain()) == row
 
 
 class TestQuality:
     @staticmethod
     def _rows(tmp_path, ours):
-        state = _state(tmp_path, PLAN, {STOCK: _noisy(1, 1), AGAIN: _noisy(1, 2), OURS: _noisy(1, 3)})
+        state = _state(tmp_path, PLAN, {BASELINE: _noisy(1, 1), BASELINE_AGAIN: _noisy(1, 2), OURS: _noisy(1, 3)})
         equal = {"same": [1.0] * 24, "losses": [[100.0, 100.0, 0.0, 50]] * 16, "gaps": [0.01, -0.01] * 12}
-        state.add_quality({AGAIN: equal, OURS: equal | ours})
+        state.add_quality({BASELINE_AGAIN: equal, OURS: equal | ours})
         return {
-            row.name: row.contrasts[OURS].verdict for row in rows(PLAN, state, None, None) if row.group == "quality"
+            row.name: row.contrasts[OURS].verdict
+            for row in bench_rows(PLAN, state, None, None)
+            if row.group == "quality"
         }
 
     def test_equal_servers(self, tmp_path):
@@ -150,32 +164,33 @@ class TestQuality:
 
 class TestPlan:
     def test_rounds_are_dealt_out_evenly(self):
-        plan = Plan(rounds=7, starts=3)
+        plan = BenchPlan(rounds=7, starts=3)
         assert [plan.rounds_of(start) for start in range(3)] == [[0, 1, 2], [3, 4], [5, 6]]
 
     def test_built_in_prompts_are_fresh_every_round(self):
-        plan = Plan(concurrency=(1, 8))
+        plan = BenchPlan(concurrency=(1, 8))
         asked = [p.text for number in range(-1, 6) for users in (1, 8) for p in plan.prompts_of(number, users)]
         asked += [p.text for p in plan.prompts_of(0, 8, attempt=1)]
         assert len(set(asked)) > 0.97 * len(asked)  # short pieces of text can be alike
 
     def test_the_users_prompts_are_all_asked_before_any_is_asked_again(self):
-        prompts = tuple(Prompt(f"{i}") for i in range(84))
-        plan = Plan(concurrency=(1, 8), rounds=6, prompts=prompts)
+        prompts = tuple(PromptSpec(f"{i}") for i in range(84))
+        plan = BenchPlan(concurrency=(1, 8), rounds=6, prompts=prompts)
         asked = [p.text for number in range(-1, 6) for users in (1, 8) for p in plan.prompts_of(number, users)]
         assert sorted(asked) == sorted(p.text for p in prompts)
         assert plan.repeats() == 1
 
     @pytest.mark.parametrize(
-        ("text", "price"), [("2.50USD", Price(2.5, "USD")), ("3 eur", Price(3, "EUR")), ("1$", Price(1, "$"))]
+        ("text", "price"),
+        [("2.50USD", HourlyPrice(2.5, "USD")), ("3 eur", HourlyPrice(3, "EUR")), ("1$", HourlyPrice(1, "$"))],
     )
     def test_prices(self, text, price):
-        assert Price.parse(text) == price
+        assert HourlyPrice.parse(text) == price
 
     @pytest.mark.parametrize("text", ["2.50", "USD", "0USD", "-1USD", "two USD", "2.50 per hour"])
     def test_no_prices(self, text):
         with pytest.raises(BadInputError, match="is no price with its currency"):
-            Price.parse(text)
+            HourlyPrice.parse(text)
 
     def test_prompt_files(self, tmp_path):
         lines = tmp_path / "prompts.txt"
@@ -183,7 +198,7 @@ class TestPlan:
         assert [p.text for p in read_prompts(lines)] == ["one", "two"]
         objects = tmp_path / "prompts.jsonl"
         objects.write_text('{"prompt": "a\\nb", "class": "chat", "temperature": 0.7}\n{"prompt": "c"}\n')
-        assert read_prompts(objects) == (Prompt("a\nb", 0.7, "chat"), Prompt("c", 0.0, "prompts"))
+        assert read_prompts(objects) == (PromptSpec("a\nb", 0.7, "chat"), PromptSpec("c", 0.0, "prompts"))
         objects.write_text('{"text": "c"}\n')
         with pytest.raises(BadInputError, match="object 1 should be like"):
             read_prompts(objects)
@@ -191,22 +206,22 @@ class TestPlan:
 
 class TestState:
     def test_it_goes_on_where_it_stopped(self, tmp_path):
-        turns = {STOCK: _noisy(1, 1), AGAIN: _noisy(1, 2), OURS: _noisy(1, 3)}
+        turns = {BASELINE: _noisy(1, 1), BASELINE_AGAIN: _noisy(1, 2), OURS: _noisy(1, 3)}
         first = _state(tmp_path, PLAN, turns)
         with first.path.open("a") as file:
             file.write('{"place": [3, ')  # killed while it wrote
-        second = State(first.path, PLAN.setup(), list(turns))
+        second = BenchCheckpoint(first.path, PLAN.setup(), list(turns))
         plain = [{p: {arm: t.plain() for arm, t in r.items()} for p, r in s.turns.items()} for s in (first, second)]
         assert plain[0] == plain[1]
         assert len(plain[1]) == PLAN.rounds
         assert second.salt == first.salt
         assert second.attempt == 1
         second.add_quality({"x": 1})
-        third = State(first.path, PLAN.setup(), list(turns))
+        third = BenchCheckpoint(first.path, PLAN.setup(), list(turns))
         assert third.quality == {"x": 1}
         assert third.attempt == 2
 
     def test_another_setup_is_refused_by_name(self, tmp_path):
-        State(tmp_path / "s", PLAN.setup(), [])
+        BenchCheckpoint(tmp_path / "s", PLAN.setup(), [])
         with pytest.raises(BadInputError, match=r"an unfinished run with another concurrency \(\[2\], now \[4\]\)"):
-            State(tmp_path / "s", Plan(concurrency=(4,), rounds=4, starts=1, texts=0).setup(), [])
+            BenchCheckpoint(tmp_path / "s", BenchPlan(concurrency=(4,), rounds=4, starts=1, texts=0).setup(), [])

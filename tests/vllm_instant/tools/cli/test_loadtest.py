@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from vllm_instant.tools.cli import app
 from vllm_instant.tools.demo import assets
-from vllm_instant_loadtests.launcher import DrivingError, servers_of
-from vllm_instant_loadtests.mock import Pace
+from vllm_instant_loadtests.launcher import LoadTestError, scenario_servers
+from vllm_instant_loadtests.mock import MockPace
 from vllm_instant_loadtests.scenario import load, parse
 
 SCENARIO = """
@@ -81,7 +81,7 @@ def test_nothing_but_locusts_own_process_is_patched():
 def test_a_run_is_recorded_judged_and_judged_again(tmp_path: Path):
     (tmp_path / "short.toml").write_text(SCENARIO)
     output = tmp_path / "run"
-    with serving(Pace(first_ms=20, step_ms=10)) as server:
+    with serving(MockPace(first_ms=20, step_ms=10)) as server:
         done = run(tmp_path / "short.toml", "--url", f"mine={server.url}/v1", "--output", output)
     assert done.exit_code == 0, done.output
     assert "mine" in done.output
@@ -113,7 +113,7 @@ def small_demo(monkeypatch, demo_pair):
 
 @pytest.mark.usefixtures("small_demo")
 def test_stock_and_ours_are_started_with_the_same_engine_arguments(tmp_path: Path):
-    servers, deployments = servers_of(load("draft-collapse"), "demo", None, [], tmp_path)
+    servers, deployments = scenario_servers(load("draft-collapse"), "demo", None, [], tmp_path)
     stock, plain, ours = servers["stock"], servers["plain"], servers["ours"]
     assert stock.model == plain.model == ours.model
     assert plain.arguments == stock.arguments[: len(plain.arguments)]
@@ -129,7 +129,7 @@ def test_stock_and_ours_are_started_with_the_same_engine_arguments(tmp_path: Pat
 
 @pytest.mark.usefixtures("small_demo")
 def test_the_tiny_cache_is_the_scenarios(tmp_path: Path):
-    servers, _ = servers_of(load("kv-squeeze"), "demo", None, [], tmp_path)
+    servers, _ = scenario_servers(load("kv-squeeze"), "demo", None, [], tmp_path)
     words = servers["ours"].arguments
     assert words[words.index("--num-gpu-blocks-override") + 1] == "24"
 
@@ -138,5 +138,5 @@ def test_a_fixed_length_without_a_draft_model_is_one_sentence(tmp_path: Path):
     traffic = [{"kind": "a", "prompts": "code", "rate": 1}]
     servers = [{"name": "stock", "draft_tokens": 3}]
     scenario = parse({"title": "t", "seconds": 9, "traffic": traffic, "servers": servers}, Path("s.toml"))
-    with pytest.raises(DrivingError, match=r"the server 'stock' should have draft_tokens = 3, for which .*no draft"):
-        servers_of(scenario, "some/model", None, [], tmp_path)
+    with pytest.raises(LoadTestError, match=r"the server 'stock' should have draft_tokens = 3, for which .*no draft"):
+        scenario_servers(scenario, "some/model", None, [], tmp_path)

@@ -5,7 +5,7 @@ import time
 import pytest
 from fake_server import FakeServer, serving
 
-from vllm_instant.tools.measure.open_loop import Due, send
+from vllm_instant.tools.measure.open_loop import OpenLoopRequest, send_open_loop
 
 
 def _body(tokens):
@@ -16,7 +16,7 @@ def test_a_slow_server_does_not_slow_the_load_down():
     """Each answer takes half a second; all are sent within a tenth, and followed at the same time."""
     with serving(FakeServer(step_seconds=0.05)) as url:
         began = time.perf_counter()
-        followed = send(url, [Due(0.02 * number, _body(10), "slow") for number in range(5)])
+        followed = send_open_loop(url, [OpenLoopRequest(0.02 * number, _body(10), "slow") for number in range(5)])
         took = time.perf_counter() - began
     assert took < 1.5
     for number, request in enumerate(followed):
@@ -29,7 +29,7 @@ def test_a_slow_server_does_not_slow_the_load_down():
 
 def test_several_tokens_in_one_event_are_several_tokens():
     with serving(FakeServer(step_seconds=0.03, step_tokens=4)) as url:
-        [request] = send(url, [Due(0.0, _body(12))])
+        [request] = send_open_loop(url, [OpenLoopRequest(0.0, _body(12))])
     assert request.answer.tokens == 12
     assert len(request.answer.inter_token_latencies()) == 8
     assert request.answer.inter_token_latencies().mean() == pytest.approx(0.03 / 4, rel=0.5)
@@ -37,8 +37,8 @@ def test_several_tokens_in_one_event_are_several_tokens():
 
 def test_failures_are_noted_with_the_request():
     with serving(FakeServer(status=503)) as url:
-        [refused] = send(url, [Due(0.0, _body(4))])
-    [nobody] = send("http://127.0.0.1:9", [Due(0.0, _body(4))])
+        [refused] = send_open_loop(url, [OpenLoopRequest(0.0, _body(4))])
+    [nobody] = send_open_loop("http://127.0.0.1:9", [OpenLoopRequest(0.0, _body(4))])
     assert refused.error == "HTTP 503: the engine is dead"
     assert nobody.error is not None
     assert "Connect" in nobody.error

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from vllm_instant.tools.bench.html_report import Axis, render
-from vllm_instant.tools.bench.rows import Row
+from vllm_instant.tools.bench.html_report import RatioAxis, render
+from vllm_instant.tools.bench.rows import BenchRow
 from vllm_instant.tools.measure.significance import Contrast
 from vllm_instant.tools.measure.statistics import Estimate
 
@@ -15,7 +15,7 @@ def _row(name, ratio, verdict_is, better="higher"):
     contrast = Contrast("ratio", better, effect, effect, Estimate(1.0, 0.98, 1.02), 1.05)
     assert contrast.verdict == verdict_is
     values = {"stock": Estimate(10.0, 9.9, 10.1), "ours": Estimate(10 * ratio, 1.0, 99.0)}
-    return Row("concurrency 1", name, "tokens/s", values, {"ours": contrast})
+    return BenchRow("concurrency 1", name, "tokens/s", values, {"ours": contrast})
 
 
 def _record(*rows):
@@ -38,7 +38,7 @@ def _record(*rows):
 
 def test_every_row_verdict_and_plot_is_there():
     rows = [_row("speed", 2.0, "better"), _row("TTFT", 1.5, "worse", "lower"), _row("ITL", 1.01, "no difference")]
-    page = render(_record(*rows, Row("energy", "energy per token", "J", missing="no counter")))
+    page = render(_record(*rows, BenchRow("energy", "energy per token", "J", missing="no counter")))
     for word in ("▲ better", "▼ worse", "= no difference", "– not measured", "▲ 1 better", "a note"):
         assert word in page
     assert len(re.findall("<figure>", page)) == 2
@@ -54,7 +54,7 @@ def test_it_is_self_contained_and_escapes_what_it_is_given():
 
 
 def test_the_axis_has_one_in_the_middle_and_is_the_same_both_ways():
-    axis = Axis([_row("speed", 3.0, "better")])
+    axis = RatioAxis([_row("speed", 3.0, "better")])
     assert axis.place(1.0) == 50
     assert axis.place(2.0) + axis.place(0.5) == pytest.approx(100)
     assert 50 < axis.place(2.0) < axis.place(3.0) < 100
@@ -70,4 +70,4 @@ def test_an_interval_that_reaches_zero_can_be_drawn():
     row = _row("speed", 2.0, "better")
     contrast = row.contrasts["ours"]
     nearly = Contrast("ratio", "higher", Estimate(2.0, 0.0, 9e9), contrast.certain, contrast.floor, 1.05)
-    assert Axis([Row("g", "n", "u", {}, {"ours": nearly})]).place(0.0) == 0
+    assert RatioAxis([BenchRow("g", "n", "u", {}, {"ours": nearly})]).place(0.0) == 0

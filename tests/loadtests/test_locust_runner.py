@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mock_servers import MockServer, serving
+from mock_servers import RunningMock, serving
 
 from vllm_instant_loadtests import schedule
-from vllm_instant_loadtests.mock import Pace
-from vllm_instant_loadtests.run_recorder import Run
+from vllm_instant_loadtests.mock import MockPace
+from vllm_instant_loadtests.run_recorder import RecordedRun
 from vllm_instant_loadtests.scenario import load
 
 Locust = Callable[..., subprocess.CompletedProcess[str]]
@@ -53,9 +53,9 @@ seconds = 2
 class Played:
     """Two servers in turn: a quick one, and one that serves one request at a time."""
 
-    def __init__(self, run: Run, quick: MockServer, slow: MockServer, truth: Path, output: str) -> None:
+    def __init__(self, run: RecordedRun, quick: RunningMock, slow: RunningMock, truth: Path, output: str) -> None:
         self.run, self.quick, self.slow, self.output = run, quick, slow, output
-        self.planned = schedule.requests(load(truth.parent / "all.toml"), "0")
+        self.planned = schedule.scheduled_requests(load(truth.parent / "all.toml"), "0")
         self.sent = {line["id"]: line["sent"] for line in map(json.loads, truth.read_text().splitlines())}
 
 
@@ -64,13 +64,13 @@ def played(locust: Locust, tmp_path_factory: pytest.TempPathFactory) -> Played:
     folder = tmp_path_factory.mktemp("played")
     (folder / "all.toml").write_text(SCENARIO)
     with (
-        serving(Pace(first_ms=20, step_ms=10, tokens_per_step=2), folder / "truth.jsonl") as quick,
-        serving(Pace(first_ms=150, step_ms=10, tokens_per_step=2, slots=1)) as slow,
+        serving(MockPace(first_ms=20, step_ms=10, tokens_per_step=2), folder / "truth.jsonl") as quick,
+        serving(MockPace(first_ms=150, step_ms=10, tokens_per_step=2, slots=1)) as slow,
     ):
         words = ["--scenario", str(folder / "all.toml"), "--output", str(folder / "run")]
         done = locust("--servers", f"quick={quick.url} slow={slow.url}", *words)
         assert done.returncode == 0, done.stderr
-    return Played(Run.read(folder / "run"), quick, slow, folder / "truth.jsonl", done.stdout + done.stderr)
+    return Played(RecordedRun.read(folder / "run"), quick, slow, folder / "truth.jsonl", done.stdout + done.stderr)
 
 
 def test_both_servers_get_the_same_requests_at_the_same_moments(played: Played) -> None:
@@ -156,12 +156,12 @@ def test_workers_lose_no_record(locust: Locust, tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text(
         'title = "t"\nseconds = 3\n[[traffic]]\nkind = "a"\nprompts = "code"\nrate = 12.0\nmax_tokens = 20\n'
     )
-    with serving(Pace(first_ms=20, step_ms=10)) as server:
+    with serving(MockPace(first_ms=20, step_ms=10)) as server:
         words = ["--scenario", str(tmp_path / "s.toml"), "--output", str(tmp_path / "run"), "--processes", "2"]
         done = locust("--host", server.url, *words)
         assert done.returncode == 0, done.stderr
         answered = len(server.mock.asked)
-    run = Run.read(tmp_path / "run")
+    run = RecordedRun.read(tmp_path / "run")
     assert run.about["finished"]
     assert len(run.requests) == answered - 1  # the warm-up is not recorded
     assert sorted(r.number or 0 for r in run.requests) == list(range(len(run.requests)))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from vllm_instant_loadtests.metrics_poller import Placing, values
+from vllm_instant_loadtests.metrics_poller import DecisionPlacement, values
 
 METRICS = """\
 # HELP vllm:num_requests_running Number of requests.
@@ -33,7 +33,7 @@ def answer(*steps):
 
 
 def test_decisions_are_placed_back_from_when_they_were_read():
-    placing = Placing()
+    placing = DecisionPlacement()
     first = placing.place(answer((1, 20.0), (2, 30.0), (3, None)), at=10.0)
     assert [(round(at, 3), decision["step"]) for at, decision in first] == [(9.97, 1), (10.0, 2)]
     second = placing.place(answer((2, 30.0), (3, 400.0), (4, 900.0)), at=11.0)
@@ -41,12 +41,12 @@ def test_decisions_are_placed_back_from_when_they_were_read():
 
 
 def test_no_decision_is_placed_before_the_reading_that_did_not_have_it():
-    placing = Placing()
+    placing = DecisionPlacement()
     placing.place(answer((1, 20.0)), at=10.0)
     assert [at for at, _ in placing.place(answer((2, 900.0), (3, 900.0), (4, 900.0)), at=11.0)] == [10.0, 10.1, 11.0]
 
 
 def test_an_engine_that_was_started_again_begins_anew():
-    placing = Placing()
+    placing = DecisionPlacement()
     placing.place(answer((50, 20.0)), at=10.0)
     assert [decision["step"] for _, decision in placing.place(answer((1, 20.0)), at=11.0)] == [1]

@@ -7,17 +7,17 @@ import pytest
 from fake_server import FakeServer, serving
 
 from vllm_instant.tools.measure import interleaved_rounds
-from vllm_instant.tools.measure.energy import meter
-from vllm_instant.tools.measure.interleaved_rounds import Answer, Turn, interleaved, take_turn
-from vllm_instant.tools.measure.load import Prompt
+from vllm_instant.tools.measure.closed_loop import PromptSpec
+from vllm_instant.tools.measure.energy import energy_meter
+from vllm_instant.tools.measure.interleaved_rounds import ArmRound, TimedAnswer, interleaved, run_arm_round
 from vllm_instant.tools.measure.prompts import BUILT_IN, built_in, held_out_texts
 from vllm_instant.tools.measure.sampling import RefusedError
-from vllm_instant.tools.measure.server_info import look
+from vllm_instant.tools.measure.server_info import read_server_info
 from vllm_instant.tools.measure.servers import words_of
 
 
 class TestAnswers:
-    ANSWER = Answer("code", [(0.1, 1), (0.3, 5), (0.4, 6)], accepted=3)
+    ANSWER = TimedAnswer("code", [(0.1, 1), (0.3, 5), (0.4, 6)], accepted=3)
 
     def test_tokens_that_arrive_together_share_the_time(self):
         assert self.ANSWER.inter_token_latencies() == pytest.approx([0.05] * 4 + [0.1])
@@ -28,8 +28,8 @@ class TestAnswers:
         assert np.isnan(self.ANSWER.seconds_to(7))
 
     def test_a_turn_survives_json(self):
-        turn = Turn(0.5, [self.ANSWER], joules=2.0)
-        assert Turn.read(turn.plain()) == turn
+        turn = ArmRound(0.5, [self.ANSWER], joules=2.0)
+        assert ArmRound.read(turn.plain()) == turn
         assert turn.tokens == 6
 
 
@@ -47,8 +47,10 @@ class TestTakingTurns:
         server = FakeServer(step_tokens=3, drafts=1)
         joules = iter([5.0, 7.5])
         with serving(server) as url:
-            prompts = [Prompt(f"p{i}", 0.5, "even" if i % 2 == 0 else "odd") for i in range(5)]
-            turn = take_turn(look(url).arm(), prompts, concurrency=2, tokens=10, seed=40, energy=lambda: next(joules))
+            prompts = [PromptSpec(f"p{i}", 0.5, "even" if i % 2 == 0 else "odd") for i in range(5)]
+            turn = run_arm_round(
+                read_server_info(url).arm(), prompts, concurrency=2, tokens=10, seed=40, energy=lambda: next(joules)
+            )
         assert [answer.kind for answer in turn.answers] == ["even", "odd", "even", "odd", "even"]
         assert {answer.tokens for answer in turn.answers} == {10}
         assert {answer.accepted for answer in turn.answers} == {6}
@@ -59,10 +61,10 @@ class TestTakingTurns:
     def test_a_refusal_is_quoted(self):
         server = FakeServer()
         with serving(server) as url:
-            arm = look(url).arm()
+            arm = read_server_info(url).arm()
             server.status = 500
             with pytest.raises(RefusedError, match=r"refused a request \(500\): the engine is dead"):
-                take_turn(arm, [Prompt("p")], concurrency=1, tokens=2)
+                run_arm_round(arm, [PromptSpec("p")], concurrency=1, tokens=2)
 
 
 class TestPrompts:
@@ -89,7 +91,7 @@ class TestEnergy:
         return folder
 
     def test_joules_add_up_over_the_end_of_the_counter(self, domain, tmp_path):
-        counted = meter(tmp_path)
+        counted = energy_meter(tmp_path)
         before = counted.joules()
         (domain / "energy_uj").write_text("9500000")
         assert counted.joules() - before == pytest.approx(0.5)
@@ -97,22 +99,22 @@ class TestEnergy:
         assert counted.joules() - before == pytest.approx(1.2)
 
     def test_no_counter_or_one_that_may_not_be_read(self, tmp_path):
-        assert meter(tmp_path).joules() is None
+        assert energy_meter(tmp_path).joules() is None
         (tmp_path / "intel-rapl:0").mkdir()
-        assert meter(tmp_path).joules() is None
+        assert energy_meter(tmp_path).joules() is None
 
 
 class TestServed:
     def test_what_it_says(self):
         with serving(FakeServer(drafts=4)) as url:
-            served = look(f"{url}/v1/")
+            served = read_server_info(f"{url}/v1/")
         assert (served.url, served.name, served.root, served.model) == (url, "fake", "models/fake", "fake")
         assert (served.version, served.kv_bytes_per_token, served.kv_sequences) == ("9.9", 64.0, 10.0)
         assert served.speculates
 
     def test_a_server_that_says_less(self):
         with serving(FakeServer(kv_tokens=None)) as url:
-            served = look(url)
+            served = read_server_info(url)
         assert served.kv_bytes_per_token is None
         assert served.kv_sequences is None
         assert not served.speculates
@@ -120,7 +122,7 @@ class TestServed:
     @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense", "http://"])
     def test_no_server(self, url):
         with pytest.raises(RefusedError, match="is no running vLLM server"):
-            look(url)
+            read_server_info(url)
 
 
 def test_engine_arguments_become_words():

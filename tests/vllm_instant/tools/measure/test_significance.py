@@ -8,7 +8,13 @@ from bench_power import simulated_verdicts
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vllm_instant.tools.measure.significance import Contrast, difference, exact, ratio, resampled
+from vllm_instant.tools.measure.significance import (
+    Contrast,
+    difference_contrast,
+    exact_contrast,
+    ratio_contrast,
+    resample_rounds,
+)
 from vllm_instant.tools.measure.statistics import Estimate
 
 NOTHING = Estimate(1.0, 0.99, 1.01)
@@ -19,7 +25,7 @@ def _mean(samples):
 
 
 def _rounds(*values):
-    return resampled([np.array([float(value)]) for value in values], _mean)
+    return resample_rounds([np.array([float(value)]) for value in values], _mean)
 
 
 def _contrast(low, high, better="higher", threshold=1.1):
@@ -56,17 +62,18 @@ class TestTheRule:
 
     def test_a_second_stock_server_that_differs_as_much_silences_the_row(self):
         stock, again, ours = _rounds(10, 10.1, 9.9), _rounds(13, 13.1, 12.9), _rounds(14, 14.2, 13.9)
-        contrast = ratio(ours, stock, again, better="higher", margin=0.05, comparisons=1)
+        contrast = ratio_contrast(ours, stock, again, better="higher", margin=0.05, comparisons=1)
         assert contrast.threshold > 1.3
         assert contrast.verdict == "no difference"
-        calm = ratio(ours, stock, _rounds(10.1, 10, 9.9), better="higher", margin=0.05, comparisons=1)
+        calm = ratio_contrast(ours, stock, _rounds(10.1, 10, 9.9), better="higher", margin=0.05, comparisons=1)
         assert calm.threshold < 1.1
         assert calm.verdict == "better"
 
     def test_more_rows_ask_for_more(self):
         arms = [_rounds(10, 11, 10, 11), _rounds(11, 10, 11, 10), _rounds(13, 13.5, 13.5, 13)]
         few, many = (
-            ratio(arms[2], arms[0], arms[1], better="higher", margin=0.0, comparisons=count) for count in (1, 1000)
+            ratio_contrast(arms[2], arms[0], arms[1], better="higher", margin=0.0, comparisons=count)
+            for count in (1, 1000)
         )
         assert many.certain.low < few.certain.low
         assert few.effect == many.effect
@@ -74,26 +81,28 @@ class TestTheRule:
     def test_drift_that_all_arms_share_is_no_noise(self):
         drift = (1, 2, 4, 8)
         stock, ours = _rounds(*drift), _rounds(*(1.3 * speed for speed in drift))
-        contrast = ratio(ours, stock, stock, better="higher", margin=0.05, comparisons=20)
+        contrast = ratio_contrast(ours, stock, stock, better="higher", margin=0.05, comparisons=20)
         assert (contrast.certain.low, contrast.certain.high) == pytest.approx((1.3, 1.3))
         assert contrast.verdict == "better"
 
     def test_the_noise_of_the_stock_servers_counts_even_if_ours_was_lucky(self):
         """Ours beside their mean looks calm when their noises cancel; the gap between them shows it."""
         stock, again = _rounds(10, 14, 10, 14), _rounds(14, 10, 14, 10)
-        contrast = ratio(_rounds(17, 17, 17, 17), stock, again, better="higher", margin=0.05, comparisons=20)
+        contrast = ratio_contrast(_rounds(17, 17, 17, 17), stock, again, better="higher", margin=0.05, comparisons=20)
         assert contrast.verdict == "no difference"
 
     def test_zero_has_no_ratio(self):
         zero = _rounds(0, 0, 0)
-        assert ratio(zero, _rounds(1, 2, 3), _rounds(1, 2, 3), better="higher", margin=0.1, comparisons=1) is None
+        assert (
+            ratio_contrast(zero, _rounds(1, 2, 3), _rounds(1, 2, 3), better="higher", margin=0.1, comparisons=1) is None
+        )
 
     def test_differences_and_quantities_without_noise(self):
         divergence, floor = Estimate(0.5, 0.4, 0.6), Estimate(0.0, -0.001, 0.002)
-        assert difference(divergence, divergence, floor, better="same", margin=0.01).verdict == "worse"
-        assert difference(floor, floor, floor, better="same", margin=0.01).verdict == "no difference"
-        assert exact(50.0, 100.0, 100.0, better="lower", margin=0.01).verdict == "better"
-        assert exact(100.5, 100.0, 100.0, better="lower", margin=0.01).verdict == "no difference"
+        assert difference_contrast(divergence, divergence, floor, better="same", margin=0.01).verdict == "worse"
+        assert difference_contrast(floor, floor, floor, better="same", margin=0.01).verdict == "no difference"
+        assert exact_contrast(50.0, 100.0, 100.0, better="lower", margin=0.01).verdict == "better"
+        assert exact_contrast(100.5, 100.0, 100.0, better="lower", margin=0.01).verdict == "no difference"
 
     def test_it_survives_json(self):
         contrast = _contrast(1.2, 1.4)

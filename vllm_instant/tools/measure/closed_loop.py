@@ -23,7 +23,7 @@ _TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptSpec:
     """One request's text and sampling."""
 
     text: str
@@ -34,7 +34,7 @@ class Prompt:
 
 
 @dataclass
-class Measured:
+class ClosedLoopResult:
     """What one window showed; times in seconds."""
 
     seconds: float
@@ -64,10 +64,10 @@ class Measured:
         return np.repeat(np.array([gap for gap, _ in self.gaps]) / np.maximum(tokens, 1), tokens)
 
 
-def measure(
+def run_closed_loop(
     url: str,
     model: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptSpec],
     *,
     concurrency: int,
     seconds: float,
@@ -75,7 +75,7 @@ def measure(
     max_tokens: tuple[int, int] = (80, 128),
     first_prompt: int = 0,
     extra: Mapping[str, Any] | None = None,
-) -> Measured:
+) -> ClosedLoopResult:
     """Run ``concurrency`` users and measure ``seconds`` of it.
 
     The window opens ``warm_up`` seconds after every user has got a first token: before that, the server only reads
@@ -94,15 +94,15 @@ def measure(
 async def _measure(
     url: str,
     model: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptSpec],
     concurrency: int,
     seconds: float,
     warm_up: float,
     max_tokens: tuple[int, int],
     first_prompt: int,
     extra: Mapping[str, Any],
-) -> Measured:
-    measured = Measured(seconds)
+) -> ClosedLoopResult:
+    measured = ClosedLoopResult(seconds)
     window = _Window()
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
@@ -138,11 +138,11 @@ class _Window:
 async def _user(
     client: httpx.AsyncClient,
     model: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptSpec],
     first: int,
     stride: int,
     max_tokens: tuple[int, int],
-    measured: Measured,
+    measured: ClosedLoopResult,
     window: _Window,
     extra: Mapping[str, Any],
 ) -> None:
