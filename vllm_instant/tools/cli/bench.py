@@ -31,7 +31,7 @@ from vllm_instant.tools.bench.plan import (
 )
 from vllm_instant.tools.bench.session import ExternalServers, ServerProvider, StartedServers, run_bench
 from vllm_instant.tools.cli import bench_tables
-from vllm_instant.tools.cli.common import Overrides, fail, problems_reported
+from vllm_instant.tools.cli.common import Overrides, fail, problems_reported, require_vllm
 from vllm_instant.tools.measure.sampling import RefusedError
 from vllm_instant.tools.measure.server_info import authorization
 from vllm_instant.tools.measure.servers import ServerError, terminable, words_of
@@ -133,6 +133,8 @@ def bench(
         if model is not None and stock_url is not None:
             words = shlex.join([model, *context.args])
             raise BadInputError(f"{words}: running servers take no MODEL and no words for it")
+        if model is not None:
+            require_vllm("bench MODEL")
         with ExitStack() as stack:
             stack.enter_context(terminable())
             if stock_url is not None and our_url is not None:

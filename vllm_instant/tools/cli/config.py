@@ -21,6 +21,7 @@ from vllm_instant.tools.cli.common import (
     Overrides,
     print_columns,
     problems_reported,
+    quiet_logging,
     toml_value,
     working,
 )
@@ -51,9 +52,9 @@ def check(path: DeploymentPath = None, overrides: Overrides = None) -> None:
     with problems_reported():
         deployment = resolve(path, overrides or ())
         if find_spec("vllm") is not None:
-            from vllm_instant.patches.engine_options import check_with_vllm
+            with quiet_logging(), working("Asking vLLM about the [vllm] table …"):
+                from vllm_instant.patches.engine_options import check_with_vllm
 
-            with working("Asking vLLM about the [vllm] table …"):
                 check_with_vllm(deployment)
         elif deployment.vllm:
             print("vLLM is not installed here: the [vllm] table was not checked", file=sys.stderr)

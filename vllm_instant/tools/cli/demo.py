@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from vllm_instant.tools.cli.common import require, require_vllm
 from vllm_instant.tools.demo import assets, session
+
+TRAINING = {"torch": "PyTorch", "transformers": "Transformers"}
 
 app = typer.Typer(help="A real server with demo models, beside a stock one.", no_args_is_help=False)
 
@@ -16,12 +19,14 @@ app = typer.Typer(help="A real server with demo models, beside a stock one.", no
 def demo(context: typer.Context) -> None:
     """Start a stock server and ours, stream three kinds of prompts through both, and compare."""
     if context.invoked_subcommand is None:
+        require_vllm("demo")
         raise typer.Exit(session.compare())
 
 
 @app.command()
 def serve(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000) -> None:
     """Serve the demo model with the demo's deployment file until Ctrl-C."""
+    require_vllm("demo serve")
     raise typer.Exit(session.serve(port))
 
 
@@ -30,6 +35,7 @@ def models(
     output: Annotated[Path | None, typer.Argument(help="Folder to write to; a cache folder without it.")] = None,
 ) -> None:
     """Unpack and expand the demo models, and print where they are."""
+    require("demo models", TRAINING, extra="distill")
     pair = assets.prepare(output)
     print(f"target: {pair.target}\ndraft:  {pair.draft}")
 
@@ -52,6 +58,7 @@ def text(output: Annotated[Path, typer.Argument(help="Folder to write to.")]) ->
 @app.command()
 def train(output: Annotated[Path, typer.Argument(help="Folder for the new pair; resumes what is there.")]) -> None:
     """Train the demo pair from scratch on the standard library's text (over an hour on two cores)."""
+    require("demo train", TRAINING, extra="distill")
     from vllm_instant.tools.demo import recipe, training_run
 
     training_run.run(output, recipe.run)
@@ -62,6 +69,7 @@ def moe(
     output: Annotated[Path | None, typer.Argument(help="Folder to write to; a cache folder without it.")] = None,
 ) -> None:
     """Unpack and expand the demo's mixture of experts, and print where it is."""
+    require("demo moe", TRAINING, extra="distill")
     from vllm_instant.tools.demo import moe_assets
 
     print(moe_assets.prepare(output))
@@ -70,6 +78,7 @@ def moe(
 @app.command()
 def train_moe(output: Annotated[Path, typer.Argument(help="Folder for the new model; resumes what is there.")]) -> None:
     """Make the mixture of experts from the demo's base model again (a quarter of an hour on two cores)."""
+    require("demo train-moe", TRAINING, extra="distill")
     from vllm_instant.tools.demo import moe_recipe, training_run
 
     training_run.run(output, moe_recipe.run)

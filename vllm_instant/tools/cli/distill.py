@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_instant.tools.cli.common import fail
+from vllm_instant.tools.cli.common import fail, require
 
 
 def distill(
@@ -44,8 +43,11 @@ def distill(
     The result is a folder that vLLM loads as a draft model. Without --text and --generate the target writes 256 texts
     of its own. Stop it with Ctrl-C at any time; the same command goes on.
     """
-    if importlib.util.find_spec("accelerate") is None:
-        fail("distill needs Accelerate: pip install 'vllm-instant[distill]'")
+    require(
+        "distill",
+        {"torch": "PyTorch", "transformers": "Transformers", "accelerate": "Accelerate"},
+        extra="distill",
+    )
     import torch
     import transformers
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_instant.deployment.errors import EXIT_CODE
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.patches import registry
-from vllm_instant.patches.compat import installed_vllm
-from vllm_instant.tools.cli.common import ConfigOption, Overrides, print_columns, problems_reported, working
+from vllm_instant.tools.cli.common import (
+    ConfigOption,
+    Overrides,
+    fail,
+    print_columns,
+    problems_reported,
+    quiet_logging,
+    require_vllm,
+    working,
+)
+
+if TYPE_CHECKING:
+    from vllm_instant.patches import registry
 
 VllmSource = Annotated[
     Path | None,
@@ -25,17 +34,15 @@ def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmS
     """Check every place where this package reaches into vLLM; exit code 1 if a chosen plugin cannot work."""
     with problems_reported():
         deployment = resolve(config, overrides or ())
+    require_vllm("doctor")
+    from vllm_instant.patches import registry
+    from vllm_instant.patches.compat import installed_vllm
+
     folder = vllm or installed_vllm()
     if folder is None or not (folder / "engine").is_dir():
-        print(
-            f"vllm-instant: {vllm} is not a vllm package folder"
-            if vllm
-            else "vllm-instant: vLLM is not installed here",
-            file=sys.stderr,
-        )
-        raise typer.Exit(EXIT_CODE if vllm else 1)
+        fail(f"{folder} is not a vllm package folder")
     vllm_version = "of that folder" if vllm else registry.installed_version()
-    with working("Reading vLLM's sources and probing its functions …"):
+    with quiet_logging(), working("Reading vLLM's sources and probing its functions …"):
         reports = list(registry.check(folder, vllm_version, deployment))
         results = [_result(report, installed=vllm is None) for report in reports]
     print_columns(

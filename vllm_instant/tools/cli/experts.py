@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import typer
 
 from vllm_instant.tools.cli import experts_trace
-from vllm_instant.tools.cli.common import fail, print_columns, working
+from vllm_instant.tools.cli.common import fail, print_columns, require, working
 
 if TYPE_CHECKING:
     from vllm_instant.tools.moe.eval_windows import Windows
@@ -45,7 +44,7 @@ def learn(
 
     Everything that is said about the result is measured on requests that were kept back.
     """
-    _need("sklearn", "learn")
+    require("experts learn", {"sklearn": "scikit-learn"}, extra="experts")
     from vllm_instant.moe.routing_trace import Trace, TraceError
     from vllm_instant.tools.moe import expert_grouping, placement
 
@@ -117,8 +116,8 @@ def report(
 
     Runs the model itself on the CPU in float32, without a server.
     """
-    _need("matplotlib", "report")
-
+    packages = {"matplotlib": "Matplotlib", "torch": "PyTorch", "transformers": "Transformers"}
+    require("experts report", packages, extra="experts,distill")
     from vllm_instant.moe.expert_groups import ClusterError, SuperExperts
     from vllm_instant.tools.distill.text import TextError
     from vllm_instant.tools.moe import plots
@@ -241,8 +240,3 @@ def _numbers(option: str, given: str) -> list[int]:
     if min(found) < 1:
         fail(f"{option} takes numbers from 1, found {min(found)}")
     return found
-
-
-def _need(module: str, command: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        fail(f"experts {command} needs scikit-learn and Matplotlib: pip install 'vllm-instant[experts]'")

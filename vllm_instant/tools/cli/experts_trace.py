@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_instant.tools.cli.common import fail
+from vllm_instant.tools.cli.common import fail, require_vllm
 from vllm_instant.tools.measure.servers import Server, ServerError, terminable
 
 
@@ -37,6 +37,8 @@ def trace(
 
     console = Console()
     attached = model.startswith(("http://", "https://"))
+    if not attached:
+        require_vllm("experts trace")
     try:
         texts = built_in_prompts() if prompts is None else read_prompts(prompts)
         with terminable(), tempfile.TemporaryDirectory(prefix="vllm-instant-trace-") as folder:

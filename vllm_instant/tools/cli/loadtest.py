@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import sys
 import time
@@ -13,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_instant.tools.cli.common import Overrides, fail, print_columns, problems_reported, working
+from vllm_instant.tools.cli.common import (
+    Overrides,
+    fail,
+    print_columns,
+    problems_reported,
+    require,
+    require_vllm,
+    working,
+)
 from vllm_instant.tools.measure.servers import ServerError, running, terminable
 
 if TYPE_CHECKING:
@@ -56,8 +63,8 @@ def loadtest(
     Several servers play the scenario in turn, a part at a time, with the same prompts. Writes report.html, report.json
     and junit.xml; the exit code is 1 where a goal of the scenario is missed.
     """
-    if importlib.util.find_spec("locust") is None:
-        fail("load tests need locust: pip install 'vllm-instant[loadtest]'")
+    packages = {"locust": "Locust", "aiohttp": "aiohttp", "geventhttpclient": "geventhttpclient"}
+    require("loadtest", packages, extra="loadtest")
     from vllm_instant_loadtests import scenario as scenarios
     from vllm_instant_loadtests.launcher import LoadTestError, LocustCommand, run_locust
 
@@ -117,6 +124,7 @@ def _servers(
         if config is not None or overrides:
             raise LoadTestError("--instant-config and --instant-set are for servers started here, not for --url")
         return named_servers(" ".join(urls)), {}
+    require_vllm("loadtest without --url")
     with problems_reported():
         servers, deployments = scenario_servers(scenario, model, config, overrides, output / "logs")
     with working(f"starting {' and '.join(servers)}"):

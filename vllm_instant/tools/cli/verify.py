@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vllm_instant.deployment.settings import Deployment, resolve
-from vllm_instant.tools.cli.common import Overrides, fail, print_columns, problems_reported, working
+from vllm_instant.tools.cli.common import Overrides, fail, print_columns, problems_reported, require_vllm, working
 from vllm_instant.tools.measure import quality, verify
 from vllm_instant.tools.measure.prompts import held_out_texts
 from vllm_instant.tools.measure.sampling import PROMPTS, RefusedError, ServerClient
@@ -72,6 +72,8 @@ def verify_deployments(
         fail("--stock and --ours belong together")
     if (model is None) == (stock_url is None):
         fail("give a MODEL to start, or --stock and --ours with the addresses of running servers")
+    if model is not None:
+        require_vllm("verify MODEL")
     reports: list[dict[str, Any]] = []
     try:
         if stock_url is not None and our_url is not None:
