@@ -42,8 +42,8 @@ def measure(load: float, count: int, seeds: int) -> dict[str, Any]:
     rows = []
     for seed in range(seeds):
         policy = SimilarityPolicy(SLOTS, clock=lambda: 0.0)
-        policy.lengths.restore(taught.lengths.kept())
-        policy.service.prices[:] = taught.service.prices
+        policy.length_predictor.restore(taught.length_predictor.state())
+        policy.service_time.coefficients[:] = taught.service_time.coefficients
         jobs = stream(load, count, seed)
         ours, theirs = (serve(jobs, SLOTS, p, seconds_per_token=SECONDS) for p in (policy, None))
         rows.append(

@@ -36,7 +36,7 @@ def stream(count: int, seed: int, told: bool, load: float | None = None) -> list
             float(at),
             int(n),
             prompt=[7 if slow else 3] * 32 + random.integers(10, 4000, 8).tolist(),
-            told=int(n) if told else None,
+            hinted_tokens=int(n) if told else None,
         )
         for at, n, slow in zip(arrivals, tokens, is_long, strict=True)
     ]
@@ -45,15 +45,15 @@ def stream(count: int, seed: int, told: bool, load: float | None = None) -> list
 def measure(bound: str, told: bool, seeds: int) -> dict[str, Any]:
     """Ratios to first come, first served, means over bursts."""
     # Without a bound there is nothing to keep for the slowest, either.
-    similarity.ENOUGH_FOR_A_TAIL = 100 if bound != "none" else 10**9
+    similarity.MIN_TAIL_OBSERVATIONS = 100 if bound != "none" else 10**9
     taught = similarity.SimilarityPolicy(SLOTS, clock=lambda: 0.0)
     serve(stream(150, 99, told=False, load=0.7), SLOTS, taught, seconds_per_token=SECONDS)
     taught.close()
     rows = []
     for seed in range(seeds):
         policy = similarity.SimilarityPolicy(SLOTS, *BOUNDS[bound], clock=lambda: 0.0)
-        policy.lengths.restore(taught.lengths.kept())
-        policy.service.prices[:] = taught.service.prices
+        policy.length_predictor.restore(taught.length_predictor.state())
+        policy.service_time.coefficients[:] = taught.service_time.coefficients
         jobs = stream(128, seed, told)
         ours, theirs = (serve(jobs, SLOTS, p, seconds_per_token=SECONDS) for p in (policy, None))
         rows.append(

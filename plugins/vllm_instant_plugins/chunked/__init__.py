@@ -1,1 +1,1 @@
-"""Reads prompts ahead in chunks: ``chunked`` leaves whole KV blocks behind, ``resumable`` holds everything."""
+"""Prefills prompts in chunks while they are typed: ``chunked`` keeps no KV blocks, ``resumable`` keeps them all."""

@@ -1,4 +1,4 @@
-"""``chunked`` and ``resumable``, as a deployment file chooses them."""
+"""The plugins ``chunked`` and ``resumable``: their options and how they are built."""
 
 from __future__ import annotations
 
@@ -11,30 +11,39 @@ from pydantic import Field
 from vllm_instant import Deployment, Holds, Plugin, PluginContext, PluginOptions, SessionLimits, StreamingPrefill
 
 CPU_BLOCK_SIZE = 32
-"""Tokens: the smallest that vLLM's attention on CPUs likes. Its default, 128, would leave that many to the commit."""
+"""Tokens per KV block on CPUs: the smallest size that vLLM's CPU attention handles efficiently. With its default, 128,
+up to 127 tokens of a prompt could not be prefilled before the prompt is committed."""
 
 
 class ChunkedOptions(PluginOptions):
     """Options of ``chunked``."""
 
     stall_ms: float = Field(
-        60.0, gt=0, le=10_000, description="By which reading ahead may lengthen an engine step that serves somebody."
+        60.0,
+        gt=0,
+        le=10_000,
+        description="Maximum milliseconds that speculative prefill may add to a step with running requests.",
     )
     early_answer_ms: float = Field(
         100.0,
         ge=0,
         le=60_000,
-        description="Pause in typing after which the answer is begun, while nobody else is served; 0: never.",
+        description="Pause in typing, in milliseconds, after which the answer is started while no other request runs; "
+        "0 never starts it early.",
     )
     prefills_in_flight: int = Field(
-        1, ge=1, le=256, description="Chunks of all sessions together that the engine reads at once."
+        1, ge=1, le=256, description="Maximum number of chunks, over all sessions, that the engine prefills at once."
     )
-    max_sessions: int = Field(256, ge=1, description="Sessions open at once in one API server.")
-    max_sessions_per_client: int = Field(16, ge=1, description="Sessions of one API key, session token or address.")
-    idle_seconds: float = Field(300.0, gt=0, description="Without an event, after which a session is closed.")
-    max_text_characters: int = Field(1_000_000, ge=1, description="Longest prompt that a session may hold.")
-    token_seconds: float = Field(60.0, gt=0, description="How long a session token opens sessions.")
-    demo_page: bool = Field(False, description="Serve a page to try it on /v1/instant/demo.")
+    max_sessions: int = Field(256, ge=1, description="Maximum number of open sessions per API server.")
+    max_sessions_per_client: int = Field(
+        16, ge=1, description="Maximum number of open sessions per API key, session token or address."
+    )
+    idle_seconds: float = Field(300.0, gt=0, description="Seconds without an event after which a session is closed.")
+    max_text_characters: int = Field(
+        1_000_000, ge=1, description="Maximum length of a session's prompt, in characters."
+    )
+    token_seconds: float = Field(60.0, gt=0, description="Seconds for which a session token can open sessions.")
+    demo_page: bool = Field(False, description="Whether a page to try it is served at /v1/instant/demo.")
 
 
 class ResumableOptions(ChunkedOptions):
@@ -43,18 +52,20 @@ class ResumableOptions(ChunkedOptions):
     held_sessions: int | None = Field(
         None,
         ge=1,
-        description="Sessions that hold KV blocks at once, in each engine; default: a quarter of max_num_seqs.",
+        description="Maximum number of sessions per engine that keep their KV blocks between chunks; by default a "
+        "quarter of max_num_seqs.",
     )
     held_tokens: int | None = Field(
         None,
         ge=16,
-        description="Most tokens of a prompt that are held; below max_model_len, default: half of it.",
+        description="Maximum number of a prompt's tokens whose KV blocks are kept; it must be below max_model_len and "
+        "is half of it by default.",
     )
     held_seconds: float = Field(
-        30.0, gt=0, description="Without new text, after which a session holds nothing any more."
+        30.0, gt=0, description="Seconds without new text after which a session's KV blocks are released."
     )
     held_cache_share: float = Field(
-        0.25, gt=0, le=0.9, description="Most of the KV cache that all sessions together hold."
+        0.25, gt=0, le=0.9, description="Maximum fraction of the KV cache that all sessions together keep."
     )
 
 
@@ -63,10 +74,10 @@ def _build(options: ChunkedOptions, context: PluginContext) -> StreamingPrefill:
 
 
 def _build_resumable(options: ResumableOptions, context: PluginContext) -> StreamingPrefill:
-    longest = context.max_model_len
-    tokens = longest // 2 if options.held_tokens is None else options.held_tokens
-    if tokens >= longest:
-        raise ValueError(f"held_tokens = {tokens} must be below the model's length, {longest}")
+    max_model_len = context.max_model_len
+    tokens = max_model_len // 2 if options.held_tokens is None else options.held_tokens
+    if tokens >= max_model_len:
+        raise ValueError(f"held_tokens = {tokens} must be below max_model_len = {max_model_len}")
     holds = Holds(
         sessions=options.held_sessions or max(1, context.max_num_seqs // 4),
         tokens=tokens,
@@ -107,11 +118,11 @@ def _is_cpu_build() -> bool:
 
 
 def validate(deployment: Deployment) -> Iterator[str]:
-    """What reading ahead cannot be combined with."""
+    """Settings that speculative prefill cannot be combined with."""
     plugin = deployment.slots["streaming"].plugin
     if plugin in ("chunked", "resumable") and deployment.vllm.get("enable_prefix_caching") is False:
         yield (
-            f"[streaming] plugin = {plugin!r} reads ahead into the prefix cache, "
+            f"[streaming] plugin = {plugin!r} prefills into the prefix cache, "
             "which [vllm] enable_prefix_caching = false switches off: remove one of them"
         )
 
@@ -120,7 +131,7 @@ PLUGINS = (
     Plugin(
         slot="streaming",
         name="chunked",
-        summary="prompts are read in chunks while they are typed; holds nothing between chunks",
+        summary="prefills prompts in chunks while they are typed; keeps no KV blocks between chunks",
         options=ChunkedOptions,
         build=_build,
         engine_arguments=_engine_arguments,
@@ -128,7 +139,7 @@ PLUGINS = (
     Plugin(
         slot="streaming",
         name="resumable",
-        summary="as chunked, but some sessions hold their KV blocks between chunks, within limits",
+        summary="as chunked, but a limited number of sessions keep their KV blocks between chunks",
         options=ResumableOptions,
         build=_build_resumable,
         engine_arguments=_engine_arguments,

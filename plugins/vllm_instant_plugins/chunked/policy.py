@@ -1,4 +1,4 @@
-"""How much of a prompt that is still arriving is read ahead at a time."""
+"""How many tokens of a prompt that is still being typed are prefilled at a time."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ import numpy as np
 
 from vllm_instant import EngineLoad, Holds, PrefillOutcome, PrefillProgress, SessionLimits, StreamingPrefill
 
-REMEMBERED = 32
-"""Chunks whose time is kept."""
+NUM_REMEMBERED_CHUNKS = 32
+"""Latest chunks whose time per token is kept."""
 MIN_TOKENS = 16
-"""Of a chunk: each costs an engine step."""
+"""Smallest chunk: every chunk costs an engine step."""
 MIN_HELD_TOKENS = 2
-"""Of a chunk that is held, while nobody else is served."""
+"""Smallest chunk of a session that keeps its KV blocks, while no other request runs."""
+FAST_QUANTILE = 0.25
+"""Quantile of the measured times per token that is used; slower chunks mostly waited for other work first."""
 
 
 class ChunkedPrefill(StreamingPrefill):
-    """Whole KV blocks, as many as may wait in one step of those who are being answered.
+    """Prefills whole KV blocks, as many as fit into the time by which a step may be lengthened.
 
-    While nobody is, everything that is there is read at once. Otherwise a chunk lengthens a step of everybody, and gets
-    as many tokens as the engine reads in ``stall_seconds``, by what chunks took lately (their fastest quarter: the
-    others waited for something else first), yet at least one block. While no place is free, nothing is read.
+    While no request runs, the whole prompt so far is prefilled. Otherwise a chunk has the number of tokens that the
+    engine prefills in ``stall_seconds``, by the measured time per token, and at least one block. While the engine has
+    no free place, nothing is prefilled.
 
     Args:
-        stall_seconds: by which a chunk may lengthen a step.
-        early_seconds: pause after which an answer is begun if nobody else is served; None: never.
-        limits: what clients may take.
-        holds: which sessions keep their KV blocks between chunks; for them any number of tokens is a chunk.
+        stall_seconds: maximum time by which a chunk may lengthen a step.
+        early_seconds: pause in typing after which an answer is started while no other request runs; None for never.
+        limits: limits of the clients.
+        holds: which sessions keep their KV blocks between chunks; their chunks may have any number of tokens.
 
     """
 
@@ -35,40 +37,41 @@ class ChunkedPrefill(StreamingPrefill):
         self, stall_seconds: float, early_seconds: float | None, limits: SessionLimits, holds: Holds | None = None
     ) -> None:
         self._holds = holds
-        self._stall = stall_seconds
-        self._early = early_seconds
+        self._stall_seconds = stall_seconds
+        self._early_seconds = early_seconds
         self._limits = limits
-        self._token_seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self._seconds_per_token: deque[float] = deque(maxlen=NUM_REMEMBERED_CHUNKS)
 
     def next_chunk(self, progress: PrefillProgress, load: EngineLoad) -> int:
         block = progress.block_size
-        whole = progress.settled_tokens // block * block
+        end = progress.settled_tokens // block * block
         start = progress.cached_tokens // block * block
         if progress.is_held:
-            block, whole, start = 1, progress.settled_tokens, progress.cached_tokens
-        alone = load.running == 0
-        if whole - start < (MIN_HELD_TOKENS if progress.is_held and alone else MIN_TOKENS):
+            block, end, start = 1, progress.settled_tokens, progress.cached_tokens
+        idle = load.running == 0
+        if end - start < (MIN_HELD_TOKENS if progress.is_held and idle else MIN_TOKENS):
             return 0
-        if alone:
-            return whole
+        if idle:
+            return end
         if load.running >= load.max_running:
             return 0
-        least = -(-MIN_TOKENS // block) * block
-        return min(whole, start + max(least, self._tokens_in_stall() // block * block))
+        min_tokens = -(-MIN_TOKENS // block) * block
+        return min(end, start + max(min_tokens, self._tokens_in_stall() // block * block))
 
     def _tokens_in_stall(self) -> int:
-        if not self._token_seconds:
+        if not self._seconds_per_token:
             return 0
-        return int(self._stall / max(float(np.quantile(self._token_seconds, 0.25)), 1e-6))
+        seconds_per_token = float(np.quantile(self._seconds_per_token, FAST_QUANTILE))
+        return int(self._stall_seconds / max(seconds_per_token, 1e-6))
 
     def observe(self, outcome: PrefillOutcome) -> None:
-        self._token_seconds.append(outcome.seconds / outcome.tokens)
+        self._seconds_per_token.append(outcome.seconds / outcome.tokens)
 
     def early_after(self) -> float | None:
-        return self._early
+        return self._early_seconds
 
     def starts_early(self, load: EngineLoad) -> bool:
-        # One at a time: together they could take the places of requests that come meanwhile.
+        # One early answer at a time: several could take the places of requests that arrive meanwhile.
         return load.running == load.ahead == 0
 
     def holds(self) -> Holds | None:

@@ -1,1 +1,1 @@
-"""The ``similarity`` batching policy: it learns how long answers will be, and lets nobody wait much longer for it."""
+"""The ``similarity`` scheduling policy: shortest predicted job first, with a bounded extra wait relative to FCFS."""

@@ -1,8 +1,8 @@
-"""When each request would have started, had the server served them as they came.
+"""A simulation of first come, first served (FCFS) beside the real queue: when each request would have started.
 
-That is the yardstick of the bound on waiting. It is worked out beside the real queue: requests in their order of
-arrival take the slot that is free first (Kiefer and Wolfowitz 1955), each for as long as it really took, or, while it
-waits or runs, for as long as it is expected to take.
+It is the reference of the bound on waiting. In order of arrival each request takes the server that becomes free first
+(Kiefer and Wolfowitz 1955, with ``max_num_seqs`` servers) for its measured service time, or, while it waits or runs,
+for its predicted one.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from vllm_instant_plugins.jit import compiled
 
 Array = npt.NDArray[np.float64]
 
-RECENT = 512
-"""So many settled requests are remembered."""
+MAX_LATENCIES = 512
+"""Number of latest settled requests whose simulated latency is kept."""
 
 
 @compiled
-def _starts(free: Array, arrival: Array, service: Array, out: Array) -> None:
-    """Start times; ``free`` is a binary heap of the times when slots become free, changed as it goes."""
-    slots = len(free)
+def _simulate(free: Array, arrival: Array, service: Array, out: Array) -> None:
+    """Write start times into ``out``; ``free`` is a binary min-heap of the times at which servers become free."""
+    num_servers = len(free)
     for n in range(len(arrival)):
         start = max(arrival[n], free[0])
         out[n] = start
-        # Replace the smallest by the end of this service, and let it sink.
+        # Replace the root by the end of this service and sift it down (heapreplace).
         value, at = start + service[n], 0
         while True:
             child = 2 * at + 1
-            if child >= slots:
+            if child >= num_servers:
                 break
-            if child + 1 < slots and free[child + 1] < free[child]:
+            if child + 1 < num_servers and free[child + 1] < free[child]:
                 child += 1
             if free[child] >= value:
                 break
@@ -41,86 +41,91 @@ def _starts(free: Array, arrival: Array, service: Array, out: Array) -> None:
 
 
 class FcfsSimulation:
-    """The queue as it would have been.
+    """The simulated queue. A request is settled once its own and all earlier service times are measured.
 
     Args:
-        slots: most requests that run together.
+        max_num_seqs: maximum number of requests that run at once.
 
     """
 
-    def __init__(self, slots: int) -> None:
-        self._free: Array = np.full(max(1, slots), -np.inf)
+    def __init__(self, max_num_seqs: int) -> None:
+        self._free: Array = np.full(max(1, max_num_seqs), -np.inf)
         self._begin = self._end = 0
-        """The requests that are not settled lie between these places, in their order of arrival."""
+        """Rows of the requests that are not settled, in order of arrival."""
         self._arrival: Array = np.zeros(256)
-        self._took: Array = np.zeros(256)
-        """Seconds of a service that is over; NaN before."""
+        self._service: Array = np.zeros(256)
+        """Measured service time in seconds; NaN until it is known."""
         self._index: npt.NDArray[np.intp] = np.zeros(256, np.intp)
-        self._place: dict[int, int] = {}
-        """Where the request with an index stands, counted since the server started."""
-        self._dropped = 0
-        self._latencies: Array = np.zeros(RECENT)
+        self._position: dict[int, int] = {}
+        """Position of the request with an index, counted from the first request of the server."""
+        self._num_dropped = 0
+        self._latencies: Array = np.zeros(MAX_LATENCIES)
         self._num_latencies = 0
 
     def __len__(self) -> int:
         return self._end - self._begin
 
-    def enter(self, index: int, arrival: float) -> None:
-        """A request came; ``index`` must be unique among those that are not served."""
+    def add(self, index: int, arrival: float) -> None:
+        """Append a request; ``index`` must be unique among the requests without a measured service time."""
         if self._end == len(self._arrival):
             self._make_room()
-        self._arrival[self._end], self._took[self._end], self._index[self._end] = arrival, np.nan, index
-        self._place[index] = self._end + self._dropped
+        self._arrival[self._end], self._service[self._end], self._index[self._end] = arrival, np.nan, index
+        self._position[index] = self._end + self._num_dropped
         self._end += 1
 
-    def served(self, index: int, seconds: float) -> None:
-        """Its service is over and took so long; 0 when it went away before."""
-        place = self._place.pop(index, None)
-        if place is None:
+    def set_service_time(self, index: int, seconds: float) -> None:
+        """The measured service time of a request; 0 for a request that left without starting."""
+        position = self._position.pop(index, None)
+        if position is None:
             return
-        self._took[place - self._dropped] = seconds
-        if place - self._dropped == self._begin:
-            unknown = np.isnan(self._took[self._begin : self._end])
-            settled = int(unknown.argmax()) if unknown.any() else len(unknown)
-            upto = self._begin + settled
-            arrival, took = self._arrival[self._begin : upto], self._took[self._begin : upto]
-            start: Array = np.empty(settled)
-            _starts(self._free, arrival, took, start)
-            for latency in (start + took - arrival)[-RECENT:]:
-                self._latencies[self._num_latencies % RECENT] = latency
-                self._num_latencies += 1
-            self._begin = upto
+        row = position - self._num_dropped
+        self._service[row] = seconds
+        if row == self._begin:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Advance the servers over the leading requests whose service times are all known."""
+        unknown = np.isnan(self._service[self._begin : self._end])
+        num_settled = int(unknown.argmax()) if unknown.any() else len(unknown)
+        end = self._begin + num_settled
+        arrival, service = self._arrival[self._begin : end], self._service[self._begin : end]
+        start: Array = np.empty(num_settled)
+        _simulate(self._free, arrival, service, start)
+        for latency in (start + service - arrival)[-MAX_LATENCIES:]:
+            self._latencies[self._num_latencies % MAX_LATENCIES] = latency
+            self._num_latencies += 1
+        self._begin = end
 
     @property
     def latencies(self) -> Array:
-        """From arrival to end of the latest settled requests, in seconds."""
-        return self._latencies[: min(self._num_latencies, RECENT)]
+        """Simulated seconds from arrival to end of the latest settled requests."""
+        return self._latencies[: min(self._num_latencies, MAX_LATENCIES)]
 
-    def starts(self, expected: Array) -> tuple[npt.NDArray[np.intp], Array]:
-        """When each request that is not served would have started.
+    def starts(self, predicted: Array) -> tuple[npt.NDArray[np.intp], Array]:
+        """Simulated start times of the requests without a measured service time.
 
         Args:
-            expected: service time in seconds, by the indices of the requests.
+            predicted: service times in seconds, by the indices of the requests.
 
         Returns:
-            The indices and the start times, in seconds of the clock of the arrivals; in the order of arrival.
+            The indices and the start times in order of arrival, on the clock of the arrivals.
 
         """
-        part = slice(self._begin, self._end)
-        took, index = self._took[part], self._index[part]
-        open_ = np.isnan(took)
-        out: Array = np.empty(len(took))
-        _starts(self._free.copy(), self._arrival[part], np.where(open_, expected[index], took), out)
-        return index[open_], out[open_]
+        rows = slice(self._begin, self._end)
+        service, index = self._service[rows], self._index[rows]
+        unknown = np.isnan(service)
+        out: Array = np.empty(len(service))
+        _simulate(self._free.copy(), self._arrival[rows], np.where(unknown, predicted[index], service), out)
+        return index[unknown], out[unknown]
 
     def _make_room(self) -> None:
-        """Forget the settled ones, and grow when that is not enough."""
-        kept = slice(self._begin, self._end)
-        size = max(256, 2 * (self._end - self._begin))
-        for name in ("_arrival", "_took", "_index"):
+        """Drop the settled requests and grow if more than half of the rows are still needed."""
+        rows = slice(self._begin, self._end)
+        count = self._end - self._begin
+        for name in ("_arrival", "_service", "_index"):
             old = getattr(self, name)
-            new = np.zeros(size, old.dtype)
-            new[: self._end - self._begin] = old[kept]
+            new = np.zeros(max(256, 2 * count), old.dtype)
+            new[:count] = old[rows]
             setattr(self, name, new)
-        self._dropped += self._begin
-        self._begin, self._end = 0, self._end - self._begin
+        self._num_dropped += self._begin
+        self._begin, self._end = 0, count

@@ -1,4 +1,4 @@
-"""The policy as a plugin: its options, and how it is built."""
+"""The ``similarity`` plugin: its options and how the policy is built from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from vllm_instant import Plugin, PluginContext, PluginOptions, RequestState, SchedulerSnapshot
-from vllm_instant_plugins.similarity.itl_chunking import PacedSimilarityPolicy
+from vllm_instant_plugins.similarity.itl_chunking import ItlChunkingPolicy
 from vllm_instant_plugins.similarity.policy import SimilarityPolicy
 from vllm_instant_plugins.state_store import PersistentState, default_folder
 
@@ -18,21 +18,28 @@ class SimilarityOptions(PluginOptions):
     wait_ratio: float = Field(
         2.0,
         ge=1,
-        description="A request waits at most so many times what it would have waited first come, first served",
+        description="Upper bound on a request's wait, as a multiple of its wait first come, first served; wait_seconds "
+        "is added to it.",
     )
-    wait_seconds: float = Field(1.0, ge=0, description="and so many seconds more.")
+    wait_seconds: float = Field(
+        1.0, ge=0, description="Seconds added to the upper bound on a request's wait that wait_ratio sets."
+    )
     itl_slo_ms: float | None = Field(
         None,
         gt=0,
-        description="Goal for the time between tokens, in milliseconds: prompts are read in pieces that keep it. "
-        "By default the one of [speculation], if that has one.",
+        description="Goal for the time between tokens, in milliseconds: long prompts are split into chunks that keep "
+        "it. By default the itl_slo_ms of [speculation], if that is set.",
     )
-    keep_lengths: bool = Field(True, description="Keep what was learned about output lengths, for the next start.")
-    lengths_folder: str | None = Field(None, description="Where it is kept; the user's cache folder by default.")
+    keep_lengths: bool = Field(
+        True, description="Whether the learned output lengths are saved to disk for the next start."
+    )
+    lengths_folder: str | None = Field(
+        None, description="Folder of the saved output lengths; by default in the user's cache folder."
+    )
 
 
 def warm_up() -> None:
-    """Compile the inner loops, or load what was compiled, now: not while a request waits."""
+    """Compile the numba loops, or load them from numba's cache, before the first request arrives."""
     policy = SimilarityPolicy(2)
     states = [RequestState(f"warm-up {n}", 4, 8, 0.0, index=n, extra_args={"instant_output_tokens": 4}) for n in (0, 1)]
     for state in states:
@@ -50,19 +57,20 @@ def _build(options: SimilarityOptions, context: PluginContext) -> SimilarityPoli
     store = None
     if options.keep_lengths:
         folder = Path(options.lengths_folder).expanduser() if options.lengths_folder else default_folder("lengths")
-        # How long answers are depends on the model alone; how long they take is learned again soon.
+        # Output lengths depend on the model alone; the time per token is learned again within a few requests.
         store = PersistentState(folder, {"model": context.identity.get("model", context.model)}, "lengths")
-    goal = options.itl_slo_ms if options.itl_slo_ms is not None else context.itl_slo_ms
-    places, ratio, seconds = context.max_num_seqs, options.wait_ratio, options.wait_seconds
-    if goal is None:
-        return SimilarityPolicy(places, ratio, seconds, store)
-    return PacedSimilarityPolicy(places, goal / 1e3, wait_ratio=ratio, wait_seconds=seconds, store=store)
+    itl_slo_ms = options.itl_slo_ms if options.itl_slo_ms is not None else context.itl_slo_ms
+    max_num_seqs, ratio, seconds = context.max_num_seqs, options.wait_ratio, options.wait_seconds
+    if itl_slo_ms is None:
+        return SimilarityPolicy(max_num_seqs, ratio, seconds, store)
+    return ItlChunkingPolicy(max_num_seqs, itl_slo_ms / 1e3, wait_ratio=ratio, wait_seconds=seconds, store=store)
 
 
 PLUGIN = Plugin(
     slot="batching",
     name="similarity",
-    summary="short and alike first, by learned output lengths; nobody waits much longer than first come, first served",
+    summary="shortest predicted job first, by learned output lengths, with a bounded wait relative to first come, "
+    "first served",
     options=SimilarityOptions,
     build=_build,
 )

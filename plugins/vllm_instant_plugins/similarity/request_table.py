@@ -1,4 +1,4 @@
-"""What the ``similarity`` policy notes down of each live request, in arrays by ``RequestState.index``."""
+"""The live requests of the ``similarity`` policy: facts and predictions, in arrays by ``RequestState.index``."""
 
 from __future__ import annotations
 
@@ -6,49 +6,57 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant import RequestState, hinted_output_tokens
-from vllm_instant_plugins.similarity.features import prefix_group
 
 Array = npt.NDArray[np.float64]
 
+MIN_PREFIX_TOKENS = 128
+"""Prompts that agree in this many first tokens share a prefix worth keeping in the cache."""
 
-def told_tokens(request: RequestState) -> float:
-    """The output length that the client told; NaN when it told none, or nonsense where nobody refused it."""
+
+def hinted_tokens(request: RequestState) -> float:
+    """The output length that the client sent as a hint; NaN if it sent none or an invalid one."""
     try:
-        told = hinted_output_tokens(request.extra_args)
+        hint = hinted_output_tokens(request.extra_args)
     except ValueError:
-        told = None
-    return float("nan") if told is None else min(told, float(request.max_tokens))
+        hint = None
+    return float("nan") if hint is None else min(hint, float(request.max_tokens))
 
 
-class Ledger:
-    """Facts and expectations.
+def prefix_group(request: RequestState) -> int:
+    """A hash shared by requests with the same ``MIN_PREFIX_TOKENS`` first prompt tokens; 0 for shorter prompts."""
+    if len(request.prompt_token_ids) < MIN_PREFIX_TOKENS:
+        return 0
+    return hash((request.cache_salt, *request.prompt_token_ids[:MIN_PREFIX_TOKENS]))
+
+
+class RequestTable:
+    """One row per live request; all times are in seconds.
 
     Args:
-        size: a first size; it grows.
+        size: initial number of rows; the table grows as needed.
 
     """
 
     def __init__(self, size: int) -> None:
         self.arrival: Array = np.zeros(size)
         self.started: Array = np.full(size, np.nan)
-        """When it started first; NaN before. Seconds, as all times here."""
-        self.prompt: Array = np.zeros(size)
-        """Prompt tokens."""
-        self.told: Array = np.full(size, np.nan)
-        """Output tokens that its client told; NaN: none."""
-        self.tokens: Array = np.zeros(size)
-        """Output tokens that are expected, of those that wait."""
-        self.cost: Array = np.zeros(size)
-        """Seconds that its bin costs."""
-        self.due: Array = np.zeros(size)
-        """When its patience is at its end."""
-        self.prefix: npt.NDArray[np.int64] = np.zeros(size, np.int64)
+        """Time of the first start; NaN before it."""
+        self.prompt_tokens: Array = np.zeros(size)
+        self.hinted_tokens: Array = np.full(size, np.nan)
+        """Output length sent by the client; NaN if none."""
+        self.predicted_tokens: Array = np.zeros(size)
+        """Predicted output length of a waiting request."""
+        self.bin_cost: Array = np.zeros(size)
+        """Predicted service time of the request's bin."""
+        self.deadline: Array = np.zeros(size)
+        """Time by which the request should have started."""
+        self.prefix_group: npt.NDArray[np.int64] = np.zeros(size, np.int64)
 
     def __len__(self) -> int:
         return len(self.arrival)
 
-    def enter(self, request: RequestState, patience: float) -> None:
-        """A new request, with a first idea of its patience."""
+    def add(self, request: RequestState, patience: float) -> None:
+        """Fill the row of a new request; ``patience`` seconds after its arrival is its provisional deadline."""
         index = request.index
         if index >= len(self):
             more = max(index + 1, 2 * len(self)) - len(self)
@@ -56,8 +64,8 @@ class Ledger:
                 setattr(self, name, np.pad(array, (0, more)))
         self.arrival[index] = request.arrival
         self.started[index] = np.nan
-        self.prompt[index] = request.num_prompt_tokens
-        self.told[index] = told_tokens(request)
-        self.tokens[index] = self.cost[index] = 0.0
-        self.due[index] = request.arrival + patience
-        self.prefix[index] = prefix_group(request)
+        self.prompt_tokens[index] = request.num_prompt_tokens
+        self.hinted_tokens[index] = hinted_tokens(request)
+        self.predicted_tokens[index] = self.bin_cost[index] = 0.0
+        self.deadline[index] = request.arrival + patience
+        self.prefix_group[index] = prefix_group(request)

@@ -23,7 +23,7 @@ def policy(stall=0.06, early=0.1):
     running=st.integers(0, 9),
     token_seconds=st.floats(1e-6, 1.0),
 )
-def test_chunks_are_whole_blocks_of_what_is_settled(settled, cached, block, running, token_seconds):
+def test_chunks_are_whole_blocks_of_the_settled_tokens(settled, cached, block, running, token_seconds):
     tested = policy()
     tested.observe(PrefillOutcome(100, 100 * token_seconds, IDLE))
     length = tested.next_chunk(PrefillProgress(settled, min(cached, settled), block), EngineLoad(running, 8))
@@ -33,16 +33,16 @@ def test_chunks_are_whole_blocks_of_what_is_settled(settled, cached, block, runn
         assert length - min(cached, settled) // block * block >= 16
 
 
-def test_an_idle_engine_reads_everything_at_once_and_a_full_one_nothing():
+def test_an_idle_engine_prefills_everything_at_once_and_a_full_one_nothing():
     assert policy().next_chunk(PrefillProgress(700, 0, 32), IDLE) == 672
     assert policy().next_chunk(PrefillProgress(700, 0, 32), FULL) == 0
     assert policy().next_chunk(PrefillProgress(700, 672, 32), IDLE) == 0
 
 
-def test_beside_others_a_chunk_takes_no_longer_than_they_may_wait():
+def test_beside_running_requests_a_chunk_takes_at_most_the_allowed_stall():
     tested = policy(stall=0.1)
-    assert tested.next_chunk(PrefillProgress(700, 64, 32), BUSY) == 96  # nothing is known yet: the least
-    for seconds in (0.1, 0.5, 0.9, 0.9):  # most of them waited for something else
+    assert tested.next_chunk(PrefillProgress(700, 64, 32), BUSY) == 96  # nothing is measured yet: the minimum
+    for seconds in (0.1, 0.5, 0.9, 0.9):  # most of them waited for other work
         tested.observe(PrefillOutcome(100, seconds, BUSY))
     assert tested.next_chunk(PrefillProgress(700, 64, 32), BUSY) == 96
     for _ in range(40):
@@ -51,12 +51,12 @@ def test_beside_others_a_chunk_takes_no_longer_than_they_may_wait():
     assert tested.next_chunk(PrefillProgress(700, 64, 128), BUSY) == 128
 
 
-def test_small_blocks_are_read_several_at_a_time():
+def test_several_small_blocks_are_prefilled_at_a_time():
     assert policy().next_chunk(PrefillProgress(15, 0, 8), BUSY) == 0
     assert policy().next_chunk(PrefillProgress(100, 0, 8), BUSY) == 16
 
 
-def test_answers_are_begun_early_only_for_nobody_elses_harm():
+def test_answers_are_started_early_only_while_no_other_request_runs():
     assert policy().early_after() == 0.1
     assert policy().starts_early(IDLE)
     assert not policy().starts_early(BUSY)
@@ -64,7 +64,7 @@ def test_answers_are_begun_early_only_for_nobody_elses_harm():
     assert chunked._build(chunked.ChunkedOptions(early_answer_ms=0), None).early_after() is None
 
 
-def test_it_brings_the_prefix_cache_and_on_cpus_small_blocks(write_file):
+def test_it_enables_the_prefix_cache_and_small_blocks_on_cpus(write_file):
     deployment = resolve(write_file('[streaming]\nplugin = "chunked"\nmax_sessions = 3\n'))
     arguments = deployment.engine_arguments()
     assert arguments["enable_prefix_caching"] is True
@@ -72,7 +72,7 @@ def test_it_brings_the_prefix_cache_and_on_cpus_small_blocks(write_file):
     assert deployment.options("streaming").max_sessions == 3
 
 
-def test_without_prefix_cache_there_is_nothing_to_read_into(write_file):
+def test_a_disabled_prefix_cache_is_refused(write_file):
     with pytest.raises(DeploymentError, match=r"which \[vllm\] enable_prefix_caching = false switches off"):
         resolve(write_file('[streaming]\nplugin = "chunked"\n[vllm]\nenable_prefix_caching = false\n'))
 
@@ -80,7 +80,7 @@ def test_without_prefix_cache_there_is_nothing_to_read_into(write_file):
 HELD = Holds(sessions=2, tokens=100, cache_share=0.5, idle_seconds=1.0)
 
 
-def test_what_is_held_is_read_token_by_token_while_nobody_waits():
+def test_sessions_that_keep_their_blocks_are_prefilled_token_by_token():
     tested = ChunkedPrefill(0.06, None, SessionLimits(), HELD)
     assert tested.next_chunk(PrefillProgress(37, 33, 32, is_held=True), IDLE) == 37
     assert tested.next_chunk(PrefillProgress(34, 33, 32, is_held=True), IDLE) == 0
@@ -95,11 +95,11 @@ class TestResumable:
         model="m", max_model_len=512, max_num_seqs=8, vocab_size=100, num_speculative_tokens=0, device="cpu"
     )
 
-    def test_by_default_a_quarter_of_the_requests_hold_half_of_the_length(self):
+    def test_by_default_a_quarter_of_max_num_seqs_keep_half_of_max_model_len(self):
         holds = chunked._build_resumable(chunked.ResumableOptions(), self.CONTEXT).holds()
         assert (holds.sessions, holds.tokens, holds.cache_share, holds.idle_seconds) == (2, 256, 0.25, 30.0)
 
-    def test_options_decide(self):
+    def test_options_set_the_limits(self):
         options = chunked.ResumableOptions(
             held_sessions=3, held_tokens=64, held_seconds=5, held_cache_share=0.5, stall_ms=1, max_sessions=7
         )
@@ -108,9 +108,9 @@ class TestResumable:
         assert (holds.sessions, holds.tokens, holds.cache_share, holds.idle_seconds) == (3, 64, 0.5, 5.0)
         assert built.limits().sessions == 7
 
-    def test_a_prompt_as_long_as_the_model_reads_is_not_held(self):
-        with pytest.raises(ValueError, match="held_tokens = 512 must be below the model's length, 512"):
+    def test_held_tokens_must_be_below_max_model_len(self):
+        with pytest.raises(ValueError, match="held_tokens = 512 must be below max_model_len = 512"):
             chunked._build_resumable(chunked.ResumableOptions(held_tokens=512), self.CONTEXT)
 
-    def test_chunked_holds_nothing(self):
+    def test_chunked_keeps_no_blocks(self):
         assert chunked._build(chunked.ChunkedOptions(), self.CONTEXT).holds() is None

@@ -1,4 +1,4 @@
-"""Who goes first, who is preempted, how much of a prompt is read: the policy against a server made of slots."""
+"""Admission order, preemption order and prompt chunks of the policy, on a simulated server."""
 
 import numpy as np
 import pytest
@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 from vllm_instant import Admission, RequestState, SchedulerSnapshot, StepOutcome, hinted_output_tokens
 from vllm_instant.scheduling.request_registry import RequestRegistry
 from vllm_instant.tools.measure.queue_simulator import Job, serve
-from vllm_instant_plugins.similarity.itl_chunking import PacedSimilarityPolicy
+from vllm_instant_plugins.similarity.itl_chunking import ItlChunkingPolicy
 from vllm_instant_plugins.similarity.policy import SimilarityPolicy
-from vllm_instant_plugins.similarity.request_table import told_tokens
+from vllm_instant_plugins.similarity.request_table import hinted_tokens
 from vllm_instant_plugins.state_store import PersistentState
 
 SLOTS = 8
 STEP = 0.03
-"""Seconds a token in the simulation."""
+"""Simulated seconds per token."""
 
 
-def _jobs(seed, count, load=None, told=True, long_share=0.2, short=16, long=320):
-    """Short and long answers; all at once, or as a Poisson stream at a share of what the slots can serve."""
+def _jobs(seed, count, load=None, hinted=True, long_share=0.2, short=16, long=320):
+    """Short and long answers, as a burst or as a Poisson stream at a fraction ``load`` of the capacity."""
     random = np.random.default_rng(seed)
     is_long = random.random(count) < long_share
     low, high = np.where(is_long, long * 3 // 4, short // 2), np.where(is_long, long * 5 // 4, short * 3 // 2)
@@ -33,7 +33,7 @@ def _jobs(seed, count, load=None, told=True, long_share=0.2, short=16, long=320)
             float(at),
             int(n),
             prompt=[7 if slow else 3] * 32 + random.integers(10, 4000, 8).tolist(),
-            told=int(n) if told else None,
+            hinted_tokens=int(n) if hinted else None,
         )
         for at, n, slow in zip(arrivals, tokens, is_long, strict=True)
     ]
@@ -45,16 +45,16 @@ def _policy(**options):
 
 @pytest.fixture(scope="module")
 def learned():
-    """What a policy knows after 150 requests of this kind."""
+    """A policy that has learned from 150 requests of this kind."""
     policy = _policy()
-    serve(_jobs(99, 150, 0.7, told=False), SLOTS, policy, seconds_per_token=STEP)
+    serve(_jobs(99, 150, 0.7, hinted=False), SLOTS, policy, seconds_per_token=STEP)
     return policy
 
 
 def _with(learned):
     policy = _policy()
-    policy.lengths.restore(learned.lengths.kept())
-    policy.service.prices[:] = learned.service.prices
+    policy.length_predictor.restore(learned.length_predictor.state())
+    policy.service_time.coefficients[:] = learned.service_time.coefficients
     return policy
 
 
@@ -63,12 +63,12 @@ def _compare(jobs, policy):
     return ours, theirs
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["told", "learned"])
+@pytest.mark.parametrize("hinted", [True, False], ids=["hinted", "learned"])
 @pytest.mark.parametrize("load", [None, 1.1], ids=["burst", "overload"])
-def test_a_crowd_is_served_sooner_on_average(learned, load, told):
+def test_at_high_load_the_mean_latency_falls(learned, load, hinted):
     mean, wait, slowest = [], [], []
     for seed in range(4):
-        ours, theirs = _compare(_jobs(seed, 128 if load is None else 300, load, told), _with(learned))
+        ours, theirs = _compare(_jobs(seed, 128 if load is None else 300, load, hinted), _with(learned))
         mean.append(ours.latencies.mean() / theirs.latencies.mean())
         wait.append(ours.waits.mean() / theirs.waits.mean())
         slowest.append(np.percentile(ours.latencies, 99) / np.percentile(theirs.latencies, 99))
@@ -78,31 +78,31 @@ def test_a_crowd_is_served_sooner_on_average(learned, load, told):
 
 
 @pytest.mark.parametrize("load", [0.5, 0.7])
-def test_without_a_crowd_nothing_becomes_worse(learned, load):
+def test_below_capacity_no_latency_grows(learned, load):
     mean, slowest = [], []
     for seed in range(4):
-        ours, theirs = _compare(_jobs(seed, 300, load, told=False), _with(learned))
+        ours, theirs = _compare(_jobs(seed, 300, load, hinted=False), _with(learned))
         mean.append(ours.latencies.mean() / theirs.latencies.mean())
         slowest.append(np.percentile(ours.latencies, 99) / np.percentile(theirs.latencies, 99))
     assert np.mean(mean) < 1.0
     assert np.mean(slowest) < 1.02
 
 
-def _starving(seed, told):
-    """A stream of short requests that by itself fills nine tenths of the server, and now and then a long one."""
+def _starving(seed, hinted):
+    """A stream of short requests that uses 90 % of the capacity, with a few long ones."""
     random = np.random.default_rng(seed)
-    short = [Job(at, 16, told=16 if told else None) for at in np.arange(0, 40, 16 * STEP / SLOTS / 0.9)]
-    long = [Job(float(at), 300, told=300 if told else None) for at in random.uniform(0, 40, 12)]
+    short = [Job(at, 16, hinted_tokens=16 if hinted else None) for at in np.arange(0, 40, 16 * STEP / SLOTS / 0.9)]
+    long = [Job(float(at), 300, hinted_tokens=300 if hinted else None) for at in random.uniform(0, 40, 12)]
     return sorted([*short, *long], key=lambda job: job.arrival)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_nobody_starves(learned, told, monkeypatch):
-    """The bound holds where a policy that only prefers the short breaks it by far."""
+@pytest.mark.parametrize("hinted", [True, False])
+def test_no_request_starves(learned, hinted, monkeypatch):
+    """The bound holds where shortest job first alone exceeds it by far."""
     for seed in range(3):
-        ours, theirs = _compare(_starving(seed, told), _with(learned))
+        ours, theirs = _compare(_starving(seed, hinted), _with(learned))
         assert (ours.waits <= 2 * theirs.waits + 1 + 0.25).all()
-    monkeypatch.setattr("vllm_instant_plugins.similarity.policy.ENOUGH_FOR_A_TAIL", 1e9)
+    monkeypatch.setattr("vllm_instant_plugins.similarity.policy.MIN_TAIL_OBSERVATIONS", 1e9)
     impatient, theirs = _compare(_starving(0, True), _policy(wait_ratio=1e6, wait_seconds=1e6))
     assert (impatient.waits > 2 * theirs.waits + 2).any()
 
@@ -113,27 +113,27 @@ STREAMS = st.lists(st.tuples(st.floats(0, 0.5), st.integers(1, 200), st.integers
 @settings(max_examples=150)
 @given(STREAMS, st.integers(1, 8), st.sampled_from([(1.0, 0.0), (2.0, 1.0), (4.0, 0.5)]))
 def test_the_bound_holds_for_any_stream(stream, slots, bound):
-    """With lengths that are known. A request that is due waits for the next slot: so long a wait is added.
+    """With known lengths. An overdue request still waits for the next free slot, which adds to its bound.
 
-    A slot becomes free at the latest when a request that started in time, by its own bound, ends.
+    A slot becomes free at the latest when a request that started within its own bound ends.
     """
     jobs, now = [], 0.0
     for gap, tokens, _ in stream:
         now += gap
-        jobs.append(Job(now, tokens, told=tokens))
+        jobs.append(Job(now, tokens, hinted_tokens=tokens))
     policy = SimilarityPolicy(slots, *bound, clock=lambda: 0.0)
-    policy.service.prices[:] = [0.0, 0.0005, STEP]
+    policy.service_time.coefficients[:] = [0.0, 0.0005, STEP]
     ours, theirs = (serve(jobs, slots, p, seconds_per_token=STEP) for p in (policy, None))
     ratio, seconds = bound
-    due = ratio * theirs.waits + seconds
-    # What first come, first served would have had done is late by no more than what came before it was allowed to be.
-    latest = np.maximum.accumulate(due - theirs.waits) + theirs.waits
+    bound_of_each = ratio * theirs.waits + seconds
+    # A request is late by at most the largest extra wait allowed to any request that arrived before it.
+    latest = np.maximum.accumulate(bound_of_each - theirs.waits) + theirs.waits
     service = ours.end - ours.start
     assert (ours.waits <= latest + service.max() + 0.1).all()
 
 
 @given(STREAMS, st.integers(1, 8))
-def test_everybody_is_served_once_and_no_slot_is_idle_while_somebody_waits(stream, slots):
+def test_every_request_is_served_once_and_no_slot_idles_while_requests_wait(stream, slots):
     jobs, now = [], 0.0
     for gap, tokens, kind in stream:
         now += gap
@@ -168,22 +168,22 @@ def _enter(policy, live, number, tokens=16, arrival=0.0, prompt=(), **known):
     return state
 
 
-def _moment(waiting, running=(), now=0.0, free=1_000_000):
+def _snapshot(waiting, running=(), now=0.0, free=1_000_000):
     return SchedulerSnapshot(waiting, running, now, SLOTS, free)
 
 
 def _order(policy, waiting, **options):
-    """Whom the policy names, by their numbers."""
-    return [int(name[1:]) for name in policy.admit(_moment(waiting, **options)).by_id]
+    """Numbers of the requests that the policy admits, in order."""
+    return [int(name[1:]) for name in policy.admit(_snapshot(waiting, **options)).by_id]
 
 
-def test_as_they_came_while_too_little_is_known(live):
+def test_first_come_first_served_until_enough_is_learned(live):
     policy = _policy()
     waiting = [_enter(policy, live, n, tokens=None, prompt=[n] * 40) for n in range(5)]
-    assert policy.admit(_moment(waiting)) == Admission()
+    assert policy.admit(_snapshot(waiting)) == Admission()
 
 
-def test_alike_requests_go_as_they_came(live):
+def test_requests_of_one_bin_keep_the_order_of_arrival(live):
     policy = _policy()
     lengths = [300, 16, 17, 300, 15, 16]
     waiting = [_enter(policy, live, n, tokens) for n, tokens in enumerate(lengths)]
@@ -191,34 +191,34 @@ def test_alike_requests_go_as_they_came(live):
 
 
 class _Unseen(list):
-    """Waiting requests that nobody may look at."""
+    """Waiting requests that must not be read."""
 
     def __iter__(self):
-        pytest.fail("looked at everybody")
+        pytest.fail("read the whole queue")
 
     __getitem__ = __iter__
 
 
-def test_after_thinking_nobody_is_looked_at(live):
+def test_admit_reads_no_waiting_request_after_background_work(live):
     policy = _policy()
     waiting = _Unseen(_enter(policy, live, n, tokens) for n, tokens in enumerate([300, 16, 300, 17]))
-    policy.background_work(_moment(waiting))
+    policy.background_work(_snapshot(waiting))
     assert _order(policy, waiting, now=0.02) == [1, 3, 0, 2]
 
 
-def test_newcomers_find_their_place_among_those_in_order(live):
+def test_new_requests_are_inserted_into_the_order(live):
     policy = _policy()
     waiting = [_enter(policy, live, n, 300) for n in range(3)]
-    policy.background_work(_moment(waiting))
+    policy.background_work(_snapshot(waiting))
     waiting += [_enter(policy, live, 3, 16, arrival=0.01), _enter(policy, live, 4, 300, arrival=0.01)]
-    policy.background_work(_moment(waiting, now=0.02))
+    policy.background_work(_snapshot(waiting, now=0.02))
     assert _order(policy, waiting, now=0.03) == [3, 0, 1, 2, 4]
 
 
-def test_who_has_started_or_gone_is_not_named_though_another_has_its_index(live):
+def test_started_or_ended_requests_are_not_named_although_their_index_is_reused(live):
     policy = _policy()
     waiting = [_enter(policy, live, n, 16) for n in range(30)]
-    policy.background_work(_moment(waiting))
+    policy.background_work(_snapshot(waiting))
     for state, leave in ((waiting.pop(3), True), (waiting.pop(0), False)):
         if leave:
             policy.started(state, 0.01)
@@ -226,53 +226,53 @@ def test_who_has_started_or_gone_is_not_named_though_another_has_its_index(live)
         live.forget(state.request_id)
     waiting.append(_enter(policy, live, 40, 300, arrival=0.02))
     assert _order(policy, waiting, now=0.03) == [1, 2, *range(4, 26)]
-    policy.background_work(_moment(waiting, now=0.03))
+    policy.background_work(_snapshot(waiting, now=0.03))
     assert policy.decisions(5)[0]["request_id"] == "r3"
 
 
-def test_who_becomes_due_before_the_order_is_made_again_is_named(live, monkeypatch):
-    """Among many that cost less."""
-    monkeypatch.setattr("vllm_instant_plugins.similarity.policy.CANDIDATES", 30)
+def test_requests_that_become_overdue_before_the_next_order_are_named(live, monkeypatch):
+    """Among many cheaper requests."""
+    monkeypatch.setattr("vllm_instant_plugins.similarity.policy.NUM_CANDIDATES", 30)
     policy = _policy()
     waiting = [_enter(policy, live, 0, 300), *(_enter(policy, live, n, 16, arrival=0.5) for n in range(1, 60))]
-    policy.background_work(_moment(waiting, now=0.6))
-    due = policy._ledger.due[waiting[0].index]
+    policy.background_work(_snapshot(waiting, now=0.6))
+    due = policy._table.deadline[waiting[0].index]
     assert 0 not in _order(policy, waiting, now=0.61)
-    policy.background_work(_moment(waiting, now=due - 0.01))
+    policy.background_work(_snapshot(waiting, now=due - 0.01))
     assert _order(policy, waiting, now=due + 0.01)[0] == 0
 
 
-def test_when_those_in_order_are_used_up_everybody_is_put_in_order(live, monkeypatch):
-    monkeypatch.setattr("vllm_instant_plugins.similarity.policy.CANDIDATES", 25)
+def test_the_whole_queue_is_ordered_when_the_candidates_are_used_up(live, monkeypatch):
+    monkeypatch.setattr("vllm_instant_plugins.similarity.policy.NUM_CANDIDATES", 25)
     policy = _policy()
     waiting = [_enter(policy, live, n, 16) for n in range(60)]
-    policy.background_work(_moment(waiting))
+    policy.background_work(_snapshot(waiting))
     for state in waiting[:10]:
         policy.started(state, 0.01)
     assert _order(policy, waiting[10:], now=0.02) == [*range(10, 34)]
 
 
-def test_more_are_named_when_some_of_the_line_are_held_back(live):
-    """By the engine, which waits for their KV blocks from elsewhere, say."""
+def test_more_requests_are_named_when_the_engine_holds_some_back(live):
+    """For example while their KV blocks are transferred from another engine."""
     policy = _policy()
     waiting = [_enter(policy, live, n, 16) for n in range(60)]
     assert _order(policy, waiting[30:]) == [*range(54)]
 
 
-def test_long_prompts_cost_too(live):
+def test_prompt_tokens_add_to_the_cost(live):
     policy = _policy()
     waiting = [_enter(policy, live, 0, 16, prompt=[1] * 900), _enter(policy, live, 1, 16, prompt=[1] * 30)]
     assert _order(policy, waiting) == [1, 0]
 
 
-def test_whose_patience_is_at_its_end_goes_first(live):
+def test_overdue_requests_go_first(live):
     policy = _policy()
     waiting = [_enter(policy, live, 0, 300), *(_enter(policy, live, n, 16, arrival=0.2) for n in (1, 2))]
     assert _order(policy, waiting, now=0.5)[0] == 1
     assert _order(policy, waiting, now=1.1)[0] == 0
 
 
-def test_those_that_share_a_long_prefix_stand_together(live):
+def test_requests_that_share_a_long_prefix_are_adjacent(live):
     policy = _policy()
     shared, other = [5] * 200, [6] * 200
     waiting = [_enter(policy, live, n, 16, prompt=(shared if n % 2 else other)) for n in range(6)]
@@ -288,7 +288,7 @@ def test_salted_prefixes_are_not_shared(live):
     assert _order(policy, waiting) == [0, 2, 1, 3]
 
 
-def test_victims_hold_much_for_long_and_cost_little(live):
+def test_the_preempted_request_is_cheap_to_recompute_and_has_many_tokens_left(live):
     policy = _policy()
     nearly_done = _enter(policy, live, 0, 100, num_output_tokens=95)
     fresh_and_long = _enter(policy, live, 1, 2000, num_output_tokens=4)
@@ -301,79 +301,79 @@ def test_victims_hold_much_for_long_and_cost_little(live):
     )
 
 
-def test_after_a_preemption_nobody_starts_until_there_is_room(live):
+def test_after_a_preemption_no_request_starts_until_there_is_room(live):
     policy = _policy()
     running = [_enter(policy, live, n, 300) for n in range(4)]
     waiting = [_enter(policy, live, 9, 16)]
-    assert policy.admit(_moment(waiting, running, 1.0, free=50)).max_num_admitted is None
+    assert policy.admit(_snapshot(waiting, running, 1.0, free=50)).max_num_admitted is None
     policy.preempted(running[0], 1.0)
-    assert policy.admit(_moment(waiting, running, 1.1, free=50)).max_num_admitted == 0
-    assert policy.admit(_moment(waiting, running, 1.1, free=5000)).max_num_admitted == 1
-    assert policy.admit(_moment(waiting, running, 60.0, free=50)).max_num_admitted is None
+    assert policy.admit(_snapshot(waiting, running, 1.1, free=50)).max_num_admitted == 0
+    assert policy.admit(_snapshot(waiting, running, 1.1, free=5000)).max_num_admitted == 1
+    assert policy.admit(_snapshot(waiting, running, 60.0, free=50)).max_num_admitted is None
 
 
-def test_prompts_are_read_in_pieces_that_keep_the_goal(live):
-    policy = PacedSimilarityPolicy(SLOTS, 0.050, clock=lambda: 0.0)
+def test_prompt_chunks_keep_the_itl_goal(live):
+    policy = ItlChunkingPolicy(SLOTS, 0.050, clock=lambda: 0.0)
     decoding = [_enter(policy, live, n, 300, num_output_tokens=5) for n in range(4)]
     waiting = [_enter(policy, live, 9, 16, prompt=[1] * 900)]
-    assert policy.max_prompt_tokens(_moment(waiting, decoding)) is None, "nothing was measured yet"
+    assert policy.max_prompt_tokens(_snapshot(waiting, decoding)) is None, "no step was measured yet"
     random = np.random.default_rng(0)
     for _ in range(200):
         prompt, requests = int(random.integers(0, 200)), int(random.integers(1, 8))
         seconds = 0.010 + 0.001 * requests + 0.0004 * prompt
         policy.observe(StepOutcome(decoding[:1] * requests, [0] * requests, [0] * requests, requests + prompt, seconds))
-    most = policy.max_prompt_tokens(_moment(waiting, decoding))
-    assert most == pytest.approx((0.050 - 0.010 - 4 * 0.001) / 0.0004, rel=0.1)
-    assert policy.max_prompt_tokens(_moment(waiting, ())) is None, "nobody is disturbed"
-    assert _policy().max_prompt_tokens(_moment(waiting, decoding)) is None, "there is no goal"
+    limit = policy.max_prompt_tokens(_snapshot(waiting, decoding))
+    assert limit == pytest.approx((0.050 - 0.010 - 4 * 0.001) / 0.0004, rel=0.1)
+    assert policy.max_prompt_tokens(_snapshot(waiting, ())) is None, "no request is decoding"
+    assert _policy().max_prompt_tokens(_snapshot(waiting, decoding)) is None, "there is no goal"
 
 
-def test_a_goal_that_cannot_be_kept_does_not_stop_prompts(live):
-    policy = PacedSimilarityPolicy(SLOTS, 0.001, clock=lambda: 0.0)
+def test_prompts_progress_under_an_impossible_itl_goal(live):
+    policy = ItlChunkingPolicy(SLOTS, 0.001, clock=lambda: 0.0)
     decoding = [_enter(policy, live, 0, 300, num_output_tokens=5)]
     for _ in range(20):
         policy.observe(StepOutcome(decoding, [0], [0], 1, 0.02))
-    assert policy.max_prompt_tokens(_moment((), decoding)) == 16
+    assert policy.max_prompt_tokens(_snapshot((), decoding)) == 16
 
 
-def test_aborted_requests_teach_nothing(live):
+def test_aborted_requests_are_not_learned_from(live):
     policy = _policy()
     state = _enter(policy, live, 0, tokens=None)
     policy.started(state, 0.0)
     state.num_output_tokens = 3
     policy.finished(state, 1.0, complete=False)
     policy.close()
-    assert policy.lengths.observed == 0
-    assert len(policy._as_they_came) == 0
+    assert policy.length_predictor.num_observed == 0
+    assert len(policy._fcfs) == 0
 
 
-def test_what_was_learned_survives_a_restart(tmp_path, learned):
+def test_learned_lengths_survive_a_restart(tmp_path, learned):
     store = PersistentState(tmp_path, {"model": "m"}, "lengths")
     policy = _policy(store=store)
-    serve(_jobs(5, 100, 0.7, told=False), SLOTS, policy)
+    serve(_jobs(5, 100, 0.7, hinted=False), SLOTS, policy)
     policy.close()
     again = _policy(store=PersistentState(tmp_path, {"model": "m"}, "lengths"))
-    assert again.lengths.useful
-    assert again.lengths.observed == policy.lengths.observed == 100
+    assert again.length_predictor.useful
+    assert again.length_predictor.num_observed == policy.length_predictor.num_observed == 100
 
 
-def test_a_file_of_another_release_is_a_warning_and_a_fresh_start(tmp_path, caplog):
+def test_a_file_of_another_release_is_ignored_with_a_warning(tmp_path, caplog):
     store = PersistentState(tmp_path, {"model": "m"}, "lengths")
     store.save({"lengths": {"edges": []}, "service": [0.0, 0.0, 1.0]})
-    assert _policy(store=store).lengths.observed == 0
-    assert "does not fit" in caplog.text
+    assert _policy(store=store).length_predictor.num_observed == 0
+    assert "do not fit this release" in caplog.text
 
 
 @pytest.mark.parametrize("nonsense", ["long", -5, 0, True, None, [3]])
-def test_nonsense_from_a_client_counts_as_nothing(nonsense):
+def test_invalid_hints_count_as_none(nonsense):
     state = RequestState("r", 16, 4096, 0.0, extra_args={"instant_output_tokens": nonsense})
-    assert np.isnan(told_tokens(state))
+    assert np.isnan(hinted_tokens(state))
     if nonsense is not None:
         with pytest.raises(ValueError, match=r"instant_output_tokens must be a number of tokens from 1, found"):
             hinted_output_tokens(state.extra_args)
 
 
-def test_measures_have_names():
+def test_metrics_have_names():
     assert set(_policy().metrics()) == {
         "finished_requests_learned",
         "output_length_calibration_error",
@@ -384,7 +384,7 @@ def test_measures_have_names():
 def test_starts_are_explained(live):
     policy = _policy()
     long, short = _enter(policy, live, 0, 300), _enter(policy, live, 1, 16, arrival=0.2)
-    policy.admit(_moment([long, short], now=0.5))
+    policy.admit(_snapshot([long, short], now=0.5))
     policy.started(short, 0.5)
     short.num_output_tokens = 14
     policy.finished(short, 0.9, complete=True)

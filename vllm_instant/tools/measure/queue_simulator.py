@@ -1,8 +1,7 @@
-"""A server made of slots: what a batching policy would do to a queue, in milliseconds and without a model.
+"""A simulated server: runs a scheduling policy on a queue in milliseconds, without a model.
 
-A request holds a slot for as long as its prompt and its answer take; the slots do not slow each other down. That is
-less than a real engine does and enough for what a queue decides: who waits how long, against first come, first served
-over the same requests.
+A request holds a slot for the service time of its prompt and its answer, independent of the requests in other slots.
+That is enough to compare the waits of the same requests under a policy and under first come, first served.
 """
 
 from __future__ import annotations
@@ -32,14 +31,19 @@ class Job:
     prompt_tokens: int = 16
     max_tokens: int = 4096
     prompt: Sequence[int] = ()
-    """Token ids, as far as a policy shall see them."""
-    told: int | None = None
-    """The output length that its client tells, if it does."""
+    """Token ids that the policy sees; they need not agree with ``prompt_tokens``."""
+    hinted_tokens: int | None = None
+    """Output length that the client sends as a hint, if it sends one."""
+
+    @property
+    def hint(self) -> dict[str, int]:
+        """The hint as ``vllm_xargs``."""
+        return {} if self.hinted_tokens is None else {"instant_output_tokens": self.hinted_tokens}
 
 
 @dataclass(frozen=True)
-class Served:
-    """When the jobs started and ended, in their order, in seconds."""
+class SimulatedTimes:
+    """When each job arrived, started and ended, in seconds, in the order of the jobs."""
 
     arrival: Array
     start: Array
@@ -56,9 +60,99 @@ class Served:
         return self.end - self.arrival
 
 
-class _AsTheyCome(SchedulingPolicy):
-    def admit(self, moment: SchedulerSnapshot) -> Admission:
+class _FirstComeFirstServed(SchedulingPolicy):
+    def admit(self, snapshot: SchedulerSnapshot) -> Admission:
         return Admission()
+
+
+class _SimulatedServer:
+    """The state of one simulation; a job is referred to by its place in ``jobs``."""
+
+    def __init__(
+        self, jobs: Sequence[Job], slots: int, policy: SchedulingPolicy, per_token: float, per_prompt_token: float
+    ) -> None:
+        self.now = 0.0
+        self.guarded = GuardedPlugin("batching", "simulated", policy)
+        self.start, self.end = np.full(len(jobs), np.nan), np.full(len(jobs), np.nan)
+        self._jobs, self._slots = jobs, slots
+        self._per_token, self._per_prompt_token = per_token, per_prompt_token
+        self._admission = Batching(self.guarded, clock=lambda: self.now)
+        self._registry = RequestRegistry()
+        self._states: list[RequestState] = []
+        """Of the jobs that have arrived."""
+        self._waiting: list[int] = []
+        self._running: list[tuple[float, int]] = []
+        """A heap by end time."""
+
+    def run(self) -> None:
+        """Advance from event to event until every job has ended or no event is left."""
+        while len(self._states) < len(self._jobs) or self._waiting or self._running:
+            self._arrivals()
+            self._ends()
+            self._generate()
+            self._starts()
+            if self._admission.thinks:
+                self._admission.on_model_executing(self._snapshot())
+            self._advance()
+
+    def _snapshot(self) -> SchedulerSnapshot:
+        waiting = [self._states[job] for job in self._waiting]
+        running = [self._states[job] for _, job in self._running]
+        return SchedulerSnapshot(waiting, running, self.now, self._slots, free_kv_tokens=1_000_000)
+
+    def _arrivals(self) -> None:
+        while len(self._states) < len(self._jobs) and self._jobs[len(self._states)].arrival <= self.now:
+            number = len(self._states)
+            job = self._jobs[number]
+            state = RequestState(
+                f"job {number}",
+                job.prompt_tokens,
+                job.max_tokens,
+                0.0,
+                prompt_token_ids=job.prompt,
+                extra_args=job.hint,
+            )
+            self._registry.admit(state)
+            self._admission.enter(state)
+            # The exact time of arrival, not that of the event at which it is processed.
+            state.arrival = job.arrival
+            self._states.append(state)
+            self._waiting.append(number)
+
+    def _ends(self) -> None:
+        while self._running and self._running[0][0] <= self.now:
+            _, job = heapq.heappop(self._running)
+            state = self._states[job]
+            state.num_output_tokens = self._jobs[job].output_tokens
+            self._admission.finished(state, complete=True)
+            self._registry.forget(state.request_id)
+
+    def _generate(self) -> None:
+        for _, job in self._running:
+            elapsed = self.now - self.start[job] - self._per_prompt_token * self._jobs[job].prompt_tokens
+            self._states[job].num_output_tokens = max(0, int(elapsed / self._per_token))
+
+    def _starts(self) -> None:
+        num_started = 0
+        while self._waiting and len(self._running) < self._slots:
+            admission = self._admission.admit(self._snapshot())
+            if admission.max_num_admitted is not None and num_started >= admission.max_num_admitted:
+                break
+            job = self._waiting.pop(_first_place(admission, [self._states[n].request_id for n in self._waiting]))
+            self.start[job] = self.now
+            prompt_tokens, output_tokens = self._jobs[job].prompt_tokens, self._jobs[job].output_tokens
+            self.end[job] = self.now + (self._per_prompt_token * prompt_tokens + self._per_token * output_tokens)
+            heapq.heappush(self._running, (self.end[job], job))
+            oldest = self._states[self._waiting[0]].arrival if self._waiting else self.now
+            self._admission.started(self._states[job], oldest)
+            num_started += 1
+
+    def _advance(self) -> None:
+        events = [self._running[0][0]] if self._running else []
+        if len(self._states) < len(self._jobs):
+            events.append(self._jobs[len(self._states)].arrival)
+        if events:
+            self.now = max(self.now, min(events))
 
 
 def serve(
@@ -68,90 +162,24 @@ def serve(
     *,
     seconds_per_token: float = 0.03,
     seconds_per_prompt_token: float = 0.0005,
-) -> Served:
+) -> SimulatedTimes:
     """Serve jobs, which must be sorted by arrival, with a policy (None: first come, first served).
 
     Raises:
         RuntimeError: when the policy raised or broke its contract.
 
     """
-    now = 0.0
-    contained = GuardedPlugin("batching", "simulated", policy if policy is not None else _AsTheyCome())
-    batching = Batching(contained, clock=lambda: now)
-    live = RequestRegistry()
-    states: list[RequestState | None] = [None] * len(jobs)
-    waiting: list[int] = []
-    running: list[tuple[float, int]] = []
-    start, end = np.full(len(jobs), np.nan), np.full(len(jobs), np.nan)
-    coming = 0
-
-    def moment() -> SchedulerSnapshot:
-        here, there = [_known(states[n]) for n in waiting], [_known(states[n]) for _, n in running]
-        return SchedulerSnapshot(here, there, now, slots, free_kv_tokens=1_000_000)
-
-    while coming < len(jobs) or waiting or running:
-        while coming < len(jobs) and jobs[coming].arrival <= now:
-            job = jobs[coming]
-            state = RequestState(
-                f"job {coming}",
-                job.prompt_tokens,
-                job.max_tokens,
-                0.0,
-                prompt_token_ids=job.prompt,
-                extra_args={} if job.told is None else {"instant_output_tokens": job.told},
-            )
-            live.admit(state)
-            batching.enter(state)
-            # Its time of arrival is exact, not that of the event at which it was noticed.
-            state.arrival = job.arrival
-            states[coming] = state
-            waiting.append(coming)
-            coming += 1
-        while running and running[0][0] <= now:
-            _, number = heapq.heappop(running)
-            state = _known(states[number])
-            state.num_output_tokens = jobs[number].output_tokens
-            batching.finished(state, complete=True)
-            live.forget(state.request_id)
-        for _, number in running:
-            reading = seconds_per_prompt_token * jobs[number].prompt_tokens
-            _known(states[number]).num_output_tokens = max(0, int((now - start[number] - reading) / seconds_per_token))
-        started = 0
-        while waiting and len(running) < slots:
-            admission = batching.admit(moment())
-            if admission.max_num_admitted is not None and started >= admission.max_num_admitted:
-                break
-            number = waiting.pop(_first(admission, [_known(states[n]).request_id for n in waiting]))
-            start[number] = now
-            service = (
-                seconds_per_prompt_token * jobs[number].prompt_tokens + seconds_per_token * jobs[number].output_tokens
-            )
-            end[number] = now + service
-            heapq.heappush(running, (end[number], number))
-            oldest = _known(states[waiting[0]]).arrival if waiting else now
-            batching.started(_known(states[number]), oldest)
-            started += 1
-        if batching.thinks:
-            batching.on_model_executing(moment())
-        events = [running[0][0]] if running else []
-        if coming < len(jobs):
-            events.append(jobs[coming].arrival)
-        if events:
-            now = max(now, min(events))
-    if contained.disabled:
-        raise RuntimeError(f"the policy raised: {dict(contained.failures)}")
-    return Served(np.array([job.arrival for job in jobs]), start, end)
+    policy = _FirstComeFirstServed() if policy is None else policy
+    server = _SimulatedServer(jobs, slots, policy, seconds_per_token, seconds_per_prompt_token)
+    server.run()
+    if server.guarded.disabled:
+        raise RuntimeError(f"the policy raised: {dict(server.guarded.failures)}")
+    return SimulatedTimes(np.array([job.arrival for job in jobs]), server.start, server.end)
 
 
-def _first(admission: Admission, waiting: Sequence[str]) -> int:
-    """The place in line of the one that starts next."""
+def _first_place(admission: Admission, waiting: Sequence[str]) -> int:
+    """The place in the queue of the next request to start."""
     for request_id in admission.by_id:
         if request_id in waiting:
             return waiting.index(request_id)
     return 0 if admission.by_id else next(iter(admission.order), 0)
-
-
-def _known(state: RequestState | None) -> RequestState:
-    if state is None:
-        raise ValueError("not arrived")
-    return state
