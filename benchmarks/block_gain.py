@@ -19,7 +19,7 @@ import torch
 from results import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_instant import pad_drafts
+from vllm_instant.speculation.verification import pad_drafts
 from vllm_instant.tools.demo import assets, widen_model
 from vllm_instant.tools.demo.corpus import documents
 from vllm_instant_plugins.samplers import block

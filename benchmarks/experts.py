@@ -28,7 +28,8 @@ import httpx
 import numpy as np
 from results import HERE, earlier, merged, write
 
-from vllm_instant import RoutedModel, SuperExperts
+from vllm_instant.moe.expert_groups import SuperExperts
+from vllm_instant.moe.routing_trace import RoutedModel
 from vllm_instant.tools.demo.corpus import documents
 from vllm_instant.tools.measure.servers import Server, terminable
 from vllm_instant.tools.moe.tracing import ROUTE

@@ -18,10 +18,8 @@ from typing import Any
 
 from vllm_instant import (
     Draft,
-    DraftAssignment,
     DraftCost,
     DraftRequest,
-    HybridDrafter,
     Plugin,
     PluginContext,
     PluginOptions,
@@ -31,6 +29,7 @@ from vllm_instant import (
     UpcomingStep,
     hookimpl,
 )
+from vllm_instant.interfaces.drafter import DraftAssignment, HybridDrafter
 from vllm_instant.speculation.draft_plan import trim_drafts
 from vllm_instant_plugins.goodput.plugin import warm_up
 from vllm_instant_plugins.goodput.policy import GoodputPolicy

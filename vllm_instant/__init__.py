@@ -1,111 +1,38 @@
 """vllm-instant: lower latency for vLLM, from plugins that one deployment file chooses.
 
-This module is the public API for plugin authors; ``vllm_instant.interfaces`` says what a plugin of each kind
-implements.
+These names are all that the author of a drafter, rejection sampler, speculation or scheduling policy needs.
+``vllm_instant.interfaces`` has those of the other slots.
 """
 
-from vllm_instant.deployment.settings import Deployment
-from vllm_instant.interfaces import (
-    Admission,
-    AttentionLayer,
-    AttentionProvider,
-    AttentionStep,
-    CacheParts,
-    Draft,
-    DraftAssignment,
-    DraftCost,
-    Drafter,
-    DrafterOptions,
-    DraftRequest,
-    EngineLoad,
-    ExpertCount,
-    ExpertLayer,
-    ExpertRouter,
-    FeedForwardLayer,
-    FeedForwardProvider,
-    Holds,
-    HybridDrafter,
-    LinearWeights,
-    Measurement,
-    Plugin,
-    PluginContext,
-    PluginOptions,
-    PrefillOutcome,
-    PrefillProgress,
-    RejectionSampler,
-    RequestState,
-    Rotation,
-    RouterStep,
-    RoutingMeasures,
-    RowKind,
-    SchedulerSnapshot,
-    SchedulingPolicy,
-    SessionLimits,
-    SpeculationPolicy,
-    StepOutcome,
-    StepRows,
-    StreamingPrefill,
-    UpcomingStep,
-)
+from vllm_instant.interfaces.deployment import Deployment
+from vllm_instant.interfaces.drafter import Draft, Drafter, DraftRequest
 from vllm_instant.interfaces.hookspecs import hookimpl
-from vllm_instant.moe.expert_groups import SuperExperts
-from vllm_instant.moe.routing_trace import RoutedModel, Trace
-from vllm_instant.scheduling.request_registry import hinted_output_tokens, prompt_group
-from vllm_instant.speculation.draft_plan import trim_drafts
-from vllm_instant.speculation.verification import PaddedDrafts, VerificationBatch, pad_drafts
+from vllm_instant.interfaces.plugins import DrafterOptions, Plugin, PluginContext, PluginOptions
+from vllm_instant.interfaces.rejection_sampler import RejectionSampler, VerificationBatch
+from vllm_instant.interfaces.requests import RequestState
+from vllm_instant.interfaces.scheduling import Admission, SchedulerSnapshot, SchedulingPolicy
+from vllm_instant.interfaces.speculation import DraftCost, SpeculationPolicy, StepOutcome, UpcomingStep
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Admission",
-    "AttentionLayer",
-    "AttentionProvider",
-    "AttentionStep",
-    "CacheParts",
     "Deployment",
     "Draft",
-    "DraftAssignment",
     "DraftCost",
     "DraftRequest",
     "Drafter",
     "DrafterOptions",
-    "EngineLoad",
-    "ExpertCount",
-    "ExpertLayer",
-    "ExpertRouter",
-    "FeedForwardLayer",
-    "FeedForwardProvider",
-    "Holds",
-    "HybridDrafter",
-    "LinearWeights",
-    "Measurement",
-    "PaddedDrafts",
     "Plugin",
     "PluginContext",
     "PluginOptions",
-    "PrefillOutcome",
-    "PrefillProgress",
     "RejectionSampler",
     "RequestState",
-    "Rotation",
-    "RoutedModel",
-    "RouterStep",
-    "RoutingMeasures",
-    "RowKind",
     "SchedulerSnapshot",
     "SchedulingPolicy",
-    "SessionLimits",
     "SpeculationPolicy",
     "StepOutcome",
-    "StepRows",
-    "StreamingPrefill",
-    "SuperExperts",
-    "Trace",
     "UpcomingStep",
     "VerificationBatch",
-    "hinted_output_tokens",
     "hookimpl",
-    "pad_drafts",
-    "prompt_group",
-    "trim_drafts",
 ]

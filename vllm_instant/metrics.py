@@ -10,7 +10,8 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-from vllm_instant.deployment.settings import Deployment
+from vllm_instant.deployment.resolved import installed_plugin
+from vllm_instant.interfaces.deployment import Deployment
 
 PREFIX = "vllm_instant:"
 
@@ -57,7 +58,7 @@ class InstantMetrics:
             multiprocess_mode="mostrecent",
         )
         for slot in deployment.slots:
-            offer = deployment.installed(slot)
+            offer = installed_plugin(deployment, slot)
             info.labels(
                 slot, offer.plugin.name, offer.distribution, offer.version, "yes" if offer.plugin.lossy else "no"
             ).set(1)

@@ -18,7 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vllm_instant.deployment.settings import Deployment, resolve
+from vllm_instant import Deployment
+from vllm_instant.deployment.settings import resolve
 from vllm_instant.tools.measure.servers import Server, words_of
 from vllm_instant_loadtests.scenario import Scenario, ServerSetup
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pydantic import Field
 
 from vllm_instant import Deployment, Plugin, PluginContext, PluginOptions, SpeculationPolicy, UpcomingStep
+from vllm_instant.deployment.resolved import engine_arguments
 
 
 class FixedOptions(PluginOptions):
@@ -49,7 +50,7 @@ def validate(deployment: Deployment) -> Iterable[str]:
     if deployment.slots["speculation"].plugin != "fixed":
         return
     wanted = deployment.slots["speculation"].options.get("num_draft_tokens")
-    speculative = deployment.engine_arguments().get("speculative_config")
+    speculative = engine_arguments(deployment).get("speculative_config")
     most = speculative.get("num_speculative_tokens") if isinstance(speculative, dict) else None
     if isinstance(wanted, int) and isinstance(most, int) and wanted > most:
         yield (

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from asking import COMMON, NAMED, ask
 
-from vllm_instant import RoutedModel, SuperExperts, Trace
+from vllm_instant.moe.expert_groups import SuperExperts
+from vllm_instant.moe.routing_trace import RoutedModel, Trace
 from vllm_instant.tools.demo import moe_assets, widen_experts
 from vllm_instant.tools.measure.prompts import snippets
 from vllm_instant.tools.measure.servers import Server, running

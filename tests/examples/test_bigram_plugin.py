@@ -7,6 +7,7 @@ import pytest
 
 from vllm_instant import DraftRequest, RequestState, UpcomingStep
 from vllm_instant.deployment.plugin_manager import plugin_manager
+from vllm_instant.deployment.resolved import installed_plugin, plugin_options
 from vllm_instant.deployment.settings import resolve
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -24,8 +25,8 @@ def test_example_files_are_valid(path):
 
 def test_it_is_chosen_by_name_like_any_plugin():
     deployment = resolve(EXAMPLES / "bigram.toml")
-    assert deployment.installed("drafter").distribution == "bigram-plugin"
-    assert deployment.options("speculation").max_temperature == 0.7
+    assert installed_plugin(deployment, "drafter").distribution == "bigram-plugin"
+    assert plugin_options(deployment, "speculation").max_temperature == 0.7
 
 
 def _build(slot, name, **options):

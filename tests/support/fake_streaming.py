@@ -12,8 +12,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from vllm_instant import EngineLoad, Holds, SessionLimits, StreamingPrefill
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
+from vllm_instant.interfaces.streaming import EngineLoad, Holds, SessionLimits, StreamingPrefill
 from vllm_instant.streaming.engine import Early, Prompt, RequestError
 from vllm_instant.streaming.metrics import StreamingMetrics
 from vllm_instant.streaming.session_manager import SessionManager

@@ -101,7 +101,7 @@ def _check(file: Path, plugins: Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "vllm_instant.tools.cli", "config", "check", str(file)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(plugins)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(plugins), os.environ.get("PYTHONPATH", "")])},
         check=False,
     )
 

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from vllm_instant import Deployment
 from vllm_instant.deployment.errors import DeploymentError
-from vllm_instant.deployment.settings import Deployment, resolve
+from vllm_instant.deployment.resolved import engine_arguments, installed_plugin
+from vllm_instant.deployment.settings import resolve
 
 
 def test_defaults_are_lossless_and_ask_nothing_of_vllm():
@@ -19,8 +21,8 @@ def test_defaults_are_lossless_and_ask_nothing_of_vllm():
         "attention": "native",
         "streaming": "off",
     }
-    assert not any(deployment.installed(slot).plugin.lossy for slot in deployment.slots)
-    assert deployment.engine_arguments() == {}
+    assert not any(installed_plugin(deployment, slot).plugin.lossy for slot in deployment.slots)
+    assert engine_arguments(deployment) == {}
 
 
 def test_command_line_over_environment_over_file_over_default(write_file, monkeypatch):
@@ -50,12 +52,12 @@ def test_the_file_may_be_named_by_the_environment(write_file, monkeypatch):
 def test_nested_engine_arguments_merge_key_by_key(write_file):
     path = write_file('[vllm.speculative_config]\nmethod = "ngram"\nnum_speculative_tokens = 2\n')
     deployment = resolve(path, ["vllm.speculative_config.num_speculative_tokens=4"])
-    assert deployment.engine_arguments()["speculative_config"] == {"method": "ngram", "num_speculative_tokens": 4}
+    assert engine_arguments(deployment)["speculative_config"] == {"method": "ngram", "num_speculative_tokens": 4}
 
 
 def test_a_drafter_brings_its_engine_arguments(write_file):
     path = write_file('[drafter]\nplugin = "ngram"\nnum_speculative_tokens = 6\n')
-    assert resolve(path).engine_arguments()["speculative_config"] == {
+    assert engine_arguments(resolve(path))["speculative_config"] == {
         "method": "ngram",
         "num_speculative_tokens": 6,
         "prompt_lookup_min": 2,
@@ -72,14 +74,14 @@ def test_a_drafter_brings_its_engine_arguments(write_file):
 )
 def test_switching_speculation_off_takes_the_drafter_away(write_file, tables):
     path = write_file(tables)
-    assert "speculative_config" in resolve(path).engine_arguments()
-    assert "speculative_config" not in resolve(path, ["speculation.plugin=off"]).engine_arguments()
+    assert "speculative_config" in engine_arguments(resolve(path))
+    assert "speculative_config" not in engine_arguments(resolve(path, ["speculation.plugin=off"]))
 
 
 @pytest.mark.usefixtures("with_test_plugins")
 def test_a_drafter_of_a_plugin_runs_as_custom_class(write_file):
     path = write_file('[drafter]\nplugin = "bigram"\nnum_speculative_tokens = 3\n')
-    assert resolve(path).engine_arguments()["speculative_config"] == {
+    assert engine_arguments(resolve(path))["speculative_config"] == {
         "method": "custom_class",
         "model": "vllm_instant.patches.drafter.PluginDrafter",
         "num_speculative_tokens": 3,
@@ -100,7 +102,7 @@ FUSED = '[attention]\nplugin = "fp8_fused"\n'
 )
 def test_a_draft_model_gets_the_attention_of_the_target(write_file, tables, backend):
     """Unless somebody says otherwise: both models have caches of one type."""
-    drafting = resolve(write_file(tables)).engine_arguments()["speculative_config"]
+    drafting = engine_arguments(resolve(write_file(tables)))["speculative_config"]
     assert drafting.get("attention_backend") == backend
 
 
@@ -139,7 +141,7 @@ def test_unrelated_variables_with_the_prefix_are_left_alone(monkeypatch):
 
 def test_dashes_in_engine_arguments_are_accepted(write_file):
     deployment = resolve(write_file("[vllm]\nmax-num-seqs = 3\nmax-model-len = 5\n"), ["vllm.max_num_seqs=4"])
-    assert deployment.engine_arguments() == {"max_num_seqs": 4, "max_model_len": 5}
+    assert engine_arguments(deployment) == {"max_num_seqs": 4, "max_model_len": 5}
     assert deployment.origins["vllm.max_num_seqs"] == "--instant-set"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from vllm_instant.deployment.settings import Deployment
+from vllm_instant.interfaces.deployment import Deployment
 
 VARIABLE = "INSTANT_SETTINGS"
 _RAY_LIST = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"

@@ -13,18 +13,11 @@ from typing import Any, cast
 import pluggy
 
 from vllm_instant.deployment.slots import SLOTS
-from vllm_instant.interfaces import Plugin, hookspecs
+from vllm_instant.interfaces import hookspecs
+from vllm_instant.interfaces.deployment import Deployment, InstalledPlugin
+from vllm_instant.interfaces.plugins import Plugin
 
 logger = logging.getLogger("vllm.instant")
-
-
-@dataclass(frozen=True)
-class InstalledPlugin:
-    """A plugin together with the distribution that brings it."""
-
-    plugin: Plugin
-    distribution: str
-    version: str
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class PluginManager:
             raise LookupError(f"{len(found)} installed plugins are called {name!r} in slot {slot!r}")
         return found[0]
 
-    def validation_errors(self, deployment: Any) -> list[str]:
+    def validation_errors(self, deployment: Deployment) -> list[str]:
         """What the installed distributions say against a deployment; a check that fails is an objection, too."""
         sentences: list[str] = []
         for implementation in self._pluggy.hook.instant_check.get_hookimpls():

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from vllm_instant.deployment.config_sources import (
     DeploymentFile,
@@ -25,98 +25,15 @@ from vllm_instant.deployment.config_sources import (
     read_overrides,
 )
 from vllm_instant.deployment.errors import DeploymentError, Problem, choices, shown
-from vllm_instant.deployment.plugin_manager import InstalledPlugin, PluginManager, plugin_manager
+from vllm_instant.deployment.plugin_manager import PluginManager, plugin_manager
+from vllm_instant.deployment.resolved import engine_arguments, installed_plugin, is_default_drafter
 from vllm_instant.deployment.slots import SLOTS
-from vllm_instant.interfaces import PluginOptions
+from vllm_instant.interfaces.deployment import Deployment, SlotChoice
+from vllm_instant.interfaces.plugins import PluginOptions
 
 CONFIG_VARIABLE = "INSTANT_CONFIG"
 """Names the deployment file when the command line does not."""
 DEFAULT_ORIGIN = "default"
-PLUGIN_DRAFTER = "vllm_instant.patches.drafter.PluginDrafter"
-"""What vLLM instantiates for a drafter plugin."""
-ATTENTION_ARGUMENTS = {"attention_backend": "CUSTOM", "kv_cache_dtype": "fp8_per_token_head"}
-"""What makes vLLM ask an attention plugin (``patches.attention``)."""
-
-
-class SlotChoice(BaseModel):
-    """The plugin that fills a slot, with all of its options (defaults included)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    plugin: str
-    options: Table = Field(default_factory=dict)
-
-
-class Deployment(BaseModel):
-    """A checked deployment: every slot filled. This is what travels to the engine-core and worker processes."""
-
-    model_config = ConfigDict(frozen=True)
-
-    file: str | None = None
-    slots: dict[str, SlotChoice]
-    vllm: Table = Field(default_factory=dict)
-    """The ``[vllm]`` table: engine arguments by vLLM's field names."""
-    origins: dict[str, str] = Field(default_factory=dict)
-    """Where each value came from, by ``table.key``; a value not listed is a default."""
-
-    def installed(self, slot: str, manager: PluginManager | None = None) -> InstalledPlugin:
-        """The offer that fills a slot."""
-        return (manager or plugin_manager()).get(slot, self.slots[slot].plugin)
-
-    def options(self, slot: str, manager: PluginManager | None = None) -> PluginOptions:
-        """The options of the plugin that fills a slot, as that plugin's own model."""
-        return self.installed(slot, manager).plugin.options.model_validate(self.slots[slot].options)
-
-    def engine_arguments(self, manager: PluginManager | None = None) -> Table:
-        """What vLLM should be started with: what the plugins need, then the ``[vllm]`` table over it.
-
-        Switching speculation off takes the drafter away too, so that nothing is loaded that nothing uses.
-        """
-        arguments: Table = {}
-        speculating = self.slots["speculation"].plugin != "off"
-        for slot in SLOTS:
-            plugin = self.installed(slot, manager).plugin
-            if slot == "drafter":
-                if speculating and not self.drafter_is_default:
-                    arguments.update(self.drafter_arguments(manager))
-            elif plugin.engine_arguments is not None:
-                arguments.update(plugin.engine_arguments(self.options(slot, manager)))
-            if slot == "attention" and plugin.build is not None:
-                arguments.update(ATTENTION_ARGUMENTS)
-        arguments.update(self.vllm)
-        if not speculating:
-            arguments.pop("speculative_config", None)
-        drafting = arguments.get("speculative_config")
-        if (
-            isinstance(drafting, dict)
-            and drafting.get("method") != "custom_class"
-            and self.installed("attention", manager).plugin.build is not None
-        ):
-            # A draft model shares the type of the cache, and vLLM does not pass the backend on.
-            backend = ATTENTION_ARGUMENTS["attention_backend"]
-            arguments["speculative_config"] = {"attention_backend": backend, **drafting}
-        return arguments
-
-    @property
-    def drafter_is_default(self) -> bool:
-        """Whether nobody named a drafter: then it only serves where it costs nothing (``patches.default_drafter``)."""
-        slot = SLOTS["drafter"]
-        return self.slots[slot.name].plugin == slot.default and f"{slot.name}.plugin" not in self.origins
-
-    def drafter_arguments(self, manager: PluginManager | None = None) -> Table:
-        """The engine arguments that make vLLM use the deployment's drafter."""
-        plugin = self.installed("drafter", manager).plugin
-        if plugin.engine_arguments is not None:
-            return dict(plugin.engine_arguments(self.options("drafter", manager)))
-        if plugin.build is None:
-            return {}
-        return {
-            "speculative_config": {
-                "method": "custom_class",
-                "model": PLUGIN_DRAFTER,
-                "num_speculative_tokens": self.slots["drafter"].options["num_speculative_tokens"],
-            }
-        }
 
 
 def resolve(
@@ -202,7 +119,7 @@ def _check(merged: Table, origins: dict[str, str], file: str | None, manager: Pl
 def _plugin_validation_errors(deployment: Deployment, manager: PluginManager) -> list[str]:
     """What plugins say against a deployment, a failure of their own code included."""
     try:
-        deployment.engine_arguments(manager)
+        engine_arguments(deployment, manager)
     # Plugin code: whatever it raises is a sentence for the user and not a traceback.
     except Exception as error:
         return [f"a plugin cannot say which engine arguments it needs: {type(error).__name__}: {error}"]
@@ -285,9 +202,9 @@ def _sentence(detail: Table, slot: str, plugin: str, options: type[PluginOptions
 
 def validate(deployment: Deployment, manager: PluginManager) -> Iterator[str]:
     """Choices that exclude each other, whichever plugins they name."""
-    drafter = deployment.installed("drafter", manager).plugin
+    drafter = installed_plugin(deployment, "drafter", manager).plugin
     brings_drafter = drafter.build is not None or drafter.engine_arguments is not None
-    if brings_drafter and not deployment.drafter_is_default and "speculative_config" in deployment.vllm:
+    if brings_drafter and not is_default_drafter(deployment) and "speculative_config" in deployment.vllm:
         yield (
             f"[drafter] plugin = {drafter.name!r} and [vllm] speculative_config both choose a drafter: keep one of them"
         )

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_instant import interfaces
+from vllm_instant.interfaces.attention import AttentionProvider
+from vllm_instant.interfaces.drafter import Drafter
+from vllm_instant.interfaces.experts import ExpertRouter
+from vllm_instant.interfaces.rejection_sampler import RejectionSampler
+from vllm_instant.interfaces.scheduling import SchedulingPolicy
+from vllm_instant.interfaces.speculation import SpeculationPolicy
+from vllm_instant.interfaces.streaming import StreamingPrefill
 
 
 @dataclass(frozen=True)
@@ -29,37 +35,37 @@ SLOTS: dict[str, Slot] = {
             "how many draft tokens each request gets in the next step",
             "engine core",
             "goodput",
-            interfaces.SpeculationPolicy,
+            SpeculationPolicy,
         ),
-        Slot("drafter", "which tokens are proposed", "worker", "suffix", interfaces.Drafter, optional=True),
+        Slot("drafter", "which tokens are proposed", "worker", "suffix", Drafter, optional=True),
         Slot(
             "rejection_sampler",
             "which proposals are kept",
             "worker",
             "block",
-            interfaces.RejectionSampler,
+            RejectionSampler,
         ),
         Slot(
             "batching",
             "which waiting requests run next, and who is preempted",
             "engine core",
             "fcfs",
-            interfaces.SchedulingPolicy,
+            SchedulingPolicy,
         ),
-        Slot("experts", "which experts a batch may use", "worker", "native", interfaces.ExpertRouter),
+        Slot("experts", "which experts a batch may use", "worker", "native", ExpertRouter),
         Slot(
             "attention",
             "the attention kernel and the KV-cache format",
             "worker",
             "native",
-            interfaces.AttentionProvider,
+            AttentionProvider,
         ),
         Slot(
             "streaming",
             "prefill while the prompt is still arriving",
             "API server",
             "off",
-            interfaces.StreamingPrefill,
+            StreamingPrefill,
         ),
     )
 }

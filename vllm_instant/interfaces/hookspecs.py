@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from vllm_instant.deployment.settings import Deployment
-    from vllm_instant.interfaces import Plugin
+    from vllm_instant.interfaces.deployment import Deployment
+    from vllm_instant.interfaces.plugins import Plugin
 
 PROJECT = "vllm_instant"
 """The pluggy project name, and the entry-point group that distributions register in."""

@@ -6,7 +6,8 @@ import logging
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.errors import DeploymentError, Problem
-from vllm_instant.deployment.settings import Deployment
+from vllm_instant.deployment.resolved import installed_plugin
+from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches import (
     attention,
     default_drafter,
@@ -67,7 +68,7 @@ def serve(deployment: Deployment, speculates: bool | None = None) -> None:
             registry.SUPPORTED,
         )
     for slot in deployment.slots:
-        plugin = deployment.installed(slot).plugin
+        plugin = installed_plugin(deployment, slot).plugin
         if plugin.lossy:
             logger.warning("Plugin %s in slot %s is lossy: answers may differ from the model's own", plugin.name, slot)
     deployment_env.set_deployment(deployment)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.interfaces import Admission, RequestState, SchedulerSnapshot
+from vllm_instant.interfaces.requests import RequestState
+from vllm_instant.interfaces.scheduling import Admission, SchedulerSnapshot
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.min_p_logit_bias import needs_no_drafts
 from vllm_instant.patches.plugin_factory import build_guarded, context_of

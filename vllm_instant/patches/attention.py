@@ -21,9 +21,10 @@ from typing import Any
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.errors import DeploymentError, Problem
-from vllm_instant.deployment.settings import ATTENTION_ARGUMENTS, Deployment
+from vllm_instant.deployment.resolved import ATTENTION_ARGUMENTS
 from vllm_instant.deployment.slots import SLOTS
-from vllm_instant.interfaces import AttentionProvider
+from vllm_instant.interfaces.attention import AttentionProvider
+from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.plugin_factory import build_guarded, context_of

@@ -14,8 +14,8 @@ from vllm._custom_ops import rotary_embedding
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.deployment.settings import ATTENTION_ARGUMENTS
-from vllm_instant.interfaces import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, Rotation
+from vllm_instant.deployment.resolved import ATTENTION_ARGUMENTS
+from vllm_instant.interfaces.attention import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, Rotation
 from vllm_instant.patches import attention
 
 

@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.deployment.settings import Deployment
+from vllm_instant.deployment.resolved import drafter_arguments, is_default_drafter
+from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 
@@ -24,7 +25,7 @@ def may_be_used(arguments: Any, deployment: Deployment) -> bool:
     from vllm.platforms import current_platform
 
     return (
-        deployment.drafter_is_default
+        is_default_drafter(deployment)
         and deployment.slots["speculation"].plugin != "off"
         and not chooses_drafter(arguments)
         and not getattr(arguments, "logits_processors", None)
@@ -53,7 +54,7 @@ def _wrap(module: ModuleType) -> None:
             and target_model_config.runner_type == "generate"
             and not target_model_config.is_encoder_decoder
         ):
-            self.speculative_config = deployment.drafter_arguments()["speculative_config"]
+            self.speculative_config = drafter_arguments(deployment)["speculative_config"]
         return original(self, target_model_config, *args, **kwargs)
 
     module.EngineArgs.create_speculative_config = create_speculative_config

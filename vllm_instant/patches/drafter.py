@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
-from vllm_instant.interfaces import Draft, Drafter, DraftRequest
+from vllm_instant.interfaces.drafter import Draft, Drafter, DraftRequest
 from vllm_instant.patches.compat import HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.plugin_factory import build_guarded, context_of

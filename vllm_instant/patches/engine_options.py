@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from vllm_instant.deployment.errors import DeploymentError, Problem, choices, shown
-from vllm_instant.deployment.settings import Deployment
+from vllm_instant.deployment.resolved import engine_arguments
+from vllm_instant.interfaces.deployment import Deployment
 
 # Options that choose the deployment itself; inside of one they would be circular.
 _NOT_INSIDE = {"plugins", "instant_config", "instant_set", "config", "help"}
@@ -35,7 +36,7 @@ def as_arguments(
     given, dotted = _given(known, typed)
     words: list[str] = []
     problems: list[Problem] = []
-    for key, value in deployment.engine_arguments().items():
+    for key, value in engine_arguments(deployment).items():
         option = "--" + key.replace("_", "-")
         action = known.get(option)
         message = _objection(parser, action, key, value)

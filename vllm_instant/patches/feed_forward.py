@@ -23,7 +23,7 @@ from typing import Any
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.deployment.slots import SLOTS
-from vllm_instant.interfaces import FeedForwardProvider
+from vllm_instant.interfaces.feed_forward import FeedForwardProvider
 from vllm_instant.patches import attention
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.feed_forward_layers import (

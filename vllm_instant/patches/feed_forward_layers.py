@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from vllm_instant.interfaces import FeedForwardLayer, LinearWeights
+from vllm_instant.interfaces.feed_forward import FeedForwardLayer, LinearWeights
 from vllm_instant.patches.compat import HasStatements, Requirement
 
 MODELS = "vllm.model_executor.models"

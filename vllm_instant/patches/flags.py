@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 from vllm_instant.deployment import deployment_env, settings
 from vllm_instant.deployment.errors import EXIT_CODE, DeploymentError, Problem
+from vllm_instant.deployment.resolved import engine_arguments, installed_plugin
+from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches.attention import refuse_unreadable_cache
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.default_drafter import chooses_drafter, may_be_used
@@ -27,7 +29,7 @@ PACKAGE = "vllm_instant"
 ADDITIONAL_CONFIG_KEY = "vllm_instant"
 SELECT_HINT = "add --plugins vllm_instant"
 
-Serve = Callable[[settings.Deployment, bool], None]
+Serve = Callable[[Deployment, bool], None]
 """What happens when a deployment was selected: the deployment, and whether the server has a drafter."""
 
 
@@ -271,16 +273,16 @@ def _select(parsed: Any, serve: Serve) -> None:
         _fail(error)
 
 
-def _take_scheduler(arguments: Any, deployment: settings.Deployment) -> bool:
+def _take_scheduler(arguments: Any, deployment: Deployment) -> bool:
     """Name our scheduler on parsed options or EngineArgs if it has something to do; says whether that is drafts."""
     asked = getattr(arguments, "scheduler_cls", None)
     replaced = asked not in (None, SCHEDULER)
-    batches = deployment.installed("batching").plugin.build is not None
+    batches = installed_plugin(deployment, "batching").plugin.build is not None
     speculates = deployment.slots["speculation"].plugin != "off" and (
         chooses_drafter(arguments) or (not replaced and may_be_used(arguments, deployment))
     )
     if not (speculates or batches):
-        if not replaced and deployment.installed("streaming").plugin.build is not None:
+        if not replaced and installed_plugin(deployment, "streaming").plugin.build is not None:
             # Sessions may hold KV blocks there; under another scheduler they go without.
             arguments.scheduler_cls = SCHEDULER
         return False
@@ -340,7 +342,7 @@ def _select_offline(engine_args: Any, serve: Serve) -> None:
     deployment = settings.resolve(None if file is True else os.fspath(file))
     known = {field.name: field for field in dataclasses.fields(engine_args)}
     problems = []
-    for key, value in deployment.engine_arguments().items():
+    for key, value in engine_arguments(deployment).items():
         field = known.get(key)
         if field is None:
             problems.append(Problem(str(file), f"[vllm] {key}", "is no argument of vllm.LLM(...)"))

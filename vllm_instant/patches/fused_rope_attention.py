@@ -16,7 +16,7 @@ from vllm.model_executor.layers.attention.attention import Attention, get_attent
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.utils.torch_utils import _encode_layer_name
 
-from vllm_instant.interfaces import Rotation
+from vllm_instant.interfaces.attention import Rotation
 from vllm_instant.patches.attention_backend import InstantAttentionImpl
 
 logger = logging.getLogger("vllm.instant")

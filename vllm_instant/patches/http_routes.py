@@ -14,7 +14,8 @@ from fastapi import Body, FastAPI, HTTPException, Query, Request
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin, failure_counts
-from vllm_instant.deployment.settings import Deployment, SlotChoice
+from vllm_instant.deployment.resolved import installed_plugin, is_default_drafter
+from vllm_instant.interfaces.deployment import Deployment, SlotChoice
 from vllm_instant.metrics import InstantMetrics
 from vllm_instant.patches import streaming
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
@@ -103,7 +104,7 @@ async def _show_experts(request: Request) -> dict[str, Any]:
 async def _set_experts(request: Request, settings: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
     """Hand settings to the experts plugin in all workers; the first one's answer, its layers included."""
     deployment: Deployment | None = getattr(request.app.state, "instant_deployment", None)
-    if deployment is None or deployment.installed("experts").plugin.build is None:
+    if deployment is None or installed_plugin(deployment, "experts").plugin.build is None:
         raise HTTPException(404, "this server has no experts plugin")
     workers = await request.app.state.engine_client.collective_rpc(EXPERTS_METHOD, args=(settings,))
     if not workers or workers[0] is None:
@@ -116,7 +117,7 @@ async def _set_experts(request: Request, settings: Annotated[dict[str, Any], Bod
 def as_served(deployment: Deployment, speculative_config: Any) -> Deployment:
     """The deployment without the default drafter where that does not draft."""
     drafts = speculative_config is not None and uses_drafter_plugin(deployment, speculative_config)
-    if drafts or not deployment.drafter_is_default:
+    if drafts or not is_default_drafter(deployment):
         return deployment
     return deployment.model_copy(update={"slots": deployment.slots | {"drafter": SlotChoice(plugin="native")}})
 

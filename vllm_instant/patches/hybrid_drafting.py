@@ -17,7 +17,8 @@ from typing import Any
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
-from vllm_instant.interfaces import Draft, DraftAssignment, DraftRequest, HybridDrafter
+from vllm_instant.deployment.resolved import installed_plugin
+from vllm_instant.interfaces.drafter import Draft, DraftAssignment, DraftRequest, HybridDrafter
 from vllm_instant.patches.compat import HasSignature, References, VllmPatch
 from vllm_instant.patches.draft_model_skip import DraftModelCatchUp, can_be_skipped, keeper_of
 from vllm_instant.patches.drafter import checked_draft
@@ -188,7 +189,7 @@ def _build(runner: Any, module: ModuleType) -> HybridDraftRunner | None:
     speculative = runner.speculative_config
     if deployment is None or speculative is None:
         return None
-    plugin = deployment.installed("drafter").plugin
+    plugin = installed_plugin(deployment, "drafter").plugin
     if plugin.build is None or plugin.engine_arguments is None or not uses_drafter_plugin(deployment, speculative):
         return None
     if runner.use_async_scheduling or not can_be_skipped(runner):

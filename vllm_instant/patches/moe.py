@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from vllm_instant.deployment import deployment_env
-from vllm_instant.deployment.settings import Deployment
 from vllm_instant.deployment.slots import SLOTS
-from vllm_instant.interfaces import ExpertLayer, StepRows
+from vllm_instant.interfaces.deployment import Deployment
+from vllm_instant.interfaces.experts import ExpertLayer, StepRows
 from vllm_instant.patches import moe_routers
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported

@@ -11,7 +11,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from vllm_instant.interfaces import ExpertCount
+from vllm_instant.interfaces.experts import ExpertCount
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.moe import SERVING, chosen

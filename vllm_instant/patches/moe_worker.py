@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin, failure_counts
-from vllm_instant.interfaces import (
+from vllm_instant.interfaces.experts import (
     ExpertLayer,
     ExpertRouter,
     Measurement,

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from typing import Any
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.deployment.settings import Deployment
+from vllm_instant.deployment.resolved import drafter_arguments, installed_plugin, plugin_options
 from vllm_instant.deployment.slots import SLOTS
-from vllm_instant.interfaces import PluginContext
+from vllm_instant.interfaces.deployment import Deployment
+from vllm_instant.interfaces.plugins import PluginContext
 from vllm_instant.patches.compat import HasAttribute, VllmPatch
 
 
@@ -29,7 +30,9 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
         vocab_size=vllm_config.model_config.get_vocab_size(),
         num_speculative_tokens=speculative.num_speculative_tokens if speculative is not None else 0,
         device=str(vllm_config.device_config.device_type),
-        confident_drafts=own_drafter and deployment is not None and deployment.installed("drafter").plugin.confident,
+        confident_drafts=own_drafter
+        and deployment is not None
+        and installed_plugin(deployment, "drafter").plugin.confident,
         itl_slo_ms=deployment.slots["speculation"].options.get("itl_slo_ms") if deployment is not None else None,
         identity=_identity(vllm_config, deployment if own_drafter else None),
     )
@@ -37,7 +40,7 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
 
 def uses_drafter_plugin(deployment: Deployment, speculative_config: Any) -> bool:
     """Whether the server drafts as its drafter plugin says: the command line may have chosen another method."""
-    chosen = deployment.drafter_arguments().get("speculative_config", {})
+    chosen = drafter_arguments(deployment).get("speculative_config", {})
     if speculative_config.method == "custom_class":
         return bool(speculative_config.model == chosen.get("model"))
     return bool(speculative_config.method == chosen.get("method"))
@@ -78,11 +81,11 @@ def build_guarded(slot: str, deployment: Deployment, context: PluginContext) -> 
         PluginStartError: when the plugin's ``build`` fails or returns something that its slot cannot use.
 
     """
-    plugin = deployment.installed(slot).plugin
+    plugin = installed_plugin(deployment, slot).plugin
     if plugin.build is None:
         return None
     try:
-        instance = plugin.build(deployment.options(slot), context)
+        instance = plugin.build(plugin_options(deployment, slot), context)
     except Exception as error:
         raise PluginStartError(
             f"plugin {plugin.name} of slot {slot} cannot start: {type(error).__name__}: {error}"

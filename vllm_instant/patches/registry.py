@@ -9,7 +9,8 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-from vllm_instant.deployment.settings import Deployment
+from vllm_instant.deployment.resolved import engine_arguments, installed_plugin
+from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches import (
     admission,
     attention,
@@ -115,11 +116,11 @@ def needed_by(patch: VllmPatch, deployment: Deployment | None, speculates: bool 
         return ()
     # Without a drafter there is no budget to hand out, whatever policy is named.
     if speculates is None:
-        speculates = "speculative_config" in deployment.engine_arguments()
+        speculates = "speculative_config" in engine_arguments(deployment)
     return tuple(
         f"{slot}={deployment.slots[slot].plugin}"
         for slot in patch.slots
-        if deployment.installed(slot).plugin.build is not None
+        if installed_plugin(deployment, slot).plugin.build is not None
         and (speculates or slot not in ("speculation", "drafter", "rejection_sampler"))
     )
 

@@ -25,13 +25,14 @@ from typing import Any
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
-from vllm_instant.deployment.settings import Deployment
-from vllm_instant.interfaces import RejectionSampler
+from vllm_instant.deployment.resolved import installed_plugin
+from vllm_instant.interfaces.deployment import Deployment
+from vllm_instant.interfaces.rejection_sampler import RejectionSampler, VerificationBatch
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.plugin_factory import PluginStartError, build_guarded, context_of
 from vllm_instant.patches.shared_noise import share_noise
-from vllm_instant.speculation.verification import PaddedDrafts, VerificationBatch, pad_drafts
+from vllm_instant.speculation.verification import PaddedDrafts, pad_drafts
 
 logger = logging.getLogger("vllm.instant")
 
@@ -224,7 +225,7 @@ def _put_into(runner: Any, module: ModuleType) -> None:
 
 def _refuse_if_named(deployment: Deployment, why: str) -> None:
     choice = deployment.slots["rejection_sampler"]
-    if deployment.installed("rejection_sampler").plugin.lossy:
+    if installed_plugin(deployment, "rejection_sampler").plugin.lossy:
         raise PluginStartError(f"plugin {choice.plugin} of slot rejection_sampler cannot serve: {why}")
     logger.info("vLLM's own rejection sampler serves: %s", why)
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import failure_counts
-from vllm_instant.interfaces import RequestState, StepOutcome
+from vllm_instant.interfaces.requests import RequestState
+from vllm_instant.interfaces.speculation import StepOutcome
 from vllm_instant.patches.admission import BatchingMixin
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.moe_reports import count_in

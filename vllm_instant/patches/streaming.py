@@ -20,9 +20,9 @@ from uuid import uuid4
 from fastapi import FastAPI
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.deployment.settings import Deployment
 from vllm_instant.deployment.slots import SLOTS
-from vllm_instant.interfaces import EngineLoad, Holds, StreamingPrefill
+from vllm_instant.interfaces.deployment import Deployment
+from vllm_instant.interfaces.streaming import EngineLoad, Holds, StreamingPrefill
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.engine_core import HOLD_METHOD, LET_GO_METHOD
 from vllm_instant.patches.import_hooks import when_imported

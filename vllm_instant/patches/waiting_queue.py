@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from vllm_instant.interfaces import Admission, RequestState
+from vllm_instant.interfaces.requests import RequestState
+from vllm_instant.interfaces.scheduling import Admission
 from vllm_instant.scheduling.request_registry import LazyRequestStates
 
 Ask = Callable[[Sequence[RequestState]], Admission]

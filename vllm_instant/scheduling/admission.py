@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
-from vllm_instant.interfaces import Admission, RequestState, SchedulerSnapshot, SchedulingPolicy, StepOutcome
+from vllm_instant.interfaces.requests import RequestState
+from vllm_instant.interfaces.scheduling import Admission, SchedulerSnapshot, SchedulingPolicy
+from vllm_instant.interfaces.speculation import StepOutcome
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant.interfaces import RequestState
+from vllm_instant.interfaces.requests import RequestState
 
 PROMPT_HEAD = 32
 """Prompts that share so many tokens at their beginning (a system prompt) are of one class."""

@@ -18,14 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
-from vllm_instant.interfaces import (
-    DraftCost,
-    ExpertCount,
-    RequestState,
-    SpeculationPolicy,
-    StepOutcome,
-    UpcomingStep,
-)
+from vllm_instant.interfaces.experts import ExpertCount
+from vllm_instant.interfaces.requests import RequestState
+from vllm_instant.interfaces.speculation import DraftCost, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant.scheduling.request_registry import RequestRegistry
 from vllm_instant.speculation.draft_plan import DraftPlan, DraftReport
 

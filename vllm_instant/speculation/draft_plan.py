@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant.interfaces import Draft, DraftCost
+from vllm_instant.interfaces.drafter import Draft
+from vllm_instant.interfaces.speculation import DraftCost
 
 FREE = DraftCost()
 

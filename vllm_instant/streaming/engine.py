@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vllm_instant.interfaces import EngineLoad, Holds
+from vllm_instant.interfaces.streaming import EngineLoad, Holds
 
 ChatRequest = Mapping[str, Any]
 """The body of a request to ``/v1/chat/completions``."""

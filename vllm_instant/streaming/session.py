@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
-from vllm_instant.interfaces import PrefillOutcome, PrefillProgress
+from vllm_instant.interfaces.streaming import PrefillOutcome, PrefillProgress
 from vllm_instant.streaming.engine import Prompt, RequestError
 from vllm_instant.streaming.events import (
     AppendText,

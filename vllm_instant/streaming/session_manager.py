@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
-from vllm_instant.interfaces import (
+from vllm_instant.interfaces.streaming import (
     EngineLoad,
     Holds,
     PrefillOutcome,

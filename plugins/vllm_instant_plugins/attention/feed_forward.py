@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from vllm_instant import FeedForwardLayer, FeedForwardProvider, LinearWeights
+from vllm_instant.interfaces.feed_forward import FeedForwardLayer, FeedForwardProvider, LinearWeights
 from vllm_instant_kernels.fused_feed_forward import (
     MAX_ROWS,
     FeedForwardWeights,

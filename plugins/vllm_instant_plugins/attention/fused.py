@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from vllm_instant import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, FeedForwardProvider, Rotation
+from vllm_instant.interfaces.attention import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, Rotation
+from vllm_instant.interfaces.feed_forward import FeedForwardProvider
 from vllm_instant_kernels import cache_layout
 from vllm_instant_kernels.attention_tiles import Workspace
 from vllm_instant_kernels.cache_layout import CacheViews

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
-from vllm_instant import AttentionProvider, Plugin, PluginContext, PluginOptions
+from vllm_instant import Plugin, PluginContext, PluginOptions
+from vllm_instant.interfaces.attention import AttentionProvider
 
 
 class FusedOptions(PluginOptions):

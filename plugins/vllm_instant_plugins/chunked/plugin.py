@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import Field
 
-from vllm_instant import Deployment, Holds, Plugin, PluginContext, PluginOptions, SessionLimits, StreamingPrefill
+from vllm_instant import Deployment, Plugin, PluginContext, PluginOptions
+from vllm_instant.interfaces.streaming import Holds, SessionLimits, StreamingPrefill
 
 CPU_BLOCK_SIZE = 32
 """Tokens per KV block on CPUs: the smallest size that vLLM's CPU attention handles efficiently. With its default, 128,

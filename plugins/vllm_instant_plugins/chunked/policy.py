@@ -6,7 +6,14 @@ from collections import deque
 
 import numpy as np
 
-from vllm_instant import EngineLoad, Holds, PrefillOutcome, PrefillProgress, SessionLimits, StreamingPrefill
+from vllm_instant.interfaces.streaming import (
+    EngineLoad,
+    Holds,
+    PrefillOutcome,
+    PrefillProgress,
+    SessionLimits,
+    StreamingPrefill,
+)
 
 NUM_REMEMBERED_CHUNKS = 32
 """Latest chunks whose time per token is kept."""

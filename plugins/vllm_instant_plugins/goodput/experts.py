@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import ExpertCount
+from vllm_instant.interfaces.experts import ExpertCount
 
 _MEMORY = 0.98
 _PRIOR = 0.5

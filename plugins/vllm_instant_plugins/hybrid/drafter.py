@@ -13,7 +13,10 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import Draft, DraftAssignment, DraftCost, DraftRequest, HybridDrafter, prompt_group, trim_drafts
+from vllm_instant import Draft, DraftCost, DraftRequest
+from vllm_instant.interfaces.drafter import DraftAssignment, HybridDrafter
+from vllm_instant.scheduling.request_registry import prompt_group
+from vllm_instant.speculation.draft_plan import trim_drafts
 from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
 from vllm_instant_plugins.goodput.plan_kernels import UNAFFORDABLE
 from vllm_instant_plugins.hybrid.draft_steps import Lookups, Reading, best_passes, rows_cost

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_instant import PaddedDrafts, RejectionSampler, VerificationBatch, pad_drafts
+from vllm_instant import RejectionSampler, VerificationBatch
+from vllm_instant.speculation.verification import PaddedDrafts, pad_drafts
 from vllm_instant_plugins.samplers.drawing import replacements
 from vllm_instant_plugins.samplers.residuals import residual_masses
 from vllm_instant_plugins.samplers.token import kept_one_by_one, ratios

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_instant import PaddedDrafts
+from vllm_instant.speculation.verification import PaddedDrafts
 
 
 def probabilities_of_drafts(probs: torch.Tensor, rows: PaddedDrafts) -> torch.Tensor:

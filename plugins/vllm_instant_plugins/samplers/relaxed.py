@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_instant import RejectionSampler, VerificationBatch, pad_drafts
+from vllm_instant import RejectionSampler, VerificationBatch
+from vllm_instant.speculation.verification import pad_drafts
 from vllm_instant_plugins.samplers import block
 from vllm_instant_plugins.samplers.drawing import replacements
 from vllm_instant_plugins.samplers.residuals import move_towards

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import RequestState, hinted_output_tokens
+from vllm_instant import RequestState
+from vllm_instant.scheduling.request_registry import hinted_output_tokens
 
 Array = npt.NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_instant import ExpertLayer, RouterStep, RowKind
+from vllm_instant.interfaces.experts import ExpertLayer, RouterStep, RowKind
 from vllm_instant_plugins.jit import compiled
 
 _PREFILL, _DECODE = int(RowKind.PREFILL), int(RowKind.DECODE)

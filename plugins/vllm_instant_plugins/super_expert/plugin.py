@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from vllm_instant import ExpertRouter, Plugin, PluginContext, PluginOptions
+from vllm_instant import Plugin, PluginContext, PluginOptions
+from vllm_instant.interfaces.experts import ExpertRouter
 
 
 class SuperExpertOptions(PluginOptions):
@@ -54,7 +55,7 @@ class ObservedOptions(PluginOptions):
 
 
 def _super_expert(options: SuperExpertOptions, context: PluginContext) -> ExpertRouter:
-    from vllm_instant import SuperExperts
+    from vllm_instant.moe.expert_groups import SuperExperts
     from vllm_instant_plugins.super_expert.quality_gate import QualityGate
     from vllm_instant_plugins.super_expert.router import SuperExpertRouter
 

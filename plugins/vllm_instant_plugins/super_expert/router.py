@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_instant import ExpertLayer, ExpertRouter, Measurement, RouterStep, RoutingMeasures, StepRows, SuperExperts
+from vllm_instant.interfaces.experts import (
+    ExpertLayer,
+    ExpertRouter,
+    Measurement,
+    RouterStep,
+    RoutingMeasures,
+    StepRows,
+)
+from vllm_instant.moe.expert_groups import SuperExperts
 from vllm_instant_plugins.super_expert.expert_selection import LayerChoice, warm_up
 from vllm_instant_plugins.super_expert.quality_gate import QualityGate, Verdict
 

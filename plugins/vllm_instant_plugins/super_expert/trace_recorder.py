@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_instant import ExpertLayer, ExpertRouter, Measurement, RoutedModel, RouterStep, StepRows, Trace
+from vllm_instant.interfaces.experts import ExpertLayer, ExpertRouter, Measurement, RouterStep, StepRows
+from vllm_instant.moe.routing_trace import RoutedModel, Trace
 
 logger = logging.getLogger("vllm.instant")
 

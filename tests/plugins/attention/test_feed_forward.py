@@ -4,7 +4,8 @@ import pytest
 import torch
 import triton
 
-from vllm_instant import FeedForwardLayer, FeedForwardProvider, LinearWeights, PluginContext
+from vllm_instant import PluginContext
+from vllm_instant.interfaces.feed_forward import FeedForwardLayer, FeedForwardProvider, LinearWeights
 from vllm_instant_plugins.attention import feed_forward as module
 from vllm_instant_plugins.attention.feed_forward import FusedFeedForward
 from vllm_instant_plugins.attention.fused import FusedAttention

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 
-from vllm_instant import AttentionLayer, AttentionStep, Rotation
+from vllm_instant.interfaces.attention import AttentionLayer, AttentionStep, Rotation
 from vllm_instant_plugins.attention import fused
 from vllm_instant_plugins.attention.fused import FusedAttention
 from vllm_instant_plugins.attention.plugin import FusedOptions

@@ -2,9 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_instant import EngineLoad, Holds, PluginContext, PrefillOutcome, PrefillProgress, SessionLimits
+from vllm_instant import PluginContext
 from vllm_instant.deployment.errors import DeploymentError
+from vllm_instant.deployment.resolved import engine_arguments, plugin_options
 from vllm_instant.deployment.settings import resolve
+from vllm_instant.interfaces.streaming import EngineLoad, Holds, PrefillOutcome, PrefillProgress, SessionLimits
 from vllm_instant_plugins.chunked import plugin as chunked
 from vllm_instant_plugins.chunked.policy import ChunkedPrefill
 
@@ -66,10 +68,10 @@ def test_answers_are_started_early_only_while_no_other_request_runs():
 
 def test_it_enables_the_prefix_cache_and_small_blocks_on_cpus(write_file):
     deployment = resolve(write_file('[streaming]\nplugin = "chunked"\nmax_sessions = 3\n'))
-    arguments = deployment.engine_arguments()
+    arguments = engine_arguments(deployment)
     assert arguments["enable_prefix_caching"] is True
     assert arguments["block_size"] == 32  # this project's tests run on the CPU build
-    assert deployment.options("streaming").max_sessions == 3
+    assert plugin_options(deployment, "streaming").max_sessions == 3
 
 
 def test_a_disabled_prefix_cache_is_refused(write_file):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant import ExpertCount
+from vllm_instant.interfaces.experts import ExpertCount
 from vllm_instant.tools.measure.simulator import RequestClass, StepCost, simulate, steady
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.experts import ExpertUse

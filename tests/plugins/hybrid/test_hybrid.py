@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vllm_instant import Draft, DraftCost, DraftRequest, HybridDrafter
+from vllm_instant import Draft, DraftCost, DraftRequest
+from vllm_instant.interfaces.drafter import HybridDrafter
 from vllm_instant_plugins.hybrid.drafter import MIN_STEPS_BETWEEN_PROBES, PROBE_TOKENS, LookupHybridDrafter
 
 MOST = 4

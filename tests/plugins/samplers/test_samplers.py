@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from planted_samplers import PLANTED
 from toy_models import ToyPair
 
-from vllm_instant import VerificationBatch, pad_drafts
+from vllm_instant import VerificationBatch
+from vllm_instant.speculation.verification import pad_drafts
 from vllm_instant_plugins.samplers import block, residuals
 from vllm_instant_plugins.samplers.block import BlockSampler
 from vllm_instant_plugins.samplers.drawing import draw

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant import Admission, RequestState, SchedulerSnapshot, StepOutcome, hinted_output_tokens
-from vllm_instant.scheduling.request_registry import RequestRegistry
+from vllm_instant import Admission, RequestState, SchedulerSnapshot, StepOutcome
+from vllm_instant.scheduling.request_registry import RequestRegistry, hinted_output_tokens
 from vllm_instant.tools.measure.queue_simulator import Job, serve
 from vllm_instant_plugins.similarity.itl_chunking import ItlChunkingPolicy
 from vllm_instant_plugins.similarity.policy import SimilarityPolicy

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant import ExpertLayer, RouterStep, RowKind
+from vllm_instant.interfaces.experts import ExpertLayer, RouterStep, RowKind
 from vllm_instant.moe.router_scoring import RouterScoring
 from vllm_instant.tools.moe import budgets
 from vllm_instant_plugins.super_expert.expert_selection import LayerChoice

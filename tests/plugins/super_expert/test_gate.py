@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant import Measurement, RoutingMeasures
+from vllm_instant.interfaces.experts import Measurement, RoutingMeasures
 from vllm_instant_plugins.super_expert.quality_gate import FIRST_PATIENCE, QualityGate, Verdict
 from vllm_instant_plugins.super_expert.router import SuperExpertRouter
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_instant import ExpertLayer, RouterStep, RowKind, StepRows, Trace
+from vllm_instant.interfaces.experts import ExpertLayer, RouterStep, RowKind, StepRows
+from vllm_instant.moe.routing_trace import Trace
 from vllm_instant_plugins.super_expert.trace_recorder import Recorder
 
 LAYERS = [ExpertLayer(index, f"layers.{index}", 16, 2, "sigmoid", False) for index in range(3)]

@@ -4,17 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_instant import (
-    ExpertLayer,
-    Measurement,
-    RoutedModel,
-    RouterStep,
-    RoutingMeasures,
-    RowKind,
-    StepRows,
-    SuperExperts,
-)
+from vllm_instant.interfaces.experts import ExpertLayer, Measurement, RouterStep, RoutingMeasures, RowKind, StepRows
+from vllm_instant.moe.expert_groups import SuperExperts
 from vllm_instant.moe.router_scoring import RouterScoring
+from vllm_instant.moe.routing_trace import RoutedModel
 from vllm_instant_plugins.super_expert.quality_gate import QualityGate
 from vllm_instant_plugins.super_expert.router import SuperExpertRouter
 

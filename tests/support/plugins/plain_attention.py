@@ -7,7 +7,7 @@ from pathlib import Path
 
 from attention_reference import paged_attention_reference, write_reference
 
-from vllm_instant import AttentionProvider, CacheParts
+from vllm_instant.interfaces.attention import AttentionProvider, CacheParts
 from vllm_instant_kernels.cache_layout import CacheViews, row_bytes, split
 from vllm_instant_plugins.attention.feed_forward import FusedFeedForward
 

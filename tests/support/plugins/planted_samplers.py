@@ -2,7 +2,8 @@
 
 import torch
 
-from vllm_instant import RejectionSampler, pad_drafts
+from vllm_instant import RejectionSampler
+from vllm_instant.speculation.verification import pad_drafts
 from vllm_instant_plugins.samplers.drawing import draw
 from vllm_instant_plugins.samplers.token import TokenSampler
 

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_instant import AttentionProvider
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.errors import DeploymentError
+from vllm_instant.deployment.resolved import engine_arguments
 from vllm_instant.deployment.settings import resolve
+from vllm_instant.interfaces.attention import AttentionProvider
 from vllm_instant.patches import attention
 
 pytestmark = pytest.mark.engine
@@ -120,7 +121,7 @@ def test_rows_of_the_cache_are_as_long_as_the_plugin_says(monkeypatch):
 @pytest.mark.usefixtures("with_test_plugins")
 def test_what_a_plugin_asks_of_vllm():
     asked = {"attention_backend": "CUSTOM", "kv_cache_dtype": "fp8_per_token_head"}
-    assert asked.items() <= resolve(None, ["attention.plugin=fp8_fused"]).engine_arguments().items()
-    assert asked.items() <= resolve(None, ["attention.plugin=plain"]).engine_arguments().items()
-    assert resolve(None, ["attention.plugin=fp8"]).engine_arguments()["kv_cache_dtype"] == "fp8"
-    assert not asked.keys() & resolve(None, ["attention.plugin=native"]).engine_arguments().keys()
+    assert asked.items() <= engine_arguments(resolve(None, ["attention.plugin=fp8_fused"])).items()
+    assert asked.items() <= engine_arguments(resolve(None, ["attention.plugin=plain"])).items()
+    assert engine_arguments(resolve(None, ["attention.plugin=fp8"]))["kv_cache_dtype"] == "fp8"
+    assert not asked.keys() & engine_arguments(resolve(None, ["attention.plugin=native"])).keys()

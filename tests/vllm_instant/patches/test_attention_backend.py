@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_instant import AttentionProvider, CacheParts
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
+from vllm_instant.interfaces.attention import AttentionProvider, CacheParts
 from vllm_instant.patches import attention
 
 pytestmark = pytest.mark.engine

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_instant.deployment.settings import PLUGIN_DRAFTER, resolve
+from vllm_instant.deployment.resolved import PLUGIN_DRAFTER, drafter_arguments, engine_arguments, is_default_drafter
+from vllm_instant.deployment.settings import resolve
 from vllm_instant.patches import plugin_factory
 from vllm_instant.patches.default_drafter import may_be_used
 from vllm_instant.patches.http_routes import as_served
@@ -28,7 +29,7 @@ def _on_a_cpu(monkeypatch):
 
 def test_without_any_choice_it_is_used():
     assert may_be_used(_arguments(), _deployment())
-    assert _deployment().drafter_arguments()["speculative_config"]["model"] == PLUGIN_DRAFTER
+    assert drafter_arguments(_deployment())["speculative_config"]["model"] == PLUGIN_DRAFTER
 
 
 @pytest.mark.parametrize(
@@ -47,13 +48,13 @@ def test_not_against_the_deployment(override):
 
 def test_a_drafter_that_was_named_is_no_default():
     named = _deployment("drafter.plugin=suffix")
-    assert not named.drafter_is_default
-    assert "speculative_config" in named.engine_arguments()
-    assert "speculative_config" not in _deployment().engine_arguments()
+    assert not is_default_drafter(named)
+    assert "speculative_config" in engine_arguments(named)
+    assert "speculative_config" not in engine_arguments(_deployment())
 
 
 def test_options_of_the_default_drafter_need_no_name():
-    arguments = _deployment("drafter.num_speculative_tokens=5").drafter_arguments()
+    arguments = drafter_arguments(_deployment("drafter.num_speculative_tokens=5"))
     assert arguments["speculative_config"]["num_speculative_tokens"] == 5
 
 

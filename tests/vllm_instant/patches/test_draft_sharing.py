@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_instant import DraftAssignment, HybridDrafter
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
+from vllm_instant.interfaces.drafter import DraftAssignment, HybridDrafter
 from vllm_instant.patches.hybrid_drafting import SHARER_ATTRIBUTE, HybridDraftRunner, _wrap
 from vllm_instant.patches.scheduler import PLAN_ATTRIBUTE
 from vllm_instant.patches.worker_reports import report_of

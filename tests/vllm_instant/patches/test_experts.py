@@ -9,7 +9,7 @@ import torch
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.interfaces import ExpertLayer, ExpertRouter, Measurement, RowKind, StepRows
+from vllm_instant.interfaces.experts import ExpertLayer, ExpertRouter, Measurement, RowKind, StepRows
 from vllm_instant.patches import moe as patch
 from vllm_instant.patches import moe_reports, moe_routers
 from vllm_instant.patches.moe_worker import MoeWorker

@@ -8,8 +8,9 @@ import pytest
 import torch
 from feed_forward_cases import feed_forward_apart_reference
 
-from vllm_instant import AttentionProvider, FeedForwardProvider
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
+from vllm_instant.interfaces.attention import AttentionProvider
+from vllm_instant.interfaces.feed_forward import FeedForwardProvider
 from vllm_instant.patches import attention
 from vllm_instant.patches import feed_forward as patch
 from vllm_instant.patches.compat import RequirementError, forget_sources, installed_vllm

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.resolved import is_default_drafter
 from vllm_instant.patches import activation, flags
 from vllm_instant.patches.scheduler import QUALIFIED_NAME as SCHEDULER
 
@@ -144,7 +145,7 @@ def test_one_value_set_on_the_command_line(parse, deploy):
 def test_without_a_file_the_defaults_are_served(parse):
     parsed = parse("serve", "MODEL", "--plugins", "vllm_instant")
     assert deployment_env.get_deployment().file is None
-    assert deployment_env.get_deployment().drafter_is_default
+    assert is_default_drafter(deployment_env.get_deployment())
     # Whether the default drafter then drafts depends on the model.
     assert parsed.scheduler_cls == SCHEDULER
     assert parsed.speculative_config is None

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_instant import Plugin
+from vllm_instant import Plugin, PluginContext
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.interfaces import PluginContext
 from vllm_instant.patches import import_hooks, module_names, plugin_factory, skip_rejection_sampler
 from vllm_instant.patches.cpu import numba_scan, sampling
 

@@ -9,10 +9,10 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 from starlette.responses import JSONResponse
 
-from vllm_instant import EngineLoad, StreamingPrefill
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.settings import resolve
+from vllm_instant.interfaces.streaming import EngineLoad, StreamingPrefill
 from vllm_instant.metrics import InstantMetrics
 from vllm_instant.patches import http_routes, streaming
 from vllm_instant.patches.http_routes import InstantEndpoints

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_instant.interfaces import Admission, RequestState
+from vllm_instant import Admission, RequestState
 from vllm_instant.patches.waiting_queue import InstantQueue
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming_texts import TEXTS
 
-from vllm_instant import Holds, PrefillProgress
+from vllm_instant.interfaces.streaming import Holds, PrefillProgress
 from vllm_instant.streaming.events import EventError, check
 from vllm_instant.streaming.session import Session
 

@@ -13,9 +13,11 @@ from pydantic.fields import FieldInfo
 
 from vllm_instant.deployment.errors import EXIT_CODE
 from vllm_instant.deployment.plugin_manager import plugin_manager
-from vllm_instant.deployment.settings import DEFAULT_ORIGIN, Deployment, resolve
+from vllm_instant.deployment.resolved import engine_arguments
+from vllm_instant.deployment.settings import DEFAULT_ORIGIN, resolve
 from vllm_instant.deployment.slots import SLOTS, Slot
-from vllm_instant.interfaces import PluginOptions
+from vllm_instant.interfaces.deployment import Deployment
+from vllm_instant.interfaces.plugins import PluginOptions
 from vllm_instant.tools.cli.common import (
     DeploymentPath,
     Overrides,
@@ -82,7 +84,7 @@ def effective(deployment: Deployment) -> Iterator[tuple[str, Any, str]]:
         for name, value in {"plugin": choice.plugin, **choice.options}.items():
             key = f"{slot}.{name}"
             yield key, value, deployment.origins.get(key, DEFAULT_ORIGIN)
-    for name, value in deployment.engine_arguments().items():
+    for name, value in engine_arguments(deployment).items():
         origin = next(
             (origin for key, origin in deployment.origins.items() if f"{key}.".startswith(f"vllm.{name}.")),
             "[drafter]",

@@ -16,7 +16,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from vllm_instant.deployment.settings import Deployment, resolve
+from vllm_instant.deployment.resolved import installed_plugin
+from vllm_instant.deployment.settings import resolve
+from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.tools.cli.common import Overrides, fail, print_columns, problems_reported, require_vllm, working
 from vllm_instant.tools.measure import quality, verify
 from vllm_instant.tools.measure.prompts import held_out_texts
@@ -148,7 +150,7 @@ def _started(
         stock = ServerClient(stock_server.url, stock_server.served_model())
         expected = verify.baseline_answers(stock, plan, status.update)
         for number, (config, deployment) in enumerate(deployments):
-            lossy = [slot for slot in deployment.slots if deployment.installed(slot).plugin.lossy]
+            lossy = [slot for slot in deployment.slots if installed_plugin(deployment, slot).plugin.lossy]
             settings = [f"--instant-set={override}" for override in overrides]
             settings += ["--instant-config", str(config)] if config is not None else []
             status.update(f"Starting {config or 'the default deployment'} …")

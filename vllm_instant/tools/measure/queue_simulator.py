@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.interfaces import Admission, RequestState, SchedulerSnapshot, SchedulingPolicy
+from vllm_instant.interfaces.requests import RequestState
+from vllm_instant.interfaces.scheduling import Admission, SchedulerSnapshot, SchedulingPolicy
 from vllm_instant.scheduling.admission import Batching
 from vllm_instant.scheduling.request_registry import RequestRegistry
 

@@ -15,7 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.interfaces import Draft, ExpertCount, RequestState, SpeculationPolicy
+from vllm_instant.interfaces.drafter import Draft
+from vllm_instant.interfaces.experts import ExpertCount
+from vllm_instant.interfaces.requests import RequestState
+from vllm_instant.interfaces.speculation import SpeculationPolicy
 from vllm_instant.speculation.draft_budget import DraftBudgetManager
 from vllm_instant.speculation.draft_plan import DraftPlan, trim_drafts
 
