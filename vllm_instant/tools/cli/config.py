@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,16 +11,16 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
-from vllm_instant.deployment.errors import EXIT_CODE
 from vllm_instant.deployment.plugin_manager import plugin_manager
 from vllm_instant.deployment.resolved import engine_arguments
 from vllm_instant.deployment.settings import DEFAULT_ORIGIN, resolve
 from vllm_instant.deployment.slots import SLOTS, Slot
 from vllm_instant.interfaces.deployment import Deployment
-from vllm_instant.interfaces.plugins import PluginOptions
+from vllm_instant.interfaces.plugins import Plugin, PluginOptions
 from vllm_instant.tools.cli.common import (
     DeploymentPath,
     Overrides,
+    fail,
     print_columns,
     problems_reported,
     quiet_logging,
@@ -38,13 +38,11 @@ def init(
 ) -> None:
     """Write a commented deployment file with every slot, plugin and option at its default."""
     if path.exists() and not force:
-        print(f"vllm-instant: {path} exists; --force overwrites it", file=sys.stderr)
-        raise typer.Exit(EXIT_CODE)
+        fail(f"{path} exists; --force overwrites it")
     try:
         path.write_text(template(), encoding="utf-8")
     except OSError as error:
-        print(f"vllm-instant: {path} cannot be written: {error.strerror}", file=sys.stderr)
-        raise typer.Exit(EXIT_CODE) from None
+        fail(f"{path} cannot be written: {error.strerror}")
     print(f"Wrote {path}. Serve it with: vllm serve MODEL --plugins vllm_instant --instant-config {path}")
 
 
@@ -112,24 +110,46 @@ def template() -> str:
 
 def _table(slot: Slot) -> Iterator[str]:
     yield f"# {slot.name}: {slot.decides} (decided in the {slot.runs_in})."
-    offers = [offer for offer in plugin_manager().installed_plugins() if offer.plugin.slot == slot.name]
-    for offer in offers:
-        lossy = " LOSSY: answers may change." if offer.plugin.lossy else ""
-        yield f"#   {offer.plugin.name}: {offer.plugin.summary}.{lossy}"
+    plugins = [found.plugin for found in plugin_manager().installed_plugins() if found.plugin.slot == slot.name]
+    plugins.sort(key=lambda plugin: plugin.name != slot.default)
+    for plugin in plugins:
+        lossy = " LOSSY: answers may change." if plugin.lossy else ""
+        yield f"#   {plugin.name}: {plugin.summary}.{lossy}"
     yield f"[{slot.name}]"
     chosen = f"plugin = {toml_value(slot.default)}"
-    # The default drafter only serves where it takes nothing away; one that is named always does.
+    # An optional default serves only where it takes nothing away; a plugin that is named serves everywhere.
     yield f"# {chosen}   # the default, where it costs nothing; uncommented: everywhere" if slot.optional else chosen
-    for offer in offers:
-        fields = offer.plugin.options.model_fields
-        if fields and offer.plugin.name != slot.default:
-            yield f"# with plugin = {toml_value(offer.plugin.name)}:"
-        yield from (_option(name, field) for name, field in fields.items())
+    yield from _options_of(plugins)
+
+
+def _options_of(plugins: Sequence[Plugin]) -> Iterator[str]:
+    """The options of a slot's plugins, each group under the names of the plugins that take it.
+
+    Options that one plugin inherits from another's are printed once, for both.
+    """
+    types = dict.fromkeys(plugin.options for plugin in plugins)
+    for options in types:
+        extended = [other for other in types if other is not options and _extends(options, other)]
+        known = {name for other in extended for name in other.model_fields}
+        fields = {name: field for name, field in options.model_fields.items() if name not in known}
+        if fields:
+            takers = [toml_value(plugin.name) for plugin in plugins if _extends(plugin.options, options)]
+            yield f"# {'More options' if known else 'Options'} of plugin = {' or '.join(takers)}:"
+            yield from (_option(name, field) for name, field in fields.items())
+
+
+def _extends(options: type[PluginOptions], base: type[PluginOptions]) -> bool:
+    """Whether these are the options of a base, all of them unchanged, and perhaps more."""
+
+    def described(model: type[PluginOptions], name: str) -> tuple[Any, str | None]:
+        return model.model_fields[name].default, model.model_fields[name].description
+
+    return issubclass(options, base) and all(described(options, n) == described(base, n) for n in base.model_fields)
 
 
 def _option(name: str, field: FieldInfo) -> str:
     if field.is_required():
-        shown = f"{name} = ... (needed)"
+        shown = f"{name} = ... (required)"
     elif field.default is None:
         shown = f"{name} is not set"
     else:

@@ -40,7 +40,7 @@ class TestConfig:
             "max_batch_size",
             "prompt_lookup_max",
             "draft_sample_method",
-            "model = ... (needed)",
+            "model = ... (required)",
         ):
             assert word in text
 
