@@ -37,7 +37,7 @@ lint: env  ## ruff, mypy and the import contracts
 
 docs: env  ## the documentation as a site, in build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 env:  ## the virtual environment alone
 	@$(PYTHON) tools/make_env.py --venv $(VENV)
