@@ -1,4 +1,4 @@
-"""MkDocs hooks: links from a page to a file outside of ``docs/`` become the file's path, since the site holds no such file."""
+"""MkDocs hooks: a link to a file outside of ``docs/`` becomes the path of that file, which the site lacks."""
 
 from __future__ import annotations
 
