@@ -1,1 +1,1 @@
-"""The plugins of the slot ``experts``: fewer distinct experts a step under a quality budget; and plain observation."""
+"""Plugins of the slot ``experts``: fewer distinct experts per step under a quality budget, and plain observation."""

@@ -1,4 +1,4 @@
-"""The model's own routing, counted, and recorded into a trace of bounded size."""
+"""The ``observed`` router: the model's own routing, counted and recorded into a trace of bounded size."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ logger = logging.getLogger("vllm.instant")
 
 COUNT_EVERY = 8
 UNNAMED = "unnamed"
-"""The class of prompts whose clients name none."""
+"""Prompt class of requests whose clients name none."""
 
 
-class Recorder(ExpertRouter):
-    """Writes down which experts the model picks, for a sample of tokens, until the room is used up.
+class TraceRecorder(ExpertRouter):
+    """Records which experts the model picks for a sample of tokens, until the trace is full.
 
-    The picks stay on the device until the file is written. A row's place is decided on the host before the model runs;
-    rows that are not recorded go to one place behind all others.
+    The picks stay on the device until the file is written. The place of a row is chosen on the host before the model
+    runs; rows that are not recorded go to one extra place at the end.
 
     Args:
-        file: the trace; None to record nothing.
-        tokens: how many it holds.
-        share: of the answers' tokens that is recorded.
-        prefill_share: of the prompts' tokens.
+        file: path of the trace; None to record nothing.
+        tokens: maximum number of tokens in the trace.
+        share: fraction of the decoded tokens that is recorded.
+        prefill_share: fraction of the prompt tokens that is recorded.
         model: name of the model, for the file.
-        seed: of the sample.
+        seed: seed of the sample.
 
     """
 
@@ -49,20 +49,20 @@ class Recorder(ExpertRouter):
         self._request = np.zeros(self._capacity, np.int32)
         self._step = np.zeros(self._capacity, np.int64)
         self._is_prefill = np.zeros(self._capacity, np.bool_)
-        self._requests: dict[str, int] = {}
+        self._number_of_request: dict[str, int] = {}
         self._class_of_request: list[int] = []
-        self._classes: dict[str, int] = {}
+        self._number_of_class: dict[str, int] = {}
         self._layers: Sequence[ExpertLayer] = ()
-        self._full_said = False
+        self._reported_full = False
 
     def prepare(self, layers: Sequence[ExpertLayer], max_rows: int, device: torch.device) -> None:
-        """Room for all that will be recorded."""
+        """Allocate the whole trace on the device."""
         self._layers = layers
         if not self._capacity:
             return
         shapes = {(layer.num_experts, layer.top_k) for layer in layers}
         if len(shapes) > 1:
-            raise ValueError(f"a trace needs layers that are alike, found experts and picks of {sorted(shapes)}")
+            raise ValueError(f"a trace needs layers with the same number of experts and top_k, found {sorted(shapes)}")
         shape = (len(layers), self._capacity + 1, layers[0].top_k)
         self._experts = torch.zeros(shape, dtype=torch.int16, device=device)
         self._weights = torch.zeros(shape, dtype=torch.float16, device=device)
@@ -72,12 +72,12 @@ class Recorder(ExpertRouter):
             self._host_places = self._host_places.pin_memory()
 
     def begin_step(self, rows: StepRows) -> bool:
-        """Give places to the rows that are recorded."""
+        """Choose the rows to record and their places in the trace."""
         if not self._capacity or self.used == self._capacity:
-            if self._capacity and not self._full_said:
-                self._full_said = True
+            if self._capacity and not self._reported_full:
+                self._reported_full = True
                 self._places.fill_(self._capacity)
-                logger.info("The trace of experts is full: %d tokens; writing %s", self.used, self._file)
+                logger.info("The expert trace is full (%d tokens); writing it to %s", self.used, self._file)
                 self.write()
             return False
         counts = np.diff(rows.starts)
@@ -89,22 +89,24 @@ class Recorder(ExpertRouter):
         self._host_places.fill_(self._capacity)
         self._host_places[torch.from_numpy(chosen)] = torch.from_numpy(places)
         self._places.copy_(self._host_places, non_blocking=True)
-        numbers = np.array([self._number_of(*pair) for pair in zip(rows.request_ids, rows.prompt_classes, strict=True)])
+        numbers = np.array([self._register(*pair) for pair in zip(rows.request_ids, rows.prompt_classes, strict=True)])
         self._request[places] = numbers[owner[chosen]]
         self._step[places] = rows.number
         self._is_prefill[places] = ~is_decode[chosen]
         self.used += len(chosen)
         return len(chosen) > 0
 
-    def _number_of(self, request_id: str, prompt_group: str) -> int:
-        number = self._requests.get(request_id)
+    def _register(self, request_id: str, prompt_class: str) -> int:
+        number = self._number_of_request.get(request_id)
         if number is None:
-            number = self._requests[request_id] = len(self._requests)
-            self._class_of_request.append(self._classes.setdefault(prompt_group or UNNAMED, len(self._classes)))
+            number = self._number_of_request[request_id] = len(self._number_of_request)
+            self._class_of_request.append(
+                self._number_of_class.setdefault(prompt_class or UNNAMED, len(self._number_of_class))
+            )
         return number
 
     def allowed(self, layer: ExpertLayer, step: RouterStep) -> torch.Tensor | None:
-        """Everything; and note what was picked."""
+        """Allow every expert, and record the picks."""
         if self._capacity:
             places = self._places[: len(step.picks)]
             self._experts[layer.index].index_copy_(0, places, step.picks.to(torch.int16))
@@ -112,7 +114,7 @@ class Recorder(ExpertRouter):
         return None
 
     def look(self, number: int) -> Measurement:
-        """Counts now and then."""
+        """Count every ``COUNT_EVERY`` steps."""
         return Measurement.COUNTS if number % COUNT_EVERY == 0 else Measurement.OFF
 
     def write(self) -> Path | None:
@@ -136,11 +138,11 @@ class Recorder(ExpertRouter):
             self._step[:used].copy(),
             self._is_prefill[:used].copy(),
             np.array(self._class_of_request, np.int16),
-            tuple(self._classes),
+            tuple(self._number_of_class),
         )
 
     def metrics(self) -> Mapping[str, float]:
-        """How far the trace is."""
+        """Number of recorded tokens."""
         return {"recorded_tokens": float(self.used)} if self._capacity else {}
 
     def control(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -149,5 +151,5 @@ class Recorder(ExpertRouter):
             raise ValueError(f'the plugin observed takes {{"write": true}}, found {dict(settings)!r}')
         path = self.write()
         if path is None:
-            raise ValueError("there is nothing to write: no trace is named, or no token was recorded")
+            raise ValueError("there is nothing to write: no trace file is configured, or no token was recorded")
         return {"trace": str(path), "tokens": self.used}

@@ -1,4 +1,4 @@
-"""``super_expert`` as the patch calls it, without an engine."""
+"""The ``super_expert`` router as the patch calls it, without an engine."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def _step(tokens, seed=0):
     return RouterStep(weights, weights, picks, picked, torch.full((tokens,), RowKind.DECODE, dtype=torch.int8))
 
 
-def test_steps_that_cannot_use_too_many_are_not_worth_a_question():
+def test_steps_that_cannot_exceed_the_budget_are_not_asked():
     router = _router()
     assert not router.begin_step(_rows(0, 30))
     assert not router.begin_step(_rows(1))
@@ -49,7 +49,7 @@ def test_steps_that_cannot_use_too_many_are_not_worth_a_question():
     assert not _router(budget=0.5, gate=None).begin_step(_rows(2))
 
 
-def test_the_shadow_is_the_models_own_routing():
+def test_a_reference_pass_uses_the_models_own_routing():
     router = _router()
     step = _step(8)
     served = router.allowed(LAYERS[0], step)
@@ -60,7 +60,7 @@ def test_the_shadow_is_the_models_own_routing():
     assert torch.equal(router.allowed(LAYERS[0], step), served)
 
 
-def test_where_the_model_routes_by_itself_the_shadow_tries_the_next_level():
+def test_at_the_last_level_a_reference_pass_measures_the_next_tighter_level():
     router = _router()
     router.gate.level = router.gate.last
     router.shadow(False)
@@ -72,39 +72,39 @@ def test_where_the_model_routes_by_itself_the_shadow_tries_the_next_level():
     assert router.allowed(LAYERS[0], _step(8)) is None
 
 
-def test_loosening_reaches_the_tensors_and_the_log(caplog):
+def test_loosening_changes_the_captured_tensors_and_is_logged(caplog):
     router = _router()
-    before = [choice.budget for choice in router._choices]
+    before = [selector.budget for selector in router._selectors]
     assert [int(budget) for budget in before] == [4, 4]
     for number in range(1, 4):
         assert router.look(4 * number) is Measurement.REFERENCE
         router.observe(RoutingMeasures(2, 20, 8, 2.0, 1.0, 4, 8.0, 16.0))
-    # The tensors are those that a graph would have captured.
+    # The tensors are the ones that a CUDA graph would have captured.
     assert [int(budget) for budget in before] == [7, 7]
     assert "loosened its budget to 44 %" in caplog.text
     assert router.metrics()["loosened"] == 1
 
 
-def test_settings():
+def test_settings_change_only_if_adjustable():
     with pytest.raises(ValueError, match="adjustable"):
         _router().control({"budget": 0.5})
     router = _router(adjustable=True)
     assert router.control({"budget": 0.5, "shadow_every": 0}) == {"budget": 0.5, "shadow_every": 0}
-    assert int(router._choices[1].budget) == 8
+    assert int(router._selectors[1].budget) == 8
     assert router.look(4) is not Measurement.REFERENCE
     for wrong in ({"budget": 0}, {"budget": True}, {"shadow_every": 1.5}, {"keep": 2}):
         with pytest.raises(ValueError, match="found"):
             router.control(wrong)
 
 
-def test_clusters_of_another_model_are_refused():
+def test_groups_of_another_model_are_refused():
     model = RoutedModel("other", 2, 8, 4)
     clusters = SuperExperts(model, ((0,) * 8,) * 2, ((1.0,) * 8,) * 2)
     with pytest.raises(ValueError, match=r"8 experts.*2 layers of 16 experts"):
         _router(clusters=clusters)
 
 
-def test_the_prior_of_a_cluster_file_decides_who_stays():
+def test_the_prior_of_a_groups_file_decides_which_experts_are_allowed():
     model = RoutedModel("this", 2, 16, 4)
     favoured = [1e6 if expert >= 12 else 1.0 for expert in range(16)]
     clusters = SuperExperts(model, ((0,) * 16,) * 2, (tuple(favoured),) * 2)

@@ -1,4 +1,4 @@
-"""The trace of a small model: right rows, right requests, bounded, and a sample."""
+"""The trace of a small model: its rows, its requests, its bound and its sample."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ import torch
 
 from vllm_instant.interfaces.experts import ExpertLayer, RouterStep, RowKind, StepRows
 from vllm_instant.moe.routing_trace import Trace
-from vllm_instant_plugins.super_expert.trace_recorder import Recorder
+from vllm_instant_plugins.super_expert.trace_recorder import TraceRecorder
 
 LAYERS = [ExpertLayer(index, f"layers.{index}", 16, 2, "sigmoid", False) for index in range(3)]
 
 
 class Model:
-    """Picks that say which token they belong to."""
+    """Picks from which the token can be told."""
 
     def __init__(self, recorder):
         self.recorder, self.number = recorder, 0
@@ -44,8 +44,8 @@ class Model:
         return asked
 
 
-def test_what_is_written_is_what_was_picked(tmp_path):
-    recorder = Recorder(tmp_path / "trace.npz", 100, 1.0, 1.0, "toy")
+def test_the_trace_holds_the_picks(tmp_path):
+    recorder = TraceRecorder(tmp_path / "trace.npz", 100, 1.0, 1.0, "toy")
     model = Model(recorder)
     model.step(("a", "code", 5, False), ("b", "", 1, True), padding=2)
     model.step(("a", "code", 1, True), ("b", "", 3, True))
@@ -64,8 +64,8 @@ def test_what_is_written_is_what_was_picked(tmp_path):
     assert (trace.weights == np.float16(0.25)).all()
 
 
-def test_it_ends_when_it_is_full_and_writes_by_itself(tmp_path):
-    recorder = Recorder(tmp_path / "trace.npz", 7, 1.0, 1.0, "toy")
+def test_a_full_trace_ends_the_recording_and_is_written(tmp_path):
+    recorder = TraceRecorder(tmp_path / "trace.npz", 7, 1.0, 1.0, "toy")
     model = Model(recorder)
     asked = [model.step(("a", "code", 3, True)) for _ in range(5)]
     assert asked == [True, True, True, False, False]
@@ -73,8 +73,8 @@ def test_it_ends_when_it_is_full_and_writes_by_itself(tmp_path):
     assert len(recorder.trace().request) == 7
 
 
-def test_it_takes_a_sample():
-    recorder = Recorder(Path("unused.npz"), 5000, 0.5, 0.1, "toy")
+def test_the_configured_fractions_are_sampled():
+    recorder = TraceRecorder(Path("unused.npz"), 5000, 0.5, 0.1, "toy")
     model = Model(recorder)
     for _ in range(50):
         model.step(("a", "x", 20, False), ("b", "y", 20, True))
@@ -83,8 +83,8 @@ def test_it_takes_a_sample():
     assert prefill.sum() == pytest.approx(100, rel=0.3)
 
 
-def test_without_a_file_nothing_is_held():
-    recorder = Recorder(None, 1000, 1.0, 1.0, "toy")
+def test_without_a_file_nothing_is_recorded():
+    recorder = TraceRecorder(None, 1000, 1.0, 1.0, "toy")
     model = Model(recorder)
     assert not model.step(("a", "x", 4, True))
     assert recorder.metrics() == {}

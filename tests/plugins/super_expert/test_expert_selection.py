@@ -1,4 +1,4 @@
-"""The batch-aware choice on tensors against the reference in NumPy."""
+"""The expert selection of a step, in loops and on tensors, against the reference in NumPy."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vllm_instant.interfaces.experts import ExpertLayer, RouterStep, RowKind
 from vllm_instant.moe.router_scoring import RouterScoring
 from vllm_instant.tools.moe import budgets
-from vllm_instant_plugins.super_expert.expert_selection import LayerChoice
+from vllm_instant_plugins.super_expert.expert_selection import ExpertSelector
 
 CPU = torch.device("cpu")
 
@@ -40,17 +40,17 @@ def _case(tokens, experts, seed):
     st.booleans(),
     st.integers(0, 10_000),
 )
-def test_it_is_the_reference(tokens, shape, keep, share, cohesion, with_prior, seed):
+def test_both_implementations_match_the_reference(tokens, shape, keep, share, cohesion, with_prior, seed):
     experts, top_k = shape
     generator, logits, kinds = _case(tokens, experts, seed)
     prior = generator.uniform(0.2, 3.0, experts) if with_prior else None
     cluster = generator.integers(0, 4, experts)
     layer = ExpertLayer(0, "layer", experts, top_k)
-    choice = LayerChoice(layer, keep, None if prior is None else prior.tolist(), cluster.tolist(), cohesion, CPU)
+    selector = ExpertSelector(layer, keep, None if prior is None else prior.tolist(), cluster.tolist(), cohesion, CPU)
     budget = math.ceil(share * experts)
-    choice.budget.fill_(budget)
+    selector.budget.fill_(budget)
     step = _step(logits, top_k, kinds)
-    answers = [choice.allowed(step)[0].numpy(), choice.allowed_by_tensors(step)[0].numpy()]
+    answers = [selector.allowed(step)[0].numpy(), selector.allowed_by_tensors(step)[0].numpy()]
     expected = budgets.choose(
         logits.numpy(),
         top_k,
@@ -63,21 +63,21 @@ def test_it_is_the_reference(tokens, shape, keep, share, cohesion, with_prior, s
     )
     for found in answers:
         if not np.array_equal(found, expected.experts):
-            # Experts that nobody wants, or wanted alike to the last digit, may stand in any order.
+            # Experts with equal demand, or none, may be ranked in any order.
             differing = expected.demand[found != expected.experts]
             assert np.ptp(differing) <= 1e-5 * max(1.0, differing.max())
         assert found.sum() == expected.experts.sum()
 
 
 @given(st.integers(2, 16), st.integers(0, 10_000))
-def test_what_prompts_use_is_paid_for(tokens, seed):
+def test_experts_of_prompt_tokens_are_always_allowed(tokens, seed):
     _, logits, _ = _case(tokens, 16, seed)
     kinds = torch.full((tokens,), RowKind.DECODE, dtype=torch.int8)
     kinds[0] = RowKind.PREFILL
-    choice = LayerChoice(ExpertLayer(0, "layer", 16, 4), 1, None, None, 0.0, CPU)
-    choice.budget.fill_(4)
+    selector = ExpertSelector(ExpertLayer(0, "layer", 16, 4), 1, None, None, 0.0, CPU)
+    selector.budget.fill_(4)
     step = _step(logits, 4, kinds)
-    for allowed in (choice.allowed(step)[0], choice.allowed_by_tensors(step)[0]):
+    for allowed in (selector.allowed(step)[0], selector.allowed_by_tensors(step)[0]):
         assert allowed[step.picks[0]].all()
         assert allowed[step.picks[:, 0]].all()
 
@@ -85,7 +85,7 @@ def test_what_prompts_use_is_paid_for(tokens, seed):
 @given(st.integers(0, 10_000))
 def test_one_token_alone_keeps_its_picks(seed):
     _, logits, _ = _case(1, 64, seed)
-    choice = LayerChoice(ExpertLayer(0, "layer", 64, 8), 1, None, None, 0.0, CPU)
-    choice.budget.fill_(8)
+    selector = ExpertSelector(ExpertLayer(0, "layer", 64, 8), 1, None, None, 0.0, CPU)
+    selector.budget.fill_(8)
     step = _step(logits, 8, torch.full((1,), RowKind.DECODE, dtype=torch.int8))
-    assert choice.allowed(step)[0][step.picks[0]].all()
+    assert selector.allowed(step)[0][step.picks[0]].all()

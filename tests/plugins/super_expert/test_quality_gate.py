@@ -1,4 +1,4 @@
-"""The gate in simulations: bad clusters, good ones, the edge between, and recovery."""
+"""The quality gate in simulations: far beyond the limit, well within it, near it, and recovery."""
 
 import numpy as np
 import pytest
@@ -6,21 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_instant.interfaces.experts import Measurement, RoutingMeasures
-from vllm_instant_plugins.super_expert.quality_gate import FIRST_PATIENCE, QualityGate, Verdict
+from vllm_instant_plugins.super_expert.quality_gate import MIN_PATIENCE, GateDecision, QualityGate
 from vllm_instant_plugins.super_expert.router import SuperExpertRouter
 
 LIMIT = 0.02
 
 
 class Serving:
-    """A router in a server whose divergence at each level is known; tokens scatter as widely as real ones do."""
+    """A router with a known mean divergence per level; tokens scatter as widely as measured ones."""
 
     def __init__(self, means, batch=8, seed=0, min_kept=0.0, kept=None, max_kl=LIMIT):
         self.gate = QualityGate(0.3, max_kl, min_kept)
         self.router = SuperExpertRouter(0.3, 1, self.gate)
         self.means, self.batch, self.kept = means, batch, kept or [1.0] * len(means)
         self.random = np.random.default_rng(seed)
-        self.levels, self.shadows, self.number = [], 0, 0
+        self.levels, self.references, self.number = [], 0, 0
 
     def run(self, steps):
         for _ in range(steps):
@@ -28,7 +28,7 @@ class Serving:
             look = self.router.look(self.number)
             if look is not Measurement.OFF:
                 self.router.observe(self._measures(look))
-            self.shadows += look is Measurement.REFERENCE
+            self.references += look is Measurement.REFERENCE
             self.levels.append(self.gate.level)
         return self
 
@@ -37,7 +37,7 @@ class Serving:
         if look is Measurement.COUNTS:
             return RoutingMeasures(1.0, 40.0, 20.0, 1.0, self.kept[level], 0.0, 0.0, 0.0)
         compared = level if self.gate.compared_level is None else self.gate.compared_level
-        # Most tokens hardly differ, a few much: a standard deviation of about three means.
+        # Most tokens hardly differ, a few differ much: the standard deviation is about three times the mean.
         tokens = self.means[compared] * self.random.lognormal(-1.1, 1.5, min(8, self.batch))
         tokens = [float(t) for t in tokens]
         return RoutingMeasures(
@@ -47,15 +47,15 @@ class Serving:
 
 @pytest.mark.parametrize("batch", [1, 2, 8, 32])
 @pytest.mark.parametrize("seed", range(5))
-def test_bad_clusters_are_left_within_200_steps(batch, seed):
+def test_levels_far_beyond_the_limit_are_left_within_200_steps(batch, seed):
     """All levels but the model's own routing are far beyond the budget."""
     serving = Serving([1.5, 1.2, 0.9, 0.6, 0.0], batch, seed).run(200)
     assert serving.gate.level == serving.gate.last
-    assert serving.router.share == 1.0
+    assert serving.router.fraction == 1.0
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_it_stops_at_the_first_level_that_keeps_the_budget(seed):
+def test_loosening_stops_at_the_first_level_within_the_limit(seed):
     serving = Serving([0.5, 0.2, 0.005, 0.002, 0.0], 8, seed).run(1500)
     assert serving.gate.level == 2
 
@@ -66,40 +66,40 @@ def test_false_alarms_are_rare():
     assert alarms <= 2
 
 
-def test_slightly_too_much_is_noticed_in_the_long_run():
+def test_a_small_excess_is_detected_in_the_long_run():
     found = [Serving([1.5 * LIMIT, 0.004, 0.002, 0.001, 0.0], 8, seed).run(20_000).gate.loosened for seed in range(5)]
     assert min(found) >= 1
 
 
-def test_it_does_not_flap():
-    """Level 1 keeps the budget, level 0 never does: tries become rare."""
+def test_the_level_does_not_oscillate():
+    """Level 1 is within the limit, level 0 never is: attempts to tighten become rare."""
     serving = Serving([0.1, 0.002, 0.001, 0.001, 0.0], 8).run(60_000)
     changes = int(np.count_nonzero(np.diff(serving.levels)))
     assert changes <= 12
     assert np.mean(np.array(serving.levels) == 0) < 0.02
 
 
-def test_it_recovers_when_the_cause_is_gone():
+def test_the_level_recovers_when_the_cause_is_gone():
     serving = Serving([1.0, 1.0, 1.0, 1.0, 0.0], 8).run(300)
     assert serving.gate.level == serving.gate.last
     serving.means = [0.002, 0.001, 0.001, 0.001, 0.0]
-    serving.run(20 * FIRST_PATIENCE)
+    serving.run(20 * MIN_PATIENCE)
     assert serving.gate.level == 0
 
 
-def test_the_shadow_takes_less_than_two_percent_of_steps():
-    assert Serving([0.002, 0.001, 0.001, 0.001, 0.0]).run(10_000).shadows < 200
+def test_reference_passes_run_in_less_than_two_percent_of_steps():
+    assert Serving([0.002, 0.001, 0.001, 0.001, 0.0]).run(10_000).references < 200
 
 
-def test_the_kept_mass_alone_is_enough():
+def test_the_kept_mass_alone_can_loosen_the_level():
     serving = Serving([0.001] * 5, min_kept=0.8, kept=[0.4, 0.6, 0.7, 0.9, 1.0]).run(400)
     assert serving.gate.level == 3
 
 
-def test_another_budget_begins_anew():
+def test_another_budget_restarts_the_gate():
     gate = QualityGate(0.3, LIMIT)
-    assert gate.observe(4, 10.0) is Verdict.STAYS
-    assert gate.observe(8, 10.0) is Verdict.LOOSENED
+    assert gate.observe(4, 10.0) is GateDecision.UNCHANGED
+    assert gate.observe(8, 10.0) is GateDecision.LOOSENED
     assert gate.share() == pytest.approx(0.3 + 0.7 / 4)
     gate.start(0.6, 11)
     assert (gate.level, gate.share()) == (0, 0.6)
@@ -109,7 +109,7 @@ def test_another_budget_begins_anew():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(["lognormal", "rare", "steady"]))
 def test_alarms_are_rare_at_the_limit_whatever_the_tail(seed, kind):
-    """The mean is the limit: in 100 measurements an alarm comes with a chance of 1 in 10 at most, in truth far less."""
+    """With the mean at the limit, the probability of an alarm within 100 measurements is at most 0.1."""
     random = np.random.default_rng(seed)
     alarms = 0
     for _ in range(40):
