@@ -160,8 +160,8 @@ class Run:
     def numbers(self) -> dict[str, float]:
         """What is reported of it; seconds, and tokens a second."""
         latency = np.array([f.ended for f in self.followed])
-        ttft = np.array([f.answer.ttft for f in self.followed])
-        gaps = np.concatenate([f.answer.inter_token_latencies() for f in self.followed])
+        ttft = np.array([f.ttft for f in self.followed])
+        gaps = np.concatenate([f.inter_token_latencies() for f in self.followed])
         ends = np.array([f.due + f.ended for f in self.followed])
         found = {
             "mean_latency": latency.mean(),
@@ -170,18 +170,18 @@ class Run:
             "mean_ttft": ttft.mean(),
             "p99_ttft": np.percentile(ttft, 99),
             "p99_itl": np.percentile(gaps, 99),
-            "throughput": sum(f.answer.tokens for f in self.followed) / (ends.max() - self.followed[0].due),
+            "throughput": sum(f.tokens for f in self.followed) / (ends.max() - self.followed[0].due),
             "preemptions": self.preemptions,
         }
         for kind in ("short", "long"):
-            of_kind = [f.ended / f.answer.tokens for f in self.followed if f.kind == kind]
+            of_kind = [f.ended / f.tokens for f in self.followed if f.kind == kind]
             if of_kind:
                 found[f"{kind}_seconds_per_token"] = float(np.mean(of_kind))
         return {name: float(value) for name, value in found.items()}
 
     def capacity(self) -> float:
         """Tokens a second as long as anybody waited, in a burst: afterwards places are empty."""
-        until = max(f.due + f.answer.ttft for f in self.followed)
+        until = max(f.due + f.ttft for f in self.followed)
         began = self.followed[0].due
         said = [max((tokens for at, tokens in f.arrivals if f.due + at <= until), default=0) for f in self.followed]
         return sum(said) / (until - began)
@@ -192,10 +192,7 @@ def worst_wait(ours: Run, fcfs: Run) -> float:
 
     Time to the first token stands for the wait; in both runs it contains the reading of the request's own prompt.
     """
-    return max(
-        o.answer.ttft - (WAIT_RATIO * f.answer.ttft + WAIT_SECONDS)
-        for o, f in zip(ours.followed, fcfs.followed, strict=True)
-    )
+    return max(o.ttft - (WAIT_RATIO * f.ttft + WAIT_SECONDS) for o, f in zip(ours.followed, fcfs.followed, strict=True))
 
 
 def worst_start(ours: Run) -> float:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vllm_instant_loadtests import metric_series as m
+from vllm_instant.tools.measure import server_metrics as m
+from vllm_instant_loadtests.metric_series import TimeSpan
 from vllm_instant_loadtests.spike_context import AROUND, SpikeContext, explained, reached
 from vllm_instant_loadtests.windows import STALL, TTFT
 
@@ -145,7 +146,7 @@ def memory(scene: SpikeContext) -> CauseFinding:
     """Requests lost their KV blocks, or waited for some."""
     meters, span = scene.meters, [scene.wide]
     lost, before = meters.growth(m.PREEMPTIONS, span), meters.rate(m.PREEMPTIONS, scene.quiet)
-    usage, usual = meters.gauge(m.KV_USE, span, at_most=True), meters.gauge(m.KV_USE, scene.quiet)
+    usage, usual = meters.gauge(m.KV_USAGE, span, at_most=True), meters.gauge(m.KV_USAGE, scene.quiet)
     waiting = meters.gauge(m.WAITING, span, at_most=True)
     lines = []
     score = 0.0
@@ -297,7 +298,7 @@ def _per(scene: SpikeContext, name: str, by: str) -> str:
     return f"{now:.1f} (before: {before:.1f})" if math.isfinite(now) and math.isfinite(before) else "unknown numbers of"
 
 
-def _streams(scene: SpikeContext, spans: Sequence[m.TimeSpan]) -> float:
+def _streams(scene: SpikeContext, spans: Sequence[TimeSpan]) -> float:
     """Answers under way on average, as the clients saw it."""
     total = sum(end - begin for begin, end in spans)
     under_way = sum(
@@ -316,7 +317,7 @@ def _kinds(scene: SpikeContext) -> list[str]:
 def _traced(scene: SpikeContext) -> list[str]:
     """What the decision trace of our own scheduler says of the spike's steps."""
 
-    def outcomes(spans: Sequence[m.TimeSpan]) -> list[dict[str, float]]:
+    def outcomes(spans: Sequence[TimeSpan]) -> list[dict[str, float]]:
         inside = [step for step in scene.run.steps if any(begin <= step.at < end for begin, end in spans)]
         return [step.decision["outcome"] for step in inside if step.decision.get("outcome")]
 

@@ -15,9 +15,10 @@ import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
+from vllm_instant.tools.measure.token_stream import StreamedAnswer
 from vllm_instant_loadtests.run_recorder import GeneratorSample, RecordedRequest
 from vllm_instant_loadtests.schedule import ScheduledRequest
-from vllm_instant_loadtests.streams import CutOffError, StreamingClient, StreamOutcome
+from vllm_instant_loadtests.streams import CutOffError, StreamingClient
 
 TIMER_SECONDS = 0.05
 READING_SECONDS = 0.5
@@ -89,7 +90,7 @@ class LoadDriver:
         self._stopped.set()
         self._group.kill(block=True)
 
-    def ask(self, server: Mapping[str, Any], due: ScheduledRequest) -> StreamOutcome:
+    def ask(self, server: Mapping[str, Any], due: ScheduledRequest) -> StreamedAnswer:
         """One request that is not recorded."""
         client = StreamingClient(**server)
         try:

@@ -11,17 +11,6 @@ from vllm_instant_loadtests.windows import Array
 
 TimeSpan = tuple[float, float]
 
-RUNNING, WAITING, KV_USE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
-PREEMPTIONS, PROMPT_TOKENS = "vllm:num_preemptions_total", "vllm:prompt_tokens_total"
-GENERATED = "vllm:generation_tokens_total"
-DRAFTS, DRAFTED, ACCEPTED = (
-    "vllm:spec_decode_num_drafts_total",
-    "vllm:spec_decode_num_draft_tokens_total",
-    "vllm:spec_decode_num_accepted_tokens_total",
-)
-STEPS, STEP_TOKENS = "vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum"
-QUEUE_SECONDS, QUEUED = "vllm:request_queue_time_seconds_sum", "vllm:request_queue_time_seconds_count"
-
 
 class MetricSeries:
     """Readings of one server.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
 import signal
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import httpx
 
 from vllm_instant.tools.measure.server_info import authorization
+from vllm_instant.tools.measure.server_metrics import GENERATED, metric_totals
 from vllm_instant_loadtests.run_recorder import DecisionSample, MetricsSample, RunRecorder
 
 SECONDS = 0.5
@@ -26,17 +26,8 @@ SECONDS = 0.5
 DECISIONS = 200
 """Read at a time; more steps than this in a second leave gaps."""
 DECISION_SECONDS = 1.0
-_LINE = re.compile(
-    r"^((?:vllm:|vllm_instant:|process_)(?:(?!_bucket|_created)[\w:])+)(?:\{[^\n]*\})?\s+(\S+)$", re.MULTILINE
-)
-
-
-def values(text: str) -> dict[str, float]:
-    """The metrics of vLLM and of this package, summed over labels; no buckets."""
-    totals: dict[str, float] = {}
-    for name, value in _LINE.findall(text):
-        totals[name] = totals.get(name, 0.0) + float(value)
-    return totals
+PREFIXES = ("vllm:", "vllm_instant:", "process_")
+"""Of the metrics that are recorded."""
 
 
 class DecisionPlacement:
@@ -95,10 +86,10 @@ async def _watch(
             answer = await client.get(f"{url}/metrics")
             now = time.perf_counter()
             if answer.status_code == 200:
-                found = values(answer.text)
+                found = metric_totals(answer.text, PREFIXES)
                 recorder.add(MetricsSample(name, round(now - clock, 4), round(now - began, 5), found))
-                busy = busy or found.get("vllm:generation_tokens_total") != tokens
-                tokens = found.get("vllm:generation_tokens_total", -1.0)
+                busy = busy or found.get(GENERATED) != tokens
+                tokens = found.get(GENERATED, -1.0)
             # An idle engine is left alone: a question would wake it.
             if explains and busy and now - asked >= DECISION_SECONDS:
                 asked, busy = now, False

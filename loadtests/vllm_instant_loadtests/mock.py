@@ -20,6 +20,8 @@ from typing import IO, Any
 
 from aiohttp import web
 
+from vllm_instant.tools.measure import server_metrics as m
+
 
 @dataclass(frozen=True)
 class MockPace:
@@ -104,12 +106,12 @@ class MockServer:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         values = {
-            "vllm:num_requests_running": self.running,
-            "vllm:num_requests_waiting": self.waiting,
-            "vllm:generation_tokens_total": self.generated,
-            "vllm:kv_cache_usage_perc": min(1.0, self.running / self.pace.slots),
-            "vllm:num_preemptions_total": 0,
-            "vllm:iteration_tokens_total_count": self.steps,
+            m.RUNNING: self.running,
+            m.WAITING: self.waiting,
+            m.GENERATED: self.generated,
+            m.KV_USAGE: min(1.0, self.running / self.pace.slots),
+            m.PREEMPTIONS: 0,
+            m.STEPS: self.steps,
         }
         return web.Response(text="".join(f'{name}{{engine="0"}} {float(value)}\n' for name, value in values.items()))
 

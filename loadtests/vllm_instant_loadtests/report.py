@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from vllm_instant.tools.html import Band, Line, Plot, Tick, across, round_ticks, template, up
-from vllm_instant_loadtests import metric_series as m
+from vllm_instant.tools.measure import server_metrics as m
 from vllm_instant_loadtests.analysis import NAMES, RunAnalysis, ServerAnalysis, Spike
 from vllm_instant_loadtests.metric_series import MetricSeries
 from vllm_instant_loadtests.run_recorder import RecordedRun
@@ -100,7 +100,7 @@ def plots(server: ServerAnalysis, run: RecordedRun) -> list[Plot]:
     found.append(_plot(server, "Requests running and waiting", running))
     if meters.has(m.DRAFTED):
         found.append(_plot(server, "Share of draft tokens accepted, %", [_accepted(meters)], top=100.0))
-    found.append(_plot(server, "KV cache in use, %", [_percent(meters, m.KV_USE)]))
+    found.append(_plot(server, "KV cache in use, %", [_percent(meters, m.KV_USAGE)]))
     found.append(_plot(server, "Tokens a second, all streams", [_speed(server, run)]))
     return [plot for plot in found if plot is not None]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_instant.tools.measure import server_metrics as m
 from vllm_instant_loadtests import causes
-from vllm_instant_loadtests import metric_series as m
 from vllm_instant_loadtests.run_recorder import (
     Disturbance,
     GeneratorSample,
@@ -287,7 +287,7 @@ class _Simulation:
 
     def _sample(self, at: float) -> MetricsSample:
         used = sum(live.kv for live in self.running) / self.engine.kv_tokens
-        gauges = {m.RUNNING: float(len(self.running)), m.WAITING: float(len(self.waiting)), m.KV_USE: min(1.0, used)}
+        gauges = {m.RUNNING: float(len(self.running)), m.WAITING: float(len(self.waiting)), m.KV_USAGE: min(1.0, used)}
         return MetricsSample(SERVER, at, 0.004, {**gauges, **self.totals})
 
     def _client(self, at: float) -> GeneratorSample:

@@ -1,20 +1,18 @@
-"""Streamed answers under gevent, followed token by token at little cost.
+"""Streamed answers under gevent, for thousands of streams in one process.
 
-Load generators that look at every event as JSON are busy with a hundred streams. Here whatever the socket has is read
-at once, one regular expression finds the last number of tokens in it, and nothing else is looked at. Sockets, pools and
-the HTTP parser are geventhttpclient's, which also serves Locust's FastHttpUser.
+Tokens are counted by ``TokenStream``, as by every other client of this project. The transport is geventhttpclient's
+(sockets, pools and an HTTP parser in C, which also serve Locust's FastHttpUser): httpx parses HTTP in Python, several
+times slower per event, and a load generator that is busy delays the arrivals that it measures.
 
-It uses gevent without patching anything: Locust does that, and only in its own process.
+Nothing is monkey-patched here: Locust does that, and only in its own process.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,43 +20,21 @@ import gevent
 from geventhttpclient.connectionpool import ConnectionPool, SSLConnectionPool
 from geventhttpclient.response import HTTPParseError, HTTPResponse
 
+from vllm_instant.tools.measure.token_stream import StreamedAnswer, StreamError, TokenStream
 from vllm_instant_loadtests.schedule import ScheduledRequest
 
-SECONDS = 600.0
-"""After which an answer that has stopped coming is an error."""
+TIMEOUT_SECONDS = 600.0
+"""Time without data after which an answer counts as failed."""
 CLOSING_SECONDS = 5.0
-"""Most that the end of a typist's session may take; the server ends it itself when it has been idle."""
-AT_ONCE = 1 << 16
+"""Time limit for ending a typist's session; the server ends idle sessions itself."""
+RECEIVE_BYTES = 1 << 16
 MAX_CONNECTIONS = 1 << 16
-SLOWEST_PIECE = 0.25
-"""Seconds of typing that go into one event of a typist."""
-_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
-_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
-_ID = re.compile(rb'"id":\s*"([^"]+)"')
-_TEXT = re.compile(rb'"(?:content|text)":\s*"(?!")')
-_ERROR = re.compile(rb'data: \{"error":\s*(.*)')
-
-
-class AnswerError(Exception):
-    """A request failed; the message says how."""
+TYPING_SECONDS_PER_EVENT = 0.25
+"""Duration of the typing that goes into one event of a typist."""
 
 
 class CutOffError(Exception):
     """Raised inside of a request that takes too long."""
-
-
-@dataclass
-class StreamOutcome:
-    """What came of a request; times by ``time.perf_counter``."""
-
-    sent: float = float("nan")
-    ended: float = float("nan")
-    arrivals: list[tuple[float, int]] = field(default_factory=list)
-    """``(when, tokens so far)``; what one read of the socket brought arrived together."""
-    id: str = ""
-    prompt_tokens: int | None = None
-    error: str | None = None
-    left: bool = False
 
 
 class _Stream(HTTPResponse):  # type: ignore[misc]
@@ -88,14 +64,14 @@ class StreamingClient:
         host, port = parts.hostname or "", parts.port or (443 if secure else 80)
         pool = SSLConnectionPool if secure else ConnectionPool
         self._pool = pool(
-            host, port, host, port, size=MAX_CONNECTIONS, connection_timeout=30.0, network_timeout=SECONDS
+            host, port, host, port, size=MAX_CONNECTIONS, connection_timeout=30.0, network_timeout=TIMEOUT_SECONDS
         )
         self._path = parts.path.rstrip("/")
         self._model = model
         given = {"Host": parts.netloc, "Content-Type": "application/json", "Accept": "*/*", **(headers or {})}
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in given.items())
 
-    def ask(self, due: ScheduledRequest, wait: Callable[[], None] = lambda: None) -> StreamOutcome:
+    def ask(self, due: ScheduledRequest, wait: Callable[[], None] = lambda: None) -> StreamedAnswer:
         """Send a request and follow its answer to the end; failures are noted in the answer, not raised.
 
         Args:
@@ -103,7 +79,7 @@ class StreamingClient:
             wait: for typists: called when everything is typed, returns when the prompt is to be committed.
 
         """
-        answer = StreamOutcome()
+        answer = StreamedAnswer()
         body = {"model": self._model, **due.body}
         try:
             if due.route == "typist":
@@ -113,8 +89,8 @@ class StreamingClient:
                 self._follow(path, body, answer, due.leave_after)
         except gevent.GreenletExit:
             answer.left = True
-        except (AnswerError, CutOffError, HTTPParseError, OSError) as error:
-            answer.error = str(error) if isinstance(error, AnswerError | CutOffError) else _what(error)
+        except (StreamError, CutOffError, HTTPParseError, OSError) as error:
+            answer.error = str(error) if isinstance(error, StreamError | CutOffError) else _what(error)
         now = time.perf_counter()
         if answer.ended != answer.ended:  # closing a typist's session is no part of its answer
             answer.ended = now
@@ -127,7 +103,7 @@ class StreamingClient:
         self._pool.close()
 
     def _typed(
-        self, body: dict[str, Any], due: ScheduledRequest, answer: StreamOutcome, wait: Callable[[], None]
+        self, body: dict[str, Any], due: ScheduledRequest, answer: StreamedAnswer, wait: Callable[[], None]
     ) -> None:
         """Type the last message's text, then commit it and follow the answer."""
         *before, last = body["messages"]
@@ -135,10 +111,10 @@ class StreamingClient:
         try:
             path = f"/v1/instant/sessions/{opened['id']}"
         except (KeyError, TypeError):
-            raise AnswerError("the server opened no session") from None
+            raise StreamError("the server opened no session") from None
         try:
             text, speed = last["content"], due.characters_per_second or 40.0
-            piece = max(1, round(speed * SLOWEST_PIECE))
+            piece = max(1, round(speed * TYPING_SECONDS_PER_EVENT))
             began = time.perf_counter()
             for start in range(0, len(text), piece):
                 self._exchange("POST", path, {"type": "input_text.append", "text": text[start : start + piece]})
@@ -147,7 +123,7 @@ class StreamingClient:
             self._follow(path, {"type": "input_text.commit"}, answer, due.leave_after)
             answer.ended = time.perf_counter()
         finally:
-            with gevent.Timeout(CLOSING_SECONDS, False), suppress(AnswerError, HTTPParseError, OSError):
+            with gevent.Timeout(CLOSING_SECONDS, False), suppress(StreamError, HTTPParseError, OSError):
                 self._exchange("DELETE", path, None)
 
     def _exchange(self, method: str, path: str, body: Any) -> Any:
@@ -164,43 +140,31 @@ class StreamingClient:
         except ValueError:
             return None
 
-    def _follow(self, path: str, body: Any, answer: StreamOutcome, leave_after: int | None) -> None:
+    def _follow(self, path: str, body: Any, answer: StreamedAnswer, leave_after: int | None) -> None:
         answer.sent = time.perf_counter()
         sock, response = self._send("POST", path, body)
-        have, finished, counted = 0, False, False
+        stream = TokenStream(answer)
         try:
             while True:
-                now = time.perf_counter()
-                whole, newline, rest = response.body.rpartition(b"\n")
-                if response.headers_complete and response.status_code == 200 and newline:
-                    if not answer.id and (found := _ID.search(whole)):
-                        answer.id = found[1].decode(errors="replace")
-                    if failed := _ERROR.search(whole):
-                        raise AnswerError(f"the answer ends with an error: {failed[1][:200].decode(errors='replace')}")
-                    counts = _TOKENS.findall(whole)
-                    counted = counted or bool(counts)
-                    # Where a server does not count, an event with text is taken for one token.
-                    total = max(map(int, counts)) if counts else have + (0 if counted else len(_TEXT.findall(whole)))
-                    if total > have:
-                        have = total
-                        answer.arrivals.append((now, total))
-                    if answer.prompt_tokens is None and (told := _PROMPT_TOKENS.search(whole)):
-                        answer.prompt_tokens = int(told[1])
-                    finished = finished or b"[DONE]" in whole
-                    response.body = rest
-                    if leave_after is not None and have >= leave_after:
-                        answer.left = True
-                        return
+                tokens = self._take(response, stream)
+                if leave_after is not None and tokens >= leave_after:
+                    answer.left = True
+                    return
                 if response.message_complete:
                     break
                 self._read(sock, response)
             self._check(response)
-            if not finished:
-                raise AnswerError("the answer broke off")
-            if not have:
-                raise AnswerError("the answer ended without a token")
+            stream.end()
         finally:
             self._release(sock, response)
+
+    def _take(self, response: _Stream, stream: TokenStream) -> int:
+        """Hand over what has arrived of the body; returns the number of tokens so far."""
+        if not response.headers_complete or response.status_code != 200 or not response.body:
+            return stream.answer.tokens
+        now, data = time.perf_counter(), response.body
+        response.body = bytearray()
+        return stream.feed(data, now)
 
     def _send(self, method: str, path: str, body: Any) -> tuple[Any, _Stream]:
         """Send a request and wait for the first bytes of its answer."""
@@ -211,7 +175,7 @@ class StreamingClient:
             response = _Stream()
             try:
                 sock.sendall(head.encode() + data)
-                first = sock.recv(AT_ONCE)
+                first = sock.recv(RECEIVE_BYTES)
                 if first:
                     response.feed(first)
                     return sock, response
@@ -222,18 +186,18 @@ class StreamingClient:
                 raise
             # The server had closed a connection that lay idle, as servers do after some seconds: nothing was asked yet.
             self._pool.release_socket(sock)
-        raise AnswerError("the server closes the connection")
+        raise StreamError("the server closes the connection")
 
     def _read(self, sock: Any, response: _Stream) -> None:
-        data = sock.recv(AT_ONCE)
+        data = sock.recv(RECEIVE_BYTES)
         if not data:
-            raise AnswerError("the connection broke off")
+            raise StreamError("the connection broke off")
         response.feed(data)
 
     def _check(self, response: _Stream) -> None:
         if response.status_code >= 300:
             text = bytes(response.body[:300]).decode(errors="replace")
-            raise AnswerError(f"HTTP {response.status_code}: {text}")
+            raise StreamError(f"HTTP {response.status_code}: {text}")
 
     def _release(self, sock: Any, response: _Stream) -> None:
         if response.should_close():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from vllm_instant_loadtests.metrics_poller import DecisionPlacement, values
+from vllm_instant.tools.measure.server_metrics import metric_totals
+from vllm_instant_loadtests.metrics_poller import PREFIXES, DecisionPlacement
 
 METRICS = """\
 # HELP vllm:num_requests_running Number of requests.
@@ -18,7 +19,7 @@ process_cpu_seconds_total 12.5
 
 
 def test_metrics_are_summed_over_labels_without_buckets():
-    assert values(METRICS) == {
+    assert metric_totals(METRICS, PREFIXES) == {
         "vllm:num_requests_running": 5.0,
         "vllm:inter_token_latency_seconds_count": 9.0,
         "vllm:inter_token_latency_seconds_sum": 0.5,

@@ -27,6 +27,7 @@ class FakeServer:
         step_seconds: time between the events of a stream.
         step_tokens: tokens of one event; all but one count as accepted draft tokens.
         kv_tokens: capacity of the KV cache; None leaves it out of the metrics.
+        before_stream: called before the first event of each streamed answer.
 
     """
 
@@ -44,6 +45,7 @@ class FakeServer:
         step_seconds=0.002,
         step_tokens=1,
         kv_tokens=1000,
+        before_stream=lambda: None,
     ):
         self.chances = dict(chances or CHANCES)
         self.drafts = drafts
@@ -57,6 +59,7 @@ class FakeServer:
         self.step_seconds = step_seconds
         self.step_tokens = step_tokens
         self.kv_tokens = kv_tokens
+        self.before_stream = before_stream
         self.drafted = 0
         self.requests: list[dict[str, Any]] = []
 
@@ -74,6 +77,7 @@ class FakeServer:
     def stream(self, body: dict[str, Any]):
         """The events of a streamed answer, as vLLM writes them when asked for ``continuous_usage_stats``."""
         self.requests.append(body)
+        self.before_stream()
         tokens = 0
         while tokens < body["max_tokens"]:
             time.sleep(self.step_seconds)

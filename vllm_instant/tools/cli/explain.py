@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Annotated, Any
 
-import httpx
 import typer
 
 from vllm_instant.tools.cli.common import fail, print_columns
+from vllm_instant.tools.measure.sampling import RefusedError
+from vllm_instant.tools.measure.server_info import authorization, read_decisions
 from vllm_instant.tools.measure.speedup_estimate import estimate_speedup
 
 REASONS = {
@@ -40,27 +40,12 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print what the server answers.")] = False,
 ) -> None:
     """Show the newest decisions of a server's policies: what was expected, what was chosen, what came out."""
-    key = api_key or os.environ.get("VLLM_API_KEY")
     parameters: dict[str, Any] = {"last": last} | ({"request_id": request} if request else {})
     parameters |= {"queue": True} if queue else {}
     try:
-        response = httpx.get(
-            f"{url.rstrip('/')}/v1/instant/decisions",
-            params=parameters,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=30,
-        )
-    except httpx.HTTPError as error:
-        fail(f"{url} does not answer ({type(error).__name__}: {error})")
-    except httpx.InvalidURL as error:
-        fail(f"{url} is no address: {error}")
-    if response.status_code == 401:
-        fail(f"{url} wants an API key: give --api-key or set VLLM_API_KEY")
-    if response.status_code == 404:
-        fail(f"{url} runs without vllm-instant: start it with --plugins vllm_instant")
-    if response.status_code != 200:
-        fail(f"{url} answers HTTP {response.status_code}: {response.text[:200]}")
-    answer = response.json()
+        answer = read_decisions(url, parameters, authorization(api_key))
+    except RefusedError as error:
+        fail(str(error))
     if as_json:
         print(json.dumps(answer, indent=2))
         return

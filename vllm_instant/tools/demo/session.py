@@ -10,14 +10,16 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
 from vllm_instant.tools.demo import assets
+from vllm_instant.tools.measure.http_client import sync_client
 from vllm_instant.tools.measure.servers import Server, ServerError, settle, stop_all, terminable, words_of
-from vllm_instant.tools.measure.streams import StreamedAnswer, stream_completion
+from vllm_instant.tools.measure.streaming_client import TIMEOUT_SECONDS, stream_completion
+from vllm_instant.tools.measure.token_stream import StreamedAnswer
 
 DEPLOYMENT = Path(__file__).parent / "deploy.toml"
 ROUNDS = 2
@@ -156,9 +158,7 @@ class Result:
 
 def converse(console: Console, stock: Server, ours: Server, rounds: int = ROUNDS) -> list[Result]:
     """Send every kind of prompt through both servers, alternating, and print our first answers as they arrive."""
-    from openai import OpenAI
-
-    clients = {server: OpenAI(base_url=f"{server.url}/v1", api_key="none") for server in (stock, ours)}
+    clients = {server: sync_client(server.url, timeout=TIMEOUT_SECONDS) for server in (stock, ours)}
     for client in clients.values():
         stream_completion(client, "demo", "import os\n", max_tokens=8, temperature=0.0)
     results = []
@@ -184,7 +184,7 @@ def converse(console: Console, stock: Server, ours: Server, rounds: int = ROUNDS
     return results
 
 
-def _ask(console: Console, client: Any, task: Task, seed: int, shown: bool) -> StreamedAnswer:
+def _ask(console: Console, client: httpx.Client, task: Task, seed: int, shown: bool) -> StreamedAnswer:
     def write(text: str) -> None:
         console.print(text, style="green", markup=False, highlight=False, end="")
         console.file.flush()

@@ -1,25 +1,28 @@
 """A closed loop of streaming users against one server, measured by token.
 
-Each user sends the next prompt when its answer is complete. Only what arrives inside the measuring window counts, so
-that neither the start nor the end of the load distorts it; answers that are under way when it closes are abandoned.
+Each user sends its next prompt when its answer is complete. Only tokens that arrive inside the measurement window
+count, so that neither the start nor the end of the load distorts the result; answers still in progress when it closes
+are abandoned.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import numpy as np
 
-MAX_WARM_UP = 20.0
-"""Seconds after which a window opens even if some user has not got a token."""
-_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+from vllm_instant.tools.measure.streaming_client import follow, open_client
+from vllm_instant.tools.measure.token_stream import StreamedAnswer, completion_body
+
+MAX_WARM_UP_SECONDS = 20.0
+"""The window opens after this time even if some user has not received a token."""
+_LENGTH_STRIDE = 37
+"""Coprime with usual ranges of answer lengths, so that neighbouring prompts have very different ones."""
 
 
 @dataclass(frozen=True)
@@ -30,38 +33,87 @@ class PromptSpec:
     temperature: float = 0.0
     kind: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Added to the body of the request."""
+    """Added to the request body."""
+
+    def body(self, model: str, *, seed: int, max_tokens: int) -> dict[str, Any]:
+        """A streamed request for an answer of exactly ``max_tokens`` tokens."""
+        return completion_body(
+            model,
+            self.text,
+            temperature=self.temperature,
+            seed=seed,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            **self.extra,
+        )
 
 
 @dataclass
 class ClosedLoopResult:
-    """What one window showed; times in seconds."""
+    """What one window measured; times in seconds."""
 
     seconds: float
     tokens: int = 0
     tokens_by_kind: dict[str, int] = field(default_factory=dict)
     gaps: list[tuple[float, int]] = field(default_factory=list)
-    """(time since the event before it, tokens that it brought), first tokens excluded."""
+    """``(time since the previous arrival, new tokens)``, first tokens excluded."""
     arrivals: list[tuple[float, int]] = field(default_factory=list)
-    """(time since the window opened, tokens that arrived then), first tokens included."""
+    """``(time since the window opened, new tokens)``, first tokens included."""
     ttft: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     opened_at: float = 0.0
-    """When the window opened, on the clock of ``time.perf_counter``."""
+    """When the window opened, by ``time.perf_counter``."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Output tokens of all users a second."""
+        """Output tokens of all users per second."""
         return self.tokens / self.seconds
 
     def speed_between(self, first: float, last: float) -> float:
-        """Tokens a second of a part of the window, given in seconds since it opened."""
+        """Tokens per second in a part of the window, given in seconds since it opened."""
         return sum(tokens for when, tokens in self.arrivals if first <= when < last) / (last - first)
 
     def inter_token_latencies(self) -> np.ndarray:
-        """One entry a token: several tokens that arrive together share the time since the event before."""
+        """One entry per token: tokens that arrive together share the time since the previous arrival."""
         tokens = np.array([tokens for _, tokens in self.gaps], int)
         return np.repeat(np.array([gap for gap, _ in self.gaps]) / np.maximum(tokens, 1), tokens)
+
+    def add(self, answer: StreamedAnswer) -> None:
+        """Count the tokens of an answer that arrived inside the window."""
+        before, have = answer.sent, 0
+        for now, total in answer.arrivals:
+            new = total - have
+            if self.opened_at <= now < self.opened_at + self.seconds:
+                self.tokens += new
+                self.arrivals.append((now - self.opened_at, new))
+                self.tokens_by_kind[answer.kind] = self.tokens_by_kind.get(answer.kind, 0) + new
+                if have == 0:
+                    self.ttft.append(now - answer.sent)
+                else:
+                    self.gaps.append((now - before, new))
+            before, have = now, total
+
+
+@dataclass(frozen=True)
+class _Load:
+    """The requests of all users."""
+
+    model: str
+    prompts: Sequence[PromptSpec]
+    concurrency: int
+    max_tokens: tuple[int, int]
+    first_prompt: int
+    extra: Mapping[str, Any]
+
+    def requests(self, user: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Kind and body of each request of one user, without end."""
+        low, high = self.max_tokens
+        number = self.first_prompt + user
+        while True:
+            prompt = self.prompts[number % len(self.prompts)]
+            length = low + number * _LENGTH_STRIDE % (high - low + 1)
+            yield prompt.kind, {**self.extra, **prompt.body(self.model, seed=number, max_tokens=length)}
+            number += self.concurrency
 
 
 def run_closed_loop(
@@ -76,129 +128,49 @@ def run_closed_loop(
     first_prompt: int = 0,
     extra: Mapping[str, Any] | None = None,
 ) -> ClosedLoopResult:
-    """Run ``concurrency`` users and measure ``seconds`` of it.
+    """Run ``concurrency`` users and measure ``seconds`` of their load.
 
-    The window opens ``warm_up`` seconds after every user has got a first token: before that, the server only reads
-    prompts (after ``MAX_WARM_UP`` it opens in any case).
+    The window opens ``warm_up`` seconds after every user has received a first token: before that, the server mainly
+    prefills prompts. After ``MAX_WARM_UP_SECONDS`` it opens in any case.
 
-    User ``i`` sends prompts ``first_prompt + i``, ``first_prompt + i + concurrency``, … of the list, over and over.
-    The lengths of the answers lie between the two bounds, by the number of the prompt: were they all the same, the
-    users would fall into step with each other, and a window would see whole rounds of answers or none. ``extra`` is
-    added to the body of every request.
+    User ``i`` sends prompts ``first_prompt + i``, ``first_prompt + i + concurrency``, … of the list, cyclically. Answer
+    lengths lie between the two bounds of ``max_tokens``, by the number of the prompt: if all were equal, the users
+    would synchronise, and a window would contain whole rounds of answers or none. ``extra`` is added to the body of
+    every request.
     """
-    return asyncio.run(
-        _measure(url, model, prompts, concurrency, seconds, warm_up, max_tokens, first_prompt, extra or {}),
-    )
+    load = _Load(model, prompts, concurrency, max_tokens, first_prompt, extra or {})
+    return asyncio.run(_run(url, load, seconds, warm_up))
 
 
-async def _measure(
-    url: str,
-    model: str,
-    prompts: Sequence[PromptSpec],
-    concurrency: int,
-    seconds: float,
-    warm_up: float,
-    max_tokens: tuple[int, int],
-    first_prompt: int,
-    extra: Mapping[str, Any],
-) -> ClosedLoopResult:
-    measured = ClosedLoopResult(seconds)
-    window = _Window()
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        users = [
-            asyncio.create_task(
-                _user(client, model, prompts, first_prompt + i, concurrency, max_tokens, measured, window, extra)
-            )
-            for i in range(concurrency)
-        ]
-        deadline = time.perf_counter() + MAX_WARM_UP
-        while window.begun < concurrency and time.perf_counter() < deadline and not any(u.done() for u in users):
+async def _run(url: str, load: _Load, seconds: float, warm_up: float) -> ClosedLoopResult:
+    result = ClosedLoopResult(seconds)
+    async with open_client(url, timeout=120, max_connections=load.concurrency) as client:
+        answers: list[list[StreamedAnswer]] = [[] for _ in range(load.concurrency)]
+        users = [asyncio.create_task(_user(client, load, user, answers[user])) for user in range(load.concurrency)]
+        deadline = time.perf_counter() + MAX_WARM_UP_SECONDS
+        while time.perf_counter() < deadline and not any(user.done() for user in users):
+            if all(any(answer.arrivals for answer in own) for own in answers):
+                break
             await asyncio.sleep(0.02)
-        window.opens = time.perf_counter() + warm_up
-        window.closes = window.opens + seconds
-        await asyncio.sleep(window.closes - time.perf_counter())
-        for user in users:
-            user.cancel()
+        result.opened_at = time.perf_counter() + warm_up
+        await asyncio.sleep(result.opened_at + seconds - time.perf_counter())
+        for task in users:
+            task.cancel()
         for outcome in await asyncio.gather(*users, return_exceptions=True):
             if isinstance(outcome, Exception):
-                measured.errors.append(f"{type(outcome).__name__}: {outcome}")
-    measured.opened_at = window.opens
-    return measured
+                result.errors.append(f"{type(outcome).__name__}: {outcome}")
+    for answer in (answer for own in answers for answer in own):
+        result.add(answer)
+        if answer.error is not None:
+            result.errors.append(answer.error)
+    return result
 
 
-@dataclass
-class _Window:
-    begun: int = 0
-    """Users that got a first token."""
-    opens: float = math.inf
-    closes: float = math.inf
-
-
-async def _user(
-    client: httpx.AsyncClient,
-    model: str,
-    prompts: Sequence[PromptSpec],
-    first: int,
-    stride: int,
-    max_tokens: tuple[int, int],
-    measured: ClosedLoopResult,
-    window: _Window,
-    extra: Mapping[str, Any],
-) -> None:
-    number = first
-    begun = False
-    while True:
-        prompt = prompts[number % len(prompts)]
-        body = {
-            "model": model,
-            "prompt": prompt.text,
-            "temperature": prompt.temperature,
-            "seed": number,
-            "max_tokens": max_tokens[0] + number * 37 % (max_tokens[1] - max_tokens[0] + 1),
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-            **extra,
-            **prompt.extra,
-        }
-        number += stride
-        sent = before = time.perf_counter()
-        have = 0
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                text = (await response.aread()).decode(errors="replace")
-                raise RuntimeError(f"HTTP {response.status_code}: {text[:300]}")
-            async for now, total, _ in arrivals(response):
-                if total <= have:
-                    continue
-                new = total - have
-                if not begun:
-                    begun = True
-                    window.begun += 1
-                if window.opens <= now < window.closes:
-                    measured.tokens += new
-                    measured.arrivals.append((now - window.opens, new))
-                    measured.tokens_by_kind[prompt.kind] = measured.tokens_by_kind.get(prompt.kind, 0) + new
-                    if have == 0:
-                        measured.ttft.append(now - sent)
-                    else:
-                        measured.gaps.append((now - before, new))
-                have = total
-                before = now
-
-
-async def arrivals(response: httpx.Response) -> AsyncIterator[tuple[float, int, bytes]]:
-    """What arrives together of a stream that was asked for ``continuous_usage_stats``.
-
-    Yields:
-        When it arrived (``time.perf_counter``), how many tokens the answer then has (0 if it does not say), and the
-        text of the events.
-
-    """
-    rest = b""
-    async for chunk in response.aiter_raw():
-        now = time.perf_counter()
-        whole, _, rest = (rest + chunk).rpartition(b"\n")
-        counts = _TOKENS.findall(whole)
-        yield now, int(counts[-1]) if counts else 0, whole
+async def _user(client: httpx.AsyncClient, load: _Load, user: int, answers: list[StreamedAnswer]) -> None:
+    """Send requests until cancelled or until one fails."""
+    for kind, body in load.requests(user):
+        answer = StreamedAnswer(kind)
+        answers.append(answer)
+        await follow(client, body, answer)
+        if answer.error is not None:
+            return

@@ -12,8 +12,9 @@ import numpy as np
 
 from vllm_instant.speculation.draft_budget import CLIENT_KEY
 from vllm_instant.tools.measure.distribution_test import Agreement, Tokens, compare_draws
+from vllm_instant.tools.measure.http_client import async_client, get
+from vllm_instant.tools.measure.server_metrics import ACCEPTED, DRAFTED, metric_totals
 
-DRAFTED, ACCEPTED = "vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"
 COMPLETIONS = 50
 """Draws that one request asks for."""
 IN_FLIGHT = 4
@@ -74,12 +75,9 @@ class ServerClient:
 
     def totals(self) -> tuple[float, float]:
         """Draft tokens so far: verified, accepted."""
-        found = {DRAFTED: 0.0, ACCEPTED: 0.0}
-        for line in httpx.get(f"{self.url}/metrics", timeout=30, headers=self.headers).text.splitlines():
-            name = line.partition("{")[0].partition(" ")[0]
-            if name in found:
-                found[name] += float(line.rpartition(" ")[2])
-        return found[DRAFTED], found[ACCEPTED]
+        page = get(self.url, "/metrics", timeout=30, headers=self.headers).text
+        found = metric_totals(page, (DRAFTED, ACCEPTED))
+        return found.get(DRAFTED, 0.0), found.get(ACCEPTED, 0.0)
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,12 @@ async def _completions(
     arm: ServerClient, bodies: Sequence[dict[str, Any]], tick: Callable[[], None]
 ) -> list[list[dict[str, Any]]]:
     gate = asyncio.Semaphore(IN_FLIGHT)
-    async with httpx.AsyncClient(timeout=600, headers=arm.headers) as client:
+    async with async_client(arm.url, timeout=600, headers=arm.headers) as client:
 
         async def one(body: dict[str, Any]) -> list[dict[str, Any]]:
             async with gate:
                 try:
-                    response = await client.post(f"{arm.url}/v1/completions", json=body)
+                    response = await client.post("/v1/completions", json=body)
                 except httpx.HTTPError as error:
                     raise RefusedError(f"{arm.url} does not answer: {error or type(error).__name__}") from None
             if response.status_code != 200:

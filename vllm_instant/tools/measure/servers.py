@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -20,6 +19,9 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import httpx
+
+from vllm_instant.tools.measure.http_client import get
+from vllm_instant.tools.measure.server_metrics import metric_totals
 
 STOP_SECONDS = 10.0
 SETTLE_SECONDS = 1.3
@@ -97,7 +99,7 @@ class Server:
         if code is not None:
             raise ServerError(f"{' '.join(self.command)} ended with exit code {code}", self)
         try:
-            answered = httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+            answered = get(self.url, "/health", timeout=2).status_code == 200
         except httpx.HTTPError:
             return False
         if answered and self.started_in is None:
@@ -129,16 +131,11 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """The samples on ``/metrics``, summed over labels, by name."""
-        totals: dict[str, float] = {}
-        for line in httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines():
-            match = re.match(r"([^#{\s]+)(?:\{.*\})?\s+(\S+)$", line)
-            if match:
-                totals[match[1]] = totals.get(match[1], 0.0) + float(match[2])
-        return totals
+        return metric_totals(get(self.url, "/metrics").text)
 
     def served_model(self) -> str:
         """The name that requests call the model by."""
-        models = httpx.get(f"{self.url}/v1/models", timeout=10).json()["data"]
+        models = get(self.url, "/v1/models").json()["data"]
         return str(models[0]["id"])
 
     def stop(self) -> None:

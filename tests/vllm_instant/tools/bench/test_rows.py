@@ -16,14 +16,15 @@ from vllm_instant.tools.bench.plan import (
 )
 from vllm_instant.tools.bench.rows import BenchRow, bench_rows, verdicts
 from vllm_instant.tools.measure.closed_loop import PromptSpec
-from vllm_instant.tools.measure.interleaved_rounds import ArmRound, TimedAnswer
+from vllm_instant.tools.measure.interleaved_rounds import ArmRound
+from vllm_instant.tools.measure.token_stream import StreamedAnswer
 
 PLAN = BenchPlan(concurrency=(2,), rounds=4, starts=1, texts=0, ttft_slo_ms=100, itl_slo_ms=15)
 
 
 def _answer(first=0.1, gap=0.01, tokens=100, step=1, accepted=0, kind="code"):
     counts = [*list(range(1, tokens, step)), tokens]
-    return TimedAnswer(kind, [(first + i * gap, count) for i, count in enumerate(counts)], accepted)
+    return StreamedAnswer(kind, [(first + i * gap, count) for i, count in enumerate(counts)], accepted)
 
 
 def _turn(scale=1.0, joules=None, **given):

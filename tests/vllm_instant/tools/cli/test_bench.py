@@ -115,15 +115,15 @@ class TestInterrupted:
     def taken(self, monkeypatch):
         """Turns, of which the ninth fails: three warm-ups, one whole round of three, one that is not complete."""
         turns_taken = []
-        take_turn = session.take_turn
+        run_arm_round = session.run_arm_round
 
         def failing(*arguments, **given):
             turns_taken.append(given["concurrency"])
             if len(turns_taken) == 9:
                 raise RefusedError("the server has gone")
-            return take_turn(*arguments, **given)
+            return run_arm_round(*arguments, **given)
 
-        monkeypatch.setattr(session, "take_turn", failing)
+        monkeypatch.setattr(session, "run_arm_round", failing)
         return turns_taken
 
     def test_it_goes_on(self, bench, taken):

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.tools.demo import assets, session
-from vllm_instant.tools.measure.streams import StreamedAnswer
+from vllm_instant.tools.measure.token_stream import StreamedAnswer
 
 
 def _answer(speed, ttft):

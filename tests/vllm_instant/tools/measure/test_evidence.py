@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 
 from vllm_instant.tools.measure.servers import Server, ServerError, running
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
-from vllm_instant.tools.measure.streams import stream_completion
 
 
 class TestIntervals:
@@ -44,40 +41,6 @@ class TestIntervals:
     def test_no_values(self):
         with pytest.raises(ValueError, match="no values"):
             median_interval([])
-
-
-def _event(text, tokens):
-    return SimpleNamespace(
-        choices=[SimpleNamespace(text=text)] if text else [], usage=SimpleNamespace(completion_tokens=tokens)
-    )
-
-
-def _client(events, pause=0.02):
-    def create(**_):
-        for event in events:
-            time.sleep(pause)
-            yield event
-
-    return SimpleNamespace(completions=SimpleNamespace(create=create))
-
-
-def test_tokens_are_counted_not_events():
-    pieces = []
-    events = [_event("a", 1), _event("bcd", 4), _event("e", 5), _event("", 5)]
-    answer = stream_completion(_client(events), "m", "p", pieces.append, max_tokens=5)
-    assert answer.text == "abcde"
-    assert pieces == ["a", "bcd", "e"]
-    assert answer.tokens == 5
-    assert [tokens for _, tokens in answer.arrivals] == [1, 4, 5]
-    assert 0.02 <= answer.ttft < 0.2
-    assert answer.tokens_per_second == pytest.approx(4 / (answer.arrivals[-1][0] - answer.arrivals[0][0]))
-
-
-def test_an_empty_answer_has_no_times():
-    answer = stream_completion(_client([]), "m", "p")
-    assert answer.tokens == 0
-    assert np.isnan(answer.ttft)
-    assert np.isnan(answer.tokens_per_second)
 
 
 PRETEND_SERVER = """

@@ -9,15 +9,16 @@ from fake_server import FakeServer, serving
 from vllm_instant.tools.measure import interleaved_rounds
 from vllm_instant.tools.measure.closed_loop import PromptSpec
 from vllm_instant.tools.measure.energy import energy_meter
-from vllm_instant.tools.measure.interleaved_rounds import ArmRound, TimedAnswer, interleaved, run_arm_round
+from vllm_instant.tools.measure.interleaved_rounds import ArmRound, interleaved, run_arm_round
 from vllm_instant.tools.measure.prompts import BUILT_IN, built_in, held_out_texts
 from vllm_instant.tools.measure.sampling import RefusedError
 from vllm_instant.tools.measure.server_info import read_server_info
 from vllm_instant.tools.measure.servers import words_of
+from vllm_instant.tools.measure.token_stream import StreamedAnswer
 
 
 class TestAnswers:
-    ANSWER = TimedAnswer("code", [(0.1, 1), (0.3, 5), (0.4, 6)], accepted=3)
+    ANSWER = StreamedAnswer("code", [(0.1, 1), (0.3, 5), (0.4, 6)], accepted=3)
 
     def test_tokens_that_arrive_together_share_the_time(self):
         assert self.ANSWER.inter_token_latencies() == pytest.approx([0.05] * 4 + [0.1])
@@ -63,7 +64,9 @@ class TestTakingTurns:
         with serving(server) as url:
             arm = read_server_info(url).arm()
             server.status = 500
-            with pytest.raises(RefusedError, match=r"refused a request \(500\): the engine is dead"):
+            with pytest.raises(
+                RefusedError, match="did not answer a request as it should: HTTP 500: the engine is dead"
+            ):
                 run_arm_round(arm, [PromptSpec("p")], concurrency=1, tokens=2)
 
 

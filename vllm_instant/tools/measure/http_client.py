@@ -1,0 +1,43 @@
+"""HTTP clients for vLLM servers.
+
+A server on this machine is asked directly: proxies of the environment are for other hosts, and a proxy that cannot
+reach 127.0.0.1 would make every local server look dead.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+
+def base_url(url: str) -> str:
+    """The address of a server without a trailing slash and without ``/v1``, which clients of OpenAI's API append."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def is_local(url: str) -> bool:
+    """Whether the address belongs to this machine's loopback interface."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def sync_client(url: str, **options: Any) -> httpx.Client:
+    """A client with ``url`` as its base; ``options`` are httpx's."""
+    return httpx.Client(base_url=url, trust_env=not is_local(url), **options)
+
+
+def async_client(url: str, **options: Any) -> httpx.AsyncClient:
+    """An asynchronous client with ``url`` as its base; ``options`` are httpx's."""
+    return httpx.AsyncClient(base_url=url, trust_env=not is_local(url), **options)
+
+
+def get(url: str, path: str, timeout: float = 10, **options: Any) -> httpx.Response:
+    """One GET request; raises httpx.HTTPError where the server does not answer."""
+    with sync_client(url, timeout=timeout) as client:
+        return client.get(path, **options)
