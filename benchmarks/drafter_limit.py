@@ -161,7 +161,7 @@ def fitted(measured: Mapping[str, Sequence[Round]]) -> StepPrices:
         for turns in rounds:
             for arm in (*SOURCES, HYBRID, OFF):
                 steps += [
-                    (step["milliseconds"] / off, step["drafted"], step["draft_passes"])
+                    (step["milliseconds"] / off, step["drafted"], step["draft_steps"])
                     for step in decoding(turns[arm].steps)
                 ]
     return StepPrices.fitted(steps)
@@ -175,7 +175,7 @@ def of_arm(rounds: Sequence[Round], arm: str) -> dict[str, Any]:
         "tokens_per_second": vars(median_interval([turns[arm].speed for turns in rounds])),
         "tokens_a_step": float(np.mean([step["tokens"] for step in steps])),
         "drafted_a_step": float(np.mean([step["drafted"] for step in steps])),
-        "draft_passes_a_step": float(np.mean([step["draft_passes"] for step in steps])),
+        "draft_passes_a_step": float(np.mean([step["draft_steps"] for step in steps])),
         "step_ms": float(np.mean([step["milliseconds"] for step in steps])),
         "share_not_decoding": 1 - sum(turns[arm].decoding_seconds for turns in rounds) / seconds,
     }

@@ -60,7 +60,7 @@ class LookupAlone(HybridDrafter):
 
     def assign(self, requests: Sequence[DraftRequest], draft_cost: DraftCost) -> Sequence[DraftAssignment]:
         """The lookups, cut as the workers cut those of ``suffix``."""
-        drafts = trim_drafts(self._lookup.propose(requests), draft_cost, [request.is_pinned for request in requests])
+        drafts = trim_drafts(self._lookup.propose(requests), draft_cost, [request.is_fixed for request in requests])
         return [DraftAssignment(list(draft)) for draft in drafts]
 
     def on_model_drafts(self, drafts: Mapping[str, Sequence[int]]) -> None:
@@ -198,7 +198,7 @@ class SwitchablePolicies(SpeculationPolicy):
                 "requests": outcome.num_scheduled_requests,
                 "drafted": drafted,
                 "tokens": produced + sum(outcome.accepted),
-                "draft_passes": outcome.draft_passes,
+                "draft_steps": outcome.draft_steps,
                 "prompt_tokens": outcome.num_scheduled_tokens - outcome.num_scheduled_requests - drafted,
             }
         )

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.interfaces.streaming import EngineLoad, Holds, SessionLimits, StreamingPrefill
+from vllm_instant.interfaces.streaming import EngineLoad, PinLimits, SessionLimits, StreamingPrefill
 from vllm_instant.streaming.engine import Early, Prompt, RequestError
 from vllm_instant.streaming.metrics import StreamingMetrics
 from vllm_instant.streaming.session_manager import SessionManager
@@ -101,7 +101,7 @@ class FakeEngine:
             raise RequestError(f"the prompt has {len(ids)} tokens")
         return Prompt(ids)
 
-    async def hold(self, name: str, holds: Holds) -> str | None:
+    async def hold(self, name: str, holds: PinLimits) -> str | None:
         if self.unsupported_reason is None:
             self.holding.append(name)
         await self.hold_gate.wait()
@@ -150,27 +150,27 @@ class Eager(StreamingPrefill):
 
     """
 
-    def __init__(self, pause: float | None = None, holds: Holds | None = None, **limits: Any) -> None:
+    def __init__(self, pause: float | None = None, holds: PinLimits | None = None, **limits: Any) -> None:
         self._pause = pause
         self._holds = holds
         self._limits = SessionLimits(**limits)
 
     def next_chunk(self, progress, load):
-        return progress.settled_tokens if load.running < load.max_running else 0
+        return progress.stable_tokens if load.num_running < load.max_num_running else 0
 
-    def holds(self):
+    def pin_limits(self):
         return self._holds
 
-    def early_after(self):
+    def speculative_answer_delay(self):
         return self._pause
 
-    def starts_early(self, load):
-        return load.running == 0
+    def starts_speculative_answer(self, load):
+        return load.num_running == 0
 
-    def max_early_seconds(self):
+    def max_speculative_answer_seconds(self):
         return 0.05
 
-    def limits(self):
+    def session_limits(self):
         return self._limits
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_instant import RequestState, SpeculationPolicy
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.speculation.draft_budget import DraftBudgetManager, requested_draft_length
+from vllm_instant.speculation.draft_budget import DraftBudgetManager, requested_num_draft_tokens
 from vllm_instant.speculation.draft_plan import DraftReport
 
 
@@ -99,11 +99,11 @@ def test_what_workers_report_belongs_to_the_step_that_finished_last():
     budget, policy = _budget(lambda n: [2] * n)
     states = _states(1)
     budget.plan(states)
-    budget.step_finished(1, states, [0], [0], num_scheduled_tokens=1, draft_passes=2)
-    budget.step_finished(2, states, [2], [1], num_scheduled_tokens=3, draft_passes=2)
-    budget.drafted(DraftReport(draft_passes=1, draft_missed=40))
+    budget.step_finished(1, states, [0], [0], num_scheduled_tokens=1, draft_steps=2)
+    budget.step_finished(2, states, [2], [1], num_scheduled_tokens=3, draft_steps=2)
+    budget.drafted(DraftReport(draft_steps=1, uncached_tokens=40))
     budget.on_model_executing()
-    assert [(outcome.draft_passes, outcome.draft_missed) for outcome in policy.outcomes] == [(2, None), (1, 40)]
+    assert [(outcome.draft_steps, outcome.uncached_tokens) for outcome in policy.outcomes] == [(2, None), (1, 40)]
 
 
 def test_what_an_ended_request_did_is_seen_before_another_gets_its_index():
@@ -213,7 +213,7 @@ def test_what_a_client_asks_for(wish, length):
 @pytest.mark.parametrize("wish", [-1, 1.5, True, "on", [2]])
 def test_wrong_wishes_are_one_clear_sentence(wish):
     with pytest.raises(ValueError, match='must be "off", "auto" or a whole number from 0, found'):
-        requested_draft_length({"instant_speculation": wish})
+        requested_num_draft_tokens({"instant_speculation": wish})
 
 
 def test_times_are_those_of_the_clock():
@@ -248,7 +248,7 @@ def test_cache_salts_travel_while_somebody_has_one():
     budget.forget("a")
     plan = budget.plan_drafts(states[1:])
     assert plan.cache_salts == {}
-    assert plan.lengths == {"b": 1}
+    assert plan.num_draft_tokens == {"b": 1}
 
 
 def test_a_list_that_its_owner_changes_is_read_again():
@@ -256,7 +256,7 @@ def test_a_list_that_its_owner_changes_is_read_again():
     states = _states(3)
     for state in states:
         budget.admit(state)
-    assert budget.plan_drafts(states).lengths == {"r0": 3, "r1": 3, "r2": 3}
+    assert budget.plan_drafts(states).num_draft_tokens == {"r0": 3, "r1": 3, "r2": 3}
     budget.on_model_executing()
     del states[1]
-    assert budget.plan_drafts(states).lengths == {"r0": 3, "r2": 3}
+    assert budget.plan_drafts(states).num_draft_tokens == {"r0": 3, "r2": 3}

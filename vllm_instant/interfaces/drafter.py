@@ -24,9 +24,9 @@ class DraftRequest:
     """At least 1."""
     cache_salt: str = ""
     """What separates tenants: requests with another one must not learn what this one says."""
-    is_pinned: bool = False
+    is_fixed: bool = False
     """Whether its client asked for this draft length: what the draft costs does not count."""
-    missed_tokens: int = 0
+    uncached_tokens: int = 0
     """Tokens that the draft model beside a ``HybridDrafter`` has not read yet; it reads them before it drafts."""
 
 

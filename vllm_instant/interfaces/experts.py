@@ -157,11 +157,11 @@ class ExpertRouter(Protocol):
         """
         return True
 
-    def look(self, number: int) -> Measurement:
+    def measurement(self, number: int) -> Measurement:
         """What to measure in the step with this number. Optional; nothing by default."""
         return Measurement.OFF
 
-    def shadow(self, active: bool) -> None:
+    def reference_pass(self, active: bool) -> None:
         """What ``allowed`` says from now on is for comparison (or no longer). Optional.
 
         Whoever asks for ``Measurement.REFERENCE`` must route natively while it is active: what the server answers is

@@ -26,14 +26,14 @@ class RequestState:
     """Small, unique among the live requests, used again later: lets a policy keep its state in arrays."""
     prompt_token_ids: Sequence[int] = ()
     """Empty when the prompt came as embeddings."""
-    pinned_draft_length: int | None = None
+    fixed_num_draft_tokens: int | None = None
     """The draft length that its client asked for (or 0, where drafts cannot be verified), which no policy changes; None
     when the policy decides."""
     cache_salt: str = ""
     """What separates its tenant's data from that of others; empty when nothing does."""
     prompt_group: int = 0
     """The same for requests whose prompts begin alike (a system prompt): what policies group requests by."""
-    arrival: float = 0.0
+    arrival_time: float = 0.0
     """When it entered the engine, in seconds of the clock that ``SchedulerSnapshot.now`` reads."""
     num_preemptions: int = 0
     """How often it lost its KV blocks."""

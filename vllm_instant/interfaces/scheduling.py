@@ -36,7 +36,7 @@ class Admission:
     arrived."""
     max_num_admitted: int | None = None
     """Limit of the requests that start in this step; None for no limit beyond free places."""
-    by_id: Sequence[str] = ()
+    request_ids: Sequence[str] = ()
     """Request ids in place of ``order``, for a policy that knows who waits and need not look at everybody: a step costs
     what is named then, however many wait. Ids of those that do not wait are passed over."""
 

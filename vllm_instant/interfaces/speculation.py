@@ -45,11 +45,11 @@ class StepOutcome:
     num_scheduled_requests: int = 0
     """Requests that took part, those included that are still reading their prompt."""
     number: int = 0
-    draft_passes: int = 0
+    draft_steps: int = 0
     """Draft tokens that the drafter made at the end of this step, for the next: the longest length that was planned."""
     experts: ExpertCount | None = None
     """Distinct experts that a step of late used, where an experts plugin counts them; most steps are not counted."""
-    draft_missed: int | None = None
+    uncached_tokens: int | None = None
     """Tokens that a draft model read before it drafted, because they came while it did not run; None: not known."""
 
 

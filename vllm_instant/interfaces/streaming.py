@@ -1,4 +1,4 @@
-"""The ``streaming`` slot: prompts that are still arriving."""
+"""The ``streaming`` slot: prefill of prompts while they are still being typed."""
 
 from __future__ import annotations
 
@@ -8,116 +8,121 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """How busy the engine is with requests that somebody waits for, as far as this API server knows."""
+    """The requests in the engine, as far as this API server knows."""
 
-    running: int
-    """Requests in the engine, waiting ones included; what is read ahead of a prompt's end is not counted."""
-    max_running: int
-    """Most requests that can run at once."""
-    ahead: int = 0
-    """Requests in the engine that nobody waits for: chunks that are read ahead, and answers begun early."""
+    num_running: int
+    """Number of requests in the engine, waiting ones included, without those of ``num_speculative``."""
+    max_num_running: int
+    """Maximum number of requests that can run at once."""
+    num_speculative: int = 0
+    """Number of speculative requests in the engine: chunks prefilled ahead of the commit and speculative answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """How far a prompt that is still arriving has been read."""
+    """The prefilled part of a prompt that is still being typed."""
 
-    settled_tokens: int
-    """Tokens so far that no later text can change: the beginning of the prompt."""
+    stable_tokens: int
+    """Number of leading tokens that later text cannot change."""
     cached_tokens: int
-    """Those of them whose keys and values were computed ahead."""
+    """Number of stable tokens whose keys and values are computed."""
     block_size: int
-    """Tokens of a KV block."""
-    is_held: bool = False
-    """Whether any number of tokens is kept (see ``Holds``); otherwise only whole blocks are."""
+    """Tokens per KV block."""
+    is_pinned: bool = False
+    """Whether the session's KV blocks are pinned (``PinLimits``), so that a chunk may end inside a block; otherwise
+    only whole blocks are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillOutcome:
-    """One chunk that was read ahead."""
+    """One prefilled chunk."""
 
-    tokens: int
+    num_tokens: int
     seconds: float
-    """From asking the engine to its answer."""
+    """Time from the request to the engine until its answer."""
     load: EngineLoad
-    """As it was when the engine was asked."""
+    """Load of the engine when the chunk was requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SessionLimits:
-    """What clients with prompts that are still arriving may take."""
+    """Limits of the clients that send prompts while they are typed."""
 
-    sessions: int = 256
-    """Open at once in one API server."""
-    sessions_per_client: int = 16
-    """Clients are told apart by their credentials, and by address where they have none."""
+    max_sessions: int = 256
+    """Maximum number of open sessions per API server."""
+    max_sessions_per_client: int = 16
+    """Maximum number of open sessions per client; clients are distinguished by credential, and by address where they
+    have none."""
     idle_seconds: float = 300.0
-    """Without an event from the client, after which its session is closed."""
-    text_characters: int = 1_000_000
-    """Of one prompt."""
+    """Seconds without an event from the client after which its session is closed."""
+    max_text_characters: int = 1_000_000
+    """Maximum length of one prompt in characters."""
     prefills_in_flight: int = 1
-    """Chunks of all sessions that the engine reads at once."""
+    """Maximum number of chunks, over all sessions, that the engine prefills at once."""
     token_seconds: float = 60.0
-    """How long a session token can be used to open sessions."""
+    """Seconds for which a session token can open sessions."""
     demo_page: bool = False
-    """Whether a page to try it is served."""
+    """Whether the demo page is served."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Holds:
-    """Which sessions keep their KV blocks between chunks. All others lose what does not fill a block.
+class PinLimits:
+    """Limits of the sessions that keep their KV blocks between chunks; other sessions keep only whole, cached blocks.
 
-    Whenever the engine is short of blocks, held ones are given back before a request waits for them.
+    When the engine is short of blocks, pinned blocks are released before a request has to wait for them.
     """
 
-    sessions: int
-    """Most at once, in each engine."""
-    tokens: int
-    """Most of one prompt; what lies behind is not held."""
-    cache_share: float
-    """Most of all KV blocks, for all sessions together."""
+    max_sessions: int
+    """Maximum number of sessions with pinned blocks per engine."""
+    max_tokens: int
+    """Maximum number of leading tokens per prompt whose blocks are pinned."""
+    max_cache_share: float
+    """Maximum fraction of all KV blocks that is pinned, over all sessions."""
     idle_seconds: float
-    """Without new text, after which a session holds nothing any more."""
+    """Seconds without new text after which a session's blocks are unpinned."""
 
 
 @runtime_checkable
 class StreamingPrefill(Protocol):
-    """Decides what is read of prompts that are still arriving, and when. Runs in the API server.
+    """Decides which part of an unfinished prompt is prefilled, and when. Runs in the API server.
 
-    Sessions, routes and the way into vLLM are not the plugin's: ``vllm_instant.streaming`` has them. A plugin that
-    fails is not asked again; prompts are then read when they are complete.
+    ``vllm_instant.streaming`` owns sessions, routes and requests to vLLM. A plugin that fails is not called again:
+    prompts are then prefilled when they are committed.
     """
 
     def next_chunk(self, progress: PrefillProgress, load: EngineLoad) -> int:
-        """How many tokens of the prompt shall be cached next, at most ``settled_tokens``.
+        """Return the number of leading prompt tokens to have in the cache next, at most ``stable_tokens``.
 
-        No more than ``cached_tokens`` means: nothing now. Asked again a little later, and when more text is there.
+        A number up to ``cached_tokens`` prefills nothing now. Called again shortly after, and when text arrives.
         """
         ...
 
     def observe(self, outcome: PrefillOutcome) -> None:
-        """Learn what a chunk took. Optional."""
+        """Learn the duration of a chunk. Optional."""
         return None
 
-    def early_after(self) -> float | None:
-        """Seconds without new text after which ``starts_early`` is asked; None: never. Optional."""
+    def speculative_answer_delay(self) -> float | None:
+        """Return the seconds without new text after which ``starts_speculative_answer`` is called; None for never.
+
+        Optional.
+        """
         return None
 
-    def starts_early(self, load: EngineLoad) -> bool:
-        """Whether to begin the answer before the client commits, as if the prompt ended here. Optional.
+    def starts_speculative_answer(self, load: EngineLoad) -> bool:
+        """Whether to start the answer before the client commits, as if the prompt ended here. Optional.
 
-        It is thrown away if the prompt does not end here.
+        The answer is discarded if the prompt continues.
         """
         return False
 
-    def max_early_seconds(self) -> float:
-        """How long such an answer goes on when nobody commits. Optional."""
+    def max_speculative_answer_seconds(self) -> float:
+        """Return the seconds after which a speculative answer without a commit is aborted. Optional."""
         return 1.0
 
-    def holds(self) -> Holds | None:
-        """Whether sessions keep their KV blocks between chunks; asked once. Optional."""
+    def pin_limits(self) -> PinLimits | None:
+        """Return the limits under which sessions pin their KV blocks; None for no pinning. Called once. Optional."""
         return None
 
-    def limits(self) -> SessionLimits:
-        """What clients may take; asked once. Optional."""
+    def session_limits(self) -> SessionLimits:
+        """Return the limits of the clients. Called once. Optional."""
         return SessionLimits()

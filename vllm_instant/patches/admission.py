@@ -51,7 +51,7 @@ class LiveRequestsMixin:
                 num_output_tokens=request.num_output_tokens,
                 prompt_token_ids=request.prompt_token_ids or (),
                 cache_salt=request.cache_salt or "",
-                pinned_draft_length=0 if needs_no_drafts(sampling) else None,
+                fixed_num_draft_tokens=0 if needs_no_drafts(sampling) else None,
             )
             self.instant_requests.admit(state)
         return state
@@ -127,7 +127,7 @@ class BatchingMixin(LiveRequestsMixin):
             queue.started(request_id)
             oldest = queue.oldest()
             state = self.instant_state(self.requests[request_id])
-            batching.started(state, state.arrival if oldest is None else self.instant_state(oldest).arrival)
+            batching.started(state, state.arrival_time if oldest is None else self.instant_state(oldest).arrival_time)
         return output
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:

@@ -220,7 +220,7 @@ def _wrap(module: ModuleType) -> None:
         if self.speculative_config.method == "ngram" and scheduler_output.num_spec_tokens_to_schedule == 0:
             return [[] for _ in range(self.input_batch.num_reqs)]
         if can_be_skipped(self):
-            return keeper_of(self, module).propose(original, scheduler_output, plan.lengths, arguments)
+            return keeper_of(self, module).propose(original, scheduler_output, plan.num_draft_tokens, arguments)
         return original(self, scheduler_output, *arguments)
 
     update = module.GPUModelRunner._update_states

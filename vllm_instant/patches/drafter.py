@@ -96,7 +96,7 @@ class PluginDrafter:
         for row, sampled in enumerate(sampled_token_ids):
             request_id = self._request_ids[row]
             num_tokens = int(num_tokens_no_spec[row])
-            length = min(plan.lengths.get(request_id, self.max_draft_tokens), capacity - num_tokens)
+            length = min(plan.num_draft_tokens.get(request_id, self.max_draft_tokens), capacity - num_tokens)
             if sampled and length > 0:
                 wanted.append(
                     DraftRequest(
@@ -105,7 +105,7 @@ class PluginDrafter:
                         int(self._prompt_lengths[row]),
                         length,
                         plan.cache_salts.get(request_id, ""),
-                        request_id in plan.pinned,
+                        request_id in plan.fixed,
                     )
                 )
                 rows.append(row)
@@ -125,7 +125,7 @@ class PluginDrafter:
             checked_draft(proposal, request.max_draft_tokens, self.vocab_size)
             for request, proposal in zip(wanted, answer, strict=True)
         ]
-        return trim_drafts(checked, self._plan.draft_cost, [request.is_pinned for request in wanted])
+        return trim_drafts(checked, self._plan.draft_cost, [request.is_fixed for request in wanted])
 
 
 def checked_draft(proposal: Sequence[int] | Draft | None, most: int, vocab_size: int) -> list[int] | Draft:

@@ -55,9 +55,9 @@ class HybridDraftRunner:
         self.drafter = drafter
         self.keeper = keeper
         self.vocab_size = vocab_size
-        self.draft_passes = 0
+        self.draft_steps = 0
         """Of the draft model, after the newest step,"""
-        self.draft_missed = 0
+        self.uncached_tokens = 0
         """and the tokens that it read before, because they came while it did not run."""
 
     def propose(self, run_model: Any, scheduler_output: Any, plan: DraftPlan, arguments: tuple[Any, ...]) -> Any:
@@ -71,7 +71,7 @@ class HybridDraftRunner:
 
         """
         batch = self.runner.input_batch
-        requests = self._requests(scheduler_output, plan, arguments[0]) if any(plan.lengths.values()) else []
+        requests = self._requests(scheduler_output, plan, arguments[0]) if any(plan.num_draft_tokens.values()) else []
         # When the plugin is disabled the draft model does everything.
         otherwise = [DraftAssignment(num_draft_tokens=request.max_draft_tokens) for request in requests]
         shares = self.drafter.call("share", lambda drafter: self._ask(drafter, requests, plan), otherwise)
@@ -81,12 +81,12 @@ class HybridDraftRunner:
             if share.num_draft_tokens
         }
         passes = max(by_model.values(), default=0)
-        self.draft_passes = passes
+        self.draft_steps = passes
         asked = copy.copy(scheduler_output)
         asked.num_spec_tokens_to_schedule = passes
-        setattr(asked, PLAN_ATTRIBUTE, replace(plan, lengths=by_model))
+        setattr(asked, PLAN_ATTRIBUTE, replace(plan, num_draft_tokens=by_model))
         drafts: list[list[int]] = run_model(self.runner, asked, *arguments)
-        self.draft_missed = self.keeper.read_tokens
+        self.uncached_tokens = self.keeper.read_tokens
         rows = batch.req_id_to_index
         if by_model:
             drafted = {request_id: drafts[rows[request_id]] for request_id in by_model}
@@ -117,7 +117,7 @@ class HybridDraftRunner:
         requests = []
         for row, tokens in enumerate(sampled.cpu().numpy()):
             request_id = batch.req_ids[row]
-            length = plan.lengths.get(request_id, 0)
+            length = plan.num_draft_tokens.get(request_id, 0)
             if not length or discarded[row]:
                 continue
             new = tokens[(tokens >= 0) & (tokens < batch.vocab_size)]
@@ -135,7 +135,7 @@ class HybridDraftRunner:
                     int(batch.num_prompt_tokens[row]),
                     length,
                     plan.cache_salts.get(request_id, ""),
-                    request_id in plan.pinned,
+                    request_id in plan.fixed,
                     missed[row],
                 )
             )

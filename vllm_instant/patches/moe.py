@@ -244,12 +244,12 @@ def _shadow(runner: Any, serving: MoeWorker, rows: Any, run: Any) -> Any:
     """The hidden states of some rows as the pass for comparison has them."""
     from vllm.forward_context import get_forward_context
 
-    serving.shadow(True)
+    serving.reference_pass(True)
     try:
         # A graph that is replayed writes its next output to the same place; indexing copies.
         return _hidden(run())[rows]
     finally:
-        serving.shadow(False)
+        serving.reference_pass(False)
         # MoE layers find themselves by counting the calls within one forward context.
         get_forward_context().moe_layer_index = 0
 

@@ -174,7 +174,7 @@ class MoeWorker:
         self._decode_rows = np.flatnonzero(kinds == RowKind.DECODE).tolist()
         self._consume()
         asked = self.plugin.call("begin_step", lambda plugin: plugin.begin_step(rows), False)
-        look = self.plugin.call("look", lambda plugin: plugin.look(self.number), Measurement.OFF)
+        look = self.plugin.call("measurement", lambda plugin: plugin.measurement(self.number), Measurement.OFF)
         if look is Measurement.REFERENCE and asked is False:
             look = Measurement.COUNTS  # both passes would be the same
         self._look = look if self._decode_rows else Measurement.OFF
@@ -201,9 +201,9 @@ class MoeWorker:
         """Whether the model shall run this step once for comparison, before it runs it for good."""
         return self._look is Measurement.REFERENCE and not self.plugin.disabled
 
-    def shadow(self, active: bool) -> None:
+    def reference_pass(self, active: bool) -> None:
         """The pass that begins is the one for comparison, or no longer."""
-        self.plugin.call("shadow", lambda plugin: plugin.shadow(active), None)
+        self.plugin.call("reference_pass", lambda plugin: plugin.reference_pass(active), None)
         if not self.replays:
             self.counting = not active
         else:

@@ -9,7 +9,7 @@ from typing import Any
 from vllm_instant.patches.compat import HasAttribute, HasSignature, VllmPatch
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.scheduling.request_registry import hinted_output_tokens
-from vllm_instant.speculation.draft_budget import requested_draft_length
+from vllm_instant.speculation.draft_budget import requested_num_draft_tokens
 
 MODULE = "vllm.v1.engine.input_processor"
 
@@ -21,7 +21,7 @@ def _wrap(module: ModuleType) -> None:
     def checked(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             extra_args = getattr(params, "extra_args", None)
-            requested_draft_length(extra_args)
+            requested_num_draft_tokens(extra_args)
             hinted_output_tokens(extra_args)
         except ValueError as error:
             from vllm.exceptions import VLLMValidationError

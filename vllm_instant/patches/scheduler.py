@@ -102,11 +102,11 @@ class InstantMixin(BatchingMixin, PinningMixin):
             max_wait = max(0.0, time.time() - oldest.arrival_time)
         plan = budget.plan_drafts(drafting, len(self.waiting), max_wait)
         # The drafter makes one length for the whole batch; the longest wish decides.
-        scheduler_output.num_spec_tokens_to_schedule = max(plan.lengths.values(), default=0)
+        scheduler_output.num_spec_tokens_to_schedule = max(plan.num_draft_tokens.values(), default=0)
         setattr(scheduler_output, PLAN_ATTRIBUTE, plan)
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
         if self._asynchronous:
-            for request_id, length in plan.lengths.items():
+            for request_id, length in plan.num_draft_tokens.items():
                 request = requests[request_id]
                 if len(request.spec_token_ids) > length:
                     request.spec_token_ids = request.spec_token_ids[:length]
@@ -130,7 +130,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
                 self.instant_budget.drafted(report)
                 self._instant_drafter_failures = report.failures
             most = self.num_spec_tokens
-            wanted = self._instant_plan.lengths.get
+            wanted = self._instant_plan.num_draft_tokens.get
             draft_token_ids.draft_token_ids = [
                 row[: wanted(request_id, most)]
                 for request_id, row in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=False)
@@ -184,7 +184,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
                 accepted,
                 num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens,
                 num_scheduled_requests=len(scheduler_output.num_scheduled_tokens),
-                draft_passes=scheduler_output.num_spec_tokens_to_schedule or 0,
+                draft_steps=scheduler_output.num_spec_tokens_to_schedule or 0,
                 experts=count_in(model_runner_output),
             )
         if self.instant_batching is not None and self.instant_batching.observes:

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.interfaces.deployment import Deployment
-from vllm_instant.interfaces.streaming import EngineLoad, Holds, StreamingPrefill
+from vllm_instant.interfaces.streaming import EngineLoad, PinLimits, StreamingPrefill
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.engine_core import HOLD_METHOD, LET_GO_METHOD
 from vllm_instant.patches.import_hooks import when_imported
@@ -163,8 +163,8 @@ class VllmStreamingEngine:
                 self._early.remove(early)
                 _EARLY.pop(f"chatcmpl-{name}", None)
 
-    async def hold(self, name: str, holds: Holds) -> str | None:
-        limits = (name, holds.sessions, holds.tokens, holds.cache_share)
+    async def hold(self, name: str, holds: PinLimits) -> str | None:
+        limits = (name, holds.max_sessions, holds.max_tokens, holds.max_cache_share)
         answers = await self._client.engine_core.call_utility_all_async(HOLD_METHOD, *limits)
         # With several engines the session's affinity chooses one; the others hold nothing.
         return next((unsupported_reason for unsupported_reason in answers if unsupported_reason is not None), None)

@@ -190,8 +190,8 @@ class InstantQueue:
         return self._order
 
     def _named(self, admission: Admission) -> list[Any]:
-        if admission.by_id:
-            return [self._line[request_id] for request_id in admission.by_id if request_id in self._line]
+        if admission.request_ids:
+            return [self._line[request_id] for request_id in admission.request_ids if request_id in self._line]
         if not len(admission.order):
             return []
         line = list(self._line.values())

@@ -27,7 +27,7 @@ def report_of(runner: Any) -> DraftReport | None:
     sampler = getattr(getattr(runner, "rejection_sampler", None), SAMPLER_ATTRIBUTE, None)
     sharer = getattr(runner, SHARER_ATTRIBUTE, None)
     if isinstance(sharer, HybridDraftRunner):
-        return DraftReport(sharer.draft_passes, sharer.draft_missed, failure_counts(sharer.drafter, sampler))
+        return DraftReport(sharer.draft_steps, sharer.uncached_tokens, failure_counts(sharer.drafter, sampler))
     drafter = getattr(runner, "drafter", None)
     if isinstance(drafter, PluginDrafter):
         return DraftReport(failures=failure_counts(drafter.drafter, sampler))

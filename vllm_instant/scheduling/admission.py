@@ -33,7 +33,7 @@ class Batching:
 
     Args:
         policy: the policy behind its breaker.
-        clock: seconds, monotonic; also the clock of ``RequestState.arrival``.
+        clock: seconds, monotonic; also the clock of ``RequestState.arrival_time``.
 
     """
 
@@ -50,7 +50,7 @@ class Batching:
 
     def enter(self, state: RequestState) -> None:
         """A request begins to wait."""
-        state.arrival = self.clock()
+        state.arrival_time = self.clock()
         self.policy.call("enter", lambda policy: policy.enter(state), None)
 
     def decisions(self, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ class Batching:
         """A request left the queue; ``oldest_waiting`` is when the oldest of those that still wait arrived."""
         if not state.num_preemptions:
             self.counters.started += 1
-            self.counters.started_early += oldest_waiting < state.arrival
+            self.counters.started_early += oldest_waiting < state.arrival_time
         now = self.clock()
         self.policy.call("started", lambda policy: policy.started(state, now), None)
 
@@ -88,8 +88,8 @@ class Batching:
             order = admission.order
             if order and not (0 <= min(order) and max(order) < len(moment.waiting) and len(set(order)) == len(order)):
                 raise ContractError(f"an order names each of 0..{len(moment.waiting) - 1} at most once, found {order}")
-            if len(set(admission.by_id)) != len(admission.by_id):
-                raise ContractError(f"an order names each request at most once, found {admission.by_id}")
+            if len(set(admission.request_ids)) != len(admission.request_ids):
+                raise ContractError(f"an order names each request at most once, found {admission.request_ids}")
             if admission.max_num_admitted is not None and admission.max_num_admitted < 0:
                 raise ContractError(f"max_num_admitted must not be negative, found {admission.max_num_admitted}")
             return admission

@@ -31,7 +31,7 @@ CLIENT_KEY = "instant_speculation"
 NOBODY: frozenset[str] = frozenset()
 
 
-def requested_draft_length(extra_args: Mapping[str, Any] | None) -> int | None:
+def requested_num_draft_tokens(extra_args: Mapping[str, Any] | None) -> int | None:
     """The draft length that a client asked for, or None when the policy decides.
 
     Raises:
@@ -119,15 +119,15 @@ class DraftBudgetManager:
         self._show_outcomes()
         self._requests.admit(state)
         try:
-            length = requested_draft_length(state.extra_args)
+            length = requested_num_draft_tokens(state.extra_args)
         except ValueError:
             length = (
                 None  # refused at the door where there is one (patches/request_options.py); else the policy decides
             )
-        if state.pinned_draft_length is None and length is not None:
-            state.pinned_draft_length = min(length, self.max_draft_tokens)
+        if state.fixed_num_draft_tokens is None and length is not None:
+            state.fixed_num_draft_tokens = min(length, self.max_draft_tokens)
         self._num_salted += bool(state.cache_salt)
-        self._num_pinned += state.pinned_draft_length is not None
+        self._num_pinned += state.fixed_num_draft_tokens is not None
         self.policy.call("enter", lambda policy: policy.enter(state), None)
 
     def forget(self, request_id: str) -> None:
@@ -136,7 +136,7 @@ class DraftBudgetManager:
         if state is not None:
             self._none_left = False
             self._num_salted -= bool(state.cache_salt)
-            self._num_pinned -= state.pinned_draft_length is not None
+            self._num_pinned -= state.fixed_num_draft_tokens is not None
             self.policy.call("forget", lambda policy: policy.forget(request_id), None)
             if self._is_registrar:
                 self._requests.forget(request_id)
@@ -160,7 +160,7 @@ class DraftBudgetManager:
             lengths = self._ask(states, self._number)
         if self._num_pinned:
             lengths = [
-                length if state.pinned_draft_length is None else state.pinned_draft_length
+                length if state.fixed_num_draft_tokens is None else state.fixed_num_draft_tokens
                 for state, length in zip(states, lengths, strict=True)
             ]
         self.counters.steps += 1
@@ -190,7 +190,7 @@ class DraftBudgetManager:
         return DraftPlan(
             dict(zip(self._named[1], lengths, strict=True)),
             self._draft_cost,
-            frozenset(state.request_id for state in states if state.pinned_draft_length)
+            frozenset(state.request_id for state in states if state.fixed_num_draft_tokens)
             if self._num_pinned
             else NOBODY,
             {state.request_id: state.cache_salt for state in states if state.cache_salt} if self._num_salted else {},
@@ -243,7 +243,7 @@ class DraftBudgetManager:
         *,
         num_scheduled_tokens: int,
         num_scheduled_requests: int = 0,
-        draft_passes: int = 0,
+        draft_steps: int = 0,
         experts: ExpertCount | None = None,
     ) -> None:
         """Count a finished step; the policy sees it when there is time."""
@@ -262,16 +262,16 @@ class DraftBudgetManager:
                 seconds,
                 num_scheduled_requests,
                 number,
-                draft_passes,
+                draft_steps,
                 experts,
             )
         )
 
     def drafted(self, report: DraftReport) -> None:
         """The workers report what they did after the step that finished last."""
-        if self._outcomes and report.draft_passes is not None:
+        if self._outcomes and report.draft_steps is not None:
             self._outcomes[-1] = replace(
-                self._outcomes[-1], draft_passes=report.draft_passes, draft_missed=report.draft_missed
+                self._outcomes[-1], draft_steps=report.draft_steps, uncached_tokens=report.uncached_tokens
             )
 
     def engine_idles(self) -> None:

@@ -21,10 +21,10 @@ FREE = DraftCost()
 class DraftPlan:
     """How many draft tokens each request may get after this step, and what they cost."""
 
-    lengths: Mapping[str, int] = field(default_factory=dict)
+    num_draft_tokens: Mapping[str, int] = field(default_factory=dict)
     """By request id; a request that is missing gets the full length."""
     draft_cost: DraftCost = FREE
-    pinned: frozenset[str] = frozenset()
+    fixed: frozenset[str] = frozenset()
     """Requests whose clients asked for their length, whatever it costs."""
     cache_salts: Mapping[str, str] = field(default_factory=dict)
     """By request id, of the requests that have one."""
@@ -34,9 +34,9 @@ class DraftPlan:
 class DraftReport:
     """What a worker says about its drafting since the last report."""
 
-    draft_passes: int | None = None
+    draft_steps: int | None = None
     """Passes of the draft model, where it may do less than was planned; None where the plan says it all."""
-    draft_missed: int | None = None
+    uncached_tokens: int | None = None
     """Tokens that the draft model read first, because they came while it did not run."""
     failures: Sequence[Mapping[str, Any]] = ()
     """Failures of its drafter plugin so far, see ``containment.failure_counts``."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vllm_instant.interfaces.streaming import EngineLoad, Holds
+from vllm_instant.interfaces.streaming import EngineLoad, PinLimits
 
 ChatRequest = Mapping[str, Any]
 """The body of a request to ``/v1/chat/completions``."""
@@ -59,7 +59,7 @@ class StreamingEngine(Protocol):
         """The chunks of the answer in OpenAI's chat-chunk format; raises RequestError. ``early``: not asked for yet."""
         ...
 
-    async def hold(self, name: str, holds: Holds) -> str | None:
+    async def hold(self, name: str, holds: PinLimits) -> str | None:
         """Let a session hold what its requests leave in the KV cache; returns why not, if not."""
         ...
 

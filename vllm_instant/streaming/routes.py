@@ -281,7 +281,7 @@ def client_of(connection: HTTPConnection) -> str:
 
 def created(session: Session, host: SessionManager) -> dict[str, Any]:
     """The event that begins a session."""
-    limits = {"idle_seconds": host.limits.idle_seconds, "text_characters": host.limits.text_characters}
+    limits = {"idle_seconds": host.limits.idle_seconds, "text_characters": host.limits.max_text_characters}
     return {"type": "session.created", "session": {"id": session.id, **limits}}
 
 

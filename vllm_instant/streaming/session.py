@@ -55,7 +55,7 @@ class Session:
         self._send = send
         self._request: dict[str, Any] = {}
         self._messages: list[dict[str, Any]] = []
-        self._text = TextBuffer(host.limits.text_characters)
+        self._text = TextBuffer(host.limits.max_text_characters)
         self._configured = False
         self._changed = asyncio.Event()
         self._settled: list[int] = []
@@ -342,13 +342,13 @@ class Session:
 
     async def _answer_early(self) -> None:
         """Begin the answer if the person pauses and the plugin wants it."""
-        seconds = self._host.early_after()
+        seconds = self._host.speculative_answer_delay()
         if seconds is None or self._tried_early or not self._text.text:
             return
         if await self._changes_within(seconds):
             return
-        deadline = self._host.clock() + self._host.max_early_seconds()
-        while not self.is_answering and not self._host.starts_early():
+        deadline = self._host.clock() + self._host.max_speculative_answer_seconds()
+        while not self.is_answering and not self._host.starts_speculative_answer():
             if self._host.clock() >= deadline:
                 return
             if await self._changes_within(RETRY_SECONDS):
@@ -358,7 +358,7 @@ class Session:
         self._tried_early = True
         early = self._early = EarlyAnswer(self._host.engine, self._body(self._text.text), self._number, self._hold_name)
         self._host.numbers.early.labels("begun").inc()
-        asyncio.get_running_loop().call_later(self._host.max_early_seconds(), self._expire_early, early)
+        asyncio.get_running_loop().call_later(self._host.max_speculative_answer_seconds(), self._expire_early, early)
 
     def _expire_early(self, early: EarlyAnswer) -> None:
         if self._early is early:

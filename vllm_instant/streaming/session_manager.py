@@ -13,7 +13,7 @@ from typing import Any
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.interfaces.streaming import (
     EngineLoad,
-    Holds,
+    PinLimits,
     PrefillOutcome,
     PrefillProgress,
     SessionLimits,
@@ -53,8 +53,8 @@ class SessionManager:
         self.engine = engine
         self.numbers = numbers
         self.clock = clock
-        self.limits = plugin.call("limits", lambda p: p.limits(), SessionLimits())
-        self.holds: Holds | None = plugin.call("holds", lambda p: p.holds(), None)
+        self.limits = plugin.call("session_limits", lambda p: p.session_limits(), SessionLimits())
+        self.holds: PinLimits | None = plugin.call("pin_limits", lambda p: p.pin_limits(), None)
         # Whoever asked first is first.
         self.turn = asyncio.Semaphore(self.limits.prefills_in_flight)
         self._plugin = plugin
@@ -70,10 +70,10 @@ class SessionManager:
 
     def enter(self, client: str) -> int:
         """A client opens a session; returns its number. Raises RefusedError. Call ``leave`` at its end."""
-        if self.sessions >= self.limits.sessions:
+        if self.sessions >= self.limits.max_sessions:
             self.numbers.refused.labels("sessions").inc()
             raise RefusedError(f"the server has {self.sessions} open sessions, as many as it may have")
-        if self._clients[client] >= self.limits.sessions_per_client:
+        if self._clients[client] >= self.limits.max_sessions_per_client:
             self.numbers.refused.labels("sessions_per_client").inc()
             raise RefusedError(f"this client has {self._clients[client]} open sessions, as many as it may have")
         self._clients[client] += 1
@@ -125,12 +125,12 @@ class SessionManager:
         """Tokens to have cached next, as the plugin says; with ``idle`` what it would say of an idle engine."""
         load = self.engine.load()
         if idle:
-            load = EngineLoad(0, load.max_running)
+            load = EngineLoad(0, load.max_num_running)
 
         def ask(plugin: StreamingPrefill) -> int:
             length = plugin.next_chunk(progress, load)
-            if type(length) is not int or length > progress.settled_tokens:
-                raise ContractError(f"expected at most {progress.settled_tokens} tokens, found {length!r}")
+            if type(length) is not int or length > progress.stable_tokens:
+                raise ContractError(f"expected at most {progress.stable_tokens} tokens, found {length!r}")
             return length
 
         return self._plugin.call("next_chunk", ask, 0)
@@ -138,26 +138,30 @@ class SessionManager:
     def observe(self, outcome: PrefillOutcome) -> None:
         """A chunk was read."""
         self.numbers.prefills.inc()
-        self.numbers.prefill_tokens.inc(outcome.tokens)
+        self.numbers.prefill_tokens.inc(outcome.num_tokens)
         self._plugin.call("observe", lambda p: p.observe(outcome), None)
 
-    def early_after(self) -> float | None:
+    def speculative_answer_delay(self) -> float | None:
         """Seconds without new text after which an answer may be begun."""
-        return self._plugin.call("early_after", lambda p: p.early_after(), None)
+        return self._plugin.call("speculative_answer_delay", lambda p: p.speculative_answer_delay(), None)
 
-    def starts_early(self) -> bool:
+    def starts_speculative_answer(self) -> bool:
         """Whether to begin an answer now that nobody has asked for."""
-        return bool(self._plugin.call("starts_early", lambda p: p.starts_early(self.engine.load()), False))
+        return bool(
+            self._plugin.call(
+                "starts_speculative_answer", lambda p: p.starts_speculative_answer(self.engine.load()), False
+            )
+        )
 
-    def max_early_seconds(self) -> float:
+    def max_speculative_answer_seconds(self) -> float:
         """How long that goes on."""
-        return self._plugin.call("max_early_seconds", lambda p: p.max_early_seconds(), 0.0)
+        return self._plugin.call("max_speculative_answer_seconds", lambda p: p.max_speculative_answer_seconds(), 0.0)
 
-    def worth_rendering(self, tokens: int, characters_a_token: float, is_held: bool = False) -> int:
+    def worth_rendering(self, tokens: int, characters_a_token: float, is_pinned: bool = False) -> int:
         """Characters of new text for which the prompt is tokenised again.
 
         That takes time in proportion to the whole prompt. Waiting for a part of it bounds what is left to read at the
         end to that part, and the work to so many times the prompt.
         """
-        least = HELD_TOKENS if is_held else max(self.engine.block_size // 4, 4)
+        least = HELD_TOKENS if is_pinned else max(self.engine.block_size // 4, 4)
         return int(characters_a_token * max(least, tokens // 64))

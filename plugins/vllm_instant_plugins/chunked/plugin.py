@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from vllm_instant import Deployment, Plugin, PluginContext, PluginOptions
-from vllm_instant.interfaces.streaming import Holds, SessionLimits, StreamingPrefill
+from vllm_instant.interfaces.streaming import PinLimits, SessionLimits, StreamingPrefill
 
 CPU_BLOCK_SIZE = 32
 """Tokens per KV block on CPUs: the smallest size that vLLM's CPU attention handles efficiently. With its default, 128,
@@ -79,23 +79,23 @@ def _build_resumable(options: ResumableOptions, context: PluginContext) -> Strea
     tokens = max_model_len // 2 if options.held_tokens is None else options.held_tokens
     if tokens >= max_model_len:
         raise ValueError(f"held_tokens = {tokens} must be below max_model_len = {max_model_len}")
-    holds = Holds(
-        sessions=options.held_sessions or max(1, context.max_num_seqs // 4),
-        tokens=tokens,
-        cache_share=options.held_cache_share,
+    holds = PinLimits(
+        max_sessions=options.held_sessions or max(1, context.max_num_seqs // 4),
+        max_tokens=tokens,
+        max_cache_share=options.held_cache_share,
         idle_seconds=options.held_seconds,
     )
     return _policy(options, holds)
 
 
-def _policy(options: ChunkedOptions, holds: Holds | None) -> StreamingPrefill:
+def _policy(options: ChunkedOptions, holds: PinLimits | None) -> StreamingPrefill:
     from vllm_instant_plugins.chunked.policy import ChunkedPrefill
 
     limits = SessionLimits(
-        sessions=options.max_sessions,
-        sessions_per_client=options.max_sessions_per_client,
+        max_sessions=options.max_sessions,
+        max_sessions_per_client=options.max_sessions_per_client,
         idle_seconds=options.idle_seconds,
-        text_characters=options.max_text_characters,
+        max_text_characters=options.max_text_characters,
         prefills_in_flight=options.prefills_in_flight,
         token_seconds=options.token_seconds,
         demo_page=options.demo_page,

@@ -8,7 +8,7 @@ import numpy as np
 
 from vllm_instant.interfaces.streaming import (
     EngineLoad,
-    Holds,
+    PinLimits,
     PrefillOutcome,
     PrefillProgress,
     SessionLimits,
@@ -41,7 +41,7 @@ class ChunkedPrefill(StreamingPrefill):
     """
 
     def __init__(
-        self, stall_seconds: float, early_seconds: float | None, limits: SessionLimits, holds: Holds | None = None
+        self, stall_seconds: float, early_seconds: float | None, limits: SessionLimits, holds: PinLimits | None = None
     ) -> None:
         self._holds = holds
         self._stall_seconds = stall_seconds
@@ -51,16 +51,16 @@ class ChunkedPrefill(StreamingPrefill):
 
     def next_chunk(self, progress: PrefillProgress, load: EngineLoad) -> int:
         block = progress.block_size
-        end = progress.settled_tokens // block * block
+        end = progress.stable_tokens // block * block
         start = progress.cached_tokens // block * block
-        if progress.is_held:
-            block, end, start = 1, progress.settled_tokens, progress.cached_tokens
-        idle = load.running == 0
-        if end - start < (MIN_HELD_TOKENS if progress.is_held and idle else MIN_TOKENS):
+        if progress.is_pinned:
+            block, end, start = 1, progress.stable_tokens, progress.cached_tokens
+        idle = load.num_running == 0
+        if end - start < (MIN_HELD_TOKENS if progress.is_pinned and idle else MIN_TOKENS):
             return 0
         if idle:
             return end
-        if load.running >= load.max_running:
+        if load.num_running >= load.max_num_running:
             return 0
         min_tokens = -(-MIN_TOKENS // block) * block
         return min(end, start + max(min_tokens, self._tokens_in_stall() // block * block))
@@ -72,17 +72,17 @@ class ChunkedPrefill(StreamingPrefill):
         return int(self._stall_seconds / max(seconds_per_token, 1e-6))
 
     def observe(self, outcome: PrefillOutcome) -> None:
-        self._seconds_per_token.append(outcome.seconds / outcome.tokens)
+        self._seconds_per_token.append(outcome.seconds / outcome.num_tokens)
 
-    def early_after(self) -> float | None:
+    def speculative_answer_delay(self) -> float | None:
         return self._early_seconds
 
-    def starts_early(self, load: EngineLoad) -> bool:
+    def starts_speculative_answer(self, load: EngineLoad) -> bool:
         # One early answer at a time: several could take the places of requests that arrive meanwhile.
-        return load.running == load.ahead == 0
+        return load.num_running == load.num_speculative == 0
 
-    def holds(self) -> Holds | None:
+    def pin_limits(self) -> PinLimits | None:
         return self._holds
 
-    def limits(self) -> SessionLimits:
+    def session_limits(self) -> SessionLimits:
         return self._limits

@@ -322,9 +322,9 @@ class GoodputPolicy(SpeculationPolicy):
         rows = count + total
         if outcome.num_scheduled_tokens == rows and outcome.seconds > 0:
             # A drafter that shares the work may have left its model out, or read more than was thought, or less.
-            thought = planned.missed if planned is not None and outcome.draft_passes else 0.0
-            missed = thought if outcome.draft_missed is None else outcome.draft_missed
-            features = self.costs.features(rows, context, total, outcome.draft_passes, count, missed)
+            thought = planned.missed if planned is not None and outcome.draft_steps else 0.0
+            missed = thought if outcome.uncached_tokens is None else outcome.uncached_tokens
+            features = self.costs.features(rows, context, total, outcome.draft_steps, count, missed)
             self.costs.observe(features, outcome.seconds)
             self._keep()
 

@@ -65,7 +65,7 @@ class RequestTable:
             self._entered = np.pad(self._entered, (0, more))
         self.context[index] = request.num_prompt_tokens + request.num_output_tokens
         self.granted[index] = self.proposed[index] = 1.0
-        self.pins[index] = -1 if request.pinned_draft_length is None else request.pinned_draft_length
+        self.pins[index] = -1 if request.fixed_num_draft_tokens is None else request.fixed_num_draft_tokens
         self._entered[index] = newest_step
 
     def batch(self, requests: Sequence[RequestState]) -> Batch:

@@ -74,7 +74,7 @@ class LookupHybridDrafter(HybridDrafter):
         lookups = self._lookup.propose(requests)
         draft_cost = _whole(draft_cost)
         most = np.array([request.max_draft_tokens for request in requests])
-        pinned = np.array([request.is_pinned for request in requests])
+        pinned = np.array([request.is_fixed for request in requests])
         kept = [len(tokens) for tokens in trim_drafts(lookups, draft_cost, pinned.tolist())]
         # A client that asked for its length is served whatever it costs.
         row_price = np.where(pinned, 0.0, _further_row(draft_cost, len(requests), self._most))
@@ -86,7 +86,7 @@ class LookupHybridDrafter(HybridDrafter):
         reach = self.model.reach(indices)
         reached = reach * min(1.0, self._got / self._hoped) * value
         reached[np.arange(self._most) >= most[:, None]] = 0.0
-        missed = np.array([request.missed_tokens for request in requests])
+        missed = np.array([request.uncached_tokens for request in requests])
         best, use_model, worth, together = best_passes(
             reached, Lookups(own_value, own_gain, own_worth), Reading(missed, steps), row_price, pinned, draft_cost
         )

@@ -61,7 +61,7 @@ class LookupMissStreaks:
             lasting = self._learn(request.request_id, bool(silent))
             if silent:
                 steps[row] = min(1.0 / (1.0 - lasting), MAX_STEPS) if lasting < 1.0 else MAX_STEPS
-            if silent and draft_cost.baseline_step > 0 and not request.is_pinned:
+            if silent and draft_cost.baseline_step > 0 and not request.is_fixed:
                 values[row] = (
                     draft_cost.per_token + max(0.0, draft_cost.baseline_step - draft_cost.per_token) * lasting**further
                 )

@@ -156,7 +156,7 @@ class SimilarityPolicy(SchedulingPolicy):
         added = list(self._new)
         for request in self._new.values():
             self._table.add(request, self._wait_seconds)
-            self._fcfs.add(request.index, request.arrival)
+            self._fcfs.add(request.index, request.arrival_time)
             self.length_predictor.add(request)
         self._new.clear()
         if added:
@@ -305,7 +305,7 @@ class SimilarityPolicy(SchedulingPolicy):
                 self._update_deadlines(snapshot)
             self._update_order(self._known_waiting(), snapshot.now, max(needed, NUM_CANDIDATES))
         by_id = [self._live[index].request_id for index in islice(self._order, needed)]
-        return Admission(max_num_admitted=max_num_admitted, by_id=by_id)
+        return Admission(max_num_admitted=max_num_admitted, request_ids=by_id)
 
     def _any_hint(self) -> bool:
         """Whether the client of any waiting request sent its output length."""

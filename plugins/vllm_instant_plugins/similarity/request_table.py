@@ -63,10 +63,10 @@ class RequestTable:
             more = max(index + 1, 2 * len(self)) - len(self)
             for name, array in vars(self).items():
                 setattr(self, name, np.pad(array, (0, more)))
-        self.arrival[index] = request.arrival
+        self.arrival[index] = request.arrival_time
         self.started[index] = np.nan
         self.prompt_tokens[index] = request.num_prompt_tokens
         self.hinted_tokens[index] = hinted_tokens(request)
         self.predicted_tokens[index] = self.bin_cost[index] = 0.0
-        self.deadline[index] = request.arrival + patience
+        self.deadline[index] = request.arrival_time + patience
         self.prefix_group[index] = prefix_group(request)

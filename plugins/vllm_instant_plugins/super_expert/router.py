@@ -117,7 +117,7 @@ class SuperExpertRouter(ExpertRouter):
             return None
         return self._selectors[layer.index].allowed(step)
 
-    def look(self, number: int) -> Measurement:
+    def measurement(self, number: int) -> Measurement:
         """Counts every ``COUNT_EVERY`` steps and reference passes at a longer interval, shorter after a change."""
         self._step = number
         since = number - self._changed_at
@@ -126,7 +126,7 @@ class SuperExpertRouter(ExpertRouter):
             return Measurement.REFERENCE
         return Measurement.COUNTS if number % COUNT_EVERY == 0 else Measurement.OFF
 
-    def shadow(self, active: bool) -> None:
+    def reference_pass(self, active: bool) -> None:
         """Apply the routing of a reference pass: the model's own, or at the last level the next tighter level."""
         if not active:
             self._apply(self.fraction)

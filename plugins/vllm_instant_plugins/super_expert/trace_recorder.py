@@ -113,7 +113,7 @@ class TraceRecorder(ExpertRouter):
             self._weights[layer.index].index_copy_(0, places, step.pick_weights.to(torch.float16))
         return None
 
-    def look(self, number: int) -> Measurement:
+    def measurement(self, number: int) -> Measurement:
         """Count every ``COUNT_EVERY`` steps."""
         return Measurement.COUNTS if number % COUNT_EVERY == 0 else Measurement.OFF
 

@@ -6,7 +6,7 @@ from vllm_instant import PluginContext
 from vllm_instant.deployment.errors import DeploymentError
 from vllm_instant.deployment.resolved import engine_arguments, plugin_options
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.interfaces.streaming import EngineLoad, Holds, PrefillOutcome, PrefillProgress, SessionLimits
+from vllm_instant.interfaces.streaming import EngineLoad, PinLimits, PrefillOutcome, PrefillProgress, SessionLimits
 from vllm_instant_plugins.chunked import plugin as chunked
 from vllm_instant_plugins.chunked.policy import ChunkedPrefill
 
@@ -59,11 +59,11 @@ def test_several_small_blocks_are_prefilled_at_a_time():
 
 
 def test_answers_are_started_early_only_while_no_other_request_runs():
-    assert policy().early_after() == 0.1
-    assert policy().starts_early(IDLE)
-    assert not policy().starts_early(BUSY)
-    assert not policy().starts_early(EngineLoad(0, 8, ahead=1))
-    assert chunked._build(chunked.ChunkedOptions(early_answer_ms=0), None).early_after() is None
+    assert policy().speculative_answer_delay() == 0.1
+    assert policy().starts_speculative_answer(IDLE)
+    assert not policy().starts_speculative_answer(BUSY)
+    assert not policy().starts_speculative_answer(EngineLoad(0, 8, num_speculative=1))
+    assert chunked._build(chunked.ChunkedOptions(early_answer_ms=0), None).speculative_answer_delay() is None
 
 
 def test_it_enables_the_prefix_cache_and_small_blocks_on_cpus(write_file):
@@ -79,16 +79,16 @@ def test_a_disabled_prefix_cache_is_refused(write_file):
         resolve(write_file('[streaming]\nplugin = "chunked"\n[vllm]\nenable_prefix_caching = false\n'))
 
 
-HELD = Holds(sessions=2, tokens=100, cache_share=0.5, idle_seconds=1.0)
+HELD = PinLimits(max_sessions=2, max_tokens=100, max_cache_share=0.5, idle_seconds=1.0)
 
 
 def test_sessions_that_keep_their_blocks_are_prefilled_token_by_token():
     tested = ChunkedPrefill(0.06, None, SessionLimits(), HELD)
-    assert tested.next_chunk(PrefillProgress(37, 33, 32, is_held=True), IDLE) == 37
-    assert tested.next_chunk(PrefillProgress(34, 33, 32, is_held=True), IDLE) == 0
-    assert tested.next_chunk(PrefillProgress(48, 33, 32, is_held=True), BUSY) == 0
-    assert tested.next_chunk(PrefillProgress(60, 33, 32, is_held=True), BUSY) == 49
-    assert tested.next_chunk(PrefillProgress(60, 33, 32, is_held=True), FULL) == 0
+    assert tested.next_chunk(PrefillProgress(37, 33, 32, is_pinned=True), IDLE) == 37
+    assert tested.next_chunk(PrefillProgress(34, 33, 32, is_pinned=True), IDLE) == 0
+    assert tested.next_chunk(PrefillProgress(48, 33, 32, is_pinned=True), BUSY) == 0
+    assert tested.next_chunk(PrefillProgress(60, 33, 32, is_pinned=True), BUSY) == 49
+    assert tested.next_chunk(PrefillProgress(60, 33, 32, is_pinned=True), FULL) == 0
     assert tested.next_chunk(PrefillProgress(37, 33, 32), IDLE) == 0
 
 
@@ -98,21 +98,21 @@ class TestResumable:
     )
 
     def test_by_default_a_quarter_of_max_num_seqs_keep_half_of_max_model_len(self):
-        holds = chunked._build_resumable(chunked.ResumableOptions(), self.CONTEXT).holds()
-        assert (holds.sessions, holds.tokens, holds.cache_share, holds.idle_seconds) == (2, 256, 0.25, 30.0)
+        holds = chunked._build_resumable(chunked.ResumableOptions(), self.CONTEXT).pin_limits()
+        assert (holds.max_sessions, holds.max_tokens, holds.max_cache_share, holds.idle_seconds) == (2, 256, 0.25, 30.0)
 
     def test_options_set_the_limits(self):
         options = chunked.ResumableOptions(
             held_sessions=3, held_tokens=64, held_seconds=5, held_cache_share=0.5, stall_ms=1, max_sessions=7
         )
         built = chunked._build_resumable(options, self.CONTEXT)
-        holds = built.holds()
-        assert (holds.sessions, holds.tokens, holds.cache_share, holds.idle_seconds) == (3, 64, 0.5, 5.0)
-        assert built.limits().sessions == 7
+        holds = built.pin_limits()
+        assert (holds.max_sessions, holds.max_tokens, holds.max_cache_share, holds.idle_seconds) == (3, 64, 0.5, 5.0)
+        assert built.session_limits().max_sessions == 7
 
     def test_held_tokens_must_be_below_max_model_len(self):
         with pytest.raises(ValueError, match="held_tokens = 512 must be below max_model_len = 512"):
             chunked._build_resumable(chunked.ResumableOptions(held_tokens=512), self.CONTEXT)
 
     def test_chunked_keeps_no_blocks(self):
-        assert chunked._build(chunked.ChunkedOptions(), self.CONTEXT).holds() is None
+        assert chunked._build(chunked.ChunkedOptions(), self.CONTEXT).pin_limits() is None

@@ -315,7 +315,7 @@ def test_a_client_s_own_length_is_kept_and_does_not_mislead_the_policy():
     """Pinned requests get what they asked for; what they do says nothing about how good the policy's plans are."""
     policy = GoodputPolicy(8, 8, clock=time.monotonic)
     free = [RequestState(f"f{i}", 50, 100, 0.0, index=i) for i in range(2)]
-    pinned = [RequestState(f"p{i}", 50, 100, 0.0, index=2 + i, pinned_draft_length=3 * i) for i in range(2)]
+    pinned = [RequestState(f"p{i}", 50, 100, 0.0, index=2 + i, fixed_num_draft_tokens=3 * i) for i in range(2)]
     for state in free + pinned:
         policy.enter(state)
     number = 0
@@ -343,7 +343,7 @@ def test_a_client_s_own_length_is_kept_and_does_not_mislead_the_policy():
 def test_after_clients_own_lengths_it_finds_out_what_a_step_without_drafts_takes(seed):
     """Also where the first step of each size takes twice as long, the first one without drafts among them."""
     policy, random = GoodputPolicy(8, 8), np.random.default_rng(seed)
-    pinned = RequestState("p", 50, 400, 0.0, index=0, pinned_draft_length=8)
+    pinned = RequestState("p", 50, 400, 0.0, index=0, fixed_num_draft_tokens=8)
     free = RequestState("f", 50, 400, 0.0, index=1)
     sizes, drafts, lengths_of = set(), 0, []
     for number in range(1, 260):
@@ -392,8 +392,8 @@ def test_what_the_workers_say_was_read_counts_more_than_what_was_thought():
         return features[0][resuming : resuming + 2].tolist()
 
     assert seen() == [1.0, 50 / MISSED_UNIT]
-    assert seen(draft_missed=0) == [0.0, 0.0]
-    assert seen(draft_missed=256) == [1.0, 2.0]
+    assert seen(uncached_tokens=0) == [0.0, 0.0]
+    assert seen(uncached_tokens=256) == [1.0, 2.0]
 
 
 def _choice():
@@ -485,7 +485,7 @@ def test_what_reading_missed_tokens_takes_is_priced():
         missed = int(random.integers(0, 3)) * 100 if length else 0
         seconds = 0.02 + 0.0002 * length + (0.002 + 4e-5 * missed if missed else 0.0)
         policy.observe(
-            StepOutcome([state], [length], [length], 1 + length, seconds, 1, number, length, draft_missed=missed)
+            StepOutcome([state], [length], [length], 1 + length, seconds, 1, number, length, uncached_tokens=missed)
         )
     draft_cost = policy.draft_cost()
     per_second = draft_cost.baseline_step / 0.02  # a step of one request without drafts

@@ -9,7 +9,8 @@ from vllm_instant_plugins.goodput.request_table import RequestTable, whole_numbe
 
 def _entered(roster, count, pins=None):
     states = [
-        RequestState(f"r{i}", 10 + i, 100, 0.0, index=i, pinned_draft_length=(pins or {}).get(i)) for i in range(count)
+        RequestState(f"r{i}", 10 + i, 100, 0.0, index=i, fixed_num_draft_tokens=(pins or {}).get(i))
+        for i in range(count)
     ]
     for state in states:
         roster.enter(state, 0)

@@ -163,7 +163,7 @@ def _enter(policy, live, number, tokens=16, arrival=0.0, prompt=(), **known):
         **known,
     )
     live.admit(state)
-    state.arrival = arrival
+    state.arrival_time = arrival
     policy.enter(state)
     return state
 
@@ -174,7 +174,7 @@ def _snapshot(waiting, running=(), now=0.0, free=1_000_000):
 
 def _order(policy, waiting, **options):
     """Numbers of the requests that the policy admits, in order."""
-    return [int(name[1:]) for name in policy.admit(_snapshot(waiting, **options)).by_id]
+    return [int(name[1:]) for name in policy.admit(_snapshot(waiting, **options)).request_ids]
 
 
 def test_first_come_first_served_until_enough_is_learned(live):

@@ -25,7 +25,7 @@ class Serving:
     def run(self, steps):
         for _ in range(steps):
             self.number += 1
-            look = self.router.look(self.number)
+            look = self.router.measurement(self.number)
             if look is not Measurement.OFF:
                 self.router.observe(self._measures(look))
             self.references += look is Measurement.REFERENCE

@@ -54,21 +54,21 @@ def test_a_reference_pass_uses_the_models_own_routing():
     step = _step(8)
     served = router.allowed(LAYERS[0], step)
     assert served.sum() < 16
-    router.shadow(True)
+    router.reference_pass(True)
     assert router.allowed(LAYERS[0], step) is None
-    router.shadow(False)
+    router.reference_pass(False)
     assert torch.equal(router.allowed(LAYERS[0], step), served)
 
 
 def test_at_the_last_level_a_reference_pass_measures_the_next_tighter_level():
     router = _router()
     router.gate.level = router.gate.last
-    router.shadow(False)
+    router.reference_pass(False)
     assert router.allowed(LAYERS[0], _step(8)) is None
     assert router.begin_step(_rows(8))
-    router.shadow(True)
+    router.reference_pass(True)
     assert router.allowed(LAYERS[0], _step(8)) is not None
-    router.shadow(False)
+    router.reference_pass(False)
     assert router.allowed(LAYERS[0], _step(8)) is None
 
 
@@ -77,7 +77,7 @@ def test_loosening_changes_the_captured_tensors_and_is_logged(caplog):
     before = [selector.budget for selector in router._selectors]
     assert [int(budget) for budget in before] == [4, 4]
     for number in range(1, 4):
-        assert router.look(4 * number) is Measurement.REFERENCE
+        assert router.measurement(4 * number) is Measurement.REFERENCE
         router.observe(RoutingMeasures(2, 20, 8, 2.0, 1.0, 4, 8.0, 16.0))
     # The tensors are the ones that a CUDA graph would have captured.
     assert [int(budget) for budget in before] == [7, 7]
@@ -91,7 +91,7 @@ def test_settings_change_only_if_adjustable():
     router = _router(adjustable=True)
     assert router.control({"budget": 0.5, "shadow_every": 0}) == {"budget": 0.5, "shadow_every": 0}
     assert int(router._selectors[1].budget) == 8
-    assert router.look(4) is not Measurement.REFERENCE
+    assert router.measurement(4) is not Measurement.REFERENCE
     for wrong in ({"budget": 0}, {"budget": True}, {"shadow_every": 1.5}, {"keep": 2}):
         with pytest.raises(ValueError, match="found"):
             router.control(wrong)

@@ -29,10 +29,10 @@ class Recording(HybridDrafter):
 
     def assign(self, requests, draft_cost):
         self.asked = [
-            (r.request_id, r.token_ids.tolist(), r.num_prompt_tokens, r.max_draft_tokens, r.cache_salt, r.is_pinned)
+            (r.request_id, r.token_ids.tolist(), r.num_prompt_tokens, r.max_draft_tokens, r.cache_salt, r.is_fixed)
             for r in requests
         ]
-        self.missed = {r.request_id: r.missed_tokens for r in requests}
+        self.missed = {r.request_id: r.uncached_tokens for r in requests}
         return self.shares(requests) if callable(self.shares) else self.shares
 
     def on_model_drafts(self, drafts):
@@ -51,9 +51,9 @@ class Model:
 
     def __call__(self, runner, scheduler_output, *arguments):
         plan = getattr(scheduler_output, PLAN_ATTRIBUTE)
-        self.plans.append((dict(plan.lengths), scheduler_output.num_spec_tokens_to_schedule))
+        self.plans.append((dict(plan.num_draft_tokens), scheduler_output.num_spec_tokens_to_schedule))
         ids = runner.input_batch.req_ids
-        return [[7] * (0 if name in self.unread else plan.lengths.get(name, 0)) for name in ids]
+        return [[7] * (0 if name in self.unread else plan.num_draft_tokens.get(name, 0)) for name in ids]
 
 
 def _sharer(shares, discarded=(False, False, False)):
@@ -86,7 +86,7 @@ def _propose(sharer, model, plan):
 def test_each_request_gets_what_its_share_says():
     sharer, plugin = _sharer([DraftAssignment([1, 2, 3]), DraftAssignment(num_draft_tokens=2), DraftAssignment()])
     model = Model()
-    plan = DraftPlan({"a": 4, "b": 4, "c": 4}, pinned=frozenset("c"), cache_salts={"b": "salt"})
+    plan = DraftPlan({"a": 4, "b": 4, "c": 4}, fixed=frozenset("c"), cache_salts={"b": "salt"})
     assert _propose(sharer, model, plan) == [[1, 2, 3], [7, 7], []]
     assert model.plans == [({"b": 2}, 2)]
     assert plugin.drafted == [{"b": [7, 7]}]
@@ -95,7 +95,7 @@ def test_each_request_gets_what_its_share_says():
         ("b", [1, 2, 3, 4, 21], 3, 4, "salt", False),
         ("c", [1, 2, 3, 4, 31, 32, 33], 4, 4, "", True),
     ]
-    assert sharer.draft_passes == 2
+    assert sharer.draft_steps == 2
 
 
 def test_what_the_model_missed_is_told_and_what_it_read_is_reported():
@@ -105,7 +105,7 @@ def test_what_the_model_missed_is_told_and_what_it_read_is_reported():
     sharer.runner.rejection_sampler = None
     setattr(sharer.runner, SHARER_ATTRIBUTE, sharer)
     report = report_of(sharer.runner)
-    assert (report.draft_passes, report.draft_missed) == (2, 5)
+    assert (report.draft_steps, report.uncached_tokens) == (2, 5)
 
 
 def test_the_model_does_not_draft_when_nobody_wants_it():
@@ -114,7 +114,7 @@ def test_the_model_does_not_draft_when_nobody_wants_it():
     assert _propose(sharer, model, DraftPlan({"a": 4, "b": 4, "c": 4})) == [[1], [], [2]]
     assert model.plans == [({}, 0)]
     assert plugin.drafted == []
-    assert sharer.draft_passes == 0
+    assert sharer.draft_steps == 0
 
 
 def test_only_requests_that_may_draft_are_asked_about():

@@ -108,7 +108,7 @@ def test_what_could_harm_the_engine_disables_the_drafter(answer):
 
     report = report_of(SimpleNamespace(drafter=adapter))
     assert report.failures == [{"slot": "drafter", "plugin": "recording", "hook": "propose", "count": 1}]
-    assert report.draft_passes is None
+    assert report.draft_steps is None
 
 
 def test_finished_requests_are_forgotten():
@@ -125,12 +125,12 @@ def test_finished_requests_are_forgotten():
 
 def test_drafts_that_do_not_earn_their_price_are_cut():
     adapter, _ = _adapter(lambda requests: [Draft([1, 2, 3], [0.9, 0.9, 0.1])] * 3)
-    plan = DraftPlan(draft_cost=DraftCost(verify_cost_curve=[(1, 0.3), (100, 30.0)]), pinned=frozenset("b"))
+    plan = DraftPlan(draft_cost=DraftCost(verify_cost_curve=[(1, 0.3), (100, 30.0)]), fixed=frozenset("b"))
     assert _propose(adapter, [[1], [1], [1]], plan) == [[1, 2], [1, 2, 3], [1, 2]]
 
 
 def test_the_plugin_learns_the_tenant_and_who_asked_for_the_length():
     seen = []
     adapter, _ = _adapter(lambda requests: seen.extend(requests) or [[]] * len(requests))
-    _propose(adapter, [[1], [1], []], DraftPlan(pinned=frozenset("b"), cache_salts={"a": "tenant"}))
-    assert [(r.cache_salt, r.is_pinned) for r in seen] == [("tenant", False), ("", True)]
+    _propose(adapter, [[1], [1], []], DraftPlan(fixed=frozenset("b"), cache_salts={"a": "tenant"}))
+    assert [(r.cache_salt, r.is_fixed) for r in seen] == [("tenant", False), ("", True)]

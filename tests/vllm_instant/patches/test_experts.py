@@ -81,7 +81,7 @@ class Restricting(ExpertRouter):
         self.steps.append(step)
         return self.experts
 
-    def look(self, number):
+    def measurement(self, number):
         return Measurement.COUNTS
 
     def observe(self, measures):
@@ -411,7 +411,7 @@ def test_counts_reach_the_scheduler_beside_the_output():
 
 class TestShadow:
     class Shy(Restricting):
-        def look(self, number):
+        def measurement(self, number):
             return Measurement.REFERENCE
 
     def _begin(self, serving, kinds):
@@ -505,10 +505,10 @@ class TestRunner:
         class Shadowing(Restricting):
             shadowed = False
 
-            def look(self, number):
+            def measurement(self, number):
                 return Measurement.REFERENCE if number == 1 else Measurement.OFF
 
-            def shadow(self, active):
+            def reference_pass(self, active):
                 self.shadowed = active
 
         serving = MoeWorker(GuardedPlugin("experts", "test", Shadowing()), 64, torch.device("cpu"))

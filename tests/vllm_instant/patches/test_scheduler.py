@@ -70,14 +70,14 @@ def test_every_request_gets_its_own_length(make, asynchronous):
     scheduler = make("speculation.plugin=cycling")
     for number in range(5):
         scheduler.add_request(harness.make_request(number))
-    planned = getattr(_step(scheduler, asynchronous), PLAN_ATTRIBUTE).lengths
+    planned = getattr(_step(scheduler, asynchronous), PLAN_ATTRIBUTE).num_draft_tokens
     assert len(set(planned.values())) == 5
     for _ in range(8):
         output = scheduler.schedule()
         for request_id, scheduled in output.num_scheduled_tokens.items():
             assert scheduled == 1 + planned[request_id]
             assert len(output.scheduled_spec_decode_tokens.get(request_id, ())) == planned[request_id]
-        planned = getattr(output, PLAN_ATTRIBUTE).lengths
+        planned = getattr(output, PLAN_ATTRIBUTE).num_draft_tokens
         assert output.num_spec_tokens_to_schedule == max(planned.values())
         scheduler.get_grammar_bitmask(output)
         scheduler.update_from_output(output, harness.answer(output, {}))
@@ -110,7 +110,7 @@ def test_a_request_that_is_still_reading_its_prompt_gets_no_drafts(make, asynchr
     scheduler.add_request(harness.make_request(0, prompt_tokens=16))
     output = scheduler.schedule()
     assert output.num_scheduled_tokens == {"request-0": 10}
-    assert getattr(output, PLAN_ATTRIBUTE).lengths == {}
+    assert getattr(output, PLAN_ATTRIBUTE).num_draft_tokens == {}
     assert output.num_spec_tokens_to_schedule == 0
 
 
@@ -166,7 +166,7 @@ def test_goodput_finds_out_on_both_schedulers(make, asynchronous, accept, length
         scheduler.add_request(harness.make_request(number, max_tokens=900))
     for _ in range(60):
         _step(scheduler, asynchronous, accept)
-    granted = [getattr(_step(scheduler, asynchronous, accept), PLAN_ATTRIBUTE).lengths for _ in range(30)]
+    granted = [getattr(_step(scheduler, asynchronous, accept), PLAN_ATTRIBUTE).num_draft_tokens for _ in range(30)]
     usual = max(
         set(map(frozenset, (plan.values() for plan in granted))),
         key=lambda g: sum(set(p.values()) == g for p in granted),
@@ -195,7 +195,7 @@ def test_a_client_overrules_the_policy_for_its_request(make, asynchronous):
         scheduler.add_request(request)
     for _ in range(3):
         output = _step(scheduler, asynchronous)
-    assert list(getattr(output, PLAN_ATTRIBUTE).lengths.values()) == [0, 2, DRAFTS, DRAFTS]
+    assert list(getattr(output, PLAN_ATTRIBUTE).num_draft_tokens.values()) == [0, 2, DRAFTS, DRAFTS]
 
 
 def test_step_times_add_up_to_wall_clock_time_while_busy(make, asynchronous):

@@ -254,7 +254,7 @@ def test_an_answer_loads_the_engine_from_when_it_is_asked_for():
         early = Early()
         answer = engine.answer(REQUEST, 5, early)
         await anext(answer)
-        assert engine.load() == EngineLoad(0, 8, ahead=1)
+        assert engine.load() == EngineLoad(0, 8, num_speculative=1)
         early.wanted = True
         assert engine.load() == EngineLoad(1, 8)
         await answer.aclose()

@@ -63,7 +63,7 @@ def test_the_policys_order_and_then_as_they_came():
 
 def test_an_order_by_id_passes_over_those_that_do_not_wait():
     named = ["d", "gone", "b"]
-    queue = _queue(lambda waiting: Admission(by_id=named))
+    queue = _queue(lambda waiting: Admission(request_ids=named))
     for name in "abcde":
         queue.add_request(Request(name))
     assert _take_all(queue) == list("dbace")
@@ -77,7 +77,7 @@ def test_a_policy_that_does_not_look_at_those_that_wait_does_not_pay_for_them():
         def _all_states(self):
             pytest.fail("gathered")
 
-    queue = _queue(lambda waiting: Admission(by_id=["b"], max_num_admitted=len(waiting)), kind=Held)
+    queue = _queue(lambda waiting: Admission(request_ids=["b"], max_num_admitted=len(waiting)), kind=Held)
     for name in "abc":
         queue.add_request(Request(name))
     assert _take_all(queue) == list("bac")
@@ -153,7 +153,7 @@ def test_priority_stands_above_the_policy():
 
 
 def test_priority_stands_above_an_order_by_id():
-    queue = _queue(lambda waiting: Admission(by_id=["c"]), by_priority=True)
+    queue = _queue(lambda waiting: Admission(request_ids=["c"]), by_priority=True)
     for name, priority in (("a", 1), ("b", 0), ("c", 1)):
         queue.add_request(Request(name, priority))
     assert _take_all(queue) == ["b", "c", "a"]
@@ -186,7 +186,7 @@ class EveryRequestOnce(RuleBasedStateMachine):
         order = sorted(range(len(names)), key=lambda place: hash((self.seed, names[place])))
         order, most = order[: self.seed % 4], None if self.seed % 3 else 1
         if self.seed % 2:
-            return Admission(max_num_admitted=most, by_id=["elsewhere", *(names[place] for place in order)])
+            return Admission(max_num_admitted=most, request_ids=["elsewhere", *(names[place] for place in order)])
         return Admission(order, most)
 
     @rule()

@@ -129,7 +129,7 @@ def test_a_connection_that_drops_frees_everything_at_once():
 
 
 def test_limits_are_told_and_freed_again():
-    with serving(sessions=3, sessions_per_client=2, text_characters=5) as (client, _):  # noqa: SIM117  too long
+    with serving(max_sessions=3, max_sessions_per_client=2, max_text_characters=5) as (client, _):  # noqa: SIM117  too long
         with client.websocket_connect("/v1/instant/session") as first:
             hear(first, "session.created")
             first.send_json(APPEND)

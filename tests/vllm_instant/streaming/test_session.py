@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming_texts import TEXTS
 
-from vllm_instant.interfaces.streaming import Holds, PrefillProgress
+from vllm_instant.interfaces.streaming import PinLimits, PrefillProgress
 from vllm_instant.streaming.events import EventError, check
 from vllm_instant.streaming.session import Session
 
@@ -350,7 +350,7 @@ def test_a_plugin_that_fails_costs_only_the_reading_ahead():
     asyncio.run(run())
 
 
-HOLDS = Holds(sessions=4, tokens=1000, cache_share=0.25, idle_seconds=60.0)
+HOLDS = PinLimits(max_sessions=4, max_tokens=1000, max_cache_share=0.25, idle_seconds=60.0)
 
 
 def test_a_session_that_holds_says_so_with_all_its_requests_and_lets_go_at_its_end():
@@ -374,7 +374,7 @@ def test_a_session_that_holds_says_so_with_all_its_requests_and_lets_go_at_its_e
 def test_without_new_text_nothing_is_held_for_long():
     async def run():
         engine = FakeEngine()
-        holds = Holds(sessions=4, tokens=1000, cache_share=0.25, idle_seconds=0.05)
+        holds = PinLimits(max_sessions=4, max_tokens=1000, max_cache_share=0.25, idle_seconds=0.05)
         async with session_on(engine, Eager(holds=holds)) as (session, _, _):
             await append(session, LONG)
             await until(lambda: engine.holding)
@@ -420,7 +420,7 @@ def test_the_plugin_is_told_which_prompts_are_held():
 
     class Curious(Eager):
         def next_chunk(self, progress, load):
-            told.append(progress.is_held)
+            told.append(progress.is_pinned)
             return super().next_chunk(progress, load)
 
     async def run():

@@ -116,7 +116,7 @@ class _SimulatedServer:
             self._registry.admit(state)
             self._admission.enter(state)
             # The exact time of arrival, not that of the event at which it is processed.
-            state.arrival = job.arrival
+            state.arrival_time = job.arrival
             self._states.append(state)
             self._waiting.append(number)
 
@@ -144,7 +144,7 @@ class _SimulatedServer:
             prompt_tokens, output_tokens = self._jobs[job].prompt_tokens, self._jobs[job].output_tokens
             self.end[job] = self.now + (self._per_prompt_token * prompt_tokens + self._per_token * output_tokens)
             heapq.heappush(self._running, (self.end[job], job))
-            oldest = self._states[self._waiting[0]].arrival if self._waiting else self.now
+            oldest = self._states[self._waiting[0]].arrival_time if self._waiting else self.now
             self._admission.started(self._states[job], oldest)
             num_started += 1
 
@@ -180,7 +180,7 @@ def serve(
 
 def _first_place(admission: Admission, waiting: Sequence[str]) -> int:
     """The place in the queue of the next request to start."""
-    for request_id in admission.by_id:
+    for request_id in admission.request_ids:
         if request_id in waiting:
             return waiting.index(request_id)
-    return 0 if admission.by_id else next(iter(admission.order), 0)
+    return 0 if admission.request_ids else next(iter(admission.order), 0)

@@ -237,7 +237,7 @@ def simulate(
         step += 1
         budget.step_begins()
         plan = budget.plan_drafts([r.state for r in running])
-        lengths = list(plan.lengths.values())
+        lengths = list(plan.num_draft_tokens.values())
         budget.step_scheduled(step)
         budget.on_model_executing()
         drafted = [r.granted for r in running]
@@ -319,7 +319,7 @@ def _accepted(acceptance: Acceptance, step: int, request: _Running) -> int:
 def _drafts(classes: Sequence[RequestClass], running: Sequence[_Running], plan: DraftPlan) -> list[int]:
     """How many tokens each request's drafter proposes, and the price leaves."""
     drafts: list[Sequence[int] | Draft] = []
-    for request, length in zip(running, plan.lengths.values(), strict=True):
+    for request, length in zip(running, plan.num_draft_tokens.values(), strict=True):
         chosen = classes[request.kind]
         # The same luck for every policy: it belongs to the place in the output.
         found = request.luck[-1 - request.state.num_output_tokens % 128] < chosen.finds
@@ -345,6 +345,6 @@ def _outcome(
         accepted,
         num_scheduled_tokens=rows,
         num_scheduled_requests=len(states),
-        draft_passes=passes,
+        draft_steps=passes,
         experts=experts,
     )
