@@ -26,7 +26,7 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 from regret_setup import HERE, MODEL
-from results import earlier, merged, write
+from results import write
 from rich.console import Console
 from rich.table import Table
 
@@ -143,7 +143,7 @@ def one_class(
         "class": name,
         "users": users,
         "acceptance_by_position": acceptance,
-        "accepted_a_step": {arm: sum(shares) for arm, shares in acceptance.items()},
+        "accepted_per_step": {arm: sum(shares) for arm, shares in acceptance.items()},
         "tokens_per_second": {arm: vars(median_interval(found)) for arm, found in speeds.items()},
         "better_single_source": better,
         "hybrid_to_better": vars(ratio_interval(speeds[HYBRID], speeds[better])),
@@ -176,10 +176,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--draft", default=None, help="another draft model than the demo's")
-    parser.add_argument("--append", action="store_true", help="keep what the output file has of other classes")
+    parser.add_argument("--name", default="", help="the conditions of this run, where they are not the usual ones")
     parser.add_argument("--output", type=Path, default=HERE / "results/drafters.json")
     options = parser.parse_args()
-    kept = earlier(options.output) if options.append else []
     console = Console()
     chosen = {name: prompts for name, prompts in workloads().items() if name in options.classes.split(",")}
     measured: list[dict[str, Any]] = []
@@ -196,7 +195,7 @@ def main() -> None:
                     f"times {found['better_single_source']}",
                     soft_wrap=True,
                 )
-                write(options.output, merged(kept, measured, "class", "users"))
+                write(options.output, measured, options.name, ("class", "users"))
     console.print(table(measured), width=160)
 
 

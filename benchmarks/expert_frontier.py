@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--redraw", action="store_true", help="only draw what was measured before")
     arguments = parser.parse_args()
     if arguments.redraw:
-        measured = json.loads(RESULT.read_text())["measured"]
+        measured = json.loads(RESULT.read_text())["runs"][-1]["measured"]
         draw([Point.read(point) for point in measured["points"]], measured["model"])
         return
     folder = moe_assets.prepare(size=widen_experts.SMALL, dtype="float32")

@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-from results import HERE, earlier, merged, write
+from results import HERE, write
 
 from vllm_instant.moe.expert_groups import SuperExperts
 from vllm_instant.moe.routing_trace import RoutedModel
@@ -145,7 +145,7 @@ def _cell(
         # Where nobody is refused anything, nothing is run twice.
         "kl_nats": totals["kl"] / totals["kl_tokens"] if totals["kl_tokens"] else 0.0,
         "compared_tokens": totals["kl_tokens"],
-        "ms_a_step": float(np.median(times[arm])),
+        "ms_per_step": float(np.median(times[arm])),
         "turns": len(times[arm]),
         "time": ratio(times[arm], times[1.0]),
     }
@@ -237,12 +237,7 @@ def main() -> None:
     # Written after every batch size: what was measured stays when a later one is cut short.
     with terminable():
         for cells in found:
-            kept = [dict.fromkeys(keys) | cell for cell in earlier(arguments.output)]
-            write(arguments.output, [_bare(cell) for cell in merged(kept, cells, *keys)])
-
-
-def _bare(cell: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in cell.items() if value is not None}
+            write(arguments.output, cells, keys=keys)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from regret_setup import (
     mixed,
     record_answers,
 )
-from results import earlier, merged, write
+from results import write
 from rich.console import Console
 from rich.table import Table
 
@@ -296,10 +296,10 @@ def main() -> None:
     parser.add_argument("--pair-loads", default=None, help="loads of the pair workload; --loads by default")
     parser.add_argument("--lengths", default="1,2,4,8")
     parser.add_argument("--draft", default=None, help="a draft model for the demo's target, instead of the demo's")
+    parser.add_argument("--name", default="", help="the conditions of this run, where they are not the usual ones")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--short", action="store_true", help="the form for CI")
-    parser.add_argument("--append", action="store_true", help="keep what the output file has of other cells")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/regret.json")
     options = parser.parse_args()
     if options.short:
@@ -311,7 +311,6 @@ def main() -> None:
     oracle_loads = [int(load) for load in options.oracle_loads.split(",")] if options.oracle_loads else loads
     pair_loads = [int(load) for load in options.pair_loads.split(",")] if options.pair_loads else loads
     wanted = options.drafters.split(",")
-    kept = earlier(options.output) if options.append else []
     console = Console()
     cells: list[Cell] = []
     began = time.monotonic()
@@ -333,7 +332,7 @@ def main() -> None:
                     console.print(f"[{time.monotonic() - began:.0f} s] {workload.name}")
                     cells.append(run_cell(servers, workload, load, options.rounds, options.seconds, console))
                     if not options.short:
-                        write(options.output, merged(kept, [cell.plain() for cell in cells], "drafter", "users"))
+                        write(options.output, [cell.plain() for cell in cells], options.name, ("drafter", "users"))
     console.print(table(cells, lengths), width=200)
     if options.short:
         failures = beyond_noise(cells)

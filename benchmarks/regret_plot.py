@@ -19,7 +19,7 @@ def plot(result: Path) -> Path:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    cells = json.loads(result.read_text())["measured"]
+    cells = [cell for run in json.loads(result.read_text())["runs"] if not run["name"] for cell in run["measured"]]
     drafters = list(dict.fromkeys(cell["drafter"] for cell in cells))
     figure, axes = pyplot.subplots(2, len(drafters), figsize=(4.2 * len(drafters), 7), squeeze=False)
     for column, drafter in enumerate(drafters):

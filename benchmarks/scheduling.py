@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from regret_setup import snippets
-from results import earlier, merged, write
+from results import write
 
 from vllm_instant.tools.demo import assets
 from vllm_instant.tools.measure.open_loop import OpenLoopRequest, OpenLoopResult, send_open_loop
+from vllm_instant.tools.measure.prompts import snippets
 from vllm_instant.tools.measure.server_info import newest_decisions
 from vllm_instant.tools.measure.servers import Server, running, settle
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
@@ -91,7 +91,7 @@ TRAFFIC: dict[str, tuple[Mix, float | None]] = {
 
 
 @dataclass(frozen=True)
-class Wish:
+class PlannedRequest:
     """A request of a traffic: when, how long, and its prompt."""
 
     at: float
@@ -101,7 +101,7 @@ class Wish:
     limit: int
 
 
-def wishes(mix: Mix, load: float | None, count: int, tokens_per_second: float, seed: int) -> list[Wish]:
+def requests_of(mix: Mix, load: float | None, count: int, tokens_per_second: float, seed: int) -> list[PlannedRequest]:
     """One round's requests; ``tokens_per_second`` is what the server can do."""
     random = np.random.default_rng(seed)
     tokens = mix.lengths(count, random)
@@ -120,31 +120,33 @@ def wishes(mix: Mix, load: float | None, count: int, tokens_per_second: float, s
         line = f"{wanted}\n"
         question = texts[number % len(texts)].text[: mix.question]
         prompt = f"{line * mix.head_lines}{number} {question}"
-        made.append(Wish(float(at[number]), int(tokens[number]), prompt, "long" if slow else "short", mix.limit))
+        made.append(
+            PlannedRequest(float(at[number]), int(tokens[number]), prompt, "long" if slow else "short", mix.limit)
+        )
     return made
 
 
-def bodies(made: Sequence[Wish], arm: str, end_token: int) -> list[OpenLoopRequest]:
+def bodies(made: Sequence[PlannedRequest], arm: str, end_token: int) -> list[OpenLoopRequest]:
     """What is sent for one arm."""
     sent = []
-    for wish in made:
+    for planned in made:
         extra: dict[str, Any] = {}
         if arm == PRIORITY:
-            extra = {"priority": wish.tokens}
+            extra = {"priority": planned.tokens}
         elif arm != STOCK:
             extra = {"vllm_xargs": {"benchmark_arm": arm}}
             if arm == TOLD:
-                extra["vllm_xargs"]["instant_output_tokens"] = wish.tokens
+                extra["vllm_xargs"]["instant_output_tokens"] = planned.tokens
         body = {
             "model": MODEL,
-            "prompt": wish.prompt,
+            "prompt": planned.prompt,
             "temperature": 0,
-            "max_tokens": wish.limit,
-            "min_tokens": wish.tokens - 1,
+            "max_tokens": planned.limit,
+            "min_tokens": planned.tokens - 1,
             "logit_bias": {str(end_token): 100},
             **extra,
         }
-        sent.append(OpenLoopRequest(wish.at, body, wish.kind))
+        sent.append(OpenLoopRequest(planned.at, body, planned.kind))
     return sent
 
 
@@ -232,7 +234,7 @@ class Servers:
             environment={"PYTHONPATH": f"{HERE}:{folder}"},
         )
 
-    def run(self, arm: str, made: Sequence[Wish]) -> Run:
+    def run(self, arm: str, made: Sequence[PlannedRequest]) -> Run:
         """One arm's turn; raises RuntimeError when a request fails."""
         server = self.stock if arm in (STOCK, PRIORITY) else self.ours
         before = server.metrics()
@@ -256,7 +258,7 @@ def measure(
     over: dict[str, list[float]] = {arm: [] for arm in arms if arm in (LEARNED, TOLD)}
     over_own: dict[str, list[float]] = {arm: [] for arm in over}
     for number in range(rounds):
-        made = wishes(mix, load, count, speed, seed=1000 * number + hash_of(traffic))
+        made = requests_of(mix, load, count, speed, seed=1000 * number + hash_of(traffic))
         turns = list(arms) if number % 2 else list(arms)[::-1]
         runs = {arm: servers.run(arm, made) for arm in turns}
         for arm, run in runs.items():
@@ -344,21 +346,21 @@ def main() -> None:
         servers = Servers(Path(folder), options.slots)
         with running(servers.stock, servers.ours):
             for arm in (STOCK, FCFS):
-                servers.run(arm, wishes(DOCUMENTS, None, 12, 1.0, seed=7))
+                servers.run(arm, requests_of(DOCUMENTS, None, 12, 1.0, seed=7))
             speeds: dict[Mix, float] = {}
             for traffic in options.traffic.split(","):
                 mix, _ = TRAFFIC[traffic]
                 if mix not in speeds:
                     # What the server can do is what it does under a burst.
-                    speeds[mix] = servers.run(FCFS, wishes(mix, None, 48, 1.0, seed=8)).capacity()
+                    speeds[mix] = servers.run(FCFS, requests_of(mix, None, 48, 1.0, seed=8)).capacity()
                     print(f"capacity {speeds[mix]:.0f} output tokens/s with {options.slots} places", flush=True)
-                    servers.run(LEARNED, wishes(mix, 1.1, options.training, speeds[mix], seed=9))
+                    servers.run(LEARNED, requests_of(mix, 1.1, options.training, speeds[mix], seed=9))
                 speed = speeds[mix]
                 cells.append(measure(servers, traffic, arms, options.rounds, options.requests, speed))
                 show(cells[-1])
                 cells[-1]["capacity_tokens_per_second"] = speed
                 # Written after each traffic: a run that is cut off keeps what it has.
-                write(options.output, merged(earlier(options.output), cells, "traffic"))
+                write(options.output, cells, keys=("traffic", "requests"))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-from results import earlier, merged, write
+from results import write
 from streaming_checks import abuse_part, identity_part
 from streaming_harness import MODEL, Answer, keystrokes, pieces, summary, typed, whole
 
@@ -252,12 +252,8 @@ def main() -> None:
         "--rounds", type=int, default=3, help="of the parts with long prompts; others have 3 times more"
     )
     parser.add_argument("--plugin", choices=("chunked", "resumable"), default="chunked")
-    parser.add_argument(
-        "--append", action="store_true", help="keep what the output file has of other parts and plugins"
-    )
     parser.add_argument("--output", type=Path, default=HERE / "results/streaming.json")
     options = parser.parse_args()
-    kept = earlier(options.output) if options.append else []
     measured: list[dict[str, Any]] = []
     parts = options.parts.split(",")
     rounds = options.rounds
@@ -267,7 +263,7 @@ def main() -> None:
             began = time.monotonic()
             measured.append({"plugin": options.plugin} | asyncio.run(work()))
             print(f"{part} ({time.monotonic() - began:.0f} s): {measured[-1]}")
-            write(options.output, merged(kept, measured, "plugin", "part"))
+            write(options.output, measured, keys=("plugin", "part"))
 
     with tempfile.TemporaryDirectory(prefix="streaming-") as name:
         prompts = Prompts()

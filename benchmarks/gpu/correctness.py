@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from shapes import BLOCK, KV_HEADS
+from timing import BLOCK, KV_HEADS
 
 LAUNCHES = 10_000
 ALLOWED = 1e-3

@@ -10,6 +10,7 @@ import json
 import platform
 import random
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +21,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # A checkout is enough.
 sys.path[:0] = [str(ROOT / path) for path in ("triton_kernels", "tests/support", "tests/support/plugins", "benchmarks")]
+
+HEAD, KV_HEADS, BLOCK = 128, 8, 16
+ROTATED_BYTES = 256 << 20
+"""Buffers that take turns are together at least this large, several times an L2 cache."""
 
 
 def can_run() -> bool:
@@ -110,9 +115,11 @@ def write(path: Path, measured: Any) -> None:
     import torch
     import triton
 
-    record = {
+    run = {
+        "name": "",
         "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
         "device": torch.cuda.get_device_name(),
         "versions": {
             "python": platform.python_version(),
@@ -123,5 +130,13 @@ def write(path: Path, measured: Any) -> None:
         "measured": measured,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps({"benchmark": path.stem, "runs": [run]}, indent=1) + "\n")
     print(f"wrote {path}")
+
+
+def _commit() -> str:
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except FileNotFoundError:
+        return "unknown"

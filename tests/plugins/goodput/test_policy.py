@@ -233,7 +233,7 @@ def test_a_lookup_that_finds_nothing_is_not_paid_for():
     ("chance", "planning_us", "learning_us"), [(0.6, 100, 70), (0.0, 16, 45)], ids=["drafting", "off"]
 )
 def test_two_hundred_fifty_six_requests_in_microseconds(chance, planning_us, learning_us):
-    """About four times what a quiet core takes (benchmarks/policy_overhead.py): a test machine is not quiet."""
+    """About four times what a quiet core takes (benchmarks/overheads.py): a test machine is not quiet."""
     policy = GoodputPolicy(8, 256)
     states = [RequestState(f"r{i}", 100, 100, i % 2 * 1.0, index=i) for i in range(256)]
     for state in states:

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from bench_power import simulated_verdicts
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from simulated_verdicts import simulated_verdicts
 
 from vllm_instant.tools.measure.significance import (
     Contrast,
