@@ -18,7 +18,9 @@ class ModelOptions(PluginOptions):
     method: Literal["draft_model", "eagle", "eagle3", "mtp", "medusa", "dflash"] = Field(
         "draft_model", description="How vLLM runs it."
     )
-    num_speculative_tokens: int = Field(4, ge=1, le=128, description="Most draft tokens a request gets in one step.")
+    num_speculative_tokens: int = Field(
+        4, ge=1, le=128, description="Maximum number of draft tokens per request and step."
+    )
     draft_sample_method: Literal["greedy", "probabilistic"] | None = Field(
         None, description="How draft tokens are chosen at temperature > 0; vLLM's default if not set."
     )
@@ -27,7 +29,9 @@ class ModelOptions(PluginOptions):
 class NgramOptions(PluginOptions):
     """Options of ``ngram``."""
 
-    num_speculative_tokens: int = Field(4, ge=1, le=128, description="Most draft tokens a request gets in one step.")
+    num_speculative_tokens: int = Field(
+        4, ge=1, le=128, description="Maximum number of draft tokens per request and step."
+    )
     prompt_lookup_min: int = Field(2, ge=1, description="Shortest run of tokens that is looked up.")
     prompt_lookup_max: int = Field(4, ge=1, description="Longest run of tokens that is looked up.")
 

@@ -13,97 +13,107 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """What one attention layer of the model computes, the same in every step."""
+    """Constants of one attention layer of the model."""
 
     num_query_heads: int
-    """On this worker, as is the next."""
+    """Number of query heads on this worker."""
     num_kv_heads: int
+    """Number of KV heads on this worker."""
     head_size: int
     scale: float
-    """What scores are multiplied with."""
+    """Factor of the scores."""
     window: int = 0
-    """Each token sees only so many, itself included; 0 is all."""
+    """Number of latest tokens that a token attends to, itself included; 0 for all."""
     soft_cap: float = 0.0
-    """``c`` if scores ``s`` become ``c * tanh(s / c)``; 0 for none."""
+    """Soft cap ``c`` of the scores ``s``, which become ``c * tanh(s / c)``; 0 for none."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheParts:
-    """Views of a layer's paged cache: FP8 numbers (E4M3) with one scale a token and head, for keys and for values."""
+    """Views of a layer's paged cache: keys and values in FP8 (E4M3), with one scale per token and head."""
 
     keys: torch.Tensor
-    """``[blocks, block_size, KV heads, head_size]``, one byte each, the last dimension contiguous."""
+    """float8_e4m3fn ``[blocks, block_size, KV heads, head_size]``, the last dimension contiguous."""
     values: torch.Tensor
+    """Same shape and dtype as ``keys``."""
     key_scales: torch.Tensor
-    """float32 ``[blocks, block_size, KV heads]``: a key is its stored number times its scale."""
+    """float32 ``[blocks, block_size, KV heads]``: a key is its stored value times its scale."""
     value_scales: torch.Tensor
+    """float32, same shape as ``key_scales``."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """What one layer attends to in one step: causal attention of the newest tokens of some requests."""
+    """Inputs of one layer in one step: causal attention of the newest tokens of the requests."""
 
     query: torch.Tensor
-    """``[tokens, query heads, head_size]``, all requests one after another."""
+    """``[tokens, query heads, head_size]`` in the model's dtype, the requests concatenated."""
     output: torch.Tensor
-    """The same shape; to be written."""
+    """Output buffer with the shape and dtype of ``query``."""
     block_tables: torch.Tensor
-    """int32 ``[requests or more, blocks]``."""
+    """int32 ``[requests or more, blocks]``: block indices of each request."""
     lengths: torch.Tensor
-    """int32 ``[requests]``, tokens in the cache, the new ones included; 0 for padding."""
+    """int32 ``[requests]``: tokens in the cache, the new ones included; 0 for padding."""
     starts: torch.Tensor
-    """int32 ``[requests + 1]``, the first new token of each request, and their number."""
+    """int32 ``[requests + 1]``: the index of each request's first new token, then the number of new tokens."""
     max_query_tokens: int
-    """No request has more new tokens, also whenever a CUDA graph that is captured now is replayed."""
+    """Maximum number of new tokens per request, also for later replays of a CUDA graph that is captured now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Rotary position embedding of some tokens, by a table."""
+    """Rotary position embedding of a batch of tokens."""
 
     positions: torch.Tensor
-    """Integers ``[tokens]``."""
+    """int64 ``[tokens]``."""
     cos_sin: torch.Tensor
-    """``[positions, rotary]``: cosines of ``rotary / 2`` angles, then their sines. What follows in a head stays."""
+    """``[positions, rotary]``: the cosines of ``rotary / 2`` angles, then their sines. Only the first ``rotary``
+    elements of a head are rotated."""
     is_neox: bool
-    """Number ``i`` of a head goes with number ``i + rotary / 2`` (GPT-NeoX), or ``2i`` with ``2i + 1`` (GPT-J)."""
+    """Whether element ``i`` is paired with ``i + rotary / 2`` (GPT-NeoX) or ``2i`` with ``2i + 1`` (GPT-J)."""
 
 
 @runtime_checkable
 class AttentionProvider(Protocol):
-    """Attention over an FP8 cache whose rows it lays out. Runs in every worker process, under graph capture.
+    """Attention over an FP8 cache whose layout it defines. Runs in every worker process, under graph capture.
 
-    Nothing may be read back from the device. vLLM's own kernels work on the same cache, through ``parts``: they take
-    over where ``attend`` declines, and once the plugin is disabled.
+    Methods must not synchronize with the device. vLLM's own kernels use the same cache through ``parts``: they run
+    where ``attend`` returns False, and after the plugin was disabled.
     """
 
     def unsupported_reason(self, head_size: int, dtype: torch.dtype) -> str | None:
-        """Why layers of this kind cannot be served, one sentence; None if they can. Asked while the model is built."""
+        """Return why such layers are not supported, as one sentence, or None. Called while the model is built."""
         ...
 
     def row_bytes(self, head_size: int) -> int:
-        """Bytes of one token's keys and values of one KV head, with all that belongs to them."""
+        """Return the bytes of one token and KV head in the cache: key, value, scales and padding."""
         ...
 
     def prepare(self, layer: AttentionLayer) -> None:
-        """Allocate what steps need: called for each layer before any graph is captured. Optional."""
+        """Allocate the buffers of a layer, before any graph is captured. Optional."""
         return None
 
     def parts(self, cache: torch.Tensor, layer: AttentionLayer) -> CacheParts:
-        """Where the parts lie in a cache ``[blocks, KV heads, block_size, row_bytes]``, in any order of strides."""
+        """Return the parts of a cache uint8 ``[blocks, KV heads, block_size, row_bytes]`` with any strides."""
         ...
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: CacheParts, slots: torch.Tensor) -> None:
-        """Quantise and write ``[tokens or more, KV heads, head_size]`` to int64 ``slots`` ``[tokens]``; -1: nowhere."""
+        """Quantize keys and values ``[tokens or more, KV heads, head_size]`` and write them to the cache.
+
+        ``slots`` is int64 ``[tokens]``, the slot of each token; tokens with slot -1 are not written.
+        """
         ...
 
     def rotates(self) -> bool:
-        """Whether ``rotate_and_write`` takes the place of vLLM's rotation and of ``write``. Optional."""
+        """Whether ``rotate_and_write`` replaces vLLM's rotary embedding and ``write``. Optional."""
         return False
 
     def rotation_unsupported_reason(self, head_size: int, rotary: int, is_neox: bool) -> str | None:
-        """Why it cannot for some layers, one sentence; None if it can. Asked once a layer, if ``rotates``."""
-        return "it has no rotation"
+        """Return why a layer's rotation is not supported, as one sentence, or None.
+
+        Called once per layer if ``rotates`` returns True.
+        """
+        return "the plugin implements no rotation"
 
     def rotate_and_write(
         self,
@@ -115,19 +125,18 @@ class AttentionProvider(Protocol):
         cache: CacheParts,
         slots: torch.Tensor,
     ) -> bool:
-        """Rotate queries into ``rotated``, and keys on their way to the cache, where values go as with ``write``.
+        """Rotate queries into ``rotated``; rotate, quantize and write keys; write values as ``write`` does.
 
         ``query`` and ``rotated`` are ``[tokens, query heads, head_size]`` and may be the same tensor; ``key`` and
-        ``value`` are ``[tokens, KV heads, head_size]``, ``slots`` are ``[tokens]``. False leaves the step to vLLM's
-        rotation and ``write``. Where it says False or raises, ``query`` and ``key`` must be what they were: they are
-        rotated then.
+        ``value`` are ``[tokens, KV heads, head_size]``, ``slots`` is int64 ``[tokens]``. Returns False to leave the
+        step to vLLM's rotation and ``write``; then, and after an exception, ``query`` and ``key`` must be unchanged.
         """
         return False
 
     def attend(self, layer: AttentionLayer, cache: CacheParts, step: AttentionStep) -> bool:
-        """Write ``step.output``, or return False to leave the step to vLLM's kernel."""
+        """Write ``step.output`` and return True, or return False to leave the step to vLLM's kernel."""
         ...
 
     def feed_forward(self) -> FeedForwardProvider | None:
-        """What computes the rest of decoder layers in small batches, too; None leaves it to vLLM. Optional."""
+        """Return what computes the second half of decoder layers in small batches; None for vLLM. Optional."""
         return None

@@ -14,69 +14,70 @@ from vllm_instant.interfaces.speculation import DraftCost
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
-    """One request that wants draft tokens."""
+    """One request of the step for which draft tokens are proposed."""
 
     request_id: str
     token_ids: npt.NDArray[np.int32]
-    """Shape ``[num_tokens]``: prompt and output, the newest token last. A view; do not write to it or keep it."""
+    """int32 ``[num_tokens]``: prompt and output, the newest token last. A view, valid only during the call."""
     num_prompt_tokens: int
+    """Number of leading ``token_ids`` that are the prompt."""
     max_draft_tokens: int
-    """At least 1."""
+    """Maximum number of draft tokens, at least 1."""
     cache_salt: str = ""
-    """What separates tenants: requests with another one must not learn what this one says."""
+    """The request's ``cache_salt``; its text must not leak to requests with another one."""
     is_fixed: bool = False
-    """Whether its client asked for this draft length: what the draft costs does not count."""
+    """Whether the client fixed the number of draft tokens, so that the cost of drafts is ignored."""
     uncached_tokens: int = 0
-    """Tokens that the draft model beside a ``HybridDrafter`` has not read yet; it reads them before it drafts."""
+    """Tokens without keys and values in the draft model of a ``HybridDrafter``, computed before its next draft."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Draft tokens with how sure the drafter is of them."""
+    """Draft tokens with the drafter's confidence in each."""
 
     token_ids: Sequence[int]
     confidence: Sequence[float]
-    """For each token the chance that it is accepted if those before it are, in 0..1. The speculation policy prices
-    verification (``DraftCost``), and tokens that are not expected to earn their price are cut."""
+    """For each token the probability, in 0..1, that it is accepted if all tokens before it are. Tokens whose expected
+    gain is below the cost of their verification (``DraftCost``) are trimmed."""
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes draft tokens. Runs in every worker process, after each step's tokens were sampled.
+    """Proposes draft tokens. Runs in every worker process, after the tokens of a step are sampled.
 
-    With several workers each of them must propose the same tokens: decide from the arguments, never from a clock.
+    All workers must propose the same tokens: results may depend on the arguments only, never on a clock.
     """
 
     def propose(self, requests: Sequence[DraftRequest]) -> Sequence[Sequence[int] | Draft]:
-        """For each request 0 to ``max_draft_tokens`` token ids that may come next, the nearest first."""
+        """Return 0 to ``max_draft_tokens`` draft token ids for each request, in the order of the text."""
         ...
 
     def forget(self, request_id: str) -> None:
-        """The request ended or was aborted. Optional."""
+        """Drop the state of a request that ended or was aborted. Optional."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class DraftAssignment:
-    """What one request gets from a drafter that shares the work with a draft model."""
+    """Who drafts for one request: the plugin or the draft model."""
 
     own: Sequence[int] = ()
-    """Draft tokens of its own; used when ``num_draft_tokens`` is 0."""
+    """The plugin's draft token ids, used if ``num_draft_tokens`` is 0."""
     num_draft_tokens: int = 0
-    """How many tokens the draft model shall draft for it instead."""
+    """Number of tokens that the draft model drafts; 0 for none."""
 
 
 @runtime_checkable
 class HybridDrafter(Drafter, Protocol):
-    """A drafter beside a draft model that vLLM runs: it decides for each request and step who drafts.
+    """A drafter beside a draft model that vLLM runs; it decides per request and step which of the two drafts.
 
-    A plugin is one when it brings both ``build`` and ``engine_arguments`` (which configure the draft model).
+    Its plugin has both ``build`` and ``engine_arguments``, which configure the draft model.
     """
 
     def assign(self, requests: Sequence[DraftRequest], draft_cost: DraftCost) -> Sequence[DraftAssignment]:
-        """One share a request. The draft model does not run when no request wants it."""
+        """Return one assignment per request. The draft model runs only if a request is assigned to it."""
         ...
 
     def on_model_drafts(self, drafts: Mapping[str, Sequence[int]]) -> None:
-        """What the draft model then drafted, by request id: what becomes of it shows in the next ``token_ids``."""
+        """Receive the draft model's tokens by request id; the next ``token_ids`` show which were accepted."""
         ...

@@ -18,170 +18,178 @@ class ExpertLayer:
     """One mixture-of-experts layer of the model."""
 
     index: int
-    """Counts the model's MoE layers from 0."""
+    """Index among the model's MoE layers, from 0."""
     name: str
+    """Module name in the model."""
     num_experts: int
     top_k: int
-    """Experts that the model picks for each token."""
+    """Number of experts per token."""
     function: str = "softmax"
-    """From what the weights come: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``."""
+    """Function from router logits to weights: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``."""
     renormalizes: bool = True
-    """Whether the weights of the picked experts are divided by their sum."""
+    """Whether the weights of the selected experts are divided by their sum."""
 
 
 class RowKind(IntEnum):
-    """What a row of a step is."""
+    """Kind of a row in a step; a row is one token."""
 
     PADDING = 0
     PREFILL = 1
     DECODE = 2
-    """The newest token of a request that answers, or a draft token that is verified behind it."""
+    """The newest token of a decoding request, or a draft token that is verified after it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """Who the rows of one step belong to; known on the host before the model runs."""
+    """The requests of one step's rows, known on the host before the model runs."""
 
     number: int
-    """Counts the steps of this worker."""
+    """Number of the step on this worker."""
     request_ids: Sequence[str]
+    """Requests in the order of their rows."""
     starts: npt.NDArray[np.int64]
-    """``[requests + 1]``: request i has the rows from ``starts[i]`` to ``starts[i + 1]``."""
+    """int64 ``[requests + 1]``: request ``i`` has the rows ``starts[i]:starts[i + 1]``."""
     is_decode: npt.NDArray[np.bool_]
-    """``[requests]``: whether its rows are ``RowKind.DECODE``; otherwise they are ``PREFILL``."""
+    """bool ``[requests]``: whether a request's rows are ``RowKind.DECODE``; otherwise they are ``PREFILL``."""
     prompt_classes: Sequence[str]
-    """One a request: its kind of prompt, as its client says (``instant_prompt_class`` in ``vllm_xargs``), or empty."""
+    """Per request the kind of prompt that its client names (``instant_prompt_class`` in ``vllm_xargs``), or empty."""
     first_positions: npt.NDArray[np.int64]
-    """``[requests]``: the position of each request's first row in its sequence."""
+    """int64 ``[requests]``: position of each request's first row in its sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterStep:
-    """What one layer's router is about to decide, as tensors on the device; rows are tokens. Do not write into them."""
+    """Router outputs of one layer, as read-only tensors on the device; rows are tokens."""
 
     weights: torch.Tensor
-    """float32 ``[tokens, experts]``: what each expert would weigh, before any normalisation over the picked ones."""
+    """float32 ``[tokens, experts]``: weight of each expert, before normalization over the selected ones."""
     ranking: torch.Tensor
-    """float32 ``[tokens, experts]``: what the model's top-k compares: the weights, with its bias if it has one; -inf
-    where its groups leave a token no choice."""
+    """float32 ``[tokens, experts]``: scores of the model's top-k: the weights plus the layer's bias, if any; -inf for
+    experts outside the selected groups."""
     picks: torch.Tensor
-    """int64 ``[tokens, top_k]``: what the model itself would pick, the best first."""
+    """int64 ``[tokens, top_k]``: the model's own selection, the best expert first."""
     pick_weights: torch.Tensor
-    """float32 ``[tokens, top_k]``: with what weights it would use them."""
+    """float32 ``[tokens, top_k]``: weights of ``picks``."""
     kinds: torch.Tensor
-    """int8 ``[tokens]``: a ``RowKind`` each."""
+    """int8 ``[tokens]``: the ``RowKind`` of each row."""
 
 
 class Measurement(IntEnum):
-    """What is measured in a step."""
+    """Kind of measurement in a step."""
 
     OFF = 0
     COUNTS = 1
-    """Distinct experts and router mass, natively and as routed."""
+    """Distinct experts and sums of router weights, by the model's own selection and as routed."""
     REFERENCE = 2
-    """Counts; and the model runs once more, before, as ``shadow`` says, to compare what it would have answered."""
+    """As ``COUNTS``, and the model runs an additional reference pass (``ExpertRouter.reference_pass``) to compare the
+    next-token distributions."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertCount:
-    """How many distinct experts one step used in a layer on average."""
+    """Average number of distinct experts per layer in one step."""
 
     requests: int
-    """That decoded."""
+    """Number of decoding requests."""
     draft_tokens: int
-    """That were verified behind them."""
+    """Number of draft tokens that were verified."""
     experts: float
+    """Distinct experts per layer."""
     num_experts: int
-    """Of a layer."""
+    """Number of experts in a layer."""
     top_k: int
+    """Number of experts per token."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingMeasures:
-    """What was measured since the last time; sums over layers and steps, of decoding rows alone."""
+    """Measurements since the last call: sums over layers and steps, over decoding rows only."""
 
     layer_steps: float
-    """Layers times steps that were counted."""
+    """Number of layers times counted steps."""
     native_experts: float
-    """Distinct experts that the model's own picks would use."""
+    """Distinct experts in the model's own selection."""
     routed_experts: float
-    """Distinct experts that were used."""
+    """Distinct experts as routed."""
     native_mass: float
-    """Weights of the model's own picks."""
+    """Router weights of the model's own selection."""
     routed_mass: float
-    """Weights, as the model's router sees them, of the experts that were used in their place."""
+    """Router weights of the experts as routed."""
     kl_tokens: float
-    """Tokens whose next-token distribution was compared; 0 without a shadow step."""
+    """Number of compared next-token distributions; 0 without a reference pass."""
     kl: float
-    """Sum over them of the divergence of what was served from the shadow pass, in nats."""
+    """Sum over these of the KL divergence of the served distribution from the reference pass, in nats."""
     kl_squared: float
-    """Sum of its squares."""
+    """Sum of the squared divergences."""
 
 
 @runtime_checkable
 class ExpertRouter(Protocol):
     """Decides which routed experts the tokens of a step may use. Runs in every worker process, under graph capture.
 
-    Workers that share a model call everything in the same order with the same numbers, and must come to the same
-    answers: nothing may depend on time or on chance that is not seeded alike.
+    Workers that share a model make the same calls in the same order with the same numbers and must return the same
+    results: nothing may depend on a clock or on randomness with different seeds.
     """
 
     def prepare(self, layers: Sequence[ExpertLayer], max_rows: int, device: torch.device) -> None:
-        """Allocate what steps need, before any graph is captured.
+        """Allocate buffers, before any graph is captured.
 
         Args:
-            layers: all layers that will ask.
-            max_rows: no step has more rows.
-            device: of the tensors in ``allowed``.
+            layers: All layers for which ``allowed`` will be called.
+            max_rows: Maximum number of rows per step.
+            device: Device of the tensors in ``allowed``.
 
         Raises:
-            ValueError: when this model cannot be served; one sentence.
+            ValueError: With one sentence, if the model is not supported.
 
         """
         ...
 
     def allowed(self, layer: ExpertLayer, step: RouterStep) -> torch.Tensor | None:
-        """Which experts each row may use: bool ``[tokens, experts]`` or ``[1, experts]``; None for all of them.
+        """Return the experts that each row may use: bool ``[tokens, experts]`` or ``[1, experts]``; None for all.
 
-        Only rows of ``RowKind.DECODE`` are held to it, and only if at least ``top_k`` experts remain to them. The
-        model's own rule then picks and weighs. Shapes and control flow must not depend on values, and nothing may be
-        read back from the device: a CUDA graph repeats what the first call did. What shall change later belongs into
-        tensors that ``prepare`` made.
+        It applies to rows of ``RowKind.DECODE`` with at least ``top_k`` allowed experts; the model's own rule selects
+        and weights among these. Shapes and control flow must not depend on values, and nothing may be read back from
+        the device, because a CUDA graph replays the first call. State that changes between steps belongs in tensors
+        that ``prepare`` allocates.
         """
         ...
 
     def begin_step(self, rows: StepRows) -> bool:
-        """The next calls of ``allowed`` are about these rows; False where they are not worth the question. Optional.
+        """Receive the rows of the next calls of ``allowed``; return False to skip these calls. Optional.
 
-        A graph that is replayed asks all the same.
+        A replayed graph makes the calls regardless.
         """
         return True
 
     def measurement(self, number: int) -> Measurement:
-        """What to measure in the step with this number. Optional; nothing by default."""
+        """Return what to measure in the step with this number. Optional; ``Measurement.OFF`` by default."""
         return Measurement.OFF
 
     def reference_pass(self, active: bool) -> None:
-        """What ``allowed`` says from now on is for comparison (or no longer). Optional.
+        """A reference pass begins (``active``) or ends. Optional.
 
-        Whoever asks for ``Measurement.REFERENCE`` must route natively while it is active: what the server answers is
-        compared with that.
+        A router that returns ``Measurement.REFERENCE`` must allow all experts while it is active: the served
+        distributions are compared with those of this pass.
         """
         return None
 
     def observe(self, measures: RoutingMeasures) -> None:
-        """Numbers of steps that were looked at, some steps later. Optional."""
+        """Receive measurements, some steps later. Optional."""
         return None
 
     def metrics(self) -> Mapping[str, float]:
-        """Numbers of its own for ``/metrics``. Optional."""
+        """Return the plugin's own gauges for ``/metrics``, by name. Optional."""
         return {}
 
     def control(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What ``POST /v1/instant/experts`` brings, while the server runs. Optional.
+        """Change settings of the running server, sent by ``POST /v1/instant/experts``. Optional.
+
+        Returns:
+            The settings now in force.
 
         Raises:
-            ValueError: when it cannot do that; one sentence.
+            ValueError: With one sentence, if the settings are not valid.
 
         """
         raise ValueError("this experts plugin takes no settings while it serves")

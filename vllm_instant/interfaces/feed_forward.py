@@ -1,4 +1,4 @@
-"""The second half of decoder layers, which plugins of the slot ``attention`` may compute along with it."""
+"""The second half of decoder layers, which plugins of the slot ``attention`` may compute too."""
 
 from __future__ import annotations
 
@@ -12,59 +12,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearWeights:
-    """Of one linear layer without a bias: ``y = x @ (numbers * scales[:, None]).T``."""
+    """Weights of a linear layer without bias: ``y = x @ (numbers * scales[:, None]).T``."""
 
     numbers: torch.Tensor
-    """``[outputs, inputs]``, contiguous; of the model's type, or ``float8_e4m3fn``."""
+    """``[outputs, inputs]``, contiguous, in the model's dtype or ``float8_e4m3fn``."""
     scales: torch.Tensor | None = None
-    """float32 ``[outputs]`` for FP8 numbers."""
+    """float32 ``[outputs]`` with FP8 weights; None otherwise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeedForwardLayer:
-    """The second half of one decoder layer, the same in every step.
+    """Weights of the second half of one decoder layer.
 
-    From the output ``a`` of attention and the residual stream ``r`` before it::
+    With the output ``a`` of attention and the residual stream ``r`` before it::
 
         x = r + output(a)
-        d = down(silu(g) * u), g and u being the halves of gate_and_up(RMSNorm(x))
+        g, u = gate_and_up(RMSNorm(x))
+        d = down(silu(g) * u)
     """
 
     output: LinearWeights
-    """``[H, A]``: the projection of the attention."""
+    """``[H, A]``: output projection of the attention."""
     norm: torch.Tensor
-    """``[H]``."""
+    """``[H]``: weights of the RMSNorm."""
     epsilon: float
-    """What the norm adds to the mean of squares."""
+    """Epsilon of the RMSNorm, added to the mean of squares."""
     gate_and_up: LinearWeights
-    """``[2 I, H]``, the gate first."""
+    """``[2 I, H]``: gate projection, then up projection."""
     down: LinearWeights
-    """``[H, I]``."""
+    """``[H, I]``: down projection."""
     dtype: torch.dtype
-    """Of activations."""
+    """Dtype of the activations."""
 
 
 @runtime_checkable
 class FeedForwardProvider(Protocol):
     """Computes the second half of decoder layers in small batches. Runs in every worker process, under graph capture.
 
-    Nothing may be read back from the device. Larger batches, layers with an objection, and all of them once the
-    plugin is disabled, are computed by vLLM's separate operations.
+    Methods must not synchronize with the device. Larger batches, unsupported layers, and all layers after the plugin
+    was disabled, are computed by vLLM's separate operations.
     """
 
     max_rows: int
-    """Larger batches are not asked for."""
+    """Maximum number of rows; larger batches are left to vLLM."""
 
     def unsupported_reason(self, layer: FeedForwardLayer) -> str | None:
-        """Why a layer cannot be served, one sentence; None if it can. Asked when the model is loaded."""
+        """Return why a layer is not supported, as one sentence, or None. Called when the model is loaded."""
         ...
 
     def serve(
         self, layer: FeedForwardLayer
     ) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        """What computes ``(d, x)`` from ``(a, r)``, all of them ``[rows, ...]``, contiguous and of the layer's type.
+        """Return a function from ``(a, r)`` to ``(d, x)``, all ``[rows, ...]``, contiguous, in the layer's dtype.
 
-        Asked once a layer, before any graph is captured; memory is allocated here. What is computed must be new
-        tensors: ``a`` and ``r`` stay as they are. Weights may later get other values in the same memory.
+        Called once per layer, before any graph is captured; allocate memory here. The function must return new
+        tensors and leave ``a`` and ``r`` unchanged. Later the weights may be overwritten in place.
         """
         ...

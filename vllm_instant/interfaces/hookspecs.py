@@ -1,7 +1,7 @@
 """Every hook that a distribution can implement: the whole plugin API on one page.
 
 A distribution names a module in the entry-point group ``vllm_instant``; functions of that module marked with
-``hookimpl`` are called. What the hooks hand over is described in ``vllm_instant.interfaces``.
+``hookimpl`` are called. ``vllm_instant.interfaces`` defines the types in the signatures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vllm_instant.interfaces.plugins import Plugin
 
 PROJECT = "vllm_instant"
-"""The pluggy project name, and the entry-point group that distributions register in."""
+"""The pluggy project name, and the entry-point group of distributions with plugins."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -24,14 +24,14 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def instant_plugins() -> Iterable[Plugin]:  # type: ignore[empty-body]
-    """Offer plugins: return one ``Plugin`` for each name that a deployment file may choose."""
+    """Return one ``Plugin`` for each name that a deployment file can choose."""
 
 
 @hookspec
 def instant_check(deployment: Deployment) -> Iterable[str]:  # type: ignore[empty-body]
-    """Object to a deployment: return one sentence for each contradiction, and the server does not start."""
+    """Return one sentence per error in a deployment; with any error the server does not start."""
 
 
 @hookspec
 def instant_plugin_failed(slot: str, plugin: str, hook: str, error: Exception) -> None:
-    """Hear that a plugin raised in a running server and was disabled there; runs in the process where it happened."""
+    """A plugin raised in a running server and was disabled there; called in the process where it failed."""

@@ -1,4 +1,4 @@
-"""What a plugin is, and what it may know of the engine."""
+"""What a plugin is, and what it knows of the engine."""
 
 from __future__ import annotations
 
@@ -10,58 +10,61 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class PluginOptions(BaseModel):
-    """Base of a plugin's own options: the rest of its slot's table in the deployment file."""
+    """Base class of a plugin's options: all keys of its slot's table in the deployment file except ``plugin``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DrafterOptions(PluginOptions):
-    """Base of the options of a drafter that a plugin implements itself."""
+    """Base class of the options of a drafter that a plugin implements itself."""
 
-    num_speculative_tokens: int = Field(4, ge=1, le=128, description="Most draft tokens a request gets in one step.")
+    num_speculative_tokens: int = Field(
+        4, ge=1, le=128, description="Maximum number of draft tokens per request and step."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PluginContext:
-    """What a plugin may know of the engine that it is built for."""
+    """Properties of the engine for which a plugin is built."""
 
     model: str
+    """Name or path of the model."""
     max_model_len: int
     max_num_seqs: int
     vocab_size: int
     num_speculative_tokens: int
-    """Most draft tokens a request can get in one step; 0 when the server has no drafter."""
+    """Maximum number of draft tokens per request and step; 0 without a drafter."""
     device: str
-    """``cpu``, ``cuda``, …"""
+    """Device type: ``cpu``, ``cuda``, …"""
     confident_drafts: bool = False
-    """Whether the drafter says how sure it is of each token, so that ``DraftCost`` cuts its drafts."""
+    """Whether the drafter reports a confidence for each token, so that ``DraftCost`` trims its drafts."""
     itl_slo_ms: float | None = None
-    """The deployment's goal for the time between tokens, in milliseconds, if its speculation policy has one."""
+    """SLO for the inter-token latency in milliseconds, if the deployment's speculation policy has one."""
     identity: Mapping[str, str] = field(default_factory=dict)
-    """What timings measured in this engine depend on: device name, model, dtype, vLLM version, drafter, parallelism."""
+    """Properties on which measured times depend: device name, model, dtype, vLLM version, drafter, parallelism."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plugin:
-    """One name that a deployment file may choose for a slot.
-
-    ``build(options, context)`` makes the object that does the work; it is None for a plugin that stands for vLLM's own
-    behaviour. ``engine_arguments(options)`` returns engine arguments that the plugin needs, by vLLM's field names; the
-    command line and the ``[vllm]`` table override them.
-    """
+    """One name that a deployment file can choose for a slot."""
 
     slot: str
     name: str
     summary: str
+    """One line for ``vllm-instant plugins`` and the template of the deployment file."""
     lossy: bool = False
-    """Whether it may change what the model would have answered."""
+    """Whether it can change the distribution of the model's output."""
     options: type[PluginOptions] = PluginOptions
+    """Model of the plugin's options."""
     build: Callable[[Any, PluginContext], Any] | None = None
+    """Function of the options and the context that returns the object with the slot's protocol; None for vLLM's own
+    behavior. Raises ValueError, with one sentence, where the engine is not supported."""
     engine_arguments: Callable[[Any], Mapping[str, Any]] | None = None
+    """Function of the options that returns the engine arguments that the plugin needs, by vLLM's field names; the
+    command line and the ``[vllm]`` table override them."""
     confident: bool = False
-    """For drafters: whether their drafts say how sure they are (``Draft.confidence``)."""
+    """For drafters: whether drafts have a confidence (``Draft.confidence``)."""
     calibration_options: Callable[[Any], Mapping[str, Any]] | None = None
-    """Options to set while ``vllm-instant calibrate`` loads a server, so that the plugin measures and stores its costs.
-
-    Called with the deployment's options of the plugin. Raises ValueError, with one sentence, where nothing would be
-    stored. None for a plugin that stores no costs."""
+    """Function of the deployment's options that returns the options to set while ``vllm-instant calibrate`` loads a
+    server, so that the plugin measures and stores its costs. Raises ValueError, with one sentence, where nothing would
+    be stored. None for a plugin that stores no costs."""

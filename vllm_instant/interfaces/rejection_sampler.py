@@ -1,4 +1,4 @@
-"""The ``rejection_sampler`` slot: which proposals are kept."""
+"""The ``rejection_sampler`` slot: which draft tokens are accepted."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class VerificationBatch:
-    """The drafts of one step of requests that sample, with what both models say of them.
+    """Draft tokens of one step's sampling requests, with the target's logits and the draft's probabilities.
 
-    Greedy requests and requests with a seed are not among them: what is kept of their drafts follows from the target
-    alone, whatever sampler is chosen (``patches.rejection_sampler``). All tensors are on the model's device.
+    Greedy requests and requests with a seed are excluded: their accepted tokens follow from the target alone
+    (``patches.rejection_sampler``). All tensors are on the model's device.
     """
 
     draft_token_ids: torch.Tensor
-    """int64 ``[total]``, the requests' drafts one after the other. -1 is padding: it and all behind it is refused."""
+    """int64 ``[total]``, the requests' drafts concatenated. -1 is padding; it and all later tokens are rejected."""
     num_draft_tokens: Sequence[int]
-    """Drafts of each request, padding included, 0 allowed; ``batch`` entries that sum to ``total``."""
+    """``batch`` numbers that sum to ``total``: draft tokens per request, padding included; 0 is allowed."""
     target_logits: torch.Tensor
-    """float32 ``[total, vocabulary]`` after penalties, masks, temperature, top-k and top-p: -inf is forbidden. Each row
-    belongs to the position of its draft token. May be overwritten."""
+    """float32 ``[total, vocabulary]`` at the positions of the draft tokens, after penalties, masks, temperature, top-k
+    and top-p; -inf is forbidden. May be overwritten."""
     draft_probs: torch.Tensor | None
-    """float32 ``[total, vocabulary]``, what each draft token was drawn from; None where drafts are certain."""
+    """float32 ``[total, vocabulary]``, the distribution of each draft token; None for deterministic drafts."""
 
 
 @runtime_checkable
 class RejectionSampler(Protocol):
-    """Decides which draft tokens are kept, and what follows them. Runs in every worker process."""
+    """Decides which draft tokens are accepted, and which token follows. Runs in every worker process."""
 
     def verify(self, step: VerificationBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Verify one step.
+        """Verify the drafts of one step.
 
         Returns:
-            int64 ``[batch]``: how many leading drafts each request keeps, in ``0..num_draft_tokens``; and int64
-            ``[batch]``: the token that takes the place of the first one refused. The latter is ignored where
-            every draft is kept: what follows then is sampled from the target as ever.
+            int64 ``[batch]``: number of accepted leading draft tokens per request, in ``0..num_draft_tokens``; and
+            int64 ``[batch]``: the token that replaces the first rejected one. The latter is ignored where all draft
+            tokens are accepted: then vLLM samples the next token from the target.
 
         """
         ...

@@ -1,4 +1,4 @@
-"""One request as the policies in the engine core see it; all of them see the same object."""
+"""One request as the policies in the engine core see it; all policies share the same object."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from typing import Any
 
 @dataclass(slots=True, eq=False)
 class RequestState:
-    """One request as the scheduler sees it; live, kept for the request's whole life, not to be written to.
+    """One request of the scheduler; updated in place during the request's whole life, read-only for policies.
 
-    Two of them are equal when they are the same object, so that lists of them are compared quickly.
+    Two states are equal only if they are the same object, which makes comparisons of lists fast.
     """
 
     request_id: str
     num_prompt_tokens: int
     max_tokens: int
+    """Maximum number of output tokens."""
     temperature: float
     structured_output: bool = False
+    """Whether a grammar constrains the output."""
     extra_args: Mapping[str, Any] = field(default_factory=dict)
-    """What the client sent as ``vllm_xargs``."""
+    """The client's ``vllm_xargs``."""
     num_output_tokens: int = 0
     index: int = 0
-    """Small, unique among the live requests, used again later: lets a policy keep its state in arrays."""
+    """Small number, unique among the live requests and reused later: an index for policies that store arrays."""
     prompt_token_ids: Sequence[int] = ()
-    """Empty when the prompt came as embeddings."""
+    """Token ids of the prompt; empty for a prompt of embeddings."""
     fixed_num_draft_tokens: int | None = None
-    """The draft length that its client asked for (or 0, where drafts cannot be verified), which no policy changes; None
-    when the policy decides."""
+    """Number of draft tokens that the client fixed, or 0 where drafts cannot be verified; None where the policy
+    decides."""
     cache_salt: str = ""
-    """What separates its tenant's data from that of others; empty when nothing does."""
+    """Salt that separates a tenant's data from that of others; empty for none."""
     prompt_group: int = 0
-    """The same for requests whose prompts begin alike (a system prompt): what policies group requests by."""
+    """Hash of the prompt's beginning: equal for requests with the same system prompt."""
     arrival_time: float = 0.0
-    """When it entered the engine, in seconds of the clock that ``SchedulerSnapshot.now`` reads."""
+    """Time of arrival in seconds, on the clock of ``SchedulerSnapshot.now``."""
     num_preemptions: int = 0
-    """How often it lost its KV blocks."""
+    """Number of times that the request lost its KV blocks."""

@@ -1,4 +1,4 @@
-"""The ``batching`` slot: which waiting requests start, and who is preempted."""
+"""The ``batching`` slot: which waiting requests start, and which running request is preempted."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from vllm_instant.interfaces.speculation import StepOutcome
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSnapshot:
-    """What a batching policy decides about: who waits, who runs, and how much room there is."""
+    """State of the scheduler at a decision: waiting and running requests, and free capacity."""
 
     waiting: Sequence[RequestState]
-    """In the order of arrival; their number is known, they themselves are gathered when somebody looks. Requests that
-    lost their KV blocks are not among them: they always go first."""
+    """Waiting requests in the order of arrival, without preempted ones, which always resume first. ``len`` is free;
+    the states are gathered at the first access."""
     running: Sequence[RequestState]
-    """With ``num_output_tokens`` up to date."""
+    """Running requests, with ``num_output_tokens`` up to date."""
     now: float
-    """Seconds, monotonic."""
+    """Time in seconds on a monotonic clock."""
     max_num_running: int
-    """Most requests that run together."""
+    """Maximum number of running requests."""
     free_kv_tokens: int
-    """Tokens for which there are free KV blocks."""
+    """Number of tokens for which KV blocks are free."""
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Who may start."""
+    """The order in which waiting requests start, and their maximum number."""
 
     order: Sequence[int] = ()
-    """Indices into ``SchedulerSnapshot.waiting``, those first that shall start first; all others follow as they
-    arrived."""
+    """Indices into ``SchedulerSnapshot.waiting`` in the order of start; all others follow in the order of arrival."""
     max_num_admitted: int | None = None
-    """Limit of the requests that start in this step; None for no limit beyond free places."""
+    """Maximum number of requests that start in this step; None for no limit beyond free places."""
     request_ids: Sequence[str] = ()
-    """Request ids in place of ``order``, for a policy that knows who waits and need not look at everybody: a step costs
-    what is named then, however many wait. Ids of those that do not wait are passed over."""
+    """Request ids in the order of start, instead of ``order``: for policies that track the waiting requests themselves.
+    The time per step then depends on the number of ids, not of waiting requests. Other ids than those of waiting
+    requests are ignored."""
 
 
 @runtime_checkable
 class SchedulingPolicy(Protocol):
-    """Decides which waiting requests start, how much of their prompts a step reads, and who is preempted.
+    """Decides which waiting requests start, the number of prompt tokens per step, and which request is preempted.
 
-    Runs in the engine-core process. The order is asked for when there is room for somebody, not in every step; an
-    explicit ``priority`` of the requests stands above it. With vLLM's scheduling policy ``priority``, preemption is
-    vLLM's.
+    Runs in the engine-core process. ``admit`` is called when a place is free, not in every step. An explicit
+    ``priority`` of the requests takes precedence over it. With vLLM's scheduling policy ``priority``, vLLM decides on
+    preemption.
     """
 
-    def admit(self, moment: SchedulerSnapshot) -> Admission:
-        """Who may start now, and in which order."""
+    def admit(self, snapshot: SchedulerSnapshot) -> Admission:
+        """Return which requests may start now, and in which order."""
         ...
 
     def enter(self, request: RequestState) -> None:
-        """A request begins to wait. Optional."""
+        """A request started to wait. Optional."""
         return None
 
     def started(self, request: RequestState, now: float) -> None:
-        """A request left the queue, or came back after it had lost its KV blocks. Optional."""
+        """A request left the queue, for the first time or after a preemption. Optional."""
         return None
 
     def preempted(self, request: RequestState, now: float) -> None:
@@ -67,25 +67,22 @@ class SchedulingPolicy(Protocol):
         return None
 
     def finished(self, request: RequestState, now: float, complete: bool) -> None:
-        """A request left the engine; ``complete`` says whether it ended by itself. Optional."""
+        """A request left the engine; ``complete`` is False if it was aborted. Optional."""
         return None
 
     def preemption_order(self, running: Sequence[RequestState]) -> Sequence[int] | None:
-        """Indices of the running requests, those first that shall keep their KV blocks longest when blocks run out.
+        """Return all indices of ``running``, the request to preempt last first. Optional.
 
-        None keeps vLLM's own choice, which preempts who started last. Asked only when blocks are short. Optional.
+        Called when KV blocks run out. None for vLLM's choice, which preempts the request that started last.
         """
         return None
 
-    def max_prompt_tokens(self, moment: SchedulerSnapshot) -> int | None:
-        """Most prompt tokens that the next step shall read beside the running requests' own; None: no limit.
-
-        Optional.
-        """
+    def max_prompt_tokens(self, snapshot: SchedulerSnapshot) -> int | None:
+        """Return the maximum number of prompt tokens that the next step prefills; None for no limit. Optional."""
         return None
 
-    def background_work(self, moment: SchedulerSnapshot) -> None:
-        """Called while the model runs and nobody waits for an answer: the place for whatever takes long. Optional."""
+    def background_work(self, snapshot: SchedulerSnapshot) -> None:
+        """Do slow work: called while the model runs, when the scheduler is idle. Optional."""
         return None
 
     def observe(self, outcome: StepOutcome) -> None:
@@ -93,7 +90,7 @@ class SchedulingPolicy(Protocol):
         return None
 
     def metrics(self) -> Mapping[str, float]:
-        """Numbers about itself, by name, for ``/metrics``. Optional."""
+        """Return the policy's own gauges for ``/metrics``, by name. Optional."""
         return {}
 
     def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
@@ -104,5 +101,5 @@ class SchedulingPolicy(Protocol):
         return ()
 
     def close(self) -> None:
-        """The engine stops: keep what the next start should know. Optional."""
+        """Store what the next start needs; called when the engine stops. Optional."""
         return None

@@ -12,86 +12,93 @@ from vllm_instant.interfaces.requests import RequestState
 
 @dataclass(frozen=True, slots=True)
 class UpcomingStep:
-    """What a speculation policy decides about: the drafts that will be verified in the step after this one."""
+    """The step for which a policy sets draft budgets: drafts made at its end are verified in the next step."""
 
     requests: Sequence[RequestState]
-    """Those that will have sampled a token, so that drafts can follow it."""
+    """The requests that sample a token in this step, after which drafts can follow."""
     max_draft_tokens: int
-    """Most draft tokens a request can get."""
+    """Maximum number of draft tokens per request."""
     num_waiting: int = 0
-    """Requests that wait for their first step."""
+    """Number of requests that wait for their first step."""
     max_wait: float = 0.0
-    """Seconds that the oldest of them has waited."""
+    """Waiting time of the oldest of these, in seconds."""
     number: int = 0
-    """Counts up. What became of the drafts of step ``number`` is seen in the outcome with ``number + 1``."""
+    """Number of the step, increasing. Its drafts are verified in the ``StepOutcome`` with ``number + 1``."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What one engine step did, for the requests that it verified drafts for or that it decoded without any.
+    """Result of one engine step, for the requests that sampled in it.
 
-    ``requests``, ``drafted`` and ``accepted`` have one entry a request that sampled. Drafts that vLLM only padded with
-    or that a grammar cut are not counted as drafted.
+    ``requests``, ``drafted`` and ``accepted`` have one entry per request. Draft tokens that are padding or that a
+    grammar cut do not count as drafted.
     """
 
     requests: Sequence[RequestState]
     drafted: Sequence[int]
+    """Number of verified draft tokens per request."""
     accepted: Sequence[int]
+    """Number of accepted draft tokens per request."""
     num_scheduled_tokens: int
-    """All tokens of the step: prompts, decodes and drafts."""
+    """Number of tokens of the step: prompts, decodes and drafts."""
     seconds: float
-    """What the step took from the server's time: since the output of the step before it while the engine was busy,
-    otherwise since its scheduling began. Sums to wall-clock time, also when asynchronous steps overlap."""
+    """Duration of the step: from the previous step's output while the engine was busy, otherwise from the start of its
+    scheduling. Durations sum to wall-clock time, also where asynchronous steps overlap."""
     num_scheduled_requests: int = 0
-    """Requests that took part, those included that are still reading their prompt."""
+    """Number of requests in the step, including prefills."""
     number: int = 0
+    """Number of the step (``UpcomingStep.number``)."""
     draft_steps: int = 0
-    """Draft tokens that the drafter made at the end of this step, for the next: the longest length that was planned."""
+    """Number of sequential steps of the drafter at the end of this step: the largest draft budget of any request."""
     experts: ExpertCount | None = None
-    """Distinct experts that a step of late used, where an experts plugin counts them; most steps are not counted."""
+    """Distinct experts in a recent step; None in most steps, which are not counted, and without an experts plugin."""
     uncached_tokens: int | None = None
-    """Tokens that a draft model read before it drafted, because they came while it did not run; None: not known."""
+    """Number of tokens that a draft model prefilled before it drafted, because it was skipped when they were computed;
+    None where it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftCost:
-    """What drafts cost in one step, each in the accepted tokens that it must bring at least; all 0: everything is free.
+    """Cost of drafts in one step, in accepted tokens: drafting pays off if its expected accepted tokens exceed it.
 
-    Workers keep of a draft whose confidence is known what is expected to bring more than it costs.
+    By default everything is free. Workers trim drafts with known confidence to the tokens whose expected gain exceeds
+    the cost (``speculation.draft_plan.trim_drafts``).
     """
 
     verify_cost_curve: Sequence[tuple[int, float]] = ()
-    """What verifying so many draft tokens in all costs, at some rising numbers from 1; interpolated in between."""
+    """Cost of verification by the number of draft tokens of all requests: increasing numbers from 1, with linear
+    interpolation between them."""
     per_token: float = 0.0
-    """The same as a rough price of each draft token, for those who decide before they know how many there will be."""
+    """Approximate cost of verifying one draft token, for decisions before the total number is known."""
     verify_fixed: float = 0.0
-    """What comes on top when any draft is verified."""
+    """Fixed cost of verifying any draft tokens."""
     draft_fixed: float = 0.0
-    """Running a draft model at all."""
+    """Fixed cost of running a draft model."""
     per_draft_step: float = 0.0
-    """Each pass of a draft model, which brings one more token for every request."""
+    """Cost of one step of a draft model, which drafts one token for every request."""
     catch_up_fixed: float = 0.0
-    """What comes on top when a draft model first reads what came while it did not run,"""
+    """Fixed cost of prefilling the tokens that a draft model has not processed because it was skipped."""
     catch_up_per_token: float = 0.0
-    """and each token of that."""
+    """Cost per token of this prefill."""
     baseline_step: float = 0.0
-    """One request's share of a step without drafts, which brings it one token; 0 where it is not known."""
+    """Cost of one request's share of a step without drafts, which yields one token; 0 where it is unknown."""
 
 
 @runtime_checkable
 class SpeculationPolicy(Protocol):
     """Decides how many draft tokens each request gets in the next step. Runs in the engine-core process.
 
-    Lengths are usually asked for one step ahead, while the model runs, so that nobody waits for the policy; when a new
-    request appears they are asked for again with the same ``number``, and the later answer counts.
+    The budgets of a step are usually requested one step in advance, while the model runs, so that scheduling does not
+    wait for the policy. If a new request arrives, they are requested again with the same ``number``; the last result
+    counts.
     """
 
     def get_num_draft_tokens(self, step: UpcomingStep) -> Sequence[int]:
-        """One length a request, each in ``0..step.max_draft_tokens``; 0 for all: the drafter does not even run."""
+        """Return each request's draft budget in ``0..step.max_draft_tokens``; if all are 0, the drafter is skipped."""
         ...
 
     def draft_cost(self) -> DraftCost:
-        """What drafts cost in the step that ``get_num_draft_tokens`` was asked for last. Optional; free by default."""
+        """Return the cost of drafts in the step of the last ``get_num_draft_tokens``. Optional; free by default."""
         return DraftCost()
 
     def enter(self, request: RequestState) -> None:
@@ -103,7 +110,7 @@ class SpeculationPolicy(Protocol):
         return None
 
     def forget(self, request_id: str) -> None:
-        """The request ended or was aborted. Optional."""
+        """Drop the state of a request that ended or was aborted. Optional."""
         return None
 
     def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
@@ -116,7 +123,7 @@ class SpeculationPolicy(Protocol):
         * ``explanation``: one sentence about the words of the row; ``explain`` prints each sentence once.
         * ``step``, ``num_requests``, ``draft_tokens`` and ``outcome``: the step's number, its requests, their draft
           tokens, and None or what the step did (``tokens``, ``milliseconds``, ``prompt_tokens``); from these the tools
-          estimate the speedup that drafts bring.
+          estimate the speedup by drafts.
 
         Args:
             last: Maximum number of decisions.
@@ -127,5 +134,5 @@ class SpeculationPolicy(Protocol):
         return ()
 
     def close(self) -> None:
-        """The engine stops: keep what the next start should know. Optional."""
+        """Store what the next start needs; called when the engine stops. Optional."""
         return None

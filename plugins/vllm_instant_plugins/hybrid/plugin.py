@@ -17,7 +17,9 @@ class HybridOptions(SuffixOptions):
     """Options of ``hybrid``."""
 
     model: str = Field(description="Draft model: a folder or a Hugging Face name; same tokenizer as the target.")
-    num_speculative_tokens: int = Field(8, ge=1, le=128, description="Most draft tokens a request gets in one step.")
+    num_speculative_tokens: int = Field(
+        8, ge=1, le=128, description="Maximum number of draft tokens per request and step."
+    )
     draft_sample_method: Literal["greedy", "probabilistic"] | None = Field(
         None, description="How the draft model's tokens are chosen at temperature > 0; vLLM's default if not set."
     )

@@ -11,7 +11,9 @@ from vllm_instant_plugins.suffix.drafter import SuffixDrafter
 class SuffixOptions(DrafterOptions):
     """Options of ``suffix``."""
 
-    num_speculative_tokens: int = Field(16, ge=1, le=128, description="Most draft tokens a request gets in one step.")
+    num_speculative_tokens: int = Field(
+        16, ge=1, le=128, description="Maximum number of draft tokens per request and step."
+    )
     history_tokens: int = Field(
         1_000_000, ge=0, description="Tokens of ended requests' outputs that are searched, too; 0 for none."
     )
