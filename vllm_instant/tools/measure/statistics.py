@@ -1,4 +1,8 @@
-"""Bootstrap intervals: of medians, of ratios of alternating arms, and of what is computed from sums."""
+"""Bootstrap intervals (percentile method, Efron 1979) of medians, of ratios of paired rounds and of sums.
+
+They are ``scipy.stats.bootstrap``'s. ``significance.resample_rounds`` resamples rounds itself: a round's samples have
+another number in each round, and all arms must draw the same rounds, both of which scipy cannot express.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import bootstrap
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or what else is computed from sums, with the bounds of its bootstrap confidence interval."""
+    """A mean or a function of sums, with the bounds of its bootstrap confidence interval."""
 
     mean: float
     low: float
@@ -33,18 +38,28 @@ class Estimate:
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95, draws: int = 10_000, seed: int = 0) -> Interval:
-    """Percentile-bootstrap interval of the median (Efron 1979); raises ValueError without values."""
+    """Interval of the median; raises ValueError without values."""
     if len(values) == 0:
         raise ValueError("no values")
     data = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(0, len(data), (draws, len(data)))
-    return _interval(float(np.median(data)), np.median(data[picks], axis=1), confidence)
+    median = float(np.median(data))
+    if len(data) == 1:
+        return Interval(median, median, median)
+    found = bootstrap(
+        (data,),
+        np.median,
+        n_resamples=draws,
+        confidence_level=confidence,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(median, float(found.low), float(found.high))
 
 
 def ratio_interval(
     ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Interval of the median of ``ours[i] / theirs[i]``, the two arms of one round each.
+    """Interval of the median of ``ours[i] / theirs[i]``, the two arms of each round.
 
     Rounds are resampled as pairs, so that drift of the machine between rounds cancels.
     """
@@ -60,23 +75,33 @@ def estimate(
     draws: int = 4000,
     seed: int = 0,
 ) -> Estimate:
-    """Percentile-bootstrap interval of a statistic of the sums of columns, with rows drawn again.
+    """Interval of a statistic of column sums, with rows resampled.
 
     Args:
         rows: ``[samples, columns]``.
         statistic: from sums ``[draws, columns]`` to values ``[draws]``.
         confidence: of the interval.
-        draws: how often rows are drawn again.
-        seed: of the draws.
+        draws: number of resamples.
+        seed: of the resamples.
 
     """
-    picks = np.random.default_rng(seed).integers(0, len(rows), (draws, len(rows)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(statistic(rows[picks].sum(1)), [tail, 1 - tail])
-    return Estimate(float(statistic(rows.sum(0)[None, :])[0]), float(low), float(high))
+    value = float(statistic(rows.sum(0)[None, :])[0])
+    if len(rows) == 1:
+        return Estimate(value, value, value)
 
+    def of_columns(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
+        sums = np.stack([column.sum(axis) for column in columns], axis=-1)
+        return statistic(sums.reshape(-1, len(columns))).reshape(sums.shape[:-1])
 
-def _interval(centre: float, resampled: np.ndarray, confidence: float) -> Interval:
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return Interval(centre, float(low), float(high))
+    found = bootstrap(
+        tuple(np.asarray(column, float) for column in rows.T),
+        of_columns,
+        n_resamples=draws,
+        batch=1000,
+        paired=True,
+        vectorized=True,
+        confidence_level=confidence,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(value, float(found.low), float(found.high))
