@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from vllm_instant.tools.html import Band, Line, Plot, Tick, across, round_ticks, template, up
+from vllm_instant.tools.html import template
+from vllm_instant.tools.html.plots import LinePlot, PlotBand, PlotLine, plots_available
 from vllm_instant.tools.measure import server_metrics as m
 from vllm_instant_loadtests.analysis import NAMES, RunAnalysis, ServerAnalysis, Spike
 from vllm_instant_loadtests.metric_series import MetricSeries
@@ -43,7 +44,9 @@ def write_html(analysis: RunAnalysis, run: RecordedRun, path: Path) -> None:
         finished=analysis.about.get("finished", True),
         played=[_NO_SERVER | server for server in analysis.about.get("servers", [])],
         analysis=analysis,
-        servers=[(server, plots(server, run.of(server.server))) for server in analysis.servers],
+        servers=[
+            (server, plots(server, run.of(server.server)) if plots_available() else []) for server in analysis.servers
+        ],
         names=NAMES,
         metrics=METRICS,
         symbols=SYMBOLS,
@@ -92,14 +95,14 @@ def write_junit(analysis: RunAnalysis, path: Path) -> None:
     ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)
 
 
-def plots(server: ServerAnalysis, run: RecordedRun) -> list[Plot]:
+def plots(server: ServerAnalysis, run: RecordedRun) -> list[LinePlot]:
     """What a server was like over time: latencies, and what explains them."""
     meters = MetricSeries(run.samples)
     found = [_plot(server, f"{NAMES[metric]}, ms", _latency(server, metric)) for metric in (TTFT, ITL, PACE, STALL)]
     running = [PlotCurve(name, *_known(meters, key)) for name, key in (("running", m.RUNNING), ("waiting", m.WAITING))]
     found.append(_plot(server, "Requests running and waiting", running))
     if meters.has(m.DRAFTED):
-        found.append(_plot(server, "Share of draft tokens accepted, %", [_accepted(meters)], top=100.0))
+        found.append(_plot(server, "Share of draft tokens accepted, %", [_accepted(meters)], max_y=100.0))
     found.append(_plot(server, "KV cache in use, %", [_percent(meters, m.KV_USAGE)]))
     found.append(_plot(server, "Tokens a second, all streams", [_speed(server, run)]))
     return [plot for plot in found if plot is not None]
@@ -117,7 +120,9 @@ def _latency(server: ServerAnalysis, metric: str) -> list[PlotCurve]:
     return [PlotCurve(NAMES[metric], series.at, series.values * 1e3)]
 
 
-def _plot(server: ServerAnalysis, title: str, curves: Sequence[PlotCurve], top: float | None = None) -> Plot | None:
+def _plot(
+    server: ServerAnalysis, title: str, curves: Sequence[PlotCurve], max_y: float | None = None
+) -> LinePlot | None:
     known = [curve for curve in curves if np.isfinite(curve.values).any()]
     if not known:
         return None
@@ -125,45 +130,28 @@ def _plot(server: ServerAnalysis, title: str, curves: Sequence[PlotCurve], top: 
     low, high = min(ends), max(ends)
     if high <= low:
         return None
-    highest = top or max(float(np.nanmax(curve.values)) for curve in known)
-    ticks = round_ticks(max(highest, 1e-3))
-    lines = [
-        Line(curve.name, style * 2 + 2, part)
-        for style, curve in enumerate(known)
-        for part in _parts(curve, low, high, ticks[-1])
-    ]
-    seconds = [value for value in round_ticks(high) if low <= value <= high]
-    x_ticks = [Tick(across(value, low, high), f"{value:g}") for value in seconds]
-    y_ticks = [Tick(up(value, ticks[-1]), f"{value:g}") for value in ticks]
-    return Plot(title, "seconds", x_ticks, y_ticks, lines, dots=False, bands=_bands(server, low, high))
+    lines = [PlotLine(curve.name, *_with_gaps(curve), color=2 + 2 * number) for number, curve in enumerate(known)]
+    return LinePlot(title, "seconds", lines, _bands(server, low, high), max_y=max_y)
 
 
-def _parts(curve: PlotCurve, low: float, high: float, top: float) -> list[list[tuple[float, float]]]:
-    """Polylines; nothing is drawn where nothing was measured, or nobody asked."""
-    parts: list[list[tuple[float, float]]] = []
-    before = -math.inf
-    for at, value in zip(curve.at, curve.values, strict=True):
-        if not math.isfinite(value):
-            continue
-        if at - before > 2 * WARM_UP + 2 * HOP:
-            parts.append([])
-        parts[-1].append((across(float(at), low, high), up(float(value), top)))
-        before = float(at)
-    return parts
+def _with_gaps(curve: PlotCurve) -> tuple[Array, Array]:
+    """The measured points, with NaN where the server was not asked for a while, so that no line crosses it."""
+    known = np.isfinite(curve.values)
+    at, values = curve.at[known], curve.values[known]
+    gaps = np.flatnonzero(np.diff(at) > 2 * WARM_UP + 2 * HOP) + 1
+    return np.insert(at, gaps, np.nan), np.insert(values, gaps, np.nan)
 
 
-def _bands(server: ServerAnalysis, low: float, high: float) -> list[Band]:
-    def band(began: float, ended: float, style: str, title: str, label: str = "") -> Band:
-        left = across(max(began, low), low, high)
-        return Band(left, max(2.0, across(min(ended, high), low, high) - left), style, title, label)
-
+def _bands(server: ServerAnalysis, low: float, high: float) -> list[PlotBand]:
     events = [
-        band(event.began, event.ended, "event", f"done on purpose: {event.cause} {event.note}".strip())
+        PlotBand(
+            max(event.began, low), min(event.ended, high), "event", f"injected: {event.cause} {event.note}".strip()
+        )
         for event in server.events
         if event.ended > low and event.began < high
     ]
     return events + [
-        band(spike.began, spike.ended, "spike", _title(spike), str(number + 1))
+        PlotBand(max(spike.began, low), min(spike.ended, high), "spike", _title(spike), str(number + 1))
         for number, spike in enumerate(server.spikes)
     ]
 

@@ -4,8 +4,10 @@ import re
 
 import pytest
 
+from vllm_instant.tools.bench import html_report
 from vllm_instant.tools.bench.html_report import RatioAxis, render
 from vllm_instant.tools.bench.rows import BenchRow
+from vllm_instant.tools.html.plots import LinePlot, PlotBand, PlotLine
 from vllm_instant.tools.measure.significance import Contrast
 from vllm_instant.tools.measure.statistics import Estimate
 
@@ -50,7 +52,7 @@ def test_it_is_self_contained_and_escapes_what_it_is_given():
     page = render(_record(_row("speed", 2.0, "better")))
     assert "&lt;x&gt;: vllm-instant" in page
     assert "[drafter]&lt;&amp;&gt;" in page
-    assert not re.search(r"<(script|link|img|iframe)|url\(|@import", page)
+    assert not re.search(r"<(script|link|img|iframe)|url\((?!#)|@import", page)
 
 
 def test_the_axis_has_one_in_the_middle_and_is_the_same_both_ways():
@@ -71,3 +73,18 @@ def test_an_interval_that_reaches_zero_can_be_drawn():
     contrast = row.contrasts["ours"]
     nearly = Contrast("ratio", "higher", Estimate(2.0, 0.0, 9e9), contrast.certain, contrast.floor, 1.05)
     assert RatioAxis([BenchRow("g", "n", "u", {}, {"ours": nearly})]).place(0.0) == 0
+
+
+def test_without_matplotlib_the_page_has_its_tables(monkeypatch):
+    monkeypatch.setattr(html_report, "plots_available", lambda: False)
+    page = render(_record(_row("speed", 2.0, "better")))
+    assert "▲ better" in page
+    assert "<svg" not in page
+
+
+def test_bands_and_titles_are_escaped():
+    band = PlotBand(1, 2, "spike", "more <&> than before", "1")
+    drawn = LinePlot('"p99" <ITL>', "seconds", [PlotLine("a", [0, 3], [1, float("nan")])], [band]).svg()
+    assert "<title>more &lt;&amp;&gt; than before</title>" in drawn
+    assert 'aria-label="&quot;p99&quot; &lt;ITL&gt;"' in drawn
+    assert 'id="band' not in drawn
