@@ -4,7 +4,7 @@ python benchmarks/expert_frontier.py [--windows 96]
 
 Without a server: held-out text, decoded side by side as in a server (vllm_instant/tools/moe/offline.py), every setting
 on the same windows as native routing. Clusters are learned from training text. Writes results/expert_frontier.json and
-docs/expert_frontier.png.
+docs/expert_frontier.svg.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_instant.tools.demo.corpus import documents
 from vllm_instant.tools.demo.recipe import classes
 from vllm_instant.tools.distill.text import encode
 from vllm_instant.tools.moe import expert_grouping, placement, plots
-from vllm_instant.tools.moe.eval_windows import Windows, cut
+from vllm_instant.tools.moe.eval_windows import EvalWindows, cut
 from vllm_instant.tools.moe.offline import OfflineModel
 from vllm_instant.tools.moe.quality_budget_curve import (
     BUDGET,
@@ -33,9 +33,9 @@ from vllm_instant.tools.moe.quality_budget_curve import (
     HARD,
     NATIVE,
     OEA,
-    Frontier,
-    Point,
-    Setting,
+    CurvePoint,
+    QualityBudgetCurve,
+    Restriction,
 )
 
 CONTEXT, PROMPT = 256, 64
@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.redraw:
         measured = json.loads(RESULT.read_text())["runs"][-1]["measured"]
-        draw([Point.read(point) for point in measured["points"]], measured["model"])
+        draw([CurvePoint.from_record(point) for point in measured["points"]], measured["model"])
         return
     folder = moe_assets.prepare(size=widen_experts.SMALL, dtype="float32")
     model = OfflineModel(folder)
@@ -68,15 +68,15 @@ def main() -> None:
     trace = model.trace(training.tokens, training.classes, PROMPT)
     other = model.trace(held_out.tokens, held_out.classes, PROMPT)
 
-    learned, judged = expert_grouping.learn(trace)
-    print(judged.sentence(), flush=True)
+    learned, evaluation = expert_grouping.learn(trace)
+    print(evaluation.summary(), flush=True)
     pairs = expert_grouping.co_activation(trace)
     cluster = expert_grouping.clusters_of(pairs, HARD_CLUSTERS)
-    frontier = Frontier(model, held_out.tokens, PROMPT, cluster, expert_grouping.strength(trace))
-    points = [frontier.measure(Setting(NATIVE), batch) for batch in (1, *BATCHES)]
+    curve = QualityBudgetCurve(model, held_out.tokens, PROMPT, cluster, expert_grouping.strength(trace))
+    points = [curve.measure(Restriction(NATIVE), batch) for batch in (1, *BATCHES)]
     for batch in BATCHES:
         for setting in settings(batch):
-            points.append(frontier.measure(setting, batch))
+            points.append(curve.measure(setting, batch))
             show = points[-1]
             print(batch, setting, show.saved, show.perplexity, show.kl, f"{show.mass:.3f}", flush=True)
     draw(points, model.routed.shape())
@@ -87,18 +87,20 @@ def main() -> None:
             "windows": arguments.windows,
             "context": CONTEXT,
             "prompt": PROMPT,
-            "perplexity": round(frontier.perplexity, 4),
+            "perplexity": round(curve.perplexity, 4),
             "learned": dict(learned.learned_from),
             "hard_clusters": HARD_CLUSTERS,
             "judged_clusters": judged_clusters(trace, other, cluster),
-            "placement": [placement.compare(other, placement.place(trace, count), count).plain() for count in DEVICES],
-            "points": [point.plain() for point in points],
+            "placement": [
+                placement.compare(other, placement.place(trace, count), count).to_record() for count in DEVICES
+            ],
+            "points": [point.to_record() for point in points],
             "company": company(model, held_out, tokenizer),
         },
     )
 
 
-def draw(points: list[Point], shape: str) -> None:
+def draw(points: list[CurvePoint], shape: str) -> None:
     """The forms that differ, at one strength each."""
     drawn = [
         point
@@ -107,36 +109,31 @@ def draw(points: list[Point], shape: str) -> None:
         and point.setting.cohesion <= 1
         and (point.setting.form != BUDGET or point.setting.keep == 1)
     ]
-    picture = Path(__file__).resolve().parent.parent / "docs" / "expert_frontier.png"
+    picture = Path(__file__).resolve().parent.parent / "docs" / "expert_frontier.svg"
     plots.draw(drawn, picture, f"demo mixture of experts: {shape}")
     print(f"wrote {picture}")
 
 
-def settings(batch: int) -> list[Setting]:
+def settings(batch: int) -> list[Restriction]:
     """The forms at every budget; variants of the budget at batch 16 only."""
-    found = [Setting(BUDGET, budget, 1) for budget in BUDGETS]
-    found += [Setting(CLUSTER_PRIOR, budget, 1, 1.0) for budget in BUDGETS[1::2]]
-    found += [Setting(OEA, 0, keep) for keep in (1, 2, 3, 4)]
-    found += [Setting(HARD, count) for count in (7, 6, 5, 4, 3)]
+    found = [Restriction(BUDGET, budget, 1) for budget in BUDGETS]
+    found += [Restriction(CLUSTER_PRIOR, budget, 1, 1.0) for budget in BUDGETS[1::2]]
+    found += [Restriction(OEA, 0, keep) for keep in (1, 2, 3, 4)]
+    found += [Restriction(HARD, count) for count in (7, 6, 5, 4, 3)]
     if batch == 16:
-        found += [Setting(BUDGET, budget, keep) for keep in (0, 2) for budget in BUDGETS[1::2]]
-        found += [Setting(CLUSTER_PRIOR, budget, 1, 4.0) for budget in BUDGETS[1::2]]
-        found += [Setting(EXPERT_PRIOR, budget, 1) for budget in BUDGETS[1::2]]
+        found += [Restriction(BUDGET, budget, keep) for keep in (0, 2) for budget in BUDGETS[1::2]]
+        found += [Restriction(CLUSTER_PRIOR, budget, 1, 4.0) for budget in BUDGETS[1::2]]
+        found += [Restriction(EXPERT_PRIOR, budget, 1) for budget in BUDGETS[1::2]]
     return found
 
 
 def judged_clusters(trace: Trace, other: Trace, cluster: np.ndarray) -> dict[str, object]:
     """What the clusters of the hard form are worth on held-out text."""
-    found = expert_grouping.judge(other, cluster, expert_grouping.stability(trace, HARD_CLUSTERS))
-    return {
-        "together": found.together.plain(),
-        "beyond_popularity": found.beyond_popularity.plain(),
-        "best_cluster": found.best_cluster.plain(),
-        "stability": round(found.stability, 4),
-    }
+    found = expert_grouping.evaluate(other, cluster, expert_grouping.stability(trace, HARD_CLUSTERS))
+    return found.to_record()
 
 
-def company(model: OfflineModel, held_out: Windows, tokenizer: object) -> list[dict[str, object]]:
+def company(model: OfflineModel, held_out: EvalWindows, tokenizer: object) -> list[dict[str, object]]:
     """Related requests side by side, or unrelated ones: distinct experts, and the perplexity at one budget."""
     long = [(f"{d.kind}/{d.name}", encode(tokenizer, [d.text])) for d in documents() if d.held_out]
     long = [(name, stream) for name, stream in long if len(stream) >= PARTS * CONTEXT][:DOCUMENTS]
@@ -149,9 +146,9 @@ def company(model: OfflineModel, held_out: Windows, tokenizer: object) -> list[d
         ("parts of one document in a batch", parts.grouped()),
     )
     for name, windows in arms:
-        frontier = Frontier(model, windows.tokens, PROMPT, at_once=PARTS)
-        for setting in (Setting(NATIVE), Setting(BUDGET, COMPANY_BUDGET, 1)):
-            cells.append({"company": name} | frontier.measure(setting, PARTS).plain())
+        curve = QualityBudgetCurve(model, windows.tokens, PROMPT, windows_per_pass=PARTS)
+        for setting in (Restriction(NATIVE), Restriction(BUDGET, COMPANY_BUDGET, 1)):
+            cells.append({"company": name} | curve.measure(setting, PARTS).to_record())
             print(name, cells[-1]["distinct"], cells[-1]["perplexity"], flush=True)
     return cells
 

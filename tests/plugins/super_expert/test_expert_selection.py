@@ -51,7 +51,7 @@ def test_both_implementations_match_the_reference(tokens, shape, keep, share, co
     selector.budget.fill_(budget)
     step = _step(logits, top_k, kinds)
     answers = [selector.allowed(step)[0].numpy(), selector.allowed_by_tensors(step)[0].numpy()]
-    expected = budgets.choose(
+    expected = budgets.select_experts(
         logits.numpy(),
         top_k,
         min(keep, top_k),

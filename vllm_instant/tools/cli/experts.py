@@ -14,9 +14,9 @@ from vllm_instant.tools.cli import experts_trace
 from vllm_instant.tools.cli.common import fail, print_columns, require, working
 
 if TYPE_CHECKING:
-    from vllm_instant.tools.moe.eval_windows import Windows
-    from vllm_instant.tools.moe.placement import Comparison
-    from vllm_instant.tools.moe.quality_budget_curve import Point, Setting
+    from vllm_instant.tools.moe.eval_windows import EvalWindows
+    from vllm_instant.tools.moe.placement import PlacementComparison
+    from vllm_instant.tools.moe.quality_budget_curve import CurvePoint, Restriction
 
 app = typer.Typer(
     help="Mixtures of experts: trace what is used, learn what belongs together, report what fewer experts cost.",
@@ -52,15 +52,15 @@ def learn(
     try:
         trace = Trace.merge([Trace.read(path) for path in traces])
         with working("Learning clusters …"):
-            found, judged = expert_grouping.learn(trace, clusters, seed)
+            found, evaluation = expert_grouping.learn(trace, clusters, seed)
         with working("Placing experts …"):
-            first, second = trace.split(expert_grouping.LEARN_SHARE, seed)
+            first, second = trace.split(expert_grouping.TRAINING_FRACTION, seed)
             usable = [count for count in counts if count > 1]
             compared = [placement.compare(second, placement.place(first, c, seed), c, seed) for c in usable]
             placed = {count: placement.place(trace, count, seed) for count in usable}
     except TraceError as error:
         fail(str(error))
-    notes = dict(found.learned_from) | {"placement": [comparison.plain() for comparison in compared]}
+    notes = dict(found.learned_from) | {"placement": [comparison.to_record() for comparison in compared]}
     tables = {count: tuple(tuple(row) for row in table.tolist()) for count, table in placed.items()}
     replace(found, placement=tables, learned_from=notes).write(output)
     if eplb is not None:
@@ -69,7 +69,7 @@ def learn(
             np.save(eplb / f"physical_to_logical_{count}.npy", placement.physical_to_logical(table))
     model = found.model
     print(f"{model.name}: {model.shape()}; {len(trace):,} tokens of {len(trace.requests)} requests")
-    print(f"{found.clusters[0]} super-experts a layer: {judged.sentence()}")
+    print(f"{found.clusters[0]} super-experts per layer: {evaluation.summary()}")
     if len(found.affinity) > 1:
         print(
             f"prompt classes ({', '.join(found.affinity)}) differ in {notes['class_distance']:.1%} "
@@ -79,7 +79,7 @@ def learn(
     print(f"wrote {output}")
 
 
-def _print_placement(compared: list[Comparison]) -> None:
+def _print_placement(compared: list[PlacementComparison]) -> None:
     rows = [
         (
             str(c.devices),
@@ -122,7 +122,7 @@ def report(
     from vllm_instant.tools.distill.text import TextError
     from vllm_instant.tools.moe import plots
     from vllm_instant.tools.moe.offline import ModelError, OfflineModel
-    from vllm_instant.tools.moe.quality_budget_curve import Frontier
+    from vllm_instant.tools.moe.quality_budget_curve import QualityBudgetCurve
 
     batches = _numbers("--batch", batch)
     largest = int(np.lcm.reduce(batches))
@@ -144,32 +144,33 @@ def report(
         fail(str(error))
     steps = _numbers("--budgets", budgets) if budgets else _steps(offline.routed.experts, offline.routed.top_k)
     settings = _settings(steps, keep, cluster)
-    points: list[Point] = []
+    points: list[CurvePoint] = []
     with working("Native routing …") as status:
-        frontier = Frontier(offline, asked.tokens, prompt, cluster, at_once=largest * max(1, 32 // largest))
+        windows_per_pass = largest * max(1, 32 // largest)
+        curve = QualityBudgetCurve(offline, asked.tokens, prompt, cluster, windows_per_pass=windows_per_pass)
         for number, (size, setting) in enumerate([(size, setting) for size in batches for setting in settings], 1):
             status.update(f"{setting.form}, budget {setting.budget} ({number} of {len(settings) * len(batches)}) …")
-            points.append(frontier.measure(setting, size))
+            points.append(curve.measure(setting, size))
     record = {
         "model": model,
         "shape": offline.routed.shape(),
         "windows": windows,
         "context": context,
         "prompt": prompt,
-        "perplexity": frontier.perplexity,
-        "points": [point.plain() for point in points],
+        "perplexity": curve.perplexity,
+        "points": [point.to_record() for point in points],
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     table, picture = output.with_suffix(".json"), output.with_suffix(".png")
     table.write_text(json.dumps(record, indent=2) + "\n")
     plots.draw(points, picture, f"{Path(model).name}: {offline.routed.shape()}")
-    print(f"{model}: {offline.routed.shape()}; native perplexity {frontier.perplexity:.2f}")
+    print(f"{model}: {offline.routed.shape()}; native perplexity {curve.perplexity:.2f}")
     print_points(points)
     print(f"wrote {table} and {picture}")
 
 
-def print_points(points: list[Point]) -> None:
-    """A table of points of a frontier."""
+def print_points(points: list[CurvePoint]) -> None:
+    """A table of points of a curve."""
     rows = [
         (
             str(p.batch),
@@ -188,13 +189,14 @@ def print_points(points: list[Point]) -> None:
     print_columns(headings, rows)
 
 
-def _settings(steps: list[int], keep: int, cluster: Any) -> list[Setting]:
-    from vllm_instant.tools.moe.quality_budget_curve import BUDGET, CLUSTER_PRIOR, HARD, NATIVE, OEA, Setting
+def _settings(steps: list[int], keep: int, cluster: Any) -> list[Restriction]:
+    from vllm_instant.tools.moe.quality_budget_curve import BUDGET, CLUSTER_PRIOR, HARD, NATIVE, OEA, Restriction
 
-    found = [Setting(NATIVE), *(Setting(BUDGET, step, keep) for step in steps), Setting(OEA, 0, max(1, keep))]
+    found = [Restriction(NATIVE), *(Restriction(BUDGET, step, keep) for step in steps)]
+    found.append(Restriction(OEA, 0, max(1, keep)))
     if cluster is not None:
-        found += [Setting(CLUSTER_PRIOR, step, keep, 1.0) for step in steps]
-        found += [Setting(HARD, count) for count in range(int(cluster.max()), 0, -1)]
+        found += [Restriction(CLUSTER_PRIOR, step, keep, 1.0) for step in steps]
+        found += [Restriction(HARD, count) for count in range(int(cluster.max()), 0, -1)]
     return found
 
 
@@ -213,7 +215,7 @@ def _folder(model: str) -> str:
     return str(moe_assets.prepare(size=widen_experts.SMALL, dtype="float32"))
 
 
-def _windows(folder: str, model: str, text: list[str] | None, count: int, context: int) -> Windows:
+def _windows(folder: str, model: str, text: list[str] | None, count: int, context: int) -> EvalWindows:
     from transformers import AutoTokenizer
 
     from vllm_instant.tools.distill.text import TextError, encode, read

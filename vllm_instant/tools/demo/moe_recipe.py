@@ -24,7 +24,7 @@ from vllm_instant.tools.demo.recipe import classes
 from vllm_instant.tools.distill.teacher import TaughtWindows, Teacher
 from vllm_instant.tools.distill.text import TokenClass, tokenized
 from vllm_instant.tools.distill.training import Training, train
-from vllm_instant.tools.moe.batched_experts_cpu import side_by_side
+from vllm_instant.tools.moe.batched_experts_cpu import use_batched_experts
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, MixtralForCausalLM
@@ -58,7 +58,7 @@ def run(output: Path, report: Callable[[str, int, int, float], None], assets: Pa
 
     teacher = Teacher(dense.to(torch.bfloat16))
     windows = TaughtWindows(stream, teacher, WINDOWS, TRAINING.context, TRAINING.seed)
-    side_by_side(model)
+    use_batched_experts(model)
     train(model, TRAINING, moe_training.loss_of(windows, teacher, TRAINING), work / "moe", progress)
     return store_with_card(
         output / moe_assets.MOE_IN_ASSETS, model, dense, tokens, round(json.loads(clock.read_text()))
@@ -80,7 +80,7 @@ def store_with_card(
 
     moe_assets.store(model, folder)
     stored = moe_assets.load(folder)
-    side_by_side(stored)
+    use_batched_experts(stored)
     card = {
         "experts": asdict(EXPERTS) | {"parameters": stored.num_parameters()},
         "training": asdict(TRAINING),

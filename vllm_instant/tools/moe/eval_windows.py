@@ -1,4 +1,4 @@
-"""Windows of text that stand for requests, and in which company they are decoded."""
+"""Windows of text used as requests, and the order in which they form batches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vllm_instant.tools.distill.text import TextError
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Tokens int64 ``[windows, context]`` and the class of each window."""
+class EvalWindows:
+    """Token ids int64 ``[windows, context]`` and the prompt class of each window."""
 
     tokens: torch.Tensor
     classes: tuple[str, ...]
@@ -21,9 +21,9 @@ class Windows:
     def __len__(self) -> int:
         return len(self.classes)
 
-    def mixed(self) -> Windows:
-        """In an order in which neighbours are of different classes, as far as possible."""
-        # The place of a window among those of its class decides; equal places lie side by side.
+    def mixed(self) -> EvalWindows:
+        """The windows ordered so that neighbours are of different classes where possible."""
+        # Sort by the place of a window within its class: round-robin over the classes.
         seen: dict[str, int] = {}
         places = []
         for name in self.classes:
@@ -31,25 +31,25 @@ class Windows:
             seen[name] = places[-1] + 1
         return self._ordered(np.argsort(places, kind="stable").tolist())
 
-    def grouped(self) -> Windows:
-        """In an order in which windows of one class follow each other."""
+    def grouped(self) -> EvalWindows:
+        """The windows ordered by class."""
         names = sorted(set(self.classes))
         return self._ordered(np.argsort([names.index(name) for name in self.classes], kind="stable").tolist())
 
-    def _ordered(self, order: list[int]) -> Windows:
-        return Windows(self.tokens[order], tuple(self.classes[i] for i in order))
+    def _ordered(self, order: list[int]) -> EvalWindows:
+        return EvalWindows(self.tokens[order], tuple(self.classes[i] for i in order))
 
 
-def cut(streams: Sequence[tuple[str, torch.Tensor]], count: int, context: int) -> Windows:
-    """Equally many windows of every class, spread over its text.
+def cut(streams: Sequence[tuple[str, torch.Tensor]], count: int, context: int) -> EvalWindows:
+    """Cut the same number of windows from every class, spread over its text.
 
     Args:
-        streams: name and token stream int64 ``[tokens]`` of each class.
-        count: windows of all classes together.
-        context: tokens of a window.
+        streams: name and token ids int64 ``[tokens]`` of each class.
+        count: number of windows over all classes.
+        context: tokens per window.
 
     Raises:
-        TextError: when a class is too short for its windows not to overlap.
+        TextError: if the windows of a class would overlap.
 
     """
     each = count // len(streams)
@@ -58,10 +58,10 @@ def cut(streams: Sequence[tuple[str, torch.Tensor]], count: int, context: int) -
     for name, stream in streams:
         if len(stream) < each * context:
             raise TextError(
-                f"{name}: {len(stream)} tokens are too few for {each} windows of {context}; give more text, "
-                "or ask for fewer windows"
+                f"{name}: {len(stream)} tokens are too few for {each} windows of {context}; provide more "
+                "text or request fewer windows"
             )
         step = (len(stream) - context) // max(each - 1, 1)
         tokens.extend(stream[start : start + context] for start in range(0, each * step, step))
         classes.extend([name] * each)
-    return Windows(torch.stack(tokens), tuple(classes))
+    return EvalWindows(torch.stack(tokens), tuple(classes))

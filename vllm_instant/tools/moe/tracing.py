@@ -1,32 +1,38 @@
-"""Prompts for a server that records which experts it uses."""
+"""Sends prompts to a server that records a routing trace."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import BaseModel, Field, ValidationError
 
 from vllm_instant.tools.measure.closed_loop import PromptSpec
 from vllm_instant.tools.measure.prompts import BUILT_IN
 
 ROUTE = "/v1/instant/experts"
 CLASS_KEY = "instant_prompt_class"
-"""What a request writes into ``vllm_xargs`` to name its kind of prompt."""
+"""Key in a request's ``vllm_xargs`` that names its prompt class."""
 
 
 class TracingError(RuntimeError):
-    """A trace that could not be recorded, in one sentence."""
+    """A trace that could not be recorded; the message is one sentence."""
+
+
+class _PromptLine(BaseModel):
+    prompt: str
+    prompt_class: str | None = Field(None, alias="class")
+    temperature: float = 0.0
 
 
 def read_prompts(path: Path) -> list[PromptSpec]:
-    """Prompts from a file: JSON lines with ``prompt`` and perhaps ``class`` and ``temperature``, or one prompt a line.
+    """Prompts from a file: one per line, or in ``*.jsonl`` objects with ``prompt``, ``class`` and ``temperature``.
 
     Raises:
-        TracingError: when there are none, or a line is something else.
+        TracingError: if there are none, or a line is invalid.
 
     """
     try:
@@ -41,21 +47,21 @@ def read_prompts(path: Path) -> list[PromptSpec]:
             prompts.append(PromptSpec(line, 0.0, path.stem))
             continue
         try:
-            record = json.loads(line)
-            text, kind = record["prompt"], record.get("class", path.stem)
-            temperature = float(record.get("temperature", 0.0))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TracingError(f"{path}, line {number}: expected an object with a prompt, {error}") from None
-        if not isinstance(text, str) or not isinstance(kind, str):
-            raise TracingError(f"{path}, line {number}: prompt and class must be strings")
-        prompts.append(PromptSpec(text, temperature, kind))
+            record = _PromptLine.model_validate_json(line)
+        except ValidationError as error:
+            [first, *_] = error.errors()
+            where = "".join(f"{part}: " for part in first["loc"])
+            raise TracingError(
+                f"{path}, line {number}: expected an object with a prompt, {where}{first['msg']}"
+            ) from None
+        prompts.append(PromptSpec(record.prompt, record.temperature, record.prompt_class or path.stem))
     if not prompts:
         raise TracingError(f"{path} has no prompts")
     return prompts
 
 
 def built_in_prompts(seed: int = 0, each: int = 32) -> Iterator[PromptSpec]:
-    """Fresh prompts of the built-in classes in turn, without end."""
+    """An endless stream of different prompts, alternating between the built-in classes."""
     while True:
         lists = [make(each, f"trace/{seed}") for make in BUILT_IN.values()]
         for prompts in zip(*lists, strict=False):
@@ -64,7 +70,7 @@ def built_in_prompts(seed: int = 0, each: int = 32) -> Iterator[PromptSpec]:
 
 
 def recorded_tokens(url: str) -> int | None:
-    """How many tokens the server has recorded, None when it records nothing."""
+    """Number of tokens that the server has recorded; None if it records no trace."""
     answer = httpx.post(f"{url}{ROUTE}", json={}, timeout=30)
     if answer.status_code != 200:
         return None
@@ -82,22 +88,22 @@ def record(
     output_tokens: int = 96,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Path, int]:
-    """Send prompts until enough tokens are recorded, or all are sent; then let the server write its trace.
+    """Send prompts until enough tokens are recorded or all are sent; then the server writes its trace.
 
     Args:
-        url: of the server, without ``/v1``.
-        model: as requests call it.
-        prompts: what to send.
-        tokens: how many shall be recorded.
-        concurrency: requests at a time.
-        output_tokens: most tokens of an answer.
-        progress: told now and then how many there are.
+        url: address of the server, without ``/v1``.
+        model: model name in requests.
+        prompts: the prompts to send.
+        tokens: number of tokens to record.
+        concurrency: concurrent requests.
+        output_tokens: maximum number of output tokens per request.
+        progress: called with the number of recorded tokens after each batch of prompts.
 
     Returns:
-        The trace's file, on the server's machine, and how many tokens it has.
+        The path of the trace on the server's machine, and its number of tokens.
 
     Raises:
-        TracingError: when the server records nothing or refuses a request.
+        TracingError: if the server records no trace or refuses a request.
 
     """
     if recorded_tokens(url) is None:

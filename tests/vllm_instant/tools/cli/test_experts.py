@@ -32,7 +32,7 @@ def test_learn_writes_clusters_placement_and_the_tables_of_eplb(run, traces, tmp
     result = run("learn", *traces, "-o", output, "--eplb", tmp_path / "eplb", "--devices", "2,4")
     assert result.exit_code == 0, result.output
     assert "of 40 requests" in result.stdout
-    assert "4 super-experts a layer: experts of one cluster are chosen together" in result.stdout
+    assert "4 super-experts per layer: experts of one cluster are picked together" in result.stdout
     assert "prompt classes (even, odd) differ in" in result.stdout
     found = SuperExperts.read(output)
     assert found.clusters == (4, 4)

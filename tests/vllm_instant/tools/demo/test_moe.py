@@ -9,13 +9,13 @@ import torch
 from vllm_instant.tools.demo import assets, moe_assets, moe_recipe, moe_training, upcycling, widen_experts
 from vllm_instant.tools.demo.corpus import documents
 from vllm_instant.tools.distill.text import encode
-from vllm_instant.tools.moe.batched_experts_cpu import side_by_side
+from vllm_instant.tools.moe.batched_experts_cpu import use_batched_experts
 
 
 @pytest.fixture(scope="module")
 def moe():
     model = moe_assets.load(assets.ASSETS / moe_assets.MOE_IN_ASSETS)
-    side_by_side(model)
+    use_batched_experts(model)
     return model
 
 
@@ -61,14 +61,14 @@ def test_storing_keeps_the_weights_to_eight_bits(moe, tmp_path):
     for name, value in moe.state_dict().items():
         assert torch.allclose(again.state_dict()[name], value, atol=float(value.abs().max()) / 100), name
     tokens = torch.arange(64)[None]
-    side_by_side(again)
+    use_batched_experts(again)
     with torch.inference_mode():
         assert torch.allclose(again(input_ids=tokens).logits, moe(input_ids=tokens).logits, atol=0.1)
 
 
 def test_expansion_preserves_function_and_choice(moe, held_out):
     big = widen_experts.expand_experts(moe, widen_experts.ExpertSize(384, 64))
-    side_by_side(big)
+    use_batched_experts(big)
     tokens = held_out[None, :200]
     with torch.inference_mode():
         small, large = (m(input_ids=tokens, output_router_logits=True) for m in (moe, big))
@@ -136,7 +136,7 @@ def test_a_balanced_layer_has_the_least_loss():
     assert moe_training.load_imbalance(skewed, 1) > 2
 
 
-def test_side_by_side_computes_the_same():
+def test_batched_experts_compute_the_same():
     from transformers import MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -144,5 +144,5 @@ def test_side_by_side_computes_the_same():
     tokens = torch.arange(40)[None]
     with torch.inference_mode():
         one_by_one = model(input_ids=tokens).logits
-        side_by_side(model)
+        use_batched_experts(model)
         assert torch.allclose(model(input_ids=tokens).logits, one_by_one, atol=1e-5)

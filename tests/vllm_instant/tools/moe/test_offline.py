@@ -11,9 +11,9 @@ from vllm_instant.tools.moe.quality_budget_curve import (
     HARD,
     NATIVE,
     OEA,
-    Frontier,
-    Point,
-    Setting,
+    CurvePoint,
+    QualityBudgetCurve,
+    Restriction,
 )
 
 EXPERTS, TOP_K = 8, 2
@@ -63,7 +63,7 @@ def windows():
     return torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(1))
 
 
-def test_a_full_budget_is_native_routing_and_that_is_the_models_own(folder, model, windows):
+def test_a_full_budget_gives_the_models_own_routing(folder, model, windows):
     from transformers import AutoModelForCausalLM
 
     with torch.inference_mode():
@@ -74,8 +74,8 @@ def test_a_full_budget_is_native_routing_and_that_is_the_models_own(folder, mode
     assert torch.allclose(full, own, atol=1e-4)
 
 
-def test_one_pass_is_what_decoding_step_by_step_gives(folder, windows):
-    """A server's order of work: each prompt natively, then one token of every request a step, with a KV cache."""
+def test_one_pass_equals_decoding_step_by_step(folder, windows):
+    """The order of a server: each prompt natively, then one token of every request per step, with a KV cache."""
     from transformers import DynamicCache
 
     model, prompt, batch = OfflineModel(folder), 4, 4
@@ -98,19 +98,19 @@ def test_one_pass_is_what_decoding_step_by_step_gives(folder, windows):
             assert len(np.unique(chosen[:, place])) <= max(3, batch)
 
 
-def test_the_choice_is_that_of_the_reference(model, windows):
+def test_the_picks_are_those_of_the_reference(model, windows):
     _, seen = model.read(windows, 4, 4, budget_policy(TOP_K, 1, 3))
     for logits, weights, chosen in seen:
         for first in (0, 4):
             rows = logits[first : first + 4, 7]
-            allowed = budgets.choose(rows, TOP_K, 1, 3).experts
+            allowed = budgets.select_experts(rows, TOP_K, 1, 3).experts
             wanted = budgets.route(rows, TOP_K, allowed, renormalise=model.routed.renormalise)
             assert np.array_equal(chosen[first : first + 4, 7], wanted[0])
             assert np.allclose(weights[first : first + 4, 7], wanted[1], atol=1e-5)
 
 
-def test_a_trace_of_windows(model, windows):
-    found = model.trace(windows, ["a", "b"] * 4, prompt=4, batch=4, at_once=4)
+def test_windows_give_a_trace_with_the_steps_of_a_server(model, windows):
+    found = model.trace(windows, ["a", "b"] * 4, prompt=4, batch=4, windows_per_pass=4)
     _, seen = model.read(windows)
     assert len(found) == 96
     assert np.array_equal(found.experts[12 * 3 + 5, 1], seen[1][2][3, 5])
@@ -119,34 +119,34 @@ def test_a_trace_of_windows(model, windows):
     assert len(steps) == 2 * 8
     assert (counts == 4).all()
     assert not set(steps) & set(found.step[found.is_prefill])
-    # A prompt's step holds one request.
+    # The step of a prompt has one request.
     for step in np.unique(found.step[found.is_prefill]):
         assert len(np.unique(found.request[found.step == step])) == 1
 
 
-def test_a_frontier_has_nothing_to_lose_natively_and_more_the_less_is_allowed(model, windows, tmp_path):
+def test_the_quality_loss_is_zero_for_native_routing_and_grows_with_the_restriction(model, windows, tmp_path):
     cluster = np.tile(np.arange(EXPERTS) // 4, (2, 1))
-    frontier = Frontier(model, windows, 4, cluster, at_once=4)
-    native = frontier.measure(Setting(NATIVE), 4)
+    curve = QualityBudgetCurve(model, windows, 4, cluster, windows_per_pass=4)
+    native = curve.measure(Restriction(NATIVE), 4)
     assert native.saved.value == native.perplexity.value == native.kl.value == 0.0
     assert (native.mass, native.agreement) == (pytest.approx(1.0), 1.0)
-    some = frontier.measure(Setting(BUDGET, 5, 1), 4)
-    few = frontier.measure(Setting(BUDGET, 2), 4)
+    some = curve.measure(Restriction(BUDGET, 5, 1), 4)
+    few = curve.measure(Restriction(BUDGET, 2), 4)
     assert few.distinct.value == TOP_K
     assert few.distinct.value < some.distinct.value <= native.distinct.value
     assert few.kl.value > some.kl.value > 0
     assert few.mass < some.mass < 1
-    points = [native, some, few, frontier.measure(Setting(OEA, 0, 1), 4), frontier.measure(Setting(HARD, 1), 4)]
+    points = [native, some, few, curve.measure(Restriction(OEA, 0, 1), 4), curve.measure(Restriction(HARD, 1), 4)]
     assert points[-1].distinct.value <= 4
-    plots.draw([*points, frontier.measure(Setting(CLUSTER_PRIOR, 3, 1, 1.0), 4)], tmp_path / "a.png", "toy")
+    plots.draw([*points, curve.measure(Restriction(CLUSTER_PRIOR, 3, 1, 1.0), 4)], tmp_path / "a.png", "toy")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert Point.read(some.plain()).plain() == some.plain()
+    assert CurvePoint.from_record(some.to_record()).to_record() == some.to_record()
     with pytest.raises(ValueError, match="needs clusters"):
-        Frontier(model, windows, 4).measure(Setting(HARD, 1), 4)
+        QualityBudgetCurve(model, windows, 4).measure(Restriction(HARD, 1), 4)
 
 
 def test_a_batch_of_one_keeps_its_own_experts(model, windows):
-    alone = Frontier(model, windows, 4, at_once=4).measure(Setting(BUDGET, 2, 1), 1)
+    alone = QualityBudgetCurve(model, windows, 4, windows_per_pass=4).measure(Restriction(BUDGET, 2, 1), 1)
     assert alone.distinct.value == TOP_K
     assert alone.perplexity.value == pytest.approx(0.0, abs=1e-6)
 
@@ -158,7 +158,7 @@ def test_models_that_cannot_be_restricted_are_refused(tmp_path):
         OfflineModel(tmp_path / "none")
 
 
-def test_windows_mixed_and_grouped():
+def test_windows_are_ordered_mixed_or_grouped():
     streams = [("a", torch.arange(100)), ("b", torch.arange(1000, 1100))]
     found = cut(streams, 8, 10)
     assert found.grouped().classes == ("a",) * 4 + ("b",) * 4

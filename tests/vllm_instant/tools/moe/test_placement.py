@@ -18,7 +18,7 @@ def test_planted_groups_are_placed_better_than_by_default(devices):
     assert found.learned.imbalance < 1.15
 
 
-def test_traffic_is_counted_as_it_is():
+def test_traffic_is_counted_correctly():
     trace, _ = planted(experts=4, groups=2, top_k=2, layers=1, requests=8, tokens=1)
     trace.experts[:, 0] = np.array([[0, 1], [0, 2], [0, 3], [2, 3], [0, 1], [0, 1], [1, 3], [2, 3]])
     found = placement.compare(trace, np.array([[0, 1, 1, 0]]), 2)

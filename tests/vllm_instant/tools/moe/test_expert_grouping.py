@@ -8,16 +8,16 @@ from vllm_instant.tools.moe import expert_grouping
 from vllm_instant.tools.moe.grouping import balanced_groups
 
 
-def test_planted_clusters_are_found_and_their_number_too():
+def test_planted_clusters_and_their_number_are_found():
     trace, truth = planted()
-    found, judged = expert_grouping.learn(trace)
+    found, evaluation = expert_grouping.learn(trace)
     assert found.clusters == (4, 4)
     for labels, group in zip(found.cluster, truth, strict=True):
         assert adjusted_rand_score(labels, group) == pytest.approx(1.0)
-    assert judged.structured
-    assert judged.together.low > 2
-    assert judged.stability > 0.9
-    assert "chosen together" in judged.sentence()
+    assert evaluation.structured
+    assert evaluation.together.low > 2
+    assert evaluation.stability > 0.9
+    assert "picked together" in evaluation.summary()
 
 
 def test_pairs_are_counted_in_every_part_of_a_long_trace(monkeypatch):
@@ -26,16 +26,16 @@ def test_pairs_are_counted_in_every_part_of_a_long_trace(monkeypatch):
     use = np.zeros((len(trace), 32))
     np.put_along_axis(use, trace.experts[:, 1].astype(np.int64), 1.0, axis=1)
     assert np.array_equal(whole[1], use.T @ use)
-    monkeypatch.setattr(expert_grouping, "ROWS", 100)
+    monkeypatch.setattr(expert_grouping, "ROWS_PER_PART", 100)
     assert np.array_equal(expert_grouping.co_activation(trace), whole)
 
 
-def test_random_routing_is_said_to_have_no_structure():
+def test_random_routing_is_reported_as_without_structure():
     trace, _ = planted(loyalty=0.25)
-    _, judged = expert_grouping.learn(trace, clusters=4)
-    assert not judged.structured
-    assert judged.together.low < 1.02
-    assert "no structure" in judged.sentence()
+    _, evaluation = expert_grouping.learn(trace, clusters=4)
+    assert not evaluation.structured
+    assert evaluation.together.low < 1.02
+    assert "no structure" in evaluation.summary()
 
 
 def test_popular_experts_alone_are_no_structure():
@@ -45,11 +45,11 @@ def test_popular_experts_alone_are_no_structure():
     odds = np.log(np.repeat([8.0, 1.0], 16))
     keys = odds + generator.gumbel(size=(len(trace), 2, 32))
     trace.experts[:] = np.argsort(-keys, -1)[..., :4]
-    _, judged = expert_grouping.learn(trace, clusters=4)
-    assert not judged.structured
+    _, evaluation = expert_grouping.learn(trace, clusters=4)
+    assert not evaluation.structured
 
 
-def test_prompt_classes_show_in_the_affinity():
+def test_the_affinity_differs_by_prompt_class():
     trace, truth = planted()
     found, _ = expert_grouping.learn(trace, clusters=4)
     for layer in range(2):
@@ -66,12 +66,12 @@ def test_experts_that_weigh_more_have_a_larger_prior():
     trace.experts[trace.experts == 5] = 6
     prior = expert_grouping.strength(trace)
     assert (prior[:, 3] == 2.0).all()
-    # An expert that was never chosen is as good as any.
+    # An expert that was never picked has the mean.
     assert prior[:, [0, 5]] == pytest.approx(1.0, abs=0.08)
     assert expert_grouping.learn(trace, clusters=4)[0].prior[0][3] == 2.0
 
 
-def test_what_cannot_be_learned_from_is_refused():
+def test_too_few_requests_or_too_many_clusters_are_refused():
     with pytest.raises(TraceError, match="5 requests are too few to learn from: at least 8"):
         expert_grouping.learn(planted(requests=5)[0])
     with pytest.raises(TraceError, match="40 clusters of 32 experts: valid are 1 to 32"):
@@ -86,5 +86,5 @@ def test_groups_are_balanced_and_numbered_by_their_smallest_member(things, group
     assert len(sizes) == groups
     assert sizes.max() - sizes.min() <= 1
     assert labels[0] == 0
-    with pytest.raises(ValueError, match="cannot be put into"):
+    with pytest.raises(ValueError, match="cannot be partitioned into"):
         balanced_groups(affinity, things + 1)
