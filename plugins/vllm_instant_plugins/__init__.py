@@ -1,4 +1,4 @@
-"""First-party plugins; they use the public API of ``vllm_instant`` and the entry-point group that everyone uses."""
+"""First-party plugins; they use the public API of ``vllm_instant`` and the entry-point group of all plugins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm_instant_plugins import baseline, drafters, speculation
 from vllm_instant_plugins.attention.plugin import PLUGINS as ATTENTION
 from vllm_instant_plugins.chunked import plugin as chunked
 from vllm_instant_plugins.goodput.plugin import PLUGIN as GOODPUT
-from vllm_instant_plugins.hybrid.plugin import PLUGIN as HYBRID
+from vllm_instant_plugins.hybrid import plugin as hybrid
 from vllm_instant_plugins.samplers.plugin import PLUGINS as SAMPLERS
 from vllm_instant_plugins.similarity.plugin import PLUGIN as SIMILARITY
 from vllm_instant_plugins.suffix.plugin import PLUGIN as SUFFIX
@@ -23,7 +23,7 @@ def instant_plugins() -> Iterable[Plugin]:
         GOODPUT,
         *speculation.PLUGINS,
         SUFFIX,
-        HYBRID,
+        hybrid.PLUGIN,
         *drafters.PLUGINS,
         *SAMPLERS,
         SIMILARITY,
@@ -36,9 +36,10 @@ def instant_plugins() -> Iterable[Plugin]:
 
 @hookimpl
 def instant_check(deployment: Deployment) -> Iterable[str]:
-    """What these plugins say against a deployment."""
+    """Problems of a deployment with these plugins."""
     return [
         *speculation.validate(deployment),
         *drafters.validate(deployment),
+        *hybrid.validate(deployment),
         *chunked.validate(deployment),
     ]

@@ -1,4 +1,4 @@
-"""Names for vLLM's own behaviour, so that every slot of a deployment has one."""
+"""Plugins that stand for vLLM's own behaviour, so that every slot of a deployment has one."""
 
 from vllm_instant import Plugin
 

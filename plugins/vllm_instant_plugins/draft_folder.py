@@ -1,15 +1,16 @@
-"""Whether a folder holds a draft model that can be loaded, before a server spends a minute on finding out."""
+"""Checks whether a folder holds a draft model that can be loaded, before a server starts to load it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 
 def unsupported_reason(name: str) -> str | None:
-    """What is wrong with a draft model that is named by its path; None if nothing is, or it is no path.
+    """Why a draft model that is named by its path cannot be loaded; None if it can, or where the name is no path.
 
-    Looks at ``config.json`` and at the headers of safetensors files, which say how long the files must be.
+    Checks ``config.json`` and the headers of safetensors files, which state the length of the files.
     """
     path = Path(name).expanduser()
     if not (name.startswith(("/", "./", "../", "~")) or path.is_dir()):
@@ -22,6 +23,13 @@ def unsupported_reason(name: str) -> str | None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         return f"{config} cannot be read: {error}"
     return next(filter(None, map(_damage, sorted(path.glob("*.safetensors")))), None)
+
+
+def validate_option(name: str) -> Iterable[str]:
+    """The problem with the option ``model`` of a drafter, if there is one."""
+    reason = unsupported_reason(name)
+    if reason is not None:
+        yield f"[drafter] model = {reason}"
 
 
 def _damage(weights: Path) -> str | None:

@@ -16,7 +16,7 @@ class ModelOptions(PluginOptions):
 
     model: str = Field(description="Draft model: a folder or a Hugging Face name; same tokenizer as the target.")
     method: Literal["draft_model", "eagle", "eagle3", "mtp", "medusa", "dflash"] = Field(
-        "draft_model", description="How vLLM runs it."
+        "draft_model", description="Method by which vLLM runs the model."
     )
     num_speculative_tokens: int = Field(
         4, ge=1, le=128, description="Maximum number of draft tokens per request and step."
@@ -32,8 +32,8 @@ class NgramOptions(PluginOptions):
     num_speculative_tokens: int = Field(
         4, ge=1, le=128, description="Maximum number of draft tokens per request and step."
     )
-    prompt_lookup_min: int = Field(2, ge=1, description="Shortest run of tokens that is looked up.")
-    prompt_lookup_max: int = Field(4, ge=1, description="Longest run of tokens that is looked up.")
+    prompt_lookup_min: int = Field(2, ge=1, description="Minimum number of tokens in a match.")
+    prompt_lookup_max: int = Field(4, ge=1, description="Maximum number of tokens in a match.")
 
 
 def _speculative_config(options: PluginOptions, **fixed: Any) -> Mapping[str, Any]:
@@ -49,12 +49,10 @@ def _ngram(options: NgramOptions) -> Mapping[str, Any]:
 
 
 def validate(deployment: Deployment) -> Iterable[str]:
-    """A draft model that is written as a path must be there; n-gram bounds must be in order."""
+    """A draft model that is written as a path must exist; n-gram bounds must be in order."""
     choice = deployment.slots["drafter"]
-    if choice.plugin in ("model", "hybrid"):
-        problem = draft_folder.unsupported_reason(choice.options["model"])
-        if problem is not None:
-            yield f"[drafter] model = {problem}"
+    if choice.plugin == "model":
+        yield from draft_folder.validate_option(choice.options["model"])
     if choice.plugin == "ngram" and choice.options["prompt_lookup_min"] > choice.options["prompt_lookup_max"]:
         yield (
             f"[drafter] prompt_lookup_min = {choice.options['prompt_lookup_min']} is more than "

@@ -1,4 +1,4 @@
-"""Compiled functions that are compiled once for an installation, where that is possible."""
+"""Compiled functions, which are compiled once per installation where that is possible."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from numba import njit
 
 
 def compiled(function: Callable[..., Any], *, fastmath: bool = False) -> Callable[..., Any]:
-    """Numba's ``njit``, kept on disk; in containers without any folder to write to, compiled by each process.
+    """Numba's ``njit`` with a cache on disk; in containers without a writable folder, each process compiles.
 
-    ``fastmath`` lets sums be taken in another order, without which they are not taken several entries at a time.
+    ``fastmath`` allows sums in another order, without which they are not vectorized.
     """
     try:
-        kept: Callable[..., Any] = njit(cache=True, fastmath=fastmath)(function)
+        cached: Callable[..., Any] = njit(cache=True, fastmath=fastmath)(function)
     except RuntimeError:  # "cannot cache function: no locator available"
-        kept = njit(fastmath=fastmath)(function)
-    return kept
+        cached = njit(fastmath=fastmath)(function)
+    return cached
 
 
 def compiled_sums(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``compiled`` for loops that mostly add up."""
+    """``compiled`` for loops that are mostly sums."""
     return compiled(function, fastmath=True)

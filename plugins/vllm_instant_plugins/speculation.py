@@ -17,28 +17,28 @@ class FixedOptions(PluginOptions):
         None,
         ge=0,
         le=128,
-        description="Draft tokens a request gets in every step; all that the drafter can by default.",
+        description="Draft tokens of each request in every step; the drafter's limit by default.",
     )
     max_batch_size: int | None = Field(
-        None, ge=1, description="Draft only while at most this many requests decode together; always by default."
+        None, ge=1, description="Limit of requests that decode together while drafts are made; no limit by default."
     )
 
 
 class Fixed(SpeculationPolicy):
-    """The same draft length for every request, optionally only in small batches."""
+    """The same number of draft tokens for every request, optionally only in small batches."""
 
     def __init__(self, num_draft_tokens: int | None, max_batch_size: int | None) -> None:
         self.num_draft_tokens = num_draft_tokens
         self.max_batch_size = max_batch_size
 
     def get_num_draft_tokens(self, step: UpcomingStep) -> Sequence[int]:
-        """The fixed length, or 0 for all when the batch is too large."""
-        length = step.max_draft_tokens
+        """The fixed number, or 0 for all when the batch is too large."""
+        num_draft_tokens = step.max_draft_tokens
         if self.num_draft_tokens is not None:
-            length = min(length, self.num_draft_tokens)
+            num_draft_tokens = min(num_draft_tokens, self.num_draft_tokens)
         if self.max_batch_size is not None and len(step.requests) > self.max_batch_size:
-            length = 0
-        return [length] * len(step.requests)
+            num_draft_tokens = 0
+        return [num_draft_tokens] * len(step.requests)
 
 
 def _build(options: FixedOptions, context: PluginContext) -> Fixed:
@@ -46,15 +46,15 @@ def _build(options: FixedOptions, context: PluginContext) -> Fixed:
 
 
 def validate(deployment: Deployment) -> Iterable[str]:
-    """``fixed`` cannot hand out more than the drafter can draft."""
+    """``fixed`` cannot grant more draft tokens than the drafter makes."""
     if deployment.slots["speculation"].plugin != "fixed":
         return
-    wanted = deployment.slots["speculation"].options.get("num_draft_tokens")
+    num_draft_tokens = deployment.slots["speculation"].options.get("num_draft_tokens")
     speculative = engine_arguments(deployment).get("speculative_config")
-    most = speculative.get("num_speculative_tokens") if isinstance(speculative, dict) else None
-    if isinstance(wanted, int) and isinstance(most, int) and wanted > most:
+    limit = speculative.get("num_speculative_tokens") if isinstance(speculative, dict) else None
+    if isinstance(num_draft_tokens, int) and isinstance(limit, int) and num_draft_tokens > limit:
         yield (
-            f"[speculation] num_draft_tokens = {wanted} is more than the {most} that the drafter makes: "
+            f"[speculation] num_draft_tokens = {num_draft_tokens} is more than the {limit} that the drafter makes: "
             "raise num_speculative_tokens or lower num_draft_tokens"
         )
 

@@ -57,6 +57,10 @@ class StepOutcome:
     None where it is unknown."""
 
 
+UNAFFORDABLE = 1e6
+"""Accepted tokens that no draft is expected to bring: the cost, in a ``DraftCost``, of drafts that must not be made."""
+
+
 @dataclass(frozen=True, slots=True)
 class DraftCost:
     """Cost of drafts in one step, in accepted tokens: drafting pays off if its expected accepted tokens exceed it.

@@ -1,6 +1,8 @@
-"""The ``goodput`` speculation policy: draft only where it brings more tokens a second.
+"""The ``goodput`` speculation policy: draft only where that yields more tokens per second.
 
-``policy`` puts it together from ``acceptance`` (how likely drafts are to be kept), ``costs`` (what a step takes here),
-``choice`` (the best plan), ``explorer`` and ``allowance`` (when to try something else, and at what price), ``goals``
-(latency goals), ``trace`` (why) and ``store`` (what the next start should know).
+``policy`` runs one step as a pipeline: it estimates acceptance (``vllm_instant_plugins.acceptance``) and step times
+(``costs``, ``experts``), finds the best plan (``planner``), decides whether to try something else in order to learn
+(``exploration``), prices drafts for drafters with confidences (``draft_cost``), and records the decision
+(``decision_log``). ``request_table`` holds what is known of live requests; ``latency_slo`` turns latency goals into
+weights.
 """

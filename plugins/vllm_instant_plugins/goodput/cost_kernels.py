@@ -1,7 +1,4 @@
-"""The inner loops of the cost model, compiled.
-
-Each function is the plain statement of what its caller documents; arrays that are written to come last.
-"""
+"""The compiled inner loops of the cost model. Arrays that are written come last."""
 
 from __future__ import annotations
 
@@ -18,31 +15,32 @@ def describe_step(
     rows: float,
     context: float,
     drafts: float,
-    passes: float,
+    draft_steps: float,
     requests: float,
-    missed: float,
+    uncached_tokens: float,
     experts: float,
     x: Any,
 ) -> None:
-    """The feature vector ``x`` of a step, which comes as zeros; see ``StepCosts.features``."""
+    """Write the feature vector ``x`` of a step, which holds zeros before; see ``StepCosts.features``."""
     count = len(knots)
     right = min(max(int(np.searchsorted(knots, rows)), 1), count - 1)
     left = right - 1
+    # Piecewise-linear in rows: the two neighbouring knots share the weight 1 (a linear B-spline basis).
     share = (min(rows, knots[-1]) - knots[left]) / (knots[right] - knots[left])
     x[left], x[right] = 1.0 - share, share
     x[count] = context
     x[count + 1] = 1.0 if drafts > 0.0 else 0.0
-    if passes > 0.0:
+    if draft_steps > 0.0:
         x[count + 2], x[count + 3] = 1.0, rows
-    x[count + 4], x[count + 5] = passes, passes * requests
-    x[count + 6] = 1.0 if missed > 0.0 else 0.0
-    x[count + 7] = missed
+    x[count + 4], x[count + 5] = draft_steps, draft_steps * requests
+    x[count + 6] = 1.0 if uncached_tokens > 0.0 else 0.0
+    x[count + 7] = uncached_tokens
     x[count + 8] = experts
 
 
 @compiled
 def estimate_step(x: Any, weights: Any, covariance: Any) -> tuple[float, float]:
-    """Expected seconds of a step and their variance."""
+    """Expected seconds of a step, ``x · w``, and their variance, ``x · P x``."""
     seconds = variance = 0.0
     for i in range(len(x)):
         if x[i] != 0.0:
@@ -64,10 +62,12 @@ def learn_costs(
     weights: Any,
     covariance: Any,
 ) -> tuple[float, float, float]:
-    """One step of the Kalman filter over the cost weights, with bounded surprise and drift.
+    """One step of a Kalman filter over the cost weights, with bounded innovation and drift.
 
-    Returns how far off the estimate was, in standard deviations, by what share of the estimate the step still takes
-    longer, and the step's rows.
+    Weights ``w`` with covariance ``P``; the measurement is ``seconds = x · w + noise``.
+
+    Returns the innovation in standard deviations, the remaining error after the update as a share of the estimate, and
+    the step's rows.
     """
     size = len(x)
     expected = 0.0
@@ -77,6 +77,7 @@ def learn_costs(
             expected += weights[i] * x[i]
             for j in range(size):
                 spread[j] += covariance[i, j] * x[i]
+    # Innovation variance S = x P x + R, where the noise R is relative to the expected time.
     scale = max(expected, 1e-6)
     variance = noise * scale * scale
     for i in range(size):
@@ -84,11 +85,13 @@ def learn_costs(
     deviation = np.sqrt(variance)
     surprise = (seconds - expected) / deviation
     bounded = min(max(surprise, -max_sigmas), max_sigmas) * deviation
+    # Gain K = P x / S. The innovation is clipped (Huber), so that one outlier moves the weights a bounded distance.
     for i in range(size):
         weights[i] += spread[i] / variance * bounded
     for i in range(len(knots) + 1, size):
         if weights[i] < 0.0 and covariance[i, i] > 0.0:
-            # Verifying and drafting take time. The likeliest weights among those that say so: a projection.
+            # Verification and drafting take time, so that their weights are not negative. The most probable weights
+            # under that condition are the projection along the covariance: w += P e_i * (-w_i / P_ii).
             step = -weights[i] / covariance[i, i]
             for j in range(size):
                 weights[j] += covariance[j, i] * step
@@ -98,7 +101,7 @@ def learn_costs(
         after += weights[i] * x[i]
     for i in range(size):
         for j in range(size):
-            # Drift: everything together, and each weight by itself.
+            # P += drift - (P x)(P x)^T / S. Drift is common to all weights (in proportion to them) and of each alone.
             drift = weights[i] * weights[j] * common_drift * common_drift
             covariance[i, j] += drift - spread[i] * spread[j] / variance
         covariance[i, i] += (weights[i] * own_drift) ** 2

@@ -1,15 +1,15 @@
-"""What an engine step costs on this deployment, learned from the steps that were run.
+"""The time of an engine step on this deployment, learned from the steps that were run.
 
 The time of a step is modelled as a sum: a piecewise-linear function of the rows (tokens) that go through the target
-model, a share for the context that attention reads, and the drafter's part, which depends on how many tokens it drafts
-one after the other and for how many requests. Nothing about the shape of the first function is assumed but that
-neighbouring sizes cost alike, because real curves have steps (padded CUDA graphs) and even fall (two tokens can cost
-more than three when a library changes its algorithm).
+model, a term for the context that attention reads, and the drafter's time, which depends on how many tokens it drafts
+one after the other and for how many requests. About the shape of the first function it is only assumed that
+neighbouring sizes take similar times, because real curves have steps (padded CUDA graphs) and even fall (two tokens can
+take longer than three when a library changes its algorithm).
 
 The weights follow a Kalman filter: it gives every estimate its uncertainty, needs no stored history, and forgets by
-letting all weights drift, together (the machine became slower) and each for itself. A surprising time moves the
-estimate only by a bounded amount, so that a hiccup costs nothing and a lasting change is learned within some steps:
-what steps scatter by is told from what all of them are off by, which is no noise.
+letting all weights drift, together (the machine became slower) and each by itself. A surprising time moves the estimate
+only by a bounded amount, so that an outlier has little effect and a lasting change is learned within some steps: the
+scatter of single steps (noise) is separated from a common bias of all recent steps (drift).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Array = npt.NDArray[np.float64]
 
 _KNOTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
 CONTEXT_UNIT = 1024.0
-"""Tokens of context that one unit of the context weight stands for."""
-MISSED_UNIT = 128.0
-"""The same for tokens that the drafter has to read before it drafts."""
+"""Tokens of context per unit of the context weight."""
+UNCACHED_UNIT = 128.0
+"""The same for tokens that the drafter must read before it drafts."""
 _EXTRA = (
     "context",
     "verifying",
     "drafting",
     "drafting rows",
-    "passes",
+    "draft_steps",
     "pass requests",
     "resuming",
-    "missed",
+    "uncached_tokens",
     "experts",
 )
 
@@ -46,8 +46,8 @@ OUTLIER_SIGMAS = 3.0
 MAX_RESIDUAL = 0.3
 _BIAS_RATE = 0.1
 _FREE_BIAS = 0.04
-_FOLLOWING = 0.1
-"""Common drift for each unit of bias beyond that: the machine has changed where all steps take longer, or less long."""
+_DRIFT_PER_BIAS = 0.1
+"""Common drift per unit of bias beyond that: where all steps take longer, or shorter, the machine has changed."""
 _COMMON_DRIFT = 0.002
 _OWN_DRIFT = 0.001
 _PRIOR_POWER = 0.2
@@ -60,8 +60,8 @@ class StepCosts:
     """Seconds of a step as a function of what is in it.
 
     Args:
-        max_rows: most tokens that a pure decoding step can hold (requests × (1 + draft tokens)); longer steps, which
-            read prompts, are not modelled.
+        max_rows: limit of the tokens in a pure decoding step (requests × (1 + draft tokens)); longer steps, which read
+            prompts, are not modelled.
 
     """
 
@@ -74,14 +74,14 @@ class StepCosts:
         self.weights: Array = np.zeros(len(self.knots) + len(_EXTRA))
         self._covariance: Array = np.zeros((len(self.weights), len(self.weights)))
         self._noise = 0.05**2
-        """Variance of a measured time relative to the estimate,"""
+        """Variance of measured times relative to the estimate,"""
         self._bias = 0.0
-        """around this: by what share of the estimate steps take longer, lately."""
+        """around this: the share of the estimate by which recent steps took longer."""
         self.experts = ExpertUse()
-        """What steps use of a mixture-of-experts model; knows nothing, and costs nothing, with others."""
+        """Distinct experts of a step; estimates no cost while no step was counted."""
         self.observations = 0
-        self.largest_rows = 0
-        """Most rows that were ever measured."""
+        self.max_measured_rows = 0
+        """Largest number of rows that was ever measured."""
 
     @property
     def ready(self) -> bool:
@@ -89,7 +89,13 @@ class StepCosts:
         return self.observations > 0
 
     def features(
-        self, rows: float, context: float, drafts: float, passes: float, requests: float, missed: float = 0.0
+        self,
+        rows: float,
+        context: float,
+        drafts: float,
+        draft_steps: float,
+        requests: float,
+        uncached_tokens: float = 0.0,
     ) -> Array:
         """The feature vector of one step, shape ``[weights]``.
 
@@ -97,9 +103,9 @@ class StepCosts:
             rows: tokens through the target model, drafts included.
             context: tokens of context, over all requests.
             drafts: draft tokens that are verified.
-            passes: tokens that the drafter makes one after the other for the next step.
+            draft_steps: draft tokens that the drafter makes one after the other for the next step.
             requests: requests that decode.
-            missed: tokens that the drafter has to read first, because it was off when they came.
+            uncached_tokens: tokens that the drafter must read first, because it was off when they came.
 
         """
         x = np.zeros(len(self.weights))
@@ -109,19 +115,18 @@ class StepCosts:
             float(rows),
             context / CONTEXT_UNIT,
             float(drafts),
-            float(passes),
+            float(draft_steps),
             float(requests),
-            missed / MISSED_UNIT,
+            uncached_tokens / UNCACHED_UNIT,
             float(experts),
             x,
         )
         return x
 
     def target_seconds(self, rows: Array, context: float, sigmas: float = 0.0, requests: float | None = None) -> Array:
-        """Estimates for steps with these many rows, without drafter and verification; same shape as ``rows``.
+        """Estimates for steps with these rows, without drafter and verification; same shape as ``rows``.
 
-        ``requests``: how many of the rows are no drafts; all of them by default. ``sigmas``: so many standard
-        deviations of the estimate less, which is how little it may still turn out to be.
+        ``requests``: rows that are no drafts; all of them by default. ``sigmas``: standard deviations to subtract.
         """
         curve = np.interp(rows, self.knots, self.at_knots(sigmas))
         if self.experts.counted:
@@ -139,39 +144,39 @@ class StepCosts:
         return below
 
     def expert_seconds(self, rows: Array, requests: float | None) -> Array:
-        """What the distinct experts of steps with these many rows take beyond what the rows say; 0 without experts."""
+        """Seconds of the distinct experts of steps with these rows, beyond those of the rows; 0 without experts."""
         alone = rows if requests is None else np.minimum(rows, requests)
         worth = max(0.0, float(self.weights[-1]))
         share: Array = self.experts.share(alone, rows - alone)
         return worth * share
 
     def context_seconds(self, context: float) -> float:
-        """What attention to ``context`` tokens takes."""
+        """Seconds of attention to ``context`` tokens."""
         return float(self.weights[len(self.knots)]) * context / CONTEXT_UNIT
 
-    def verifying_seconds(self) -> float:
-        """What it costs to verify any drafts at all, beside their rows."""
+    def verify_seconds(self) -> float:
+        """Seconds of verifying any drafts at all, besides those of their rows."""
         return max(0.0, float(self.weights[len(self.knots) + 1]))
 
-    def drafting_seconds(self, passes: Array, rows: Array, requests: int) -> Array:
-        """Estimates of the drafter's time, broadcast over ``passes`` (0 is no drafting) and the target's ``rows``."""
-        some, each_row, each, each_request = self.drafting_weights()
-        drafting = some + each_row * rows + passes * (each + each_request * requests)
-        seconds: Array = np.where(passes > 0, np.maximum(drafting, 0.0), 0.0)
+    def draft_seconds(self, draft_steps: Array, rows: Array, requests: int) -> Array:
+        """Seconds of the drafter, broadcast over ``draft_steps`` (0 is no drafting) and the target's ``rows``."""
+        fixed, per_row, per_step, per_step_request = self.draft_weights()
+        drafting = fixed + per_row * rows + draft_steps * (per_step + per_step_request * requests)
+        seconds: Array = np.where(draft_steps > 0, np.maximum(drafting, 0.0), 0.0)
         return seconds
 
-    def drafting_weights(self) -> Array:
-        """The drafter's seconds: at all, for each row of the target, for each pass, for each pass and request."""
+    def draft_weights(self) -> Array:
+        """Seconds of the drafter: fixed, per row of the target, per draft step, per draft step and request."""
         return self.weights[len(self.knots) + 2 : len(self.knots) + 6]
 
-    def resuming_seconds(self, missed: float) -> float:
-        """What a drafter takes to read ``missed`` tokens: a draft model that was off has not seen them."""
-        some, each = self.resuming_weights()
-        return float(some + each * missed) if missed else 0.0
+    def catch_up_seconds(self, uncached_tokens: float) -> float:
+        """Seconds of a draft model that was off to read ``uncached_tokens`` before it drafts again."""
+        fixed, per_token = self.catch_up_weights()
+        return float(fixed + per_token * uncached_tokens) if uncached_tokens else 0.0
 
-    def resuming_weights(self) -> Array:
-        """The drafter's seconds to read what it missed: at all, and for each token."""
-        weights = self.weights[len(self.knots) + 6 : len(self.knots) + 8] / (1.0, MISSED_UNIT)
+    def catch_up_weights(self) -> Array:
+        """Seconds of the drafter to read uncached tokens: fixed, and per token."""
+        weights = self.weights[len(self.knots) + 6 : len(self.knots) + 8] / (1.0, UNCACHED_UNIT)
         return np.maximum(weights, 0.0)
 
     def estimate(self, x: Array) -> tuple[float, float]:
@@ -180,7 +185,7 @@ class StepCosts:
         return seconds, max(0.0, variance) ** 0.5
 
     def observe(self, x: Array, seconds: float) -> float:
-        """Learn from one pure decoding step; returns how far off the estimate was, in standard deviations."""
+        """Learn from one pure decoding step; returns the error of the estimate, in standard deviations."""
         if not self.ready:
             self._start(x, seconds)
         self.observations += 1
@@ -189,13 +194,13 @@ class StepCosts:
             float(seconds),
             self._noise,
             OUTLIER_SIGMAS,
-            _COMMON_DRIFT + _FOLLOWING * max(0.0, abs(self._bias) - _FREE_BIAS),
+            _COMMON_DRIFT + _DRIFT_PER_BIAS * max(0.0, abs(self._bias) - _FREE_BIAS),
             _OWN_DRIFT,
             self.knots,
             self.weights,
             self._covariance,
         )
-        self.largest_rows = max(self.largest_rows, int(rows + 0.5))
+        self.max_measured_rows = max(self.max_measured_rows, int(rows + 0.5))
         residual = min(max(still_off, -MAX_RESIDUAL), MAX_RESIDUAL)
         self._bias += _BIAS_RATE * (residual - self._bias)
         residual -= self._bias
@@ -204,11 +209,11 @@ class StepCosts:
         return float(surprise)
 
     def _start(self, x: Array, seconds: float) -> None:
-        """Prior around the first measured time: drafts look cheap, so that they are tried; all is uncertain."""
+        """Prior around the first measured time: drafts look cheap, so that they are tried; everything is uncertain."""
         count = len(self.knots)
         rows = x[:count] @ self.knots
         self.weights[:count] = seconds * (self.knots / rows) ** _PRIOR_POWER
-        # A random walk over the knots that starts at the measured one: the farther, the less is known.
+        # A random walk over the knots that starts at the measured one: uncertainty grows with the distance from it.
         offset = np.arange(count) - np.interp(rows, self.knots, np.arange(count))
         distance = np.minimum(np.abs(offset)[:, None], np.abs(offset)[None, :])
         same_side = offset[:, None] * offset[None, :] > 0
@@ -217,7 +222,7 @@ class StepCosts:
         for index, share in zip(range(count, len(self.weights)), _PRIOR_EXTRA, strict=True):
             self._covariance[index, index] = (seconds * share) ** 2
 
-    # ----------------------------------------------------------------------------------------- keeping
+    # ------------------------------------------------------------------------------------------- storing
 
     def state(self) -> dict[str, Any]:
         """Everything learned, as plain data."""
@@ -227,15 +232,15 @@ class StepCosts:
             "covariance": self._covariance.tolist(),
             "noise": self._noise,
             "observations": self.observations,
-            "largest_rows": self.largest_rows,
+            "max_measured_rows": self.max_measured_rows,
         }
 
     def restore(self, state: Mapping[str, Any]) -> bool:
-        """Take over what ``state()`` gave; False, and nothing changes, when it is of another size or damaged."""
+        """Restore what ``state()`` returned; False, and nothing changes, where it has another size or is damaged."""
         try:
             knots, weights = np.array(state["knots"], float), np.array(state["weights"], float)
             covariance, noise = np.array(state["covariance"], float), float(state["noise"])
-            observations, largest = int(state["observations"]), int(state["largest_rows"])
+            observations, largest = int(state["observations"]), int(state["max_measured_rows"])
         except (KeyError, TypeError, ValueError):
             return False
         fits = np.array_equal(knots, self.knots) and weights.shape == self.weights.shape
@@ -244,5 +249,5 @@ class StepCosts:
         if not (np.isfinite(weights).all() and np.isfinite(covariance).all() and noise > 0):
             return False
         self.weights, self._covariance, self._noise = weights, covariance, noise
-        self.observations, self.largest_rows = observations, largest
+        self.observations, self.max_measured_rows = observations, largest
         return True

@@ -1,9 +1,9 @@
-"""How many distinct experts of a mixture-of-experts model a step uses, learned from the steps that were counted.
+"""The number of distinct experts of a mixture-of-experts model that a step uses, learned from counted steps.
 
-Tokens that chose their experts on their own would use ``N (1 - (1 - k / N) ** u)`` of a layer's ``N`` experts with
-``k`` picks each, ``u`` tokens of them. Real tokens like some experts more, and the draft tokens of one request like
-those of the token before them; so ``u`` is learned as a share of a request plus another share of a draft token, by
-least squares with forgetting. Two numbers fit what was measured, need no history and hold for batches never seen.
+``u`` tokens that chose their experts independently would use ``N (1 - (1 - k / N) ** u)`` of a layer's ``N`` experts
+with ``k`` picks each. Real tokens prefer some experts, and the draft tokens of one request prefer the experts of the
+token before them; so the effective ``u = a * requests + b * draft_tokens`` is fitted by least squares with forgetting.
+Two numbers fit the measurements, need no history and extrapolate to other batches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_instant.interfaces.experts import ExpertCount
 
 _MEMORY = 0.98
 _PRIOR = 0.5
-"""Weight of what is believed at first: that a draft token is as good as a request of its own."""
+"""Weight of the initial assumption that a draft token uses as many new experts as a request."""
 
 
 class ExpertUse:
@@ -33,7 +33,7 @@ class ExpertUse:
         self._targets = np.zeros(2)
 
     def observe(self, count: ExpertCount) -> None:
-        """A step was counted."""
+        """Learn from a counted step."""
         alone = count.top_k / count.num_experts
         if count.requests < 1 or not 0.0 < alone < 1.0:
             return
@@ -41,16 +41,17 @@ class ExpertUse:
             self._alone, self.counted = alone, 0
             self._products, self._targets = _PRIOR * np.eye(2), np.full(2, _PRIOR)
         self.counted += 1
-        # The last expert of a layer would take infinitely many tokens.
+        # Solved for u: u = log(1 - used) / log(1 - k / N). The last expert of a layer would take infinitely many
+        # tokens.
         used = min(count.experts, count.num_experts - 0.5) / count.num_experts
         tokens = math.log1p(-used) / math.log1p(-alone)
         x = np.array([count.requests, count.draft_tokens], float)
-        # Errors relative to what is used: large batches must not drown small ones, and where hardly an expert is left
-        # over, how many tokens it took can hardly be told.
+        # Relative errors of the share used: large batches must not outweigh small ones, and where almost all experts
+        # are used, u is almost undetermined.
         weight = ((1.0 - used) / used) ** 2
         self._products = _MEMORY * self._products + weight * np.outer(x, x)
         self._targets = _MEMORY * self._targets + weight * tokens * x
-        # What forgetting leaves of a direction that is not measured any more stays solvable.
+        # The ridge keeps the system solvable where a direction has not been measured for long.
         solved = np.linalg.solve(self._products + 1e-6 * np.eye(2), self._targets + 1e-6)
         self._of_request, self._of_draft = np.clip(solved, 0.02, 1.5).tolist()
 

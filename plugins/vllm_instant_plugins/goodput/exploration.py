@@ -1,25 +1,30 @@
-"""Which steps are spent on finding something out, instead of on the best plan.
+"""Which steps are spent on measuring something, instead of on the best plan, and at what expected loss.
 
-Drafting or not, what is not done is not seen: a request without drafts does not show that it has become predictable, a
-drafter that is off does not show that it has become good, a step size that was never run has an uncertain cost. Each
-exploration is weighed: what it is expected to lose, in steps, must be within the ``ExplorationBudget``.
+What is not done is not measured: a request without drafts does not show that it has become predictable, a drafter that
+is off does not show that it has become good, and a step size that never ran has an uncertain cost. Each exploration is
+weighed: its expected loss, in steps, must be within the ``ExplorationBudget``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_instant_plugins.goodput.costs import StepCosts
-from vllm_instant_plugins.goodput.exploration_budget import ExplorationBudget
-from vllm_instant_plugins.goodput.planner import Choice
-from vllm_instant_plugins.goodput.request_kernels import grant, miss_all, miss_idle
+from vllm_instant_plugins.goodput.planner import StepPlan, no_drafts, plan_step
+from vllm_instant_plugins.goodput.request_table import Batch, RequestTable
 
 Indices = npt.NDArray[np.intp]
 Array = npt.NDArray[np.float64]
+
+BUDGET_PER_STEP = 0.006
+"""Share of the steps that exploration may lose."""
+MAX_BUDGET = 0.6
+MIN_INTERVAL = 12
+MAX_INTERVAL = 40
+"""Steps between two explorations of one kind."""
 
 CURIOUS_SIGMAS = 2.0
 """A step whose cost is uncertain is tried when drafting so much would be best at this many standard deviations less,"""
@@ -27,194 +32,262 @@ CURIOUS_GAIN = 1.02
 """and this many times as good as the best plan."""
 MAX_TRIAL_LOSS = 0.3
 """A whole step of drafting that is expected to lose more than this, in steps, is not tried."""
-HOPE = 2.0
-"""Such a step drafts what would be best if acceptance were this many times what is believed."""
+TRIAL_OPTIMISM = 2.0
+"""A trial drafts what would be best if acceptance were this many times the estimate."""
 VAGUE = 0.02
 """Relative uncertainty from which the time of a step without drafts is measured again while drafting,"""
-CLEAR = 2.0
-"""unless drafting is so many times as good even if that step takes ``CURIOUS_SIGMAS`` standard deviations less."""
+CLEAR_GAIN = 2.0
+"""unless drafting is this many times as good even if that step takes ``CURIOUS_SIGMAS`` standard deviations less."""
 MAX_REFERENCE_LOSS = 0.5
-"""In steps; what is known so badly is not believed to lose more."""
+"""Limit, in steps, of the expected loss of a step without drafts, whose time is uncertain when it is measured."""
 MAX_PROBED_TOKENS = 4
 
 
-@dataclass(slots=True)  # not frozen, which would take longer to make
-class Situation:
-    """What is known before a step is planned."""
+class ExplorationBudget:
+    """The loss that exploration may still cause, in steps.
+
+    Each step adds ``BUDGET_PER_STEP``, each exploration takes its expected loss. So the loss is bounded by that share
+    whatever happens, cheap explorations come often and expensive ones rarely. Only the question whether a drafter that
+    is off has become better may overdraw it, once per ``MAX_INTERVAL`` steps.
+    """
+
+    def __init__(self) -> None:
+        self.balance = 0.0
+        self._steps_since: dict[str, int] = {}
+        """Steps since the last exploration of each kind."""
+
+    def step(self) -> None:
+        """Add the share of another planned step."""
+        self.balance = min(self.balance + BUDGET_PER_STEP, MAX_BUDGET)
+        for kind in self._steps_since:
+            self._steps_since[kind] += 1
+
+    def affords(self, kind: str, loss: float) -> bool:
+        """Whether ``try_spend`` would succeed; nothing is spent."""
+        return self._steps_since.get(kind, MIN_INTERVAL) >= MIN_INTERVAL and self.balance >= loss
+
+    def may_explore(self, kind: str, saving: bool = False) -> bool:
+        """Whether ``try_spend`` that ``must`` would succeed with the smallest loss; nothing is spent."""
+        steps = self._steps_since.setdefault(kind, MIN_INTERVAL)
+        return steps >= MAX_INTERVAL or not (saving or steps < MIN_INTERVAL or self.balance < 0.0)
+
+    def is_due(self, kind: str) -> bool:
+        """Whether ``kind`` was not explored for so long that it must be now."""
+        return self._steps_since.get(kind, MIN_INTERVAL) >= MAX_INTERVAL
+
+    def try_spend(self, kind: str, loss: float, must: bool = False, saving: bool = False) -> bool:
+        """Whether to explore now at an expected loss of ``loss`` steps; if so, the loss is spent.
+
+        Args:
+            kind: what is explored; each has an interval of its own.
+            loss: in steps.
+            must: at the latest ``MAX_INTERVAL`` steps after the last time, even if the budget becomes negative.
+            saving: not earlier either: the budget is saved for something better.
+
+        """
+        steps = self._steps_since.setdefault(kind, MIN_INTERVAL)
+        due = must and self.is_due(kind)
+        if not due and (saving or steps < MIN_INTERVAL or self.balance < loss):
+            return False
+        self.spend(kind, loss)
+        return True
+
+    def spend(self, kind: str, loss: float) -> None:
+        """Pay for an exploration that is done in any case."""
+        # A deeper debt would forbid every exploration for longer than any condition lasts.
+        self.balance = max(self.balance - max(0.0, loss), -MAX_BUDGET)
+        self._steps_since[kind] = 0
+
+    def postpone(self, kind: str) -> None:
+        """Ask again after ``MIN_INTERVAL`` steps."""
+        self.spend(kind, 0.0)
+
+
+@dataclass(slots=True)  # not frozen: frozen dataclasses take longer to construct
+class StepContext:
+    """What is known about a step that is being planned."""
 
     number: int
-    indices: Indices
-    """Of the requests."""
-    free: Indices
-    """Positions of the requests whose lengths are the policy's to choose."""
+    batch: Batch
+    costs: StepCosts
     context: float
     """Tokens of context over all requests."""
-    more_rows: float
-    """Rows that the step has in any case, beside one a request."""
-    believed: Array
-    """Chance that each draft token is reached and accepted, ``[requests, positions]``."""
-    best: Callable[..., Choice]
-    """``choose`` with all but the acceptance filled in."""
-    choice: Choice
-    """The best plan."""
+    survival: Array
+    """Calibrated probability that each draft token and all before it are accepted, ``[requests, positions]``."""
+    first_acceptance: Array
+    """Estimated acceptance of each request's first draft token, before calibration."""
     max_draft_tokens: int
+    max_rows: float
+    max_seconds: float = np.inf
+    delivery_rate: Array | None = None
+    """Share of the granted draft tokens that the drafter delivers, ``[requests]``; None: all."""
+    weights: Array | None = None
+    """Value of a token of each request, ``[requests]``; None: 1."""
+    more_rows: float = 0.0
+    """Rows that the step has in any case, beside one per request."""
+    drafting_counts: bool = True
+    """Whether the drafter's time is part of the costs; False where it weighs that itself."""
+    plan: StepPlan = field(init=False)
+    """The best plan."""
+
+    def __post_init__(self) -> None:
+        """Begin with the plan to draft nothing."""
+        self.plan = no_drafts(len(self.batch.requests))
+
+    def best(self, survival: Array, sigmas: float = 0.0, must_draft: bool = False) -> StepPlan:
+        """The best plan for this ``survival``; see ``plan_step``."""
+        return plan_step(
+            survival,
+            self.costs,
+            self.context,
+            max_rows=self.max_rows,
+            max_seconds=self.max_seconds,
+            weights=self.weights,
+            delivery_rate=self.delivery_rate,
+            must_draft=must_draft,
+            more_rows=self.more_rows,
+            sigmas=sigmas,
+            drafting_counts=self.drafting_counts,
+        )
 
 
 class Explorer:
-    """Decides about explorations, and knows when each request last drafted.
+    """Decides about explorations.
 
     Args:
-        costs: what steps cost.
+        costs: seconds of steps.
+        table: the live requests.
 
     """
 
-    def __init__(self, costs: StepCosts) -> None:
-        self.allowance = ExplorationBudget()
+    def __init__(self, costs: StepCosts, table: RequestTable) -> None:
+        self.budget = ExplorationBudget()
         self.follow_up = 0
-        """Requests to probe again at once, because the last probe surprised."""
+        """Requests to probe again at once, because the last probe was accepted against expectation."""
         self._costs = costs
+        self._table = table
         self._saving = False
-        """Off, and the allowance is kept for a whole step of drafting."""
-        self._last_drafted: Array = np.zeros(64)
-        self._missed: Array = np.zeros(64)
-        """Tokens that came while the drafter was off for the request: a draft model reads them before it drafts."""
+        """Off, and the budget is saved for a whole step of drafting."""
 
-    # ------------------------------------------------------------------------------------------- requests
+    def uncertain_cost(self, now: StepContext, drafting: bool) -> StepPlan | None:
+        """A plan that may be better than the best one, because the time of its step is uncertain.
 
-    def enter(self, index: int, missed: float) -> None:
-        """A request took ``index``; ``missed`` tokens of it will not have been read by the drafter."""
-        if index >= len(self._missed):
-            more = max(index + 1, 2 * len(self._missed)) - len(self._missed)
-            self._last_drafted = np.pad(self._last_drafted, (0, more))
-            self._missed = np.pad(self._missed, (0, more))
-        self._last_drafted[index] = 0.0
-        self._missed[index] = missed
-
-    def drafted(self, indices: Indices, lengths: Indices, number: int) -> tuple[float, int]:
-        """Step ``number`` grants ``lengths``; returns how many tokens the drafter must read first, and all lengths."""
-        reading, granted = grant(indices, lengths, number, self._last_drafted, self._missed)
-        return reading, granted
-
-    def not_drafted(self, indices: Indices, accepted: Indices) -> None:
-        """The drafter was off in a step that accepted so many tokens of each request's drafts."""
-        miss_all(indices, accepted, self._missed)
-
-    def not_all_drafted(self, indices: Indices, lengths: Indices) -> None:
-        """The drafter was off in a step for those of its requests that were granted nothing."""
-        miss_idle(indices, lengths, self._missed)
-
-    # --------------------------------------------------------------------------------------- explorations
-
-    def uncertain(self, now: Situation, drafting: bool) -> Choice | None:
-        """A plan that may be better than the best one, because nobody knows well enough what its step costs.
-
-        ``drafting``: the best plan does. Whether that pays at all is the first thing to know.
+        ``drafting``: the best plan drafts. Then whether drafting pays at all is the first thing to measure.
         """
-        if not self.allowance.affords("costs", 0.0) or (drafting and self._min_gain(now) < 1.0):
+        if not self.budget.affords("costs", 0.0) or (drafting and self._pessimistic_gain(now) < 1.0):
             return None
-        choice = now.choice
-        hopeful = now.best(now.believed, sigmas=CURIOUS_SIGMAS)
-        if hopeful.gain < CURIOUS_GAIN * choice.gain or np.array_equal(hopeful.lengths, choice.lengths):
-            self.allowance.pay("costs", 0.0)  # asked again later
+        plan = now.plan
+        hopeful = now.best(now.survival, sigmas=CURIOUS_SIGMAS)
+        same = np.array_equal(hopeful.num_draft_tokens, plan.num_draft_tokens)
+        if same or hopeful.gain < CURIOUS_GAIN * plan.gain:
+            self.budget.postpone("costs")
             return None
-        rows = np.array(choice.requests + now.more_rows + hopeful.draft_tokens)
-        passes = np.array(float(hopeful.passes))
-        plan = replace(hopeful, seconds=float(self._seconds(passes, rows, now)))
-        loss = max(0.0, 1.0 - plan.gain / choice.gain)
-        return plan if self.allowance.take("costs", loss) else None
+        rows = np.array(plan.num_requests + now.more_rows + hopeful.total_draft_tokens)
+        seconds = float(self._seconds(np.array(float(hopeful.draft_steps)), rows, now))
+        hopeful = replace(hopeful, seconds=seconds)
+        loss = max(0.0, 1.0 - hopeful.gain / plan.gain)
+        return hopeful if self.budget.try_spend("costs", loss) else None
 
-    def while_drafting(self, now: Situation) -> tuple[Indices, str]:
-        """The best plan's lengths, or with a request more, or none at all for comparison; and the reason."""
-        choice = now.choice
-        if self.allowance.affords("request", 0.0):
-            idle = now.free[choice.lengths[now.free] == 0]
-            if len(idle):
-                # One row more for a request that gets none, so that it can show that it has become predictable.
-                rows = np.array([0.0, 1.0]) + choice.requests
-                row_seconds = float(np.diff(self._costs.target_seconds(rows, 0.0, requests=choice.requests))[0])
-                probed = idle[self._last_drafted[now.indices[idle]].argmin()]
-                seconds = max(0.0, row_seconds) + self._reading_seconds(now.indices[[probed]])
-                if self.allowance.take("request", seconds / choice.seconds):
-                    lengths = choice.lengths.copy()
-                    lengths[probed] = 1
-                    return lengths, "draft+probe"
-        if self.allowance.affords("reference", 0.0):
-            loss = min(1.0 - 1.0 / max(choice.gain, 1.0), MAX_REFERENCE_LOSS)
-            if self._min_gain(now) >= CLEAR:
-                self.allowance.pay("reference", 0.0)  # asked again later
-            elif self.allowance.take("reference", loss):
-                return np.zeros_like(choice.lengths), "reference"
-        return choice.lengths, "draft"
+    def while_drafting(self, now: StepContext) -> tuple[Indices, str]:
+        """The best plan's draft tokens, or one request more, or none at all for comparison; and the reason."""
+        if self.budget.affords("request", 0.0):
+            probe = self._probe_beside(now)
+            if probe is not None:
+                return probe, "draft+probe"
+        if self.budget.affords("reference", 0.0):
+            loss = min(1.0 - 1.0 / max(now.plan.gain, 1.0), MAX_REFERENCE_LOSS)
+            if self._pessimistic_gain(now) >= CLEAR_GAIN:
+                self.budget.postpone("reference")
+            elif self.budget.try_spend("reference", loss):
+                return np.zeros_like(now.plan.num_draft_tokens), "reference"
+        return now.plan.num_draft_tokens, "draft"
 
-    def _min_gain(self, now: Situation) -> float:
-        """The best plan's gain if a step without drafts takes as little as it may; infinite when its time is known."""
-        choice = now.choice
-        off = self._costs.features(choice.requests, now.context, 0, 0, choice.requests)
-        seconds, deviation = self._costs.estimate(off)
+    def _probe_beside(self, now: StepContext) -> Indices | None:
+        """The best plan with one token for a request that gets none, so that it can show that it is predictable."""
+        plan, adaptive = now.plan, now.batch.adaptive
+        idle = adaptive[plan.num_draft_tokens[adaptive] == 0]
+        if not len(idle):
+            return None
+        rows = np.array([0.0, 1.0]) + plan.num_requests
+        row_seconds = float(np.diff(self._costs.target_seconds(rows, 0.0, requests=plan.num_requests))[0])
+        probed = self._table.without_recent_drafts(now.batch, idle, 1)
+        seconds = max(0.0, row_seconds) + self._catch_up_seconds(now.batch, probed)
+        if not self.budget.try_spend("request", seconds / plan.seconds):
+            return None
+        num_draft_tokens = plan.num_draft_tokens.copy()
+        num_draft_tokens[probed] = 1
+        return num_draft_tokens
+
+    def _pessimistic_gain(self, now: StepContext) -> float:
+        """The best plan's gain if a step without drafts is as short as it may be; infinite when its time is known."""
+        plan = now.plan
+        baseline = self._costs.features(plan.num_requests, now.context, 0, 0, plan.num_requests)
+        seconds, deviation = self._costs.estimate(baseline)
         if deviation <= VAGUE * seconds:
             return float("inf")
-        return choice.gain * (1.0 - CURIOUS_SIGMAS * deviation / max(seconds, 1e-6))
+        return plan.gain * (1.0 - CURIOUS_SIGMAS * deviation / max(seconds, 1e-6))
 
-    def trial(self, now: Situation) -> Choice | None:
-        """While off: one step of drafting for all, when that shows more for what it loses than probing one request.
+    def trial(self, now: StepContext) -> StepPlan | None:
+        """While off: one step of drafting for all, when that shows more per loss than a probe of one request.
 
-        It drafts what would be right if acceptance were somewhat better than believed.
+        It drafts what would be best if acceptance were ``TRIAL_OPTIMISM`` times the estimate.
         """
-        if not self.allowance.affords("trial", 0.0):
+        if not self.budget.affords("trial", 0.0):
             return None
-        hopeful = now.best(np.minimum(now.believed * HOPE, 1.0), must_draft=True)
+        hopeful = now.best(np.minimum(now.survival * TRIAL_OPTIMISM, 1.0), must_draft=True)
         if hopeful.gain < 1.0:  # nothing that one step may show would change the decision
             self._saving = False
-            self.allowance.pay("trial", 0.0)  # asked again later
+            self.budget.postpone("trial")
             return None
-        drafting = hopeful.lengths > 0
-        reached = np.arange(now.believed.shape[1]) < hopeful.lengths[:, None]
-        plan = replace(hopeful, tokens=hopeful.requests + float(now.believed[reached].sum()))
-        reading = self._reading_seconds(now.indices[drafting])
-        loss = max(0.0, 1.0 - plan.gain + reading / plan.off_seconds)
-        of_probe = float(self._seconds(np.array(1.0), np.array(plan.requests + 1.0), now)) / plan.off_seconds - 1.0
+        drafting = hopeful.num_draft_tokens > 0
+        drafted = np.arange(now.survival.shape[1]) < hopeful.num_draft_tokens[:, None]
+        plan = replace(hopeful, tokens=hopeful.num_requests + float(now.survival[drafted].sum()))
+        catch_up = self._catch_up_seconds(now.batch, np.flatnonzero(drafting))
+        loss = max(0.0, 1.0 - plan.gain + catch_up / plan.baseline_seconds)
+        probe_seconds = float(self._seconds(np.array(1.0), np.array(plan.num_requests + 1.0), now))
+        loss_of_probe = probe_seconds / plan.baseline_seconds - 1.0
         shown = int(drafting.sum())
-        self._saving = shown > 1 and loss <= MAX_TRIAL_LOSS and loss < shown * of_probe
+        self._saving = shown > 1 and loss <= MAX_TRIAL_LOSS and loss < shown * loss_of_probe
         if not self._saving:
-            self.allowance.pay("trial", 0.0)  # asked again later
+            self.budget.postpone("trial")
             return None
-        if self.allowance.due("drafter"):
-            self.allowance.pay("trial", loss)  # instead of the probe that must be made now
-        elif not self.allowance.take("trial", loss):
+        if self.budget.is_due("drafter"):
+            self.budget.spend("trial", loss)  # instead of the probe that must be made now
+        elif not self.budget.try_spend("trial", loss):
             return None
-        self.allowance.pay("drafter", 0.0)
+        self.budget.postpone("drafter")
         return plan
 
-    def while_off(self, now: Situation) -> tuple[Indices, str]:
+    def while_off(self, now: StepContext) -> tuple[Indices, str]:
         """No drafts, or a few for one request, to see whether the drafter has become better; and the reason."""
-        choice = now.choice
-        lengths = np.zeros(choice.requests, np.intp)
+        plan, adaptive = now.plan, now.batch.adaptive
+        num_draft_tokens = np.zeros(plan.num_requests, np.intp)
         follow_up, self.follow_up = self.follow_up, 0
-        if not follow_up and not self.allowance.may("drafter", self._saving):
-            return lengths, "off"
-        probed = min(max(1, follow_up), len(now.free))
-        trials = np.arange(1, min(MAX_PROBED_TOKENS, now.max_draft_tokens) + 1)
-        passes: Array = trials.astype(np.float64)
-        seconds = self._seconds(passes, choice.requests + passes * probed, now)
-        # The longest of the cheapest: a second token that costs nothing tells more.
+        if not follow_up and not self.budget.may_explore("drafter", self._saving):
+            return num_draft_tokens, "off"
+        num_probed = min(max(1, follow_up), len(adaptive))
+        lengths = np.arange(1, min(MAX_PROBED_TOKENS, now.max_draft_tokens) + 1)
+        draft_steps: Array = lengths.astype(np.float64)
+        seconds = self._seconds(draft_steps, plan.num_requests + draft_steps * num_probed, now)
+        # The longest among the cheapest: a second token that costs nothing shows more.
         cheap = int(np.flatnonzero(seconds <= seconds.min() * 1.02)[-1])
-        longest_ago = now.free[np.argsort(self._last_drafted[now.indices[now.free]], kind="stable")[:probed]]
-        reading = self._reading_seconds(now.indices[longest_ago])
-        loss = max(0.0, (float(seconds[cheap]) + reading) / choice.off_seconds - 1.0)
+        probed = self._table.without_recent_drafts(now.batch, adaptive, num_probed)
+        catch_up = self._catch_up_seconds(now.batch, probed)
+        loss = max(0.0, (float(seconds[cheap]) + catch_up) / plan.baseline_seconds - 1.0)
         if follow_up:
-            self.allowance.pay("drafter", loss)
-        elif not self.allowance.take("drafter", loss, must=True, saving=self._saving):
-            return lengths, "off"
-        lengths[longest_ago] = trials[cheap]
-        return lengths, "follow-up" if follow_up else "probe"
+            self.budget.spend("drafter", loss)
+        elif not self.budget.try_spend("drafter", loss, must=True, saving=self._saving):
+            return num_draft_tokens, "off"
+        num_draft_tokens[probed] = lengths[cheap]
+        return num_draft_tokens, "follow-up" if follow_up else "probe"
 
-    def _reading_seconds(self, indices: Indices) -> float:
-        """What the drafter takes to read what it missed of these requests."""
-        return self._costs.resuming_seconds(float(self._missed[indices].sum()))
+    def _catch_up_seconds(self, batch: Batch, positions: Indices) -> float:
+        """Seconds that the drafter takes to read what it missed of these requests."""
+        uncached = float(self._table.uncached_tokens[batch.indices[positions]].sum())
+        return self._costs.catch_up_seconds(uncached)
 
-    def _seconds(self, passes: Array, rows: Array, now: Situation) -> Array:
+    def _seconds(self, draft_steps: Array, rows: Array, now: StepContext) -> Array:
         """Expected time of steps with drafts: of target, verification and drafter."""
-        target = (
-            self._costs.target_seconds(rows, now.context, requests=len(now.indices)) + self._costs.verifying_seconds()
-        )
-        return target + self._costs.drafting_seconds(passes, rows, now.choice.requests)
+        num_requests = now.plan.num_requests
+        target = self._costs.target_seconds(rows, now.context, requests=num_requests) + self._costs.verify_seconds()
+        return target + self._costs.draft_seconds(draft_steps, rows, num_requests)

@@ -1,140 +1,280 @@
-"""Which draft lengths give the most accepted tokens a second.
+"""Which draft lengths give the most expected tokens per second.
 
-A step with ``n`` requests yields ``n`` tokens and, for each draft token, the chance that it is reached and accepted;
-it takes the time that ``StepCosts`` estimates. The best draft tokens are always the most likely ones, so that a plan
-is two numbers: how many tokens the drafter makes at most, and how likely a token must be to be worth its row. All pairs
-of these are tried at once (the chances sorted into a histogram), because the cost curve has steps and a search that
-walks uphill would stop at the first.
+A step with ``n`` requests yields ``n`` tokens plus, for each draft token, the probability that it survives
+verification; it takes the time that ``StepCosts`` estimates. The best draft tokens are always the most probable ones,
+so that a plan is two numbers: how many tokens the drafter makes one after the other (``draft_steps``), and the survival
+probability from which a token is worth its row (``threshold``). All pairs of these are compared, with the survival
+probabilities sorted into a histogram, because the cost curve has steps and a hill climb would stop at the first one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_instant_plugins.goodput.costs import StepCosts
-from vllm_instant_plugins.goodput.plan_kernels import LEVELS, best_plan
+from vllm_instant_plugins.jit import compiled
 
 Array = npt.NDArray[np.float64]
 
-
+LEVELS = 48
+"""Thresholds of survival that plans are tried with: level ``k`` is ``(k / LEVELS) ** 2``, denser near zero."""
 _EVEN: Array = np.ones(0)
-"""Weights or yields that are 1 for all."""
-_NO_DRAFTING: Array = np.zeros(4)
+"""Weights or delivery rates that are 1 for all."""
+_FREE_DRAFTER: Array = np.zeros(4)
 
 
-@dataclass(slots=True)  # not frozen, which would take longer to make
-class Choice:
+@dataclass(slots=True)  # not frozen: frozen dataclasses take longer to construct
+class StepPlan:
     """A plan for one step and what is expected of it; tokens and seconds are per step."""
 
-    lengths: npt.NDArray[np.intp]
-    """Draft length by request."""
-    passes: int
+    num_draft_tokens: npt.NDArray[np.intp]
+    """Draft tokens of each request."""
+    draft_steps: int
+    """Draft tokens that the drafter makes one after the other."""
     tokens: float
     seconds: float
-    off_seconds: float
-    requests: int
+    baseline_seconds: float
+    """Seconds of the step without drafts."""
+    num_requests: int
     threshold: float
-    """Chance of acceptance from which a draft token was worth its row."""
+    """Survival probability from which a draft token is worth its row."""
 
     @property
     def gain(self) -> float:
-        """Expected tokens a second relative to no drafting."""
-        return self.tokens / self.seconds * self.off_seconds / self.requests
+        """Expected tokens per second relative to no drafting."""
+        return self.tokens / self.seconds * self.baseline_seconds / self.num_requests
 
     @property
     def return_on_drafts(self) -> float:
-        """Expected accepted tokens relative to what their time would bring without drafts."""
-        extra = self.seconds - self.off_seconds
-        accepted = self.tokens - self.requests
-        return accepted * self.off_seconds / (extra * self.requests) if extra > 0 else np.inf
+        """Expected accepted tokens relative to what the time of the drafts would yield without drafts."""
+        extra = self.seconds - self.baseline_seconds
+        accepted = self.tokens - self.num_requests
+        return accepted * self.baseline_seconds / (extra * self.num_requests) if extra > 0 else np.inf
 
     @property
-    def draft_tokens(self) -> int:
+    def total_draft_tokens(self) -> int:
         """Draft tokens granted in total."""
-        return int(self.lengths.sum())
+        return int(self.num_draft_tokens.sum())
 
 
-def max_step(choice: Choice, reach: Array, yields: Array | None, slowest: float) -> float:
-    """Seconds of a step beyond which its drafts slow some request down to less than ``slowest`` of its speed without.
+def no_drafts(num_requests: int, num_draft_tokens: npt.NDArray[np.intp] | None = None) -> StepPlan:
+    """A plan about which nothing is estimated: no drafts, or the lengths that clients fixed."""
+    if num_draft_tokens is None:
+        num_draft_tokens = np.zeros(num_requests, np.intp)
+    return StepPlan(num_draft_tokens, int(num_draft_tokens.max()), num_requests, 1.0, 1.0, num_requests, 1.0)
+
+
+def max_step_seconds(plan: StepPlan, survival: Array, delivery_rate: Array | None, min_speed: float) -> float:
+    """Seconds of a step beyond which its drafts slow some request down to less than ``min_speed`` of its baseline.
+
+    A request's speed relative to no drafts is ``(1 + accepted) / seconds * baseline_seconds``; the bound is where the
+    request with the fewest expected accepted tokens reaches ``min_speed``.
 
     Args:
-        choice: the plan.
-        reach: as for ``choose``.
-        yields: as for ``choose``.
-        slowest: 0..1, 0 excluded.
+        plan: the plan.
+        survival: as for ``plan_step``.
+        delivery_rate: as for ``plan_step``.
+        min_speed: in 0..1, above 0.
 
     """
-    drafted = np.arange(reach.shape[1]) < choice.lengths[:, None]
-    accepted = np.where(drafted, reach, 0.0).sum(1)
-    least = 1.0 + float((accepted if yields is None else accepted * yields).min())
-    return least * choice.off_seconds / slowest
+    drafted = np.arange(survival.shape[1]) < plan.num_draft_tokens[:, None]
+    accepted = np.where(drafted, survival, 0.0).sum(1)
+    fewest = 1.0 + float((accepted if delivery_rate is None else accepted * delivery_rate).min())
+    return fewest * plan.baseline_seconds / min_speed
 
 
-def choose(
-    reach: Array,
+def plan_step(
+    survival: Array,
     costs: StepCosts,
     context: float,
     *,
     max_rows: float,
     max_seconds: float = np.inf,
     weights: Array | None = None,
-    yields: Array | None = None,
+    delivery_rate: Array | None = None,
     must_draft: bool = False,
     more_rows: float = 0.0,
     sigmas: float = 0.0,
     drafting_counts: bool = True,
-) -> Choice:
-    """The plan with the most expected tokens a second, which may be to draft nothing.
+) -> StepPlan:
+    """The plan with the most expected tokens per second, which may be to draft nothing.
 
     Args:
-        reach: chance that draft token j of request i is reached and accepted, ``[requests, positions]``, falling in j.
-        costs: what steps cost here.
+        survival: probability that draft token j of request i and all before it are accepted,
+            ``[requests, positions]``, falling in j.
+        costs: seconds of steps.
         context: tokens of context over all requests.
         max_rows: plans with more rows than this are not considered.
-        max_seconds: plans that take longer are not considered unless drafting nothing does, too.
-        weights: what a token of each request is worth, ``[requests]``; 1 by default.
-        yields: share of the granted draft tokens that the drafter delivers, ``[requests]``; 1 by default.
+        max_seconds: longer plans are not considered, unless drafting nothing takes longer, too.
+        weights: value of a token of each request, ``[requests]``; 1 by default.
+        delivery_rate: share of the granted draft tokens that the drafter delivers, ``[requests]``; 1 by default.
         must_draft: the best plan that drafts anything, if the limits allow one.
-        more_rows: rows that the step has in any case, beside one a request.
-        drafting_counts: False where the drafter itself weighs what its passes cost.
-        sigmas: believe that steps with drafts cost this many standard deviations less than estimated.
+        more_rows: rows that the step has in any case, beside one per request.
+        sigmas: standard deviations that steps with drafts are assumed to cost less than estimated.
+        drafting_counts: False where the drafter itself weighs its own cost.
 
     """
-    requests = len(reach)
-    context_seconds = costs.context_seconds(context)
-    off_at_knots, at_knots = costs.at_knots(), costs.at_knots(sigmas)
+    num_requests = len(survival)
+    baseline_at_knots, at_knots = costs.at_knots(), costs.at_knots(sigmas)
     if costs.experts.counted:
-        # Drafts share experts with the token before them, other requests do not: rows alone do not say what they cost.
-        of_experts = costs.expert_seconds(costs.knots, requests)
-        off_at_knots, at_knots = off_at_knots + of_experts, at_knots + of_experts
-    lengths = np.empty(requests, np.intp)
-    passes, lowest, tokens, seconds, off_seconds = best_plan(
-        reach,
-        _EVEN if weights is None else weights,
-        _EVEN if yields is None else yields,
+        # Draft tokens share experts with the token before them, other requests do not: rows alone do not determine it.
+        of_experts = costs.expert_seconds(costs.knots, num_requests)
+        baseline_at_knots, at_knots = baseline_at_knots + of_experts, at_knots + of_experts
+    curve = StepCurve(
         costs.knots,
         at_knots,
-        off_at_knots,
-        context_seconds,
-        costs.verifying_seconds(),
-        costs.drafting_weights() if drafting_counts else _NO_DRAFTING,
+        baseline_at_knots,
+        costs.context_seconds(context),
+        costs.verify_seconds(),
+        costs.draft_weights() if drafting_counts else _FREE_DRAFTER,
+    )
+    num_draft_tokens = np.empty(num_requests, np.intp)
+    draft_steps, lowest, tokens, seconds, baseline_seconds = search_plans(
+        survival,
+        _EVEN if weights is None else weights,
+        _EVEN if delivery_rate is None else delivery_rate,
+        curve,
         float(more_rows),
         float(max_rows),
         float(max_seconds),
         must_draft,
-        lengths,
+        num_draft_tokens,
     )
     if weights is not None:
-        tokens = float(reach[np.arange(reach.shape[1]) < lengths[:, None]].sum())
-    return Choice(
-        lengths,
-        passes,
-        requests + tokens,
-        seconds,
-        off_seconds,
-        requests,
-        (lowest / LEVELS) ** 2 if passes else 1.0,
+        tokens = float(survival[np.arange(survival.shape[1]) < num_draft_tokens[:, None]].sum())
+    threshold = (lowest / LEVELS) ** 2 if draft_steps else 1.0
+    return StepPlan(
+        num_draft_tokens, draft_steps, num_requests + tokens, seconds, baseline_seconds, num_requests, threshold
     )
+
+
+# ---------------------------------------------------------------------------------------------------- compiled loops
+
+
+class StepCurve(NamedTuple):
+    """Seconds of a step, as the compiled loops read it."""
+
+    knots: Any
+    """Rows at which the curve is known, rising."""
+    at_knots: Any
+    """Seconds of the target model with drafts at each knot; linear in between, constant beyond both ends."""
+    baseline_at_knots: Any
+    """The same without drafts."""
+    context_seconds: float
+    verify_seconds: float
+    """Verification of any drafts at all."""
+    drafter: Any
+    """Seconds of the drafter: fixed, per row of the target, per draft step, per draft step and request."""
+
+
+@compiled
+def level_of(value: float) -> int:
+    """The highest threshold that a probability reaches."""
+    return min(int(np.sqrt(value) * LEVELS), LEVELS - 1)
+
+
+@compiled
+def first_not_below(x: float, knots: Any, start: int) -> int:
+    """``np.searchsorted(knots, x)``, found by a walk from ``start``, which is nearby in a loop over rising ``x``."""
+    right = start
+    while right > 0 and knots[right - 1] >= x:
+        right -= 1
+    while right < len(knots) and knots[right] < x:
+        right += 1
+    return right
+
+
+@compiled
+def between(x: float, right: int, knots: Any, at_knots: Any) -> float:
+    """Linear interpolation, constant beyond both ends; ``right`` is the first knot that is not below ``x``."""
+    if right == 0:
+        return float(at_knots[0])
+    if right == len(knots):
+        return float(at_knots[-1])
+    share = (x - knots[right - 1]) / (knots[right] - knots[right - 1])
+    return float(at_knots[right - 1] + share * (at_knots[right] - at_knots[right - 1]))
+
+
+@compiled
+def search_plans(
+    survival: Any,
+    weights: Any,
+    delivery_rate: Any,
+    curve: Any,
+    more_rows: float,
+    max_rows: float,
+    max_seconds: float,
+    must_draft: bool,
+    num_draft_tokens: Any,
+) -> tuple[int, int, float, float, float]:
+    """Compare all plans (draft steps, lowest level) by weighted tokens per second; see ``plan_step``.
+
+    ``weights`` and ``delivery_rate`` may be empty, which is 1 for all; ``num_draft_tokens`` is written. Returns the
+    best plan's draft steps, its lowest level, its expected accepted tokens, and seconds with and without drafts.
+    """
+    num_requests, positions = survival.shape
+    has_weights, has_rates = len(weights) > 0, len(delivery_rate) > 0
+    # Histogram over levels, by position: how many rows, and how many expected tokens, a threshold would let through.
+    # A plan is then a partial sum of it, so that the search takes positions * LEVELS steps for any number of requests.
+    levels = np.empty((num_requests, positions), np.int8)
+    for i in range(num_requests):
+        weight = weights[i] if has_weights else 1.0
+        for j in range(positions):
+            levels[i, j] = level_of(survival[i, j] * weight)
+    rows, tokens = np.zeros((positions, LEVELS)), np.zeros((positions, LEVELS))
+    base = 0.0
+    for i in range(num_requests):
+        weight, delivered = weights[i] if has_weights else 1.0, delivery_rate[i] if has_rates else 1.0
+        base += weight
+        for j in range(positions):
+            level = levels[i, j]
+            rows[j, level] += delivered
+            tokens[j, level] += survival[i, j] * weight * delivered
+    # Without drafts each request brings one token: rate = sum(weights) / baseline_seconds.
+    right = first_not_below(num_requests + more_rows, curve.knots, 0)
+    baseline = between(num_requests + more_rows, right, curve.knots, curve.baseline_at_knots)
+    baseline_seconds = max(baseline + curve.context_seconds, 1e-6)
+    allowed = max(max_seconds, baseline_seconds)
+    best_rate = -1.0 if must_draft else base / baseline_seconds
+    best_steps, best_level, best_tokens, best_seconds = 0, 0, 0.0, baseline_seconds
+    above_rows, above_tokens = np.zeros(LEVELS), np.zeros(LEVELS)
+    drafter = curve.drafter
+    for j in range(positions):
+        # above[level] sums positions 0..j and all levels from ``level`` up: one more position is one more suffix sum.
+        sum_rows = sum_tokens = 0.0
+        for level in range(LEVELS - 1, -1, -1):
+            sum_rows += rows[j, level]
+            sum_tokens += tokens[j, level]
+            above_rows[level] += sum_rows
+            above_tokens[level] += sum_tokens
+        draft_steps = j + 1
+        for level in range(LEVELS):
+            extra = above_rows[level]
+            if extra <= 0.0:
+                break  # higher levels let nothing through either
+            if level and extra == above_rows[level - 1] and above_tokens[level] == above_tokens[level - 1]:
+                continue  # no token lies between the two thresholds: the same plan
+            all_rows = num_requests + more_rows + extra
+            if all_rows > max_rows:
+                continue
+            # seconds = target(rows) + context + verify + drafter. Expected rows below one mean that a draft is only
+            # sometimes delivered, so that verification is only sometimes paid for: min(extra, 1).
+            right = first_not_below(all_rows, curve.knots, right)
+            seconds = max(between(all_rows, right, curve.knots, curve.at_knots) + curve.context_seconds, 1e-6)
+            seconds += min(extra, 1.0) * curve.verify_seconds
+            drafting = drafter[0] + drafter[1] * all_rows + draft_steps * (drafter[2] + drafter[3] * num_requests)
+            seconds += max(drafting, 0.0)
+            rate = (base + above_tokens[level]) / seconds
+            if seconds <= allowed and rate > best_rate:
+                best_rate, best_steps, best_level = rate, draft_steps, level
+                best_tokens, best_seconds = above_tokens[level], seconds
+    # Survival falls with the position, so that the tokens above the threshold are the first ones of each request.
+    for i in range(num_requests):
+        num_draft_tokens[i] = 0
+        for j in range(best_steps):
+            num_draft_tokens[i] += levels[i, j] >= best_level
+    return best_steps, best_level, best_tokens, best_seconds, baseline_seconds

@@ -1,13 +1,15 @@
-"""The policy as a plugin: its options, and how it is built."""
+"""``goodput`` as a plugin: its options, and how it is built."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from vllm_instant import Plugin, PluginContext, PluginOptions, RequestState, StepOutcome, UpcomingStep
-from vllm_instant_plugins.goodput.latency_slo import LatencyGoals
+from vllm_instant_plugins.goodput.latency_slo import LatencySlo
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 from vllm_instant_plugins.state_store import PersistentState, default_folder
 
@@ -25,33 +27,34 @@ class GoodputOptions(PluginOptions):
         0.5,
         ge=0,
         le=1,
-        description="Least speed of a request that others' drafts slow down, relative to no drafts; 0: any, as long as "
-        "all together get more tokens a second.",
+        description="Lower bound on any request's speed relative to no speculation; 0 maximizes total throughput.",
     )
     log_decisions: bool = Field(False, description="Log every change between drafting and not drafting, with reasons.")
-    keep_costs: bool = Field(True, description="Keep learned step costs on disk, for the next start.")
-    costs_folder: str | None = Field(None, description="Where they are kept; the user's cache folder by default.")
+    keep_costs: bool = Field(True, description="Store learned step times on disk for the next start.")
+    costs_folder: str | None = Field(
+        None, description="Folder of the stored step times; in the user's cache folder by default."
+    )
     calibrating: bool = Field(
-        False, description="Draft at random to learn all costs; what `vllm-instant calibrate` sets."
+        False, description="Draft random numbers of tokens to learn all step times, as `vllm-instant calibrate` does."
     )
 
 
 def warm_up() -> None:
-    """Compile the inner loops, or load what was compiled, now: not while a request waits."""
-    policy = GoodputPolicy(2, 2, LatencyGoals(1.0, 1.0), confident_drafts=True)
+    """Compile the inner loops, or load what was compiled, before the first request."""
+    policy = GoodputPolicy(2, 2, LatencySlo(1.0, 1.0), confident_drafts=True)
     state = RequestState("warm-up", 1, 8, 0.0)
     policy.enter(state)
     for number in (1, 2, 3):
-        [length] = policy.get_num_draft_tokens(UpcomingStep([state], 2, number=number))
-        policy.observe(StepOutcome([state], [1], [1], 2, 1e-3, 1, number, length))
+        [num_draft_tokens] = policy.get_num_draft_tokens(UpcomingStep([state], 2, number=number))
+        policy.observe(StepOutcome([state], [1], [1], 2, 1e-3, 1, number, num_draft_tokens))
     policy.costs.estimate(policy.costs.features(1, 8, 0, 0, 1))
 
 
 def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:
     warm_up()
-    goals = None
+    slo = None
     if options.itl_slo_ms is not None or options.ttft_slo_ms is not None:
-        goals = LatencyGoals(_seconds(options.itl_slo_ms), _seconds(options.ttft_slo_ms))
+        slo = LatencySlo(_seconds(options.itl_slo_ms), _seconds(options.ttft_slo_ms))
     store = None
     if options.keep_costs:
         folder = Path(options.costs_folder).expanduser() if options.costs_folder else default_folder("costs")
@@ -59,7 +62,7 @@ def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:
     return GoodputPolicy(
         context.num_speculative_tokens,
         context.max_num_seqs,
-        goals,
+        slo,
         store,
         calibrating=options.calibrating,
         log_changes=options.log_decisions,
@@ -72,10 +75,17 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1e3
 
 
+def _calibration_options(options: GoodputOptions) -> Mapping[str, Any]:
+    if not options.keep_costs:
+        raise ValueError("[speculation] keep_costs = false: what is learned would be lost")
+    return {"calibrating": True}
+
+
 PLUGIN = Plugin(
     slot="speculation",
     name="goodput",
-    summary="as many draft tokens as bring more tokens a second, request by request; none where none do",
+    summary="as many draft tokens as yield more tokens per second, for each request; none where none do",
     options=GoodputOptions,
     build=_build,
+    calibration_options=_calibration_options,
 )

@@ -1,12 +1,11 @@
-"""The ``goodput`` policy: for every step the draft lengths with the most expected accepted tokens a second.
+"""The ``goodput`` policy: for every step the draft lengths with the most expected tokens per second.
 
-It knows requests, acceptances and step times, nothing of an engine: the same object serves vLLM's synchronous and
+It knows requests, acceptance and step times, nothing of an engine: the same object serves vLLM's synchronous and
 asynchronous schedulers, the simulator and the tests.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant import DraftCost, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
-from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
+from vllm_instant_plugins.acceptance import AcceptanceModel
 from vllm_instant_plugins.goodput.costs import StepCosts
-from vllm_instant_plugins.goodput.decision_log import Decision, Trace
-from vllm_instant_plugins.goodput.draft_cost import FREE, Pricing
-from vllm_instant_plugins.goodput.exploration import Explorer, Situation
-from vllm_instant_plugins.goodput.latency_slo import LatencyGoals
-from vllm_instant_plugins.goodput.planner import Choice, choose, max_step
-from vllm_instant_plugins.goodput.request_kernels import believe
-from vllm_instant_plugins.goodput.request_table import Batch, RequestTable, whole_numbers
+from vllm_instant_plugins.goodput.decision_log import Decision, DecisionLog
+from vllm_instant_plugins.goodput.draft_cost import FREE, DraftCostEstimator
+from vllm_instant_plugins.goodput.exploration import Explorer, StepContext
+from vllm_instant_plugins.goodput.latency_slo import LatencySlo
+from vllm_instant_plugins.goodput.planner import StepPlan, max_step_seconds, no_drafts
+from vllm_instant_plugins.goodput.request_table import Batch, RequestTable, to_indices
 from vllm_instant_plugins.state_store import PersistentState
 
 logger = logging.getLogger("vllm.instant")
@@ -35,30 +33,30 @@ Array = npt.NDArray[np.float64]
 SWITCH_ON_GAIN = 0.02
 """Drafting starts when this much more is expected than without; it stops when less than without is expected."""
 STEADY_STEPS = 48
-CLEAR_GAIN = 0.05
-"""For so many steps after it started or stopped, this much of a difference is needed."""
-RESTING_STEPS = 4
+"""For this many steps after drafting started or stopped,"""
+STEADY_GAIN = 0.05
+"""this much of a difference is needed to change it back."""
+BACKOFF_STEPS = 4
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
 FIRST_OBSERVATIONS = 20
-"""Saved as soon as so much was learned for the first time: a server that is killed at once leaves something, too."""
-_FORGETTING = 0.97
+"""Costs are first saved after this many observations, so that a server that is killed early leaves something, too."""
+_MEMORY = 0.97
 
 
 class GoodputPolicy(SpeculationPolicy):
-    """Chooses draft lengths by expected tokens a second.
+    """Chooses draft lengths by expected tokens per second.
 
     Args:
-        max_draft_tokens: most draft tokens that a request can get.
-        max_requests: most requests that decode together.
-        goals: latency goals, if any.
-        store: keeps what was learned about costs, if anything shall.
-        calibrating: try draft lengths at random, to learn the costs of all of them, instead of choosing the best.
+        max_draft_tokens: limit of a request's draft tokens in one step.
+        max_requests: limit of requests that decode together.
+        slo: latency goals, if any.
+        store: keeps learned costs; None: they are not kept.
+        calibrating: try random draft lengths, to learn the costs of all of them, instead of choosing the best.
         log_changes: log when drafting starts or stops to pay.
-        confident_drafts: the drafter says how sure it is, and its drafts are cut by ``price``: then it is asked for
-            as much as it can as soon as what it delivers earns its price, however seldom that is.
-        slowest_request: least speed that a request shall keep whose drafts bring it less than the longer steps cost it,
-            relative to no drafts.
+        confident_drafts: the drafter states confidences, and its drafts are trimmed by ``draft_cost``: then it is asked
+            for as much as it can deliver as soon as that earns its cost, however rarely it delivers anything.
+        slowest_request: lower bound on the speed of each request, relative to no drafts.
         clock: seconds, monotonic.
 
     """
@@ -67,7 +65,7 @@ class GoodputPolicy(SpeculationPolicy):
         self,
         max_draft_tokens: int,
         max_requests: int,
-        goals: LatencyGoals | None = None,
+        slo: LatencySlo | None = None,
         store: PersistentState | None = None,
         calibrating: bool = False,
         log_changes: bool = False,
@@ -77,31 +75,31 @@ class GoodputPolicy(SpeculationPolicy):
     ) -> None:
         self.acceptance = AcceptanceModel(max(1, max_draft_tokens))
         self.costs = StepCosts(max_requests * (max_draft_tokens + 1))
-        self.explorer = Explorer(self.costs)
-        self.roster = RequestTable()
-        self.trace = Trace()
+        self.table = RequestTable()
+        self.explorer = Explorer(self.costs, self.table)
+        self.log = DecisionLog()
         self.drafting = False
         """Whether drafting pays at present; changes with hysteresis."""
         self._switched_at = -STEADY_STEPS
         self.switches = 0
-        """How often ``drafting`` changed."""
-        self._goals = goals
+        """Number of changes of ``drafting``."""
+        self._slo = slo
         self._store = store
         self._calibrating = calibrating
         self._log_changes = log_changes
         self._confident = confident_drafts
-        self._slowest = slowest_request
+        self._slowest_request = slowest_request
         self._draft_cost = FREE
-        self._pricing = Pricing(self.costs)
-        self._sweep = np.random.default_rng(0)
+        self._draft_costs = DraftCostEstimator(self.costs)
+        self._random = np.random.default_rng(0)
         self._clock = clock
         self._saved_at = clock()
         self._saved_observations = 0
-        self._hoped, self._got = 10.0, 10.0
-        """Accepted tokens that were expected and that came, recently."""
-        self._resting: Decision | None = None
-        self._resting_until = 0
-        """While off with the same requests, the same decision holds for some steps without being worked out again."""
+        self._expected, self._accepted = 10.0, 10.0
+        """Accepted tokens that were expected and that were observed; older steps fade."""
+        self._backoff: Decision | None = None
+        self._backoff_until = 0
+        """While off with the same requests, the same decision holds for some steps without being computed again."""
         self._newest_step = 0
         if store is not None:
             saved = store.load()
@@ -111,247 +109,261 @@ class GoodputPolicy(SpeculationPolicy):
     # ---------------------------------------------------------------------------------------------- requests
 
     def enter(self, request: RequestState) -> None:
-        """Put the request into its class."""
+        """Add a request to its acceptance class."""
         index = request.index
-        self.roster.enter(request, self._newest_step)
-        self.explorer.enter(index, 0.0 if self.drafting else request.num_prompt_tokens)
+        self.table.enter(request, self._newest_step, 0.0 if self.drafting else request.num_prompt_tokens)
         kind = (min(round(request.temperature * 2), 4), request.structured_output)
         self.acceptance.enter(index, kind, request.prompt_group)
-        if self._goals is not None:
-            self._goals.enter(index)
+        if self._slo is not None:
+            self._slo.enter(index)
 
-    # ----------------------------------------------------------------------------------------------- choosing
+    # ----------------------------------------------------------------------------------------------- planning
 
     def get_num_draft_tokens(self, step: UpcomingStep) -> Sequence[int]:
-        """The lengths with the most expected tokens a second, or an exploration that is worth its price."""
-        requests = step.requests
-        count = len(requests)
+        """The draft lengths with the most expected tokens per second, or an exploration that is worth its loss."""
         self._newest_step = step.number
-        if count == 0:
+        if not step.requests:
             return []
-        self.explorer.allowance.step()
-        # What is tried in order to learn is not cut by what is believed.
+        self.explorer.budget.step()
+        # Explorations are not trimmed by the estimates that they are meant to correct.
         self._draft_cost = FREE
-        batch = self.roster.batch(requests)
-        resting = self._resting
-        if (
-            resting is not None
-            and step.number < self._resting_until
-            and not self.explorer.follow_up
-            and (resting.batch is batch or np.array_equal(resting.batch.indices, batch.indices))
-        ):
-            return self._decide(step, batch, resting.first, resting.choice, resting.lengths, "off")
-        self._resting = None
-        reach = self.acceptance.reach(batch.indices)
-        pins, free = batch.pins, batch.free
-        if not len(free):
-            choice = Choice(pins, int(pins.max()), count, 1.0, 1.0, count, 1.0)
-            return self._decide(step, batch, reach[:, 0].copy(), choice, pins, "pinned")
-        believed, first, yields, context = self._believe(batch, reach)
+        batch = self.table.batch(step.requests)
+        repeated = self._repeat(step, batch)
+        if repeated is not None:
+            return repeated
+        survival = self.acceptance.survival(batch.indices)
+        if not len(batch.adaptive):
+            plan = no_drafts(len(batch.requests), batch.fixed_lengths)
+            return self._record(step.number, batch, survival[:, 0].copy(), plan, batch.fixed_lengths, "pinned")
+        now = self._estimate(step, batch, survival)
         if not self.costs.ready:
-            # Nothing was measured yet; the first step shows what one costs without drafts.
-            choice = Choice(np.zeros(count, np.intp), 0, count, 1.0, 1.0, count, 1.0)
-            return self._decide(step, batch, first, choice, choice.lengths, "learning")
-        goals = self._goals
-        more_rows = 0.0 if batch.all_free else float(pins[pins >= 0].sum())
-        max_rows = self._max_rows(count)
-        best = functools.partial(
-            choose,
-            costs=self.costs,
-            context=context,
-            max_rows=max_rows,
-            max_seconds=goals.max_seconds(step) if goals is not None else np.inf,
-            weights=goals.weights(batch.indices) if goals is not None else None,
-            yields=yields,
-            more_rows=more_rows,
+            plan = now.plan
+            return self._record(step.number, batch, now.first_acceptance, plan, plan.num_draft_tokens, "learning")
+        max_seconds = self._plan(now)
+        plan, num_draft_tokens, reason = self._explore_or_follow(now, max_seconds)
+        result = self._record(step.number, batch, now.first_acceptance, plan, num_draft_tokens, reason)
+        if reason == "off" and self._slo is None and batch.all_adaptive:
+            self._backoff, self._backoff_until = self.log.newest_decision, step.number + BACKOFF_STEPS
+        return result
+
+    def _repeat(self, step: UpcomingStep, batch: Batch) -> Sequence[int] | None:
+        """The last decision once more, while it was to draft nothing for the same requests a few steps ago."""
+        last = self._backoff
+        if (
+            last is not None
+            and step.number < self._backoff_until
+            and not self.explorer.follow_up
+            and (last.batch is batch or np.array_equal(last.batch.indices, batch.indices))
+        ):
+            return self._record(step.number, batch, last.first_acceptance, last.plan, last.num_draft_tokens, "off")
+        self._backoff = None
+        return None
+
+    def _estimate(self, step: UpcomingStep, batch: Batch, survival: Array) -> StepContext:
+        """Everything that plans for this step are made with."""
+        survival, first, delivery_rate, context = self.table.calibrate(batch, self._calibration_factor(), survival)
+        fixed_lengths = batch.fixed_lengths
+        more_rows = 0.0 if batch.all_adaptive else float(fixed_lengths[fixed_lengths >= 0].sum())
+        slo = self._slo
+        return StepContext(
+            step.number,
+            batch,
+            self.costs,
+            context,
+            survival,
+            first,
+            step.max_draft_tokens,
+            self._max_rows(len(batch.requests)),
+            slo.max_seconds(step) if slo is not None else np.inf,
+            delivery_rate,
+            slo.weights(batch.indices) if slo is not None else None,
+            more_rows,
             drafting_counts=not self._confident,
         )
-        choice = best(believed)
-        longest = np.inf
-        if self._slowest and (self._confident or choice.seconds * self._slowest > choice.off_seconds):
-            longest = max_step(choice, believed, yields, self._slowest)
-        if choice.seconds > longest:
-            best = functools.partial(best, max_seconds=min(longest, best.keywords["max_seconds"]))
-            choice = best(believed)
+
+    def _plan(self, now: StepContext) -> float:
+        """Find the best plan that slows no request down too much; returns the longest step that allows that."""
+        plan = now.best(now.survival)
+        max_seconds = np.inf
+        floor = self._slowest_request
+        if floor and (self._confident or plan.seconds * floor > plan.baseline_seconds):
+            max_seconds = max_step_seconds(plan, now.survival, now.delivery_rate, floor)
+        if plan.seconds > max_seconds:
+            now.max_seconds = min(max_seconds, now.max_seconds)
+            plan = now.best(now.survival)
+        now.plan = plan
+        return max_seconds
+
+    def _explore_or_follow(self, now: StepContext, max_seconds: float) -> tuple[StepPlan, Indices, str]:
+        """The plan that counts, the draft tokens of this step and the reason: an exploration, or what seems best."""
         if self._calibrating:
-            return self._decide(step, batch, first, choice, self._any_lengths(count, step), "calibrating")
-        gain = choice.return_on_drafts if self._confident else choice.gain
-        trim_drafts = choice.passes > 0 and gain >= self._min_gain(step.number)
-        if trim_drafts != self.drafting:
-            self.drafting = trim_drafts
-            self.switches += 1
-            self._switched_at = step.number
-            if self._log_changes:
-                self._log_change(choice, first)
-        now = Situation(
-            step.number, batch.indices, free, context, more_rows, believed, best, choice, step.max_draft_tokens
-        )
-        explorer = self.explorer
-        uncertain = explorer.uncertain(now, trim_drafts)
+            return now.plan, self._random_lengths(now), "calibrating"
+        drafting = self._update_drafting(now)
+        uncertain = self.explorer.uncertain_cost(now, drafting)
         if uncertain is not None:
-            return self._decide(step, batch, first, uncertain, uncertain.lengths, "costs")
-        rests = False
-        if trim_drafts:
-            lengths, reason = explorer.while_drafting(now)
+            return uncertain, uncertain.num_draft_tokens, "costs"
+        if drafting:
+            num_draft_tokens, reason = self.explorer.while_drafting(now)
             if self._confident and reason != "reference":
-                most = len(free) * step.max_draft_tokens
-                self._draft_cost = self._pricing.draft_cost(choice, context, more_rows, most, max_rows, longest)
-            if self._confident and goals is None:
-                # Whose drafts come true may get as much as its drafter is sure of.
-                sure = (lengths > 0) & (believed[:, 0] >= self._draft_cost.per_token)
-                lengths = np.where(sure, step.max_draft_tokens, lengths)
-        else:
-            self._hoped, self._got = 0.1 + 0.99 * self._hoped, 0.1 + 0.99 * self._got
-            trial = explorer.trial(now)
-            if trial is not None:
-                return self._decide(step, batch, first, trial, trial.lengths, "trial")
-            lengths, reason = explorer.while_off(now)
-            rests = reason == "off" and goals is None and batch.all_free
-        plan = self._decide(step, batch, first, choice, lengths, reason)
-        if rests:
-            self._resting, self._resting_until = self.trace.newest_decision, step.number + RESTING_STEPS
-        return plan
+                num_draft_tokens = self._price(now, num_draft_tokens, max_seconds)
+            return now.plan, num_draft_tokens, reason
+        # While nothing is drafted, confidence in the estimates returns slowly.
+        self._expected, self._accepted = 0.1 + 0.99 * self._expected, 0.1 + 0.99 * self._accepted
+        trial = self.explorer.trial(now)
+        if trial is not None:
+            return trial, trial.num_draft_tokens, "trial"
+        return (now.plan, *self.explorer.while_off(now))
 
-    def _believe(self, batch: Batch, reach: Array) -> tuple[Array, Array, Array | None, float]:
-        """What plans are made with, from the estimated chances, whose array is used again.
-
-        Returns:
-            Chances as far as such estimates have come true, the estimates of first draft tokens, the share of the
-            granted tokens that the drafter delivers (None: all; a lookup often finds nothing), and tokens of context.
-
-        """
-        first, yields = np.empty(len(reach)), np.empty(len(reach))
-        roster = self.roster
-        context, least = believe(
-            batch.indices,
-            batch.pins,
-            self._realism(),
-            roster.context,
-            roster.granted,
-            roster.proposed,
-            first,
-            yields,
-            reach,
-        )
-        return reach, first, None if least > 0.98 else yields, context
-
-    def _max_rows(self, requests: int) -> float:
-        """Not far beyond what was measured: the first steps go up by degrees."""
-        return max(2.0 * requests, 1.5 * self.costs.largest_rows + 8)
-
-    def draft_cost(self) -> DraftCost:
-        """What drafts cost in the step that was planned last."""
-        return self._draft_cost
+    def _update_drafting(self, now: StepContext) -> bool:
+        """Whether drafting pays now: harder to reach when it is off, harder to leave when it is on."""
+        plan = now.plan
+        gain = plan.return_on_drafts if self._confident else plan.gain
+        drafting = plan.draft_steps > 0 and gain >= self._min_gain(now.number)
+        if drafting != self.drafting:
+            self.drafting = drafting
+            self.switches += 1
+            self._switched_at = now.number
+            if self._log_changes:
+                self._log_change(plan, now.first_acceptance)
+        return drafting
 
     def _min_gain(self, number: int) -> float:
-        """The gain from which drafting pays now: harder to reach when it is off, harder to leave when it is on.
-
-        For some steps after a change only a clear difference changes it back, so that it never flaps.
-        """
+        """The gain from which drafting pays; for some steps after a change only a clear difference changes it back."""
         recent = number - self._switched_at < STEADY_STEPS
         if self.drafting:
-            return 1.0 - (CLEAR_GAIN if recent else 0.0)
-        return 1.0 + (CLEAR_GAIN if recent else SWITCH_ON_GAIN)
+            return 1.0 - (STEADY_GAIN if recent else 0.0)
+        return 1.0 + (STEADY_GAIN if recent else SWITCH_ON_GAIN)
 
-    def _log_change(self, choice: Choice, first: Array) -> None:
+    def _price(self, now: StepContext, num_draft_tokens: Indices, max_seconds: float) -> Indices:
+        """Set the cost by which a drafter with confidences trims its drafts, and ask it for all that it can deliver."""
+        max_draft_tokens = len(now.batch.adaptive) * now.max_draft_tokens
+        self._draft_cost = self._draft_costs.draft_cost(
+            now.plan, now.context, now.more_rows, max_draft_tokens, now.max_rows, max_seconds
+        )
+        if self._slo is not None:
+            return num_draft_tokens
+        earns_cost = (num_draft_tokens > 0) & (now.survival[:, 0] >= self._draft_cost.per_token)
+        return np.where(earns_cost, now.max_draft_tokens, num_draft_tokens)
+
+    def _max_rows(self, num_requests: int) -> float:
+        """Not far beyond what was measured: the first steps grow by degrees."""
+        return max(2.0 * num_requests, 1.5 * self.costs.max_measured_rows + 8)
+
+    def draft_cost(self) -> DraftCost:
+        """Cost of drafts in the step that was planned last."""
+        return self._draft_cost
+
+    def _log_change(self, plan: StepPlan, first_acceptance: Array) -> None:
         logger.info(
-            "step %d, %d requests: %s. Estimated acceptance of a first draft token %.0f %%; the best plan gives "
-            "%.2f times the tokens a second of no drafts (%.1f tokens in %.1f ms against %d in %.1f ms)",
+            "step %d, %d requests: %s. Estimated acceptance of a first draft token %.0f %%; the best plan yields "
+            "%.2f times the tokens per second of no drafts (%.1f tokens in %.1f ms against %d in %.1f ms)",
             self._newest_step,
-            choice.requests,
+            plan.num_requests,
             "drafting begins" if self.drafting else "drafting ends",
-            100 * float(first.mean()),
-            choice.gain,
-            choice.tokens,
-            1e3 * choice.seconds,
-            choice.requests,
-            1e3 * choice.off_seconds,
+            100 * float(first_acceptance.mean()),
+            plan.gain,
+            plan.tokens,
+            1e3 * plan.seconds,
+            plan.num_requests,
+            1e3 * plan.baseline_seconds,
         )
 
-    def _realism(self) -> float:
-        """How many accepted tokens come for each that is expected: the best-looking estimates are often lucky ones."""
-        return min(max(self._got / self._hoped, 0.6), 1.2)
+    def _calibration_factor(self) -> float:
+        """Accepted tokens per expected one: whichever estimates look best are too high on average."""
+        return min(max(self._accepted / self._expected, 0.6), 1.2)
 
-    def _any_lengths(self, count: int, step: UpcomingStep) -> Indices:
-        """Lengths at random: the same for all, or for each request its own, or none."""
-        most = int(self._sweep.integers(0, step.max_draft_tokens + 1))
-        if self._sweep.random() < 0.5:
-            return np.full(count, most)
-        return self._sweep.integers(0, most + 1, count)
+    def _random_lengths(self, now: StepContext) -> Indices:
+        """Random lengths: the same for all, or each request its own, or none."""
+        count = now.plan.num_requests
+        longest = int(self._random.integers(0, now.max_draft_tokens + 1))
+        if self._random.random() < 0.5:
+            return np.full(count, longest)
+        return self._random.integers(0, longest + 1, count)
 
-    def _decide(
-        self, step: UpcomingStep, batch: Batch, first: Array, choice: Choice, lengths: Indices, reason: str
+    def _record(
+        self,
+        number: int,
+        batch: Batch,
+        first_acceptance: Array,
+        plan: StepPlan,
+        num_draft_tokens: Indices,
+        reason: str,
     ) -> Sequence[int]:
-        if not batch.all_free:
-            lengths = np.where(batch.pins < 0, lengths, batch.pins)
-        missed, granted = self.explorer.drafted(batch.indices, lengths, step.number)
-        hoped = (choice.tokens - choice.requests) / self._realism()
-        self.trace.add(Decision(step.number, reason, batch, lengths, first, choice, hoped, granted, missed))
-        plan: list[int] = lengths.tolist()
-        return plan
+        """Grant the draft tokens, fixed lengths as clients asked, and log the decision."""
+        if not batch.all_adaptive:
+            num_draft_tokens = np.where(batch.fixed_lengths < 0, num_draft_tokens, batch.fixed_lengths)
+        uncached_tokens, granted = self.table.grant(batch, num_draft_tokens, number)
+        expected = (plan.tokens - plan.num_requests) / self._calibration_factor()
+        self.log.add(
+            Decision(
+                number, reason, batch, num_draft_tokens, first_acceptance, plan, expected, granted, uncached_tokens
+            )
+        )
+        granted_lengths: list[int] = num_draft_tokens.tolist()
+        return granted_lengths
 
     # ------------------------------------------------------------------------------------------------ learning
 
     def observe(self, outcome: StepOutcome) -> None:
-        """Learn acceptance, step time, and how far to trust the expectations."""
-        count = len(outcome.requests)
-        if count == 0:
+        """Learn acceptance, step time, and how accurate the expectations were."""
+        if not outcome.requests:
             return
-        batch = self.roster.batch(outcome.requests)
-        drafted, accepted = whole_numbers(outcome.drafted), whole_numbers(outcome.accepted)
-        context, total, kept = self.roster.advance(batch, drafted, accepted)
-        if self._goals is not None:
-            self._goals.observe(batch.indices, accepted + 1)
-        self._pricing.observe(total)
-        decision = self.trace.of_step(outcome.number - 1)
+        batch = self.table.batch(outcome.requests)
+        drafted, accepted = to_indices(outcome.drafted), to_indices(outcome.accepted)
+        context, total, num_accepted = self.table.advance(batch, drafted, accepted)
+        if self._slo is not None:
+            self._slo.observe(batch.indices, accepted + 1)
+        self._draft_costs.observe(total)
+        decision = self.log.of_step(outcome.number - 1)
         if decision is not None:
-            decision.drafted, decision.accepted, decision.took = total, kept, outcome.seconds
-            decision.produced = kept + count
-            decision.prompt_tokens = outcome.num_scheduled_tokens - count - total
+            decision.set_outcome(outcome, total, num_accepted)
             if total or decision.granted:
                 self._compare(decision, batch, drafted, accepted)
         self.acceptance.observe(batch.indices, drafted, accepted)
-
-        planned = self.trace.of_step(outcome.number)
+        planned = self.log.of_step(outcome.number)
         if planned is None or not planned.granted:
-            self.explorer.not_drafted(batch.indices, accepted)
+            self.table.drafter_was_off(batch, accepted)
         else:
-            self.explorer.not_all_drafted(planned.batch.indices, planned.lengths)
+            self.table.drafter_skipped(planned.batch, planned.num_draft_tokens)
+        self._observe_costs(outcome, planned, context, total)
+
+    def _observe_costs(self, outcome: StepOutcome, planned: Decision | None, context: float, total: int) -> None:
         if outcome.experts is not None:
             self.costs.experts.observe(outcome.experts)
+        count = len(outcome.requests)
         rows = count + total
-        if outcome.num_scheduled_tokens == rows and outcome.seconds > 0:
-            # A drafter that shares the work may have left its model out, or read more than was thought, or less.
-            thought = planned.missed if planned is not None and outcome.draft_steps else 0.0
-            missed = thought if outcome.uncached_tokens is None else outcome.uncached_tokens
-            features = self.costs.features(rows, context, total, outcome.draft_steps, count, missed)
-            self.costs.observe(features, outcome.seconds)
-            self._keep()
+        if outcome.num_scheduled_tokens != rows or outcome.seconds <= 0:
+            return  # it read prompts, too, whose cost is not modelled
+        # A hybrid drafter may have left its model out, or read more than was assumed, or less.
+        assumed = planned.uncached_tokens if planned is not None and outcome.draft_steps else 0.0
+        uncached_tokens = assumed if outcome.uncached_tokens is None else outcome.uncached_tokens
+        features = self.costs.features(rows, context, total, outcome.draft_steps, count, uncached_tokens)
+        self.costs.observe(features, outcome.seconds)
+        self._save_sometimes()
 
     def _compare(self, decision: Decision, batch: Batch, drafted: Indices, accepted: Indices) -> None:
-        """Set what came out beside what was expected."""
-        planned, known, kept = self.roster.compare(
-            decision.number, decision.batch, decision.lengths, batch, drafted, accepted
+        """Compare the outcome with what was expected."""
+        planned, known, num_accepted = self.table.compare(
+            decision.number, decision.batch, decision.num_draft_tokens, batch, drafted, accepted
         )
         if decision.reason in ("draft", "trial", "costs"):
-            # Requests that have ended since do not count, nor those that were not planned for.
-            self._hoped = _FORGETTING * self._hoped + decision.hoped * known / max(planned, 1)
-            self._got = _FORGETTING * self._got + kept
+            # Neither requests that have ended since nor requests that were not planned for count.
+            self._expected = _MEMORY * self._expected + decision.expected_accepted * known / max(planned, 1)
+            self._accepted = _MEMORY * self._accepted + num_accepted
         elif decision.reason in ("probe", "follow-up") and decision.drafted:
-            hoped = float((drafted > 0) @ self.acceptance.reach(batch.indices)[:, 0])
-            if int(accepted.sum()) > hoped + 0.5:
+            expected = float((drafted > 0) @ self.acceptance.survival(batch.indices)[:, 0])
+            if int(accepted.sum()) > expected + 0.5:
                 self.explorer.follow_up = min(2 * int((drafted > 0).sum()), len(drafted))
 
-    def _keep(self) -> None:
-        """Save the costs now and then."""
+    def _save_sometimes(self) -> None:
         if self._store is None:
             return
         now = self._clock()
-        news = self.costs.observations - self._saved_observations
-        due = news >= SAVE_OBSERVATIONS and now - self._saved_at >= SAVE_SECONDS
-        if due or (not self._saved_observations and news >= FIRST_OBSERVATIONS):
+        unsaved = self.costs.observations - self._saved_observations
+        due = unsaved >= SAVE_OBSERVATIONS and now - self._saved_at >= SAVE_SECONDS
+        if due or (not self._saved_observations and unsaved >= FIRST_OBSERVATIONS):
             self._saved_at, self._saved_observations = now, self.costs.observations
-            self._store.save_aside(self.costs.state())
+            self._store.save_in_background(self.costs.state())
 
     def close(self) -> None:
         """Save the costs."""
@@ -361,5 +373,5 @@ class GoodputPolicy(SpeculationPolicy):
     # ----------------------------------------------------------------------------------------------- explaining
 
     def decisions(self, last: int, request_id: str | None = None) -> Sequence[Mapping[str, Any]]:
-        """The newest decisions, see ``trace.Decision``."""
-        return self.trace.newest(last, request_id)
+        """The newest decisions; see ``decision_log.Decision.to_dict``."""
+        return self.log.newest(last, request_id)

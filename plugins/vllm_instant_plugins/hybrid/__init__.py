@@ -1,1 +1,1 @@
-"""Lookup and draft model together: for each request and step, whichever is expected to bring more."""
+"""The ``hybrid`` drafter: lookup and draft model, for each request and step whichever is expected to gain more."""

@@ -1,4 +1,4 @@
-"""With how many passes of the draft model all requests together gain most, each from its better source."""
+"""The number of draft-model steps that gains most for all requests together, each served by its better source."""
 
 from __future__ import annotations
 
@@ -14,71 +14,74 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Lookups:
-    """What requests get from the lookup; accepted tokens, ``[requests]``."""
+    """The lookup's drafts, ``[requests]``; values in accepted tokens."""
 
     value: Array
-    """What its draft is worth."""
+    """Expected accepted tokens."""
     gain: Array
-    """What of it is left after its rows are paid."""
+    """Expected accepted tokens net of the cost of their rows."""
     rows: npt.NDArray[np.intp]
-    """Its draft tokens."""
+    """Draft tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What the draft model has to read before it drafts, ``[requests]``."""
+class CatchUp:
+    """What the draft model must read before it drafts, ``[requests]``."""
 
-    missed: npt.NDArray[np.intp]
-    """Tokens of each request."""
+    uncached_tokens: npt.NDArray[np.intp]
+    """Tokens that it has not read."""
     steps: Array
-    """In how many steps that is paid off."""
+    """Steps over which the cost of reading them is spread."""
 
 
-def best_passes(
-    reached: Array,
-    own: Lookups,
-    reading: Reading,
-    row_price: Array,
+def best_draft_steps(
+    survival: Array,
+    lookups: Lookups,
+    catch_up: CatchUp,
+    row_cost: Array,
     pinned: npt.NDArray[np.bool_],
     draft_cost: DraftCost,
 ) -> tuple[int, npt.NDArray[np.bool_], npt.NDArray[np.intp], float]:
-    """The passes that are worth most.
+    """The number of draft steps with the highest total value.
 
     Args:
-        reached: what each token of the draft model is expected to be worth, ``[requests, positions]``, falling.
-        own: the lookup's drafts.
-        reading: what the model has missed.
-        row_price: what one draft token more costs each request, ``[requests]``.
-        pinned: whose clients asked for their length, and are served whatever it costs, ``[requests]``.
-        draft_cost: of the step, with ``batch``.
+        survival: expected value of each token of the draft model, ``[requests, positions]``, falling.
+        lookups: the lookup's drafts.
+        catch_up: what the model must read first.
+        row_cost: cost of one more draft token of each request, ``[requests]``.
+        pinned: requests whose clients fixed the draft length, and which are served at any cost, ``[requests]``.
+        draft_cost: costs of the step, with ``verify_cost_curve``.
 
     Returns:
-        The passes, 0 or more; whom the model serves then; its tokens that are worth their rows; and what all is worth.
+        The draft steps, 0 or more; the requests that the model serves then; their tokens that are worth their rows;
+        and the total value.
 
     """
-    requests, positions = reached.shape
-    earned = np.maximum(reached - row_price[:, None], 0.0)
-    # [requests, passes]: what each gets and gains from the draft model by passes, from 0 on.
-    value, gain, rows = np.zeros((3, requests, positions + 1))
-    np.cumsum(np.where(earned > 0, reached, 0.0), axis=1, out=value[:, 1:])
+    num_requests, positions = survival.shape
+    earned = np.maximum(survival - row_cost[:, None], 0.0)
+    # Value, gain and rows of each request from the draft model, by draft steps from 0: [requests, 1 + positions].
+    value, gain, rows = np.zeros((3, num_requests, positions + 1))
+    np.cumsum(np.where(earned > 0, survival, 0.0), axis=1, out=value[:, 1:])
     np.cumsum(earned, axis=1, out=gain[:, 1:])
     np.cumsum(earned > 0, axis=1, out=rows[:, 1:])
-    to_read = np.where(pinned, 0.0, draft_cost.catch_up_per_token * reading.missed / reading.steps)
-    gain[:, 1:] -= to_read[:, None]
-    by_model = gain > own.gain[:, None]
-    together = np.where(by_model, value - to_read[:, None], own.value[:, None]).sum(0)
-    resumes = by_model & (reading.missed > 0)[:, None]
-    together -= draft_cost.catch_up_fixed * resumes.any(0) / np.where(resumes, reading.steps[:, None], 1.0).max(0)
-    together -= rows_cost(
-        draft_cost, np.where(pinned[:, None], 0.0, np.where(by_model, rows, own.rows[:, None])).sum(0)
+    reading = np.where(pinned, 0.0, draft_cost.catch_up_per_token * catch_up.uncached_tokens / catch_up.steps)
+    gain[:, 1:] -= reading[:, None]
+    by_model = gain > lookups.gain[:, None]
+    total = np.where(by_model, value - reading[:, None], lookups.value[:, None]).sum(0)
+    # The fixed cost of catching up is paid once for all requests, and is spread over the longest of their stretches.
+    catches_up = by_model & (catch_up.uncached_tokens > 0)[:, None]
+    spread_over = np.where(catches_up, catch_up.steps[:, None], 1.0).max(0)
+    total -= draft_cost.catch_up_fixed * catches_up.any(0) / spread_over
+    total -= rows_cost(
+        draft_cost, np.where(pinned[:, None], 0.0, np.where(by_model, rows, lookups.rows[:, None])).sum(0)
     )
-    passes = np.arange(positions + 1)
-    together -= np.where(passes > 0, draft_cost.draft_fixed + draft_cost.per_draft_step * passes, 0.0)
-    best = int(together.argmax())
-    return best, by_model[:, best], (earned > 0).sum(1), float(together[best])
+    draft_steps = np.arange(positions + 1)
+    total -= np.where(draft_steps > 0, draft_cost.draft_fixed + draft_cost.per_draft_step * draft_steps, 0.0)
+    best = int(total.argmax())
+    return best, by_model[:, best], (earned > 0).sum(1), float(total[best])
 
 
 def rows_cost(draft_cost: DraftCost, rows: Array) -> Array:
-    """What verifying so many draft tokens in all costs; same shape as ``rows``."""
+    """Cost of verifying these total numbers of draft tokens; same shape as ``rows``."""
     counts, costs = np.array([(0, 0.0), *draft_cost.verify_cost_curve]).T
     return np.asarray(np.interp(rows, counts, costs))

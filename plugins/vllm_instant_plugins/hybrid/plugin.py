@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field
 
-from vllm_instant import Plugin, PluginContext
+from vllm_instant import Deployment, Plugin, PluginContext
+from vllm_instant_plugins import draft_folder
 from vllm_instant_plugins.hybrid.drafter import LookupHybridDrafter
 from vllm_instant_plugins.suffix.plugin import SuffixOptions
 from vllm_instant_plugins.suffix.plugin import build as build_lookup
@@ -41,10 +42,17 @@ def _build(options: HybridOptions, context: PluginContext) -> LookupHybridDrafte
     return LookupHybridDrafter(build_lookup(options, context), context.num_speculative_tokens)
 
 
+def validate(deployment: Deployment) -> Iterable[str]:
+    """A draft model that is written as a path must exist."""
+    choice = deployment.slots["drafter"]
+    if choice.plugin == PLUGIN.name:
+        yield from draft_folder.validate_option(choice.options["model"])
+
+
 PLUGIN = Plugin(
     slot="drafter",
     name="hybrid",
-    summary="lookup or draft model, for each request and step whichever is expected to bring more",
+    summary="lookup or draft model, for each request and step whichever is expected to gain more",
     options=HybridOptions,
     build=_build,
     engine_arguments=_engine_arguments,

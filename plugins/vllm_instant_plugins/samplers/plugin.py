@@ -11,11 +11,11 @@ class RelaxedOptions(PluginOptions):
     """Options of ``relaxed``."""
 
     epsilon: float = Field(
-        ge=0, le=1, description="Total variation by which each token's distribution may differ from the model's."
+        ge=0, le=1, description="Limit of the total variation between each token's distribution and the model's."
     )
 
 
-# PyTorch takes a second to load, which who only lists plugins need not wait for.
+# PyTorch takes a second to import, which commands that only list plugins do not need.
 
 
 def _token(options: PluginOptions, context: PluginContext) -> RejectionSampler:
@@ -42,19 +42,19 @@ PLUGINS = (
     Plugin(
         slot="rejection_sampler",
         name="block",
-        summary="a draft is verified as a whole, which keeps more of it; lossless",
+        summary="block verification: a draft is verified as a whole, which accepts more tokens; lossless",
         build=_block,
     ),
     Plugin(
         slot="rejection_sampler",
         name="token",
-        summary="token by token; lossless",
+        summary="verification token by token; lossless",
         build=_token,
     ),
     Plugin(
         slot="rejection_sampler",
         name="relaxed",
-        summary="keeps more, within a total variation of epsilon of the model for each token",
+        summary="accepts more, within a total variation of epsilon of the model for each token",
         lossy=True,
         options=RelaxedOptions,
         build=_relaxed,

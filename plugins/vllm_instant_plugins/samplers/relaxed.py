@@ -1,20 +1,21 @@
-"""A bounded lossy rule: the target may be bent towards the draft by so much total variation a token, and no more.
+"""A bounded lossy rule: the target is moved towards the draft by at most ``epsilon`` of total variation per token.
 
 **The bound.** Let ``P`` be the target's distribution of a token given everything before it, ``Q`` the draft model's
-and ``epsilon`` the budget. Instead of ``P`` the sampler serves ``P'``, which is ``P`` with chance ``m`` moved from the
-tokens where ``P > Q`` (each gives in proportion to ``P - Q``) to those where ``Q > P > 0`` (each gets in proportion to
-``Q - P``), with ``m = min(epsilon, what the latter can take)``. So ``sum |P' - P| / 2 = m <= epsilon``. The draft is
-then verified against ``P'`` by the lossless block rule, which serves exactly ``P'``, whatever the drafts are. Hence
-each token's distribution, given the tokens before it, is within ``epsilon`` of the target's in total variation; over an
-answer of ``n`` tokens the joint distributions differ by at most ``n * epsilon`` in total variation.
+and ``epsilon`` the budget. Instead of ``P`` the sampler serves ``P'``, which is ``P`` with probability ``m`` moved from
+the tokens where ``P > Q`` (each gives in proportion to ``P - Q``) to those where ``Q > P > 0`` (each gets in proportion
+to ``Q - P``), with ``m = min(epsilon, sum of the latter differences)``. So ``sum |P' - P| / 2 = m <= epsilon``. The
+draft is then verified against ``P'`` by the lossless block rule, which serves exactly ``P'``, whatever the drafts are.
+Hence each token's distribution, given the tokens before it, is within ``epsilon`` of the target's in total variation;
+over an answer of ``n`` tokens the joint distributions differ by at most ``n * epsilon`` in total variation.
 
-**It is the best use of the budget.** A draft token is kept with chance ``sum min(P', Q)``, which no ``P'`` within the
-budget raises by more than ``epsilon``; here it rises by exactly ``m``, because no entry crosses ``Q``.
+**It is the best use of the budget.** A draft token is accepted with probability ``sum min(P', Q)``, which no ``P'``
+within the budget raises by more than ``epsilon``; here it rises by exactly ``m``, because no entry crosses ``Q``.
 
 **What stays exact.** ``epsilon = 0`` is ``block``. Tokens with ``P = 0`` stay impossible, whether a grammar,
 ``allowed_token_ids``, top-k or top-p forbids them. Greedy requests and requests with a seed are verified without loss.
 
-With certain drafts (``Q`` one-hot at ``x``) the rule reads ``P'(x) = P(x) + min(epsilon, 1 - P(x))`` if ``P(x) > 0``.
+With deterministic drafts (``Q`` one-hot at ``x``) the rule reads ``P'(x) = P(x) + min(epsilon, 1 - P(x))`` if ``P(x) >
+0``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from vllm_instant import RejectionSampler, VerificationBatch
 from vllm_instant.speculation.verification import pad_drafts
 from vllm_instant_plugins.samplers import block
-from vllm_instant_plugins.samplers.drawing import replacements
+from vllm_instant_plugins.samplers.draws import replacements
 from vllm_instant_plugins.samplers.residuals import move_towards
 from vllm_instant_plugins.samplers.token import kept_one_by_one, ratios
 
@@ -33,7 +34,7 @@ class RelaxedSampler(RejectionSampler):
     """Lossy within a bound; see the module for the rule and its derivation.
 
     Args:
-        epsilon: total variation that each token's distribution may differ by, in 0..1.
+        epsilon: limit of the total variation of each token's distribution, in 0..1.
 
     """
 
@@ -46,7 +47,7 @@ class RelaxedSampler(RejectionSampler):
         target_probs = step.target_logits.softmax(-1, dtype=torch.float32)
         if step.draft_probs is None:
             chances = ratios(rows, target_probs, None)
-            # Behind a refused draft the others keep their proportions, so that the rest is drawn as it ever is.
+            # The other tokens keep their proportions, so that the residual is the same as without relaxation.
             relaxed = torch.where(chances > 0, (chances + self.epsilon).clamp(max=1.0), chances)
             num_kept = kept_one_by_one(rows, relaxed)
             return num_kept, replacements(rows, num_kept, None, target_probs, None)

@@ -1,7 +1,7 @@
-"""Passes over whole distributions: the only work of a sampler that grows with the vocabulary.
+"""Operations on whole distributions: the only work of a sampler that grows with the vocabulary.
 
-On a CPU a chain of tensor operations would write tens of megabytes of intermediate results, so that one compiled loop
-reads each distribution once instead. Elsewhere tensor operations do.
+On a CPU a chain of tensor operations would write tens of megabytes of intermediate results; instead one compiled loop
+reads each distribution once. Other devices use tensor operations.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def residual_masses(target_probs: torch.Tensor, draft_probs: torch.Tensor, weigh
 
 
 def move_towards(target_probs: torch.Tensor, draft_probs: torch.Tensor, epsilon: float) -> None:
-    """Move ``epsilon`` of each row's chance from where ``P`` exceeds ``Q`` to where ``Q`` exceeds ``P``, in place.
+    """Move probability ``epsilon`` of each row from where ``P`` exceeds ``Q`` to where ``Q`` exceeds ``P``, in place.
 
-    Less is moved where the two are nearer than that. Nothing is moved to tokens that ``P`` forbids.
+    Less is moved where the total variation is smaller. Nothing is moved to tokens with ``P = 0``.
 
     Args:
         target_probs: ``P``, float32 ``[total, vocabulary]``; overwritten.
@@ -57,15 +57,15 @@ def move_towards(target_probs: torch.Tensor, draft_probs: torch.Tensor, epsilon:
 
 
 def compile_for(device: str) -> None:
-    """Compile before the first request would have to wait for it."""
+    """Compile the loops of this device before the first request."""
     if device == "cpu":
         even = torch.full((1, 2), 0.5)
         residual_masses(even, even, torch.ones(1))
         move_towards(even, even.clone(), 0.0)
 
 
-# Slices instead of indices from elsewhere, and choices instead of branches: only then does the compiler work on several
-# entries at a time, which is eight times as fast.
+# Slices that begin at 0, and conditional expressions in place of branches: only then does LLVM vectorize the loops,
+# which makes them eight times as fast.
 
 
 @compiled_sums

@@ -1,8 +1,8 @@
 """Verification token by token (Leviathan et al. 2023, arXiv 2211.17192).
 
-Draft token ``x`` is kept with chance ``min(1, P(x) / Q(x))``; the first one refused is replaced by a draw from the
-normalised positive part of ``P - Q``. vLLM's own sampler does the same, and prepares a replacement for every draft;
-here one is drawn for each request.
+Draft token ``x`` is accepted with probability ``min(1, P(x) / Q(x))``; the first rejected one is replaced by a sample
+from the normalized positive part of ``P - Q``. vLLM's own sampler does the same and prepares a replacement for every
+draft token; here one is sampled per request.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 
 from vllm_instant import RejectionSampler, VerificationBatch
 from vllm_instant.speculation.verification import PaddedDrafts, pad_drafts
-from vllm_instant_plugins.samplers.drawing import probabilities_of_drafts, replacements
+from vllm_instant_plugins.samplers.draws import probabilities_of_drafts, replacements
 
 
 class TokenSampler(RejectionSampler):
-    """Lossless; the best there is when drafts are certain."""
+    """Lossless, and optimal for deterministic drafts."""
 
     def verify(self, step: VerificationBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``RejectionSampler.verify``."""

@@ -202,7 +202,7 @@ class SimilarityPolicy(SchedulingPolicy):
         self._learn()
         if self._store is not None and snapshot.now - self._saved_at > SAVE_INTERVAL_SECONDS:
             self._saved_at, self._num_saved = snapshot.now, self.length_predictor.num_observed
-            self._store.save_aside(self._state())
+            self._store.save_in_background(self._state())
         if not len(self._waiting):
             return
         self._predict_again(snapshot.now)

@@ -1,1 +1,1 @@
-"""Drafts by lookup: what followed the newest tokens before, in the request itself and in what the server wrote."""
+"""The ``suffix`` drafter: lookup of the newest tokens in the request and in earlier outputs."""

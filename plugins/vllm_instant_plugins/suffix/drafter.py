@@ -1,8 +1,8 @@
-"""The ``suffix`` drafter: what followed the newest tokens before.
+"""The ``suffix`` drafter: the tokens that followed earlier occurrences of the newest tokens.
 
-Two sources: the request's own prompt and output, and the outputs of requests that have ended. The one that promises
-more accepted tokens is taken. Proposals and their confidence follow SuffixDecoding (Oliaro et al., 2024); here the
-confidence is learned from what came true, so that it can be weighed against what verification costs.
+Two sources: the request's own prompt and output, and the outputs of requests that have ended. The source with more
+expected accepted tokens is used. Drafts and their confidence follow SuffixDecoding (Oliaro et al. 2024, arXiv
+2411.04975); here the confidence is calibrated by acceptance, so that it can be compared with the cost of verification.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ import numpy as np
 
 from vllm_instant import Draft, Drafter, DraftRequest
 from vllm_instant_plugins.suffix.calibration import ConfidenceCalibrator, RequestCalibration, count_accepted
-from vllm_instant_plugins.suffix.index import MAX_MATCH, NOTHING, Match, TokenIndex, Tokens
+from vllm_instant_plugins.suffix.index import MAX_MATCH, NO_MATCH, Match, TokenIndex, Tokens
 
-LEAST = 0.05
-"""Proposals end before the chance that all of it is accepted falls below this."""
+MIN_SURVIVAL = 0.05
+"""A draft ends before the probability that all of it is accepted falls below this."""
 MAX_GROUPS = 4096
-"""Tenants that are told apart at a time; who comes back after so many others starts with an empty history."""
+"""Limit of the cache salts whose histories are kept apart; one that returns after this many others starts anew."""
 
 
 @dataclass
-class _Own:
-    """One live request."""
-
+class _LiveRequest:
     index: TokenIndex
     num_prompt_tokens: int
     group: int
-    predictability: RequestCalibration = field(default_factory=RequestCalibration)
-    found: Match = NOTHING
+    calibration: RequestCalibration = field(default_factory=RequestCalibration)
+    match: Match = NO_MATCH
     from_history: bool = False
 
 
@@ -39,62 +37,62 @@ class SuffixDrafter(Drafter):
     """Lookup in a request's own tokens and in a shared history.
 
     Args:
-        max_model_len: most tokens of a request.
-        history_tokens: tokens of ended requests that are kept; 0 for none. The oldest make room.
-        across_tenants: whether requests see the history of other cache salts.
+        max_model_len: limit of a request's tokens.
+        history_tokens: tokens of ended requests that are kept, the newest ones; 0 for none.
+        share_across_cache_salts: whether requests use the history of other cache salts.
 
     """
 
-    def __init__(self, max_model_len: int, history_tokens: int, across_tenants: bool = False) -> None:
-        self._most = max_model_len
-        self._own: dict[str, _Own] = {}
+    def __init__(self, max_model_len: int, history_tokens: int, share_across_cache_salts: bool = False) -> None:
+        self._max_model_len = max_model_len
+        self._live: dict[str, _LiveRequest] = {}
         self._history = TokenIndex(history_tokens) if history_tokens else None
-        self._across_tenants = across_tenants
+        self._share_across_cache_salts = share_across_cache_salts
         self._groups: OrderedDict[str, int] = OrderedDict()
         self._next_group = 0
-        self._own_rates, self._history_rates = ConfidenceCalibrator(), ConfidenceCalibrator()
+        self._own_calibrator, self._history_calibrator = ConfidenceCalibrator(), ConfidenceCalibrator()
 
     def warm_up(self) -> None:
-        """Compile, or load what was compiled, now: not while a request waits."""
+        """Compile, or load what was compiled, before the first request."""
         index = TokenIndex(64, growing=True)
         repeated = np.array([1, 2, 3, 1, 2], np.int32)
         index.append(repeated)
-        index.propose(repeated[-2:], 1, self._own_rates.rates, LEAST)
+        index.propose(repeated[-2:], 1, self._own_calibrator.rates, MIN_SURVIVAL)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        """One lookup a request."""
+        """One lookup per request."""
         return [self._propose(request) for request in requests]
 
     def _propose(self, request: DraftRequest) -> Draft:
-        own = self._own.get(request.request_id)
-        if own is None or own.index.stop > len(request.token_ids):
-            own = _Own(TokenIndex(self._most, growing=True), request.num_prompt_tokens, self._group(request.cache_salt))
-            self._own[request.request_id] = own
-        came = request.token_ids[own.index.stop :]
-        if len(own.found.tokens):
-            self._learn(own, came)
-        own.index.append(came)
-        newest = request.token_ids[-MAX_MATCH:]
-        most = request.max_draft_tokens
-        own.found = own.index.propose(newest, most, self._own_rates.rates, LEAST)
-        own.from_history = False
+        live = self._live.get(request.request_id)
+        if live is None or live.index.stop > len(request.token_ids):
+            index = TokenIndex(self._max_model_len, growing=True)
+            live = _LiveRequest(index, request.num_prompt_tokens, self._group(request.cache_salt))
+            self._live[request.request_id] = live
+        new_tokens = request.token_ids[live.index.stop :]
+        if len(live.match.tokens):
+            self._learn(live, new_tokens)
+        live.index.append(new_tokens)
+        newest, limit = request.token_ids[-MAX_MATCH:], request.max_draft_tokens
+        live.match = live.index.propose(newest, limit, self._own_calibrator.rates, MIN_SURVIVAL)
+        live.from_history = False
         if self._history is not None and self._history.stop:
-            found = self._history.propose(newest, most, self._history_rates.rates, LEAST, own.group)
-            if _promise(found) > _promise(own.found):
-                own.found, own.from_history = found, True
-        confidence = np.minimum(own.found.confidence * own.predictability.factor, 1.0)
-        return Draft(own.found.tokens.tolist(), confidence.tolist())
+            match = self._history.propose(newest, limit, self._history_calibrator.rates, MIN_SURVIVAL, live.group)
+            if _expected_tokens(match) > _expected_tokens(live.match):
+                live.match, live.from_history = match, True
+        confidence = np.minimum(live.match.confidence * live.calibration.factor, 1.0)
+        return Draft(live.match.tokens.tolist(), confidence.tolist())
 
-    def _learn(self, own: _Own, came: Tokens) -> None:
-        compared, kept = count_accepted(own.found.tokens, came)
-        if compared:
-            rates = self._history_rates if own.from_history else self._own_rates
-            rates.observe(own.found.matched[:compared], kept)
-            own.predictability.observe(own.found, compared, kept)
+    def _learn(self, live: _LiveRequest, new_tokens: Tokens) -> None:
+        num_compared, num_accepted = count_accepted(live.match.tokens, new_tokens)
+        if num_compared:
+            calibrator = self._history_calibrator if live.from_history else self._own_calibrator
+            calibrator.observe(live.match.matched[:num_compared], num_accepted)
+            live.calibration.observe(live.match, num_compared, num_accepted)
 
     def _group(self, cache_salt: str) -> int:
-        """The number of a tenant's history."""
-        if self._across_tenants:
+        """The number of the history that requests with this cache salt share."""
+        if self._share_across_cache_salts:
             return 0
         group = self._groups.get(cache_salt)
         if group is None:
@@ -107,15 +105,15 @@ class SuffixDrafter(Drafter):
         return group
 
     def forget(self, request_id: str) -> None:
-        """What the request wrote becomes history."""
-        own = self._own.pop(request_id, None)
-        if own is not None and self._history is not None:
-            written = own.index.tokens[own.num_prompt_tokens :]
-            if len(written):
-                self._history.append(written, own.group)
-                self._history.end_sequence(own.group)
+        """Move the output of a request that has ended into the history."""
+        live = self._live.pop(request_id, None)
+        if live is not None and self._history is not None:
+            output = live.index.tokens[live.num_prompt_tokens :]
+            if len(output):
+                self._history.append(output, live.group)
+                self._history.end_sequence(live.group)
 
 
-def _promise(found: Match) -> float:
-    """Accepted tokens to expect of a proposal."""
-    return float(found.confidence.cumprod().sum()) if len(found.tokens) else 0.0
+def _expected_tokens(match: Match) -> float:
+    """Expected accepted tokens of a draft."""
+    return float(match.confidence.cumprod().sum()) if len(match.tokens) else 0.0

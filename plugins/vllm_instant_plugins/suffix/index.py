@@ -1,12 +1,13 @@
-"""Where the newest tokens stood before: a compact index over token sequences.
+"""Earlier occurrences of the newest tokens: a compact index over token sequences.
 
-Like the match finder of a Lempel-Ziv compressor: a hash of every ``ORDER`` consecutive tokens leads to the newest place
-where they stood, and from each place to the one before it. Appending a token costs a constant, finding the longest
-earlier occurrence of the newest tokens a bounded walk over the newest places; memory is at most 32 bytes a token.
+It works like the match finder of a Lempel-Ziv compressor: a hash of every ``ORDER`` consecutive tokens leads to their
+newest occurrence, and each occurrence to the one before it. Appending a token takes constant time, and finding the
+longest earlier occurrence of the newest tokens a bounded walk over the newest ones; memory is at most 32 bytes per
+token.
 
-``TokenIndex`` is a ring: when it is full, the oldest tokens make room. It holds either one request's own tokens or
-the outputs of many requests that have ended; then every token carries the number of its group, and only places of the
-asking group are found.
+``TokenIndex`` is a ring: when it is full, the oldest tokens are overwritten. It holds either one request's own tokens
+or the outputs of many requests that have ended; then every token has the number of its group, and only occurrences in
+the group of the lookup are found.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import numpy.typing as npt
 from vllm_instant_plugins.jit import compiled
 
 ORDER = 2
-"""Tokens that are hashed: the shortest match that counts."""
+"""Tokens that are hashed: the minimum length of a match."""
 MAX_CANDIDATES = 24
-"""Newest places that are compared."""
+"""Limit of the occurrences that are compared, the newest first."""
 MAX_MATCH = 32
-"""Tokens up to which matches are told apart."""
+"""Limit of the length of a match."""
 
 END = -1
-"""Stands in an index where a sequence ends."""
+"""Marks the end of a sequence in an index."""
 
 Tokens = npt.NDArray[np.int32]
 _ENDED = np.array([END], np.int32)
@@ -35,6 +36,7 @@ _ENDED = np.array([END], np.int32)
 @compiled
 def _slot(tokens: Any, stop: int, group: int, mask: int) -> int:
     """Table entry of the ``ORDER`` tokens that end before ``stop`` of a ring."""
+    # The finalizer of MurmurHash3, once per token, starting from the group (golden ratio multiplier).
     mixed = np.uint64(group + 1) * np.uint64(0x9E3779B97F4A7C15)
     for back in range(1, ORDER + 1):
         mixed = (mixed ^ np.uint64(tokens[(stop - back) % len(tokens)])) * np.uint64(0xFF51AFD7ED558CCD)
@@ -44,7 +46,7 @@ def _slot(tokens: Any, stop: int, group: int, mask: int) -> int:
 
 @compiled
 def _append(tokens: Any, groups: Any, previous: Any, heads: Any, stop: int, begin: int, new: Any, group: int) -> int:
-    """Write ``new`` behind place ``stop`` of the ring; its sequence began at ``begin``. Returns the new end."""
+    """Write ``new`` at position ``stop`` of the ring; its sequence began at ``begin``. Returns the new end."""
     capacity, mask = len(tokens), len(heads) - 1
     for token in new:
         tokens[stop % capacity] = token
@@ -61,7 +63,7 @@ def _append(tokens: Any, groups: Any, previous: Any, heads: Any, stop: int, begi
 def _candidates(
     tokens: Any, groups: Any, previous: Any, heads: Any, stop: int, newest: Any, group: int, places: Any, lengths: Any
 ) -> int:
-    """Find where ``newest`` stood; writes the places behind it and the matches' lengths, the newest first."""
+    """Find occurrences of ``newest``, the newest first; writes the positions behind them and the matches' lengths."""
     capacity, mask, wanted = len(tokens), len(heads) - 1, len(newest)
     if wanted < ORDER:
         return 0
@@ -69,10 +71,11 @@ def _candidates(
     place = heads[_slot(newest, wanted, group, mask)]
     found = 0
     for _ in range(MAX_CANDIDATES):
-        # A place is good while its n-gram and one token behind it are still in the ring.
+        # An occurrence is valid while its n-gram and one token behind it are still in the ring.
         if place - ORDER < oldest:
             break
         if place < stop and groups[place % capacity] == group:
+            # Hashes can collide, so that the tokens themselves are compared, backwards from the occurrence.
             length = 0
             while (
                 length < wanted
@@ -90,7 +93,7 @@ def _candidates(
                     break
         before = previous[place % capacity]
         if before >= place:
-            break
+            break  # the ring has overwritten this link: older occurrences have lower positions
         place = before
     return found
 
@@ -104,21 +107,23 @@ def _continue(
     places: Any,
     lengths: Any,
     found: int,
-    hit_rates: Any,
-    least: float,
+    rates: Any,
+    min_survival: float,
     draft: Any,
     confidence: Any,
     matched: Any,
 ) -> int:
-    """Follow what the candidates have in common: at each position the token with the most weight.
+    """Continue the candidates by a weighted vote: at each position the token with the highest weight.
 
-    The weight of a candidate grows with the length of its match. A token's confidence is the share of its weight, times
-    the rate at which matches that long came true (``hit_rates`` by length).
+    With ``n_a`` the length of candidate ``a``'s match, earlier positions of this draft included, its weight is
+    ``n_a ** 2``. A token's confidence is its share of the weight of all candidates, times ``rates[n]``, the rate at
+    which tokens after matches of that length were right. Returns the number of draft tokens.
     """
     capacity = len(tokens)
     active = np.ones(found, np.bool_)
-    reach = 1.0
+    survival = 1.0
     for position in range(len(draft)):
+        # Drop candidates whose sequence ends here, and sum the weights of the others.
         total = best_weight = 0.0
         best = -1
         longest = 0
@@ -130,6 +135,7 @@ def _continue(
                 continue
             weight = float((lengths[a] + position) ** 2)
             total += weight
+        # The token with the highest weight. At most MAX_CANDIDATES candidates: comparing all pairs beats a table.
         for a in range(found):
             if not active[a]:
                 continue
@@ -142,18 +148,19 @@ def _continue(
                 best_weight, best = weight, token
         if best < 0:
             return position
+        # Candidates that disagree with the chosen token say nothing about the tokens behind it.
         for a in range(found):
             if active[a]:
                 if tokens[(places[a] + position) % capacity] == best:
                     longest = max(longest, lengths[a] + position)
                 else:
                     active[a] = False
-        sure = best_weight / total * hit_rates[min(longest, len(hit_rates) - 1)]
-        reach *= sure
-        if reach < least:
+        confident = best_weight / total * rates[min(longest, len(rates) - 1)]
+        survival *= confident
+        if survival < min_survival:
             return position
         draft[position] = best
-        confidence[position] = sure
+        confidence[position] = confident
         matched[position] = longest
     return len(draft)
 
@@ -168,23 +175,23 @@ class Match(NamedTuple):
     """Length of the longest match that each token follows, earlier proposed tokens included."""
 
 
-NOTHING = Match(np.empty(0, np.int32), np.empty(0), np.empty(0, np.int64))
+NO_MATCH = Match(np.empty(0, np.int32), np.empty(0), np.empty(0, np.int64))
 
 
 class TokenIndex:
     """A ring of tokens in which earlier occurrences are found.
 
     Args:
-        capacity: tokens that are kept.
+        capacity: limit of the tokens.
         growing: start small and grow up to ``capacity`` (an index of one request) instead of allocating all at once.
 
     """
 
     def __init__(self, capacity: int, growing: bool = False) -> None:
-        self._most = capacity
+        self._max_tokens = capacity
         self._allocate(min(capacity, 512) if growing else capacity)
         self.stop = 0
-        """Tokens that were ever appended."""
+        """Tokens that were appended in total."""
         self._begin = 0
 
     def _allocate(self, capacity: int) -> None:
@@ -199,16 +206,16 @@ class TokenIndex:
         return self._tokens[: self.stop]
 
     def end_sequence(self, group: int = 0) -> None:
-        """What is appended from now on does not continue what was appended before."""
+        """Separate the tokens that follow from the tokens before."""
         self.append(_ENDED, group)
         self._begin = self.stop
 
     def append(self, new: Tokens, group: int = 0) -> None:
-        """Add tokens of one group, amortised constant time a token."""
+        """Add tokens of one group, in amortized constant time per token."""
         needed = self.stop + len(new)
-        if needed > len(self._tokens) < self._most:
+        if needed > len(self._tokens) < self._max_tokens:
             old = self.tokens.copy()
-            self._allocate(min(self._most, max(needed, 2 * len(self._tokens))))
+            self._allocate(min(self._max_tokens, max(needed, 2 * len(self._tokens))))
             self.stop = self._write(0, old, group)
         self.stop = self._write(self.stop, new, group)
 
@@ -216,16 +223,16 @@ class TokenIndex:
         return int(_append(self._tokens, self._groups, self._previous, self._heads, stop, self._begin, new, group))
 
     def propose(
-        self, newest: Tokens, most: int, hit_rates: npt.NDArray[np.float64], least: float, group: int = 0
+        self, newest: Tokens, max_draft_tokens: int, rates: npt.NDArray[np.float64], min_survival: float, group: int = 0
     ) -> Match:
-        """What followed earlier occurrences of ``newest``.
+        """The tokens that followed earlier occurrences of ``newest``.
 
         Args:
             newest: int32 ``[any]``, the newest tokens of a request.
-            most: most tokens to propose.
-            hit_rates: how often the token after a match of each length came true, by length.
-            least: the proposal ends before the chance that all of it is accepted falls below this.
-            group: only places of this group count.
+            max_draft_tokens: limit of the draft.
+            rates: rate at which the token after a match of each length is right, by length.
+            min_survival: the draft ends before the probability that all of it is accepted falls below this.
+            group: only occurrences in this group count.
 
         """
         places, lengths = np.empty(MAX_CANDIDATES, np.int64), np.empty(MAX_CANDIDATES, np.int64)
@@ -233,8 +240,12 @@ class TokenIndex:
             self._tokens, self._groups, self._previous, self._heads, self.stop, newest, group, places, lengths
         )
         if not found:
-            return NOTHING
-        tokens, confidence, matched = np.empty(most, np.int32), np.empty(most), np.empty(most, np.int64)
+            return NO_MATCH
+        tokens, confidence, matched = (
+            np.empty(max_draft_tokens, np.int32),
+            np.empty(max_draft_tokens),
+            np.empty(max_draft_tokens, np.int64),
+        )
         count = _continue(
             self._tokens,
             self._groups,
@@ -243,10 +254,10 @@ class TokenIndex:
             places,
             lengths,
             found,
-            hit_rates,
-            least,
+            rates,
+            min_survival,
             tokens,
             confidence,
             matched,
         )
-        return Match(tokens[:count], confidence[:count], matched[:count]) if count else NOTHING
+        return Match(tokens[:count], confidence[:count], matched[:count]) if count else NO_MATCH

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from vllm_instant import DrafterOptions, Plugin, PluginContext
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
@@ -15,16 +15,18 @@ class SuffixOptions(DrafterOptions):
         16, ge=1, le=128, description="Maximum number of draft tokens per request and step."
     )
     history_tokens: int = Field(
-        1_000_000, ge=0, description="Tokens of ended requests' outputs that are searched, too; 0 for none."
+        1_000_000, ge=0, description="Tokens of ended requests' outputs that are searched as well; 0 for none."
     )
-    across_tenants: bool = Field(
-        False, description="Search the outputs of requests with another cache_salt as well; they may shine through."
+    share_across_cache_salts: bool = Field(
+        False,
+        validation_alias=AliasChoices("share_across_cache_salts", "across_tenants"),
+        description="Also search outputs of requests with other `cache_salt`s; this leaks text between tenants.",
     )
 
 
 def build(options: SuffixOptions, context: PluginContext) -> SuffixDrafter:
     """The drafter, with its compiled parts ready."""
-    drafter = SuffixDrafter(context.max_model_len, options.history_tokens, options.across_tenants)
+    drafter = SuffixDrafter(context.max_model_len, options.history_tokens, options.share_across_cache_salts)
     drafter.warm_up()
     return drafter
 
@@ -32,7 +34,7 @@ def build(options: SuffixOptions, context: PluginContext) -> SuffixDrafter:
 PLUGIN = Plugin(
     slot="drafter",
     name="suffix",
-    summary="what followed the newest tokens before, in the request or in earlier outputs; needs no draft model",
+    summary="tokens that followed the newest ones earlier, in the request or in other outputs; needs no draft model",
     options=SuffixOptions,
     build=build,
     confident=True,

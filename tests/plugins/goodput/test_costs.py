@@ -16,9 +16,9 @@ def _learn(costs, cost, steps=400, seed=0, noise=0.02, factor=1.0, max_requests=
     for _ in range(steps):
         requests = int(random.integers(1, max_requests + 1))
         length = int(random.integers(0, 9))
-        drafts, passes = requests * length, int(random.integers(0, 9))
-        seconds = factor * cost.seconds(requests + drafts, 200 * requests, passes, requests)
-        x = costs.features(requests + drafts, 200 * requests, drafts, passes, requests)
+        drafts, draft_steps = requests * length, int(random.integers(0, 9))
+        seconds = factor * cost.seconds(requests + drafts, 200 * requests, draft_steps, requests)
+        x = costs.features(requests + drafts, 200 * requests, drafts, draft_steps, requests)
         costs.observe(x, seconds * (1 + noise * random.standard_normal()))
 
 
@@ -49,8 +49,8 @@ def test_parts_add_up_to_the_estimate():
     costs = StepCosts(144)
     _learn(costs, TWO_CORES_DRAFT_MODEL)
     whole, _ = costs.estimate(costs.features(20, 800, 16, 4, 4))
-    parts = costs.target_seconds(np.array([20.0]), 800.0)[0] + costs.verifying_seconds()
-    parts += costs.drafting_seconds(np.array([4.0]), np.array([20.0]), 4)[0]
+    parts = costs.target_seconds(np.array([20.0]), 800.0)[0] + costs.verify_seconds()
+    parts += costs.draft_seconds(np.array([4.0]), np.array([20.0]), 4)[0]
     assert parts == pytest.approx(whole, rel=0.02)
 
 
@@ -66,7 +66,7 @@ def test_a_hiccup_moves_little_and_a_lasting_change_is_followed():
 
 
 def test_what_all_steps_are_off_by_is_not_taken_for_noise():
-    """A machine that was shaken while it started is believed to be fast soon after it is."""
+    """A machine that was shaken while it started is calibrated_survival to be fast soon after it is."""
     costs, random = StepCosts(144), np.random.default_rng(0)
     x = costs.features(9, 300, 8, 8, 1)
     for factor in (*random.uniform(1.0, 3.0, 60), *(1 + 0.02 * random.standard_normal(100))):
@@ -80,8 +80,8 @@ def test_neither_verifying_nor_drafting_takes_less_than_nothing():
         costs = StepCosts(144)
         for number in range(90):
             costs.observe(costs.features(9, 300, 8, 8, 1), 0.030 * (shaken if number < 3 else 1.0))
-        assert costs.verifying_seconds() >= 0
-        assert (costs.drafting_weights() > -1e-8).all()
+        assert costs.verify_seconds() >= 0
+        assert (costs.draft_weights() > -1e-8).all()
         assert costs.estimate(costs.features(1, 300, 0, 0, 1))[0] < 0.033
 
 
@@ -113,7 +113,7 @@ def test_no_measurement_breaks_it(measured):
     every = np.arange(1.0, 145.0)
     assert np.isfinite(costs.target_seconds(every, 100.0)).all()
     assert (costs.target_seconds(every, 100.0) > 0).all()
-    assert (costs.drafting_seconds(np.arange(9.0), np.full(9, 20.0), 8) >= 0).all()
+    assert (costs.draft_seconds(np.arange(9.0), np.full(9, 20.0), 8) >= 0).all()
 
 
 def test_state_survives_json():
@@ -122,7 +122,7 @@ def test_state_survives_json():
     assert copy.restore(json.loads(json.dumps(costs.state())))
     x = costs.features(20, 800, 16, 4, 4)
     assert copy.estimate(x) == pytest.approx(costs.estimate(x))
-    assert copy.largest_rows == costs.largest_rows
+    assert copy.max_measured_rows == costs.max_measured_rows
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_state_survives_json():
         {"knots": "x"},
         {"weights": None},
         {"observations": None},
-        {"largest_rows": "many"},
+        {"max_measured_rows": "many"},
     ],
 )
 def test_a_damaged_state_changes_nothing(damage):
@@ -156,11 +156,13 @@ def test_any_number_of_rows(rows):
 def test_what_a_resuming_drafter_reads_is_learned_apart_from_what_drafting_costs():
     costs, random = StepCosts(64), np.random.default_rng(0)
     for _ in range(400):
-        passes, missed = (
+        draft_steps, uncached_tokens = (
             (1, int(random.integers(1, 4)) * 100) if random.random() < 0.5 else (int(random.random() < 0.5), 0)
         )
-        seconds = 0.02 + 0.002 * passes + (0.001 + missed * 2e-5 if missed else 0.0)
-        costs.observe(costs.features(4, 400, 0, passes, 4, missed), seconds * (1 + 0.01 * random.standard_normal()))
-    assert costs.resuming_seconds(300) == pytest.approx(0.007, rel=0.15)
-    assert costs.resuming_seconds(0) == 0
-    assert float(costs.drafting_seconds(np.array(1.0), np.array(4.0), 4)) == pytest.approx(0.002, rel=0.3)
+        seconds = 0.02 + 0.002 * draft_steps + (0.001 + uncached_tokens * 2e-5 if uncached_tokens else 0.0)
+        costs.observe(
+            costs.features(4, 400, 0, draft_steps, 4, uncached_tokens), seconds * (1 + 0.01 * random.standard_normal())
+        )
+    assert costs.catch_up_seconds(300) == pytest.approx(0.007, rel=0.15)
+    assert costs.catch_up_seconds(0) == 0
+    assert float(costs.draft_seconds(np.array(1.0), np.array(4.0), 4)) == pytest.approx(0.002, rel=0.3)

@@ -37,17 +37,19 @@ class Driven:
         self.drafter = LookupHybridDrafter(lookup, MOST)
         self.tokens = {name: [1, 2, 3] for name in names}
         self.pinned = set()
-        self.missed = {}
+        self.uncached_tokens = {}
 
     def assign(self, draft_cost=FREE):
         requests = [
-            DraftRequest(name, np.array(tokens, np.int32), 3, MOST, "", name in self.pinned, self.missed.get(name, 0))
+            DraftRequest(
+                name, np.array(tokens, np.int32), 3, MOST, "", name in self.pinned, self.uncached_tokens.get(name, 0)
+            )
             for name, tokens in self.tokens.items()
         ]
         return dict(zip(self.tokens, self.drafter.assign(requests, draft_cost), strict=True))
 
     def step(self, accepted, draft_cost=FREE):
-        """One step in which the model's drafts come true up to ``accepted[name]`` tokens."""
+        """One step in which the model's drafts are accepted up to ``accepted[name]`` tokens."""
         shares = self.assign(draft_cost)
         drafts = {name: list(range(10, 10 + share.num_draft_tokens)) for name, share in shares.items()}
         self.drafter.on_model_drafts(drafts)
@@ -61,7 +63,7 @@ class Driven:
             self.step(accepted)
 
 
-def test_it_is_what_the_seam_asks_for():
+def test_it_is_a_hybrid_drafter():
     assert isinstance(LookupHybridDrafter(Lookup(), MOST), HybridDrafter)
 
 
@@ -85,7 +87,7 @@ def test_the_model_does_not_run_when_the_lookup_serves_all():
     assert [share.num_draft_tokens for share in driven.assign().values()] == [0, 0]
 
 
-def test_a_dear_model_does_not_run_for_one_request_alone():
+def test_a_costly_model_does_not_run_for_one_request_alone():
     driven = Driven(Lookup(a=[0.95] * 4))
     driven.learn(a=2, b=2)
     shares = driven.assign(DraftCost(per_token=0.1, draft_fixed=1.5, per_draft_step=0.3))
@@ -93,7 +95,7 @@ def test_a_dear_model_does_not_run_for_one_request_alone():
     assert list(shares["a"].own) == [7] * 4
 
 
-def test_it_drafts_only_as_far_as_passes_pay():
+def test_it_drafts_only_as_far_as_draft_steps_pay():
     driven = Driven(Lookup())
     driven.learn(200, a=1, b=1)
     lengths = [
@@ -121,9 +123,9 @@ def test_a_client_that_asked_for_its_length_gets_it():
 def test_an_unused_model_is_tried_again():
     driven = Driven(Lookup())
     driven.learn(200)
-    dear = DraftCost(per_token=0.3, draft_fixed=0.2, per_draft_step=0.1)
+    costly = DraftCost(per_token=0.3, draft_fixed=0.2, per_draft_step=0.1)
     asked = [
-        sum(share.num_draft_tokens for share in driven.step({"a": 4, "b": 4}, dear).values())
+        sum(share.num_draft_tokens for share in driven.step({"a": 4, "b": 4}, costly).values())
         for _ in range(3 * MIN_STEPS_BETWEEN_PROBES + 3)
     ]
     assert asked[0] == 0
@@ -134,12 +136,12 @@ def test_an_unused_model_is_tried_again():
 def test_acceptance_of_the_model_is_learned_by_position():
     driven = Driven(Lookup())
     driven.learn(100, a=2, b=2)
-    reach = driven.drafter.model.reach(np.array([0]))[0]
-    assert reach[1] == pytest.approx(1.0, abs=0.1)
-    assert reach[2] < 0.2
+    survival = driven.drafter.model.survival(np.array([0]))[0]
+    assert survival[1] == pytest.approx(1.0, abs=0.1)
+    assert survival[2] < 0.2
 
 
-def test_who_ended_is_forgotten():
+def test_ended_requests_are_forgotten():
     lookup = Lookup()
     driven = Driven(lookup)
     driven.learn(3, a=1)
@@ -151,8 +153,8 @@ def test_who_ended_is_forgotten():
     assert sorted(driven.drafter._indices.values()) == [0, 1]
 
 
-def test_where_lookups_are_silent_a_token_saves_a_step():
-    """Its share of the step is worth three average tokens: what does not pay at the average price pays there."""
+def test_during_a_miss_streak_a_token_saves_a_step():
+    """Its share of the step is worth three average tokens: drafts that do not pay on average pay there."""
     draft_cost = DraftCost(per_token=0.1, draft_fixed=0.8, per_draft_step=0.1)
     accepted = {"a": 1, "b": 1}
     average, silent = Driven(Lookup()), Driven(Lookup())
@@ -160,39 +162,39 @@ def test_where_lookups_are_silent_a_token_saves_a_step():
         average.step(accepted, draft_cost)
         silent.step(accepted, replace(draft_cost, baseline_step=3.0))
     assert [share.num_draft_tokens for share in average.assign(draft_cost).values()] == [1, 1]
-    dear = replace(draft_cost, draft_fixed=2.5)
-    assert [share.num_draft_tokens for share in average.assign(dear).values()] == [0, 0]
-    assert [share.num_draft_tokens for share in silent.assign(replace(dear, baseline_step=3.0)).values()] == [1, 1]
+    costly = replace(draft_cost, draft_fixed=2.5)
+    assert [share.num_draft_tokens for share in average.assign(costly).values()] == [0, 0]
+    assert [share.num_draft_tokens for share in silent.assign(replace(costly, baseline_step=3.0)).values()] == [1, 1]
 
 
 READING = DraftCost(per_token=0.05, draft_fixed=0.1, per_draft_step=0.1, catch_up_fixed=0.2, catch_up_per_token=0.05)
 
 
-def test_what_the_model_must_read_first_counts():
+def test_the_cost_of_catching_up_counts():
     driven = Driven(Lookup(a=[0.6], b=[0.6]))
     driven.learn(60, a=2, b=2)
     assert [share.num_draft_tokens for share in driven.assign(READING).values()] == [2, 2]
-    driven.missed = {"a": 10}
+    driven.uncached_tokens = {"a": 10}
     assert [share.num_draft_tokens for share in driven.assign(READING).values()] == [2, 2]
-    driven.missed = {"a": 40}
+    driven.uncached_tokens = {"a": 40}
     assert [share.num_draft_tokens for share in driven.assign(READING).values()] == [0, 2]
-    driven.missed = {"a": 40, "b": 40}
+    driven.uncached_tokens = {"a": 40, "b": 40}
     shares = driven.assign(READING)
     assert [(share.num_draft_tokens, len(share.own)) for share in shares.values()] == [(0, 1), (0, 1)]
     driven.pinned = {"a"}
     assert driven.assign(READING)["a"].num_draft_tokens > 0
 
 
-def test_reading_anything_has_its_own_price():
+def test_catching_up_has_a_fixed_cost():
     driven = Driven(Lookup(a=[0.9]), names=("a",))
     driven.learn(60, a=2)
     assert driven.assign(READING)["a"].num_draft_tokens == 2
-    driven.missed = {"a": 1}
+    driven.uncached_tokens = {"a": 1}
     assert driven.assign(READING)["a"].num_draft_tokens == 2
     assert driven.assign(replace(READING, catch_up_fixed=1.0))["a"].num_draft_tokens == 0
 
 
-def test_what_the_model_reads_is_paid_off_while_the_lookup_is_silent():
+def test_the_cost_of_catching_up_is_spread_over_the_miss_streak():
     draft_cost = replace(READING, baseline_step=1.0)
     silent, speaking = Driven(Lookup(), names=("a",)), Driven(Lookup(), names=("a",))
     for step in range(200):
@@ -202,17 +204,17 @@ def test_what_the_model_reads_is_paid_off_while_the_lookup_is_silent():
     speaking.drafter._lookup.confidence = {}
     for driven, length in ((silent, 2), (speaking, 0)):
         assert driven.assign(draft_cost)["a"].num_draft_tokens > 0
-        driven.missed = {"a": 80}
+        driven.uncached_tokens = {"a": 80}
         assert driven.assign(draft_cost)["a"].num_draft_tokens == length
 
 
 def test_probes_are_rarer_where_the_model_must_read_first():
-    def probes(missed):
+    def probes(uncached_tokens):
         driven = Driven(Lookup())
         driven.learn(200)
-        driven.missed = dict.fromkeys("ab", missed)
-        dear = replace(READING, per_token=0.3)
-        asked = (driven.step({}, dear) for _ in range(2000))
+        driven.uncached_tokens = dict.fromkeys("ab", uncached_tokens)
+        costly = replace(READING, per_token=0.3)
+        asked = (driven.step({}, costly) for _ in range(2000))
         return sum(any(share.num_draft_tokens for share in shares.values()) for shares in asked)
 
     assert 1 < probes(100) < probes(0) / 4
@@ -221,16 +223,16 @@ def test_probes_are_rarer_where_the_model_must_read_first():
 def test_lookups_are_cut_by_what_batches_cost():
     driven = Driven(Lookup(a=[0.9, 0.9, 0.9, 0.9]), names=("a",))
     driven.learn(60)
-    # The first token is dear because it is the first; the third would be the first that does not pay.
+    # The first token is costly because it is the first; the third would be the first that does not pay.
     draft_cost = DraftCost(verify_cost_curve=[(1, 0.8), (2, 0.9), (3, 2.5), (4, 4.0)], per_token=0.9, draft_fixed=9.0)
     share = driven.assign(draft_cost)["a"]
     assert (list(share.own), share.num_draft_tokens) == ([7, 7], 0)
 
 
-def test_expectations_that_do_not_come_true_are_believed_less(monkeypatch):
-    """Who is chosen for an estimate is chosen most often when it is too high."""
+def test_too_high_expectations_are_corrected(monkeypatch):
+    """A source that is chosen for its estimate is chosen more often when it is too high."""
     driven = Driven(Lookup(), names=("a",))
-    monkeypatch.setattr(driven.drafter.model, "reach", lambda indices: np.full((len(indices), MOST), 0.8))
+    monkeypatch.setattr(driven.drafter.model, "survival", lambda indices: np.full((len(indices), MOST), 0.8))
     draft_cost = DraftCost(per_token=0.1, draft_fixed=0.3, per_draft_step=0.2)
     assert driven.step({"a": 1}, draft_cost)["a"].num_draft_tokens == MOST
     driven.learn(40, a=1)
@@ -238,10 +240,10 @@ def test_expectations_that_do_not_come_true_are_believed_less(monkeypatch):
     driven.tokens["a"] += [5] * 3
     for _ in range(2000):
         driven.assign(replace(draft_cost, draft_fixed=99.0))
-    assert driven.assign(draft_cost)["a"].num_draft_tokens == MOST, "not for ever"
+    assert driven.assign(draft_cost)["a"].num_draft_tokens == MOST, "but not forever"
 
 
-def test_batches_that_shall_not_be_run_do_not_make_rows_dear():
+def test_unaffordable_batches_do_not_make_rows_costly():
     """A cold server: its policy lets steps grow by degrees."""
     driven = Driven(Lookup())
     driven.learn(60, a=4, b=4)
@@ -254,13 +256,13 @@ def test_batches_that_shall_not_be_run_do_not_make_rows_dear():
     assert not any(share.num_draft_tokens for share in driven.assign(none).values())
 
 
-def test_what_a_preempted_request_lost_does_not_count_as_hoped():
+def test_the_lost_draft_of_a_preempted_request_does_not_count_as_expected():
     driven = Driven(Lookup(), names=("a",))
     driven.learn(60, a=4)
-    before = driven.drafter._got / driven.drafter._hoped
+    before = driven.drafter._accepted / driven.drafter._expected
     for _ in range(20):
         shares = driven.assign()
         draft = list(range(10, 10 + shares["a"].num_draft_tokens))
         driven.drafter.on_model_drafts({"a": draft})
         driven.tokens["a"].append(draft[0])
-    assert driven.drafter._got / driven.drafter._hoped > 0.9 * before
+    assert driven.drafter._accepted / driven.drafter._expected > 0.9 * before

@@ -11,7 +11,7 @@ from vllm_instant import VerificationBatch
 from vllm_instant.speculation.verification import pad_drafts
 from vllm_instant_plugins.samplers import block, residuals
 from vllm_instant_plugins.samplers.block import BlockSampler
-from vllm_instant_plugins.samplers.drawing import draw
+from vllm_instant_plugins.samplers.draws import draw
 from vllm_instant_plugins.samplers.relaxed import RelaxedSampler
 from vllm_instant_plugins.samplers.token import TokenSampler, ratios
 
@@ -57,7 +57,7 @@ def test_planted_faults_are_seen_by_the_same_measure(name):
     assert pair.distance(pair.continued(drafts, lengths, kept, following)) > 5 * pair.noise(BATCH)
 
 
-def test_block_keeps_more_than_token_and_never_less_on_average():
+def test_block_accepts_more_than_token_on_average():
     for apart in (0.3, 0.9, 2.0):
         pair = ToyPair(apart=apart, vocabulary=6)
         drafts = pair.drafts(BATCH, 6)
@@ -99,7 +99,7 @@ def test_relaxed_stays_within_its_budget_and_uses_it(epsilon, certain):
         assert bent > 0.5 * epsilon
 
 
-def test_relaxed_moves_no_chance_to_what_is_forbidden():
+def test_relaxed_moves_no_probability_to_forbidden_tokens():
     target, draft = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.0, 0.1, 0.9]])
     residuals.move_towards(target, draft, 0.4)
     torch.testing.assert_close(target, torch.tensor([[0.5, 0.5, 0.0]]))
@@ -136,7 +136,7 @@ def test_compiled_passes_are_the_tensor_formulas(rows, vocabulary, epsilon, seed
     assert not (moved[target == 0] > 0).any()
 
 
-def test_padding_is_refused_and_what_follows_comes_from_the_target():
+def test_padding_is_rejected_and_the_next_token_comes_from_the_target():
     pair = ToyPair()
     drafts = pair.drafts(BATCH, 3)
     drafts[:, 1:] = -1
@@ -166,7 +166,7 @@ def test_equal_models_keep_everything_and_impossible_drafts_nothing(sampler):
     assert following[0] != drafts[0]
 
 
-def test_what_a_draft_model_cannot_have_drawn_is_refused():
+def test_tokens_that_a_draft_model_cannot_have_sampled_are_rejected():
     probs = torch.tensor([[0.5, 0.5, 0.0]])
     step = VerificationBatch(torch.tensor([2]), [1], torch.zeros(1, 3), probs)
     assert float(ratios(pad_drafts(step.draft_token_ids, [1]), torch.full((1, 3), 1 / 3), probs)[0, 0]) == 0
@@ -182,7 +182,7 @@ def test_requests_without_drafts_among_others():
         assert kept[[0, 2, 4]].sum() == 0
 
 
-def test_drawing_follows_the_weights_and_never_what_has_none():
+def test_drawing_follows_the_weights_and_skips_entries_without_weight():
     weights = torch.tensor([[0.0, 1.0, 0.0, 3.0, 0.0]]).repeat(40_000, 1)
     drawn = draw(weights)
     assert set(drawn.tolist()) == {1, 3}

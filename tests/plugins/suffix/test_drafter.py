@@ -9,6 +9,7 @@ from vllm_instant import DraftRequest
 from vllm_instant_plugins.suffix.calibration import ConfidenceCalibrator, RequestCalibration, count_accepted
 from vllm_instant_plugins.suffix.drafter import MAX_GROUPS, SuffixDrafter
 from vllm_instant_plugins.suffix.index import Match
+from vllm_instant_plugins.suffix.plugin import SuffixOptions
 
 
 def _request(name, tokens, most=8, prompt=None, salt=""):
@@ -50,28 +51,28 @@ def test_answers_of_ended_requests_are_searched():
     assert _after_an_answer("", "") == STORY[4:7]
 
 
-def test_other_tenants_are_not_heard_unless_asked_for():
+def test_other_cache_salts_are_not_searched_unless_asked_for():
     assert _after_an_answer("one", "two") == []
     assert _after_an_answer("one", "") == []
     assert _after_an_answer("one", "one") == STORY[4:7]
-    assert _after_an_answer("one", "two", across_tenants=True) == STORY[4:7]
+    assert _after_an_answer("one", "two", share_across_cache_salts=True) == STORY[4:7]
 
 
-def test_prompts_of_others_are_never_proposed():
+def test_prompts_of_other_requests_are_never_proposed():
     drafter = SuffixDrafter(512, 10_000)
     drafter.propose([_request("a", [*STORY, 1, 2], prompt=len(STORY))])
     drafter.forget("a")
     assert _draft(drafter, "b", [*STORY[:4]]) == []
 
 
-def test_no_history_where_none_is_wanted():
+def test_without_history_tokens_there_is_no_history():
     drafter = SuffixDrafter(512, 0)
     drafter.propose([_request("a", [1, 2, 3, *STORY], prompt=3)])
     drafter.forget("a")
     assert _draft(drafter, "b", [50, 51, *STORY[:4]]) == []
 
 
-def test_tenants_without_number_do_not_fill_the_memory():
+def test_the_number_of_cache_salts_is_bounded():
     drafter = SuffixDrafter(64, 1000)
     for number in range(MAX_GROUPS + 50):
         drafter.propose([_request("a", [1, 2], salt=str(number))])
@@ -79,13 +80,13 @@ def test_tenants_without_number_do_not_fill_the_memory():
     assert len(drafter._groups) == MAX_GROUPS
 
 
-def test_a_request_that_begins_again_is_read_again():
+def test_a_request_that_restarts_is_indexed_again():
     drafter = SuffixDrafter(512, 0)
     _draft(drafter, "a", [*STORY, 1, 2])
     assert _draft(drafter, "a", [8, 9, 10, 8, 9], most=1) == [10]
 
 
-def test_confidence_is_what_came_true():
+def test_confidence_is_the_acceptance_rate():
     """A text in which what follows a match is random half of the time: confidence of first tokens tends to it."""
     random = np.random.default_rng(0)
     drafter = SuffixDrafter(4096, 0)
@@ -119,7 +120,7 @@ def test_rates_are_learned_by_length_of_the_match():
     assert rates.rates[20] == pytest.approx(20 / 22)
 
 
-def test_an_unpredictable_request_is_believed_less():
+def test_an_unpredictable_request_has_lower_confidence():
     found = Match(np.array([1, 2], np.int32), np.array([0.8, 0.8]), np.array([4, 5]))
     one, other = RequestCalibration(), RequestCalibration()
     assert one.factor == 1.0
@@ -142,3 +143,9 @@ def test_a_lookup_costs_little_at_long_context():
         drafter.propose([request])
         best = min(best, time.perf_counter() - began) if stop > 4000 else best
     assert best < 200e-6
+
+
+@pytest.mark.parametrize("key", ["share_across_cache_salts", "across_tenants"])
+def test_the_history_is_shared_across_cache_salts_by_either_option_key(key):
+    assert SuffixOptions.model_validate({key: True}).share_across_cache_salts
+    assert not SuffixOptions.model_validate({}).share_across_cache_salts

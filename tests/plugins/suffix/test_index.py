@@ -64,7 +64,7 @@ def test_a_repetition_is_continued():
     assert found.matched.tolist() == [2, 3, 4]
 
 
-def test_what_followed_more_often_wins_and_says_how_sure_it_is():
+def test_the_more_frequent_continuation_wins_and_states_its_confidence():
     index = TokenIndex(64)
     index.append(_tokens(1, 2, 3, 8, 1, 2, 3, 9, 1, 2, 4, 7, 1, 2))
     found = _propose(index, [1, 2], most=2)

@@ -4,7 +4,7 @@ import torch
 
 from vllm_instant import RejectionSampler
 from vllm_instant.speculation.verification import pad_drafts
-from vllm_instant_plugins.samplers.drawing import draw
+from vllm_instant_plugins.samplers.draws import draw
 from vllm_instant_plugins.samplers.token import TokenSampler
 
 

@@ -1,8 +1,8 @@
-"""An engine made of numbers: what a speculation policy would do to a server, in milliseconds and without a model.
+"""A simulated engine: the effect of a speculation policy on a server, without a model.
 
-Requests come, wait for a place, and get one token a step plus the draft tokens that a random process accepts; a step
-takes what a cost function says. Everything a policy is told goes through the same ``DraftBudgetManager`` as in a real
-server, with its own clock, so that minutes of serving take moments and a seed repeats them exactly.
+Requests arrive, wait for a place, and get one token per step plus the draft tokens that a random process accepts; a
+step takes the time of a cost function. A policy is driven through the same ``DraftBudgetManager`` as in a real server,
+with a simulated clock, so that minutes of serving take seconds and a seed repeats them exactly.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from vllm_instant.speculation.draft_budget import DraftBudgetManager
 from vllm_instant.speculation.draft_plan import DraftPlan, trim_drafts
 
 COUNT_EVERY = 8
-"""One step of so many has its distinct experts counted."""
+"""Distinct experts are counted in one step out of this many."""
 
 Acceptance = Callable[[int, int], float]
-"""(step, draft position from 0) → chance that the token is accepted, given that those before it were."""
+"""(step, draft position from 0) → probability that the token is accepted, given that the tokens before it were."""
 
 
 def steady(chance: float, decay: float = 1.0) -> Acceptance:
-    """The same at all times; each further position is multiplied by ``decay``."""
+    """The same in all steps; each further position is multiplied by ``decay``."""
     return lambda step, position: chance * decay**position
 
 
@@ -51,11 +51,11 @@ class RequestClass:
     output_tokens: tuple[int, int] = (80, 120)
     share: float = 1.0
     prompt_head: int = 0
-    """Prompts of a class begin alike."""
+    """First token of the class's prompts."""
     finds: float = 1.0
-    """Chance that the drafter has anything to propose: a lookup often has not."""
+    """Probability that the drafter proposes anything; a lookup often finds nothing."""
     stated: float | None = None
-    """Chance of acceptance that the drafter states for each token; None when it states none."""
+    """Confidence that the drafter states for each token; None where it states none."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ class StepCost:
 
     Args:
         rows: table of (tokens through the target, seconds), interpolated; the step's floor.
-        context_second: tokens of context that attention reads in a second.
-        draft_pass: seconds of each drafter pass.
-        draft_pass_request: further seconds of each pass and request.
-        draft_start: seconds that drafting costs at all.
-        missed_second: tokens a second that the drafter reads of what came while it was off.
+        context_second: tokens of context that attention reads per second.
+        draft_pass: seconds per draft step.
+        draft_pass_request: seconds per draft step and request.
+        draft_start: fixed seconds of drafting.
+        missed_second: tokens per second of a drafter that reads what came while it was off.
         expert_second: seconds of each distinct expert; 0 for a model without.
         num_experts: experts of each layer.
         top_k: experts that a token picks.
-        draft_share: how many tokens on their own a draft token is worth in new experts; 0 when it always uses those
-            of the token before it.
+        draft_share: new experts of a draft token relative to an independent token; 0 where it uses those of the
+            token before it.
 
     """
 
@@ -144,7 +144,7 @@ def roofline(
 
 @dataclass
 class Report:
-    """What a simulated server did."""
+    """Result of a simulation."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -205,17 +205,17 @@ def simulate(
         make_policy: given the simulated clock, the policy.
         classes: kinds of requests, mixed by their shares.
         cost: what steps take.
-        concurrency: requests in flight: when one ends the next comes.
-        requests: how many are served in all.
-        max_draft_tokens: most draft tokens a request can get.
-        feedback_delay: steps by which outcomes arrive late, as under asynchronous scheduling; 0 is synchronous.
+        concurrency: requests in flight; when one ends, the next one starts.
+        requests: number of requests in total.
+        max_draft_tokens: limit of a request's draft tokens.
+        feedback_delay: steps by which outcomes are delayed, as with asynchronous scheduling; 0 is synchronous.
         noise: relative standard deviation of a step's time.
         hiccups: share of steps that take three times as long.
         seed: of arrivals, acceptance and noise.
-        warm_up_requests: these many first ones are served but not reported.
+        warm_up_requests: first requests, which are served but not reported.
 
     """
-    # The same requests, and the same luck of their tokens, for every policy: only what differs by policy differs.
+    # Requests and the random numbers of their tokens are the same for every policy.
     random = np.random.default_rng([seed, 0])
     clock = _Clock()
     contained: GuardedPlugin[SpeculationPolicy] = GuardedPlugin("speculation", "simulated", make_policy(clock))
@@ -278,7 +278,7 @@ def simulate(
         tell = _outcome(budget, step, [r.state for r in running], drafted, accepted, rows, passes, experts)
         late.append((clock.now, tell))
         if len(late) > feedback_delay:
-            # It is told late, but what it tells happened in time.
+            # Reported late, with the time at which it happened.
             now, (clock.now, tell) = clock.now, late.popleft()
             tell()
             clock.now = now
@@ -304,7 +304,7 @@ def _arrivals(classes: Sequence[RequestClass], count: int, random: np.random.Gen
         tokens = int(random.integers(chosen.output_tokens[0], chosen.output_tokens[1] + 1))
         prompt = [chosen.prompt_head] * 32 + [number]
         state = RequestState(f"r{number}", chosen.prompt_tokens, tokens, chosen.temperature, prompt_token_ids=prompt)
-        # The drafter has not read the prompt either.
+        # The drafter has not read the prompt.
         yield _Running(state, kind, tokens, random.random(tokens + 129), missed=chosen.prompt_tokens)
 
 
@@ -317,11 +317,11 @@ def _accepted(acceptance: Acceptance, step: int, request: _Running) -> int:
 
 
 def _drafts(classes: Sequence[RequestClass], running: Sequence[_Running], plan: DraftPlan) -> list[int]:
-    """How many tokens each request's drafter proposes, and the price leaves."""
+    """Draft tokens of each request after trimming by cost."""
     drafts: list[Sequence[int] | Draft] = []
     for request, length in zip(running, plan.num_draft_tokens.values(), strict=True):
         chosen = classes[request.kind]
-        # The same luck for every policy: it belongs to the place in the output.
+        # The same random number for every policy: it belongs to the position in the output.
         found = request.luck[-1 - request.state.num_output_tokens % 128] < chosen.finds
         tokens = range(length if found else 0)
         drafts.append(Draft(tokens, [chosen.stated] * len(tokens)) if chosen.stated is not None else tokens)

@@ -1,14 +1,14 @@
-"""How likely draft tokens are to be accepted, by request and position.
+"""Acceptance rates of draft tokens, estimated by request and position.
 
-For each request and draft position j the chance that token j is accepted, given that those before it were, is a
-beta-Bernoulli estimate with exponential forgetting. Its prior is what similar requests showed (same kind of sampling,
-same beginning of the prompt), whose prior is what requests of the same kind of sampling showed, whose prior is all.
-Acceptance falls with the position, so that where a class has not drafted that far yet, its estimate goes on with the
-ratio that its parent shows from one position to the next.
+For each request and draft position j the probability that token j is accepted, given that the tokens before it were, is
+a beta-Bernoulli estimate with exponential forgetting. The priors form a hierarchy: a request's prior is the estimate of
+similar requests (same kind of sampling, same beginning of the prompt), theirs is the estimate of the same kind of
+sampling, and that one's is the estimate of all requests. Acceptance falls with the position, so that where a class has
+not drafted that far yet, its estimate continues with its parent's ratio from one position to the next.
 
-A class keeps two memories, a long and a short one. When the short one contradicts the long one by more than chance
-allows, the drafter has changed (or what it drafts for): the long memory is cut down to the short one, for all of the
-class, so that the news of one request reach the others.
+A class has a long and a short memory. When the short one contradicts the long one by more than chance explains, the
+drafter has changed (or the text that it drafts): the long memory is cut down to the short one for the whole class, so
+that what one request showed counts for the others at once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from collections.abc import Hashable
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_plugins.goodput.acceptance_kernels import (
+from vllm_instant_plugins.acceptance_kernels import (
     estimate_class,
+    estimate_survival,
     learn_classes,
     learn_requests,
-    reach_of,
     refresh_classes,
 )
 
@@ -33,26 +33,26 @@ Indices = npt.NDArray[np.intp]
 REQUEST_MEMORY = 0.95
 CLASS_MEMORY = 0.995
 SHORT_MEMORY = 0.75
-"""What is left of a memory after one more observation; 1 / (1 - memory) of them count."""
+"""Factor of a memory per further observation; about 1 / (1 - factor) observations count."""
 IDLE_MEMORY = 0.97
-"""The same for each step in which a request drafts nothing: bad luck must not silence it for good."""
+"""The same per step in which a request drafts nothing: bad luck must not exclude it forever."""
 REQUEST_PRIOR = 8.0
 CLASS_PRIOR = 2.0
-"""Observations that a prior is worth."""
+"""Weight of a prior, in observations."""
 OPTIMISM = 0.7
 """Acceptance of the first draft token before anything was observed: high, so that drafting is tried."""
 CHANGE_SIGMAS = 3.0
-HEARSAY = 0.25
-"""Observations that are left of a class's memory when a class above it has changed."""
-FADING = 0.2
-"""What is left of a request's own memory when its class has changed."""
+STALE_OBSERVATIONS = 0.25
+"""Limit of the observations that a class remembers when a class above it has changed."""
+CHANGED_MEMORY = 0.2
+"""Factor of a request's own memory when its class has changed."""
 MAX_KINDS = 31
 MAX_SIMILAR = 96
 _REFRESHED_PER_STEP = 8
 
 
 class _Level:
-    """Statistics of request classes, or of requests: one row each, one column a draft position."""
+    """Statistics of request classes, or of requests: one row each, one column per draft position."""
 
     def __init__(self, rows: int, positions: int) -> None:
         self.trials: Array = np.zeros((rows, positions))
@@ -70,7 +70,7 @@ class AcceptanceModel:
     """Acceptance estimates of the live requests.
 
     Args:
-        positions: most draft tokens that a request can get.
+        positions: limit of a request's draft tokens.
 
     """
 
@@ -78,7 +78,7 @@ class AcceptanceModel:
         self.positions = positions
         self._requests = _Level(64, positions)
         self._class_of: Indices = np.zeros(64, np.intp)
-        # Row 0 is everything, below it the kinds of sampling, below those the classes of similar prompts.
+        # Row 0 is all requests; then come the kinds of sampling, then the classes of similar prompts.
         rows = 1 + MAX_KINDS + MAX_SIMILAR
         self._classes = _Level(rows, positions)
         self._short_trials: Array = np.zeros(rows)
@@ -87,12 +87,12 @@ class AcceptanceModel:
         self._kinds: dict[Hashable, int] = {}
         self._similar: OrderedDict[Hashable, int] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
-        """Beginnings of prompts that came once: a class of their own pays when they come again."""
+        """Beginnings of prompts that were seen once: they become a class when they are seen again."""
         self._class_estimate: Array = np.full((rows, positions), OPTIMISM)
         self._stale: Indices = np.zeros(rows, np.intp)
-        """Since when a class's estimate waits to be brought up to date, the longest the lowest; 0 when it is."""
+        """Order in which out-of-date class estimates are refreshed, the lowest first; 0: up to date."""
         self._changed: Indices = np.zeros(rows, np.intp)
-        # A step's observations by class; used again each step.
+        # A step's observations by class; the arrays are reused each step.
         self._news_count: Array = np.zeros(rows)
         self._news = _Level(rows, positions)
         self._refresh(0)
@@ -100,7 +100,7 @@ class AcceptanceModel:
     # ------------------------------------------------------------------------------------- requests, classes
 
     def enter(self, index: int, kind: Hashable, similar: Hashable) -> None:
-        """A request took ``index``. ``kind``: how it samples; ``similar``: what prompts of its class share."""
+        """Add a request. ``kind``: how it samples; ``similar``: what prompts of its class have in common."""
         self._requests.grow(index + 1)
         if index >= len(self._class_of):
             self._class_of = np.pad(self._class_of, (0, len(self._requests.trials) - len(self._class_of)))
@@ -121,7 +121,7 @@ class AcceptanceModel:
         row = self._similar.get(key)
         if row is not None:
             self._similar.move_to_end(key)
-            # Nobody of the class may have drafted since its parent learned something.
+            # Possibly no request of the class has drafted since its parent learned something.
             self._refresh(row)
             return row
         if key not in self._seen:
@@ -133,7 +133,7 @@ class AcceptanceModel:
             row = 1 + MAX_KINDS + len(self._similar)
         else:
             _, row = self._similar.popitem(last=False)
-            # Requests of the class that makes room go on under its parent.
+            # Requests of the evicted class continue in its parent.
             self._class_of[self._class_of == row] = self._parent[row]
         self._similar[key] = row
         self._parent[row] = kind_row
@@ -144,19 +144,21 @@ class AcceptanceModel:
 
     # ------------------------------------------------------------------------------------------- estimates
 
-    def reach(self, indices: Indices) -> Array:
-        """Chance that draft token j and all before it are accepted, shape ``[requests, positions]``; falls with j."""
+    def survival(self, indices: Indices) -> Array:
+        """Probability that draft token j and all before it are accepted, ``[requests, positions]``; falls with j."""
         level = self._requests
-        reach: Array = np.empty((len(indices), self.positions))
-        reach_of(indices, level.hits, level.trials, self._class_of, self._class_estimate, REQUEST_PRIOR, reach)
-        return reach
+        survival: Array = np.empty((len(indices), self.positions))
+        estimate_survival(
+            indices, level.hits, level.trials, self._class_of, self._class_estimate, REQUEST_PRIOR, survival
+        )
+        return survival
 
     # ------------------------------------------------------------------------------------------- learning
 
     def observe(self, indices: npt.ArrayLike, drafted: npt.ArrayLike, accepted: npt.ArrayLike) -> None:
-        """Learn from one step: each request's index, its draft tokens and how many of them were accepted.
+        """Learn from one step: each request's index, draft tokens and accepted tokens.
 
-        Requests that drafted nothing ``fade``.
+        Requests without draft tokens ``fade``.
         """
         requests, classes, news, count = self._requests, self._classes, self._news, self._news_count
         drafting = learn_requests(
@@ -205,23 +207,23 @@ class AcceptanceModel:
         )
 
     def fade(self, indices: Indices) -> None:
-        """These requests drafted nothing in a step: they become more like their class again."""
+        """Let requests that drafted nothing in a step become more like their class again."""
         self._requests.trials[indices] *= IDLE_MEMORY
         self._requests.hits[indices] *= IDLE_MEMORY
 
     def _cut(self, row: int, touched: Indices) -> None:
-        """The class changed: its long memory becomes as short as the short one, its requests' own memories fade."""
+        """Shorten the long memory of a class that has changed to its short one, and its requests' own memories."""
         classes = self._classes
         short = self._short_trials[row]
         share = short / classes.trials[row, 0]
         classes.trials[row] *= share
         classes.hits[row] *= share
         classes.hits[row, 0] = self._short_hits[row]
-        # Classes below it see the change themselves if they draft; the others would go on believing in what was.
-        # Not below the first row: there, a change may only be that another kind of requests has come.
+        # Classes below it that draft observe the change themselves; the others would keep outdated estimates.
+        # Not below row 0: there, a change may only mean that another kind of requests has arrived.
         below = np.flatnonzero(self._parent == row) if row else np.empty(0, np.intp)
         below = np.setdiff1d(below, touched)
-        left = np.minimum(1.0, HEARSAY / np.maximum(classes.trials[below, 0], 1e-9))
+        left = np.minimum(1.0, STALE_OBSERVATIONS / np.maximum(classes.trials[below, 0], 1e-9))
         classes.trials[below] *= left[:, None]
         classes.hits[below] *= left[:, None]
         self._short_trials[below] *= left
@@ -230,11 +232,11 @@ class AcceptanceModel:
         self._stale[news] = np.maximum(self._stale[news], 1)
         parent = self._parent[self._class_of]
         members = np.flatnonzero((self._class_of == row) | (parent == row) | (row == 0))
-        self._requests.trials[members] *= FADING
-        self._requests.hits[members] *= FADING
+        self._requests.trials[members] *= CHANGED_MEMORY
+        self._requests.hits[members] *= CHANGED_MEMORY
 
     def _refresh(self, row: int) -> None:
-        """Bring the estimate of a class up to date; its parent's is."""
+        """Recompute the estimate of a class from its parent's, which must be up to date."""
         classes = self._classes
         estimate_class(row, classes.trials, classes.hits, self._parent, CLASS_PRIOR, OPTIMISM, self._class_estimate)
         self._stale[row] = 0

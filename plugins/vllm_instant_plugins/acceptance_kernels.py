@@ -1,7 +1,4 @@
-"""The inner loops of the acceptance model, compiled.
-
-Each function is the plain statement of what its caller documents; arrays that are written to come last.
-"""
+"""The compiled inner loops of the acceptance model. Arrays that are written come last."""
 
 from __future__ import annotations
 
@@ -13,17 +10,19 @@ from vllm_instant_plugins.jit import compiled
 
 
 @compiled
-def reach_of(
-    indices: Any, hits: Any, trials: Any, class_of: Any, class_estimate: Any, prior_weight: float, reach: Any
+def estimate_survival(
+    indices: Any, hits: Any, trials: Any, class_of: Any, class_estimate: Any, prior_weight: float, survival: Any
 ) -> None:
-    """Chance that each draft token and all before it are accepted, by request."""
+    """Probability that each draft token and all before it are accepted, by request."""
     for i in range(len(indices)):
         index = indices[i]
         chance = 1.0
-        for j in range(reach.shape[1]):
+        for j in range(survival.shape[1]):
             prior = class_estimate[class_of[index], j]
+            # Posterior mean of a Bernoulli rate under a Beta prior that is worth ``prior_weight`` observations;
+            # survival of position j is the product of the conditional rates up to j.
             chance *= (hits[index, j] + prior_weight * prior) / (trials[index, j] + prior_weight)
-            reach[i, j] = chance
+            survival[i, j] = chance
 
 
 @compiled
@@ -40,7 +39,7 @@ def learn_requests(
     class_trials: Any,
     class_hits: Any,
 ) -> int:
-    """Add one step's observations to the requests, and sum them up by class; returns how many requests drafted."""
+    """Add one step's observations to the requests, and sum them by class; returns how many requests drafted."""
     positions = trials.shape[1]
     count[:], class_trials[:], class_hits[:] = 0.0, 0.0, 0.0
     drafting = 0
@@ -54,7 +53,7 @@ def learn_requests(
         drafting += 1
         row = class_of[index]
         kept = min(accepted[i], drafted[i])
-        # The token after the accepted ones was tried and refused; what follows was never looked at.
+        # The token after the accepted ones was tried and rejected; the tokens behind it were never compared.
         tried = min(drafted[i], kept + 1)
         count[row] += 1.0
         for j in range(positions):
@@ -82,10 +81,10 @@ def learn_classes(
     short_hits: Any,
     changed: Any,
 ) -> int:
-    """Add a step's observations by class to the classes and those above them; ``count`` then says which were touched.
+    """Add a step's observations to the classes and their ancestors; ``count`` is then above 0 for all of these.
 
-    Row 0 is everything, rows up to ``kinds`` are kinds, those behind them belong to ``parent``. ``changed`` gets those
-    whose short memory contradicts the long one by more than ``sigmas``; returns how many.
+    Row 0 is all requests, rows up to ``kinds`` are kinds of sampling, later rows have a ``parent``. ``changed`` gets
+    the rows whose short memory contradicts the long one by more than ``sigmas``; returns how many there are.
     """
     positions = trials.shape[1]
     for row in range(len(count) - 1, 0, -1):
@@ -102,12 +101,13 @@ def learn_classes(
             for j in range(positions):
                 class_trials[row, j] = class_trials[row, j] * left + trials[row, j]
                 class_hits[row, j] = class_hits[row, j] * left + hits[row, j]
-            # Many observations of one step count as a few for the short memory, or it would not be short.
+            # Many observations in one step count as at most 8 for the short memory, or it would not be short.
             left, weight = short_memory ** count[row], min(1.0, 8.0 / count[row])
             short_trials[row] = short_trials[row] * left + trials[row, 0] * weight
             short_hits[row] = short_hits[row] * left + hits[row, 0] * weight
             tried, long_tried = short_trials[row], class_trials[row, 0]
             long = min(max(class_hits[row, 0] / max(long_tried, 1e-9), 0.02), 0.98)
+            # Under the long memory's rate p the short memory's hits have mean n p and variance n p (1 - p).
             surprising = abs(short_hits[row] - tried * long) > sigmas * np.sqrt(tried * long * (1 - long))
             if surprising and tried >= 2 and long_tried >= 2 * tried:
                 changed[found] = row
@@ -119,7 +119,7 @@ def learn_classes(
 def estimate_class(
     row: int, trials: Any, hits: Any, parent: Any, prior_weight: float, optimism: float, estimate: Any
 ) -> None:
-    """A class's estimates from what it showed and its parent's, which must be up to date."""
+    """Estimates of a class from its observations and its parent's estimates, which must be up to date."""
     above = parent[row]
     for j in range(estimate.shape[1]):
         if j == 0:
@@ -127,6 +127,7 @@ def estimate_class(
         elif row == 0:
             prior = estimate[row, j - 1]
         else:
+            # Unobserved positions continue with the parent's ratio of neighbouring positions.
             falls = estimate[above, j] / max(estimate[above, j - 1], 1e-3)
             prior = min(1.0, estimate[row, j - 1] * falls)
         estimate[row, j] = (hits[row, j] + prior_weight * prior) / (trials[row, j] + prior_weight)
@@ -136,7 +137,7 @@ def estimate_class(
 def refresh_classes(
     count: Any,
     kinds: int,
-    most: int,
+    max_refreshed: int,
     trials: Any,
     hits: Any,
     parent: Any,
@@ -145,9 +146,9 @@ def refresh_classes(
     stale: Any,
     estimate: Any,
 ) -> None:
-    """Bring the estimates of classes up to date: all up to row ``kinds``, and ``most`` of those behind them.
+    """Refresh the estimates of classes: all up to row ``kinds``, and ``max_refreshed`` of the later ones.
 
-    ``count`` says which have learned something, ``stale`` since when others wait (0: up to date); they take turns.
+    ``count`` is above 0 for classes with new observations, ``stale`` is the order in which others wait (0: up to date).
     """
     newest = stale.max()
     for row in range(len(count)):
@@ -156,9 +157,9 @@ def refresh_classes(
             stale[row] = newest
     narrow = stale[kinds + 1 :]
     waiting = np.sort(narrow[narrow > 0])
-    latest = waiting[min(most, len(waiting)) - 1] if len(waiting) else 0
+    latest = waiting[min(max_refreshed, len(waiting)) - 1] if len(waiting) else 0
     for row in range(len(count)):
-        # Parents have the lowest numbers and go first.
+        # Parents have lower numbers than their children, so that they are refreshed first.
         if stale[row] > 0 and (row <= kinds or stale[row] <= latest):
             estimate_class(row, trials, hits, parent, prior_weight, optimism, estimate)
             stale[row] = 0

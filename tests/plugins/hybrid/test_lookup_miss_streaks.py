@@ -1,4 +1,4 @@
-"""What the draft model's tokens are worth where lookups are silent."""
+"""The value of the draft model's tokens during miss streaks."""
 
 import numpy as np
 import pytest
@@ -9,17 +9,17 @@ from vllm_instant_plugins.hybrid.lookup_miss_streaks import MAX_STEPS, MIN_GAIN,
 PRICE = DraftCost(per_token=0.1, baseline_step=3.0)
 
 
-def _values(silences, gain, draft_cost=PRICE, name="a", pinned=False):
+def _values(streaks, gain, draft_cost=PRICE, name="a", pinned=False):
     request = DraftRequest(name, np.array([1, 2, 3], np.int32), 2, 4, "", pinned)
-    return silences.values([request], np.array([gain]), draft_cost, 4)[0][0]
+    return streaks.values([request], np.array([gain]), draft_cost, 4)[0][0]
 
 
-def _steps(silences, gain):
+def _steps(streaks, gain):
     request = DraftRequest("a", np.array([1, 2, 3], np.int32), 2, 4)
-    return float(silences.values([request], np.array([gain]), PRICE, 4)[1][0])
+    return float(streaks.values([request], np.array([gain]), PRICE, 4)[1][0])
 
 
-def test_a_token_is_a_token_where_the_lookup_speaks():
+def test_a_token_counts_as_one_where_the_lookup_finds_something():
     assert _values(LookupMissStreaks(), MIN_GAIN).tolist() == [1.0] * 4
 
 
@@ -35,7 +35,7 @@ def test_each_request_saves_its_share_of_the_step():
     assert values[1].tolist() == [1.0] * 4
 
 
-def test_how_long_silences_last_is_learned():
+def test_the_length_of_miss_streaks_is_learned():
     long, short = LookupMissStreaks(), LookupMissStreaks()
     for step in range(200):
         lasting = _values(long, 0.0)
@@ -45,7 +45,7 @@ def test_how_long_silences_last_is_learned():
     assert ending[1:] == pytest.approx([0.1] * 3, abs=0.3)
 
 
-def test_silences_are_expected_to_last_as_they_did():
+def test_miss_streaks_are_expected_to_last_as_before():
     long, short = LookupMissStreaks(), LookupMissStreaks()
     assert _steps(LookupMissStreaks(), 2.0) == 1.0
     for step in range(400):
@@ -55,19 +55,19 @@ def test_silences_are_expected_to_last_as_they_did():
     assert ending == pytest.approx(1.0, abs=0.2)
 
 
-def test_others_start_with_what_was_learned_and_who_ended_is_forgotten():
-    silences = LookupMissStreaks()
+def test_other_requests_start_with_what_was_learned_and_ended_requests_are_forgotten():
+    streaks = LookupMissStreaks()
     for _ in range(400):
-        _values(silences, 0.0, name="a")
-    assert _values(silences, 0.0, name="b")[3] > 2.8
-    silences.forget("a")
-    assert not silences._of
-    silences.forget("b")
-    assert not silences._silent
+        _values(streaks, 0.0, name="a")
+    assert _values(streaks, 0.0, name="b")[3] > 2.8
+    streaks.forget("a")
+    assert not streaks._by_request
+    streaks.forget("b")
+    assert not streaks._missed
 
 
 @pytest.mark.parametrize(
     "changed", [{"draft_cost": DraftCost(per_token=0.1)}, {"pinned": True}], ids=["unpriced", "pinned"]
 )
-def test_without_a_price_tokens_are_counted(changed):
+def test_without_a_known_step_time_tokens_count_as_one(changed):
     assert _values(LookupMissStreaks(), 0.0, **changed).tolist() == [1.0] * 4

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_instant import DraftCost
-from vllm_instant_plugins.hybrid.draft_steps import Lookups, Reading, best_passes
+from vllm_instant_plugins.hybrid.draft_steps import CatchUp, Lookups, best_draft_steps
 
 ROW = 0.1
 
@@ -15,28 +15,28 @@ def _draft_cost(**of):
     return DraftCost(verify_cost_curve=[(1, ROW), (1000, 1000 * ROW)], per_token=ROW, **of)
 
 
-def _best(chances, gains=None, missed=None, steps=1.0, pinned=(), **of):
-    """Requests whose draft tokens come true by these chances, beside lookups that gain so much."""
+def _best(chances, gains=None, uncached_tokens=None, steps=1.0, pinned=(), **of):
+    """Requests with these acceptance rates of the draft model, beside lookups with these gains."""
     count = len(chances)
     reached = np.array([[chance ** (j + 1) for j in range(4)] for chance in chances])
     own = np.zeros(count) if gains is None else np.array(gains, float)
     asked = np.isin(np.arange(count), pinned)
-    return best_passes(
+    return best_draft_steps(
         reached,
         Lookups(own, own, np.zeros(count, int)),
-        Reading(np.zeros(count, int) if missed is None else np.array(missed), np.full(count, steps)),
+        CatchUp(np.zeros(count, int) if uncached_tokens is None else np.array(uncached_tokens), np.full(count, steps)),
         np.where(asked, 0.0, ROW),
         asked,
         _draft_cost(**of),
     )
 
 
-def test_nothing_is_run_for_nothing():
+def test_a_model_without_value_does_not_run():
     best, by_model, _, together = _best([0.0, 0.05], draft_fixed=0.1)
     assert (best, by_model.any(), together) == (0, False, 0.0)
 
 
-def test_each_pass_must_pay_for_all_together():
+def test_each_draft_step_must_pay_for_all_requests_together():
     assert _best([0.9], draft_fixed=0.04, per_draft_step=0.75)[0] == 1
     assert _best([0.9, 0.9], draft_fixed=0.04, per_draft_step=0.75)[0] == 4
     assert _best([0.9, 0.9], gains=[9.0, 9.0])[0] == 0
@@ -49,12 +49,12 @@ def test_a_request_stays_with_its_better_source():
     assert worth.tolist() == [4, 4, 1]
 
 
-def test_what_must_be_read_first_is_paid_off_over_the_steps():
-    assert _best([0.9], missed=[100], catch_up_per_token=0.05)[0] == 0
-    assert _best([0.9], missed=[100], catch_up_per_token=0.05, steps=10.0)[0] == 4
-    assert _best([0.9], missed=[1], catch_up_fixed=3.0)[0] == 0
-    assert _best([0.9], missed=[0], catch_up_fixed=3.0)[0] == 4
-    assert _best([0.9], missed=[100], catch_up_per_token=0.05, pinned=[0])[0] == 4
+def test_the_cost_of_catching_up_is_spread_over_the_steps():
+    assert _best([0.9], uncached_tokens=[100], catch_up_per_token=0.05)[0] == 0
+    assert _best([0.9], uncached_tokens=[100], catch_up_per_token=0.05, steps=10.0)[0] == 4
+    assert _best([0.9], uncached_tokens=[1], catch_up_fixed=3.0)[0] == 0
+    assert _best([0.9], uncached_tokens=[0], catch_up_fixed=3.0)[0] == 4
+    assert _best([0.9], uncached_tokens=[100], catch_up_per_token=0.05, pinned=[0])[0] == 4
 
 
 @given(
@@ -65,16 +65,20 @@ def test_what_must_be_read_first_is_paid_off_over_the_steps():
     st.integers(0, 200),
 )
 @settings(max_examples=80, deadline=None)
-def test_it_is_as_good_as_trying_every_number_of_passes(chances, drafting, each, token, missed):
+def test_it_is_as_good_as_trying_every_number_of_draft_steps(chances, drafting, each, token, uncached_tokens):
     best, by_model, worth, together = _best(
-        chances, missed=[missed] * len(chances), draft_fixed=drafting, per_draft_step=each, catch_up_per_token=token
+        chances,
+        uncached_tokens=[uncached_tokens] * len(chances),
+        draft_fixed=drafting,
+        per_draft_step=each,
+        catch_up_per_token=token,
     )
     found = []
-    for passes in range(5):
-        total = -(drafting + each * passes) if passes else 0.0
+    for draft_steps in range(5):
+        total = -(drafting + each * draft_steps) if draft_steps else 0.0
         for chance in chances:
-            tokens = [chance ** (j + 1) - ROW for j in range(passes) if chance ** (j + 1) > ROW]
-            total += max(0.0, sum(tokens) - token * missed) if passes else 0.0
+            tokens = [chance ** (j + 1) - ROW for j in range(draft_steps) if chance ** (j + 1) > ROW]
+            total += max(0.0, sum(tokens) - token * uncached_tokens) if draft_steps else 0.0
         found.append(total)
     assert together == pytest.approx(max(found), abs=1e-9)
     assert together == pytest.approx(found[best], abs=1e-9)

@@ -1,4 +1,4 @@
-"""Latency goals and the cost file."""
+"""Latency slo and the cost file."""
 
 import json
 import threading
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vllm_instant import RequestState, UpcomingStep
-from vllm_instant_plugins.goodput.latency_slo import STRONGEST, LatencyGoals
+from vllm_instant_plugins.goodput.latency_slo import MAX_WEIGHT, LatencySlo
 from vllm_instant_plugins.state_store import PersistentState
 
 BOTH = np.array([0, 1])
@@ -21,52 +21,52 @@ class Clock:
         return self.now
 
 
-def _goals(**goals):
+def _slo(**slo):
     clock = Clock()
-    made = LatencyGoals(clock=clock, **goals)
+    made = LatencySlo(clock=clock, **slo)
     for index in (0, 1):
         made.enter(index)
     return made, clock
 
 
-def test_who_is_behind_weighs_more_than_who_is_ahead():
-    goals, clock = _goals(itl_seconds=0.020)
+def test_requests_behind_their_goal_weigh_more():
+    slo, clock = _slo(itl_seconds=0.020)
     for step in range(20):
         clock.now = 0.020 * step
-        goals.observe(BOTH, np.array([2, 1]))
-    ahead, on_time = goals.weights(BOTH)
+        slo.observe(BOTH, np.array([2, 1]))
+    ahead, on_time = slo.weights(BOTH)
     assert ahead == pytest.approx(0.5, rel=0.1)
     assert on_time == pytest.approx(1.0, rel=0.05)
 
 
 def test_weights_are_bounded_and_neutral_before_the_second_token():
-    goals, clock = _goals(itl_seconds=0.001)
-    assert goals.weights(BOTH).tolist() == [1.0, 1.0]
-    goals.observe(BOTH, np.array([1, 1]))
-    assert goals.weights(BOTH).tolist() == [1.0, 1.0]
+    slo, clock = _slo(itl_seconds=0.001)
+    assert slo.weights(BOTH).tolist() == [1.0, 1.0]
+    slo.observe(BOTH, np.array([1, 1]))
+    assert slo.weights(BOTH).tolist() == [1.0, 1.0]
     clock.now = 60.0
-    goals.observe(BOTH, np.array([1, 100_000_000]))
-    assert goals.weights(BOTH).tolist() == [STRONGEST, 1 / STRONGEST]
+    slo.observe(BOTH, np.array([1, 100_000_000]))
+    assert slo.weights(BOTH).tolist() == [MAX_WEIGHT, 1 / MAX_WEIGHT]
 
 
 def test_an_index_that_is_used_again_starts_anew():
-    goals, clock = _goals(itl_seconds=0.010)
-    goals.observe(BOTH, np.array([1, 1]))
+    slo, clock = _slo(itl_seconds=0.010)
+    slo.observe(BOTH, np.array([1, 1]))
     clock.now = 5.0
-    goals.observe(BOTH, np.array([1, 1]))
-    goals.enter(0)
-    fresh, old = goals.weights(BOTH)
-    assert (fresh, old) == (1.0, STRONGEST)
+    slo.observe(BOTH, np.array([1, 1]))
+    slo.enter(0)
+    fresh, old = slo.weights(BOTH)
+    assert (fresh, old) == (1.0, MAX_WEIGHT)
 
 
 def test_the_longest_step():
-    goals, _ = _goals(itl_seconds=0.030, ttft_seconds=0.2)
+    slo, _ = _slo(itl_seconds=0.030, ttft_seconds=0.2)
     one = [RequestState("r", 1, 1, 0.0)]
-    assert goals.max_seconds(UpcomingStep(one, 4)) == 0.030
-    assert goals.max_seconds(UpcomingStep(one, 4, num_waiting=2, max_wait=0.19)) == pytest.approx(0.010)
-    assert goals.max_seconds(UpcomingStep(one, 4, num_waiting=2, max_wait=3.0)) == 0.0
-    assert LatencyGoals().max_seconds(UpcomingStep(one, 4)) == np.inf
-    assert LatencyGoals().weights(BOTH) is None
+    assert slo.max_seconds(UpcomingStep(one, 4)) == 0.030
+    assert slo.max_seconds(UpcomingStep(one, 4, num_waiting=2, max_wait=0.19)) == pytest.approx(0.010)
+    assert slo.max_seconds(UpcomingStep(one, 4, num_waiting=2, max_wait=3.0)) == 0.0
+    assert LatencySlo().max_seconds(UpcomingStep(one, 4)) == np.inf
+    assert LatencySlo().weights(BOTH) is None
 
 
 def test_a_file_for_each_identity(tmp_path):
@@ -95,17 +95,17 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     assert "not kept" in caplog.text
 
 
-def test_saving_aside_does_not_wait(tmp_path):
+def test_saving_in_the_background_does_not_wait(tmp_path):
     store = PersistentState(tmp_path, {"model": "a"})
-    store.save_aside({"weights": [2.0]})
+    store.save_in_background({"weights": [2.0]})
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and thread.daemon:
             thread.join(5)
     assert json.loads(store.path.read_text())["costs"] == {"weights": [2.0]}
 
 
-def test_what_is_saved_last_is_what_is_kept(tmp_path, monkeypatch):
-    """A writing that still goes on aside neither disturbs the last one nor comes after it."""
+def test_the_last_save_wins(tmp_path, monkeypatch):
+    """A write that still runs in the background neither disturbs the last one nor comes after it."""
     kept = PersistentState(tmp_path, {"device": "a"})
     began, write = threading.Event(), kept._write
 
@@ -116,7 +116,7 @@ def test_what_is_saved_last_is_what_is_kept(tmp_path, monkeypatch):
         write(knowledge)
 
     monkeypatch.setattr(kept, "_write", slowly)
-    kept.save_aside({"number": 1})
+    kept.save_in_background({"number": 1})
     assert began.wait(5)
     kept.save({"number": 2})
     assert kept.load() == {"number": 2}

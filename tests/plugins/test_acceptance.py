@@ -5,16 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_instant_plugins.goodput import acceptance
-from vllm_instant_plugins.goodput.acceptance import AcceptanceModel
+from vllm_instant_plugins import acceptance
+from vllm_instant_plugins.acceptance import AcceptanceModel
 
 ONE = np.array([0])
 
 
 def _conditional(model, indices):
     """Chance of each draft token given that those before it are accepted."""
-    reach = model.reach(np.asarray(indices))
-    return reach / np.concatenate([np.ones((len(reach), 1)), reach[:, :-1]], axis=1)
+    survival = model.survival(np.asarray(indices))
+    return survival / np.concatenate([np.ones((len(survival), 1)), survival[:, :-1]], axis=1)
 
 
 def _model(requests=1, positions=4, kind="greedy"):
@@ -37,10 +37,10 @@ def test_estimates_stay_chances_and_reach_falls_with_the_position(history):
     model = _model(requests=6)
     for index, drafted, accepted in history:
         _observe(model, index, drafted, min(drafted, accepted))
-    everyone = np.arange(6)
-    conditional, reach = _conditional(model, everyone), model.reach(everyone)
+    all_requests = np.arange(6)
+    conditional, survival = _conditional(model, all_requests), model.survival(all_requests)
     assert ((conditional >= 0) & (conditional <= 1)).all()
-    assert (np.diff(reach, axis=1) <= 1e-12).all()
+    assert (np.diff(survival, axis=1) <= 1e-12).all()
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.3, 0.8, 1.0])
@@ -147,7 +147,7 @@ def test_more_classes_than_room_for_them():
         for index in range(2):
             model.enter(index, number % (2 * acceptance.MAX_KINDS), number)
         model.observe([0, 1], [2, 2], [1, 2])
-    assert np.isfinite(model.reach(np.array([0, 1]))).all()
+    assert np.isfinite(model.survival(np.array([0, 1]))).all()
     assert len(model._similar) == acceptance.MAX_SIMILAR
 
 
@@ -156,7 +156,7 @@ def test_requests_beyond_the_first_arrays():
     for index in (5, 400, 63, 64):
         model.enter(index, "greedy", 0)
     model.observe([400], [3], [3])
-    assert model.reach(np.array([5, 400, 63, 64])).shape == (4, 3)
+    assert model.survival(np.array([5, 400, 63, 64])).shape == (4, 3)
 
 
 def _after_forty_prompts():
@@ -171,7 +171,7 @@ def _after_forty_prompts():
     return model
 
 
-def test_classes_that_are_idle_when_the_drafter_changes_do_not_go_on_believing_in_it():
+def test_idle_classes_forget_a_drafter_that_changed():
     """Forty prompts come again and again, four at a time; the drafter turns hopeless while four others run."""
     model = _after_forty_prompts()
     for _ in range(8):
@@ -181,7 +181,7 @@ def test_classes_that_are_idle_when_the_drafter_changes_do_not_go_on_believing_i
 
 
 def test_a_class_that_was_idle_follows_its_parent_when_its_prompt_comes_again():
-    """What its parent has learned since the change is believed of it, too."""
+    """What its parent has learned since the change is calibrated_survival of it, too."""
     model = _after_forty_prompts()
     for _ in range(30):
         model.observe([0, 1, 2, 3], [4] * 4, [0] * 4)
@@ -194,14 +194,14 @@ def test_a_class_that_was_idle_follows_its_parent_when_its_prompt_comes_again():
 
 def test_many_classes_that_learn_in_one_step_take_turns():
     model = AcceptanceModel(4)
-    everyone = np.arange(40)
+    all_requests = np.arange(40)
     for _ in range(2):
-        for index in everyone:
+        for index in all_requests:
             model.enter(index, "greedy", int(index))
     before = model._class_estimate[acceptance.MAX_KINDS + 1 :, 0].copy()
     fresh = []
     for _ in range(6):
-        model.observe(everyone, [2] * 40, [2] * 40)
+        model.observe(all_requests, [2] * 40, [2] * 40)
         now = model._class_estimate[acceptance.MAX_KINDS + 1 :, 0]
         fresh.append(int((now[:40] != before[:40]).sum()))
     assert fresh[:5] == [8, 16, 24, 32, 40]
