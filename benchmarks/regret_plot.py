@@ -1,4 +1,4 @@
-"""The picture of a regret run: tokens a second and p99 time between tokens over the load, one line an arm.
+"""The picture of the regret results: tokens per second and p99 time between tokens over the load, one line per arm.
 
 .venv/bin/python benchmarks/regret_plot.py [RESULT.json]
 """
@@ -13,7 +13,7 @@ OURS, OFF = "ours", "off"
 
 
 def plot(result: Path) -> Path:
-    """Draw a result file beside it as PNG; returns the picture's path."""
+    """Draw the runs under the usual conditions as ``docs/regret.png``; returns the picture's path."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -52,7 +52,7 @@ def plot(result: Path) -> Path:
             axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    picture = result.with_suffix(".png")
+    picture = Path(__file__).resolve().parent.parent / "docs/regret.png"
     figure.savefig(picture, dpi=110)
     print(f"wrote {picture}")
     return picture

@@ -1,0 +1,178 @@
+"""Tables of streaming, experts, kernels, distillation, spikes and verdicts, and the README's table of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import result_tables
+from result_tables import Run, Show, cells_of, interval, table
+
+
+def streaming(runs: Sequence[Run]) -> str:
+    """Prompts that are read while they are typed, beside the same kind of prompts sent whole."""
+    parts = {(cell["plugin"], cell["part"]): cell for cell in cells_of(runs)}
+    rows = []
+    typed = parts["chunked", "typed"]
+    for arm, found in typed["ms_after_commit"].items():
+        ratio = interval(typed["after_commit_to_whole"].get(arm), 3)
+        rows.append(["700 tokens typed over 10 s: commit to first token", arm, f"{interval(found, 0)} ms", ratio])
+    for plugin in ("chunked", "resumable"):
+        for arm, found in parts[plugin, "short"]["ms_in_server"].items():
+            rows.append([f"at most 50 tokens, `{plugin}`: commit to first token", arm, f"{interval(found, 1)} ms", ""])
+    beside = parts["chunked", "background"]
+    for arm, found in beside["itl_p99_ms"].items():
+        ratio = interval(beside["p99_streamed_to_whole"]) if arm == "streamed" else ""
+        rows.append(["p99 time between tokens of 4 decoders beside 4 typists", arm, f"{interval(found, 0)} ms", ratio])
+    for arm, found in beside["tokens_per_second"].items():
+        ratio = interval(beside["speed_streamed_to_whole"]) if arm == "streamed" else ""
+        rows.append(["their tokens per second", arm, interval(found, 0), ratio])
+    neighbour = parts["chunked", "neighbour"]
+    for arm, found in neighbour["ttft_ms"].items():
+        ratio = interval(neighbour["ratio"]) if arm != "alone" else ""
+        rows.append(["another request's time to first token", arm, f"{interval(found, 0)} ms", ratio])
+    same = parts["chunked", "identity"]
+    rows.append(["answers equal to those of whole prompts", "typed with edits", f"{same['identical']} of 50", ""])
+    assert same["prompts"] == 50
+    abuse = parts["chunked", "abuse"]["others_ttft_ms"]
+    for when in ("before", "during"):
+        case = f"{when} 200 sessions that disconnect"
+        rows.append(["another request's time to first token", case, f"{interval(abuse[when], 0)} ms", ""])
+    return table(["", "", "measured", "ratio to whole prompts, or to alone"], rows)
+
+
+def experts(runs: Sequence[Run]) -> str:
+    """Distinct experts, time and divergence of decoding steps, by budget."""
+    cells = [cell for cell in cells_of(runs) if cell["part"] != "gate" and cell["budget"] < 1]
+    rows = [
+        [
+            cell["part"],
+            str(cell["batch"]),
+            f"{cell['budget']:.2f}",
+            f"{cell['native_experts']:.1f} → {cell['routed_experts']:.1f}",
+            interval({"median": cell["time"]["ratio"], **cell["time"]}),
+            f"{cell['kept_mass']:.3f}",
+            f"{cell['kl_nats']:.4f}",
+        ]
+        for cell in sorted(cells, key=lambda cell: (cell["part"], cell["batch"], -cell["budget"]))
+    ]
+    headings = ["mode", "requests", "budget", "distinct experts per layer", "step time / native", "router mass kept"]
+    return table([*headings, "KL divergence, nats per token"], rows)
+
+
+def expert_gate(runs: Sequence[Run]) -> str:
+    """Whether the quality gate notices a file of experts that fit no text."""
+    rows = [
+        [
+            "on" if cell["gate"] else "off",
+            f"{cell['first_240_steps_kl']:.3f}",
+            f"{cell['later_kl']:.3f}",
+            ", ".join(f"step {change['step']} to {change['budget']:.0%}" for change in cell["changes"]) or "none",
+        ]
+        for cell in cells_of(runs)
+        if cell["part"] == "gate"
+    ]
+    return table(["gate", "KL divergence, first 240 steps", "later", "changes of the budget"], rows)
+
+
+def expert_frontier(runs: Sequence[Run]) -> str:
+    """Loss of quality by budget and batch, on held-out text, with shared budgets."""
+    [run] = runs
+    rows = []
+    for point in run["measured"]["points"]:
+        if point["form"] == "budget" and point["keep"] == 1 and not point["cohesion"]:
+            saved, perplexity = ([f"{100 * value:.1f}" for value in point[key]] for key in ("saved", "perplexity"))
+            rows.append(
+                [
+                    str(point["batch"]),
+                    str(point["budget"]),
+                    f"{point['distinct'][0]:.1f}",
+                    f"{saved[0]} % [{saved[1]}, {saved[2]}]",
+                    f"{perplexity[0]} % [{perplexity[1]}, {perplexity[2]}]",
+                    f"{point['kl'][0]:.4f} [{point['kl'][1]:.4f}, {point['kl'][2]:.4f}]",
+                ]
+            )
+    return table(["requests", "budget", "distinct experts", "saved", "perplexity", "KL divergence, nats"], rows)
+
+
+def machine_code(runs: Sequence[Run]) -> str:
+    """Registers, spills and shared memory of every kernel on compute capability 9.0."""
+    [run] = runs
+    rows = [
+        [
+            f"`{row['kernel']}`",
+            row["case"],
+            str(row["registers"]),
+            str(row["spilled"]),
+            f"{row['shared']:,}",
+            ", ".join(f"{width} B: {count}" for width, count in row["loads"].items()),
+        ]
+        for row in run["measured"]["rows"]
+        if row["capability"] == 90
+    ]
+    return table(["kernel", "case", "registers", "spilled", "shared memory, B", "loads by width"], rows)
+
+
+def spikes(runs: Sequence[Run]) -> str:
+    """Disturbances that were found and named, and runs without one that had a spike."""
+    [found] = cells_of(runs, "attribution")
+    rows = [
+        [
+            row["cause"],
+            str(row["events"]),
+            str(row["found_and_named"]),
+            str(row["spikes_named_so"]),
+            str(row["rightly"]),
+        ]
+        for row in found["by_cause"]
+    ]
+    [alarms] = cells_of(runs, "false alarms")
+    high = alarms["share_95"][1]
+    return (
+        table(["cause", "disturbances", "found and rightly named", "spikes named so", "rightly"], rows)
+        + f"\n\nOf {alarms['runs_made']} undisturbed runs, {alarms['runs_with_spikes']} had a spike "
+        f"(at most {high:.0%} of such runs, 95 % confidence)."
+    )
+
+
+def verdicts(runs: Sequence[Run]) -> str:
+    """How often the bench finds a difference that is there, and one that is not."""
+    [simulated] = [run["measured"] for run in runs if run["name"] == "simulated"]
+    rows = []
+    for cell in simulated["cells"]:
+        effect = cell["planted_difference"]
+        right = "" if cell["runs_with_the_right_verdict"] is None else str(cell["runs_with_the_right_verdict"])
+        said = str(cell["runs_with_a_verdict"])
+        case = f"{effect:+.0%}" if effect else "none"
+        rows.append([case, str(cell["starts"]), str(cell["rounds"]), str(cell["rows"]), str(cell["runs"]), said, right])
+    served = list(cells_of(runs, "servers"))
+    false = sum(bool(run["false_verdicts"]) for run in served)
+    headings = ["simulated difference", "starts", "rounds", "rows", "runs", "runs with a verdict", "with the right one"]
+    return (
+        f"{table(headings, rows)}\n\nLive, three vLLM servers without a difference: {false} of {len(served)} runs have "
+        "a row with a verdict."
+    )
+
+
+def distill(runs: Sequence[Run]) -> str:
+    """Acceptance of the first draft token of distilled draft models."""
+    rows = []
+    for run in runs:
+        made = run["measured"]
+        first = {row["text"]: f"{row['by_position'][0]:.2f}" for row in made["acceptance"] if row["temperature"] == 1.0}
+        size = f"{made['draft_parameters'] / 1e6:.2f}M of {made['target_parameters'] / 1e6:.2f}M"
+        training = f"{made['training']['steps']:,} steps, {made['seconds']:.0f} s"
+        rows.append([run["name"], size, training, first["code"], first["structured"]])
+    return table(["draft", "parameters", "training", "code", "structured text"], rows)
+
+
+TABLES: dict[str, tuple[str, Show]] = {
+    "streaming": ("streaming", streaming),
+    "experts": ("experts", experts),
+    "expert_gate": ("experts", expert_gate),
+    "expert_frontier": ("expert_frontier", expert_frontier),
+    "machine_code": ("machine_code", machine_code),
+    "spikes": ("spikes", spikes),
+    "verdicts": ("bench_verdicts", verdicts),
+    "distill": ("distill", distill),
+}
+ALL_TABLES = result_tables.TABLES | TABLES
