@@ -17,10 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+from result_summary import summary  # noqa: E402
 from result_tables import runs_of, runs_table  # noqa: E402
 from result_tables_by_part import ALL_TABLES  # noqa: E402
 
-PAGES = ("docs/results.md",)
+PAGES = ("docs/results.md", "README.md")
 RESULTS = ROOT / "benchmarks/results"
 BLOCK = re.compile(r"<!-- table: ([\w ]+) -->\n.*?<!-- end of table -->", re.DOTALL)
 
@@ -32,6 +33,8 @@ def updated(page: str, results: Path = RESULTS) -> str:
         name = match[1]
         if name.startswith("runs of "):
             made = runs_table(runs_of(results, name.removeprefix("runs of ")))
+        elif name == "summary":
+            made = summary(results)
         elif name in ALL_TABLES:
             file, show = ALL_TABLES[name]
             made = show(runs_of(results, file))

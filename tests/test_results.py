@@ -1,0 +1,93 @@
+"""The tables of the results page and of the README are what the committed result files say."""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PAGES = ["docs/results.md", "README.md"]
+MAX_README_LINES = 130
+CONDITIONS = {"command", "date", "commit", "device", "versions"}
+
+sys.path.insert(0, str(ROOT / "tools"))
+page_tool = importlib.import_module("results_page")
+tables = importlib.import_module("result_tables_by_part")
+
+
+@pytest.fixture
+def results_page():
+    return (ROOT / "docs/results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_shows_the_committed_results(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert page_tool.updated(text) == text, "run tools/results_page.py"
+
+
+def test_every_table_is_on_the_page(results_page):
+    shown = page_tool.shown(results_page)
+    assert set(tables.ALL_TABLES) <= shown
+    assert "summary" in page_tool.shown((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("file", sorted(path.stem for path in RESULTS.glob("*.json")))
+def test_every_result_file_is_on_the_page_with_its_runs(file, results_page):
+    assert f"runs of {file}" in page_tool.shown(results_page)
+    assert any(shown == file for shown, _ in tables.ALL_TABLES.values())
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_run_says_how_it_was_made(file):
+    record = json.loads(file.read_text(encoding="utf-8"))
+    for run in record.get("runs", [record]):
+        assert run.keys() >= CONDITIONS
+        assert all(run[key] for key in CONDITIONS), run["command"]
+
+
+@pytest.mark.parametrize("name", sorted(tables.ALL_TABLES))
+def test_another_number_would_be_seen(name, tmp_path):
+    file, _ = tables.ALL_TABLES[name]
+    block = f"<!-- table: {name} -->\n<!-- end of table -->"
+    before = page_tool.updated(block)
+    shutil.copy(RESULTS / f"{file}.json", tmp_path)
+    record = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+    changes = []
+    for kind in (float, int):
+        (tmp_path / f"{file}.json").write_text(json.dumps(_doubled(record, kind)))
+        try:
+            changes.append(page_tool.updated(block, tmp_path) != before)
+        except (KeyError, ValueError, StopIteration):
+            changes.append(True)
+    assert any(changes)
+
+
+def _doubled(value, kind):
+    if type(value) is kind:
+        return 2 * value
+    if isinstance(value, list):
+        return [_doubled(item, kind) for item in value]
+    return {key: _doubled(item, kind) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def test_an_unknown_table_is_refused():
+    with pytest.raises(SystemExit, match="no table is called nonsense; there are bench, "):
+        page_tool.updated("<!-- table: nonsense -->\n<!-- end of table -->")
+
+
+def test_every_script_that_the_page_names_exists(results_page):
+    prose = re.sub(r"<!-- table.*?<!-- end of table -->", "", results_page, flags=re.DOTALL)
+    scripts = re.findall(r"`(benchmarks/\w+\.py)", prose)
+    assert len(scripts) > 8
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MAX_README_LINES
