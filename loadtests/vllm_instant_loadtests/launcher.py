@@ -85,7 +85,10 @@ def scenario_servers(
     if model == DEMO and not Path(model).exists():
         from vllm_instant.tools.demo import assets, session
 
-        pair = assets.prepare()
+        try:
+            pair = assets.prepare()
+        except FileNotFoundError as error:
+            raise DrivingError(str(error)) from None
         model, config = str(pair.target), config or session.DEPLOYMENT
         overrides = [f"drafter.model={pair.draft}", *overrides]
     servers, deployments = {}, {}

@@ -31,7 +31,7 @@ from vllm_instant.tools.bench.plan import (
 )
 from vllm_instant.tools.bench.session import ExternalServers, ServerProvider, StartedServers, run_bench
 from vllm_instant.tools.cli import bench_tables
-from vllm_instant.tools.cli.common import Overrides, fail, problems_reported, require_vllm
+from vllm_instant.tools.cli.common import Overrides, fail, missing_models_reported, problems_reported, require_vllm
 from vllm_instant.tools.measure.sampling import RefusedError
 from vllm_instant.tools.measure.server_info import authorization
 from vllm_instant.tools.measure.servers import ServerError, terminable, words_of
@@ -210,7 +210,8 @@ def _started(
     if model == DEMO and not Path(model).exists():
         from vllm_instant.tools.demo import assets, session
 
-        pair = assets.prepare()
+        with missing_models_reported():
+            pair = assets.prepare()
         model, config = str(pair.target), config or session.DEPLOYMENT
         overrides = [f"drafter.model={pair.draft}", *overrides]
     with problems_reported():

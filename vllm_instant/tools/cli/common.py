@@ -42,6 +42,15 @@ def problems_reported() -> Iterator[None]:
         raise typer.Exit(EXIT_CODE) from None
 
 
+@contextmanager
+def missing_models_reported() -> Iterator[None]:
+    """Print in one sentence that the demo's models are missing, and leave with exit code 2."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        fail(str(error))
+
+
 def fail(message: str) -> NoReturn:
     """Say in one sentence what is wrong, and leave with exit code 2."""
     print(f"vllm-instant: {message}", file=sys.stderr)

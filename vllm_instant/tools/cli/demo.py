@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_instant.tools.cli.common import require, require_vllm
+from vllm_instant.tools.cli.common import missing_models_reported, require, require_vllm
 from vllm_instant.tools.demo import assets, session
 
 TRAINING = {"torch": "PyTorch", "transformers": "Transformers"}
@@ -36,7 +36,8 @@ def models(
 ) -> None:
     """Unpack and expand the demo models, and print where they are."""
     require("demo models", TRAINING, extra="distill")
-    pair = assets.prepare(output)
+    with missing_models_reported():
+        pair = assets.prepare(output)
     print(f"target: {pair.target}\ndraft:  {pair.draft}")
 
 
@@ -72,7 +73,8 @@ def moe(
     require("demo moe", TRAINING, extra="distill")
     from vllm_instant.tools.demo import moe_assets
 
-    print(moe_assets.prepare(output))
+    with missing_models_reported():
+        print(moe_assets.prepare(output))
 
 
 @app.command()

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from vllm_instant.tools.cli import experts_trace
-from vllm_instant.tools.cli.common import fail, print_columns, require, working
+from vllm_instant.tools.cli.common import fail, missing_models_reported, print_columns, require, working
 
 if TYPE_CHECKING:
     from vllm_instant.tools.moe.eval_windows import EvalWindows
@@ -212,7 +212,8 @@ def _folder(model: str) -> str:
     from vllm_instant.tools.demo import moe_assets, widen_experts
 
     # The same function as the served demo model at a fraction of its cost.
-    return str(moe_assets.prepare(size=widen_experts.SMALL, dtype="float32"))
+    with missing_models_reported():
+        return str(moe_assets.prepare(size=widen_experts.SMALL, dtype="float32"))
 
 
 def _windows(folder: str, model: str, text: list[str] | None, count: int, context: int) -> EvalWindows:

@@ -1,4 +1,4 @@
-"""The committed demo pair, unpacked and expanded into a cache folder."""
+"""The repository's own small models: the demo pair, unpacked and expanded into a cache folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import platformdirs
 
 from vllm_instant.tools.demo import widen_model
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).resolve().parents[3] / "examples/demo_models"
+"""In a clone. The weights are not part of the installed package."""
 DRAFT_IN_ASSETS = "draft"
 BASE_IN_ASSETS = "base"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -32,21 +33,19 @@ def prepare(
     dtype: str = "bfloat16",
     assets: Path = ASSETS,
 ) -> Pair:
-    """Expand the base and lay the draft beside it; returns at once when that was done before.
+    """Expand the base model and put the draft model beside it; returns at once when that was done before.
 
     Args:
-        output: folder to write to; by default one in the user's cache, named after what goes into it.
+        output: folder to write to; by default one in the user's cache, named after its content.
         size: shape of the target.
-        dtype: ``bfloat16`` or ``float32``, of both models.
-        assets: where the committed pair lies.
+        dtype: ``bfloat16`` or ``float32``, for both models.
+        assets: folder of the stored models.
 
     Raises:
-        FileNotFoundError: when the committed pair is not there.
+        FileNotFoundError: when the stored models are not there.
 
     """
-    weights = assets / BASE_IN_ASSETS / "model.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(f"the demo models are missing: no {weights}")
+    weights = stored(assets / BASE_IN_ASSETS / "model.safetensors")
     fingerprint = hashlib.sha256(weights.read_bytes() + repr((size, dtype)).encode()).hexdigest()[:12]
 
     def make(folder: Path) -> None:
@@ -65,19 +64,29 @@ def prepare(
     return Pair(folder / "target", folder / "draft")
 
 
+def stored(weights: Path) -> Path:
+    """The file itself; raises FileNotFoundError with the remedy where it does not exist."""
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"no {weights}: the demo models are not part of the installed package; clone the repository and run "
+            "`make demo` there"
+        )
+    return weights
+
+
 def cache_folder(name: str) -> Path:
     """A folder of this name in the user's cache."""
     return Path(platformdirs.user_cache_dir("vllm-instant")) / name
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Lay the demo's tokenizer beside a model."""
+    """Copy the demo's tokenizer into a model's folder."""
     for name in TOKENIZER_FILES:
         shutil.copy(source / name, folder / name)
 
 
 def made_once(folder: Path, fingerprint: str, make: Callable[[Path], None]) -> Path:
-    """Fill a folder, unless it was filled completely from the same before; returns the folder."""
+    """Fill a folder, unless an earlier call with this fingerprint completed it; returns the folder."""
     marker = folder / "complete"
     if marker.is_file() and marker.read_text() == fingerprint:
         return folder

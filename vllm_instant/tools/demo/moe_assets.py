@@ -1,4 +1,4 @@
-"""The committed mixture of experts: stored in eight bits a weight, unpacked and expanded into a cache folder."""
+"""The repository's mixture of experts: stored in eight bits per weight, unpacked and expanded into a cache folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_instant.tools.demo import widen_experts
-from vllm_instant.tools.demo.assets import ASSETS, BASE_IN_ASSETS, cache_folder, copy_tokenizer, made_once
+from vllm_instant.tools.demo.assets import ASSETS, BASE_IN_ASSETS, cache_folder, copy_tokenizer, made_once, stored
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +19,9 @@ _SCALE = ".scale"
 
 
 def store(model: MixtralForCausalLM, folder: Path) -> None:
-    """Write configuration and weights; matrices as int8 with one scale for each vector along the hidden size.
+    """Write configuration and weights; matrices as int8 with one scale per vector along the hidden size.
 
-    Routers and norms, which are small and decide much, stay in bfloat16.
+    Routers and norms stay in bfloat16: they are small, and errors in them change many outputs.
     """
     import torch
     from safetensors.torch import save_file
@@ -75,18 +75,16 @@ def prepare(
     """Unpack and expand the mixture of experts; returns its folder, at once when that was done before.
 
     Args:
-        output: folder to write to; by default one in the user's cache, named after what goes into it.
+        output: folder to write to; by default one in the user's cache, named after its content.
         size: shape of the served model.
         dtype: ``bfloat16`` or ``float32``.
-        assets: where the committed models lie.
+        assets: folder of the stored models.
 
     Raises:
-        FileNotFoundError: when the committed model is not there.
+        FileNotFoundError: when the stored model is not there.
 
     """
-    weights = assets / MOE_IN_ASSETS / WEIGHTS
-    if not weights.is_file():
-        raise FileNotFoundError(f"the demo's mixture of experts is missing: no {weights}")
+    weights = stored(assets / MOE_IN_ASSETS / WEIGHTS)
     fingerprint = hashlib.sha256(weights.read_bytes() + repr((size, dtype)).encode()).hexdigest()[:12]
 
     def make(folder: Path) -> None:

@@ -1,9 +1,12 @@
 """The demo's table and arguments; the whole demo is run by `make demo`."""
 
+import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.tools.demo import assets, session
+from vllm_instant.tools.cli import app
+from vllm_instant.tools.demo import assets, moe_assets, session
 from vllm_instant.tools.measure.token_stream import StreamedAnswer
 
 
@@ -55,3 +58,26 @@ def test_an_interrupt_ends_in_order(monkeypatch, capsys):
     monkeypatch.setattr(assets, "prepare", interrupt)
     assert session.compare() == 130
     assert "both servers are stopped" in capsys.readouterr().out
+
+
+def test_without_the_repository_the_message_names_the_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not part of the installed package; clone the repository and run"):
+        assets.prepare(tmp_path / "output", assets=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("words", [["demo", "models"], ["demo", "moe"], ["bench", "demo"]])
+def test_commands_say_in_one_sentence_that_the_models_are_missing(words, tmp_path, monkeypatch):
+    def prepare(*args, **kwargs):
+        return assets.stored(tmp_path / "nowhere")
+
+    monkeypatch.setattr(assets, "prepare", prepare)
+    monkeypatch.setattr(moe_assets, "prepare", prepare)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert result.stderr.strip() == f"vllm-instant: {_message(tmp_path)}"
+
+
+def _message(folder):
+    with pytest.raises(FileNotFoundError) as raised:
+        assets.stored(folder / "nowhere")
+    return str(raised.value)
