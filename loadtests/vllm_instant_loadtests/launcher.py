@@ -77,7 +77,7 @@ def scenario_servers(
         logs: folder for their logs.
 
     Raises:
-        DrivingError: when a fixed draft length has no draft model.
+        LoadTestError: when a fixed draft length has no draft model.
         DeploymentError: when the deployment cannot be served.
 
     """
@@ -88,7 +88,7 @@ def scenario_servers(
         try:
             pair = assets.prepare()
         except FileNotFoundError as error:
-            raise DrivingError(str(error)) from None
+            raise LoadTestError(str(error)) from None
         model, config = str(pair.target), config or session.DEPLOYMENT
         overrides = [f"drafter.model={pair.draft}", *overrides]
     servers, deployments = {}, {}
@@ -110,7 +110,7 @@ def scenario_servers(
 
 
 def run_locust(load: LocustCommand, command: str) -> None:
-    """Make a run; raises DrivingError with what Locust says when it fails.
+    """Make a run; raises LoadTestError with what Locust says when it fails.
 
     Args:
         load: what is sent where.
