@@ -1,80 +1,65 @@
-"""Session tokens: what a browser opens sessions with, which must not have the API key and cannot send it."""
+"""Session tokens: credentials with which a browser opens sessions, since it must not hold the API key."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
-import hmac
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+from itsdangerous import BadData, URLSafeSerializer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 PREFIX = "ist-"
-"""What a session token begins with."""
+"""Prefix of every session token."""
 SUBPROTOCOL = "instant-token."
-"""A browser hands its token over as a WebSocket subprotocol: this, and the token."""
+"""Prefix of the WebSocket subprotocol in which a browser sends its token."""
 CLIENT = "instant_client"
-"""Where the scope of a connection says which client a session token was made for."""
+"""Key of a connection's scope: the client that a session token was issued for."""
 SESSION_PATHS = ("/v1/instant/session", "/v1/instant/sessions")
-"""What session tokens are good for, with everything below."""
+"""The paths that session tokens open, with all paths below the second."""
 
 
 class SessionTokens:
-    """Makes and checks tokens; they are signed with a secret that this process drew, so none outlives it.
+    """Issues and checks tokens, signed with a random key of this process, so that none outlives it.
 
     Args:
-        clock: seconds since the epoch.
+        clock: Time in seconds since the epoch.
 
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._secret = secrets.token_bytes(32)
+        # The expiry is part of the payload: itsdangerous' own time stamps have whole seconds only.
+        self._serializer = URLSafeSerializer(
+            secrets.token_bytes(32), salt="vllm-instant session", signer_kwargs={"digest_method": hashlib.sha256}
+        )
         self._clock = clock
 
     def make(self, client: str | None, seconds: float) -> str:
-        """A token for ``seconds``; ``client`` names whom its sessions count for, None somebody of its own."""
-        payload = json.dumps([self._clock() + seconds, client or secrets.token_urlsafe(9)]).encode()
-        return PREFIX + _encoded(payload) + "." + _encoded(self._signature(payload))
+        """Return a token that is valid for ``seconds``; sessions count for ``client``, or for a client of its own."""
+        payload = [self._clock() + seconds, client or secrets.token_urlsafe(9)]
+        return PREFIX + str(self._serializer.dumps(payload))
 
     def client_of(self, token: str) -> str | None:
-        """Whom a token was made for; None if it is not ours or too old."""
-        text, dot, signature = token.removeprefix(PREFIX).partition(".")
-        if not token.startswith(PREFIX) or not dot:
+        """Return the client that a token was issued for; None for a foreign or expired token."""
+        if not token.startswith(PREFIX):
             return None
         try:
-            payload, signed = _decoded(text), _decoded(signature)
-        except (binascii.Error, ValueError):
+            expires, client = self._serializer.loads(token.removeprefix(PREFIX))
+        except BadData:
             return None
-        if not hmac.compare_digest(signed, self._signature(payload)):
-            return None
-        expires, client = json.loads(payload)
         return str(client) if self._clock() < expires else None
-
-    def _signature(self, payload: bytes) -> bytes:
-        return hmac.digest(self._secret, payload, hashlib.sha256)
-
-
-def _encoded(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
-
-
-def _decoded(text: str) -> bytes:
-    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
 
 
 class AuthMiddleware:
-    """ASGI middleware in front of the API-key check: a session token stands for the key, for sessions and nothing else.
+    """ASGI middleware before the API-key check that accepts a session token instead of the key, for sessions only.
 
     Args:
-        app: what comes behind, the API-key check among it.
-        tokens: which tokens are good.
-        key: an API key of the server.
-        public: paths that need no key at all.
+        app: The application, including the API-key check.
+        tokens: Checks the tokens.
+        key: An API key of the server.
+        public: Paths whose GET requests need no key.
 
     """
 
@@ -85,7 +70,7 @@ class AuthMiddleware:
         self._public = frozenset(public)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a connection on, with the key where it may have it."""
+        """Forward a connection, with the API key if its token or its path allows it."""
         if scope["type"] in ("http", "websocket"):
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if path in self._public and scope.get("method") == "GET":
