@@ -1,1 +1,1 @@
-"""The deployment file, the sources of its values, the plugins it names and the breaker around them."""
+"""The deployment file: its sources and checks, the plugins that it names, and the circuit breaker around them."""

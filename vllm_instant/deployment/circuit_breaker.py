@@ -1,4 +1,4 @@
-"""A plugin that raises while serving is disabled, and the server goes on as stock vLLM would."""
+"""Disables a plugin that raises while serving; vLLM's own behavior takes over."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ from vllm_instant.deployment.plugin_manager import plugin_manager
 
 logger = logging.getLogger("vllm.instant")
 
-Contract = TypeVar("Contract")
+Instance = TypeVar("Instance")
 Result = TypeVar("Result")
 
 
 class ContractError(Exception):
-    """A plugin returned what its contract does not allow."""
+    """A plugin returned what its protocol does not allow."""
 
 
 @dataclass
-class GuardedPlugin(Generic[Contract]):
-    """One plugin's object behind a breaker that opens at the first exception and stays open."""
+class GuardedPlugin(Generic[Instance]):
+    """The object of one plugin, disabled permanently at its first exception."""
 
     slot: str
     plugin: str
-    instance: Contract
+    instance: Instance
     disabled: bool = False
     failures: Counter[str] = field(default_factory=Counter)
-    """Number of failures by method name."""
+    """Number of failures by method."""
 
-    def call(self, hook: str, run: Callable[[Contract], Result], otherwise: Result) -> Result:
-        """``run(instance)``, or ``otherwise`` when the plugin is disabled or raises now.
+    def call(self, hook: str, run: Callable[[Instance], Result], otherwise: Result) -> Result:
+        """Return ``run(instance)``, or ``otherwise`` if the plugin is disabled or raises.
 
-        ``hook`` names the method in the log record; ``run`` may check the result and raise ContractError.
+        Args:
+            hook: The method's name, for the log and the metrics.
+            run: Calls the method; raises ``ContractError`` for a result that the protocol does not allow.
+            otherwise: The result without the plugin.
+
         """
         if self.disabled:
             return otherwise
@@ -56,11 +60,11 @@ class GuardedPlugin(Generic[Contract]):
             return otherwise
 
 
-def failure_counts(*contained: GuardedPlugin[Any] | None) -> list[dict[str, Any]]:
-    """The failures so far as plain data: ``slot``, ``plugin``, ``hook``, ``count``."""
+def failure_counts(*plugins: GuardedPlugin[Any] | None) -> list[dict[str, Any]]:
+    """Return the failures so far as plain data: ``slot``, ``plugin``, ``hook``, ``count``."""
     return [
-        {"slot": c.slot, "plugin": c.plugin, "hook": hook, "count": count}
-        for c in contained
-        if c is not None
-        for hook, count in c.failures.items()
+        {"slot": guarded.slot, "plugin": guarded.plugin, "hook": hook, "count": count}
+        for guarded in plugins
+        if guarded is not None
+        for hook, count in guarded.failures.items()
     ]

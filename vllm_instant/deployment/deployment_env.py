@@ -1,8 +1,8 @@
-"""How a checked deployment reaches the engine-core and worker processes.
+"""Passes a checked deployment to the engine-core and worker processes in an environment variable.
 
-An environment variable: children of any start method inherit it, it is readable inside ``register()`` before any
-engine object exists, and it is not part of vLLM's compilation cache key. Its name must not begin with ``VLLM_``, or
-vLLM would warn about an unknown variable; Ray copies it because it is added to Ray's list.
+Children of any start method inherit it, ``register()`` can read it before any engine object exists, and it is not part
+of vLLM's compilation cache key. Its name must not begin with ``VLLM_``, or vLLM would warn of an unknown variable. Ray
+copies it because its name is added to the list of variables that Ray copies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _RAY_LIST = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 def set_deployment(deployment: Deployment) -> None:
-    """Make a deployment the one that this process and its later children serve."""
+    """Make this process and its future children serve ``deployment``."""
     os.environ[VARIABLE] = deployment.model_dump_json()
     copied = [name for name in os.environ.get(_RAY_LIST, "").split(",") if name]
     if VARIABLE not in copied:
@@ -24,11 +24,11 @@ def set_deployment(deployment: Deployment) -> None:
 
 
 def clear_deployment() -> None:
-    """Forget the published deployment, so that later children start as stock vLLM."""
+    """Remove the deployment, so that future children start as plain vLLM."""
     os.environ.pop(VARIABLE, None)
 
 
 def get_deployment() -> Deployment | None:
-    """The deployment that this process serves, None without selection."""
+    """Return the deployment that this process serves; None for plain vLLM."""
     text = os.environ.get(VARIABLE)
     return Deployment.model_validate_json(text) if text else None

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one sentence each, collected and shown together, exit code 2."""
+"""Errors in a deployment: one sentence each, collected and shown together, exit code 2."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ EXIT_CODE = 2
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
-
-    ``source`` says where it was written (a file, an environment variable, the command line), ``key`` which setting it
-    concerns (``[speculation] plugin``; empty for the whole source), ``message`` what is wrong and what would be right.
-    """
+    """One error in a deployment."""
 
     source: str
+    """Where it was written: a file, an environment variable or the command line."""
     key: str
+    """The setting, for example ``[speculation] plugin``; empty for the whole source."""
     message: str
+    """What is wrong, and what would be valid."""
 
     def __str__(self) -> str:
         where = f"{self.source}: {self.key}" if self.key else self.source
@@ -29,7 +28,7 @@ class Problem:
 
 
 class DeploymentError(Exception):
-    """A deployment that cannot be served; carries every problem that was found."""
+    """A deployment that cannot be served, with every problem that was found."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
@@ -37,7 +36,7 @@ class DeploymentError(Exception):
 
 
 def shown(value: Any) -> str:
-    """A value as its writer would recognise it, in one short line."""
+    """Return a value as it was written, in at most 60 characters."""
     try:
         text = json.dumps(value, default=str)
     except (TypeError, ValueError):
@@ -46,15 +45,14 @@ def shown(value: Any) -> str:
 
 
 def choices(found: str, valid: Iterable[str]) -> str:
-    """What could have been meant: the nearest valid name if there is one, and the whole list."""
+    """Return the valid name nearest to ``found``, if any, and the list of valid names or of similar ones."""
     names = sorted(valid)
     if not names:
         return "nothing can be chosen here"
     nearest = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
-    listed = (
-        ", ".join(names) if len(names) <= 12 else ", ".join(difflib.get_close_matches(found, names, n=5, cutoff=0.3))
-    )
+    is_short = len(names) <= 12
+    listed = ", ".join(names if is_short else difflib.get_close_matches(found, names, n=5, cutoff=0.3))
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     if not listed:
         return f"there are {len(names)} valid names, none like it"
-    return f"{hint}valid: {listed}" if len(names) <= 12 else f"{hint}similar: {listed}"
+    return f"{hint}{'valid' if is_short else 'similar'}: {listed}"

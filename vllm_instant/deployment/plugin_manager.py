@@ -1,4 +1,4 @@
-"""Finds plugins, resolves the names of a deployment, reports what cannot be loaded."""
+"""Finds the installed plugins, by slot and name, and reports distributions that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("vllm.instant")
 
 @dataclass(frozen=True)
 class BrokenDistribution:
-    """A distribution that registered in the group but could not be loaded."""
+    """A distribution with plugins that could not be loaded."""
 
     distribution: str
     entry_point: str
@@ -33,13 +33,17 @@ class BrokenDistribution:
 
 
 class PluginManager:
-    """The plugins of all installed distributions, by slot and name."""
+    """The plugins of all installed distributions, by slot and name.
+
+    Args:
+        found: The entry points of the group ``vllm_instant``.
+
+    """
 
     def __init__(self, found: Iterable[EntryPoint]) -> None:
         self._pluggy = pluggy.PluginManager(hookspecs.PROJECT)
         self._pluggy.add_hookspecs(hookspecs)
-        self._origin: dict[str, tuple[str, str]] = {}
-        self._offers: dict[tuple[str, str], list[InstalledPlugin]] = defaultdict(list)
+        self._plugins: dict[tuple[str, str], list[InstalledPlugin]] = defaultdict(list)
         self.broken: list[BrokenDistribution] = []
         for entry_point in found:
             self._load(entry_point)
@@ -51,8 +55,8 @@ class PluginManager:
             module = entry_point.load()
             name = self._pluggy.register(module, name=f"{distribution}:{entry_point.name}")
             self._pluggy.check_pending()
-            offers = self._ask(name)
-        # Anyone's module may fail in any way; the others must still load, and the failure must have a name.
+            plugins = self._plugins_of(name)
+        # A foreign module can fail in any way; the others must still load, and the failure is reported by name.
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -60,46 +64,46 @@ class PluginManager:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             self.broken.append(BrokenDistribution(distribution, entry_point.name, reason))
             return
-        for plugin in offers:
-            self._offers[plugin.slot, plugin.name].append(InstalledPlugin(plugin, distribution, version))
+        for plugin in plugins:
+            self._plugins[plugin.slot, plugin.name].append(InstalledPlugin(plugin, distribution, version))
 
-    def _ask(self, name: str | None) -> list[Plugin]:
-        offered: list[Plugin] = []
+    def _plugins_of(self, name: str | None) -> list[Plugin]:
+        plugins: list[Plugin] = []
         for implementation in self._pluggy.hook.instant_plugins.get_hookimpls():
             if implementation.plugin_name == name:
-                offered.extend(cast(Iterable[Plugin], implementation.function()))
-        for plugin in offered:
+                plugins.extend(cast(Iterable[Plugin], implementation.function()))
+        for plugin in plugins:
             if not isinstance(plugin, Plugin):
                 raise TypeError(f"instant_plugins() must return Plugin objects, not {type(plugin).__name__}")
             if plugin.slot not in SLOTS:
                 raise ValueError(
                     f"plugin {plugin.name} names an unknown slot {plugin.slot!r}; slots: {', '.join(SLOTS)}"
                 )
-        return offered
+        return plugins
 
     def installed_plugins(self) -> Iterator[InstalledPlugin]:
-        """Every offer, by slot in the order of the deployment file, then by name."""
+        """Yield every plugin, by slot in the order of the deployment file, then by name."""
         order = list(SLOTS)
-        for key in sorted(self._offers, key=lambda pair: (order.index(pair[0]), pair[1])):
-            yield from self._offers[key]
+        for key in sorted(self._plugins, key=lambda pair: (order.index(pair[0]), pair[1])):
+            yield from self._plugins[key]
 
     def names(self, slot: str) -> list[str]:
-        """The names that a deployment may choose for a slot."""
-        return sorted({name for offered_slot, name in self._offers if offered_slot == slot})
+        """Return the names that a deployment can choose for a slot."""
+        return sorted({name for plugin_slot, name in self._plugins if plugin_slot == slot})
 
     def find(self, slot: str, name: str) -> list[InstalledPlugin]:
-        """The offers of one name: none, one, or several when distributions collide."""
-        return self._offers.get((slot, name), [])
+        """Return the plugins of one name: none, one, or several if distributions collide."""
+        return self._plugins.get((slot, name), [])
 
     def get(self, slot: str, name: str) -> InstalledPlugin:
-        """The one offer of a name that was resolved before; raises LookupError otherwise."""
+        """Return the plugin of a name that was resolved before; raises LookupError if there is none, or several."""
         found = self.find(slot, name)
         if len(found) != 1:
             raise LookupError(f"{len(found)} installed plugins are called {name!r} in slot {slot!r}")
         return found[0]
 
     def validation_errors(self, deployment: Deployment) -> list[str]:
-        """What the installed distributions say against a deployment; a check that fails is an objection, too."""
+        """Return the errors that installed distributions find in a deployment; a check that raises is an error too."""
         sentences: list[str] = []
         for implementation in self._pluggy.hook.instant_check.get_hookimpls():
             try:
@@ -110,23 +114,23 @@ class PluginManager:
         return sentences
 
     def announce_failure(self, slot: str, plugin: str, hook: str, error: Exception) -> None:
-        """Tell every distribution that a plugin was disabled; a listener that fails is logged and keeps nobody else."""
+        """Call every distribution's ``instant_plugin_failed``; exceptions are logged and do not affect the others."""
         for implementation in self._pluggy.hook.instant_plugin_failed.get_hookimpls():
             try:
                 _call(implementation, slot=slot, plugin=plugin, hook=hook, error=error)
             except Exception:
-                logger.exception("%s failed to hear of a disabled plugin", implementation.plugin_name)
+                logger.exception("%s raised in instant_plugin_failed", implementation.plugin_name)
 
 
 def _call(implementation: pluggy.HookImpl, **arguments: Any) -> object:
-    """Call one implementation by itself, with those arguments that it asks for, as pluggy would.
+    """Call one implementation with the arguments that it declares, as pluggy would.
 
-    pluggy's own call stops at the first implementation that raises; here one must not silence the others.
+    pluggy's own call stops at the first implementation that raises; here the others must be called too.
     """
     return implementation.function(*(arguments[name] for name in implementation.argnames))
 
 
 @cache
 def plugin_manager() -> PluginManager:
-    """The plugins installed in this process's environment."""
+    """Return the plugins that are installed in this environment."""
     return PluginManager(entry_points(group=hookspecs.PROJECT))

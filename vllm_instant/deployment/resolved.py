@@ -57,7 +57,7 @@ def drafter_arguments(deployment: Deployment, manager: PluginManager | None = No
 
 
 def engine_arguments(deployment: Deployment, manager: PluginManager | None = None) -> dict[str, Any]:
-    """Return vLLM's engine arguments: those that the plugins need, with the ``[vllm]`` table over them.
+    """Return vLLM's engine arguments: the plugins' own, overridden by the ``[vllm]`` table.
 
     With ``[speculation] plugin = "off"`` there is no drafter either, so that no unused draft model is loaded.
     """

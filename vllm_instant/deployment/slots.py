@@ -1,4 +1,4 @@
-"""The slots of a deployment file: what each decides, where it runs, and what it is when nobody fills it."""
+"""The slots of a deployment file: what each decides, in which process, and its default plugin."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ class Slot:
 
     name: str
     decides: str
+    """What its plugin decides, for the template of the deployment file."""
     runs_in: str
+    """The process in which its plugin runs."""
     default: str
-    """The plugin of a deployment that does not name one; always lossless."""
-    contract: type
+    """The plugin of a deployment that names none; always lossless."""
+    protocol: type
+    """The protocol of the object that its plugin builds."""
     optional: bool = False
-    """Whether the default only serves where it takes nothing away (``patches.default_drafter``)."""
+    """Whether the default serves only where it costs no other feature (``patches.default_drafter``)."""
 
 
 SLOTS: dict[str, Slot] = {
@@ -37,22 +40,22 @@ SLOTS: dict[str, Slot] = {
             "goodput",
             SpeculationPolicy,
         ),
-        Slot("drafter", "which tokens are proposed", "worker", "suffix", Drafter, optional=True),
+        Slot("drafter", "which draft tokens are proposed", "worker", "suffix", Drafter, optional=True),
         Slot(
             "rejection_sampler",
-            "which proposals are kept",
+            "which draft tokens are accepted",
             "worker",
             "block",
             RejectionSampler,
         ),
         Slot(
             "batching",
-            "which waiting requests run next, and who is preempted",
+            "which waiting requests start next, and which request is preempted",
             "engine core",
             "fcfs",
             SchedulingPolicy,
         ),
-        Slot("experts", "which experts a batch may use", "worker", "native", ExpertRouter),
+        Slot("experts", "which experts the tokens of a batch may use", "worker", "native", ExpertRouter),
         Slot(
             "attention",
             "the attention kernel and the KV-cache format",
@@ -62,7 +65,7 @@ SLOTS: dict[str, Slot] = {
         ),
         Slot(
             "streaming",
-            "prefill while the prompt is still arriving",
+            "prefill while the prompt is still being typed",
             "API server",
             "off",
             StreamingPrefill,

@@ -90,7 +90,7 @@ def build_guarded(slot: str, deployment: Deployment, context: PluginContext) -> 
         raise PluginStartError(
             f"plugin {plugin.name} of slot {slot} cannot start: {type(error).__name__}: {error}"
         ) from error
-    contract = SLOTS[slot].contract
+    contract = SLOTS[slot].protocol
     if not isinstance(instance, contract):
         missing = [
             name

@@ -1,4 +1,4 @@
-"""Finding plugins, and failures with a name."""
+"""Installed plugins, and distributions that cannot be loaded."""
 
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -12,7 +12,7 @@ from vllm_instant.deployment.settings import resolve
 
 
 class InlineEntryPoint(EntryPoint):
-    """An entry point whose module is made on the spot."""
+    """An entry point whose module has the given functions as hook implementations."""
 
     def __new__(cls, name, **functions):
         instance = super().__new__(cls)
@@ -27,7 +27,7 @@ class InlineEntryPoint(EntryPoint):
         pass
 
 
-def _offering(name, *plugins):
+def _entry_point(name, *plugins):
     return InlineEntryPoint(name, instant_plugins=lambda: list(plugins))
 
 
@@ -43,9 +43,9 @@ def test_first_party_plugins_come_through_the_public_entry_point_group():
     }
 
 
-def test_offers_are_in_the_order_of_the_deployment_file():
+def test_plugins_are_in_the_order_of_the_deployment_file():
     manager = PluginManager(
-        [_offering("a", _plugin("streaming"), _plugin("speculation", "z"), _plugin("speculation", "b"))]
+        [_entry_point("a", _plugin("streaming"), _plugin("speculation", "z"), _plugin("speculation", "b"))]
     )
     assert [(o.plugin.slot, o.plugin.name) for o in manager.installed_plugins()] == [
         ("speculation", "b"),
@@ -63,55 +63,56 @@ def test_offers_are_in_the_order_of_the_deployment_file():
         ({"instant_plugin": lambda: []}, "instant_plugin"),
     ],
 )
-def test_a_broken_distribution_has_a_name_and_harms_no_other(functions, words):
-    manager = PluginManager([InlineEntryPoint("bad", **functions), _offering("good", _plugin())])
+def test_a_broken_distribution_is_reported_by_name_and_the_others_load(functions, words):
+    manager = PluginManager([InlineEntryPoint("bad", **functions), _entry_point("good", _plugin())])
     assert manager.names("speculation") == ["p"]
     [broken] = manager.broken
     assert broken.entry_point == "bad"
     assert words in str(broken)
 
 
-def test_the_same_name_twice_is_a_problem_only_for_who_chooses_it(write_file):
-    defaults = plugin_manager()._offers
-    manager = PluginManager([_offering("one", _plugin()), _offering("two", _plugin())])
-    manager._offers.update(defaults)
+def test_a_name_of_two_distributions_is_an_error_only_where_it_is_chosen(write_file):
+    defaults = plugin_manager()._plugins
+    manager = PluginManager([_entry_point("one", _plugin()), _entry_point("two", _plugin())])
+    manager._plugins.update(defaults)
     resolve(manager=manager)
-    with pytest.raises(DeploymentError, match=r"'p' is offered by .* and .*: uninstall one"):
+    with pytest.raises(DeploymentError, match=r"'p' is installed by .* and .*: uninstall one"):
         resolve(write_file('[speculation]\nplugin = "p"\n'), manager=manager)
 
 
-def test_objections_of_a_distribution_stop_a_deployment():
-    manager = PluginManager([InlineEntryPoint("strict", instant_check=lambda deployment: ["not on Sundays"])])
-    manager._offers.update(plugin_manager()._offers)
-    with pytest.raises(DeploymentError, match=r"not on Sundays"):
+def test_an_error_found_by_a_distribution_stops_a_deployment():
+    manager = PluginManager([InlineEntryPoint("strict", instant_check=lambda deployment: ["no drafts on Sundays"])])
+    manager._plugins.update(plugin_manager()._plugins)
+    with pytest.raises(DeploymentError, match=r"no drafts on Sundays"):
         resolve(manager=manager)
 
 
-def test_a_check_that_fails_is_an_objection_and_no_traceback():
+def test_a_check_that_raises_is_an_error_without_a_traceback():
     manager = PluginManager([InlineEntryPoint("faulty", instant_check=lambda deployment: [1 / 0])])
-    manager._offers.update(plugin_manager()._offers)
+    manager._plugins.update(plugin_manager()._plugins)
     with pytest.raises(DeploymentError, match=r"faulty cannot check this deployment: ZeroDivisionError"):
         resolve(manager=manager)
 
 
-def test_engine_arguments_that_cannot_be_told_are_no_traceback(write_file):
+def test_engine_arguments_that_raise_are_an_error_without_a_traceback(write_file):
     faulty = _plugin("drafter", "faulty", engine_arguments=lambda options: 1 / 0)
-    manager = PluginManager([_offering("faulty", faulty)])
-    manager._offers.update(plugin_manager()._offers)
+    manager = PluginManager([_entry_point("faulty", faulty)])
+    manager._plugins.update(plugin_manager()._plugins)
     with pytest.raises(DeploymentError, match=r"which engine arguments it needs: ZeroDivisionError"):
         resolve(write_file('[drafter]\nplugin = "faulty"\n'), manager=manager)
 
 
-def test_a_listener_hears_of_failures_and_may_fail_itself(caplog):
-    heard = []
+def test_every_listener_is_told_of_a_failure_even_if_one_raises(caplog):
+    received = []
     manager = PluginManager(
         [
             InlineEntryPoint(
-                "ear", instant_plugin_failed=lambda slot, plugin, hook, error: heard.append((slot, plugin, hook))
+                "listener",
+                instant_plugin_failed=lambda slot, plugin, hook, error: received.append((slot, plugin, hook)),
             ),
-            InlineEntryPoint("deaf", instant_plugin_failed=lambda error: 1 / 0),
+            InlineEntryPoint("broken", instant_plugin_failed=lambda error: 1 / 0),
         ]
     )
     manager.announce_failure("drafter", "x", "propose", ValueError("v"))
-    assert heard == [("drafter", "x", "propose")]
-    assert "deaf failed to hear of a disabled plugin" in caplog.text
+    assert received == [("drafter", "x", "propose")]
+    assert "broken raised in instant_plugin_failed" in caplog.text
