@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm_releases
 from hypothesis import settings as hypothesis_settings
 
 from vllm_instant.tools.demo import assets, widen_model
@@ -79,6 +80,12 @@ def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def newest_release() -> Path:
+    """The package folder of the newest supported vLLM release, Python sources only."""
+    return vllm_releases.sources(vllm_releases.NEWEST)
 
 
 @pytest.fixture(scope="session")

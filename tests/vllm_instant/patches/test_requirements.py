@@ -1,13 +1,7 @@
 """The signature checks against made-up sources, and the patches against really supported versions."""
 
-import os
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
-
-import platformdirs
 import pytest
+from vllm_releases import NEWEST
 
 from vllm_instant.patches import compat_cache, registry
 from vllm_instant.patches.compat import (
@@ -143,32 +137,7 @@ def test_every_seam_fits_the_installed_version(patch):
     assert patch.unsupported_reason(folder) is None
 
 
-NEWEST_GPU_RELEASE = "0.33.0"
-
-
-@pytest.fixture(scope="session")
-def newest_gpu_release() -> Path:
-    """The Python sources of the newest supported release, downloaded once and cached without its compiled parts."""
-    cache = Path(platformdirs.user_cache_dir("vllm-instant")) / f"vllm-{NEWEST_GPU_RELEASE}-sources"
-    package = cache / "vllm"
-    marker = cache / "complete"
-    if not marker.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(cache)]
-        platforms = [word for glibc in (31, 28, 17) for word in ("--platform", f"manylinux_2_{glibc}_x86_64")]
-        interpreter = ["--python-version", "3.12", "--implementation", "cp", "--abi", "abi3", "--abi", "cp312"]
-        subprocess.run([*command, *platforms, *interpreter, f"vllm=={NEWEST_GPU_RELEASE}"], check=True)
-        [wheel] = cache.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                if name.startswith("vllm/") and name.endswith(".py"):
-                    archive.extract(name, cache)
-        os.remove(wheel)
-        marker.touch()
-    return package
-
-
 @pytest.mark.parametrize("patch", registry.PATCHES, ids=lambda patch: patch.name)
-def test_every_seam_fits_the_newest_gpu_release(patch, newest_gpu_release):
-    assert registry.SUPPORTED.contains(NEWEST_GPU_RELEASE)
-    assert patch.unsupported_reason(newest_gpu_release) is None
+def test_every_seam_fits_the_newest_release(patch, newest_release):
+    assert registry.SUPPORTED.contains(NEWEST)
+    assert patch.unsupported_reason(newest_release) is None

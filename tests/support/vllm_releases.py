@@ -1,0 +1,33 @@
+"""The Python sources of vLLM releases that are not installed, downloaded once into the user's cache folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import platformdirs
+
+OLDEST, NEWEST = "0.32.0", "0.33.0"
+"""Both ends of the supported range; the oldest is the CPU build that is installed."""
+
+
+def sources(version: str) -> Path:
+    """The package folder ``vllm`` of a release, without its compiled parts."""
+    cache = Path(platformdirs.user_cache_dir("vllm-instant")) / f"vllm-{version}-sources"
+    package, marker = cache / "vllm", cache / "complete"
+    if not marker.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(cache)]
+        platforms = [word for glibc in (31, 28, 17) for word in ("--platform", f"manylinux_2_{glibc}_x86_64")]
+        interpreter = ["--python-version", "3.12", "--implementation", "cp", "--abi", "abi3", "--abi", "cp312"]
+        subprocess.run([*command, *platforms, *interpreter, f"vllm=={version}"], check=True)
+        [wheel] = cache.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith("vllm/") and name.endswith(".py"):
+                    archive.extract(name, cache)
+        wheel.unlink()
+        marker.touch()
+    return package
