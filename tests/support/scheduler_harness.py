@@ -69,10 +69,16 @@ STOP_TOKEN = 7
 """Ends a request that ``answer`` gives it to."""
 
 
-def make_request(number: int, prompt_tokens: int = 16, max_tokens: int = 512, temperature: float = 0.0) -> Request:
-    """A request with a made-up prompt."""
+def make_request(
+    number: int,
+    prompt_tokens: int = 16,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    request_id: str | None = None,
+) -> Request:
+    """A request with a made-up prompt that depends on ``number`` only."""
     return Request(
-        request_id=f"request-{number}",
+        request_id=request_id or f"request-{number}",
         prompt_token_ids=[(number * 7 + i) % 4000 + 2 for i in range(prompt_tokens)],
         sampling_params=SamplingParams(
             max_tokens=max_tokens, temperature=temperature, ignore_eos=True, stop_token_ids=[STOP_TOKEN]

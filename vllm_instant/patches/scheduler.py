@@ -156,6 +156,9 @@ class InstantMixin(BatchingMixin, PinningMixin):
         invalid = scheduler_output.num_invalid_spec_tokens or {}
         state_of = self.instant_requests.states.get
         asynchronous = self._asynchronous
+        # vLLM pads a request with one token left to compute to the full draft length when it starts or resumes.
+        starting = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+        starting |= scheduler_output.scheduled_cached_reqs.resumed_req_ids
         states: list[RequestState] = []
         drafted: list[int] = []
         accepted: list[int] = []
@@ -168,7 +171,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
             state.num_output_tokens += produced
             drafts = drafts_of.get(request_id)
             count = 0
-            if drafts:
+            if drafts and request_id not in starting:
                 # Placeholders are real drafts under asynchronous scheduling and mere padding otherwise.
                 count = len(drafts) if asynchronous else len(drafts) - drafts.count(PADDING)
                 if invalid:
@@ -286,6 +289,8 @@ PATCH = VllmPatch(
         References("v1/request.py", "Request.__init__", ("cache_salt",)),
         HasAttribute(_OUTPUT, "SchedulerOutput.num_spec_tokens_to_schedule"),
         HasAttribute(_OUTPUT, "SchedulerOutput.scheduled_spec_decode_tokens"),
+        HasAttribute(_OUTPUT, "SchedulerOutput.scheduled_new_reqs"),
+        HasAttribute(_OUTPUT, "CachedRequestData.resumed_req_ids"),
         HasAttribute(_OUTPUT, "SchedulerOutput.num_scheduled_tokens"),
         HasAttribute(_OUTPUT, "SchedulerOutput.num_invalid_spec_tokens"),
         HasAttribute("v1/outputs.py", "DraftTokenIds.draft_token_ids"),
