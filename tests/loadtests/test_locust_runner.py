@@ -102,6 +102,7 @@ def test_the_servers_take_turns(played: Played) -> None:
         assert request.ended <= segment["ended"]
 
 
+@pytest.mark.perf
 def test_a_slow_server_does_not_slow_the_load_down(played: Played) -> None:
     slow = [r for r in played.run.of("slow").requests if r.route != "typist"]
     assert max(r.ttft for r in slow) > 0.6  # they queue …

@@ -226,6 +226,7 @@ def test_a_lookup_that_finds_nothing_is_not_paid_for():
     assert np.mean(granted[200:]) > 12
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize(
     ("chance", "planning_us", "learning_us"), [(0.6, 100, 70), (0.0, 16, 45)], ids=["drafting", "off"]
 )

@@ -130,6 +130,7 @@ def test_an_unpredictable_request_has_lower_confidence():
     assert one.factor < 0.5 < 1.0 < other.factor
 
 
+@pytest.mark.perf
 def test_a_lookup_costs_little_at_long_context():
     """The bar is 50 us at 4k tokens on one quiet core; the test allows for a busy one."""
     random = np.random.default_rng(1)

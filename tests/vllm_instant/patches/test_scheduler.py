@@ -198,30 +198,42 @@ def test_a_client_overrules_the_policy_for_its_request(make, asynchronous):
     assert list(getattr(output, PLAN_ATTRIBUTE).num_draft_tokens.values()) == [0, 2, DRAFTS, DRAFTS]
 
 
-def test_step_times_add_up_to_wall_clock_time_while_busy(make, asynchronous):
-    import time
+@pytest.fixture
+def clock():
+    """A clock that advances by a millisecond per reading and by whatever is added to ``now``."""
 
+    class Clock:
+        now = 0.0
+
+        def __call__(self):
+            self.now += 1e-3
+            return self.now
+
+    return Clock()
+
+
+def test_step_times_add_up_to_wall_clock_time_while_busy(make, asynchronous, clock):
     scheduler = make()
+    scheduler.instant_budget._clock = clock
     scheduler.add_request(harness.make_request(0))
     _step(scheduler, asynchronous)
     seen = []
     scheduler.instant_budget.policy.instance.observe = seen.append
-    began = time.perf_counter()
+    began = clock.now
     _step(scheduler, asynchronous)
-    time.sleep(0.05)  # what happens between steps is a part of what serving costs
+    clock.now += 0.05  # time between two steps is a part of the cost of serving
     _step(scheduler, asynchronous)
-    elapsed = time.perf_counter() - began
+    elapsed = clock.now - began
     scheduler.instant_budget.on_model_executing()
     assert sum(outcome.seconds for outcome in seen[-2:]) == pytest.approx(elapsed, rel=0.2)
 
 
-def test_idle_time_is_nobodys_cost(make, asynchronous):
-    import time
-
+def test_idle_time_is_not_counted_as_step_time(make, asynchronous, clock):
     scheduler = make()
+    scheduler.instant_budget._clock = clock
     scheduler.add_request(harness.make_request(0, max_tokens=1))
     _step(scheduler, asynchronous)
-    time.sleep(0.2)
+    clock.now += 60.0
     seen = []
     scheduler.instant_budget.policy.instance.observe = seen.append
     scheduler.add_request(harness.make_request(1))

@@ -151,14 +151,14 @@ def test_limits_are_told_and_freed_again():
             assert client.post("/v1/instant/sessions").status_code == 201
 
 
-def test_sessions_that_nobody_uses_end():
+def test_idle_sessions_end():
     with serving(idle_seconds=0.2) as (client, streaming):
         identity = client.post("/v1/instant/sessions", json={"model": "m"}).json()["id"]
         with client.websocket_connect("/v1/instant/session") as socket:
             assert hear(socket, "error")["error"]["code"] == "idle"
             with pytest.raises(WebSocketDisconnect):
                 socket.receive_json()
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 30
         while streaming.host.sessions:
             assert time.monotonic() < deadline
             time.sleep(0.02)
