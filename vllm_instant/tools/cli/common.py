@@ -51,10 +51,10 @@ def missing_models_reported() -> Iterator[None]:
         fail(str(error))
 
 
-def fail(message: str) -> NoReturn:
-    """Say in one sentence what is wrong, and leave with exit code 2."""
+def fail(message: str, exit_code: int = EXIT_CODE) -> NoReturn:
+    """Print one sentence that says what is wrong, and end the command."""
     print(f"vllm-instant: {message}", file=sys.stderr)
-    raise typer.Exit(EXIT_CODE)
+    raise typer.Exit(exit_code) from None
 
 
 def require(command: str, modules: Mapping[str, str], *, extra: str) -> None:

@@ -39,10 +39,9 @@ def estimate_speedup(decisions: Iterable[Mapping[str, Any]]) -> SpeedupEstimate 
     and those that have not finished.
 
     Args:
-        decisions: as the server answers them, the oldest first
-        (``vllm_instant_plugins.goodput.decision_log.Decision.plain``):
-            the drafts of a decision are made in its step and verified in the next, whose tokens and time its outcome
-            says.
+        decisions: of any policy, the oldest first, with the keys that ``SpeculationPolicy.decisions`` names; those
+            without these keys are skipped. The drafts of a decision are made in its step and verified in the next,
+            whose tokens and time its outcome says.
 
     Returns:
         None when no step went without drafts.
@@ -93,11 +92,14 @@ def decoding_speed(decisions: Iterable[Mapping[str, Any]], requests: int) -> flo
     return float(sum(o["tokens"] for o in outcomes) / sum(o["milliseconds"] for o in outcomes) * 1e3)
 
 
+_KEYS = frozenset({"step", "num_requests", "draft_tokens", "outcome"})
+
+
 def _decided(decisions: Iterable[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    """By step. Of a step that was planned twice, because a request came, the later plan counts."""
-    return {decision["step"]: decision for decision in decisions}
+    """The decisions that describe a step, by step. Of a step that was planned twice the later plan counts."""
+    return {decision["step"]: decision for decision in decisions if decision.keys() >= _KEYS}
 
 
 def _only_decoded(outcome: Mapping[str, Any] | None) -> bool:
-    """Whether the step has finished and read no prompts; of another policy, or an earlier release, that is not said."""
-    return outcome is not None and outcome.get("prompt_tokens") == 0
+    """Whether the step has finished and read no prompts, as far as the policy says."""
+    return outcome is not None and outcome.get("prompt_tokens") == 0 and outcome.keys() >= {"tokens", "milliseconds"}

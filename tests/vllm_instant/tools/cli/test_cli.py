@@ -2,7 +2,6 @@
 
 import tomllib
 
-import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -174,37 +173,3 @@ def test_demo_text_writes_every_document_once_and_keeps_what_is_held_out_apart(r
         if path.is_file()
     }
     assert found == expected
-
-
-def test_explain_says_what_drafting_gained(run, monkeypatch):
-    def decision(step, granted, tokens, milliseconds):
-        outcome = {
-            "tokens": tokens,
-            "drafted": granted,
-            "accepted": 0,
-            "milliseconds": milliseconds,
-            "prompt_tokens": 0,
-        }
-        expected = {
-            "worth_from": 1.0,
-            "gain": 1.0,
-            "tokens": 1.0,
-            "milliseconds": 1.0,
-            "milliseconds_without_drafts": 1.0,
-        }
-        return {
-            "step": step,
-            "reason": "draft" if granted else "off",
-            "num_requests": 1,
-            "draft_tokens": granted,
-            "expected": expected,
-            "outcome": outcome,
-            "requests": [{"request": "a", "acceptance": 0.5, "draft_tokens": granted}],
-        }
-
-    decisions = [decision(1, 0, 1, 10.0), decision(2, 0, 1, 10.0), decision(3, 4, 5, 20.0), decision(4, 0, 1, 10.0)]
-    answer = httpx.Response(200, json={"engines": [{"engine": 0, "decisions": decisions}]})
-    monkeypatch.setattr(httpx, "get", lambda *_, **__: answer)
-    shown = run("explain")
-    assert shown.exit_code == 0
-    assert "3 of these steps read no prompts, 2 of them had drafts: 1.75 times the tokens a second" in shown.output
