@@ -9,6 +9,7 @@ from vllm_instant import DraftRequest, RequestState, UpcomingStep
 from vllm_instant.deployment.plugin_manager import plugin_manager
 from vllm_instant.deployment.resolved import installed_plugin, plugin_options
 from vllm_instant.deployment.settings import resolve
+from vllm_instant.testing import check_drafter, check_policy
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.usefixtures("with_test_plugins")
@@ -27,6 +28,11 @@ def test_it_is_chosen_by_name_like_any_plugin():
     deployment = resolve(EXAMPLES / "bigram.toml")
     assert installed_plugin(deployment, "drafter").distribution == "bigram-plugin"
     assert plugin_options(deployment, "speculation").max_temperature == 0.7
+
+
+def test_both_keep_their_contracts():
+    check_drafter(lambda: _build("drafter", "bigram"))
+    check_policy(lambda: _build("speculation", "shy"))
 
 
 def _build(slot, name, **options):

@@ -7,7 +7,7 @@ import os
 import subprocess
 import tomllib
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -48,15 +48,21 @@ class BareEnvironment:
         )
 
 
-def build(folder: Path, extra: str = "") -> BareEnvironment:
+def build(folder: Path, extra: str = "", also: Sequence[str] = ()) -> BareEnvironment:
     """Make the environment that ``pip install vllm-instant`` would make, with links to packages installed here.
 
     What pyproject.toml declares is followed, so a dependency that is missing there is missing in the environment, too.
+
+    Args:
+        folder: new folder of the environment.
+        extra: of this project; its packages are there, too.
+        also: requirements whose packages are there, too.
+
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     venv.create(folder, symlinks=True)
     environment = BareEnvironment(folder)
-    wanted = list(project["dependencies"]) + list(project["optional-dependencies"].get(extra, []))
+    wanted = list(project["dependencies"]) + list(project["optional-dependencies"].get(extra, [])) + list(also)
     for distribution in _closure(wanted):
         for name in {PurePosixPath(file).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
             link = environment.site_packages / name

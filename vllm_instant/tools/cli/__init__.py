@@ -14,7 +14,9 @@ from vllm_instant.tools.cli import (
     experts,
     explain,
     loadtest,
+    new_plugin,
     plugins,
+    try_drafter,
     verify,
 )
 
@@ -28,6 +30,8 @@ app.add_typer(config.app, name="config")
 app.add_typer(demo.app, name="demo")
 app.add_typer(experts.app, name="experts")
 app.command(name="plugins")(plugins.list_plugins)
+app.command(name="new-plugin")(new_plugin.new_plugin)
+app.command(name="try-drafter")(try_drafter.try_drafter)
 app.command(name="doctor")(doctor.doctor)
 app.command(name="distill")(distill.distill)
 app.command(name="explain")(explain.explain)
