@@ -121,7 +121,7 @@ def _steps(vocab_size: int, max_draft_tokens: int, seed: int) -> Iterator[_Step]
                 num_prompt_tokens=1,
                 max_draft_tokens=rng.randint(1, max_draft_tokens),
                 cache_salt=rng.choice(["", "tenant"]) if number % 2 else "",
-                is_pinned=number % 3 == 0,
+                is_fixed=number % 3 == 0,
             )
             for number in batch
         )

@@ -100,7 +100,7 @@ def _outcome(rng: random.Random, running: list[RequestState], granted: list[int]
         seconds=rng.uniform(0.005, 0.05),
         num_scheduled_requests=len(running),
         number=number,
-        draft_passes=max(granted, default=0),
+        draft_steps=max(granted, default=0),
     )
 
 

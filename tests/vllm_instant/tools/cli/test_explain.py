@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_instant.tools.cli import app
+from vllm_instant.tools.measure import server_info
 
 
 @pytest.fixture
@@ -16,13 +17,13 @@ def explain(monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
 
     def run(answer, *words):
-        def get(url, **given):
-            run.asked = {"url": url, **given}
+        def get(url, path, **given):
+            run.asked = {"url": url + path, **given}
             if isinstance(answer, Exception):
                 raise answer
             return answer if isinstance(answer, httpx.Response) else httpx.Response(200, json=answer)
 
-        monkeypatch.setattr(httpx, "get", get)
+        monkeypatch.setattr(server_info, "get", get)
         return CliRunner().invoke(app, ["explain", *words])
 
     return run
@@ -98,8 +99,8 @@ def test_decisions_that_describe_no_step_are_left_out_of_the_comparison(explain)
         (httpx.Response(401), "wants an API key: give --api-key or set VLLM_API_KEY"),
         (httpx.Response(404), "runs without vllm-instant: start it with --plugins vllm_instant"),
         (httpx.Response(500, text="oops"), "answers HTTP 500: oops"),
-        (httpx.Response(200, text="<html>"), "is not a vLLM server with vllm-instant"),
-        (httpx.Response(200, json=["no"]), "is not a vLLM server with vllm-instant"),
+        (httpx.Response(200, text="<html>"), "is no vLLM server with vllm-instant"),
+        (httpx.Response(200, json=["no"]), "is no vLLM server with vllm-instant"),
     ],
 )
 def test_a_server_that_does_not_explain_gets_one_sentence(explain, answer, message):
