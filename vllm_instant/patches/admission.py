@@ -18,7 +18,7 @@ from vllm_instant.patches.compat import HasAttribute, HasSignature, References, 
 from vllm_instant.patches.min_p_logit_bias import needs_no_drafts
 from vllm_instant.patches.plugin_factory import build_guarded, context_of
 from vllm_instant.patches.waiting_queue import InstantQueue
-from vllm_instant.scheduling.admission import Batching
+from vllm_instant.scheduling.admission import AdmissionController
 from vllm_instant.scheduling.request_registry import LazyRequestStates, RequestRegistry
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class BatchingMixin(LiveRequestsMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.instant_batching: Batching | None = None
+        self.instant_batching: AdmissionController | None = None
         self.instant_queue: InstantQueue | None = None
         deployment = deployment_env.get_deployment()
         if deployment is None:
@@ -87,7 +87,7 @@ class BatchingMixin(LiveRequestsMixin):
         policy = build_guarded("batching", deployment, context_of(self.vllm_config, deployment))
         if policy is None:
             return
-        self.instant_batching = Batching(policy)
+        self.instant_batching = AdmissionController(policy)
         self._instant_by_priority = self.policy.value == "priority"
         self.waiting = self.instant_queue = InstantQueue(
             self._instant_admit,
@@ -109,7 +109,7 @@ class BatchingMixin(LiveRequestsMixin):
         if queue is None or batching is None:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        if batching.spares and free < SHORT_OF_BLOCKS * len(self.running) and not self._instant_by_priority:
+        if batching.orders_preemption and free < SHORT_OF_BLOCKS * len(self.running) and not self._instant_by_priority:
             self._put_victims_last(batching)
         whole = self.max_num_scheduled_tokens, self.scheduler_config.long_prefill_token_threshold
         if batching.limits_prompts and self.running:
@@ -150,7 +150,7 @@ class BatchingMixin(LiveRequestsMixin):
     def instant_background_work(self) -> None:
         """Called while the model runs."""
         batching, queue = self.instant_batching, self.instant_queue
-        if batching is not None and queue is not None and batching.thinks:
+        if batching is not None and queue is not None and batching.has_background_work:
             batching.on_model_executing(self._moment(queue.states()))
 
     def _running_states(self) -> LazyRequestStates:
@@ -176,13 +176,13 @@ class BatchingMixin(LiveRequestsMixin):
             self.kv_cache_manager.block_pool.get_num_free_blocks() * self.block_size,
         )
 
-    def _put_victims_last(self, batching: Batching) -> None:
+    def _put_victims_last(self, batching: AdmissionController) -> None:
         """Sort the running requests: vLLM preempts from the end of the list."""
         order = batching.preemption_order(self._running_states())
         if order is not None:
             self.running = [self.running[place] for place in order]
 
-    def _limit_prompts(self, batching: Batching) -> None:
+    def _limit_prompts(self, batching: AdmissionController) -> None:
         """Leave so much of the step's budget for prompts as the policy says.
 
         What running requests decode is always scheduled: vLLM serves the list of running requests first, and the cap

@@ -64,7 +64,7 @@ class PinningMixin:
     def instant_let_go(self, name: str) -> None:
         """The session holds nothing any more."""
         if self.instant_held is not None:
-            self.instant_held.close(name)
+            self.instant_held.unpin(name)
 
     def _give_back_when_short(self, held: PinnedPrefixes) -> None:
         """Before a request waits or is preempted for want of blocks, held ones are given back."""
@@ -99,7 +99,7 @@ class PinningMixin:
                 groups = [manager.req_to_blocks.get(request.request_id, []) for manager in managers]
                 size = min(len(group) * manager.block_size for group, manager in zip(groups, managers, strict=True))
                 tokens = request.all_token_ids[: min(computed, size)]
-                self.instant_held.keep(name, tokens, groups, _key(request), self._instant_held_share)
+                self.instant_held.pin(name, tokens, groups, _key(request), self._instant_held_share)
         super()._free_request_blocks(request)  # type: ignore[misc]
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:

@@ -127,7 +127,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
         if self.instant_budget is not None:
             report = getattr(draft_token_ids, REPORT_ATTRIBUTE, None)
             if report is not None:
-                self.instant_budget.drafted(report)
+                self.instant_budget.on_draft_report(report)
                 self._instant_drafter_failures = report.failures
             most = self.num_spec_tokens
             wanted = self._instant_plan.num_draft_tokens.get

@@ -1,1 +1,1 @@
-"""Which requests run: live requests, admission, prefixes that are pinned in the KV cache; without vLLM."""
+"""Scheduling without vLLM: live requests, the admission of waiting ones, and pinned KV-cache prefixes."""

@@ -1,6 +1,6 @@
-"""Who starts next, asked of a policy: the engine-independent half of the ``batching`` slot.
+"""Admission of waiting requests: asks a scheduling policy, checks its results, and counts.
 
-``vllm_instant.patches.admission`` feeds it from vLLM's scheduler and carries out what it decides.
+``vllm_instant.patches.admission`` calls this from vLLM's scheduler and applies the result.
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ from vllm_instant.interfaces.speculation import StepOutcome
 
 
 @dataclass
-class BatchingCounters:
+class AdmissionCounters:
     """Totals since the engine started, in requests."""
 
     started: int = 0
-    """Left the queue for the first time."""
+    """Requests that left the queue for the first time."""
     started_early: int = 0
-    """Started while somebody waited who had come before."""
+    """Requests that started while an older one waited."""
     preemptions: int = 0
-    """Times that a running request lost its KV blocks."""
+    """Number of times that a running request lost its KV blocks."""
 
 
-class Batching:
-    """Asks a batching policy, checks what it answers, and counts.
+class AdmissionController:
+    """Calls a scheduling policy, checks its results, and counts.
 
     Args:
-        policy: the policy behind its breaker.
-        clock: seconds, monotonic; also the clock of ``RequestState.arrival_time``.
+        policy: The guarded policy.
+        clock: Monotonic time in seconds; also the clock of ``RequestState.arrival_time``.
 
     """
 
     def __init__(self, policy: GuardedPlugin[SchedulingPolicy], clock: Callable[[], float] = time.monotonic) -> None:
         self.policy = policy
-        self.counters = BatchingCounters()
+        self.counters = AdmissionCounters()
         self.clock = clock
         kind = type(policy.instance)
         self.limits_prompts = kind.max_prompt_tokens is not SchedulingPolicy.max_prompt_tokens
-        """Whether the policy has anything to say about how much of the prompts a step reads."""
-        self.spares = kind.preemption_order is not SchedulingPolicy.preemption_order
-        self.thinks = kind.background_work is not SchedulingPolicy.background_work
+        """Whether the policy implements ``max_prompt_tokens``."""
+        self.orders_preemption = kind.preemption_order is not SchedulingPolicy.preemption_order
+        self.has_background_work = kind.background_work is not SchedulingPolicy.background_work
         self.observes = kind.observe is not SchedulingPolicy.observe
 
     def enter(self, state: RequestState) -> None:
-        """A request begins to wait."""
+        """A request started to wait."""
         state.arrival_time = self.clock()
         self.policy.call("enter", lambda policy: policy.enter(state), None)
 
     def decisions(self, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
-        """Why the newest requests started when they did, as plain data."""
+        """Return why the newest requests started when they did, as plain data."""
         nothing: list[dict[str, Any]] = []
         return self.policy.call(
             "decisions", lambda policy: [dict(d) for d in policy.decisions(last, request_id)], nothing
         )
 
     def started(self, state: RequestState, oldest_waiting: float) -> None:
-        """A request left the queue; ``oldest_waiting`` is when the oldest of those that still wait arrived."""
+        """A request left the queue; ``oldest_waiting`` is the arrival time of the oldest request that still waits."""
         if not state.num_preemptions:
             self.counters.started += 1
             self.counters.started_early += oldest_waiting < state.arrival_time
@@ -80,14 +80,19 @@ class Batching:
         now = self.clock()
         self.policy.call("finished", lambda policy: policy.finished(state, now, complete), None)
 
-    def admit(self, moment: SchedulerSnapshot) -> Admission:
-        """Whom to start; as they came when the policy is disabled. Somebody starts when nobody runs."""
+    def admit(self, snapshot: SchedulerSnapshot) -> Admission:
+        """Return which requests start; first come, first served if the policy is disabled.
+
+        At least one request may start if none is running.
+        """
 
         def ask(policy: SchedulingPolicy) -> Admission:
-            admission = policy.admit(moment)
+            admission = policy.admit(snapshot)
             order = admission.order
-            if order and not (0 <= min(order) and max(order) < len(moment.waiting) and len(set(order)) == len(order)):
-                raise ContractError(f"an order names each of 0..{len(moment.waiting) - 1} at most once, found {order}")
+            if order and not (0 <= min(order) and max(order) < len(snapshot.waiting) and len(set(order)) == len(order)):
+                raise ContractError(
+                    f"an order names each of 0..{len(snapshot.waiting) - 1} at most once, found {order}"
+                )
             if len(set(admission.request_ids)) != len(admission.request_ids):
                 raise ContractError(f"an order names each request at most once, found {admission.request_ids}")
             if admission.max_num_admitted is not None and admission.max_num_admitted < 0:
@@ -95,48 +100,48 @@ class Batching:
             return admission
 
         admission = self.policy.call("admit", ask, Admission())
-        if admission.max_num_admitted == 0 and not moment.running:
+        if admission.max_num_admitted == 0 and not snapshot.running:
             return replace(admission, max_num_admitted=1)
         return admission
 
     def preemption_order(self, running: Sequence[RequestState]) -> Sequence[int] | None:
-        """Indices of those that run, those first that keep their KV blocks longest; None: vLLM's own choice."""
+        """Return the indices of ``running``, the request to preempt last first; None for vLLM's choice."""
 
         def ask(policy: SchedulingPolicy) -> Sequence[int] | None:
             order = policy.preemption_order(running)
             if order is not None and sorted(order) != list(range(len(running))):
-                raise ContractError(f"an order of all {len(running)} running requests was due, found {list(order)}")
+                raise ContractError(f"expected an order of all {len(running)} running requests, found {list(order)}")
             return order
 
-        return self.policy.call("spare", ask, None)
+        return self.policy.call("preemption_order", ask, None)
 
-    def max_prompt_tokens(self, moment: SchedulerSnapshot) -> int | None:
-        """Most prompt tokens of the next step; None: no limit."""
+    def max_prompt_tokens(self, snapshot: SchedulerSnapshot) -> int | None:
+        """Return the maximum number of prompt tokens in the next step; None for no limit."""
 
         def ask(policy: SchedulingPolicy) -> int | None:
-            most = policy.max_prompt_tokens(moment)
-            if most is not None and most < 1:
-                raise ContractError(f"a step must read at least one prompt token, found {most}")
-            return most
+            limit = policy.max_prompt_tokens(snapshot)
+            if limit is not None and limit < 1:
+                raise ContractError(f"max_prompt_tokens must be at least 1, found {limit}")
+            return limit
 
         return self.policy.call("max_prompt_tokens", ask, None)
 
-    def on_model_executing(self, moment: SchedulerSnapshot) -> None:
-        """The step is on its way, and there is time."""
-        self.policy.call("think", lambda policy: policy.background_work(moment), None)
+    def on_model_executing(self, snapshot: SchedulerSnapshot) -> None:
+        """The model runs: let the policy do slow work."""
+        self.policy.call("background_work", lambda policy: policy.background_work(snapshot), None)
 
     def observe(self, outcome: StepOutcome) -> None:
-        """A step is over."""
+        """A step finished."""
         self.policy.call("observe", lambda policy: policy.observe(outcome), None)
 
     def totals(self) -> dict[str, Any]:
-        """The counters, and what the policy measures of itself, as plain data."""
+        """Return the counters and the policy's own gauges (``measures``) as plain data."""
 
         def ask(policy: SchedulingPolicy) -> dict[str, float]:
             return {str(name): float(value) for name, value in policy.metrics().items()}
 
         nothing: dict[str, float] = {}
-        return asdict(self.counters) | {"measures": self.policy.call("measures", ask, nothing)}
+        return asdict(self.counters) | {"measures": self.policy.call("metrics", ask, nothing)}
 
     def close(self) -> None:
         """The engine stops."""

@@ -1,9 +1,9 @@
-"""KV blocks of prompts that are still arriving, held between their chunks.
+"""KV blocks of prompts that are still being typed, pinned between their chunks.
 
-The prefix cache keeps whole blocks, and only as long as nobody needs the memory. What is held here stays as it is, to
-the last token, within limits: so many sessions, so many tokens each, a share of all blocks together; and whenever the
-engine is short of blocks, the sessions that were used longest ago lose theirs first. Losing one costs time, nothing
-else: its whole blocks may still be in the prefix cache, and the rest is read again.
+The prefix cache keeps whole blocks, and only until their memory is needed. Pinned prefixes keep their blocks to the
+last token, within limits: a maximum number of sessions, of tokens per session, and a maximum fraction of all blocks.
+When the engine is short of blocks, the least recently used prefix is evicted first. Eviction costs only time: whole
+blocks may still be in the prefix cache, and the rest is computed again.
 """
 
 from __future__ import annotations
@@ -14,33 +14,32 @@ from typing import Any, Protocol
 
 
 class BlockPool(Protocol):
-    """What counts the references to KV blocks (vLLM's ``BlockPool``)."""
+    """The reference counts of KV blocks (vLLM's ``BlockPool``)."""
 
     def touch(self, blocks: Sequence[Any]) -> None:
-        """One reference more."""
+        """Add one reference to each block."""
         ...
 
     def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
-        """One reference less; those without any are free, the first ones to be used first."""
+        """Remove one reference from each block; blocks without references are reused in this order."""
         ...
 
 
 @dataclass
-class _Held:
-    tokens: int
-    """Most that may be held."""
+class _Pinned:
+    max_tokens: int
     token_ids: Sequence[int] = ()
     groups: tuple[list[Any], ...] = ()
     key: Hashable = None
 
 
 class PinnedPrefixes:
-    """The held prefixes of one engine.
+    """The pinned prefixes of one engine.
 
     Args:
-        pool: where the blocks belong.
-        block_sizes: tokens of a block, for each KV-cache group.
-        num_blocks: of the whole cache.
+        pool: The pool of the blocks.
+        block_sizes: Tokens per block, for each KV-cache group.
+        num_blocks: Number of blocks in the whole cache.
 
     """
 
@@ -48,99 +47,102 @@ class PinnedPrefixes:
         self._pool = pool
         self._block_sizes = tuple(block_sizes)
         self._num_blocks = num_blocks
-        # The one used longest ago stands first.
-        self._held: dict[str, _Held] = {}
+        # In the order of use, the least recently used session first.
+        self._pinned: dict[str, _Pinned] = {}
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._pinned)
 
     @property
     def num_blocks(self) -> int:
-        """Held by all sessions together; a block that two of them hold counts twice."""
-        return sum(len(group) for held in self._held.values() for group in held.groups)
+        """Number of blocks pinned by all sessions; a block that two sessions pin counts twice."""
+        return sum(len(group) for pinned in self._pinned.values() for group in pinned.groups)
 
-    def open(self, name: str, sessions: int, tokens: int) -> bool:
-        """Let a session hold up to so many tokens, unless ``sessions`` do already."""
-        if name in self._held:
+    def open(self, name: str, max_sessions: int, max_tokens: int) -> bool:
+        """Let a session pin up to ``max_tokens``; returns False if ``max_sessions`` others may already."""
+        if name in self._pinned:
             return True
-        if len(self._held) >= sessions:
+        if len(self._pinned) >= max_sessions:
             return False
-        self._held[name] = _Held(tokens)
+        self._pinned[name] = _Pinned(max_tokens)
         return True
 
-    def close(self, name: str) -> None:
-        """The session holds nothing any more."""
-        held = self._held.pop(name, None)
-        if held is not None:
-            self._release(held)
+    def unpin(self, name: str) -> None:
+        """Release a session's blocks; it can pin none until it is opened again."""
+        pinned = self._pinned.pop(name, None)
+        if pinned is not None:
+            self._release(pinned)
 
     def clear(self) -> None:
-        """No session holds anything, though each may again: what was computed has become wrong."""
-        for held in self._held.values():
-            self._release(held)
+        """Release the blocks of all sessions, because their contents are invalid; the sessions remain open."""
+        for pinned in self._pinned.values():
+            self._release(pinned)
 
-    def keep(
-        self, name: str, token_ids: Sequence[int], groups: Sequence[Sequence[Any]], key: Hashable, share: float
+    def pin(
+        self, name: str, token_ids: Sequence[int], groups: Sequence[Sequence[Any]], key: Hashable, max_share: float
     ) -> None:
-        """Hold what a request of the session has computed, in place of what it held before.
+        """Pin the blocks that a request of a session computed, in place of the session's earlier ones.
 
         Args:
-            name: the session; ignored unless it is open.
-            token_ids: those that were computed, ``[tokens]``.
-            groups: for each KV-cache group, the blocks that they lie in (and possibly more).
-            key: what must be the same for another request that is to use them.
-            share: most of the cache's blocks that all sessions together may hold.
+            name: The session; ignored unless it is open.
+            token_ids: The computed tokens, ``[tokens]``.
+            groups: For each KV-cache group the blocks of these tokens, and possibly more.
+            key: Must be equal for a request that uses the blocks: what keys and values depend on besides the tokens.
+            max_share: Maximum fraction of the cache's blocks that all sessions together pin.
 
         """
-        held = self._held.pop(name, None)
-        if held is None:
+        pinned = self._pinned.pop(name, None)
+        if pinned is None:
             return
-        before = _Held(0, held.token_ids, held.groups)
-        self._held[name] = held  # used last
-        tokens = min(len(token_ids), held.tokens)
-        blocks = tuple(list(group[: -(-tokens // size)]) for group, size in zip(groups, self._block_sizes, strict=True))
-        held.token_ids, held.groups, held.key = (), (), None
-        wanted, room = sum(map(len, blocks)), int(share * self._num_blocks)
-        if wanted <= room:
-            for other in [other for other in self._held.values() if other is not held]:
-                if self.num_blocks + wanted <= room:
+        before = _Pinned(0, pinned.token_ids, pinned.groups)
+        self._pinned[name] = pinned  # most recently used
+        num_tokens = min(len(token_ids), pinned.max_tokens)
+        blocks = tuple(
+            list(group[: -(-num_tokens // size)]) for group, size in zip(groups, self._block_sizes, strict=True)
+        )
+        pinned.token_ids, pinned.groups, pinned.key = (), (), None
+        needed, limit = sum(map(len, blocks)), int(max_share * self._num_blocks)
+        if needed <= limit:
+            for other in [other for other in self._pinned.values() if other is not pinned]:
+                if self.num_blocks + needed <= limit:
                     break
                 self._release(other)
+            # Before the earlier blocks are released: most of them are the same.
             for group in blocks:
                 self._pool.touch(group)
-            held.token_ids, held.groups, held.key = list(token_ids[:tokens]), blocks, key
+            pinned.token_ids, pinned.groups, pinned.key = list(token_ids[:num_tokens]), blocks, key
         self._release(before)
 
     def find(self, name: str, token_ids: Sequence[int], key: Hashable) -> tuple[int, tuple[list[Any], ...]]:
-        """What a request can use of its session's: tokens, and the blocks of each group that they lie in.
+        """Return the number of pinned tokens that a session's request can use, and their blocks in each group.
 
-        The last block may be filled in part; who goes on from there needs a copy of it.
+        The last block may be partly filled; a request that continues in it needs a copy.
         """
-        held = self._held.pop(name, None)
-        if held is None:
+        pinned = self._pinned.pop(name, None)
+        if pinned is None:
             return 0, ()
-        self._held[name] = held
-        if held.key != key:
+        self._pinned[name] = pinned  # most recently used
+        if pinned.key != key:
             return 0, ()
-        tokens = 0
-        # The last token must be computed: its logits are the answer's beginning.
-        for one, other in zip(held.token_ids, token_ids[:-1], strict=False):
+        num_tokens = 0
+        # The last token must be computed: its logits start the answer.
+        for one, other in zip(pinned.token_ids, token_ids[:-1], strict=False):
             if one != other:
                 break
-            tokens += 1
-        sizes = zip(held.groups, self._block_sizes, strict=True) if held.groups else ()
-        return tokens, tuple(group[: -(-tokens // size)] for group, size in sizes)
+            num_tokens += 1
+        sizes = zip(pinned.groups, self._block_sizes, strict=True) if pinned.groups else ()
+        return num_tokens, tuple(group[: -(-num_tokens // size)] for group, size in sizes)
 
     def evict_lru(self) -> bool:
-        """Free what was used longest ago; whether there was anything."""
-        for held in self._held.values():
-            if held.groups:
-                self._release(held)
+        """Release the least recently used prefix; returns False if there is none."""
+        for pinned in self._pinned.values():
+            if pinned.groups:
+                self._release(pinned)
                 return True
         return False
 
-    def _release(self, held: _Held) -> None:
-        groups, held.groups, held.token_ids, held.key = held.groups, (), (), None
+    def _release(self, pinned: _Pinned) -> None:
+        groups, pinned.groups, pinned.token_ids, pinned.key = pinned.groups, (), (), None
         for group in groups:
-            # The end of a prefix is of use to fewer requests than its beginning.
+            # The end of a prefix is shared by fewer requests than its beginning, so it is reused first.
             self._pool.free_blocks(reversed(group))

@@ -1,4 +1,4 @@
-"""The requests that an engine core holds, as all of its policies see them: one ``RequestState`` each, shared."""
+"""The live requests of an engine core: one ``RequestState`` each, shared by all policies."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import numpy.typing as npt
 from vllm_instant.interfaces.requests import RequestState
 
 PROMPT_HEAD = 32
-"""Prompts that share so many tokens at their beginning (a system prompt) are of one class."""
+"""Number of leading tokens that prompts of one group share, for example of a system prompt."""
 
 
 def prompt_group(token_ids: Sequence[int] | npt.NDArray[np.int32]) -> int:
-    """What ``RequestState.prompt_group`` is for a prompt; the same in every process."""
+    """Return ``RequestState.prompt_group`` of a prompt; the same in every process."""
     head = token_ids[:PROMPT_HEAD]
     return hash(tuple(head) if isinstance(head, list) else tuple(int(token) for token in head))
 
 
 OUTPUT_TOKENS_KEY = "instant_output_tokens"
-"""What a client that knows how long its answer will be writes into ``vllm_xargs``: a number of tokens."""
+"""Key of a client's ``vllm_xargs``: the number of output tokens that it expects."""
 
 
 def hinted_output_tokens(extra_args: Mapping[str, Any] | None) -> float | None:
-    """How many tokens a client expects of its answer; None when it says nothing.
+    """Return the number of output tokens that a client expects; None without a hint.
 
     Raises:
-        ValueError: when it is no positive number.
+        ValueError: The hint is not a positive number.
 
     """
     value = (extra_args or {}).get(OUTPUT_TOKENS_KEY)
@@ -40,17 +40,17 @@ def hinted_output_tokens(extra_args: Mapping[str, Any] | None) -> float | None:
 
 
 class LazyRequestStates(Sequence[RequestState]):
-    """States that are gathered when somebody looks: most decisions need their number only.
+    """States that are gathered at the first access: most decisions need only their number.
 
     Args:
-        count: how many there are.
-        gather: all of them.
+        count: Number of states.
+        gather: Returns the states.
 
     """
 
     def __init__(self, count: int, gather: Callable[[], list[RequestState]]) -> None:
         self._count, self._gather = count, gather
-        self._found: list[RequestState] | None = None
+        self._states: list[RequestState] | None = None
 
     def __len__(self) -> int:
         return self._count
@@ -60,19 +60,19 @@ class LazyRequestStates(Sequence[RequestState]):
     @overload
     def __getitem__(self, place: slice) -> Sequence[RequestState]: ...
     def __getitem__(self, place: int | slice) -> RequestState | Sequence[RequestState]:
-        return self._look()[place]
+        return self._gathered()[place]
 
     def __iter__(self) -> Iterator[RequestState]:
-        return iter(self._look())
+        return iter(self._gathered())
 
-    def _look(self) -> list[RequestState]:
-        if self._found is None:
-            self._found = self._gather()
-        return self._found
+    def _gathered(self) -> list[RequestState]:
+        if self._states is None:
+            self._states = self._gather()
+        return self._states
 
 
 class RequestRegistry:
-    """Registry of live requests; gives each its class and an index that is free."""
+    """The live requests; assigns each its prompt group and a free index."""
 
     def __init__(self) -> None:
         self.states: dict[str, RequestState] = {}
@@ -87,8 +87,8 @@ class RequestRegistry:
         self.states[state.request_id] = state
 
     def forget(self, request_id: str) -> None:
-        """It is gone; its index goes to the next one."""
+        """A request left the engine; its index is reused."""
         state = self.states.pop(request_id, None)
         if state is not None:
-            state.prompt_token_ids = ()  # whoever keeps the state shall not keep the prompt
+            state.prompt_token_ids = ()  # a policy that keeps the state must not keep the prompt alive
             self._free_indices.append(state.index)

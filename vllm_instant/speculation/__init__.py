@@ -1,1 +1,1 @@
-"""How many tokens are drafted and verified: the budget, its plan, what is accepted; without vLLM."""
+"""Speculation without vLLM: the draft budgets of a step, the plan for the workers, and verification."""

@@ -1,12 +1,10 @@
-"""The speculation budget: how many draft tokens each request gets, asked of a policy, step by step.
+"""Draft budgets: asks a speculation policy, step by step, how many draft tokens each request gets.
 
-This is the engine-independent half; ``vllm_instant.patches.scheduler`` feeds it from vLLM's scheduler and carries out
-what it decides. It keeps one live ``RequestState`` a request, contains a failing policy, lets clients overrule it for
-their own requests, measures the steps, and counts.
+``vllm_instant.patches.scheduler`` calls this from vLLM's scheduler and applies the result. The manager guards the
+policy with a circuit breaker, applies the numbers that clients fixed, measures the steps, and counts.
 
-A policy may think for hundreds of microseconds, which nobody shall wait for: while the model runs, the engine core has
-nothing to do, and that is when outcomes are shown to the policy and when it plans the step after. Only when a request
-appears that such a plan does not know is the policy asked in the middle of scheduling.
+A policy may need hundreds of microseconds. While the model runs the engine core is idle, so that is when the policy
+learns from outcomes and plans the next step. The policy is called during scheduling only if a request is new.
 """
 
 from __future__ import annotations
@@ -25,17 +23,16 @@ from vllm_instant.scheduling.request_registry import RequestRegistry
 from vllm_instant.speculation.draft_plan import DraftPlan, DraftReport
 
 CLIENT_KEY = "instant_speculation"
-"""What a client writes into ``vllm_xargs``: ``"off"``, ``"auto"`` or a number of draft tokens."""
+"""Key of a client's ``vllm_xargs``: ``"off"``, ``"auto"`` or a number of draft tokens."""
 
-
-NOBODY: frozenset[str] = frozenset()
+_NO_REQUESTS: frozenset[str] = frozenset()
 
 
 def requested_num_draft_tokens(extra_args: Mapping[str, Any] | None) -> int | None:
-    """The draft length that a client asked for, or None when the policy decides.
+    """Return the number of draft tokens that a client fixed; None where the policy decides.
 
     Raises:
-        ValueError: when the value is none of ``"off"``, ``"auto"`` and a whole number from 0.
+        ValueError: The value is not ``"off"``, ``"auto"`` or a whole number from 0.
 
     """
     value = (extra_args or {}).get(CLIENT_KEY)
@@ -50,27 +47,28 @@ def requested_num_draft_tokens(extra_args: Mapping[str, Any] | None) -> int | No
 
 @dataclass
 class SpeculationCounters:
-    """Totals since the engine started, in draft tokens unless named otherwise."""
+    """Totals since the engine started, in draft tokens unless the name says otherwise."""
 
     budgeted: int = 0
-    """Granted by the policy or asked for by the client."""
+    """Draft budgets of the policy and of clients."""
     proposed: int = 0
-    """Drafted by the drafter and sent to verification."""
+    """Draft tokens that were verified."""
     accepted: int = 0
+    """Draft tokens that were accepted."""
     steps: int = 0
-    """Engine steps that were planned."""
+    """Number of planned engine steps."""
     steps_without_drafting: int = 0
-    """Planned steps in which no request was granted any draft token."""
+    """Number of planned steps in which all draft budgets were 0."""
 
 
 class DraftBudgetManager:
-    """Asks a policy for draft lengths and tells it what became of them.
+    """Asks a policy for draft budgets and reports the outcomes to it.
 
     Args:
-        policy: the policy behind its breaker.
-        max_draft_tokens: most draft tokens a request can get in one step (vLLM's ``num_speculative_tokens``).
-        clock: seconds, monotonic.
-        requests: where requests are admitted and forgotten by somebody else; by default, here.
+        policy: The guarded policy.
+        max_draft_tokens: Maximum number of draft tokens per request and step (vLLM's ``num_speculative_tokens``).
+        clock: Monotonic time in seconds.
+        requests: The registry of live requests, if another owner admits and forgets them; by default an own one.
 
     """
 
@@ -87,27 +85,27 @@ class DraftBudgetManager:
         self._requests = RequestRegistry() if requests is None else requests
         self._is_registrar = requests is None
         self.states = self._requests.states
-        """The live states of all admitted requests, by request id."""
+        """States of all live requests, by request id."""
         self._clock = clock
         self._num_salted = 0
-        """Admitted requests that have a cache salt."""
-        self._num_pinned = 0
-        """Admitted requests whose clients asked for a length."""
+        """Number of live requests with a cache salt."""
+        self._num_fixed = 0
+        """Number of live requests with a fixed number of draft tokens."""
         self._number = 0
         self._began: dict[int, tuple[float, int]] = {}
-        """When each step that is under way began, and its number."""
+        """Start time and number of each running step."""
         self._latest_begin = 0.0
         self._busy_since: float | None = None
         self._outcomes: deque[StepOutcome] = deque()
-        """Finished steps that the policy has not seen yet."""
+        """Finished steps that the policy has not observed yet."""
         self._planned: Sequence[RequestState] = ()
-        """The requests of the newest plan."""
-        self._none_left = True
-        """None of them has ended since."""
+        """Requests of the latest plan."""
+        self._all_alive = True
+        """Whether none of these has ended since."""
         self._ahead: tuple[Sequence[RequestState], list[int]] | None = None
-        """The next plan, made while the model ran: a length for each of these requests."""
-        self._named: tuple[Sequence[RequestState], list[str]] = ((), [])
-        """The ids of the requests of the newest plan: mostly those of the next one."""
+        """Requests and draft budgets of the next step, planned while the model ran."""
+        self._ids: tuple[Sequence[RequestState], list[str]] = ((), [])
+        """Requests of the latest plan and their ids, which are mostly those of the next one."""
         self._draft_cost = DraftCost()
         self._waiting: tuple[int, float] = (0, 0.0)
 
@@ -115,28 +113,26 @@ class DraftBudgetManager:
 
     def admit(self, state: RequestState) -> None:
         """A request entered the engine."""
-        # What the policy has not seen yet may be about one that ended, whose index this one may get.
+        # Pending outcomes may concern an ended request whose index the new one gets.
         self._show_outcomes()
         self._requests.admit(state)
         try:
-            length = requested_num_draft_tokens(state.extra_args)
+            requested = requested_num_draft_tokens(state.extra_args)
         except ValueError:
-            length = (
-                None  # refused at the door where there is one (patches/request_options.py); else the policy decides
-            )
-        if state.fixed_num_draft_tokens is None and length is not None:
-            state.fixed_num_draft_tokens = min(length, self.max_draft_tokens)
+            requested = None  # ``patches.request_validation`` refuses it in the API server
+        if state.fixed_num_draft_tokens is None and requested is not None:
+            state.fixed_num_draft_tokens = min(requested, self.max_draft_tokens)
         self._num_salted += bool(state.cache_salt)
-        self._num_pinned += state.fixed_num_draft_tokens is not None
+        self._num_fixed += state.fixed_num_draft_tokens is not None
         self.policy.call("enter", lambda policy: policy.enter(state), None)
 
     def forget(self, request_id: str) -> None:
         """A request ended or was aborted."""
         state = self.states.get(request_id)
         if state is not None:
-            self._none_left = False
+            self._all_alive = False
             self._num_salted -= bool(state.cache_salt)
-            self._num_pinned -= state.fixed_num_draft_tokens is not None
+            self._num_fixed -= state.fixed_num_draft_tokens is not None
             self.policy.call("forget", lambda policy: policy.forget(request_id), None)
             if self._is_registrar:
                 self._requests.forget(request_id)
@@ -144,63 +140,63 @@ class DraftBudgetManager:
     # ------------------------------------------------------------------------------------------------- steps
 
     def step_begins(self) -> None:
-        """The scheduler starts to put a step together."""
+        """The scheduling of a step begins."""
         self._latest_begin = self._clock()
 
     def plan(self, states: Sequence[RequestState], num_waiting: int = 0, max_wait: float = 0.0) -> list[int]:
-        """Draft lengths for the step now being scheduled, one a request, each in ``0..max_draft_tokens``.
+        """Return the draft budget of each request in the step being scheduled, in ``0..max_draft_tokens``.
 
-        When the policy is disabled every request gets the full length, which is what vLLM does by itself.
+        With a disabled policy every request gets the maximum, as in vLLM without vllm-instant.
         """
         self._number += 1
-        self._planned, self._none_left, self._waiting = states, True, (num_waiting, max_wait)
-        lengths = self._planned_ahead(states)
-        if lengths is None:
+        self._planned, self._all_alive, self._waiting = states, True, (num_waiting, max_wait)
+        budgets = self._planned_ahead(states)
+        if budgets is None:
             self._show_outcomes()
-            lengths = self._ask(states, self._number)
-        if self._num_pinned:
-            lengths = [
-                length if state.fixed_num_draft_tokens is None else state.fixed_num_draft_tokens
-                for state, length in zip(states, lengths, strict=True)
+            budgets = self._ask(states, self._number)
+        if self._num_fixed:
+            budgets = [
+                budget if state.fixed_num_draft_tokens is None else state.fixed_num_draft_tokens
+                for state, budget in zip(states, budgets, strict=True)
             ]
         self.counters.steps += 1
-        granted = sum(lengths)
-        self.counters.budgeted += granted
-        self.counters.steps_without_drafting += bool(states) and granted == 0
-        return lengths
+        total = sum(budgets)
+        self.counters.budgeted += total
+        self.counters.steps_without_drafting += bool(states) and total == 0
+        return budgets
 
     def _planned_ahead(self, states: Sequence[RequestState]) -> list[int] | None:
-        """What was planned for these requests while the model ran; None when one of them is new."""
+        """The plan for these requests that was made while the model ran; None if one of them is new."""
         if self._ahead is None:
             return None
-        (known, lengths), self._ahead = self._ahead, None
+        (known, budgets), self._ahead = self._ahead, None
         if states == known:
-            return lengths
-        ahead = {state.request_id: length for state, length in zip(known, lengths, strict=True)}
+            return budgets
+        budget_of = {state.request_id: budget for state, budget in zip(known, budgets, strict=True)}
         try:
-            return [ahead[state.request_id] for state in states]
+            return [budget_of[state.request_id] for state in states]
         except KeyError:
             return None
 
     def plan_drafts(self, states: Sequence[RequestState], num_waiting: int = 0, max_wait: float = 0.0) -> DraftPlan:
-        """``plan`` as the workers need it."""
-        lengths = self.plan(states, num_waiting, max_wait)
-        if self._named[0] != states:
-            self._named = list(states), [state.request_id for state in states]
+        """Return the result of ``plan`` with the cost of drafts, for the workers."""
+        budgets = self.plan(states, num_waiting, max_wait)
+        if self._ids[0] != states:
+            self._ids = list(states), [state.request_id for state in states]
         return DraftPlan(
-            dict(zip(self._named[1], lengths, strict=True)),
+            dict(zip(self._ids[1], budgets, strict=True)),
             self._draft_cost,
             frozenset(state.request_id for state in states if state.fixed_num_draft_tokens)
-            if self._num_pinned
-            else NOBODY,
+            if self._num_fixed
+            else _NO_REQUESTS,
             {state.request_id: state.cache_salt for state in states if state.cache_salt} if self._num_salted else {},
         )
 
     def on_model_executing(self) -> None:
-        """The step is on its way, and there is time: learn from those before it and plan the one after it."""
+        """The model runs: let the policy learn from earlier steps and plan the next one."""
         self._show_outcomes()
         alive = list(self._planned)
-        if not self._none_left:
+        if not self._all_alive:
             alive = [state for state in alive if state.request_id in self.states]
         if alive:
             self._ahead = alive, self._ask(alive, self._number + 1)
@@ -211,27 +207,26 @@ class DraftBudgetManager:
             self.policy.call("observe", lambda policy, outcome=outcome: policy.observe(outcome), None)  # type: ignore[misc]
 
     def _ask(self, states: Sequence[RequestState], number: int) -> list[int]:
-        most = self.max_draft_tokens
-        step = UpcomingStep(states, most, *self._waiting, number)
+        limit = self.max_draft_tokens
+        step = UpcomingStep(states, limit, *self._waiting, number)
 
         def ask(policy: SpeculationPolicy) -> list[int]:
-            lengths = list(policy.get_num_draft_tokens(step))
-            if len(lengths) != len(states):
-                raise ContractError(f"{len(states)} lengths were due, {len(lengths)} came")
-            different = set(lengths)
-            if not (0 <= min(different) and max(different) <= most):
-                raise ContractError(f"lengths must lie in 0..{most}, found {min(different)}..{max(different)}")
-            return lengths
+            budgets = list(policy.get_num_draft_tokens(step))
+            if len(budgets) != len(states):
+                raise ContractError(f"expected {len(states)} draft budgets, found {len(budgets)}")
+            distinct = set(budgets)
+            if not (0 <= min(distinct) and max(distinct) <= limit):
+                raise ContractError(f"draft budgets must lie in 0..{limit}, found {min(distinct)}..{max(distinct)}")
+            return budgets
 
         if not states:
             return []
-        full = [most] * len(states)
-        lengths = self.policy.call("get_num_draft_tokens", ask, full)
-        self._draft_cost = self.policy.call("price", lambda policy: policy.draft_cost(), DraftCost())
-        return lengths
+        budgets = self.policy.call("get_num_draft_tokens", ask, [limit] * len(states))
+        self._draft_cost = self.policy.call("draft_cost", lambda policy: policy.draft_cost(), DraftCost())
+        return budgets
 
     def step_scheduled(self, step: int) -> None:
-        """The step that began last goes out; ``step`` is any number that ``step_finished`` repeats."""
+        """The step that began last is sent to the workers; ``step`` is any number, repeated in ``step_finished``."""
         self._began[step] = (self._latest_begin, self._number)
 
     def step_finished(
@@ -246,7 +241,7 @@ class DraftBudgetManager:
         draft_steps: int = 0,
         experts: ExpertCount | None = None,
     ) -> None:
-        """Count a finished step; the policy sees it when there is time."""
+        """Count a finished step; the policy observes it while the next model run is in progress."""
         now = self._clock()
         began, number = self._began.pop(step, (now, 0))
         seconds = now - (began if self._busy_since is None else self._busy_since)
@@ -267,25 +262,25 @@ class DraftBudgetManager:
             )
         )
 
-    def drafted(self, report: DraftReport) -> None:
-        """The workers report what they did after the step that finished last."""
+    def on_draft_report(self, report: DraftReport) -> None:
+        """The workers report on the drafts after the step that finished last."""
         if self._outcomes and report.draft_steps is not None:
             self._outcomes[-1] = replace(
                 self._outcomes[-1], draft_steps=report.draft_steps, uncached_tokens=report.uncached_tokens
             )
 
     def engine_idles(self) -> None:
-        """Nothing is left to do: the time until the next step begins is nobody's cost."""
+        """The engine is idle: the time until the next step counts for no step."""
         self._busy_since = None
 
     # --------------------------------------------------------------------------------------------- reporting
 
     def totals(self) -> dict[str, Any]:
-        """The counters as plain data."""
+        """Return the counters as plain data."""
         return asdict(self.counters)
 
     def decisions(self, last: int, request_id: str | None = None) -> list[dict[str, Any]]:
-        """The policy's newest decisions as plain data; see ``SpeculationPolicy.decisions``."""
+        """Return the policy's newest decisions as plain data (``SpeculationPolicy.decisions``)."""
         self._show_outcomes()
         nothing: list[dict[str, Any]] = []
         return self.policy.call(

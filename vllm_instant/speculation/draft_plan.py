@@ -1,6 +1,6 @@
-"""What the scheduler tells the workers about a step's drafts, what they report back, and how drafts are cut.
+"""The scheduler's plan for a step's drafts, the workers' report on them, and the trimming of drafts.
 
-Engine-independent: ``vllm_instant.patches`` carries plans and reports along with vLLM's own messages.
+``vllm_instant.patches`` attaches plans and reports to vLLM's own messages.
 """
 
 from __future__ import annotations
@@ -19,62 +19,69 @@ FREE = DraftCost()
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """How many draft tokens each request may get after this step, and what they cost."""
+    """The draft budgets after a step, and the cost of drafts."""
 
     num_draft_tokens: Mapping[str, int] = field(default_factory=dict)
-    """By request id; a request that is missing gets the full length."""
+    """Draft budget by request id; a request that is missing gets the maximum."""
     draft_cost: DraftCost = FREE
     fixed: frozenset[str] = frozenset()
-    """Requests whose clients asked for their length, whatever it costs."""
+    """Ids of requests whose clients fixed the number of draft tokens, so that the cost of drafts is ignored."""
     cache_salts: Mapping[str, str] = field(default_factory=dict)
-    """By request id, of the requests that have one."""
+    """Cache salt by request id, without the requests that have none."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftReport:
-    """What a worker says about its drafting since the last report."""
+    """What a worker drafted since its last report."""
 
     draft_steps: int | None = None
-    """Passes of the draft model, where it may do less than was planned; None where the plan says it all."""
+    """Number of steps of the draft model, where it may run fewer than planned; None where it follows the plan."""
     uncached_tokens: int | None = None
-    """Tokens that the draft model read first, because they came while it did not run."""
+    """Number of tokens that the draft model prefilled first, because it was skipped when they were computed."""
     failures: Sequence[Mapping[str, Any]] = ()
-    """Failures of its drafter plugin so far, see ``containment.failure_counts``."""
+    """Failures of the drafter plugin so far (``circuit_breaker.failure_counts``)."""
 
 
 def trim_drafts(
-    drafts: Sequence[Sequence[int] | Draft], draft_cost: DraftCost, pinned: Sequence[bool]
+    drafts: Sequence[Sequence[int] | Draft], draft_cost: DraftCost, fixed: Sequence[bool]
 ) -> list[Sequence[int]]:
-    """The drafts without what is not expected to earn its price.
+    """Return the drafts without the tokens whose expected gain is below the cost of their verification.
 
-    A token brings the chance that it and all before it are accepted. The likeliest tokens of all requests are kept, as
-    many as bring most after ``price.batch`` is paid, and none where none do. Drafts without confidence and those of
-    ``pinned`` requests stay as they are, and the others are verified beside them.
+    A token's expected gain is its survival: the probability that it and all tokens before it are accepted, the product
+    of their confidences. With the tokens of all requests sorted by survival ``s_1 >= s_2 >= ...``, the first ``n`` are
+    kept where ``n`` maximizes ``s_1 + ... + s_n - cost(n)``, with the cost interpolated in ``verify_cost_curve``.
+
+    Args:
+        drafts: One draft per request; drafts without confidence are kept whole.
+        draft_cost: Cost of drafts; without a ``verify_cost_curve`` nothing is trimmed.
+        fixed: Per request, whether its draft is kept whole.
+
     """
-    whole = [draft.token_ids if isinstance(draft, Draft) else draft for draft in drafts]
+    trimmed = [draft.token_ids if isinstance(draft, Draft) else draft for draft in drafts]
     if not draft_cost.verify_cost_curve:
-        return whole
-    cuttable = [
+        return trimmed
+    rows = [
         row
-        for row, (draft, kept) in enumerate(zip(drafts, pinned, strict=True))
-        if isinstance(draft, Draft) and len(draft.token_ids) and not kept
+        for row, (draft, is_fixed) in enumerate(zip(drafts, fixed, strict=True))
+        if isinstance(draft, Draft) and len(draft.token_ids) and not is_fixed
     ]
-    if not cuttable:
-        return whole
-    reach = [np.cumprod(np.asarray(drafts[row].confidence, float)) for row in cuttable]  # type: ignore[union-attr]
-    together = np.concatenate(reach)
-    falling = np.sort(together)[::-1]
-    already = sum(map(len, whole)) - len(together)
-    counts, costs = np.array([(0, 0.0), *draft_cost.verify_cost_curve]).T
-    cost = np.interp(already + np.arange(len(falling) + 1.0), counts, costs)
-    earned = np.concatenate([[0.0], np.cumsum(falling)]) - cost
-    best = int(earned.argmax())  # the fewest of equals
-    least = falling[best - 1] if best else np.inf
-    preemption_order = best - int(np.count_nonzero(together > least))
-    for row, chances in zip(cuttable, reach, strict=True):
-        kept = int(np.count_nonzero(chances > least))
-        # Of equally likely tokens those of the first requests are kept.
-        equal = min(preemption_order, int(np.count_nonzero(chances == least)))
-        preemption_order -= equal
-        whole[row] = whole[row][: kept + equal]
-    return whole
+    if not rows:
+        return trimmed
+    survival = [np.cumprod(np.asarray(drafts[row].confidence, float)) for row in rows]  # type: ignore[union-attr]
+    all_survival = np.concatenate(survival)
+    descending = np.sort(all_survival)[::-1]
+    # Drafts that are kept whole are verified in any case: the cost curve starts after them.
+    num_whole = sum(map(len, trimmed)) - len(all_survival)
+    numbers, costs = np.array([(0, 0.0), *draft_cost.verify_cost_curve]).T
+    cost = np.interp(num_whole + np.arange(len(descending) + 1.0), numbers, costs)
+    value = np.concatenate([[0.0], np.cumsum(descending)]) - cost
+    num_kept = int(value.argmax())  # the smallest of equal maxima
+    threshold = descending[num_kept - 1] if num_kept else np.inf
+    # Of the tokens at the threshold only this many are kept, those of the first requests.
+    num_ties = num_kept - int(np.count_nonzero(all_survival > threshold))
+    for row, chances in zip(rows, survival, strict=True):
+        above = int(np.count_nonzero(chances > threshold))
+        ties = min(num_ties, int(np.count_nonzero(chances == threshold)))
+        num_ties -= ties
+        trimmed[row] = trimmed[row][: above + ties]
+    return trimmed

@@ -12,32 +12,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PaddedDrafts:
-    """Ragged drafts as a rectangle: ``batch`` requests with up to ``longest`` drafts each."""
+    """Drafts of ``batch`` requests, padded to ``longest`` draft tokens each."""
 
     number: torch.Tensor
-    """int64 ``[batch]``, drafts of each request, padding included."""
+    """int64 ``[batch]``: draft tokens per request, padding included."""
     index: torch.Tensor
-    """int64 ``[batch, longest]``: the row of each draft in the flat tensors; a valid row also where there is none."""
+    """int64 ``[batch, longest]``: row of each draft token in the flat tensors; any valid row where there is none."""
     token_ids: torch.Tensor
-    """int64 ``[batch, longest]``; 0 where there is no draft."""
+    """int64 ``[batch, longest]``: draft token ids; 0 where there is none."""
     num_real: torch.Tensor
-    """int64 ``[batch]``, drafts in front of the first padding."""
+    """int64 ``[batch]``: draft tokens before the first padding."""
     is_real: torch.Tensor
-    """bool ``[batch, longest]``: the first ``num_real`` of each request."""
+    """bool ``[batch, longest]``: True for the first ``num_real`` positions of each request."""
 
 
 def pad_drafts(draft_token_ids: torch.Tensor, num_draft_tokens: Sequence[int]) -> PaddedDrafts:
-    """Lay out the drafts of a step, one line a request.
+    """Pad the concatenated drafts of a step to one row per request.
 
     Args:
         draft_token_ids: int64 ``[total]`` with ``total >= 1``; -1 is padding.
-        num_draft_tokens: ``batch`` entries that sum to ``total``.
+        num_draft_tokens: ``batch`` numbers that sum to ``total``.
 
     """
     import torch
 
     device = draft_token_ids.device
-    # Copied without waiting: a GPU that waits for the host here would be late for the next step.
+    # A blocking copy would synchronize with the device and delay the next step.
     number = torch.tensor(num_draft_tokens, dtype=torch.int64).to(device, non_blocking=True)
     position = torch.arange(max(num_draft_tokens), device=device)
     start = number.cumsum(0) - number

@@ -101,7 +101,7 @@ FUSED = '[attention]\nplugin = "fp8_fused"\n'
     ],
 )
 def test_a_draft_model_gets_the_attention_of_the_target(write_file, tables, backend):
-    """Unless somebody says otherwise: both models have caches of one type."""
+    """Unless the file names another one: both models have caches of one dtype."""
     drafting = engine_arguments(resolve(write_file(tables)))["speculative_config"]
     assert drafting.get("attention_backend") == backend
 

@@ -1,4 +1,4 @@
-"""Held prefixes against a pool that counts references."""
+"""Pinned prefixes with a pool that counts references."""
 
 from collections import Counter
 
@@ -34,7 +34,7 @@ def pool():
 @pytest.fixture
 def held(pool):
     found = PinnedPrefixes(pool, [SIZE], num_blocks=100)
-    assert found.open("a", sessions=2, tokens=20)
+    assert found.open("a", max_sessions=2, max_tokens=20)
     return found
 
 
@@ -43,60 +43,60 @@ def ids(count, first=0):
 
 
 def test_what_a_request_has_computed_is_found_by_the_next_one(held, pool):
-    held.keep("a", ids(10), [ids(3)], "key", 1.0)
+    held.pin("a", ids(10), [ids(3)], "key", 1.0)
     assert held.find("a", ids(30), "key") == (10, ([0, 1, 2],))
     assert pool.references == Counter(ids(3))
 
 
 def test_the_last_token_is_always_left_to_compute(held):
-    held.keep("a", ids(10), [ids(3)], None, 1.0)
+    held.pin("a", ids(10), [ids(3)], None, 1.0)
     assert held.find("a", ids(10), None) == (9, ([0, 1, 2],))
     assert held.find("a", ids(9), None) == (8, ([0, 1],))
 
 
 def test_only_the_common_beginning_counts(held):
-    held.keep("a", ids(10), [ids(3)], None, 1.0)
+    held.pin("a", ids(10), [ids(3)], None, 1.0)
     assert held.find("a", [*ids(5), 99, 99, 99], None) == (5, ([0, 1],))
     assert held.find("a", [99] * 9, None) == (0, ([],))
 
 
 def test_other_keys_and_other_names_find_nothing(held):
-    held.keep("a", ids(10), [ids(3)], ("lora", "salt"), 1.0)
+    held.pin("a", ids(10), [ids(3)], ("lora", "salt"), 1.0)
     assert held.find("a", ids(30), ("lora", "other salt")) == (0, ())
     assert held.find("b", ids(30), ("lora", "salt")) == (0, ())
-    held.keep("b", ids(10), [ids(3)], None, 1.0)
-    assert held.num_blocks == 3, "nobody has opened b"
+    held.pin("b", ids(10), [ids(3)], None, 1.0)
+    assert held.num_blocks == 3, "b is not open"
 
 
 def test_no_more_tokens_than_allowed(held):
-    held.keep("a", ids(40), [ids(10)], None, 1.0)
+    held.pin("a", ids(40), [ids(10)], None, 1.0)
     assert held.find("a", ids(50), None) == (20, (ids(5),))
     assert held.num_blocks == 5
 
 
 def test_no_more_sessions_than_allowed(held):
-    assert held.open("b", sessions=2, tokens=20)
-    assert not held.open("c", sessions=2, tokens=20)
-    assert held.open("a", sessions=2, tokens=20), "it is one of them"
-    held.close("a")
-    assert held.open("c", sessions=2, tokens=20)
+    assert held.open("b", max_sessions=2, max_tokens=20)
+    assert not held.open("c", max_sessions=2, max_tokens=20)
+    assert held.open("a", max_sessions=2, max_tokens=20), "it is one of them"
+    held.unpin("a")
+    assert held.open("c", max_sessions=2, max_tokens=20)
 
 
 def test_no_more_of_the_cache_than_allowed(held, pool):
-    held.open("b", sessions=2, tokens=20)
-    held.keep("a", ids(12), [ids(3)], None, 0.05)
-    held.keep("b", ids(12), [ids(3, 10)], None, 0.05)
+    held.open("b", max_sessions=2, max_tokens=20)
+    held.pin("a", ids(12), [ids(3)], None, 0.05)
+    held.pin("b", ids(12), [ids(3, 10)], None, 0.05)
     assert held.num_blocks == 3, "the older one went"
     assert held.find("a", ids(20), None)[0] == 0
-    held.keep("b", ids(20), [ids(6, 20)], None, 0.04)
+    held.pin("b", ids(20), [ids(6, 20)], None, 0.04)
     assert held.num_blocks == 0, "alone it would be too much"
     assert not +pool.references
 
 
 def test_blocks_go_back_from_the_one_used_longest_ago(held, pool):
-    held.open("b", sessions=2, tokens=20)
-    held.keep("a", ids(8), [ids(2)], None, 1.0)
-    held.keep("b", ids(8), [ids(2, 10)], None, 1.0)
+    held.open("b", max_sessions=2, max_tokens=20)
+    held.pin("a", ids(8), [ids(2)], None, 1.0)
+    held.pin("b", ids(8), [ids(2, 10)], None, 1.0)
     held.find("a", ids(9), None)
     assert held.evict_lru()
     assert pool.freed == [11, 10], "the end first"
@@ -107,15 +107,15 @@ def test_blocks_go_back_from_the_one_used_longest_ago(held, pool):
 
 
 def test_what_is_replaced_is_freed_only_where_it_is_not_needed_again(held, pool):
-    held.keep("a", ids(8), [ids(2)], None, 1.0)
-    held.keep("a", ids(12), [ids(3)], None, 1.0)
+    held.pin("a", ids(8), [ids(2)], None, 1.0)
+    held.pin("a", ids(12), [ids(3)], None, 1.0)
     assert +pool.references == Counter(ids(3))
 
 
 def test_several_groups_of_layers(pool):
     held = PinnedPrefixes(pool, [4, 8], num_blocks=100)
-    held.open("a", sessions=1, tokens=100)
-    held.keep("a", ids(10), [ids(3), ids(2, 50)], None, 1.0)
+    held.open("a", max_sessions=1, max_tokens=100)
+    held.pin("a", ids(10), [ids(3), ids(2, 50)], None, 1.0)
     assert held.find("a", [*ids(7), 99, 99], None) == (7, ([0, 1], [50]))
 
 
@@ -135,12 +135,12 @@ def test_nothing_is_ever_lost_or_freed_twice(actions):
     held = PinnedPrefixes(pool, [SIZE], num_blocks=30)
     for action, name, number in actions:
         if action == "open":
-            held.open(name, sessions=3, tokens=40)
+            held.open(name, max_sessions=3, max_tokens=40)
         elif action == "close":
-            held.close(name)
+            held.unpin(name)
         elif action == "keep":
             first = 100 * number
-            held.keep(name, ids(number), [ids(-(-number // SIZE) + 1, first)], None, 0.5)
+            held.pin(name, ids(number), [ids(-(-number // SIZE) + 1, first)], None, 0.5)
         elif action == "find":
             tokens, groups = held.find(name, ids(number), None)
             assert tokens < number
@@ -152,5 +152,5 @@ def test_nothing_is_ever_lost_or_freed_twice(actions):
         assert held.num_blocks == sum(pool.references.values()) <= 15
         assert len(held) <= 3
     for name in "abcd":
-        held.close(name)
+        held.unpin(name)
     assert not +pool.references

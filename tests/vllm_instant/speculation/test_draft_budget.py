@@ -101,7 +101,7 @@ def test_what_workers_report_belongs_to_the_step_that_finished_last():
     budget.plan(states)
     budget.step_finished(1, states, [0], [0], num_scheduled_tokens=1, draft_steps=2)
     budget.step_finished(2, states, [2], [1], num_scheduled_tokens=3, draft_steps=2)
-    budget.drafted(DraftReport(draft_steps=1, uncached_tokens=40))
+    budget.on_draft_report(DraftReport(draft_steps=1, uncached_tokens=40))
     budget.on_model_executing()
     assert [(outcome.draft_steps, outcome.uncached_tokens) for outcome in policy.outcomes] == [(2, None), (1, 40)]
 

@@ -1,4 +1,4 @@
-"""Which tokens a draft model has read, without a model."""
+"""The tokens with valid draft KV, without a model."""
 
 import numpy as np
 from hypothesis import given, settings

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.scheduling import Admission, SchedulerSnapshot, SchedulingPolicy
-from vllm_instant.scheduling.admission import Batching
+from vllm_instant.scheduling.admission import AdmissionController
 from vllm_instant.scheduling.request_registry import RequestRegistry
 
 Array = npt.NDArray[np.float64]
@@ -77,7 +77,7 @@ class _SimulatedServer:
         self.start, self.end = np.full(len(jobs), np.nan), np.full(len(jobs), np.nan)
         self._jobs, self._slots = jobs, slots
         self._per_token, self._per_prompt_token = per_token, per_prompt_token
-        self._admission = Batching(self.guarded, clock=lambda: self.now)
+        self._admission = AdmissionController(self.guarded, clock=lambda: self.now)
         self._registry = RequestRegistry()
         self._states: list[RequestState] = []
         """Of the jobs that have arrived."""
@@ -92,7 +92,7 @@ class _SimulatedServer:
             self._ends()
             self._generate()
             self._starts()
-            if self._admission.thinks:
+            if self._admission.has_background_work:
                 self._admission.on_model_executing(self._snapshot())
             self._advance()
 
