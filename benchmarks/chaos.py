@@ -1,4 +1,4 @@
-"""Servers that are disturbed on purpose, at known times, under traffic that does not wait for them.
+"""Servers that are disturbed on purpose, at known times, under open-loop traffic.
 
 Every disturbance works on stock vLLM. What is recorded is what a load test records
 (``vllm_instant_loadtests.run_recorder``), with the disturbances as its events.
@@ -39,11 +39,11 @@ TIMER, READING = 0.05, 0.5
 
 @dataclass(frozen=True)
 class Life:
-    """A kind of server, the traffic that it gets, and what may be done to it."""
+    """A kind of server, its traffic, and the disturbances that it can show."""
 
     arguments: tuple[str, ...]
     rate: float
-    """Requests a second."""
+    """Requests per second."""
     tokens: tuple[int, int]
     causes: tuple[str, ...]
     drafts: int = 0
@@ -74,7 +74,7 @@ LIVES = {
 
 @dataclass
 class Plan:
-    """What is sent and done in one run, on its clock."""
+    """Requests and disturbances of one run, on the run's clock."""
 
     requests: list[OpenLoopRequest]
     actions: list[Disturbance] = field(default_factory=list)

@@ -1,13 +1,13 @@
-"""What the drafters are worth, by class of prompt: acceptance by position, and tokens a second.
+"""Drafters by class of prompt: acceptance by position, and tokens per second.
 
 .venv/bin/python benchmarks/drafters.py
 
 One server each with ``suffix``, ``model``, ``hybrid`` and no drafter, on the demo's target. Acceptance is measured with
-clients that ask for 8 draft tokens (``instant_speculation``), so that nothing is left out because it does not pay;
-tokens a second with the ``goodput`` policy deciding, as served. All arms take turns.
+clients that ask for 8 draft tokens (``instant_speculation``), so that no draft is left out for its cost;
+tokens per second with the ``goodput`` policy deciding, as served. All arms take turns.
 
-Position j of the table is the share of a request's steps in which draft token j was there and was accepted; the sum
-over positions is what a step brings beside its one token.
+Position j of the table is the share of a request's steps in which draft token j existed and was accepted; the sum over
+positions is the number of accepted draft tokens per step.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ OFF, SUFFIX, MODEL_ARM, HYBRID = "off", "suffix", "model", "hybrid"
 POSITIONS = 8
 MAX_TOKENS = (96, 160)
 PROMPTS_A_TURN = 32
-"""More than any turn gets through: a prompt that came in an earlier turn would be answered from the history."""
+"""More than a turn can answer: a prompt of an earlier turn would be answered from the drafter's history."""
 METRICS_SECONDS = 2.5
-"""After which the numbers of a load are on ``/metrics``: they are polled once a second."""
+"""Until ``/metrics`` shows the figures of a load: the server updates them every second."""
 
 
 def workloads() -> dict[str, Sequence[PromptSpec]]:
@@ -104,7 +104,7 @@ def totals_of(url: str) -> np.ndarray:
 
 
 def turn(server: Server, prompts: Sequence[PromptSpec], users: int, seconds: float, number: int, **extra: Any) -> float:
-    """One turn's tokens a second."""
+    """Tokens per second of one turn."""
     measured = run_closed_loop(
         server.url,
         MODEL,
@@ -154,7 +154,7 @@ def one_class(
 
 def table(measured: Sequence[dict[str, Any]]) -> Table:
     """The result to print."""
-    result = Table(title="Accepted draft tokens a step, tokens a second (goodput policy)")
+    result = Table(title="Accepted draft tokens per step, tokens per second (goodput policy)")
     for column in ("class", "users", "drafter", *(str(j + 1) for j in range(POSITIONS)), "sum", "tok/s"):
         result.add_column(column, justify="left" if column in ("class", "drafter") else "right")
     for found in measured:

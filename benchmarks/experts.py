@@ -9,8 +9,8 @@ turn sends a batch of prompts in one request, so that all of them decode togethe
 time between tokens. Distinct experts, kept router mass and divergence are what the plugin measures, in turns of their
 own.
 
-``gate``: a server whose cluster file is planted: it keeps experts that nobody wants. How many steps until
-the gate routes within its budget again.
+``gate``: a server whose cluster file is planted: it prefers experts that no token chooses. Measured is the number
+of steps until the gate routes within its budget again.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Client:
         return dict(answer.json())
 
     def generate(self, texts: Sequence[str], tokens: int = TOKENS) -> float:
-        """Decode a batch; milliseconds a token of a request, which is a step."""
+        """Decode a batch; returns the milliseconds of a step, the time between two tokens of a request."""
         before = self._between_tokens()
         body = {"model": self.model, "prompt": list(texts), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
         self.http.post(f"{self.url}/v1/completions", json=body).raise_for_status()
@@ -142,7 +142,7 @@ def _cell(
         "native_experts": totals["native_experts"] / steps,
         "routed_experts": totals["routed_experts"] / steps,
         "kept_mass": totals["routed_mass"] / totals["native_mass"],
-        # Where nobody is refused anything, nothing is run twice.
+        # At full budget no token loses an expert, and no reference pass runs.
         "kl_nats": totals["kl"] / totals["kl_tokens"] if totals["kl_tokens"] else 0.0,
         "compared_tokens": totals["kl_tokens"],
         "ms_per_step": float(np.median(times[arm])),
@@ -152,7 +152,7 @@ def _cell(
 
 
 def planted(folder: Path, model: str) -> Path:
-    """A cluster file that keeps what nobody wants: half of the experts, at random, are worth a million times more."""
+    """A cluster file that prefers experts that no token chooses: a quarter of them, at random, by a factor of 10^12."""
     config = json.loads((Path(model) / "config.json").read_text())
     experts = config.get("num_local_experts") or config["num_experts"]
     shape = RoutedModel("planted", config["num_hidden_layers"], experts, config["num_experts_per_tok"])

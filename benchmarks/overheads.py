@@ -11,7 +11,7 @@ happen while the model runs; the scheduler waits for a plan only when a new requ
 ``scheduler`` and ``queue``: vLLM's scheduler classes in this process, stock and ours in alternating rounds, with a
 model's configuration and no model. A step is everything between two model executions: ``schedule``,
 ``update_from_output``, and in ``scheduler`` also ``update_draft_token_ids`` (not with asynchronous scheduling), in
-``queue`` also adding the requests that replace those that ended.
+``queue`` also adding requests in the place of ended ones.
 
 ``queue``: running the model evicts the scheduler's memory from the caches of a core. ``between: model`` stands for
 that: both schedulers find their caches emptied after ``schedule``, by a walk through more memory than they hold.

@@ -16,7 +16,7 @@ instant_speculation``): "ours, off" and "ours, K=n" are the same process as "our
 alone. Their turns still scatter; closest is what ours says of its own steps ("step by step"): what their tokens would
 have taken in steps like those of the same seconds that did not draft (``vllm_instant.tools.measure.speedup_estimate``).
 
-Regret = 1 − ours / best arm, in output tokens a second; the best arm is the one with the highest median, among stock
+Regret = 1 − ours / best arm, in output tokens per second; the best arm is the one with the highest median, among stock
 servers and, in a column of its own, among the pinned arms. Fixed lengths that are more than 30 % behind after one round
 or 15 % after two get no further turns. Intervals are 95 %, bootstrapped over rounds.
 
@@ -73,7 +73,7 @@ FAMILIES = {
 """Which drafters are served by the same servers."""
 BOUND = 0.03
 ANSWERS_A_TURN = 1.25
-"""So many of the longest answers a user gets in a turn at the speed of no speculation, at least."""
+"""Minimum length of a turn, in answers of the maximum length per user at the speed of no speculation."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Cell:
     """Speed of ours relative to its own steps without drafts, of the rounds that had such steps."""
 
     def speeds(self, arm: str) -> list[float]:
-        """Tokens a second by round."""
+        """Tokens per second by round."""
         return [turn.tokens_per_second for turn in self.turns[arm]]
 
     def best(self) -> str:
@@ -102,7 +102,7 @@ class Cell:
         return max(arms, key=lambda arm: np.median(self.speeds(arm)))
 
     def ratio(self, arm: str, other: str) -> Interval:
-        """Tokens a second of one arm relative to another's in the same rounds."""
+        """Tokens per second of one arm relative to another's in the same rounds."""
         rounds = min(len(self.turns[arm]), len(self.turns[other]))
         return ratio_interval(self.speeds(arm)[:rounds], self.speeds(other)[:rounds])
 
@@ -220,8 +220,8 @@ def newest_step(servers: Servers) -> int:
 
 
 def table(cells: list[Cell], lengths: tuple[int, ...]) -> Table:
-    """Tokens a second by arm, and the regret."""
-    shown = Table(title="Output tokens a second")
+    """Tokens per second by arm, and the regret."""
+    shown = Table(title="Output tokens per second")
     names = [OFF, *(f"K={k}" for k in lengths), OURS]
     ratios = ("ours / best", "ours / best pinned", "ours / off", "off again / off", "p99 ITL off / ours")
     for name in ("drafter", "users", *names, *ratios):
@@ -266,7 +266,7 @@ def beyond_noise(cells: list[Cell]) -> list[str]:
 def workloads(
     servers: Servers, family: str, wanted: list[str], folder: Path, console: Console, recorded: int
 ) -> list[Workload]:
-    """The workloads of one family of drafters that were asked for; the perfect one has so many ``recorded`` answers."""
+    """The requested workloads of one family of drafters; the perfect drafter gets ``recorded`` answers."""
     found = []
     if family == "switchable":
         if "hopeless" in wanted:

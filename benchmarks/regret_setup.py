@@ -28,7 +28,7 @@ PINNED_OFF = "ours, off"
 
 @dataclass(frozen=True)
 class Workload:
-    """What is drafted and what is asked for."""
+    """Drafts and prompts."""
 
     name: str
     family: str
@@ -36,15 +36,15 @@ class Workload:
     control: dict[str, Any] | None
     prompts: Sequence[PromptSpec]
     whole_answers: bool = False
-    """Whether turns shall be longer than any answer: where an arm is much faster than another for some requests, it
-    would begin new answers, and read their prompts, within a short turn, and the other would not."""
+    """Whether turns last longer than any answer. In short turns an arm that is much faster for some requests begins new
+    answers, and prefills their prompts, while the other arm does not."""
     pinned: Sequence[int] = (0,)
     """Draft lengths at which our own server is pinned by its clients, as arms of their own."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A server and how it is asked."""
+    """A server and the request parameters of its clients."""
 
     server: str
     extra: dict[str, Any]

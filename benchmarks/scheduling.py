@@ -1,4 +1,4 @@
-"""Who waits how long: the ``similarity`` queue beside first come, first served, on live servers.
+"""Waiting times and latency under the ``similarity`` policy and first come, first served, on live servers.
 
     .venv/bin/python benchmarks/scheduling.py [--traffic burst,0.7,0.9,1.1,heavy,adversarial] [--rounds 3]
     .venv/bin/python benchmarks/scheduling.py --traffic "chat burst" --requests 64 --arms fcfs,similarity --rounds 5
@@ -10,8 +10,8 @@ requests before), ``similarity, told`` (lengths told by the client), ``static`` 
 done). Requests are sent when they are due. All arms of a round get the same prompts at the same times, every round
 fresh ones, and the prefix cache is off.
 
-Answers end by themselves at a length that no policy can see in the request: ``min_tokens`` keeps the end away, and a
-bias forces it then. System prompt and question tell what kind of answer it will be, as they do in life. Prompts have
+Answers end at a length that no policy can read from the request: ``min_tokens`` suppresses the end token until then,
+and a logit bias forces it then. System prompt and question tell the kind of answer, as in real traffic. Prompts have
 some 150 tokens and a fifth of the answers about 192, the others 12; in the ``chat`` traffics prompts have some 50, a
 fifth of the answers about 600, and the others 8.
 """
@@ -51,7 +51,7 @@ WAIT_RATIO, WAIT_SECONDS = 2.0, 1.0
 
 @dataclass(frozen=True)
 class Mix:
-    """What requests are like."""
+    """Lengths of answers and prompts."""
 
     short: int = 12
     """Tokens of most answers, about."""
@@ -65,7 +65,7 @@ class Mix:
     question: int | None = None
     """Characters of what follows, all of them by default."""
     limit: int = 720
-    """``max_tokens``, by which nothing can be told."""
+    """``max_tokens``, the same for all answers, so that it predicts no length."""
 
     def lengths(self, count: int, random: np.random.Generator) -> np.ndarray:
         """Output lengths, in tokens."""
@@ -87,7 +87,7 @@ TRAFFIC: dict[str, tuple[Mix, float | None]] = {
     "chat burst": (CHAT, None),
     **{f"chat {load}": (CHAT, float(load)) for load in ("0.7", "0.9", "1.1", "1.5")},
 }
-"""What requests are like, and the load: a share of the capacity, or everybody at once."""
+"""The mix of requests, and the load as a share of the capacity; None is a burst."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def requests_of(mix: Mix, load: float | None, count: int, tokens_per_second: flo
 
 
 def bodies(made: Sequence[PlannedRequest], arm: str, end_token: int) -> list[OpenLoopRequest]:
-    """What is sent for one arm."""
+    """The requests of one arm."""
     sent = []
     for planned in made:
         extra: dict[str, Any] = {}
@@ -160,7 +160,7 @@ class Run:
     """What the server says about each start, oldest first."""
 
     def numbers(self) -> dict[str, float]:
-        """What is reported of it; seconds, and tokens a second."""
+        """The reported figures, in seconds and tokens per second."""
         latency = np.array([f.ended for f in self.followed])
         ttft = np.array([f.ttft for f in self.followed])
         gaps = np.concatenate([f.inter_token_latencies() for f in self.followed])
@@ -182,7 +182,7 @@ class Run:
         return {name: float(value) for name, value in found.items()}
 
     def capacity(self) -> float:
-        """Tokens a second as long as anybody waited, in a burst: afterwards places are empty."""
+        """Tokens per second in a burst while requests wait: afterwards the batch is not full."""
         until = max(f.due + f.ttft for f in self.followed)
         began = self.followed[0].due
         said = [max((tokens for at, tokens in f.arrivals if f.due + at <= until), default=0) for f in self.followed]

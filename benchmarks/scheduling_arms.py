@@ -37,7 +37,7 @@ class StaticBatches(SchedulingPolicy):
     """A batch starts when the one before it is done."""
 
     def admit(self, moment: SchedulerSnapshot) -> Admission:
-        """Nobody while anybody runs."""
+        """No request starts while another one runs."""
         return Admission(max_num_admitted=0 if moment.running else None)
 
 

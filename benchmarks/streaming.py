@@ -8,7 +8,7 @@ Parts, each a cell of the result file:
   short pause, against such prompts sent whole.
 * ``short``: queries of at most 50 tokens: the server's time from commit to first token, against the decode steps of
   the same answers.
-* ``neighbour``: what an answer that was begun early and in vain costs somebody else's request.
+* ``neighbour``: the cost of a speculative answer, begun early and discarded, for another client's request.
 * ``background``: four decoders while four typists write prompts of about 700 tokens over ten seconds, over and over:
   sent whole, or streamed, or not at all.
 * ``identity``: 50 prompts with emoji, combining characters and scripts from right to left, typed with mistakes and
@@ -68,7 +68,7 @@ enforce_eager = true
 
 
 class Prompts:
-    """Prompts that nobody has sent before."""
+    """Prompts that were not sent before."""
 
     def __init__(self) -> None:
         self._seed = itertools.count(1)
@@ -149,7 +149,7 @@ async def short_part(server: Server, prompts: Prompts, rounds: int) -> dict[str,
 
 
 async def neighbour_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
-    """Somebody else's request while an answer goes on that nobody will ask for."""
+    """Another client's request while a speculative answer is decoded that will be discarded."""
     request = {"model": MODEL, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     ttft: dict[str, list[float]] = {"alone": [], "beside an early answer": []}
     async with httpx.AsyncClient() as client:
@@ -171,7 +171,7 @@ async def neighbour_part(url: str, prompts: Prompts, rounds: int) -> dict[str, A
 
 
 async def background_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
-    """What four decoders notice of four typists."""
+    """Time between tokens of four decoders beside four typists."""
     seconds = 2 * TYPING_SECONDS
     p99: dict[str, list[float]] = {"no typists": [], "whole": [], "streamed": []}
     longest: dict[str, list[float]] = {arm: [] for arm in p99}

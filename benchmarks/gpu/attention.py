@@ -22,7 +22,7 @@ def rivals() -> dict[str, Any]:
             found[name] = importlib.import_module(module)
             if name == "vllm":
                 found[name].kernel_module()
-        # Somebody else's package can fail to load in any way.
+        # Another project's package can fail to load in any way.
         except Exception as error:
             print(f"{name} is not measured: {type(error).__name__}: {error}")
             found[name] = None

@@ -11,7 +11,7 @@ change from round to round and together do not fit into the L2 cache:
 
     decode        batch 1 to 128, context 1k to 64k, groups of 4 and 8: ours, vLLM's unified attention over its own FP8
                   layout, PyTorch's SDPA over BF16 keys that lie dense, FlashInfer and FlashAttention over paged BF16
-    verification  the same with 5 query tokens a request, where vLLM is the rival
+    verification  the same with 5 query tokens per request; only vLLM's kernel is compared
     prefill       pieces of 16 to 256 tokens behind 8k and 32k others
     feed-forward  1 to 16 rows of a 1B model's layer: ours, and the same as separate operations of PyTorch, as they are
                   and compiled

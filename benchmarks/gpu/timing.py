@@ -89,7 +89,7 @@ def summary(found: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def copy_bandwidth(runs: int) -> float:
-    """Bytes a second that a copy of 1 GiB moves, read and written, median."""
+    """Median bytes per second of a copy of 1 GiB, read and written."""
     import torch
 
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")

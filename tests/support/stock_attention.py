@@ -1,4 +1,4 @@
-"""What vLLM does for an FP8 cache with a scale a token and head, callable by itself: its layout and its kernel."""
+"""vLLM's layout and kernel for an FP8 cache with one scale per token and head, callable without a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether prompts that arrive in pieces are answered as whole ones, and whom sessions that misbehave hurt."""
+"""Whether prompts that arrive in pieces are answered as whole ones, and whether misbehaving sessions hurt others."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ async def _type_beyond(url: str, request: dict[str, Any]) -> str:
 
 
 async def _left(server: Server) -> tuple[float, float]:
-    """Sessions and requests that are still there after everybody has gone; ten seconds to notice it."""
+    """Sessions and requests that remain after all clients disconnected; the server has ten seconds to notice."""
     deadline = time.monotonic() + 10
     while True:
         await asyncio.sleep(1.0)

@@ -1,4 +1,4 @@
-"""Typists, and what they get: shared by the streaming benchmark and the engine tests."""
+"""Clients that type a prompt, and their answers; shared by the streaming benchmark and the engine tests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Edit = tuple[int, int, str]
 
 @dataclass
 class Answer:
-    """What came back; times in seconds."""
+    """An answer; times in seconds."""
 
     text: str = ""
     after_last_key: float = float("nan")

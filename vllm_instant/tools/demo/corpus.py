@@ -1,4 +1,4 @@
-"""The demo models' training text: what every Python installation carries.
+"""The demo models' training text: the standard library that every Python installation contains.
 
 Two kinds of documents, both from the running interpreter's standard library, none downloaded:
 
@@ -46,9 +46,9 @@ def _held_out(kind: str, name: str) -> bool:
 
 
 def documents(held_out_only: bool = False) -> Iterator[Document]:
-    """Every document of the corpus (or those that are kept away from training), in an order that depends on names only.
+    """Every document of the corpus (or only the held-out ones), in an order that depends on names alone.
 
-    Describing a module means parsing it: with ``held_out_only`` the others are left alone.
+    Describing a module means parsing it: with ``held_out_only`` the others are skipped.
     """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(stdlib.rglob("*.py")):

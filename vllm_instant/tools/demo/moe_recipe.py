@@ -1,7 +1,7 @@
 """How the committed mixture of experts was made from the demo's base model.
 
 Run ``vllm-instant demo train-moe OUTPUT_DIR``: upcycling, then distillation from the dense model with a load-balancing
-loss. Seeds and hyper-parameters are fixed below; a run that was stopped goes on. The result carries a ``recipe.json``
+loss. Seeds and hyper-parameters are fixed below; an interrupted run resumes. The result carries a ``recipe.json``
 with what was reached, measured on the weights as they are stored.
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 EXPERTS = upcycling.Experts(count=64, chosen=8, size=32)
 TRAINING = Training(seed=3, steps=1000, decay_steps=500, matrix_rate=0.01, other_rate=2e-3, batch=2, context=512)
 WINDOWS = 4000
-WATCHED_WINDOWS, WATCHED_CONTEXT, WATCHED_SEED = 32, 256, 5
+RECORDED_WINDOWS, RECORDED_CONTEXT, RECORDED_SEED = 32, 256, 5
 
 
 def run(output: Path, report: Callable[[str, int, int, float], None], assets: Path = ASSETS) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run(output: Path, report: Callable[[str, int, int, float], None], assets: Pa
     tokens = tokenized(tokenizer, classes(list(documents())), TRAINING.context)
     stream = torch.cat([c.training for c in tokens])
     dense = transformers.LlamaForCausalLM.from_pretrained(assets / BASE_IN_ASSETS, dtype=torch.float32).eval()
-    model = upcycling.upcycle(dense, watched(stream), EXPERTS)
+    model = upcycling.upcycle(dense, recorded_windows(stream), EXPERTS)
 
     clock = work / "seconds.json"
     before = float(json.loads(clock.read_text())) if clock.exists() else 0.0
@@ -65,11 +65,11 @@ def run(output: Path, report: Callable[[str, int, int, float], None], assets: Pa
     )
 
 
-def watched(stream: torch.Tensor) -> torch.Tensor:
-    """The windows of text on which the dense model's neurons are watched."""
-    generator = torch.Generator().manual_seed(WATCHED_SEED)
-    places = torch.randint(0, len(stream) - WATCHED_CONTEXT, (WATCHED_WINDOWS,), generator=generator)
-    return torch.stack([stream[place : place + WATCHED_CONTEXT] for place in places])
+def recorded_windows(stream: torch.Tensor) -> torch.Tensor:
+    """The windows of text on which the dense model's activations are recorded."""
+    generator = torch.Generator().manual_seed(RECORDED_SEED)
+    places = torch.randint(0, len(stream) - RECORDED_CONTEXT, (RECORDED_WINDOWS,), generator=generator)
+    return torch.stack([stream[place : place + RECORDED_CONTEXT] for place in places])
 
 
 def store_with_card(
@@ -97,7 +97,7 @@ def store_with_card(
 def evaluate(
     model: MixtralForCausalLM, dense: LlamaForCausalLM, stream: torch.Tensor, context: int = 512
 ) -> dict[str, float]:
-    """On held-out text: both losses in nats a token, and the KL divergence from the dense model to ours."""
+    """On held-out text: both losses in nats per token, and the KL divergence from the dense model to ours."""
     sums: dict[str, list[float]] = {"loss": [], "dense_loss": [], "kl": []}
     with torch.inference_mode():
         for start in range(0, len(stream) - context, context * 2):

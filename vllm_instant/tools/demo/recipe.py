@@ -109,7 +109,7 @@ def text_loss(stream: torch.Tensor, plan: Training) -> Loss:
 def evaluate(
     base: LlamaForCausalLM, draft: LlamaForCausalLM, stream: torch.Tensor, context: int = 512
 ) -> dict[str, float]:
-    """Held-out loss of the base (nats a token) and how well the draft matches it at the first draft position.
+    """Held-out loss of the base (nats per token) and how well the draft matches it at the first draft position.
 
     ``acceptance`` is the expected acceptance at temperature 1 (overlap of the two distributions), ``agreement`` the
     share of positions where both would pick the same token greedily.

@@ -2,8 +2,8 @@
 
 Neurons that fire together are put into groups of equal size (Zhang et al. 2022, "MoEfication"), and each group is
 copied into two or three experts, a little different from each other ("upcycling", Komatsuzaki et al. 2023). The router
-starts as the linear map that foretells best how much each group contributes for a token; the copies of a group divide
-the tokens that want it among themselves. So routing depends on the token from the start, and training goes on from a
+starts as the linear map that best predicts how much each group contributes for a token; the copies of a group divide
+the tokens that choose it. So routing depends on the token from the start, and training continues from a
 model that still knows most of what the dense one did.
 """
 
@@ -123,7 +123,7 @@ def _fill(
     groups = torch.from_numpy(balanced_groups(affinity, gate.shape[0] // experts.size, seed, starts=2))
     members = [torch.nonzero(groups == group).flatten() for group in range(int(groups.max()) + 1)]
     size = torch.stack([(activations[:, own] @ down[:, own].T).norm(dim=1) for own in members], 1)
-    logits = _foretold(inputs, size.clamp_min(1e-6).log())
+    logits = _linear_fit(inputs, size.clamp_min(1e-6).log())
 
     copies = _copies(size.mean(0), experts.count)
     rows, order = [], []
@@ -151,8 +151,8 @@ def _fill(
     block.experts.down_proj.mul_((wanted * found).sum() / (found * found).sum())
 
 
-def _foretold(inputs: torch.Tensor, values: torch.Tensor, ridge: float = 1e-2) -> torch.Tensor:
-    """The linear map ``[width, columns]`` that foretells ``values`` best, each column brought to deviation one."""
+def _linear_fit(inputs: torch.Tensor, values: torch.Tensor, ridge: float = 1e-2) -> torch.Tensor:
+    """Ridge regression: the linear map ``[width, columns]`` from ``inputs`` to ``values``, columns at deviation 1."""
     standard = (values - values.mean(0)) / values.std(0).clamp_min(1e-6)
     gram = inputs.T @ inputs
     gram.diagonal().add_(ridge * gram.diagonal().mean())

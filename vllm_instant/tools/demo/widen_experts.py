@@ -25,7 +25,7 @@ class ExpertSize:
 
 
 MEDIUM = ExpertSize(hidden_size=512, expert_size=384)
-"""About 231 million parameters, 98 % of them in experts: what two cores serve at tens of steps a second."""
+"""About 231 million parameters, 98 % of them in experts: two cores serve it at tens of steps per second."""
 
 SMALL = ExpertSize(hidden_size=256, expert_size=32)
 """The demo's mixture of experts as it was trained, for tests."""

@@ -20,11 +20,11 @@ class Acceptance:
     text: str
     temperature: float
     places: int
-    """In how many places the draft model proposed tokens."""
+    """Number of places at which the draft model proposed tokens."""
     by_position: list[float]
     """Share of accepted tokens by draft position, of those whose predecessors were accepted."""
     mean_length: float
-    """Accepted draft tokens a step, of the full number proposed."""
+    """Accepted draft tokens per step, of the full number proposed."""
 
     def plain(self) -> dict[str, Any]:
         """As JSON types."""
@@ -49,7 +49,7 @@ def measure(
         target: Hugging Face model.
         draft: Hugging Face model with the same vocabulary.
         stream: int64 ``[tokens]`` of held-out text.
-        name: what the text is called.
+        name: name of the class of text.
         temperature: 0 is greedy.
         positions: draft tokens that are proposed.
         places: how many places; fewer when the stream is short.
@@ -88,8 +88,8 @@ def _accepted(
     p = _distribution(target(input_ids=tokens).logits[:, context - 1 : -1], temperature)
     proposed = tokens[:, context:]
     ratio = p.gather(-1, proposed[..., None])[..., 0] / torch.cat(proposals, 1)
-    luck = torch.rand(ratio.shape, generator=generator).to(ratio.device)
-    return (luck < ratio).float().cumprod(1).cpu()
+    uniform = torch.rand(ratio.shape, generator=generator).to(ratio.device)
+    return (uniform < ratio).float().cumprod(1).cpu()
 
 
 def _distribution(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -84,7 +84,7 @@ def derive(target: Any, target_parameters: int, share: float = LARGEST_SHARE, la
 
     """
     depth = layers or min(MAX_LAYERS, max(1, target.num_hidden_layers // LAYERS_OF_TARGET))
-    most = int(share * target_parameters)
+    limit = int(share * target_parameters)
     narrowest = parameters(shaped(target, depth, WIDTH_STEP))
     what = f"{depth} layers with the target's vocabulary of {target.vocab_size} tokens"
     check_share(narrowest, target_parameters, share, what)
@@ -92,7 +92,7 @@ def derive(target: Any, target_parameters: int, share: float = LARGEST_SHARE, la
     low, high = 1, max(2, target.hidden_size // WIDTH_STEP * 4)
     while high - low > 1:
         middle = (low + high) // 2
-        if parameters(shaped(target, depth, middle * WIDTH_STEP)) <= most:
+        if parameters(shaped(target, depth, middle * WIDTH_STEP)) <= limit:
             low = middle
         else:
             high = middle

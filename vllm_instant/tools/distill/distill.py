@@ -1,4 +1,4 @@
-"""From a target model and text to a draft model that vLLM loads, with a report of what it is worth."""
+"""Trains a draft model that vLLM loads, from a target model and text, and reports its acceptance."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Progress = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Report:
-    """What was made, and what it is worth."""
+    """The draft model's sizes, training and acceptance."""
 
     target: str
     target_parameters: int
@@ -48,12 +48,12 @@ class Report:
     draft: dict[str, Any]
     """The draft's shape."""
     layers_of_target: int
-    """With so many of the target's layers the draft started; 0: as a new model."""
+    """Number of target layers that the draft was initialised with; 0 for a new model."""
     objective: str
     training: dict[str, Any]
     training_tokens: int
     seconds: float
-    """Of training, over all runs of it that were stopped and resumed."""
+    """Training time, summed over interrupted and resumed runs."""
     acceptance: list[Acceptance]
     versions: dict[str, str]
 
@@ -98,11 +98,11 @@ def distill(
     progress: Progress = lambda *_: None,
     device: str = "cpu",
 ) -> float:
-    """Train ``draft`` in place towards ``target``; goes on from the checkpoint under ``output`` if there is one.
+    """Train ``draft`` in place towards ``target``, from the checkpoint under ``output`` if there is one.
 
     Args:
         target: Hugging Face model in evaluation mode.
-        draft: Hugging Face model with the same vocabulary, float32: a new one, or one of ``start.layers_of``.
+        draft: Hugging Face model with the same vocabulary, float32: a new one, or one of ``initialization.layers_of``.
         classes: text to learn from; windows are drawn from all of it alike.
         output: folder for the checkpoint.
         plan: steps and rates.

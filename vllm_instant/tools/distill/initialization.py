@@ -1,12 +1,12 @@
-"""Where a draft starts: at what its target knows already.
+"""Initialises a draft model from its target.
 
-A new, narrow draft takes over in which directions the target tells tokens apart: with random embeddings much of a
-short training goes into finding out which tokens are alike. The target knows: the rows of its output matrix, after its
-final norm's weights, projected to as many principal directions as the draft is wide.
+A new, narrow draft gets the target's embeddings in few dimensions: the rows of the target's output matrix, times the
+weights of its final norm, projected to as many principal directions as the draft is wide. With random embeddings a
+short training is spent largely on learning which tokens are similar.
 
-A draft of the target's own width takes over its embeddings, some of its layers, its last norm and its output matrix
-(as DistilBERT did: Sanh et al. 2019). The first and the last layer are among them, as long as there are two: one reads
-embeddings, the other writes what the output matrix reads.
+A draft of the target's own width gets its embeddings, some of its layers, its last norm and its output matrix (as in
+DistilBERT: Sanh et al. 2019). The first and the last layer are among them if there are at least two: the first is
+trained to read embeddings, the last to feed the output matrix.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def start_at_target(draft: Any, target: Any) -> None:
 
 
 def spread(layers: int, of: int) -> list[int]:
-    """Numbers of ``layers`` layers, evenly spread from the first to the last; one alone is the first."""
+    """Indices of ``layers`` layers, evenly spaced from the first to the last; a single one is the first."""
     return [round(i * (of - 1) / max(1, layers - 1)) for i in range(layers)]
 
 
 def layers_of(target: Any, layers: int) -> Any:
-    """A model like ``target``, a Hugging Face causal language model, with some of its layers only, float32.
+    """A float32 copy of ``target``, a Hugging Face causal language model, with only some of its layers.
 
     Raises:
-        ValueError: when the target has not more layers than that, or keeps them where this cannot find them.
+        ValueError: when the target does not have more layers than that, or does not number them in its state dict.
 
     """
     import transformers

@@ -1,13 +1,12 @@
-"""How far a draft model's next-token distributions are from the target's, and the gradient of it.
+"""Distances between the next-token distributions of a draft model and its target, with their gradients.
 
-Two distances: the forward Kullback-Leibler divergence, which learns fast while the two are far apart, and the total
-variation distance, which is what speculative decoding pays for: the chance that rejection sampling accepts a draft
-token is one minus exactly that (Leviathan et al. 2023, section 3.5; used for distillation by DistillSpec, Zhou et al.
-2024).
+Two distances: the forward Kullback-Leibler divergence, whose gradient is large while the distributions are far apart,
+and the total variation distance: rejection sampling accepts a draft token with probability one minus that distance
+(Leviathan et al. 2023, section 3.5; used for distillation by DistillSpec, Zhou et al. 2024).
 
-The logits of a batch are by far the largest arrays of a training step (tokens × vocabulary). They are never held as a
-whole: loss and gradient are worked out together, for some hundred tokens at a time, while these are in the processor's
-cache, and only the gradients of hidden states and output matrix are kept.
+The logits of a batch are by far the largest arrays of a training step (tokens × vocabulary). They never exist as a
+whole: loss and gradient are computed together for some hundred tokens at a time, which fit into the processor's cache,
+and only the gradients of the hidden states and of the output matrix are kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The target model as a teacher: its next-token distributions on windows of text, each computed once."""
+"""The target model as a teacher: its next-token distributions on windows of text, computed once per window."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 class Teacher:
-    """A target model that is asked for distributions.
+    """A target model that provides distributions.
 
-    Where a target's logits are its last hidden states times one matrix, as in most models, the hidden states stand for
-    the distributions: they take a fraction of the memory. Otherwise (scaled or capped logits) the logits do.
+    In most models logits are the last hidden states times one matrix; then the hidden states are kept in place of the
+    distributions, since they need a fraction of the memory. Otherwise (scaled or capped logits) the logits are kept.
 
     Args:
         model: a Hugging Face causal language model, in evaluation mode.
@@ -33,7 +33,7 @@ class Teacher:
         return states
 
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What is kept of the distributions after each token; ``[batch, context]`` → ``[batch, context, any]``."""
+        """The hidden states or logits after each token; ``[batch, context]`` → ``[batch, context, any]``."""
         with torch.no_grad():
             if self._head is not None:
                 return self._hidden(tokens)
@@ -49,8 +49,8 @@ class Teacher:
 class TaughtWindows:
     """A fixed number of windows of a token stream, with the teacher's states.
 
-    A step draws some of them. Each is shown to the teacher when it is drawn for the first time; as long as memory
-    allows, later draws find its states kept.
+    A step draws some of them. The teacher runs on a window when it is drawn for the first time; its states are kept for
+    later draws as long as memory allows.
 
     Args:
         stream: int64 ``[tokens]``.

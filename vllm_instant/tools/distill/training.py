@@ -2,7 +2,7 @@
 
 Devices, precision and gradient scaling are Accelerate's. The matrices of the layers are trained with Muon
 (Jordan et al. 2024), everything else with AdamW. What a step sees depends on its number alone, so that a resumed run
-goes on as if it had never stopped.
+continues exactly as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def train(
     Args:
         model: a Hugging Face causal language model in float32; its ``base_model`` and output matrix are trained.
         plan: steps and rates.
-        loss: what is made small.
-        checkpoint: folder of the newest state; a run that finds one goes on from there.
+        loss: the minimised function.
+        checkpoint: folder of the newest state; a run that finds one resumes there.
         report: called with (step, steps, loss) after each step.
         device: ``"cpu"`` or ``"cuda"``.
 
