@@ -19,7 +19,7 @@ def base():
     return LlamaForCausalLM.from_pretrained(assets.ASSETS / "base", dtype=torch.float32).eval()
 
 
-def test_the_corpus_is_the_same_every_time_and_keeps_something_back():
+def test_the_corpus_is_deterministic_and_holds_out_documents():
     first, second = list(documents()), list(documents())
     assert first == second
     assert len({(d.kind, d.name) for d in first}) == len(first)
@@ -30,13 +30,13 @@ def test_the_corpus_is_the_same_every_time_and_keeps_something_back():
     assert {d.kind for d in held_out} == {"code", "structured"}
 
 
-def test_structured_documents_are_one_json_object_a_line():
+def test_structured_documents_are_one_json_object_per_line():
     document = next(d for d in documents() if d.kind == "structured")
     for line in document.text.splitlines():
         assert {"module", "kind", "name", "line", "doc"} <= json.loads(line).keys()
 
 
-def test_asset_and_recipe_agree_in_shape(base):
+def test_stored_models_have_the_shape_of_the_recipe(base):
     from safetensors import safe_open
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
@@ -50,7 +50,7 @@ def test_asset_and_recipe_agree_in_shape(base):
         assert len(AutoTokenizer.from_pretrained(assets.ASSETS / name)) == recipe.VOCABULARY
 
 
-def test_the_card_matches_the_recipe_and_the_promises(base):
+def test_the_card_matches_the_recipe(base):
     card = json.loads((assets.ASSETS / "recipe.json").read_text())
     assert card["base"].items() >= asdict(recipe.BASE).items()
     assert card["draft"].items() >= asdict(recipe.DRAFT).items()
@@ -62,7 +62,7 @@ def test_the_card_matches_the_recipe_and_the_promises(base):
     assert sum(p.stat().st_size for folder in folders for p in folder.iterdir()) <= 16e6
 
 
-def test_the_committed_pair_reaches_what_its_card_says(base):
+def test_the_stored_pair_reaches_the_figures_of_its_card(base):
     """A part of the held-out text only, hence the tolerance; a wrong or untrained pair is far away."""
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
@@ -98,7 +98,7 @@ def test_expansion_preserves_the_function(base, size):
         ({"num_attention_heads": 5}, "multiple of 2"),
     ],
 )
-def test_sizes_that_cannot_be_reached(base, change, message):
+def test_sizes_that_cannot_be_reached_are_refused(base, change, message):
     with pytest.raises(ValueError, match=message):
         widen_model.expand(base, widen_model.Size(**{**vars(widen_model.SMALL), **change}))
 
@@ -112,15 +112,10 @@ def test_the_learning_rate_warms_up_stays_and_ends_at_zero():
     assert rates[80:] == sorted(rates[80:], reverse=True)
 
 
-def test_prepare_is_idempotent_and_notices_other_models(tmp_path):
+def test_prepare_is_idempotent_and_notices_other_weights(tmp_path):
     pair = assets.prepare(tmp_path, widen_model.SMALL, "float32")
     written = (pair.target / "model.safetensors").stat().st_mtime_ns
     assert assets.prepare(tmp_path, widen_model.SMALL, "float32") == pair
     assert (pair.target / "model.safetensors").stat().st_mtime_ns == written
     assets.prepare(tmp_path, widen_model.SMALL, "bfloat16")
     assert (pair.target / "model.safetensors").stat().st_mtime_ns != written
-
-
-def test_missing_assets_are_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="demo models are missing"):
-        assets.prepare(assets=tmp_path)

@@ -27,7 +27,7 @@ def held_out():
     return encode(tokenizer, [next(d.text for d in documents() if d.held_out and len(d.text) > 20_000)])
 
 
-def test_the_card_matches_the_recipe_and_the_promises(moe):
+def test_the_card_matches_the_recipe(moe):
     folder = assets.ASSETS / moe_assets.MOE_IN_ASSETS
     card = json.loads((folder / "recipe.json").read_text())
     assert card["experts"] == asdict(moe_recipe.EXPERTS) | {"parameters": moe.num_parameters()}
@@ -36,7 +36,7 @@ def test_the_card_matches_the_recipe_and_the_promises(moe):
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 12e6
 
 
-def test_the_committed_model_has_learned_what_its_card_says(moe, held_out):
+def test_the_stored_model_reaches_the_figures_of_its_card(moe, held_out):
     from transformers import LlamaForCausalLM
 
     dense = LlamaForCausalLM.from_pretrained(assets.ASSETS / "base", dtype=torch.float32).eval()
@@ -86,7 +86,7 @@ def test_expansion_preserves_function_and_choice(moe, held_out):
         widen_experts.expand_experts(moe, widen_experts.ExpertSize(128, 64))
 
 
-def test_preparing_writes_once_what_vllm_loads(tmp_path):
+def test_preparing_writes_a_loadable_folder_once(tmp_path):
     folder = moe_assets.prepare(tmp_path / "moe", widen_experts.SMALL, "float32")
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= {p.name for p in folder.iterdir()}
@@ -129,7 +129,7 @@ def test_upcycling_starts_near_the_dense_model():
         upcycling.upcycle(dense, tokens, upcycling.Experts(4, 2, 8))
 
 
-def test_a_balanced_layer_has_the_least_loss():
+def test_a_balanced_layer_has_the_smallest_loss():
     even = torch.full((64, 4), 0.0) + 1e-3 * torch.eye(4).repeat(16, 1)
     skewed = even + torch.tensor([2.0, 0, 0, 0])
     assert moe_training.load_imbalance(even, 1) == pytest.approx(1.0, abs=1e-3)

@@ -66,7 +66,7 @@ class TestTeacher:
         assert states.shape == (2, 9, 64)
         torch.testing.assert_close(teacher.probabilities(states), model(input_ids=tokens).logits.softmax(-1))
 
-    def test_a_head_that_is_no_plain_matrix_is_noticed(self):
+    def test_scaled_or_capped_logits_are_noticed(self):
         model = _tiny()
         plain = model.forward
 
@@ -85,7 +85,7 @@ class TestTeacher:
         assert states.shape == (1, 5, 80)
         torch.testing.assert_close(teacher.probabilities(states), model(input_ids=tokens).logits.softmax(-1))
 
-    def test_windows_repeat_exactly_and_are_taught_once(self):
+    def test_windows_repeat_exactly_and_the_teacher_runs_once_per_window(self):
         teacher = Teacher(_tiny())
         stream = torch.randint(0, 80, (500,))
         asked = []
@@ -106,7 +106,7 @@ class TestTeacher:
 
 
 class TestArchitecture:
-    def test_the_demo_draft_is_what_is_derived_from_the_demo_base(self):
+    def test_the_demo_draft_has_the_derived_shape(self):
         from vllm_instant.tools.demo import recipe
 
         shape = architecture.derive(recipe.BASE.config(), architecture.parameters(recipe.BASE.config()))
@@ -124,7 +124,7 @@ class TestArchitecture:
         assert shape.vocab_size == target.vocab_size
         assert shape.num_attention_heads % shape.num_key_value_heads == 0
 
-    def test_a_vocabulary_that_is_too_large_is_said(self):
+    def test_a_vocabulary_that_is_too_large_is_refused(self):
         target = _tiny(vocab_size=50_000).config
         with pytest.raises(ValueError, match=r"vocabulary of 50000 tokens.*--share"):
             architecture.derive(target, architecture.parameters(target), 0.1)
@@ -157,13 +157,13 @@ class TestText:
         ("source", "message"),
         [("nowhere", "does not exist"), ("empty", "no text found"), ("bad.jsonl", r"bad.jsonl, line 2: not JSON")],
     )
-    def test_what_cannot_be_read(self, tmp_path, source, message):
+    def test_unreadable_text_is_refused(self, tmp_path, source, message):
         (tmp_path / "empty").mkdir()
         (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text"\n')
         with pytest.raises(text.TextError, match=message):
             text.read([str(tmp_path / source)])
 
-    def test_too_little_text(self):
+    def test_too_little_text_is_refused(self):
         tokenizer = _demo_tokenizer()
         texts = text.TextClass("short", ["hello"])
         with pytest.raises(text.TextError, match=r"too few: at least 512"):
@@ -249,7 +249,7 @@ class TestCommand:
         assert other.exit_code == 2
         assert "another shape" in other.output
 
-    def test_it_goes_on_from_layers_of_the_target(self, material, tmp_path):
+    def test_it_trains_a_draft_with_layers_of_the_target(self, material, tmp_path):
         words = [*self._words(material, tmp_path / "draft"), "--take-layers", 1]
         result = self._run(*words, "--share", 0.9)
         assert result.exit_code == 0, result.output
@@ -290,7 +290,7 @@ class TestCommand:
         assert "Traceback" not in result.output
 
     @pytest.mark.parametrize("damage", ["missing", "corrupt"])
-    def test_a_target_that_cannot_be_loaded(self, material, tmp_path, damage):
+    def test_a_target_that_cannot_be_loaded_is_refused(self, material, tmp_path, damage):
         target = tmp_path / "target"
         if damage == "corrupt":
             import shutil
@@ -303,7 +303,7 @@ class TestCommand:
         assert result.output.count("\n") <= 2
 
 
-def test_training_that_was_stopped_ends_where_one_whole_run_ends(tmp_path):
+def test_resumed_training_equals_an_uninterrupted_run(tmp_path):
     target = _tiny(1)
     plan = Training(1, 240, 50, 0.02, 3e-3, batch=2, context=16, warmup_steps=5)
     tokens = [text.TokenClass("a", torch.randint(0, 80, (900,)), torch.randint(0, 80, (90,)))]
@@ -340,7 +340,7 @@ def test_distilling_brings_the_draft_closer(tmp_path):
     assert after > before + 0.1
 
 
-def test_embeddings_start_where_the_target_tells_tokens_apart():
+def test_embeddings_start_in_the_principal_directions_of_the_target():
     """They span the strongest directions of the target's outputs."""
     target, draft = _tiny(1, tie_word_embeddings=False), _tiny(2, hidden_size=32)
     with torch.no_grad():
@@ -392,7 +392,7 @@ class TestLayersOfTheTarget:
         with pytest.raises(ValueError, match="has 2 layers: a draft must have fewer than that, found 2"):
             layers_of(_tiny(), 2)
 
-    def test_layers_that_are_nowhere_are_said(self):
+    def test_layers_that_are_not_found_are_refused(self):
         target = _tiny()
         target.state_dict = lambda: {"model.blocks.0.weight": torch.zeros(3)}
         with pytest.raises(ValueError, match="the layers of LlamaForCausalLM cannot be taken one by one"):
