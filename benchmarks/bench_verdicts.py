@@ -64,7 +64,7 @@ def simulate(runs: int, console: Console) -> dict[str, Any]:
                 "rounds": rounds,
                 "rows": count,
                 "runs": runs,
-                "runs_with_a_verdict": sum(set(found) != {"no difference"} for found in verdicts),
+                "runs_with_a_verdict": sum(bool(set(found) & {"better", "worse"}) for found in verdicts),
                 "runs_with_the_right_verdict": sum(set(found) == {right} for found in verdicts) if effect else None,
             }
         )
@@ -93,7 +93,7 @@ def one_run(urls: Sequence[str], path: Path, given: Mapping[str, Any]) -> dict[s
         "tokens_per_second_by_round": {
             str(users): {
                 arm: [
-                    round(state.turns[number, users][arm].tokens / state.turns[number, users][arm].seconds, 2)
+                    round(state.arm_rounds[number, users][arm].tokens / state.arm_rounds[number, users][arm].seconds, 2)
                     for number in range(plan.rounds)
                 ]
                 for arm in state.arms
@@ -111,14 +111,14 @@ def in_roles(state: BenchCheckpoint, played_by: tuple[str, str, str]) -> Any:
     def recast(by_arm: Mapping[str, Any]) -> dict[str, Any]:
         return {role: by_arm[player] for role, player in roles.items()}
 
-    turns = {place: recast(taken) for place, taken in state.turns.items()}
-    return SimpleNamespace(arms=state.arms, turns=turns, served=recast(state.served), quality=None)
+    turns = {place: recast(taken) for place, taken in state.arm_rounds.items()}
+    return SimpleNamespace(arms=state.arms, arm_rounds=turns, served=recast(state.served), quality=None)
 
 
 def false_verdicts(found: Sequence[BenchRow]) -> list[str]:
     """Rows that say better or worse."""
     judged = [(row, row.contrasts[OURS].verdict) for row in found if OURS in row.contrasts]
-    return [f"{row.group}: {row.name}: {verdict}" for row, verdict in judged if verdict != "no difference"]
+    return [f"{row.group}: {row.name}: {verdict}" for row, verdict in judged if verdict in ("better", "worse")]
 
 
 def serve(options: argparse.Namespace, console: Console) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from result_tables import Cell, cells_of, interval, runs_of, table
 
 from vllm_instant.tools.bench.plan import BASELINE, OURS
-from vllm_instant.tools.bench.report import format_effect, format_number
+from vllm_instant.tools.bench.report import current_format, format_effect, format_number
 from vllm_instant.tools.bench.rows import BenchRow
 
 
@@ -48,7 +48,7 @@ def _bench(folder: Path) -> list[list[str]]:
     for users in ("1", "8"):
         [row] = [
             row
-            for row in map(BenchRow.read, run["rows"])
+            for row in map(BenchRow.read, current_format(dict(run))["rows"])
             if row.group == f"concurrency {users}" and row.name == "output tokens/s"
         ]
         figures = [format_number(row.values[arm].mean, row.unit) for arm in (BASELINE, OURS)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_instant.tools.bench.plan import BASELINE, OURS
-from vllm_instant.tools.bench.report import format_effect, format_floor, format_number
+from vllm_instant.tools.bench.report import current_format, format_effect, format_floor, format_number
 from vllm_instant.tools.bench.rows import BenchRow
 
 Run = Mapping[str, Any]
@@ -212,7 +212,7 @@ def bench(runs: Sequence[Run]) -> str:
     """What `vllm-instant bench` found."""
     [run] = runs
     rows = []
-    for row in map(BenchRow.read, run["rows"]):
+    for row in map(BenchRow.read, current_format(dict(run))["rows"]):
         contrast = row.contrasts.get(OURS)
         values = [
             format_number(row.values[arm].mean, row.unit) if arm in row.values else "" for arm in (BASELINE, OURS)

@@ -1,8 +1,7 @@
-"""Servers beside each other: the same requests, paired, with intervals and a verdict for each row.
+"""Compares two servers of a run: the same requests in pairs, with intervals and a verdict for each metric.
 
-Every server got the same prompts in segments of the same number, so rounds are compared in pairs and the drift of the
-machine cancels. The rule is that of ``vllm_instant.tools.measure.significance``: a difference counts if it is certain
-for all rows at once, and larger than what two processes of one kind differ by.
+Every server got the same prompts in segments of the same number, so rounds are compared in pairs and drift of the
+machine cancels. The verdicts are those of ``vllm_instant.tools.measure.significance``: better, worse, same, undecided.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from vllm_instant_loadtests.run_recorder import RecordedRequest, RecordedRun
 
 MIN_ROUNDS = 4
 BLOCKS = 8
-"""Into which the requests of fewer rounds are divided."""
+"""Number of blocks of neighbouring requests that stand for rounds where there are fewer segments than that."""
 MIN_FOR_P99 = 100
 
 
 @dataclass(frozen=True)
 class ComparedMetric:
-    """One measure of two servers."""
+    """One metric of two servers."""
 
     name: str
     unit: str
@@ -37,41 +36,52 @@ class ComparedMetric:
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse``, ``no difference`` or ``not measured``, of the first server."""
+        """``better``, ``worse``, ``same``, ``undecided`` or ``not measured``, of the first server."""
         return self.contrast.verdict if self.contrast else "not measured"
 
     @property
+    def rounds_to_decide(self) -> int | None:
+        """About how many further rounds would decide an undecided metric; None where rounds cannot."""
+        return self.contrast.rounds_to_decide() if self.contrast else None
+
+    @property
     def effect(self) -> Estimate | None:
-        """The first server's value by the second one's, with its 95 % interval."""
+        """The first server's value divided by the second one's, with its 95 % interval."""
         return self.contrast.effect if self.contrast else None
 
 
 @dataclass(frozen=True)
 class ServerComparison:
-    """One server beside another."""
+    """One server compared with another."""
 
     ours: str
     theirs: str
     pairs: int
-    """Requests that both answered."""
+    """Number of requests that both servers answered."""
     rounds: int
     rows: list[ComparedMetric]
     failed: tuple[int, int]
-    """Requests that only one of them failed."""
+    """Number of requests that failed on one server only: the first, the second."""
 
     @property
     def verdict(self) -> str:
         """In one sentence."""
-        count = {kind: sum(row.verdict == kind for row in self.rows) for kind in ("better", "worse")}
+        name = f"{self.ours} compared with {self.theirs}"
         if not any(row.contrast for row in self.rows):
-            return f"{self.ours} beside {self.theirs}: too little data"
-        return (
-            f"{self.ours} beside {self.theirs}: better in {count['better']}, worse in {count['worse']} of "
-            f"{sum(row.contrast is not None for row in self.rows)} rows"
-        )
+            return f"{name}: too little data"
+        kinds = ("better", "worse", "same", "undecided")
+        counted = ", ".join(f"{sum(row.verdict == kind for row in self.rows)} {kind}" for kind in kinds)
+        return f"{name}: {counted}{self._advice()}"
+
+    def _advice(self) -> str:
+        needed = [row.rounds_to_decide for row in self.rows if row.rounds_to_decide is not None]
+        if not needed:
+            return ""
+        longer = 1 + max(needed) / self.rounds
+        return f" (about {max(needed)} more rounds would decide what rounds can: a run {longer:.1f} times as long)"
 
     def plain(self) -> dict[str, Any]:
-        """As JSON types."""
+        """The comparison as JSON types."""
         rows = [
             {
                 "name": row.name,
@@ -79,6 +89,7 @@ class ServerComparison:
                 self.ours: row.ours,
                 self.theirs: row.theirs,
                 "verdict": row.verdict,
+                "rounds_to_decide": row.rounds_to_decide,
                 "unsupported_reason": row.unsupported_reason,
                 **({"effect": vars(row.effect)} if row.effect else {}),
             }
@@ -131,7 +142,7 @@ _ROWS: tuple[tuple[str, Samples, float | None], ...] = (
 
 
 def compare_servers(run: RecordedRun, ours: str, theirs: str) -> ServerComparison:
-    """One server beside another; lower is better in every row."""
+    """One server compared with another; lower is better for every metric."""
     first, second = _numbered(run, ours), _numbered(run, theirs)
     both = sorted(first.keys() & second.keys())
     good = [n for n in both if _complete(first[n]) and _complete(second[n])]
@@ -167,9 +178,9 @@ def _row(
     kept = [i for i in range(len(ours)) if len(arms[0][i]) and len(arms[1][i])]
     if len(kept) < MIN_ROUNDS:
         return ComparedMetric(name, "ms", None, None, None, f"{len(kept)} rounds of both, {MIN_ROUNDS} are needed")
-    least = min(sum(len(arm[i]) for i in kept) for arm in arms)
-    if share == 0.99 and least < MIN_FOR_P99:
-        return ComparedMetric(name, "ms", None, None, None, f"{least} values, a p99 needs {MIN_FOR_P99}")
+    count = min(sum(len(arm[i]) for i in kept) for arm in arms)
+    if share == 0.99 and count < MIN_FOR_P99:
+        return ComparedMetric(name, "ms", None, None, None, f"{count} values, a p99 needs {MIN_FOR_P99}")
 
     def statistic(values: np.ndarray) -> float:
         return float(values.mean() if share is None else np.quantile(values, share))
@@ -189,12 +200,12 @@ def _good(request: RecordedRequest) -> bool:
 
 
 def _complete(request: RecordedRequest) -> bool:
-    """What ended by itself with at least two arrivals can be compared."""
+    """Whether the answer ended by itself after at least two arrivals, so that all metrics exist."""
     return request.error is None and not request.left and len(request.arrivals) > 1
 
 
 def _rounds(requests: Sequence[RecordedRequest]) -> list[list[int]]:
-    """Indices by segment; of too few segments, by blocks of neighbouring requests."""
+    """Indices by segment; with too few segments, by blocks of neighbouring requests."""
     by_segment: dict[int | None, list[int]] = {}
     for i, request in enumerate(requests):
         by_segment.setdefault(request.segment, []).append(i)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 from vllm_instant import Deployment
 from vllm_instant.deployment.settings import resolve
+from vllm_instant.tools.measure.guarded_process import start_guarded, stop_group
 from vllm_instant.tools.measure.servers import Server, words_of
 from vllm_instant_loadtests.scenario import Scenario, ServerSetup
 
@@ -120,22 +122,21 @@ def run_locust(load: LocustCommand, command: str) -> None:
     load.output.mkdir(parents=True, exist_ok=True)
     if (load.output / "run.json").exists():
         raise LoadTestError(f"--output {load.output} has a run already: choose another folder, or --analyse it")
-    environment = os.environ | {"LOADTEST_COMMAND": command, "LOADTEST_DEPLOYMENTS": json.dumps(load.deployments)}
+    # Settings of other Locust runs (CI jobs, Kubernetes services) must not change this one.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
+    environment = inherited | {"LOADTEST_COMMAND": command, "LOADTEST_DEPLOYMENTS": json.dumps(load.deployments)}
     if load.api_key:
         environment["VLLM_API_KEY"] = load.api_key
     log = load.output / "locust.log"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            load.words(), stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        process = start_guarded(load.words(), output=file, environment=environment)
         try:
             code = process.wait()
         except BaseException:
-            process.send_signal(signal.SIGINT)  # so that what is under way is written down
-            try:
+            process.send_signal(signal.SIGINT)  # Locust records the requests in progress and ends
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+            stop_group(process)
             raise
     # Locust's code is 1 where requests failed; whether that is a failure is for the goals to say.
     if code not in (0, 1) or not (load.output / "run.json").exists():

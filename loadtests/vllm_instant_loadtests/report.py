@@ -20,7 +20,7 @@ from vllm_instant_loadtests.metric_series import MetricSeries
 from vllm_instant_loadtests.run_recorder import RecordedRun
 from vllm_instant_loadtests.windows import HOP, ITL, METRICS, PACE, STALL, TTFT, WARM_UP, Array
 
-SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "=", "not measured": "–"}
+SYMBOLS = {"better": "▲", "worse": "▼", "same": "=", "undecided": "?", "not measured": "–"}
 # What a run that was recorded by something else need not say.
 _NO_SCENARIO: dict[str, Any] = {"title": "", "name": "", "description": ""}
 _NO_ENVIRONMENT_INFO: dict[str, Any] = {"device": "", "date": "", "command": "", "versions": {}}

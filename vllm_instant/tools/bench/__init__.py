@@ -1,1 +1,1 @@
-"""What a deployment does for a model: `vllm-instant bench` measures it beside stock vLLM and says how sure it is."""
+"""``vllm-instant bench``: measures a deployment against vLLM with the same model, with verdicts for every row."""

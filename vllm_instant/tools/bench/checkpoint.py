@@ -1,4 +1,4 @@
-"""What an interrupted run has measured, in a file that it appends to: a line of JSON for each turn."""
+"""The measurements of a run in a file that it appends to, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from vllm_instant.tools.bench.plan import BadInputError
 from vllm_instant.tools.measure.interleaved_rounds import ArmRound
 
 Place = tuple[int, int]
-"""Round and concurrency."""
+"""Round number and concurrency."""
 
 
 class BenchCheckpoint:
-    """The file, and what it holds.
+    """The file and its contents.
 
     Args:
         path: of the file; it need not exist.
-        setup: what is measured, as JSON types; a file of another setup is refused.
-        arms: who takes turns.
+        setup: of the measurement, as JSON types; a file of another setup is refused.
+        arms: the names of the arms.
 
     Raises:
         BadInputError: when the file belongs to another setup.
@@ -31,7 +31,7 @@ class BenchCheckpoint:
     def __init__(self, path: Path, setup: dict[str, Any], arms: Sequence[str]) -> None:
         self.path = path
         self.arms = list(arms)
-        self.turns: dict[Place, dict[str, ArmRound]] = {}
+        self.arm_rounds: dict[Place, dict[str, ArmRound]] = {}
         """Complete rounds only."""
         self.served: dict[str, dict[str, Any]] = {}
         self.quality: dict[str, Any] | None = None
@@ -43,33 +43,33 @@ class BenchCheckpoint:
             self.salt = lines[0]["salt"]
             self._read(lines[1:])
             self.attempt += 1
-            # A last line that was cut off must not be continued.
+            # The last line may have been cut off: appending to it would spoil the next one, too.
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         else:
             self._append({"setup": setup, "salt": self.salt})
         self._append({"attempt": self.attempt})
 
     def has(self, place: Place) -> bool:
-        """Whether every arm has taken its turn there."""
-        return place in self.turns
+        """Whether every arm has been measured there."""
+        return place in self.arm_rounds
 
-    def add_round(self, place: Place, turns: dict[str, ArmRound]) -> None:
-        """Keep a complete round."""
-        self.turns[place] = turns
-        self._append({"place": place, "turns": {arm: turn.plain() for arm, turn in turns.items()}})
+    def add_round(self, place: Place, by_arm: dict[str, ArmRound]) -> None:
+        """Save a complete round."""
+        self.arm_rounds[place] = by_arm
+        self._append({"place": place, "arms": {arm: found.plain() for arm, found in by_arm.items()}})
 
     def add_served(self, served: dict[str, dict[str, Any]]) -> None:
-        """Keep what the servers said about themselves."""
+        """Save what the servers said about themselves."""
         self.served = served
         self._append({"served": served})
 
     def add_quality(self, quality: dict[str, Any]) -> None:
-        """Keep what the quality rows are made from."""
+        """Save the measurements of the quality rows."""
         self.quality = quality
         self._append({"quality": quality})
 
     def finished(self) -> None:
-        """The results are written: nothing is left to go on with."""
+        """Delete the file: the results are written and there is nothing to resume."""
         self.path.unlink(missing_ok=True)
 
     def _check(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -82,9 +82,9 @@ class BenchCheckpoint:
 
     def _read(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            if "turns" in line:
+            if "arms" in line:
                 place = (int(line["place"][0]), int(line["place"][1]))
-                self.turns[place] = {arm: ArmRound.read(plain) for arm, plain in line["turns"].items()}
+                self.arm_rounds[place] = {arm: ArmRound.read(plain) for arm, plain in line["arms"].items()}
             self.attempt = line.get("attempt", self.attempt)
             self.served = line.get("served", self.served)
             self.quality = line.get("quality", self.quality)
@@ -99,13 +99,13 @@ class BenchCheckpoint:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines that were written whole."""
+    """The complete lines."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except ValueError:
-            break  # the run was killed while it wrote
+            break  # killed while writing
     return records
 
 

@@ -1,4 +1,4 @@
-"""Two records: whether a deployment has become better or worse since the earlier one."""
+"""Compares two results: whether a deployment has become better or worse."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from vllm_instant.tools.bench.rows import BenchRow
 from vllm_instant.tools.measure.significance import Contrast
 
 RowChange = tuple[BenchRow, str, Contrast | None]
-"""Of one row and arm; None where one of the records has no number for it."""
+"""Row, arm and contrast; None where one of the results lacks it."""
 
 
 def row_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[RowChange]:
-    """How each row's comparison with stock has changed.
+    """How each row's comparison with the baseline has changed.
 
-    Each record was measured beside its own stock servers, and it is these comparisons that are compared: another
-    machine, or a busier one, moves both sides.
+    Each run had its own baseline servers, and the comparisons with them are compared: another machine, or a busier
+    one, affects both sides.
 
     Raises:
-        BadInputError: when the records have different models or no arm in common.
+        BadInputError: when the results have different models or no arm in common.
 
     """
     if before["model"] != after["model"]:
-        raise BadInputError(f"the records have different models: {before['model']} and {after['model']}")
+        raise BadInputError(f"the results have different models: {before['model']} and {after['model']}")
     arms = [arm for arm in deployed(list(after["arms"])) if arm in before["arms"]]
     if not arms:
-        raise BadInputError("the records have no deployment in common: --arm names it")
+        raise BadInputError("the results have no deployment in common: --arm names it")
     earlier = {(row.group, row.name): row for row in map(BenchRow.read, before["rows"])}
     found: list[RowChange] = []
     for arm in arms:

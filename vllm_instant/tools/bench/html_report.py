@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a record: the table with its intervals drawn, speeds, times between tokens."""
+"""One self-contained HTML page for a result: the table with its intervals drawn, speeds, times between tokens."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, deployed
-from vllm_instant.tools.bench.report import format_effect, format_floor, format_number
+from vllm_instant.tools.bench.report import format_effect, format_floor, format_number, verdict
 from vllm_instant.tools.bench.rows import BenchRow, verdicts
 from vllm_instant.tools.html import template
 from vllm_instant.tools.html.plots import LinePlot, PlotLine, plots_available
 from vllm_instant.tools.measure.statistics import Estimate
 
-SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "=", "not measured": "–"}
+SYMBOLS = {"better": "▲", "worse": "▼", "same": "=", "undecided": "?", "not measured": "–"}
 MAX_RATIO = 8.0
 """Ratios beyond this, or below its inverse, are drawn at the edge."""
 MIN_RATIO = 1e-9
@@ -59,11 +59,11 @@ class RatioAxis:
         return round(100 * min(1.0, max(0.0, share)), 2)
 
     def span(self, estimate: Estimate) -> AxisSpan:
-        """Of an interval."""
+        """The places of an interval."""
         return AxisSpan(self.place(estimate.low), self.place(estimate.high), self.place(estimate.mean))
 
     def ticks(self) -> list[AxisTick]:
-        """Round ratios that fit."""
+        """Round ratios inside the axis."""
         choices = ((6, (2, 6)), (3, (3,)), (2, (2,)), (1.5, (1.5,)), (1, (1.2,)))
         fitting = next(ratios for factor, ratios in choices if self._reach >= math.log(factor))
         chosen = [1 / ratio for ratio in reversed(fitting)] + [1.0, *fitting]
@@ -71,7 +71,7 @@ class RatioAxis:
 
 
 def render(record: Mapping[str, Any]) -> str:
-    """The page."""
+    """The page of a result."""
     rows = [BenchRow.read(plain) for plain in record["rows"]]
     axis = RatioAxis(rows)
     arms = list(record["arms"])
@@ -82,7 +82,7 @@ def render(record: Mapping[str, Any]) -> str:
         tables=[(arm, verdicts(rows, arm), _groups(rows, arm, axis)) for arm in deployed(arms)],
         ticks=axis.ticks(),
         plots=_speeds(record, arms) + _latencies(record, arms) if plots_available() else [],
-        stock=BASELINE,
+        baseline=BASELINE,
         again=BASELINE_AGAIN,
         symbols=SYMBOLS,
     )
@@ -94,9 +94,10 @@ def _groups(rows: Sequence[BenchRow], arm: str, axis: RatioAxis) -> list[tuple[s
         contrast = row.contrasts.get(arm)
         cells: dict[str, Any] = {
             "name": row.name,
-            "stock": format_number(row.values[BASELINE].mean, row.unit) if BASELINE in row.values else "",
+            "baseline": format_number(row.values[BASELINE].mean, row.unit) if BASELINE in row.values else "",
             "ours": format_number(row.values[arm].mean, row.unit) if arm in row.values else "",
             "verdict": contrast.verdict if contrast else "not measured",
+            "said": verdict(contrast) if contrast else "not measured",
             "why": "" if contrast else row.missing or "a value is zero",
             "effect": format_effect(contrast) if contrast else "",
             "floor": format_floor(contrast) if contrast else "",

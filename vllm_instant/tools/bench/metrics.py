@@ -1,4 +1,4 @@
-"""What turns are boiled down to: each metric's samples of one turn, and the statistic of many turns' samples."""
+"""The metrics of rounds: the samples of one round, and the statistic of many rounds' samples."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ PERCENTILES = (50, 95, 99)
 
 @dataclass(frozen=True)
 class BenchMetric:
-    """One row's arithmetic."""
+    """How one row is computed."""
 
     name: str
     unit: str
     better: Direction
     samples: Callable[[ArmRound], np.ndarray | None]
-    """Of one turn, ``[samples]`` or ``[1, sums]``; None where the turn does not tell."""
+    """From one round, ``[samples]`` or ``[1, sums]``; None where the round lacks them."""
     statistic: Statistic
-    least: int = 1
-    """Samples below which the statistic says nothing."""
+    min_samples: int = 1
+    """Fewer samples do not determine the statistic."""
     missing: str = ""
-    """Why a turn may not tell."""
+    """Why a round may lack samples."""
     shown: Statistic | None = None
-    """What is printed, if it is another statistic than the one that is compared."""
+    """The statistic that is printed, where another one is compared."""
 
 
 def round_metrics(plan: BenchPlan, price: HourlyPrice | None) -> list[BenchMetric]:
     """The rows of one level of concurrency."""
-    rows = [_percentile("TTFT", q, lambda turn: [answer.ttft for answer in turn.answers]) for q in PERCENTILES]
+    rows = [
+        _percentile("TTFT", q, lambda arm_round: [answer.ttft for answer in arm_round.answers]) for q in PERCENTILES
+    ]
     rows += [_percentile("ITL", q, _inter_token_latencies) for q in PERCENTILES]
     rows.append(
         BenchMetric(
@@ -46,15 +48,15 @@ def round_metrics(plan: BenchPlan, price: HourlyPrice | None) -> list[BenchMetri
             missing=f"answers are shorter than {RESPONSE_TOKENS} tokens (--tokens)",
         )
     )
-    rows.append(_sums("output tokens/s", "tokens/s", "higher", lambda turn: (turn.tokens, turn.seconds)))
+    rows.append(_sums("output tokens/s", "tokens/s", "higher", lambda arm_round: (arm_round.tokens, arm_round.seconds)))
     if plan.ttft_slo_ms is not None or plan.itl_slo_ms is not None:
-        # Compared with half an answer more than there was: a ratio needs rates that are not zero.
+        # Half an answer is added before comparing: a ratio needs rates above zero.
         rows.append(
             BenchMetric(
                 f"goodput ({_goals(plan)})",
                 "requests/s",
                 "higher",
-                lambda turn: np.array([[_good(turn, plan), turn.seconds]]),
+                lambda arm_round: np.array([[_good(arm_round, plan), arm_round.seconds]]),
                 lambda sums: float((sums[:, 0].sum() + 0.5) / sums[:, 1].sum()),
                 shown=_quotient,
             )
@@ -65,7 +67,7 @@ def round_metrics(plan: BenchPlan, price: HourlyPrice | None) -> list[BenchMetri
                 "cost per million output tokens",
                 price.unit,
                 "lower",
-                lambda turn: (turn.seconds / 3600 * price.amount * 1e6, turn.tokens),
+                lambda arm_round: (arm_round.seconds / 3600 * price.amount * 1e6, arm_round.tokens),
             )
         )
     rows.append(
@@ -73,18 +75,18 @@ def round_metrics(plan: BenchPlan, price: HourlyPrice | None) -> list[BenchMetri
             "energy per token",
             "J",
             "lower",
-            lambda turn: None if turn.joules is None else (turn.joules, turn.tokens),
-            missing="this machine shows no energy counter of NVML or RAPL",
+            lambda arm_round: None if arm_round.joules is None else (arm_round.joules, arm_round.tokens),
+            missing="no energy counter of NVML or RAPL is readable on this machine",
         )
     )
     return rows
 
 
 def acceptance_length(kind: str) -> BenchMetric:
-    """Tokens a step of a request, steps without drafts included; ``kind`` of prompts."""
+    """Tokens per step of a request, steps without drafts included; of one ``kind`` of prompts."""
 
-    def samples(turn: ArmRound) -> np.ndarray | None:
-        answers = [answer for answer in turn.answers if answer.kind == kind]
+    def samples(arm_round: ArmRound) -> np.ndarray | None:
+        answers = [answer for answer in arm_round.answers if answer.kind == kind]
         accepted = [answer.accepted for answer in answers if answer.accepted is not None]
         if len(accepted) < len(answers):
             return None
@@ -97,7 +99,7 @@ def acceptance_length(kind: str) -> BenchMetric:
         "higher",
         samples,
         _quotient,
-        missing="a server does not say what was accepted (vLLM's --per-request-spec-decode-metrics summary)",
+        missing="a server does not report accepted drafts (vLLM's --per-request-spec-decode-metrics summary)",
     )
 
 
@@ -106,18 +108,18 @@ def _percentile(name: str, q: int, values: Callable[[ArmRound], Sequence[float] 
         f"{name} p{q}",
         "ms",
         "lower",
-        lambda turn: 1e3 * np.asarray(values(turn), float),
+        lambda arm_round: 1e3 * np.asarray(values(arm_round), float),
         lambda samples: float(np.percentile(samples, q)),
-        least=round(1 / (1 - q / 100)) if q > 50 else 1,
-        missing="answers arrived at once",
+        min_samples=round(1 / (1 - q / 100)) if q > 50 else 1,
+        missing="answers arrived in one piece",
     )
 
 
 def _sums(
     name: str, unit: str, better: Direction, pair: Callable[[ArmRound], tuple[float, float] | None], missing: str = ""
 ) -> BenchMetric:
-    def samples(turn: ArmRound) -> np.ndarray | None:
-        found = pair(turn)
+    def samples(arm_round: ArmRound) -> np.ndarray | None:
+        found = pair(arm_round)
         return None if found is None else np.array([found], float)
 
     return BenchMetric(name, unit, better, samples, _quotient, missing=missing)
@@ -127,24 +129,24 @@ def _quotient(sums: np.ndarray) -> float:
     return float(sums[:, 0].sum() / max(sums[:, 1].sum(), 1e-9))
 
 
-def _inter_token_latencies(turn: ArmRound) -> np.ndarray:
-    return np.concatenate([answer.inter_token_latencies() for answer in turn.answers])
+def _inter_token_latencies(arm_round: ArmRound) -> np.ndarray:
+    return np.concatenate([answer.inter_token_latencies() for answer in arm_round.answers])
 
 
-def _response_times(turn: ArmRound) -> np.ndarray | None:
-    times = 1e3 * np.array([answer.seconds_to(RESPONSE_TOKENS) for answer in turn.answers])
+def _response_times(arm_round: ArmRound) -> np.ndarray | None:
+    times = 1e3 * np.array([answer.seconds_to(RESPONSE_TOKENS) for answer in arm_round.answers])
     return None if np.isnan(times).any() else times
 
 
-def _good(turn: ArmRound, plan: BenchPlan) -> int:
-    """Answers that kept the goals: time to the first token, mean time between tokens after it."""
-    kept = 0
-    for answer in turn.answers:
+def _good(arm_round: ArmRound, plan: BenchPlan) -> int:
+    """Number of answers within the goals for time to first token and mean time between tokens."""
+    good = 0
+    for answer in arm_round.answers:
         gaps = answer.inter_token_latencies()
         first = plan.ttft_slo_ms is None or answer.ttft * 1e3 <= plan.ttft_slo_ms
         rest = plan.itl_slo_ms is None or len(gaps) == 0 or float(gaps.mean()) * 1e3 <= plan.itl_slo_ms
-        kept += first and rest
-    return kept
+        good += first and rest
+    return good
 
 
 def _goals(plan: BenchPlan) -> str:

@@ -1,4 +1,4 @@
-"""The record of a run as JSON types, and its numbers as words."""
+"""The result of a run as JSON types, and its numbers as text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,30 @@ from typing import Any
 import numpy as np
 
 from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
-from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, BadInputError, BenchPlan, HourlyPrice
-from vllm_instant.tools.bench.rows import BenchRow, bench_rows, verdicts
+from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, OLD_NAMES, BadInputError, BenchPlan, HourlyPrice
+from vllm_instant.tools.bench.rows import (
+    AGREEMENT,
+    DIVERGENCE,
+    KV_CACHE,
+    LIKELIHOOD,
+    PERPLEXITY,
+    QUALITY,
+    QUALITY_MARGINS,
+    BenchRow,
+    bench_rows,
+    verdicts,
+)
 from vllm_instant.tools.measure.environment_info import environment_info
 from vllm_instant.tools.measure.significance import Contrast, margin_for
 
-FORMAT = "vllm-instant bench 1"
+FORMAT, OLD_FORMAT = "vllm-instant bench 2", "vllm-instant bench 1"
+OLD_ROWS = {
+    "greedy answers equal to stock's": AGREEMENT,
+    "perplexity by stock's": PERPLEXITY,
+    "KL divergence from stock": DIVERGENCE,
+    "stock's log-probability of sampled answers, less of its own": LIKELIHOOD,
+}
+"""Names of rows in results of format 1."""
 _QUANTILES = [0.005, *(i / 40 for i in range(1, 40)), 0.99, 0.995]
 
 
@@ -28,39 +46,42 @@ def bench_record(
     margin: float | None,
     local: bool,
     deployments: Mapping[str, str],
+    rounds: int | None = None,
 ) -> dict[str, Any]:
-    """Everything that is saved.
+    """The complete result of a run.
 
     Args:
-        plan: what was measured.
-        state: what came out.
-        command: what the user ran.
-        price: of an hour.
+        plan: of the measurement.
+        state: the measurements.
+        command: the user's command line.
+        price: per hour.
         margin: the user's own stated margin.
         local: whether the servers run on this machine.
-        deployments: what each arm serves, in words or as the text of its deployment file.
+        deployments: each arm's command line, or the text of its deployment file.
+        rounds: number of rounds so far; None for those of the plan's first stage.
 
     """
     stated = margin_for(plan.starts) if margin is None else margin
     about = environment_info(command)
     if not local:
-        about["device"] = f"the servers' machines are not known; asked from {about['device']}"
-    places = {users: [state.turns[number, users] for number in range(plan.rounds)] for users in plan.concurrency}
+        about["device"] = f"unknown machines, measured from {about['device']}"
+    done = rounds or plan.rounds
+    places = {users: [state.arm_rounds[number, users] for number in range(done)] for users in plan.concurrency}
     found = about | {
         "format": FORMAT,
         "model": state.served[BASELINE]["name"].rstrip("/").rpartition("/")[2],
-        "setup": plan.setup() | {"salt": state.salt},
+        "setup": plan.setup() | {"salt": state.salt, "rounds": done},
         "margin": stated,
         "arms": {arm: state.served[arm] | {"deployment": deployments.get(arm, "")} for arm in state.arms},
-        "rows": [row.plain() for row in bench_rows(plan, state, price, margin)],
+        "rows": [row.plain() for row in bench_rows(plan, state, price, margin, done)],
         "tokens_per_second_by_round": {
             str(users): {
-                arm: [round(turns[arm].tokens / turns[arm].seconds, 2) for turns in taken] for arm in state.arms
+                arm: [round(by_arm[arm].tokens / by_arm[arm].seconds, 2) for by_arm in taken] for arm in state.arms
             }
             for users, taken in places.items()
         },
         "itl_ms_quantiles": {
-            str(users): {arm: _quantiles([turns[arm] for turns in taken]) for arm in state.arms}
+            str(users): {arm: _quantiles([by_arm[arm] for by_arm in taken]) for arm in state.arms}
             for users, taken in places.items()
         },
         "notes": notes(plan, state, local),
@@ -69,49 +90,76 @@ def bench_record(
 
 
 def notes(plan: BenchPlan, state: BenchCheckpoint, local: bool) -> list[str]:
-    """What a reader should know before believing a row."""
+    """Limitations of the measurement that a reader must know."""
     said = []
     served = state.served
     if served[BASELINE_AGAIN]["url"] == served[BASELINE]["url"]:
         said.append(
-            "The second stock server is the first one, asked again: it shows the noise between turns, and not how much "
-            "two processes differ (--stock-again URL would)."
+            "The second vLLM server is the first one, measured twice: it shows the noise between rounds, but not the "
+            "difference of two processes (--baseline-again URL would)."
         )
     if plan.starts == 1:
         said.append(
             "Each server is one process, which may be some percent faster or slower than another one of its kind: the "
-            "stated margin stands for that."
+            "stated margin covers that."
         )
     if state.attempt:
-        said.append(f"The run was interrupted and went on {_times(state.attempt)}.")
+        said.append(f"The run was interrupted and resumed {_times(state.attempt)}.")
     if plan.repeats() > 1:
         said.append(
-            f"There are fewer prompts than requests: each was asked about {plan.repeats():.0f} times, so prefix caches "
-            "may have known it."
+            f"There are fewer prompts than requests: each was sent about {plan.repeats():.0f} times, so prefix caches "
+            "may have held it."
         )
     for key, what in (("version", "versions of vLLM"), ("max_model_len", "values of max_model_len")):
         if len({served[arm][key] for arm in state.arms}) > 1:
             said.append(f"The servers have different {what}: {_listed({arm: served[arm][key] for arm in state.arms})}.")
     if local:
-        said.append("Energy is that of the whole machine, with everything that ran on it.")
+        said.append("Energy is that of the whole machine, including everything else that ran on it.")
     return said
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record that was saved; raises BadInputError for anything else."""
+    """A saved result, of this format or of format 1; raises BadInputError for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        found = current_format(found)
         if found["format"] != FORMAT:
             raise KeyError
     except OSError as error:
         raise BadInputError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):
-        raise BadInputError(f"{path} is no result of `vllm-instant bench`") from None
+        raise BadInputError(f"{path} is not a result of `vllm-instant bench`") from None
     return dict(found)
 
 
+def current_format(found: dict[str, Any]) -> dict[str, Any]:
+    """A result in the current format; in format 1 the baseline is called stock, and contrasts have no margin."""
+    if found["format"] != OLD_FORMAT:
+        return found
+
+    def renamed(by_arm: dict[str, Any]) -> dict[str, Any]:
+        return {OLD_NAMES.get(arm, arm): value for arm, value in by_arm.items()}
+
+    def upgraded(row: dict[str, Any]) -> dict[str, Any]:
+        name = OLD_ROWS.get(row["name"], row["name"])
+        limits: dict[str, Any] = {}
+        if row["group"] == QUALITY:
+            limits = {"margin": QUALITY_MARGINS[name]}
+        elif row["group"] != KV_CACHE:
+            limits = {"margin": 1 + found["margin"], "rounds": found["setup"]["rounds"]}
+        contrasts = {arm: contrast | limits for arm, contrast in row["contrasts"].items()}
+        return row | {"name": name, "values": renamed(row["values"]), "contrasts": contrasts}
+
+    over_time = {
+        key: {users: renamed(by_arm) for users, by_arm in found[key].items()}
+        for key in ("tokens_per_second_by_round", "itl_ms_quantiles")
+    }
+    rows = [upgraded(row) for row in found["rows"]]
+    return found | over_time | {"format": FORMAT, "arms": renamed(found["arms"]), "rows": rows}
+
+
 def summary(lines: Sequence[BenchRow], arm: str) -> str:
-    """How many rows got which verdict."""
+    """Number of rows by verdict."""
     return f"{arm}: " + ", ".join(f"{count} {name}" for name, count in verdicts(lines, arm).items())
 
 
@@ -136,7 +184,7 @@ def format_effect(contrast: Contrast) -> str:
 
 
 def format_floor(contrast: Contrast) -> str:
-    """The second stock server's with its interval."""
+    """The second baseline server compared with the first, with its interval."""
     return _interval(contrast, "floor")
 
 
@@ -147,9 +195,9 @@ def _interval(contrast: Contrast, which: str) -> str:
     return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
-def _quantiles(turns: Sequence[Any]) -> list[list[float]]:
+def _quantiles(rounds: Sequence[Any]) -> list[list[float]]:
     """``[share of tokens, milliseconds]`` of the time between tokens; empty if all came at once."""
-    gaps = np.concatenate([answer.inter_token_latencies() for turn in turns for answer in turn.answers])
+    gaps = np.concatenate([answer.inter_token_latencies() for arm_round in rounds for answer in arm_round.answers])
     if not len(gaps):
         return []
     return [
@@ -167,7 +215,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _without_home(value: Any) -> Any:
-    """Results are shown to others: no path says whose they are."""
+    """Results are shared: paths must not name the user."""
     if isinstance(value, str):
         return value.replace(str(Path.home()), "~")
     if isinstance(value, list):
@@ -175,3 +223,13 @@ def _without_home(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_home(item) for key, item in value.items()}
     return value
+
+
+def verdict(contrast: Contrast) -> str:
+    """The verdict, with the number of rounds that would decide an undecided row."""
+    if contrast.verdict != "undecided":
+        return contrast.verdict
+    needed = contrast.rounds_to_decide()
+    if needed is not None:
+        return f"undecided (about {needed} more rounds)"
+    return "undecided (more rounds would not decide it)" if contrast.rounds else "undecided"

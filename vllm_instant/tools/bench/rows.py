@@ -1,4 +1,4 @@
-"""The rows of the table: every arm's value, how it compares with stock, and the verdict."""
+"""The rows of the table: every arm's value, its comparison with the baseline, and the verdict."""
 
 from __future__ import annotations
 
@@ -27,8 +27,14 @@ from vllm_instant.tools.measure.significance import (
 from vllm_instant.tools.measure.statistics import Estimate, estimate
 
 CAPACITY_MARGIN = 0.01
-AGREEMENT_MARGIN, PERPLEXITY_MARGIN, DIVERGENCE_MARGIN, LIKELIHOOD_MARGIN = 0.05, 0.01, 0.01, 0.1
-"""Stated margins of the quality rows: share of answers, share, nats a token, nats a token."""
+KV_CACHE, QUALITY = "KV cache", "quality"
+"""Groups of rows that are not measured in rounds."""
+AGREEMENT = "greedy answers equal to vLLM's"
+PERPLEXITY = "perplexity divided by vLLM's"
+DIVERGENCE = "KL divergence from vLLM"
+LIKELIHOOD = "vLLM's log-probability of sampled answers, minus that of its own"
+QUALITY_MARGINS = {AGREEMENT: 0.05, PERPLEXITY: 0.01, DIVERGENCE: 0.01, LIKELIHOOD: 0.1}
+"""Stated margins: share of answers, logarithm of perplexity, and twice nats per token."""
 
 
 @dataclass
@@ -39,14 +45,14 @@ class BenchRow:
     name: str
     unit: str
     values: dict[str, Estimate] = field(default_factory=dict)
-    """By arm, with 95 % intervals over rounds, prompts or texts; a single value where there is nothing to vary."""
+    """By arm, with 95 % intervals over rounds, prompts or texts; exact quantities have no width."""
     contrasts: dict[str, Contrast] = field(default_factory=dict)
-    """By arm that is compared with stock."""
+    """By arm that is compared with the baseline."""
     missing: str = ""
-    """Why there are no numbers."""
+    """Why the row has no numbers."""
 
     def plain(self) -> dict[str, Any]:
-        """As JSON types."""
+        """The row as JSON types."""
         return {
             "group": self.group,
             "name": self.name,
@@ -58,7 +64,7 @@ class BenchRow:
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> BenchRow:
-        """The row that ``plain`` was made from."""
+        """The row that ``plain`` describes."""
         return cls(
             plain["group"],
             plain["name"],
@@ -70,21 +76,26 @@ class BenchRow:
 
 
 def bench_rows(
-    plan: BenchPlan, state: BenchCheckpoint, price: HourlyPrice | None, margin: float | None
+    plan: BenchPlan,
+    state: BenchCheckpoint,
+    price: HourlyPrice | None,
+    margin: float | None,
+    rounds: int | None = None,
 ) -> list[BenchRow]:
     """All rows of a run.
 
     Args:
-        plan: what was measured.
-        state: what came out.
-        price: of an hour.
-        margin: the stated margin of the rows that are measured in rounds; None for the one that fits the plan.
+        plan: of the measurement.
+        state: the measurements.
+        price: per hour.
+        margin: the stated margin of the rows that are measured in rounds; None for the plan's own.
+        rounds: number of rounds so far; None for those of the plan's first stage.
 
     """
-    made = [_RoundsRow(*planned) for planned in _planned(plan, state, price)]
+    made = [_RoundsRow(*planned) for planned in _planned(plan, state, price, rounds or plan.rounds)]
     judged = len(deployed(state.arms)) * (len(made) + 4 * (state.quality is not None))
     stated = margin_for(plan.starts) if margin is None else margin
-    found = [one.row(stated, judged) for one in made]
+    found = [one.row(stated, judged, len(plan.stage_ends)) for one in made]
     found += _capacity(state)
     if state.quality is not None:
         found += _quality(state.quality, FALSE_ALARMS / judged)
@@ -92,19 +103,19 @@ def bench_rows(
 
 
 Planned = tuple[str, BenchMetric, Mapping[str, list[ArmRound]], frozenset[str]]
-"""Group, arithmetic, turns by arm, arms that can have draft tokens."""
+"""Group, metric, rounds by arm, arms that can produce draft tokens."""
 
 
-def _planned(plan: BenchPlan, state: BenchCheckpoint, price: HourlyPrice | None) -> list[Planned]:
+def _planned(plan: BenchPlan, state: BenchCheckpoint, price: HourlyPrice | None, rounds: int) -> list[Planned]:
     drafting = frozenset(arm for arm, served in state.served.items() if served["speculates"])
     planned: list[Planned] = []
     everything: dict[str, list[ArmRound]] = {arm: [] for arm in state.arms}
     for users in plan.concurrency:
-        turns = {arm: [state.turns[number, users][arm] for number in range(plan.rounds)] for arm in state.arms}
+        by_arm = {arm: [state.arm_rounds[number, users][arm] for number in range(rounds)] for arm in state.arms}
         for arm in state.arms:
-            everything[arm] += turns[arm]
-        planned += [(f"concurrency {users}", metric, turns, drafting) for metric in round_metrics(plan, price)]
-    for kind in dict.fromkeys(answer.kind for turn in everything[BASELINE] for answer in turn.answers):
+            everything[arm] += by_arm[arm]
+        planned += [(f"concurrency {users}", metric, by_arm, drafting) for metric in round_metrics(plan, price)]
+    for kind in dict.fromkeys(answer.kind for arm_round in everything[BASELINE] for answer in arm_round.answers):
         planned.append(("speculation", acceptance_length(kind), everything, drafting))
     return planned
 
@@ -113,33 +124,33 @@ class _RoundsRow:
     """A row that is measured in rounds."""
 
     def __init__(
-        self, group: str, metric: BenchMetric, turns: Mapping[str, list[ArmRound]], drafting: frozenset[str]
+        self, group: str, metric: BenchMetric, by_arm: Mapping[str, list[ArmRound]], drafting: frozenset[str]
     ) -> None:
         self._row = BenchRow(group, metric.name, metric.unit)
         self._better = metric.better
         self._arms: dict[str, ResampledRounds] = {}
-        for arm, taken in turns.items():
-            # A server that cannot speculate takes a step for each token.
-            known = taken if arm in drafting else [_undrafted(turn) for turn in taken]
-            samples = [metric.samples(turn) for turn in known]
+        for arm, taken in by_arm.items():
+            # A server that cannot speculate takes one step per token.
+            known = taken if arm in drafting else [_undrafted(arm_round) for arm_round in taken]
+            samples = [metric.samples(arm_round) for arm_round in known]
             told = [sample for sample in samples if sample is not None and len(sample)]
             if len(told) < len(samples):
                 self._row.missing = metric.missing
                 return
             count = sum(map(len, told))
-            if count < metric.least:
-                self._row.missing = f"{count} samples; {metric.least} are needed"
+            if count < metric.min_samples:
+                self._row.missing = f"{count} samples; {metric.min_samples} are needed"
                 return
             self._arms[arm] = found = resample_rounds(told, metric.statistic)
             shown = found if metric.shown is None else resample_rounds(told, metric.shown)
             low, high = np.quantile(shown.draws, [FALSE_ALARMS / 2, 1 - FALSE_ALARMS / 2])
             self._row.values[arm] = Estimate(shown.value, float(low), float(high))
 
-    def row(self, margin: float, comparisons: int) -> BenchRow:
-        """The row, when it is known how many get a verdict."""
+    def row(self, margin: float, comparisons: int, looks: int) -> BenchRow:
+        """The finished row, given the number of rows with a verdict and of looks at the data."""
         for arm in deployed(list(self._arms)) if not self._row.missing else ():
             if self._row.values[arm].mean == self._row.values[BASELINE].mean == 0:
-                continue  # two rates of nothing
+                continue  # 0 of 0 has no ratio
             contrast = ratio_contrast(
                 self._arms[arm],
                 self._arms[BASELINE],
@@ -147,14 +158,15 @@ class _RoundsRow:
                 better=self._better,
                 margin=margin,
                 comparisons=comparisons,
+                looks=looks,
             )
             if contrast is not None:
                 self._row.contrasts[arm] = contrast
         return self._row
 
 
-def _undrafted(turn: ArmRound) -> ArmRound:
-    return replace(turn, answers=[replace(answer, accepted=0) for answer in turn.answers])
+def _undrafted(arm_round: ArmRound) -> ArmRound:
+    return replace(arm_round, answers=[replace(answer, accepted=0) for answer in arm_round.answers])
 
 
 def _capacity(state: BenchCheckpoint) -> list[BenchRow]:
@@ -164,7 +176,7 @@ def _capacity(state: BenchCheckpoint) -> list[BenchRow]:
     ]
     found = []
     for name, unit, key, better in quantities:
-        row = BenchRow("KV cache", name, unit)
+        row = BenchRow(KV_CACHE, name, unit)
         values = {arm: state.served[arm][key] for arm in state.arms}
         if all(values.values()):
             row.values = {arm: Estimate(value, value, value) for arm, value in values.items()}
@@ -173,62 +185,58 @@ def _capacity(state: BenchCheckpoint) -> list[BenchRow]:
                     values[arm], values[BASELINE], values[BASELINE_AGAIN], better=better, margin=CAPACITY_MARGIN
                 )
         else:
-            row.missing = "a server does not say it in its metrics"
+            row.missing = "a server's metrics lack it"
         found.append(row)
     return found
 
 
-def _quality(measured: Mapping[str, Any], chance: float) -> list[BenchRow]:
-    agreement = BenchRow("quality", "greedy answers equal to stock's", "share")
-    perplexity = BenchRow("quality", "perplexity by stock's", "ratio")
-    divergence = BenchRow("quality", "KL divergence from stock", "nats/token")
-    likelihood = BenchRow("quality", "stock's log-probability of sampled answers, less of its own", "nats/token")
+def _quality(measured: Mapping[str, Any], probability: float) -> list[BenchRow]:
+    """The quality rows; ``probability`` is that of a false alarm in one of them."""
     arms = {arm: {key: np.array(values) for key, values in one.items()} for arm, one in measured.items()}
-    again = arms[BASELINE_AGAIN]
+    rows = {
+        name: BenchRow(QUALITY, name, unit)
+        for name, unit in (
+            (AGREEMENT, "share"),
+            (PERPLEXITY, "ratio"),
+            (DIVERGENCE, "nats/token"),
+            (LIKELIHOOD, "nats/token"),
+        )
+    }
     for arm, one in arms.items():
-        agreement.values[arm] = estimate(one["same"][:, None], _mean(len(one["same"])))
-        perplexity.values[arm] = estimate(one["losses"], quality.perplexity_ratio)
-        divergence.values[arm] = estimate(one["losses"], quality.divergence)
-        likelihood.values[arm] = estimate(one["gaps"][:, None], _mean(len(one["gaps"])))
+        rows[AGREEMENT].values[arm] = estimate(one["same"][:, None], _mean(len(one["same"])))
+        rows[PERPLEXITY].values[arm] = estimate(one["losses"], quality.perplexity_ratio)
+        rows[DIVERGENCE].values[arm] = estimate(one["losses"], quality.divergence)
+        rows[LIKELIHOOD].values[arm] = estimate(one["gaps"][:, None], _mean(len(one["gaps"])))
+    again = arms[BASELINE_AGAIN]
+
+    def log_perplexity_ratio(sums: np.ndarray) -> np.ndarray:
+        return np.asarray(np.log(quality.perplexity_ratio(sums)))
+
     for arm in deployed(list(arms)):
         one = arms[arm]
-        less = (one["same"] - again["same"])[:, None]
-        nothing = Estimate(0.0, 0.0, 0.0)
-        agreement.contrasts[arm] = _difference(less, _mean(len(less)), nothing, chance, "higher", AGREEMENT_MARGIN)
-        log_ratio = _difference(
-            one["losses"],
-            lambda sums: np.log(quality.perplexity_ratio(sums)),
-            estimate(again["losses"], lambda sums: np.log(quality.perplexity_ratio(sums))),
-            chance,
-            "lower",
-            PERPLEXITY_MARGIN,
-        )
-        perplexity.contrasts[arm] = log_ratio
-        divergence.contrasts[arm] = _difference(
-            one["losses"], quality.divergence, divergence.values[BASELINE_AGAIN], chance, "same", DIVERGENCE_MARGIN
-        )
-        likelihood.contrasts[arm] = _difference(
-            one["gaps"][:, None],
-            _mean(len(one["gaps"])),
-            likelihood.values[BASELINE_AGAIN],
-            chance,
-            "same",
-            LIKELIHOOD_MARGIN,
-        )
-    return [agreement, perplexity, divergence, likelihood]
-
-
-def _difference(
-    samples: np.ndarray, statistic: Any, floor: Estimate, chance: float, better: Direction, margin: float
-) -> Contrast:
-    return difference_contrast(
-        estimate(samples, statistic),
-        # As many draws as such a small chance needs.
-        estimate(samples, statistic, confidence=1 - chance, draws=20_000),
-        floor,
-        better=better,
-        margin=margin,
-    )
+        fewer = (one["same"] - again["same"])[:, None]
+        cases: list[tuple[str, np.ndarray, Any, Estimate, Direction]] = [
+            (AGREEMENT, fewer, _mean(len(fewer)), Estimate(0.0, 0.0, 0.0), "higher"),
+            (PERPLEXITY, one["losses"], log_perplexity_ratio, estimate(again["losses"], log_perplexity_ratio), "lower"),
+            (DIVERGENCE, one["losses"], quality.divergence, rows[DIVERGENCE].values[BASELINE_AGAIN], "same"),
+            (
+                LIKELIHOOD,
+                one["gaps"][:, None],
+                _mean(len(one["gaps"])),
+                rows[LIKELIHOOD].values[BASELINE_AGAIN],
+                "same",
+            ),
+        ]
+        for name, samples, statistic, floor, better in cases:
+            rows[name].contrasts[arm] = difference_contrast(
+                estimate(samples, statistic),
+                # Enough resamples for the quantiles of a small probability.
+                estimate(samples, statistic, confidence=1 - probability, draws=20_000),
+                floor,
+                better=better,
+                margin=QUALITY_MARGINS[name],
+            )
+    return list(rows.values())
 
 
 def _mean(count: int) -> Any:
@@ -236,8 +244,14 @@ def _mean(count: int) -> Any:
 
 
 def verdicts(found: Sequence[BenchRow], arm: str = OURS) -> dict[str, int]:
-    """How many rows got which verdict."""
-    counts = {"better": 0, "worse": 0, "no difference": 0, "not measured": 0}
+    """Number of rows by verdict."""
+    counts = {"better": 0, "worse": 0, "same": 0, "undecided": 0, "not measured": 0}
     for row in found:
         counts[row.contrasts[arm].verdict if arm in row.contrasts else "not measured"] += 1
     return counts
+
+
+def rounds_to_decide(found: Sequence[BenchRow]) -> int | None:
+    """About how many further rounds would decide all rows that rounds can decide; None where there are none."""
+    needed = [contrast.rounds_to_decide() for row in found for contrast in row.contrasts.values()]
+    return max((number for number in needed if number is not None), default=None)

@@ -1,4 +1,4 @@
-"""``vllm-instant bench``: what a deployment does for a model, beside stock vLLM."""
+"""``vllm-instant bench``: measures a deployment against vLLM with the same model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_instant.deployment.settings import resolve
 from vllm_instant.tools.bench import compare, html_report, report
+from vllm_instant.tools.bench.arms import arm_commands
 from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
 from vllm_instant.tools.bench.plan import (
     BASELINE,
@@ -29,14 +29,13 @@ from vllm_instant.tools.bench.plan import (
     HourlyPrice,
     read_prompts,
 )
+from vllm_instant.tools.bench.rows import bench_rows, rounds_to_decide
 from vllm_instant.tools.bench.session import ExternalServers, ServerProvider, StartedServers, run_bench
 from vllm_instant.tools.cli import bench_tables
 from vllm_instant.tools.cli.common import Overrides, fail, missing_models_reported, problems_reported, require_vllm
 from vllm_instant.tools.measure.sampling import RefusedError
 from vllm_instant.tools.measure.server_info import authorization
-from vllm_instant.tools.measure.servers import ServerError, terminable, words_of
-
-DEMO = "demo"
+from vllm_instant.tools.measure.servers import START_TIMEOUT, ServerError, terminable
 
 
 def bench(
@@ -50,13 +49,15 @@ def bench(
     overrides: Overrides = None,
     arms: Annotated[
         list[str] | None,
-        typer.Option("--arm", metavar="NAME=FILE|URL", help="One more deployment (a URL with --stock); repeatable."),
+        typer.Option("--arm", metavar="NAME=FILE|URL", help="One more deployment (a URL with --baseline); repeatable."),
     ] = None,
-    stock_url: Annotated[
-        str | None, typer.Option("--stock", metavar="URL", help="A running server of stock vLLM, instead of MODEL.")
+    baseline_url: Annotated[
+        str | None,
+        typer.Option("--baseline", "--stock", metavar="URL", help="A running server of vLLM alone, instead of MODEL."),
     ] = None,
     again_url: Annotated[
-        str | None, typer.Option("--stock-again", metavar="URL", help="A second one, which shows the noise floor.")
+        str | None,
+        typer.Option("--baseline-again", "--stock-again", metavar="URL", help="A second one, for the noise floor."),
     ] = None,
     our_url: Annotated[
         str | None, typer.Option("--ours", metavar="URL", help="The running server that is measured.")
@@ -65,16 +66,16 @@ def bench(
         str | None, typer.Option(help="API key of the running servers; VLLM_API_KEY by default.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="One prompt a line, or .jsonl; by default built-in classes.")
+        Path | None, typer.Option(help="One prompt per line, or .jsonl; by default built-in classes.")
     ] = None,
     concurrency: Annotated[
-        str | None, typer.Option(help="Numbers of users, each measured on its own; 1,8,32 by default.")
+        str | None, typer.Option(help="Numbers of concurrent users, each measured separately; 1,8,32 by default.")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=3, help="Rounds, in each of which every server takes a turn; 6 by default.")
+        int | None, typer.Option(min=3, help="Rounds, in each of which every server is measured once; 6 by default.")
     ] = None,
     starts: Annotated[
-        int | None, typer.Option(min=1, help="How often each server is started anew; 2, or 1 for running servers.")
+        int | None, typer.Option(min=1, help="Number of starts of each server; 2, or 1 for running servers.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 100,
     ttft_slo_ms: Annotated[float | None, typer.Option(min=0, help="Goal for the time to the first token.")] = None,
@@ -84,37 +85,47 @@ def bench(
     ] = None,
     margin: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="What two equal servers may differ by; 0.1 by the root of --starts."),
+        typer.Option(min=0, max=1, help="Allowed difference of two equal servers; 0.1 / √starts by default."),
     ] = None,
-    with_quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Measure quality, too.")] = True,
+    until_decided: Annotated[
+        bool, typer.Option("--until-decided", help="Add rounds while a row is undecided that rounds can decide.")
+    ] = False,
+    max_rounds: Annotated[
+        int | None, typer.Option(min=4, help="Limit of --until-decided; four times --rounds by default.")
+    ] = None,
+    start_timeout: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds without a new line in a server's log after which its start has failed."),
+    ] = START_TIMEOUT,
+    with_quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Measure quality as well.")] = True,
     short: Annotated[
         bool, typer.Option("--short", help="Four users, servers started once, little text for quality.")
     ] = False,
     output: Annotated[Path, typer.Option(help="Where results go: this name with .json and .html.")] = Path(
         "vllm-instant-bench"
     ),
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Drop an interrupted run instead of going on with it.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard an interrupted run instead of resuming it.")] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="BEFORE.json AFTER.json", help="Compare two results; exit code 1 if a row is worse."),
     ] = None,
 ) -> None:
-    """Measure a deployment beside stock vLLM with the same model: latency, speed, cost, memory and quality.
+    """Measure a deployment against vLLM with the same model: latency, speed, cost, memory and quality.
 
-    Two stock servers and the deployment run side by side and take turns in random order with the same prompts; a row is
-    better or worse only if it differs by more than the two stock servers do. Further words are passed to every
-    `vllm serve`. An interrupted run goes on when the same command is given again.
+    Two servers of vLLM alone and the deployment get the same prompts, one server at a time in random order. A row is
+    better or worse if it differs by more than the two vLLM servers do, the same if its interval lies within the
+    margin, and undecided otherwise. Further words are passed to every `vllm serve`. The same command resumes an
+    interrupted run.
     """
     try:
         if compare is not None:
             _compare(*compare)
             return
+        running = baseline_url is not None or our_url is not None
         chosen: dict[str, Any] = {
             "concurrency": None if concurrency is None else _levels(concurrency),
             "rounds": rounds,
-            "starts": starts or (1 if stock_url is not None else None),
+            "starts": starts or (1 if running else None),
             "texts": None if with_quality else 0,
             "prompts": None if prompts is None else read_prompts(prompts),
             "ttft_slo_ms": ttft_slo_ms,
@@ -122,26 +133,15 @@ def bench(
         }
         given = {key: value for key, value in chosen.items() if value is not None}
         plan = BenchPlan(**{**(SHORT if short else {}), **given}, tokens=tokens)
-        if plan.starts > plan.rounds:
-            raise BadInputError(f"--starts {plan.starts} needs at least as many --rounds, not {plan.rounds}")
+        plan = replace(plan, max_rounds=_max_rounds(plan, until_decided, max_rounds))
         price = None if price_per_hour is None else HourlyPrice.parse(price_per_hour)
         named = _named(arms or [])
-        if (stock_url is None) != (our_url is None):
-            raise BadInputError("--stock and --ours belong together")
-        if model is None and stock_url is None:
-            raise BadInputError("give a MODEL to start, or --stock and --ours with the addresses of running servers")
-        if model is not None and stock_url is not None:
-            words = shlex.join([model, *context.args])
-            raise BadInputError(f"{words}: running servers take no MODEL and no words for it")
-        if model is not None:
-            require_vllm("bench MODEL")
+        _check(plan, model, baseline_url, our_url, context.args)
         with ExitStack() as stack:
             stack.enter_context(terminable())
-            if stock_url is not None and our_url is not None:
-                if plan.starts > 1:
-                    raise BadInputError("--starts is for servers that are started here, not for running ones")
+            if baseline_url is not None and our_url is not None:
                 urls = {
-                    BASELINE: stock_url,
+                    BASELINE: baseline_url,
                     **({BASELINE_AGAIN: again_url} if again_url else {}),
                     OURS: our_url,
                     **named,
@@ -149,14 +149,45 @@ def bench(
                 servers: ServerProvider = ExternalServers(urls, authorization(api_key))
                 deployments, setup = dict(urls), {"servers": urls}
             else:
+                require_vllm("bench MODEL")
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-instant-bench-")))
-                servers, deployments, setup = _started(str(model), config, overrides or [], named, context.args, folder)
+                with problems_reported(), missing_models_reported():
+                    commands = arm_commands(str(model), config, overrides or [], named, context.args)
+                servers = StartedServers(commands.model, commands.words, folder, commands.headers, start_timeout)
+                deployments, setup = commands.deployments, commands.setup()
             _measure(plan, servers, deployments, setup, price, margin, output, fresh)
     except (BadInputError, RefusedError, ServerError) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("vllm-instant: interrupted; the same command goes on with what was measured", file=sys.stderr)
+        print("vllm-instant: interrupted; the same command resumes the measurement", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _check(
+    plan: BenchPlan, model: str | None, baseline_url: str | None, our_url: str | None, words: Sequence[str]
+) -> None:
+    """Raise BadInputError where options contradict each other."""
+    if plan.starts > plan.rounds:
+        raise BadInputError(f"--starts {plan.starts} needs at least as many --rounds, not {plan.rounds}")
+    if (baseline_url is None) != (our_url is None):
+        raise BadInputError("--baseline and --ours belong together")
+    if model is None and baseline_url is None:
+        raise BadInputError("give a MODEL to start, or --baseline and --ours with the addresses of running servers")
+    if model is not None and baseline_url is not None:
+        raise BadInputError(f"{shlex.join([model, *words])}: running servers take no MODEL and no words for it")
+    if baseline_url is not None and plan.starts > 1:
+        raise BadInputError("--starts is for servers that are started here, not for running ones")
+
+
+def _max_rounds(plan: BenchPlan, until_decided: bool, max_rounds: int | None) -> int | None:
+    if not until_decided:
+        if max_rounds is not None:
+            raise BadInputError("--max-rounds limits --until-decided and does nothing without it")
+        return None
+    limit = 4 * plan.rounds if max_rounds is None else max_rounds
+    if limit < plan.rounds + plan.starts:
+        raise BadInputError(f"--max-rounds {limit} leaves no further rounds after the first {plan.rounds}")
+    return limit
 
 
 def _measure(
@@ -169,18 +200,17 @@ def _measure(
     output: Path,
     fresh: bool,
 ) -> None:
-    """Run what is not there yet, print it and save it."""
+    """Measure what is missing, print the result and save it."""
     unfinished = output.with_name(f"{output.name}.state.jsonl")
     if fresh:
         unfinished.unlink(missing_ok=True)
     state = BenchCheckpoint(unfinished, plan.setup() | setup, servers.names)
     plan = replace(plan, salt=state.salt)
     try:
-        with _progress(plan.rounds * len(plan.concurrency) * len(servers.names)) as say:
-            run_bench(plan, servers, state, say)
+        done = _run_stages(plan, servers, state, price, margin)
     finally:
-        if not state.turns:
-            state.finished()  # nothing to go on with
+        if not state.arm_rounds:
+            state.finished()  # nothing to resume
     found = report.bench_record(
         plan,
         state,
@@ -189,6 +219,7 @@ def _measure(
         margin=margin,
         local=servers.local,
         deployments=deployments,
+        rounds=done,
     )
     bench_tables.show(found)
     for suffix, text in ((".json", json.dumps(found, indent=1) + "\n"), (".html", html_report.render(found))):
@@ -198,41 +229,27 @@ def _measure(
     state.finished()
 
 
-def _started(
-    model: str,
-    config: Path | None,
-    overrides: list[str],
-    named: Mapping[str, str],
-    words: list[str],
-    folder: Path,
-) -> tuple[ServerProvider, dict[str, str], dict[str, Any]]:
-    """Servers to start: stock vLLM twice with the engine arguments of the first deployment, and each deployment."""
-    if model == DEMO and not Path(model).exists():
-        from vllm_instant.tools.demo import assets, session
-
-        with missing_models_reported():
-            pair = assets.prepare()
-        model, config = str(pair.target), config or session.DEPLOYMENT
-        overrides = [f"drafter.model={pair.draft}", *overrides]
-    with problems_reported():
-        deployment = resolve(config, overrides)
-        for file in named.values():
-            resolve(Path(file), overrides)
-    # The drafter is what a deployment adds; everything else of the engine is the same for both.
-    shared = {key: value for key, value in deployment.vllm.items() if key not in ("speculative_config", "model")}
-    stock = [*words_of(shared), *words]
-    settings = [f"--instant-set={override}" for override in overrides]
-    commands, deployments = (
-        {BASELINE: stock, BASELINE_AGAIN: stock},
-        {BASELINE: shlex.join(stock), BASELINE_AGAIN: shlex.join(stock)},
-    )
-    files: dict[str, Path | None] = {OURS: config, **{name: Path(file) for name, file in named.items()}}
-    for name, chosen_file in files.items():
-        chosen = ["--instant-config", str(chosen_file)] if chosen_file is not None else []
-        commands[name] = [*words, "--plugins", "vllm_instant", *chosen, *settings]
-        text = chosen_file.read_text(encoding="utf-8") if chosen_file is not None else "the defaults"
-        deployments[name] = "\n".join([text.rstrip(), *(f"# --instant-set {override}" for override in overrides)])
-    return StartedServers(model, commands, folder), deployments, {"model": model, "deployments": deployments}
+def _run_stages(
+    plan: BenchPlan,
+    servers: ServerProvider,
+    state: BenchCheckpoint,
+    price: HourlyPrice | None,
+    margin: float | None,
+) -> int:
+    """Run stage after stage until every row that rounds can decide is decided; returns the number of rounds."""
+    done = 0
+    for stage, end in enumerate(plan.stage_ends):
+        with _progress((end - done) * len(plan.concurrency) * len(servers.names)) as say:
+            if isinstance(servers, StartedServers):
+                servers.say = lambda text, say=say: say(text, 0)  # type: ignore[misc]
+            run_bench(plan, servers, state, say, stage)
+        done = end
+        needed = rounds_to_decide(bench_rows(plan, state, price, margin, done))
+        if needed is None:
+            break
+        if done < plan.stage_ends[-1]:
+            print(f"undecided after {done} rounds, about {needed} more would decide", file=sys.stderr)
+    return done
 
 
 def _levels(text: str) -> tuple[int, ...]:
@@ -265,12 +282,12 @@ def _compare(before: Path, after: Path) -> None:
 
 
 @contextmanager
-def _progress(turns: int) -> Iterator[Any]:
-    """A bar of turns on standard error; a line for each step where that is no terminal."""
+def _progress(total: int) -> Iterator[Any]:
+    """A progress bar on standard error; a line for each step where that is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=turns)
+        task = progress.add_task("", total=total)
 
         def say(text: str, done: int) -> None:
             progress.update(task, advance=done, **({"description": text} if text else {}))  # type: ignore[arg-type]

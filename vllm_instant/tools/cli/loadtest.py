@@ -181,7 +181,10 @@ def _compared(row: dict[str, Any], ours: str, theirs: str) -> tuple[str, ...]:
     values = ["–" if row[name] is None else f"{row[name]:.1f}" for name in (theirs, ours)]
     effect = row.get("effect")
     shown = f"{effect['mean']:.2f} [{effect['low']:.2f}, {effect['high']:.2f}]" if effect else "–"
-    return f"{row['name']}, {row['unit']}", *values, shown, row["verdict"] or row["unsupported_reason"]
+    needed = row["rounds_to_decide"]
+    reason = row["unsupported_reason"] or (needed and f"about {needed} more rounds would decide")
+    verdict = f"{row['verdict']}: {reason}" if reason else row["verdict"]
+    return f"{row['name']}, {row['unit']}", *values, shown, verdict
 
 
 def _row(name: str, scenario: Scenario) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""Real ``vllm serve`` processes on 127.0.0.1, started together, stopped for certain."""
+"""Real ``vllm serve`` processes on 127.0.0.1: started, watched, and stopped without leaving a process behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,11 +20,19 @@ from typing import IO, Any, Self
 
 import httpx
 
+from vllm_instant.tools.measure.guarded_process import start_guarded, stop_group
 from vllm_instant.tools.measure.http_client import get
 from vllm_instant.tools.measure.server_metrics import metric_totals
 
-STOP_SECONDS = 10.0
+START_TIMEOUT = 600.0
+"""Seconds without a new line in a server's log after which its start has failed."""
+SAY_SECONDS = 10.0
+"""Time between two reports on what a start is waiting for."""
 SETTLE_SECONDS = 1.3
+CORES_PER_START = 8
+"""With fewer cores per server, starts would slow each other down and are made one after the other."""
+
+Say = Callable[[str], None]
 
 
 class ServerError(RuntimeError):
@@ -39,10 +47,12 @@ class Server:
     """One ``vllm serve`` process group; a context manager that waits for health and leaves no process behind.
 
     Args:
-        model: what to serve.
+        model: the model to serve.
         arguments: further words of the command line.
         log: file for the server's output.
         environment: variables to set (or, with None, to remove) for the server.
+        start_timeout: seconds without a new line in the log after which the start has failed.
+        name: how messages call it.
 
     """
 
@@ -53,10 +63,14 @@ class Server:
         *,
         log: Path,
         environment: Mapping[str, str | None] | None = None,
+        start_timeout: float = START_TIMEOUT,
+        name: str = "the server",
     ) -> None:
         self.model = str(model)
         self.arguments = list(arguments)
         self.log = log
+        self.start_timeout = start_timeout
+        self.name = name
         self.port = _free_port()
         self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
@@ -71,12 +85,12 @@ class Server:
 
     @property
     def command(self) -> list[str]:
-        """The command line."""
+        """The command line; its address comes last, so that no other argument changes it."""
         vllm = Path(sys.executable).parent / "vllm"
-        return [str(vllm), "serve", self.model, "--host", "127.0.0.1", "--port", str(self.port), *self.arguments]
+        return [str(vllm), "serve", self.model, *self.arguments, "--host", "127.0.0.1", "--port", str(self.port)]
 
     def launch(self) -> None:
-        """Start the process without waiting, so that several servers can load at the same time."""
+        """Start the process without waiting for it."""
         environment = serving_environment()
         for name, value in self._environment.items():
             if value is None:
@@ -86,10 +100,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._output = self.log.open("wb")
         self._launched = time.monotonic()
-        # A session of its own: Ctrl-C reaches us alone, and the whole group can be stopped.
-        self._process = subprocess.Popen(
-            self.command, stdout=self._output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        self._process = start_guarded(self.command, output=self._output, environment=environment)
 
     def healthy(self) -> bool:
         """Whether it answers now; raises ServerError when it has died."""
@@ -113,12 +124,28 @@ class Server:
             raise ServerError("the server does not run", self)
         return self._process.pid
 
-    def wait(self, seconds: float = 300) -> None:
-        """Block until the server is healthy; raises ServerError when it dies or takes too long."""
-        deadline = time.monotonic() + seconds
+    def wait(self, seconds: float | None = None, say: Say = lambda text: None) -> None:
+        """Block until the server is healthy, as long as its log grows.
+
+        Args:
+            seconds: limit for the time without a new line; ``start_timeout`` by default.
+            say: called now and then with the last line of the log.
+
+        Raises:
+            ServerError: when it dies, or when its log has not grown for too long.
+
+        """
+        limit = self.start_timeout if seconds is None else seconds
+        progress = _LogProgress(self.log, limit)
+        said = time.monotonic()
         while not self.healthy():
-            if time.monotonic() > deadline:
-                raise ServerError(f"no health after {seconds:.0f} s", self)
+            if progress.stalled():
+                raise ServerError(
+                    f"{self.name} did not start: no new line in its log for {limit:.0f} s (--start-timeout)", self
+                )
+            if time.monotonic() - said >= SAY_SECONDS:
+                said = time.monotonic()
+                say(f"waiting for {self.name}, {said - self._launched:.0f} s: {self.log_tail(1)[-100:]}")
             time.sleep(0.25)
 
     def log_tail(self, lines: int = 25) -> str:
@@ -134,23 +161,15 @@ class Server:
         return metric_totals(get(self.url, "/metrics").text)
 
     def served_model(self) -> str:
-        """The name that requests call the model by."""
+        """The model name in requests."""
         models = get(self.url, "/v1/models").json()["data"]
         return str(models[0]["id"])
 
     def stop(self) -> None:
-        """End the whole process group: politely, then not; idempotent."""
+        """End the whole process group, by SIGTERM and then by SIGKILL; idempotent."""
         process, self._process = self._process, None
         if process is not None:
-            for stop_signal in (signal.SIGTERM, signal.SIGKILL):
-                try:
-                    os.killpg(process.pid, stop_signal)
-                except ProcessLookupError:
-                    break
-                deadline = time.monotonic() + STOP_SECONDS
-                while time.monotonic() < deadline and _group_lives(process):
-                    time.sleep(0.1)
-            process.wait()
+            stop_group(process)
         if self._output is not None:
             self._output.close()
             self._output = None
@@ -169,8 +188,30 @@ class Server:
         self.stop()
 
 
+class _LogProgress:
+    """Whether a log still grows.
+
+    Args:
+        log: the file.
+        limit: seconds without growth that count as a standstill.
+        clock: in seconds.
+
+    """
+
+    def __init__(self, log: Path, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log, self._limit, self._clock = log, limit, clock
+        self._size, self._grown_at = -1, clock()
+
+    def stalled(self) -> bool:
+        """Whether the log has not grown for longer than the limit."""
+        size = self._log.stat().st_size if self._log.exists() else 0
+        if size != self._size:
+            self._size, self._grown_at = size, self._clock()
+        return self._clock() - self._grown_at > self._limit
+
+
 def settle() -> None:
-    """Wait until servers that were just busy have become quiet; call it before the other arm's turn.
+    """Wait until servers that were just busy are idle; call it before another arm is measured.
 
     vLLM's workers spin for one second after their last message (``busy_loop_s`` in ``shm_broadcast.py``). On a small
     machine two servers share cores, and a first token measured within that second comes a second late. The wait also
@@ -181,7 +222,7 @@ def settle() -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let a plain ``kill`` end a command as Ctrl-C does, with its servers stopped."""
+    """Let SIGTERM end a command as Ctrl-C does, with its servers stopped."""
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
@@ -189,26 +230,36 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _group_lives(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def share_cores(servers: int) -> bool:
+    """Whether starting so many servers at once would slow each of them down."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores < servers * CORES_PER_START
 
 
 @contextmanager
-def running(*servers: Server) -> Any:
-    """Launch all servers at once, wait for all, stop all, whatever happens between, a plain ``kill`` included."""
-    # Only the main thread may say what a signal does.
+def running(*servers: Server, say: Say = lambda text: None) -> Any:
+    """Start servers, wait for all, and stop all in every case, SIGTERM included.
+
+    Where they would share cores they start one after the other; the later ones then find what the first has compiled
+    in vLLM's cache. Everywhere else they start at the same time.
+
+    Args:
+        *servers: not yet started.
+        say: called now and then with what is being waited for.
+
+    """
+    # Only the main thread may set signal handlers.
     in_main_thread = threading.current_thread() is threading.main_thread()
+    one_by_one = share_cores(len(servers))
     with terminable() if in_main_thread else nullcontext():
         try:
-            for server in servers:
+            for server in () if one_by_one else servers:
                 server.launch()
             for server in servers:
-                server.wait()
+                if one_by_one:
+                    server.launch()
+                server.wait(say=say)
+                say(f"{server.name} is ready after {server.started_in or 0:.0f} s")
             yield servers
         finally:
             stop_all(*servers)
@@ -221,9 +272,10 @@ def stop_all(*servers: Server) -> None:
 
 
 def serving_environment() -> dict[str, str]:
-    """The environment that every server here gets: offline, little KV cache on the CPU, Intel's OpenMP if installed.
+    """The environment of every server here: offline, a small KV cache on the CPU, Intel's OpenMP if installed.
 
-    vLLM's CPU build asks for its OpenMP library in LD_PRELOAD and runs speculation slowly without it.
+    All servers share vLLM's compile cache (``VLLM_CACHE_ROOT`` is inherited). vLLM's CPU build expects its OpenMP
+    library in LD_PRELOAD and runs speculation slowly without it.
     """
     environment = dict(os.environ)
     environment.setdefault("HF_HUB_OFFLINE", "1")
@@ -240,7 +292,7 @@ def serving_environment() -> dict[str, str]:
 
 
 def words_of(arguments: Mapping[str, Any]) -> list[str]:
-    """Engine arguments, as a deployment file's ``[vllm]`` table has them, as words for ``vllm serve``."""
+    """Engine arguments of a deployment file's ``[vllm]`` table, as words for ``vllm serve``."""
     words = []
     for key, value in arguments.items():
         option = key.replace("_", "-")

@@ -16,7 +16,7 @@ def _row(name, ratio, verdict_is, better="higher"):
     effect = Estimate(ratio, ratio / 1.02, ratio * 1.02)
     contrast = Contrast("ratio", better, effect, effect, Estimate(1.0, 0.98, 1.02), 1.05)
     assert contrast.verdict == verdict_is
-    values = {"stock": Estimate(10.0, 9.9, 10.1), "ours": Estimate(10 * ratio, 1.0, 99.0)}
+    values = {"vLLM": Estimate(10.0, 9.9, 10.1), "ours": Estimate(10 * ratio, 1.0, 99.0)}
     return BenchRow("concurrency 1", name, "tokens/s", values, {"ours": contrast})
 
 
@@ -31,17 +31,22 @@ def _record(*rows):
         "margin": 0.05,
         "notes": ["a note"],
         "setup": {"rounds": 2, "starts": 1, "tokens": 100},
-        "arms": {"stock": served, "stock again": served, "ours": served},
+        "arms": {"vLLM": served, "vLLM again": served, "ours": served},
         "rows": [row.plain() for row in rows],
-        "tokens_per_second_by_round": {"1": {"stock": [9, 10], "stock again": [10, 9], "ours": [20, 21]}},
-        "itl_ms_quantiles": {"1": {"stock": [[0.1, 5], [0.9, 9]], "stock again": [], "ours": [[0.1, 2], [0.9, 9]]}},
+        "tokens_per_second_by_round": {"1": {"vLLM": [9, 10], "vLLM again": [10, 9], "ours": [20, 21]}},
+        "itl_ms_quantiles": {"1": {"vLLM": [[0.1, 5], [0.9, 9]], "vLLM again": [], "ours": [[0.1, 2], [0.9, 9]]}},
     }
 
 
 def test_every_row_verdict_and_plot_is_there():
-    rows = [_row("speed", 2.0, "better"), _row("TTFT", 1.5, "worse", "lower"), _row("ITL", 1.01, "no difference")]
+    rows = [
+        _row("speed", 2.0, "better"),
+        _row("TTFT", 1.5, "worse", "lower"),
+        _row("ITL", 1.01, "same"),
+        _row("E2E", 1.04, "undecided"),
+    ]
     page = render(_record(*rows, BenchRow("energy", "energy per token", "J", missing="no counter")))
-    for word in ("▲ better", "▼ worse", "= no difference", "– not measured", "▲ 1 better", "a note"):
+    for word in ("▲ better", "▼ worse", "= same", "? undecided", "– not measured", "▲ 1 better", "a note"):
         assert word in page
     assert len(re.findall("<figure>", page)) == 2
     assert "prefers-color-scheme: dark" in page

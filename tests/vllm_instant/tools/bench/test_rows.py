@@ -1,4 +1,4 @@
-"""From turns to rows: the arithmetic of each metric, what is left out and why."""
+"""From rounds to rows: how each metric is computed, and which rows are left out and why."""
 
 import numpy as np
 import pytest
@@ -27,57 +27,59 @@ def _answer(first=0.1, gap=0.01, tokens=100, step=1, accepted=0, kind="code"):
     return StreamedAnswer(kind, [(first + i * gap, count) for i, count in enumerate(counts)], accepted)
 
 
-def _turn(scale=1.0, joules=None, **given):
+def _arm_round(scale=1.0, joules=None, **given):
     return ArmRound(2.0 * scale, [_answer(0.1 * scale, 0.01 * scale, **given) for _ in range(8)], joules)
 
 
-def _value(name, turn, plan=PLAN, price=None):
+def _value(name, arm_round, plan=PLAN, price=None):
     metric = next(metric for metric in round_metrics(plan, price) if metric.name == name)
-    return (metric.shown or metric.statistic)(metric.samples(turn))
+    return (metric.shown or metric.statistic)(metric.samples(arm_round))
 
 
 class TestMetrics:
     def test_times(self):
-        assert _value("TTFT p50", _turn()) == pytest.approx(100)
-        assert _value("ITL p99", _turn()) == pytest.approx(10)
-        assert _value("ITL p50", _turn(step=4)) == pytest.approx(2.5)
-        assert _value("latency of a 100-token response", _turn()) == pytest.approx(100 + 99 * 10)
+        assert _value("TTFT p50", _arm_round()) == pytest.approx(100)
+        assert _value("ITL p99", _arm_round()) == pytest.approx(10)
+        assert _value("ITL p50", _arm_round(step=4)) == pytest.approx(2.5)
+        assert _value("latency of a 100-token response", _arm_round()) == pytest.approx(100 + 99 * 10)
 
     def test_rates(self):
-        assert _value("output tokens/s", _turn()) == 400
+        assert _value("output tokens/s", _arm_round()) == 400
         # 2 s of 3.60 an hour are 0.002, for 800 tokens.
-        assert _value("cost per million output tokens", _turn(), price=HourlyPrice(3.6, "EUR")) == pytest.approx(2.5)
-        assert _value("energy per token", _turn(joules=40.0)) == 0.05
+        assert _value("cost per million output tokens", _arm_round(), price=HourlyPrice(3.6, "EUR")) == pytest.approx(
+            2.5
+        )
+        assert _value("energy per token", _arm_round(joules=40.0)) == 0.05
 
     @pytest.mark.parametrize(("given", "good"), [({}, 8), ({"first": 0.2}, 0), ({"gap": 0.02}, 0)])
     def test_goodput_counts_answers_that_keep_both_goals(self, given, good):
-        turn = ArmRound(2.0, [_answer(**given) for _ in range(8)])
-        assert _value("goodput (TTFT ≤ 100 ms, ITL ≤ 15 ms)", turn) == good / 2
+        arm_round = ArmRound(2.0, [_answer(**given) for _ in range(8)])
+        assert _value("goodput (TTFT ≤ 100 ms, ITL ≤ 15 ms)", arm_round) == good / 2
 
     def test_no_goals_no_goodput_and_no_price_no_cost(self):
         names = [metric.name for metric in round_metrics(BenchPlan(), None)]
         assert not any("goodput" in name or "cost" in name for name in names)
 
     def test_acceptance_length_by_class(self):
-        turn = ArmRound(1.0, [_answer(accepted=50), _answer(accepted=0, kind="free")])
-        assert acceptance_length("code").statistic(acceptance_length("code").samples(turn)) == 2
-        assert acceptance_length("free").statistic(acceptance_length("free").samples(turn)) == 1
+        arm_round = ArmRound(1.0, [_answer(accepted=50), _answer(accepted=0, kind="free")])
+        assert acceptance_length("code").statistic(acceptance_length("code").samples(arm_round)) == 2
+        assert acceptance_length("free").statistic(acceptance_length("free").samples(arm_round)) == 1
         unknown = ArmRound(1.0, [_answer(accepted=None)])
         assert acceptance_length("code").samples(unknown) is None
 
 
-def _state(tmp_path, plan, turns, served=None):
-    state = BenchCheckpoint(tmp_path / "x.state.jsonl", plan.setup(), list(turns))
+def _state(tmp_path, plan, arms, served=None):
+    state = BenchCheckpoint(tmp_path / "x.state.jsonl", plan.setup(), list(arms))
     for number in range(plan.rounds):
-        state.add_round((number, 2), {arm: make(number) for arm, make in turns.items()})
+        state.add_round((number, 2), {arm: make(number) for arm, make in arms.items()})
     facts = {"speculates": False, "kv_bytes_per_token": 64.0, "kv_sequences": 10.0, "url": "u", "root": "r"}
-    state.add_served({arm: facts | (served or {}).get(arm, {}) for arm in turns})
+    state.add_served({arm: facts | (served or {}).get(arm, {}) for arm in arms})
     return state
 
 
 def _noisy(scale, seed):
     def make(number):
-        return _turn(scale * (1 + 0.01 * np.random.default_rng([seed, number]).normal()))
+        return _arm_round(scale * (1 + 0.01 * np.random.default_rng([seed, number]).normal()))
 
     return make
 
@@ -93,16 +95,16 @@ class TestRows:
             )
         assert found["output tokens/s"].contrasts[OURS].effect.mean == pytest.approx(2, rel=0.05)
         assert found["TTFT p99"].missing == "32 samples; 100 are needed"
-        assert found["energy per token"].missing == "this machine shows no energy counter of NVML or RAPL"
-        assert found["acceptance length, code"].contrasts[OURS].verdict == "no difference"
-        assert found["KV-cache bytes per token"].contrasts[OURS].verdict == "no difference"
+        assert found["energy per token"].missing == "no energy counter of NVML or RAPL is readable on this machine"
+        assert found["acceptance length, code"].contrasts[OURS].verdict == "same"
+        assert found["KV-cache bytes per token"].contrasts[OURS].verdict == "same"
         assert found["goodput (TTFT ≤ 100 ms, ITL ≤ 15 ms)"].values[OURS].mean == pytest.approx(8, rel=0.05)
 
-    def test_equal_arms_have_no_verdict(self, tmp_path):
+    def test_equal_arms_are_neither_better_nor_worse(self, tmp_path):
         state = _state(tmp_path, PLAN, {BASELINE: _noisy(1, 1), BASELINE_AGAIN: _noisy(1, 2), OURS: _noisy(1, 3)})
         counts = verdicts(bench_rows(PLAN, state, None, None))
         assert counts["better"] == counts["worse"] == 0
-        assert counts["no difference"] > 8
+        assert counts["same"] + counts["undecided"] > 8
 
     def test_a_slower_cache_that_holds_less_is_worse(self, tmp_path):
         served = {OURS: {"kv_bytes_per_token": 80.0, "kv_sequences": 8.0}}
@@ -113,7 +115,7 @@ class TestRows:
         for name in ("KV-cache bytes per token", "concurrent sequences of full length", "output tokens/s"):
             assert found[name].contrasts[OURS].verdict == "worse"
 
-    def test_two_rates_of_nothing_are_not_compared(self, tmp_path):
+    def test_two_rates_of_zero_are_not_compared(self, tmp_path):
         state = _state(tmp_path, PLAN, {BASELINE: _noisy(2, 1), BASELINE_AGAIN: _noisy(2, 2), OURS: _noisy(1.9, 3)})
         goodput = next(row for row in bench_rows(PLAN, state, None, None) if row.name.startswith("goodput"))
         assert goodput.contrasts == {}
@@ -122,8 +124,8 @@ class TestRows:
         def silent(number):
             return ArmRound(2.0, [_answer(accepted=None)])
 
-        turns = {BASELINE: silent, BASELINE_AGAIN: silent, OURS: silent}
-        state = _state(tmp_path, PLAN, turns, {OURS: {"speculates": True}})
+        arms = {BASELINE: silent, BASELINE_AGAIN: silent, OURS: silent}
+        state = _state(tmp_path, PLAN, arms, {OURS: {"speculates": True}})
         row = next(row for row in bench_rows(PLAN, state, None, None) if row.group == "speculation")
         assert "--per-request-spec-decode-metrics summary" in row.missing
 
@@ -146,16 +148,16 @@ class TestQuality:
         }
 
     def test_equal_servers(self, tmp_path):
-        assert set(self._rows(tmp_path, {}).values()) == {"no difference"}
+        assert set(self._rows(tmp_path, {}).values()) == {"same"}
 
     @pytest.mark.parametrize(
         ("name", "ours"),
         [
-            ("greedy answers equal to stock's", {"same": [1.0, 0.0] * 12}),
-            ("perplexity by stock's", {"losses": [[100.0, 110.0, 0.0, 50]] * 16}),
-            ("KL divergence from stock", {"losses": [[100.0, 100.0, 5.0, 50]] * 16}),
-            ("stock's log-probability of sampled answers, less of its own", {"gaps": [-0.5, -0.4] * 12}),
-            ("stock's log-probability of sampled answers, less of its own", {"gaps": [0.5, 0.4] * 12}),
+            ("greedy answers equal to vLLM's", {"same": [1.0, 0.0] * 12}),
+            ("perplexity divided by vLLM's", {"losses": [[100.0, 110.0, 0.0, 50]] * 16}),
+            ("KL divergence from vLLM", {"losses": [[100.0, 100.0, 5.0, 50]] * 16}),
+            ("vLLM's log-probability of sampled answers, minus that of its own", {"gaps": [-0.5, -0.4] * 12}),
+            ("vLLM's log-probability of sampled answers, minus that of its own", {"gaps": [0.5, 0.4] * 12}),
         ],
     )
     def test_each_loss_has_its_row(self, tmp_path, name, ours):
@@ -164,9 +166,15 @@ class TestQuality:
 
 
 class TestPlan:
-    def test_rounds_are_dealt_out_evenly(self):
+    def test_each_start_has_equally_many_rounds(self):
         plan = BenchPlan(rounds=7, starts=3)
         assert [plan.rounds_of(start) for start in range(3)] == [[0, 1, 2], [3, 4], [5, 6]]
+
+    def test_stages_double_the_rounds_up_to_the_limit(self):
+        plan = BenchPlan(rounds=4, starts=2, max_rounds=12)
+        assert plan.stage_ends == [4, 8, 12]
+        assert [plan.rounds_of(start, 2) for start in range(2)] == [[8, 9], [10, 11]]
+        assert BenchPlan(rounds=4).stage_ends == [4]
 
     def test_built_in_prompts_are_fresh_every_round(self):
         plan = BenchPlan(concurrency=(1, 8))
@@ -174,7 +182,7 @@ class TestPlan:
         asked += [p.text for p in plan.prompts_of(0, 8, attempt=1)]
         assert len(set(asked)) > 0.97 * len(asked)  # short pieces of text can be alike
 
-    def test_the_users_prompts_are_all_asked_before_any_is_asked_again(self):
+    def test_all_of_the_users_prompts_are_sent_before_any_is_repeated(self):
         prompts = tuple(PromptSpec(f"{i}") for i in range(84))
         plan = BenchPlan(concurrency=(1, 8), rounds=6, prompts=prompts)
         asked = [p.text for number in range(-1, 6) for users in (1, 8) for p in plan.prompts_of(number, users)]
@@ -190,7 +198,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("text", ["2.50", "USD", "0USD", "-1USD", "two USD", "2.50 per hour"])
     def test_no_prices(self, text):
-        with pytest.raises(BadInputError, match="is no price with its currency"):
+        with pytest.raises(BadInputError, match="is not a price with its currency"):
             HourlyPrice.parse(text)
 
     def test_prompt_files(self, tmp_path):
@@ -206,19 +214,21 @@ class TestPlan:
 
 
 class TestState:
-    def test_it_goes_on_where_it_stopped(self, tmp_path):
-        turns = {BASELINE: _noisy(1, 1), BASELINE_AGAIN: _noisy(1, 2), OURS: _noisy(1, 3)}
-        first = _state(tmp_path, PLAN, turns)
+    def test_it_resumes_where_it_stopped(self, tmp_path):
+        arms = {BASELINE: _noisy(1, 1), BASELINE_AGAIN: _noisy(1, 2), OURS: _noisy(1, 3)}
+        first = _state(tmp_path, PLAN, arms)
         with first.path.open("a") as file:
             file.write('{"place": [3, ')  # killed while it wrote
-        second = BenchCheckpoint(first.path, PLAN.setup(), list(turns))
-        plain = [{p: {arm: t.plain() for arm, t in r.items()} for p, r in s.turns.items()} for s in (first, second)]
+        second = BenchCheckpoint(first.path, PLAN.setup(), list(arms))
+        plain = [
+            {p: {arm: t.plain() for arm, t in r.items()} for p, r in s.arm_rounds.items()} for s in (first, second)
+        ]
         assert plain[0] == plain[1]
         assert len(plain[1]) == PLAN.rounds
         assert second.salt == first.salt
         assert second.attempt == 1
         second.add_quality({"x": 1})
-        third = BenchCheckpoint(first.path, PLAN.setup(), list(turns))
+        third = BenchCheckpoint(first.path, PLAN.setup(), list(arms))
         assert third.quality == {"x": 1}
         assert third.attempt == 2
 
