@@ -17,7 +17,7 @@ def compare() -> dict[str, Any]:
     import torch
     from attention_cases import attended, batch, largest_error, random_requests, written
     from attention_reference import paged_attention_reference, write_reference
-    from feed_forward_cases import fed_forward, fed_forward_apart, feed_forward_apart_reference, matrices
+    from feed_forward_cases import fed_forward, fed_forward_parts, feed_forward_parts_reference, matrices
 
     from vllm_instant_kernels.cache_layout import split
 
@@ -54,13 +54,13 @@ def compare() -> dict[str, Any]:
             made = matrices(seed, 1024, 1024, 2816, fp8, torch.float16)
             attention, residual = (torch.randn(rows, 1024, dtype=torch.float16) for _ in range(2))
             norm = torch.rand(1024, dtype=torch.float16)
-            added, x = feed_forward_apart_reference(attention, residual, norm, made, 1e-5)
+            added, x = feed_forward_parts_reference(attention, residual, norm, made, 1e-5)
             moved = [
                 (w.cuda() if s is None else w.cuda().view(torch.float8_e4m3fn), None if s is None else s.cuda())
                 for w, s in made
             ]
             on_device = attention.cuda(), residual.cuda(), norm.cuda()
-            *parts, counters = fed_forward_apart(*on_device, moved, 4)
+            *parts, counters = fed_forward_parts(*on_device, moved, 4)
             if counters.any():
                 raise SystemExit(f"fused_feed_forward: counters are not back at 0 (seed {seed})")
             all_found = (*fed_forward(*on_device, moved, 4), *parts)

@@ -45,7 +45,7 @@ def feed_forward(rows: int, fp8: bool, runs: int) -> dict[str, Any]:
     """
     import torch
 
-    from vllm_instant_kernels.fused_feed_forward import FeedForwardWeights, Weight, counters_for, feed_forward_apart
+    from vllm_instant_kernels.fused_feed_forward import FeedForwardWeights, Weight, counters_for, feed_forward_parts
 
     hidden, inner, layers = 2048, 8192, 4
     attention, residual = (torch.randn(rows, hidden, dtype=torch.bfloat16, device="cuda") for _ in range(2))
@@ -70,7 +70,7 @@ def feed_forward(rows: int, fp8: bool, runs: int) -> dict[str, Any]:
         (o, our_o), (b, our_b), (d, our_d) = weight(hidden, hidden), weight(2 * inner, hidden), weight(hidden, inner)
         weights = FeedForwardWeights(our_o, norm, our_b, our_d)
         counters = counters_for(hidden, norm.device)
-        arms["ours"].append(replayed(partial(feed_forward_apart, attention, residual, weights, counters=counters)))
+        arms["ours"].append(replayed(partial(feed_forward_parts, attention, residual, weights, counters=counters)))
         arms["separate"].append(replayed(partial(separate, o, b, d)))
         if "compiled" in arms:
             try:

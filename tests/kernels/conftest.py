@@ -1,4 +1,4 @@
-"""Inputs of kernels are new in each run; the seed that repeats them is printed."""
+"""Kernel inputs differ between runs; the seed that reproduces them is printed."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def pytest_runtest_makereport(item: pytest.Item):
 
 @pytest.fixture
 def numbers(request: pytest.FixtureRequest) -> random.Random:
-    """Random numbers of this run and test, whichever other tests run."""
+    """Random numbers of this run and test, independent of the other tests."""
     return random.Random(f"{SEED} {request.node.path.stem} {request.node.name}")

@@ -1,4 +1,4 @@
-"""Block verification: the kernels do what the paper says, what they do is lossless, and they compile.
+"""Block verification: the kernels equal the paper's algorithm, are lossless, and compile.
 
 Interpreted where there is no device. That the reference's outputs have the target's distribution is measured on a toy
 model; the kernels equal the reference given the same random numbers.
@@ -55,7 +55,7 @@ LENGTHS = [4, 0, 1, 8, 5, 0, 3, 8, 2, 8]
 
 @pytest.mark.parametrize("certain", [False, True])
 @pytest.mark.parametrize("vocab", [37, 1000, 5003, 2 * TILE])
-def test_it_equals_the_reference(vocab, certain):
+def test_results_equal_the_reference(vocab, certain):
     seen = set()
     for seed in range(3):
         arguments = _case(seed, LENGTHS, vocab, certain)
@@ -70,14 +70,14 @@ def test_it_equals_the_reference(vocab, certain):
 @pytest.mark.parametrize("certain", [False, True])
 @pytest.mark.parametrize("padded", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("closeness", [0.0, 0.3, 1.0, 3.0])
-def test_it_equals_the_reference_whatever_the_batch(closeness, padded, certain):
+def test_results_equal_the_reference_for_any_batch(closeness, padded, certain):
     for vocab in (2, 3, 16, 37):
         arguments = _case(vocab, [6, 1, 5, 0, 2, 6, 4], vocab, certain, closeness, padded=padded, specials=True)
         _assert_equal(interpreted(verify_blocks, *arguments), verify_blocks_reference(*arguments))
 
 
 @pytest.mark.parametrize("certain", [False, True])
-def test_long_drafts_take_several_rounds(certain):
+def test_long_drafts_take_several_iterations(certain):
     lengths = [2 * CHUNK + 6, 3, CHUNK, CHUNK + 1, 2 * CHUNK]
     arguments = _case(4 if certain else 3, lengths, 40, certain, closeness=0.2, favour=3.0)
     expected = verify_blocks_reference(*arguments)
@@ -89,7 +89,7 @@ def test_long_drafts_take_several_rounds(certain):
     _assert_equal(interpreted(verify_blocks, *arguments), verify_blocks_reference(*arguments))
 
 
-def test_a_prefix_is_kept_for_its_mass_alone():
+def test_a_prefix_can_be_kept_by_the_mass_of_its_residual():
     """The residual's mass decides about a prefix whose last token is not the draft's last."""
     q = torch.tensor([[0.5, 0.5, 0.0], [0.8, 0.1, 0.1], [0.9, 0.1, 0.0]])
     p = torch.tensor([[0.4, 0.6, 0.0], [0.1, 0.1, 0.8], [0.0, 1.0, 0.0]])
@@ -103,7 +103,7 @@ def test_a_prefix_is_kept_for_its_mass_alone():
 
 
 @pytest.mark.parametrize("vocab", [37, 5003])
-def test_certain_drafts_are_those_of_a_one_hot_distribution(vocab):
+def test_certain_drafts_equal_one_hot_distributions(vocab):
     drafts, ends, _, p, uniforms, noise = _case(3, LENGTHS, vocab, certain=True)
     one_hot = torch.nn.functional.one_hot(drafts.long(), vocab).float()
     with_none = interpreted(verify_blocks, drafts, ends, None, p, uniforms, noise)
@@ -111,7 +111,7 @@ def test_certain_drafts_are_those_of_a_one_hot_distribution(vocab):
 
 
 @pytest.mark.parametrize("certain", [False, True])
-def test_where_rounding_leaves_no_residual_the_target_itself_is_drawn_from(certain):
+def test_an_empty_residual_is_replaced_by_the_target(certain):
     vocab = 2 * TILE + 9
     drafts, ends, q, p, uniforms, noise = _case(4, [1] * 6, vocab, certain)
     if certain:
@@ -136,7 +136,7 @@ def test_padding_is_refused_and_the_token_comes_from_the_target():
     assert next_tokens.tolist() == (p[[0, 5]] / noise).argmax(-1).tolist()
 
 
-def test_only_rows_that_decide_are_summed():
+def test_only_rows_whose_mass_matters_are_summed():
     lengths = [6, 1, 6, 6, 3, 6, 6]
     arguments = _case(1, lengths, 50, closeness=1.0, padded=0.05)
     drafts, _, q, p, uniforms, _ = arguments
@@ -166,7 +166,7 @@ def test_only_rows_that_decide_are_summed():
     assert 0 < open_weights.count_nonzero() < len(drafts) / 3
 
 
-def test_of_a_refused_draft_only_its_row_is_read():
+def test_only_the_row_of_the_refused_draft_is_read():
     drafts, ends, q, p, uniforms, noise = _case(6, [5], 50, closeness=0.0)
     rows = torch.arange(4)
     for table in (p, q):
@@ -182,7 +182,7 @@ def test_of_a_refused_draft_only_its_row_is_read():
     assert next_tokens.tolist() == [int((torch.clamp(p[4] - q[4], min=0) / noise[0]).argmax())]
 
 
-def test_layouts_and_types_that_callers_have():
+def test_layouts_and_types_of_callers_are_accepted():
     drafts, ends, q, p, uniforms, noise = _case(7, LENGTHS, 100)
     expected = verify_blocks_reference(drafts, ends, q, p, uniforms, noise)
     wide = [torch.full((len(t), 128), float("nan")) for t in (q, p, noise)]
@@ -192,14 +192,14 @@ def test_layouts_and_types_that_callers_have():
     _assert_equal(interpreted(verify_blocks, drafts.long(), ends, q, p, uniforms, noise), expected)
 
 
-def test_without_drafts_nothing_is_kept_and_nothing_drawn():
+def test_without_drafts_nothing_is_kept_or_drawn():
     arguments = _case(8, [0, 0, 0], 20)
     _assert_equal(verify_blocks(*arguments), ([torch.zeros(3), torch.full((3,), -1)]))
     assert [len(x) for x in verify_blocks(*_case(8, [], 20))] == [0, 0]
 
 
 @pytest.mark.parametrize("certain", [False, True])
-def test_not_a_number_does_not_become_a_token_that_does_not_exist(certain):
+def test_nan_never_becomes_a_token_outside_the_vocabulary(certain):
     drafts, ends, q, p, uniforms, noise = _case(9, [2, 2], 37, certain)
     drafts[:] = -1
     p.fill_(float("nan"))
@@ -208,7 +208,7 @@ def test_not_a_number_does_not_become_a_token_that_does_not_exist(certain):
     assert all(0 <= token < 37 for token in next_tokens.tolist())
 
 
-def test_what_cannot_be_read_is_refused():
+def test_invalid_arguments_are_refused():
     drafts, ends, q, p, uniforms, noise = _case(10, [2, 1], 12)
     with pytest.raises(ValueError, match=r"noise is .*\(2, 11\).* must be torch.float32 of shape \(2, 12\)"):
         verify_blocks(drafts, ends, q, p, uniforms, noise[:, 1:])
@@ -281,7 +281,7 @@ def _outputs(verify, target, draft, count, certain, seed, device="cpu"):
 
 
 def _fit(outputs, target):
-    """The chance that outputs from the target's distribution fit it as badly."""
+    """The p-value of a chi-squared test of the outputs against the target's distribution."""
     counts = torch.bincount(outputs.cpu(), minlength=SYMBOLS**DRAFTED)
     expected = target.joint().double()
     return chisquare(counts.numpy(), (expected / expected.sum() * len(outputs)).numpy()).pvalue
@@ -300,7 +300,7 @@ def test_outputs_have_the_distribution_of_the_target(certain):
     assert _fit(outputs, near) < 1e-4
 
 
-def test_the_kernels_equal_the_reference_on_that_model():
+def test_the_kernels_equal_the_reference_on_the_small_model():
     seen = []
 
     def both(*arguments):
@@ -319,7 +319,7 @@ def test_the_kernels_equal_the_reference_on_that_model():
 @pytest.mark.parametrize("certain", [False, True])
 @pytest.mark.parametrize(("vocab", "token_type"), [(32_000, torch.int32), (150_001, torch.int64)])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_it_compiles_without_spills(capability, vocab, token_type, certain, tmp_path):
+def test_every_kernel_compiles_without_spills(capability, vocab, token_type, certain, tmp_path):
     drafts, *others = _case(0, [8, 3, 8], vocab, certain)
     arguments = (drafts.to(token_type), *others)
     launches = ahead_of_time.launches(block_verification, verify_blocks, *arguments)
@@ -350,7 +350,7 @@ def test_the_device_equals_the_reference(vocab, certain):
 
 
 @pytest.mark.gpu
-def test_the_device_repeats_it_in_a_graph():
+def test_the_device_replays_it_in_a_graph():
     arguments = _on_device(_case(0, LENGTHS, 5003))
     expected = verify_blocks(*arguments)
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""Rows of the cache: where their parts are, how many bytes they take, what is refused."""
+"""Rows of the cache: the places of their parts, their size, and refused caches."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from vllm_instant_kernels.cache_layout import row_bytes, split
 
 @pytest.mark.parametrize("token_major", [False, True])
 @pytest.mark.parametrize("head", [64, 96, 128, 256])
-def test_parts_of_a_row_lie_where_the_layout_says(head, token_major):
+def test_the_parts_of_a_row_have_the_documented_layout(head, token_major):
     blocks, heads, block_size = 3, 2, 16
     shape = (
         (blocks, block_size, heads, row_bytes(head)) if token_major else (blocks, heads, block_size, row_bytes(head))
@@ -38,7 +38,7 @@ def test_a_row_takes_at_most_54_percent_of_bf16_at_head_size_128():
     assert row_bytes(128) / row_bytes(128, 2) <= 0.54
 
 
-def test_numbers_are_those_of_the_device_where_it_has_them():
+def test_the_cache_has_the_fp8_type_of_devices_that_support_it():
     cache = torch.zeros(2, 1, 16, row_bytes(64), dtype=torch.uint8)
     assert split(cache, 64).keys.dtype == torch.uint8
     assert split(cache, 64, converts=True).values.dtype == torch.float8_e4m3fn
@@ -47,10 +47,10 @@ def test_numbers_are_those_of_the_device_where_it_has_them():
     assert plain.values.shape == (2, 16, 1, 64)
 
 
-def test_other_caches_are_refused():
+def test_caches_of_another_layout_are_refused():
     with pytest.raises(ValueError, match=r"has no rows of 144 elements of torch\.uint8 for heads of 64"):
         split(torch.zeros(2, 1, 16, 136, dtype=torch.uint8), 64)
-    with pytest.raises(ValueError, match="do not begin at multiples of 16 bytes: head size 72"):
+    with pytest.raises(ValueError, match="are not aligned to 16 bytes: head size 72"):
         split(torch.zeros(2, 1, 16, row_bytes(72), dtype=torch.uint8), 72)
     shifted = torch.zeros(3 * 16 * row_bytes(64), dtype=torch.uint8)[8 : 8 + 2 * 16 * row_bytes(64)]
     with pytest.raises(ValueError, match="offset 8"):

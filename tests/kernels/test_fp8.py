@@ -1,4 +1,4 @@
-"""FP8 in integer operations is FP8 to the bit, in both directions."""
+"""FP8 conversion in integer operations is exact to the bit, in both directions."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def converted(numbers):
 
 
 def _all_numbers():
-    """Every finite E4M3 number, what lies halfway between two, and the float32 numbers next to those."""
+    """Every finite E4M3 number, the midpoints between them, and the float32 numbers next to those."""
     codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     halfway = (codes[1:] + codes[:-1]) / 2
     beside = [torch.nextafter(halfway, torch.tensor(towards)) for towards in (0.0, 1e9)]
@@ -35,7 +35,7 @@ def _all_numbers():
     return torch.cat([positive, -positive])
 
 
-def test_conversion_is_that_of_pytorch(numbers):
+def test_conversion_equals_pytorch(numbers):
     drawn = torch.randn(50_000, generator=torch.Generator().manual_seed(numbers.randrange(2**31)))
     exponents = torch.tensor([numbers.uniform(-12, 8.8) for _ in range(1000)]).repeat(50)
     x = torch.cat([_all_numbers(), (drawn * exponents.exp2()).clamp(-448, 448)])
@@ -45,6 +45,6 @@ def test_conversion_is_that_of_pytorch(numbers):
     assert torch.equal(back.float() * 256, expected.float())
 
 
-def test_what_is_too_large_is_the_largest_and_nothing_else_becomes_a_number():
+def test_conversion_saturates_and_keeps_nan():
     codes, _ = interpreted(converted, torch.tensor([449.0, 1e30, torch.inf, -torch.inf, -470.0, torch.nan]))
     assert codes.tolist() == [0x7E, 0x7E, 0x7E, 0xFE, 0xFE, 0x7F]

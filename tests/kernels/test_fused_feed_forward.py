@@ -4,8 +4,8 @@ import pytest
 import torch
 from feed_forward_cases import (
     fed_forward,
-    fed_forward_apart,
-    feed_forward_apart_reference,
+    fed_forward_parts,
+    feed_forward_parts_reference,
     feed_forward_reference,
     matrices,
 )
@@ -14,7 +14,7 @@ from interpreting import interpreted
 from vllm_instant_kernels.fused_feed_forward import (
     FeedForwardWeights,
     Weight,
-    feed_forward_apart,
+    feed_forward_parts,
     fused_feed_forward,
 )
 
@@ -56,7 +56,7 @@ def fed_forward_packed(attention, residual, norm, *rest):
     ("length", "hidden", "inner", "splits"),
     [(64, 64, 128, 1), (192, 96, 272, 2), (128, 256, 700 // 16 * 16, 4), (32, 48, 1040, 8)],
 )
-def test_it_equals_the_reference(numbers, length, hidden, inner, splits, rows, fp8):
+def test_results_equal_the_reference(numbers, length, hidden, inner, splits, rows, fp8):
     assert _error(_case(numbers, rows, length, hidden, inner, fp8), splits) <= ALLOWED["float32"]
 
 
@@ -75,17 +75,17 @@ def test_sixteen_bit_activations(numbers, name, fp8):
     assert _error(wide, 2, name) <= ALLOWED[name]
 
 
-def fed_forward_apart_packed(attention, residual, norm, *rest):
+def fed_forward_parts_packed(attention, residual, norm, *rest):
     *parts, splits = rest
-    return fed_forward_apart(attention, residual, norm, list(zip(parts[::2], parts[1::2], strict=True)), splits)
+    return fed_forward_parts(attention, residual, norm, list(zip(parts[::2], parts[1::2], strict=True)), splits)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("rows", [1, 6, 16])
 def test_both_parts_equal_the_reference(numbers, rows, fp8):
     case = _case(numbers, rows, 96, 144, 272, fp8)
-    found = interpreted(fed_forward_apart_packed, *_flat(case), 2)
-    expected = feed_forward_apart_reference(*case, 1e-5)
+    found = interpreted(fed_forward_parts_packed, *_flat(case), 2)
+    expected = feed_forward_parts_reference(*case, 1e-5)
     for one, other in zip(found[:2], expected, strict=True):
         assert one.shape == other.shape
         assert float((one - other).norm() / other.norm()) <= ALLOWED["float32"]
@@ -102,7 +102,7 @@ def test_a_row_does_not_depend_on_the_others(numbers):
     torch.testing.assert_close(found[0], together[row], rtol=1e-5, atol=1e-5)
 
 
-def test_what_cannot_be_computed_is_refused(numbers):
+def test_invalid_arguments_are_refused(numbers):
     attention, residual, norm, made = _case(numbers, 2, 64, 64, 128, False)
     output, both, down = (Weight(*matrix) for matrix in made)
     weights = FeedForwardWeights(output, norm, both, down)
@@ -114,7 +114,7 @@ def test_what_cannot_be_computed_is_refused(numbers):
     with pytest.raises(ValueError, match=r"with scales of shape None; .* with scales of shape \(64,\)"):
         fused_feed_forward(attention, residual, FeedForwardWeights(fp8, norm, both, down))
     with pytest.raises(ValueError, match="there are 3 counters; hidden size 64 needs 4"):
-        feed_forward_apart(attention, residual, weights, counters=torch.zeros(3, dtype=torch.int32))
+        feed_forward_parts(attention, residual, weights, counters=torch.zeros(3, dtype=torch.int32))
 
 
 @pytest.mark.gpu
@@ -128,8 +128,8 @@ def test_the_device_equals_the_reference(numbers, rows, fp8):
         for w, s in made
     ]
     (found,) = fed_forward(attention.cuda(), residual.cuda(), norm.cuda(), on_device, 4)
-    added, x = feed_forward_apart_reference(attention, residual, norm, made, 1e-5)
-    *parts, counters = fed_forward_apart(attention.cuda(), residual.cuda(), norm.cuda(), on_device, 4)
+    added, x = feed_forward_parts_reference(attention, residual, norm, made, 1e-5)
+    *parts, counters = fed_forward_parts(attention.cuda(), residual.cuda(), norm.cuda(), on_device, 4)
     for one, other in zip((found, *parts), (x + added, added, x), strict=True):
         assert float((one.cpu() - other).norm() / other.norm()) <= ALLOWED["float16"]
     assert not counters.any()

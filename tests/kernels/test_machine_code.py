@@ -1,7 +1,7 @@
-"""What kernels take on devices that need not be there: the table of ``benchmarks/machine_code.py``, and its limits.
+"""Resources of the kernels compiled ahead of time, as in the table of ``benchmarks/machine_code.py``, and their limits.
 
-Everything is compiled anew. With the version of Triton that the recorded table was made with nothing may take more than
-it says; what must hold with any version is said here.
+With the version of Triton of the recorded table no kernel may take more than recorded; the other tests hold for any
+version.
 """
 
 import json
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.kernel
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks/results/machine_code.json"
 MAX_SHARED = 100 * 1024
-"""Bytes; the smallest of these devices has 163 KB, and two programs shall fit on the larger ones."""
+"""Bytes: the smallest of these devices has 163 KB, and two programs should fit on the larger ones."""
 
 
 def _name(row):
@@ -42,8 +42,8 @@ def test_shared_memory_leaves_room(ours):
     assert [_name(row) for row in ours if row["shared"] > MAX_SHARED] == []
 
 
-def test_no_byte_is_loaded_by_itself(ours):
-    """Keys are read 16 bytes at a time, values 16 or 8, scales and tables 4."""
+def test_no_single_bytes_are_loaded(ours):
+    """Keys are loaded 16 bytes at a time, values 16 or 8, scales and block tables 4."""
     assert [_name(row) for row in ours if "1" in row["loads"]] == []
     for row in ours:
         if row["kernel"].endswith("attention"):
@@ -53,16 +53,16 @@ def test_no_byte_is_loaded_by_itself(ours):
             assert row["loads"].get("16", 0) >= 4, _name(row)
 
 
-def test_products_are_made_by_tensor_cores(ours):
+def test_products_use_tensor_cores(ours):
     for row in ours:
         assert (row["tensor_cores"] > 0) == (row["kernel"] != "rope_quantize_write"), _name(row)
 
 
-def test_vllms_kernel_loads_its_layout_by_bytes_and_takes_more(rows):
-    """Compiled in the same way over vLLM's layout; compared where a program has as many rows and keys as ours.
+def test_vllms_kernel_loads_single_bytes_and_takes_more_registers(rows):
+    """vLLM's kernel over its own layout, compared where its programs have the same numbers of rows and keys.
 
-    With several query tokens ours has rows for all of them and vLLM's has not, which takes fewer registers and reads
-    the cache more than once.
+    With several query tokens ours has rows for all of them; vLLM's has not, which takes fewer registers and reads the
+    cache more than once.
     """
     ours = {(row["case"], row["capability"]): row for row in rows if row["kernel"] == "paged_attention"}
     compared = 0
@@ -77,7 +77,7 @@ def test_vllms_kernel_loads_its_layout_by_bytes_and_takes_more(rows):
     assert compared == 2
 
 
-def test_nothing_takes_more_than_was_recorded(rows):
+def test_no_kernel_takes_more_than_recorded(rows):
     if not RECORD.exists():
         pytest.skip("nothing is recorded: run benchmarks/machine_code.py")
     recorded = json.loads(RECORD.read_text())["runs"][-1]["measured"]

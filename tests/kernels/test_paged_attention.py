@@ -10,7 +10,8 @@ from attention_cases import QUANTIZED, assert_exact_to_float32, attended, batch,
 from attention_reference import attention_reference, paged_attention_reference
 from interpreting import interpreted
 
-from vllm_instant_kernels.attention_tiles import MAX_PROGRAMS, MIN_TILES, splits_for
+from vllm_instant_kernels.attention_launch import MAX_PROGRAMS, splits_for
+from vllm_instant_kernels.attention_tiles import MIN_TILES
 from vllm_instant_kernels.cache_layout import split
 from vllm_instant_kernels.paged_attention import paged_attention, workspace_for
 
@@ -49,7 +50,7 @@ def _error(made, options, splits, **more):
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("head", [64, 96, 128, 256])
 def test_it_equals_the_reference_for_all_shapes(numbers, head, group):
-    """Lengths, blocks, query tokens, features and splits are drawn: runs together see all combinations."""
+    """Lengths, blocks, query tokens, features and splits are random: over many runs all combinations are tested."""
     most = numbers.choice([1, 2, 5, 16])
     requests = random_requests(numbers, [*numbers.sample(LENGTHS[:-1], 3), numbers.choice([200, 300, 1023])], most)
     options = {"window": numbers.choice([0, 0, 1, 40, 300]), "soft_cap": numbers.choice([0.0, 0.0, 0.5, 30.0])}
@@ -84,14 +85,14 @@ def test_sixteen_bit_queries(numbers, name, cache_dtype):
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16])
-def test_a_cache_of_plain_numbers(numbers, cache_dtype):
+def test_an_unquantised_cache(numbers, cache_dtype):
     requests = random_requests(numbers, LENGTHS, 5)
     made = batch(numbers.randrange(2**31), requests, head=96, group=3, cache_dtype=cache_dtype)
     _assert_exact(made, {"window": 100}, 2)
 
 
-def test_the_format_costs_at_most_four_percent(numbers):
-    """Relative L2 error against attention over what was quantised, random normal data."""
+def test_quantisation_costs_at_most_four_percent(numbers):
+    """Relative L2 error against attention over the unquantised data, which is random normal."""
     requests = [(900, 16), (1023, 16)]
     made = batch(numbers.randrange(2**31), requests, head=128, kv_heads=1, group=4)
     found = _found(made, {}, None)
@@ -107,7 +108,7 @@ def test_the_format_costs_at_most_four_percent(numbers):
 
 
 def test_a_needle_is_found_in_sixteen_bit_products(numbers):
-    """One key that matters among a thousand that hardly do, with values ten thousand times smaller than the others'."""
+    """One key dominates a thousand others, with values ten thousand times smaller than theirs."""
     made = batch(numbers.randrange(2**31), [(1023, 1)], head=64, kv_heads=1, group=1, dtype=torch.float16)
     needle = numbers.randrange(1000)
     made.keys[0].mul_(0.05)
@@ -123,8 +124,8 @@ def test_a_needle_is_found_in_sixteen_bit_products(numbers):
     assert float((found - expected).norm() / expected.norm()) < 2e-3
 
 
-def test_all_parts_are_merged_and_no_more_than_there_are(numbers):
-    """Requests whose caches make more, fewer and exactly as many parts as there are programs."""
+def test_all_parts_are_merged(numbers):
+    """Requests whose caches have more, fewer and exactly as many parts as there are programs."""
     tile = 64
     lengths = [tile * MIN_TILES, tile * MIN_TILES + 1, 2 * tile * MIN_TILES, 1023, 5]
     made = batch(numbers.randrange(2**31), [(length, 2) for length in lengths], kv_heads=1)
@@ -132,7 +133,7 @@ def test_all_parts_are_merged_and_no_more_than_there_are(numbers):
         _assert_exact(made, {}, splits)
 
 
-def test_how_many_parts():
+def test_the_number_of_parts_fills_the_device():
     device = torch.device("cpu")
     assert splits_for(1, device) == 32
     assert splits_for(8, device) == 32
@@ -141,7 +142,7 @@ def test_how_many_parts():
     assert all(programs * splits_for(programs, device) <= MAX_PROGRAMS for programs in range(1, 300))
 
 
-def test_a_batch_without_requests_or_tokens_is_nothing_to_do(numbers):
+def test_a_batch_without_requests_or_tokens_launches_nothing(numbers):
     made = batch(1, [(5, 0), (17, 0)])
     output = torch.empty(0, 8, 64)
     views, workspace = split(made.cache, 64), workspace_for(made.cache.device, 64)
@@ -149,14 +150,12 @@ def test_a_batch_without_requests_or_tokens_is_nothing_to_do(numbers):
     paged_attention(made.query, *arguments, max_query_tokens=0, scale=1.0, workspace=workspace)
 
 
-def test_what_cannot_be_attended_is_refused():
+def test_invalid_arguments_are_refused():
     made = batch(1, [(20, 2)])
     views, workspace = split(made.cache, 64), workspace_for(made.cache.device, 64)
     keywords = {"max_query_tokens": 2, "scale": 1.0, "workspace": workspace}
     tables, lengths, starts, output = made.block_tables, made.lengths, made.starts, torch.empty_like(made.query)
-    with pytest.raises(
-        ValueError, match=r"query is of shape \(2, 8, 32\) .* does not go with 1 requests and 2 KV heads"
-    ):
+    with pytest.raises(ValueError, match=r"query is of shape \(2, 8, 32\) .* does not match 1 requests and 2 KV heads"):
         paged_attention(made.query[:, :, :32], views, tables, lengths, starts, output, **keywords)
     with pytest.raises(ValueError, match="starts is of shape"):
         paged_attention(made.query, views, tables, lengths, starts[:1], output, **keywords)
@@ -187,8 +186,8 @@ def test_the_device_equals_the_reference(numbers, head, name):
 
 
 @pytest.mark.gpu
-def test_the_last_to_arrive_merges_whoever_it_is(numbers):
-    """Ten thousand launches over batches that differ, the counters never reset: the merge has no race that shows."""
+def test_the_last_program_to_arrive_merges(numbers):
+    """Ten thousand launches over different batches without resetting the counters show no race in the merge."""
     made = batch(numbers.randrange(2**31), [(5000, 3), (700, 1), (2048, 4), (1, 1)], head=64, dtype=torch.float16)
     query, cache, tables, lengths, starts = (
         t.cuda() for t in (made.query, made.cache, made.block_tables, made.lengths, made.starts)

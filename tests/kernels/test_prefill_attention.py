@@ -1,4 +1,4 @@
-"""Pieces of prompts over what the cache holds already, in the interpreter, against plain tensor operations."""
+"""Attention of prompt chunks over a cache, in the interpreter, against plain tensor operations."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def _assert_exact(made, options, splits):
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 @pytest.mark.parametrize("head", [64, 96, 128, 256])
 def test_it_equals_the_reference_for_all_shapes(numbers, head, group):
-    """Pieces of all sizes, whole prompts, requests that decode and requests that wait, in any order."""
+    """Chunks of all sizes, whole prompts, decoding requests and requests without tokens, in any order."""
     most = max(24, 48 // group)
     requests = [
         (numbers.randint(100, 400), numbers.randint(16, most)),  # a piece with much before it
@@ -59,8 +59,8 @@ def test_it_equals_the_reference_for_all_shapes(numbers, head, group):
     _assert_exact(made, options, splits)
 
 
-def test_requests_without_tokens_hide_nobody(numbers):
-    """Which request a chunk belongs to is found by bisection, also among many that have none."""
+def test_requests_without_tokens_do_not_shift_others(numbers):
+    """The bisection finds the request of a chunk also among many requests without tokens."""
     requests = [(9, 0)] * 5 + [(70, 33)] + [(9, 0)] * 6 + [(40, 40)] + [(5, 0)] * 3
     made = batch(numbers.randrange(2**31), requests, kv_heads=1, group=2)
     _assert_exact(made, {}, 1)

@@ -1,4 +1,4 @@
-"""Rotation, quantisation and the write to the cache, against the same in plain tensor operations."""
+"""Rotation, quantisation and the write to the cache, against plain tensor operations."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def _inputs(numbers, head, kv_heads, group, block_size, dtype=torch.float32, cac
 
 
 def _untouched(cache, slots):
-    """The rows of the cache that no token has, ``[rows, heads, row]``."""
+    """The rows of the cache without a token, ``[rows, heads, row]``."""
     rows = cache.transpose(1, 2).flatten(0, 1)
     mask = torch.ones(len(rows), dtype=torch.bool)
     mask[slots[slots >= 0]] = False
@@ -49,7 +49,7 @@ def _untouched(cache, slots):
     [(64, 1, 1, 16), (64, 5, 3, 32), (96, 2, 7, 16), (128, 8, 4, 32), (256, 1, 8, 16)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_cache_is_that_of_the_reference(numbers, head, kv_heads, group, block_size, dtype):
+def test_the_cache_equals_the_reference(numbers, head, kv_heads, group, block_size, dtype):
     _, key, value, cache, slots, _ = _inputs(numbers, head, kv_heads, group, block_size, dtype)
     (found,) = interpreted(written, key, value, cache, slots, head)
     expected = cache.clone()
@@ -81,7 +81,7 @@ def test_queries_and_keys_are_rotated(numbers, head, kv_heads, group, block_size
     assert torch.equal(_untouched(found, slots), _untouched(cache, slots))
 
 
-def test_a_cache_of_plain_numbers_gets_them_as_they_are(numbers):
+def test_an_unquantised_cache_is_written_in_its_type(numbers):
     query, key, value, cache, slots, positions = _inputs(numbers, 64, 2, 4, 16, cache_dtype=torch.float32)
     (found,) = interpreted(written, key, value, cache, slots, 64)
     expected = cache.clone()
@@ -102,7 +102,7 @@ def test_keys_may_be_longer_than_slots(numbers):
     assert read_reference(split(found, 64), torch.zeros(1, dtype=torch.int32), 1)[0].shape == (1, 2, 64)
 
 
-def test_what_cannot_be_written_is_refused(numbers):
+def test_invalid_arguments_are_refused(numbers):
     query, key, value, cache, slots, positions = _inputs(numbers, 64, 2, 4, 16)
     views = split(cache, 64)
     with pytest.raises(ValueError, match=r"value is of shape .* must be of shape \(\d+ or more, 2, 64\)"):

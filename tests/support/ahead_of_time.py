@@ -1,6 +1,6 @@
-"""Compiles kernels as they would be launched, for devices that need not be there, and reads what they take.
+"""Compiles kernels ahead of time as they would be launched, and reads the resources of their machine code.
 
-``launches`` records what a function launches, without running it; ``compiled`` makes the machine code of one launch.
+``launches`` records the launches of a function without running them; ``compiled`` compiles one launch.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 OPTIONS = {"num_warps", "num_stages"}
-"""Keywords of a launch that are no parameters of the kernel."""
+"""Keywords of a launch that are not parameters of the kernel."""
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-"""Bytes that a load moves for each thread, by the part of its name that says so; without one it is 4."""
+"""Bytes per thread of a load instruction, by the suffix of its name; 4 without one."""
 TENSOR_CORES = {"HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "OMMA"}
 TYPES = {
     torch.float32: "fp32",
@@ -40,7 +40,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and what it was launched with."""
+    """A kernel and the arguments of its launch."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -54,17 +54,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the compiler says about the machine code of a kernel."""
+    """The machine code of a kernel and its resources."""
 
     cubin: bytes
     registers: int
-    """Of a thread."""
+    """Per thread."""
     spilled: int
-    """Bytes of a thread's registers that did not fit, stores and loads together."""
+    """Bytes of spilled registers per thread, stores and loads together."""
     shared: int
     """Bytes of shared memory."""
     instructions: Mapping[str, int]
-    """How often each one stands in the code, by its full name."""
+    """Number of occurrences of each instruction in the code, by its full name."""
 
     def loads(self) -> dict[int, int]:
         """Loads from global memory by their width in bytes, asynchronous copies included."""
@@ -76,12 +76,12 @@ class Machine:
         return dict(sorted(widths.items()))
 
     def products(self) -> int:
-        """Instructions for tensor cores."""
+        """Number of tensor core instructions."""
         return sum(times for name, times in self.instructions.items() if name.split(".")[0] in TENSOR_CORES)
 
 
 def launches(module: ModuleType, function: Callable[..., Any], *arguments: Any) -> list[Launch]:
-    """What ``function(*arguments)`` launches of the kernels in ``module``; none of them runs."""
+    """The launches of kernels of ``module`` by ``function(*arguments)``; none of them runs."""
     recorded: list[Launch] = []
     with _recording(module, recorded):
         function(*arguments)
@@ -102,7 +102,7 @@ def _recording(module: ModuleType, recorded: list[Launch]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Recorder:
-    """Stands in for a kernel."""
+    """A substitute for a kernel that records launches."""
 
     kernel: Any
     recorded: list[Launch]
@@ -118,10 +118,10 @@ class _Recorder:
 
 
 def compiled(launch: Launch, capability: int, folder: Path) -> Machine:
-    """Machine code of a launch for ``sm_<capability>``, specialised as a launch on the device would be.
+    """The machine code of a launch for ``sm_<capability>``, with the specialisation of a launch on the device.
 
-    ``folder`` gets the assembler's files. Raises what Triton raises, ``subprocess.CalledProcessError`` if the assembler
-    refuses the code.
+    The assembler's files are written to ``folder``. Raises Triton's errors, and ``subprocess.CalledProcessError`` if
+    the assembler refuses the code.
     """
     signature, constants, attributes = {}, {}, {}
     for position, (name, value) in enumerate(launch.arguments.items()):
@@ -135,7 +135,7 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Machine:
             constants[(position,)] = value
             continue
         signature[name] = _type(value)
-        # Memory that PyTorch allocates is aligned, on a device as here; a view of it need not be.
+        # PyTorch allocates aligned memory on every device; a view of it may be unaligned.
         place = value.data_ptr() if isinstance(value, torch.Tensor) else value
         if not unchanged and _is_int(place) and place % 16 == 0:
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -173,7 +173,7 @@ def _type(value: Any) -> str:
 
 
 def _assembled(ptx: str, capability: int, folder: Path) -> str:
-    """What the assembler reports about a kernel."""
+    """The assembler's report on a kernel."""
     architecture = re.search(r"\.target\s+(sm_\w+)", ptx)
     if not architecture:
         raise ValueError("the code names no architecture")

@@ -1,4 +1,4 @@
-"""Made-up batches over a paged cache, and calls of the kernels on them that other processes can import."""
+"""Random batches over a paged cache, and calls of the kernels on them that other processes can import."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUANTIZED = torch.uint8
 
 @dataclass
 class Batch:
-    """Requests with their cache, which is poisoned wherever no request has a token."""
+    """Requests with their cache, which holds NaN wherever no request has a token."""
 
     cache: torch.Tensor
     """``[blocks, heads, block_size, row]``."""
@@ -28,12 +28,12 @@ class Batch:
     lengths: torch.Tensor
     starts: torch.Tensor
     keys: list[torch.Tensor]
-    """Of each request, not quantised."""
+    """Per request, not quantised."""
     values: list[torch.Tensor]
 
     @property
     def slots(self) -> list[torch.Tensor]:
-        """Where each request's tokens are."""
+        """Slots of the tokens of each request."""
         block_size = self.cache.shape[2]
         found = []
         for table, length in zip(self.block_tables, self.lengths.tolist(), strict=True):
@@ -73,7 +73,7 @@ def batch(
     if token_major:
         cache = cache.transpose(1, 2)
     order = torch.randperm(blocks, generator=generator).to(torch.int32)
-    # What lies behind a request's blocks in its table is never looked up.
+    # Entries after the blocks of a request are never read.
     tables = torch.full((len(requests), max(needed, default=1) + 1), 2**30, dtype=torch.int32)
     used = 0
     for table, number in zip(tables, needed, strict=True):
@@ -92,26 +92,26 @@ def batch(
     return made
 
 
-def random_requests(numbers: random.Random, lengths: list[int], most: int) -> list[tuple[int, int]]:
-    """Requests of these lengths in some order, with 0 to ``most`` query tokens, one of them with ``most``."""
+def random_requests(numbers: random.Random, lengths: list[int], max_query_tokens: int) -> list[tuple[int, int]]:
+    """Requests of these lengths in some order, with 0 to ``max_query_tokens`` query tokens, one with the maximum."""
     lengths = numbers.sample(lengths, len(lengths))
-    requests = [(length, min(length, numbers.randint(0, most))) for length in lengths]
+    requests = [(length, min(length, numbers.randint(0, max_query_tokens))) for length in lengths]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
-    requests[longest] = (lengths[longest], min(lengths[longest], most))
+    requests[longest] = (lengths[longest], min(lengths[longest], max_query_tokens))
     return requests
 
 
 def largest_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest expected number where that is more than 1."""
+    """The largest difference, relative to the largest expected magnitude if that exceeds 1."""
     assert not found.isnan().any(), "rows were not written"
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 
 
 def assert_exact_to_float32(found: torch.Tensor, expected: torch.Tensor, made: Batch) -> None:
-    """Within 1e-6 of float64 as a whole, and everywhere within 1e-6 or what the rounding of scores can cause there.
+    """Relative L2 error within 1e-6 of float64, and every element within 1e-6 or the effect of rounded scores.
 
-    A score is rounded by up to float32's unit times the magnitudes in its sum, and moves an output by up to that times
-    the values' spread: with 256 features now and then by more than 1e-6, in plain float32 operations too.
+    A score has a rounding error of up to half a float32 ulp of the sum of its magnitudes; it changes an output by up to
+    that times the spread of the values: with 256 features sometimes more than 1e-6, in plain float32 operations too.
     """
     rounding = 0.0
     for request, (keys, values) in enumerate(zip(made.keys, made.values, strict=True)):
@@ -140,8 +140,8 @@ def attended(
 ) -> tuple[torch.Tensor, ...]:
     """Attention by ``paged_attention`` or ``prefill_attention``, and the workspace's counters afterwards.
 
-    Rows behind the requests' are there and must stay not-a-number. ``rounded_to`` is a type that queries and output
-    have, for types that cannot travel between processes.
+    There is one row after the requests' rows, which must stay NaN. ``rounded_to`` is the type of queries and output,
+    for types that cannot be sent between processes.
     """
     if rounded_to:
         query = query.to(getattr(torch, rounded_to))
@@ -151,7 +151,7 @@ def attended(
     views, workspace = split(cache, head), workspace_for(query.device, head)
     workspace.sums.fill_(torch.nan)
     keywords = {"scale": head**-0.5, "workspace": workspace, "splits": splits, **options}
-    for _ in range(2 if splits and splits > 1 else 1):  # the second launch finds what the first left
+    for _ in range(2 if splits and splits > 1 else 1):  # the second launch finds the counters of the first
         if kernel == "paged_attention":
             paged_attention(
                 query, views, block_tables, lengths, starts, output, max_query_tokens=max_query_tokens, **keywords
@@ -172,7 +172,7 @@ def written(
     positions: torch.Tensor | None = None,
     cos_sin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The cache as ``quantize_write`` or ``rope_quantize_write`` leaves it, and rotated queries."""
+    """The cache written by ``quantize_write`` or ``rope_quantize_write``, and the rotated queries."""
     views = split(cache, head)
     if query is None:
         quantize_write(key, value, views, slots)

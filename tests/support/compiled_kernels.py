@@ -58,7 +58,7 @@ def cases() -> list[tuple[str, str, int]]:
 
 
 def table() -> list[Row]:
-    """One row a case, compiled in two processes."""
+    """One row per case, compiled in two processes."""
     listed = cases()
     # Importing vLLM takes seconds: all of its cases go to one process.
     groups = [[case] for case in listed if case[0] != STOCK]
@@ -120,6 +120,7 @@ def _one(module: Any, function: Callable[[], Any]) -> Any:
 def _paged(case: str, capability: int) -> Any:
     import torch
 
+    from vllm_instant_kernels import attention_launch
     from vllm_instant_kernels import paged_attention as module
     from vllm_instant_kernels.cache_layout import split
 
@@ -135,12 +136,13 @@ def _paged(case: str, capability: int) -> Any:
     )
     workspace = module.workspace_for(made.query.device, head)
     keywords = {"max_query_tokens": tokens, "scale": 0.1, "workspace": workspace, "splits": 8, **options}
-    return _one(module, partial(module.paged_attention, made.query, *arguments, **keywords))
+    return _one(attention_launch, partial(module.paged_attention, made.query, *arguments, **keywords))
 
 
 def _prefill(case: str, capability: int) -> Any:
     import torch
 
+    from vllm_instant_kernels import attention_launch
     from vllm_instant_kernels import prefill_attention as module
     from vllm_instant_kernels.cache_layout import split
     from vllm_instant_kernels.paged_attention import workspace_for
@@ -155,7 +157,7 @@ def _prefill(case: str, capability: int) -> Any:
         torch.empty_like(made.query),
     )
     keywords = {"scale": 0.1, "workspace": workspace_for(made.query.device, head), "splits": 4}
-    return _one(module, partial(module.prefill_attention, made.query, *arguments, **keywords))
+    return _one(attention_launch, partial(module.prefill_attention, made.query, *arguments, **keywords))
 
 
 def _write(case: str, capability: int) -> Any:
@@ -230,7 +232,7 @@ _LAUNCHES: dict[str, Callable[[str, int], Any]] = {
 
 
 def printed(rows: Iterable[Row]) -> str:
-    """The rows as a table, a line each."""
+    """The rows as a text table."""
     lines = [
         f"{'kernel':24} {'case':52} {'sm':>4} {'regs':>5} {'spill':>6} {'shared':>7} {'tensor':>7}  loads by bytes"
     ]

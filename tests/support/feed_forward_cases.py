@@ -9,7 +9,7 @@ from vllm_instant_kernels.fused_feed_forward import (
     FeedForwardWeights,
     Weight,
     counters_for,
-    feed_forward_apart,
+    feed_forward_parts,
     fused_feed_forward,
 )
 
@@ -17,7 +17,7 @@ Matrix = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def matrices(seed: int, length: int, hidden: int, inner: int, fp8: bool, dtype: torch.dtype) -> list[Matrix]:
-    """Numbers and scales of the three matrices; FP8 numbers as bytes."""
+    """Numbers and scales of the three matrices; FP8 as bytes."""
     generator = torch.Generator().manual_seed(seed)
     made: list[Matrix] = []
     for outputs, inputs in ((hidden, length), (2 * inner, hidden), (hidden, inner)):
@@ -29,15 +29,15 @@ def matrices(seed: int, length: int, hidden: int, inner: int, fp8: bool, dtype: 
 def feed_forward_reference(
     attention: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, made: list[Matrix], epsilon: float
 ) -> torch.Tensor:
-    """The same in float64."""
-    added, x = feed_forward_apart_reference(attention, residual, norm, made, epsilon)
+    """``fused_feed_forward`` in float64."""
+    added, x = feed_forward_parts_reference(attention, residual, norm, made, epsilon)
     return x + added
 
 
-def feed_forward_apart_reference(
+def feed_forward_parts_reference(
     attention: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, made: list[Matrix], epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is added, and what it is added to, in float64."""
+    """``feed_forward_parts`` in float64."""
     output, both, down = (
         numbers.double() if scales is None else numbers.view(torch.float8_e4m3fn).double() * scales.double()[:, None]
         for numbers, scales in made
@@ -67,13 +67,13 @@ def fed_forward(
     return (fused_feed_forward(attention, residual, layer, splits).float(),)
 
 
-def fed_forward_apart(
+def fed_forward_parts(
     attention: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, made: list[Matrix], splits: int
 ) -> tuple[torch.Tensor, ...]:
-    """Both parts of a second call with the counters that a first one left, and these as the second leaves them."""
+    """Both parts of a second call with the counters of a first one, and the counters after it."""
     output, both, down = (Weight(*matrix) for matrix in made)
     layer = FeedForwardWeights(output, norm, both, down, 1e-5)
     counters = counters_for(residual.shape[1], residual.device)
     for _ in range(2):
-        added, x = feed_forward_apart(attention, residual, layer, splits, counters)
+        added, x = feed_forward_parts(attention, residual, layer, splits, counters)
     return added.float(), x.float(), counters

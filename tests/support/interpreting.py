@@ -1,7 +1,7 @@
-"""Calls functions that launch Triton kernels on tensors of the CPU, in Triton's interpreter.
+"""Calls functions that launch Triton kernels on CPU tensors in Triton's interpreter.
 
-Triton decides when it is imported whether kernels are interpreted, its own library included. So they run in a process
-of their own, which stays for further calls; this one may compile kernels meanwhile.
+Whether kernels are interpreted is decided when Triton is imported. They therefore run in a separate process, which is
+reused by further calls; this process can compile kernels.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import torch
 
 
 def interpreted(function: Callable[..., Any], *arguments: Any) -> tuple[torch.Tensor, ...]:
-    """``function(*arguments)`` in the interpreter; it can be imported by name and returns a tuple of tensors.
+    """``function(*arguments)`` in the interpreter; it must be importable by name and return a tuple of tensors.
 
-    Tensors keep their strides. What is written to arguments is lost.
+    Tensors keep their strides. Changes of the arguments are lost.
     """
     results = _process().submit(_call, function, [_packed(argument) for argument in arguments]).result()
     return tuple(map(_unpacked, results))
 
 
 def kernel_tensors(kernel: str, grid: tuple[int, ...], names: Sequence[str], *values: Any) -> tuple[torch.Tensor, ...]:
-    """The tensors of one launch as the kernel leaves them; to be called through ``interpreted``.
+    """The tensors of one launch after the kernel has run; to be called through ``interpreted``.
 
     Args:
-        kernel: module and name of the kernel, with a colon between them.
+        kernel: module and name of the kernel, separated by a colon.
         grid: programs along each axis.
-        names: of the kernel's parameters.
-        values: of these parameters.
+        names: names of the kernel's parameters.
+        values: values of these parameters.
 
     """
     module, _, name = kernel.partition(":")
@@ -65,7 +65,7 @@ def _call(function: Callable[..., Any], packed: list[Any]) -> list[Any]:
 
 
 def _packed(value: Any) -> Any:
-    """Tensors as arrays, which travel between processes without shared memory."""
+    """Tensors as arrays, which are sent between processes without shared memory."""
     if not isinstance(value, torch.Tensor):
         return value
     whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())

@@ -1,52 +1,44 @@
-"""What decode, verification and prefill share: attention of some query rows over a part of a paged cache.
+"""The attention kernel for decode, verification and prefill, over a paged cache.
 
-Rows of a program are the query heads that share a KV head (a group), for some query tokens of one request: a tile of
-the cache is read once for all of them.
+The rows of a program are the query heads that share a KV head (a group), for some query tokens of one request, so that
+a tile of the cache is read once for all of them.
 
-Numbers. Scores are float32: 16-bit products summed by the tensor cores, times the key's scale. E4M3 is exact in
-float16, so that keys and values need no more than a conversion; their scales are applied to columns of scores and
-probabilities instead. Probabilities go into the second product as float16, between 0 and ``2 ** 11``: each tile's value
-scales are divided by the tile's largest, and probabilities below ``2 ** -25`` are still normal numbers then. The
-second product is summed at two levels: the tensor cores sum one tile from zero, and a fused multiply-add in float32
-takes that to the running sum of all tiles; running sums of parts of the cache (splits) are merged in float32. No
-sum that tensor cores round is longer than a tile.
+Numerics. Softmax is computed online, tile by tile (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022), in
+base 2. Scores are float32: 16-bit products summed by the tensor cores, times the scale of the key. E4M3 is exact in
+float16, so keys and values are only converted; their scales are applied to the columns of scores and probabilities.
+Probabilities enter the second product as float16, scaled to the range 0 to ``2 ** 11``: each tile's value scales are
+divided by the largest of the tile, and probabilities down to ``2 ** -25`` remain normal numbers. The second product is
+accumulated on two levels: tensor cores sum one tile from zero, and a fused multiply-add in float32 adds it to the
+running sum over tiles. No sum that tensor cores round is longer than a tile.
 
-One launch. Every program of a request leaves its sums in a workspace and counts itself; whoever finds that it is the
-last to arrive reads what the others left, merges, and sets the counter back to 0, which makes the launch repeatable in
-a CUDA graph. Nobody waits for anybody.
+Split cache in one launch (flash decoding). If there are too few programs for the device, the cache of a request is cut
+into parts. Every program writes the sums of its part to a workspace and increments a counter; the last program to
+arrive merges all parts and resets the counter, so that a CUDA graph can replay the launch. No program waits for
+another.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 
-from vllm_instant_kernels.cache_layout import CacheViews
 from vllm_instant_kernels.fp8 import from_e4m3
 
-LOG2_E = 1.4426950408889634
-MAX_SPLITS = 32
-"""Parts that the cache of a request is cut into, at most."""
-MAX_PROGRAMS = 1024
-"""Programs of a launch that cuts caches into parts, at most."""
 MIN_TILES = 4
-"""Tiles of a part, at least: below that the merge costs more than it spreads."""
+"""Minimum number of tiles per part: smaller parts save less than their merge costs."""
 
 
 @triton.jit
 def _tanh(x):
-    """Hyperbolic tangent in float32: by exponentials, which cancel near 0, and there by its series."""
+    """Hyperbolic tangent in float32: 1 - 2 / (e^(2x) + 1), and near 0, where that cancels, its Taylor series."""
     square = x * x
     series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    # e^(2x) = 2^(x * 2 log2(e))
     return tl.where(square < 0.0625, series, 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))
 
 
 @triton.jit
-def attend(
+def _attend_part(
     query,
     row_positions,
     kv_head,
@@ -71,14 +63,15 @@ def attend(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
 ):
-    """Running maximum ``[rows]``, sum ``[rows]`` and weighted values ``[rows, head]`` over ``first_key..end_key``.
+    """Maximum ``[rows]``, sum ``[rows]`` and weighted values ``[rows, head]`` over the keys ``first_key..end_key``.
 
-    ``query`` ``[rows, head]`` is of the type that products are made of; ``row_positions`` ``[rows]`` is each row's
-    position in its request, -1 for rows that are not there. Scores are to the base 2.
+    ``query`` ``[rows, head]`` has the type of the factors of products; ``row_positions`` ``[rows]`` are the rows'
+    positions in their request, -1 for masked rows. ``scale`` includes log2(e): scores are exponents of 2.
     """
     ROWS: tl.constexpr = query.shape[0]
     HEAD_PADDED: tl.constexpr = query.shape[1]
     IS_FP8: tl.constexpr = key_scales_ptr is not None
+    # E4M3 bytes are converted to their 256th part, see fp8.from_e4m3.
     UNIT: tl.constexpr = 256.0 if keys_ptr.dtype.element_ty == tl.uint8 else 1.0
     lane = tl.arange(0, HEAD_PADDED)
     is_lane = lane < HEAD
@@ -100,38 +93,36 @@ def attend(
         else:
             scores = tl.dot(query, keys.to(query.dtype), input_precision="ieee") * scale
         if SOFT_CAP > 0.0:
+            # Scores to base e for tanh, and back to base 2.
             scores = (SOFT_CAP * 1.4426950408889634) * _tanh(scores * (0.6931471805599453 / SOFT_CAP))
         seen = is_key[None, :] & (position[None, :] <= row_positions[:, None])
         if WINDOW > 0:
             seen = seen & (position[None, :] > row_positions[:, None] - WINDOW)
         scores = tl.where(seen, scores, -1.0e30)
         higher = tl.maximum(maximum, tl.max(scores, axis=1))
+        # Online softmax: earlier sums are rescaled to the new maximum.
         correction = tl.exp2(maximum - higher)
-        # The factor 2^11 is in numerator and denominator.
+        # The factor 2^11 cancels: it is in the weighted values and in their sum.
         weights = tl.where(seen, tl.exp2(scores - higher[:, None] + 11.0), 0.0)
         total = tl.fma(total, correction, tl.sum(weights, axis=1))
         values = tl.load(values_ptr + row[:, None] + lane[None, :], mask=is_key[:, None] & is_lane[None, :], other=0.0)
         if IS_FP8:
             of_values = tl.load(value_scales_ptr + scale_row, mask=is_key, other=0.0)
+            # float16 weights times scales relative to the largest of the tile stay in range.
             largest = tl.max(of_values, axis=0)
             weights = weights * (of_values / tl.where(largest > 0.0, largest, 1.0))[None, :]
             part = tl.dot(weights.to(query.dtype), from_e4m3(values, query.dtype), input_precision="ieee")
             part = part * (largest * UNIT)
         else:
             part = tl.dot(weights.to(query.dtype), values.to(query.dtype), input_precision="ieee")
-        # Not "+ dot": that would become one product that continues the running sum in the tensor cores.
+        # An explicit fma: "+ dot" would be compiled into one product that accumulates inside the tensor cores.
         weighted = tl.fma(weighted, tl.broadcast_to(correction[:, None], [ROWS, HEAD_PADDED]), part)
         maximum = higher
     return maximum, total, weighted
 
 
-@triton.jit
-def attend_and_merge(
-    request,
-    chunk,
-    kv_head,
-    split,
-    splits,
+@triton.jit(do_not_specialize=["requests", "splits"])
+def attention_kernel(
     query_ptr,
     output_ptr,
     keys_ptr,
@@ -143,7 +134,8 @@ def attend_and_merge(
     starts_ptr,
     sums_ptr,
     arrivals_ptr,
-    place_in_workspace,
+    requests,
+    splits,
     scale,
     query_token_stride,
     query_head_stride,
@@ -156,6 +148,8 @@ def attend_and_merge(
     scale_block_stride,
     scale_slot_stride,
     scale_head_stride,
+    RAGGED: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
@@ -167,11 +161,33 @@ def attend_and_merge(
     SOFT_CAP: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
-    """One program: query tokens ``chunk * TOKENS..`` of a request, one KV head, one part of the cache.
+    """One program: ``ROWS / GROUP`` query tokens of a request (a chunk), one KV head, one part of the cache.
 
-    ``place_in_workspace`` numbers requests, chunks and KV heads together. ``PRODUCTS`` is the type of factors.
+    Grid ``[requests, chunks * KV heads, splits]``, or if ``RAGGED`` ``[chunks of all requests, KV heads, splits]`` with
+    ``chunks = tokens // (ROWS // GROUP) + requests``, which is at least their number. ``PRODUCTS`` is the type of the
+    factors of products.
     """
     TOKENS: tl.constexpr = ROWS // GROUP
+    split = tl.program_id(2)
+    if RAGGED:
+        # Chunks of request r begin at number starts[r] // TOKENS + r, which leaves room for the chunks before it; the
+        # request is the last whose chunks begin at or before this number.
+        number = tl.program_id(0)
+        kv_head = tl.program_id(1)
+        request = number * 0
+        high = request + requests
+        while high - request > 1:
+            middle = (request + high) // 2
+            if tl.load(starts_ptr + middle) // TOKENS + middle <= number:
+                request = middle
+            else:
+                high = middle
+        chunk = number - (tl.load(starts_ptr + request) // TOKENS + request)
+    else:
+        request = tl.program_id(0)
+        chunk = tl.program_id(1) // KV_HEADS
+        kv_head = tl.program_id(1) % KV_HEADS
+    place_in_workspace = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     start = tl.load(starts_ptr + request)
     tokens = tl.load(starts_ptr + request + 1) - start
     if chunk * TOKENS < tokens:
@@ -188,10 +204,11 @@ def attend_and_merge(
         query_rows = query_ptr + rows[:, None] * query_token_stride + heads[:, None] * query_head_stride
         query = tl.load(query_rows + lane[None, :], mask=mask, other=0.0)
         if PRODUCTS == tl.float16:
+            # Saturate at the largest float16 instead of overflowing to infinity.
             query = tl.minimum(tl.maximum(query.to(tl.float32), -65504.0), 65504.0)
         query = query.to(PRODUCTS)
 
-        # Only keys that some row sees, in whole tiles.
+        # Only keys that are visible to a row, in whole tiles.
         end = tl.minimum(length, before + (chunk + 1) * TOKENS)
         begin = 0
         if WINDOW > 0:
@@ -201,7 +218,7 @@ def attend_and_merge(
         parts = tl.cdiv(tiles, tiles_each)
         if split < parts:
             first = begin + split * tiles_each * TILE
-            maximum, total, weighted = attend(
+            maximum, total, weighted = _attend_part(
                 query,
                 row_positions,
                 kv_head,
@@ -232,7 +249,7 @@ def attend_and_merge(
                 result = weighted / tl.where(total > 0.0, total, 1.0)[:, None]
                 tl.store(output_rows, result.to(output_ptr.dtype.element_ty), mask=mask)
             else:
-                # A part's sums: weighted values, then maxima and totals.
+                # The sums of a part: weighted values, then maxima and totals.
                 SIZE: tl.constexpr = ROWS * (HEAD_PADDED + 2)
                 of_head = sums_ptr + place_in_workspace.to(tl.int64) * (splits * SIZE)
                 mine = of_head + split * SIZE
@@ -240,10 +257,11 @@ def attend_and_merge(
                 tl.store(mine + cells, weighted)
                 tl.store(mine + ROWS * HEAD_PADDED + index, maximum)
                 tl.store(mine + ROWS * HEAD_PADDED + ROWS + index, total)
-                # All threads have stored before one of them announces it.
+                # Every thread must have stored before one of them increments the counter.
                 tl.debug_barrier()
                 arrived = tl.atomic_add(arrivals_ptr + place_in_workspace, 1, sem="acq_rel", scope="gpu")
                 if arrived == parts - 1:
+                    # Rescale as between tiles; ".cg" reads from the L2 cache, where other programs have written.
                     highest = tl.full([ROWS], -1.0e30, tl.float32)
                     for part in range(0, parts):
                         at = of_head + part * SIZE + ROWS * HEAD_PADDED + index
@@ -259,75 +277,3 @@ def attend_and_merge(
                     result = weighted / tl.where(total > 0.0, total, 1.0)[:, None]
                     tl.store(output_rows, result.to(output_ptr.dtype.element_ty), mask=mask)
                     tl.store(arrivals_ptr + place_in_workspace, 0)
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Memory for launches that cut caches into parts; one serves all launches of a stream, one after another."""
-
-    sums: torch.Tensor
-    """float32, flat."""
-    arrivals: torch.Tensor
-    """int32 ``[MAX_PROGRAMS]``, 0 between launches."""
-
-    @classmethod
-    def on(cls, device: torch.device, rows: int, head_size: int) -> Workspace:
-        """For launches with programs of up to so many rows and heads of up to this size.
-
-        Make it before graphs are captured: it must live as long as they do.
-        """
-        numbers = MAX_PROGRAMS * rows * (triton.next_power_of_2(head_size) + 2)
-        return cls(
-            torch.empty(numbers, dtype=torch.float32, device=device),
-            torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
-        )
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 132
-
-
-def splits_for(programs: int, device: torch.device) -> int:
-    """Into how many parts to cut caches so that the device is busy, if there are so many programs without.
-
-    Two programs fit on a multiprocessor. Powers of two, so that few variants are compiled.
-    """
-    wanted = min(2 * _multiprocessors(device) // max(programs, 1), MAX_SPLITS, MAX_PROGRAMS // max(programs, 1))
-    return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
-
-
-def products_of(query: torch.Tensor, cache: CacheViews) -> tl.dtype:
-    """The type of the factors that go into tensor cores."""
-    if query.dtype == torch.float32:
-        return tl.float32
-    if cache.is_quantized or query.dtype == torch.float16:
-        return tl.float16
-    # Triton's interpreter multiplies bfloat16 wrongly.
-    return tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
-
-
-def check(
-    query: torch.Tensor,
-    cache: CacheViews,
-    block_tables: torch.Tensor,
-    lengths: torch.Tensor,
-    starts: torch.Tensor,
-    output: torch.Tensor,
-) -> None:
-    """Raise ValueError where shapes, types or strides are not those that ``paged_attention`` documents."""
-    kv_heads, head = cache.keys.shape[2:]
-    requests = lengths.shape[0]
-    for name, tensor, wanted in (
-        ("query", query, query.dim() == 3 and query.shape[1] % kv_heads == 0 and query.shape[2] == head),
-        ("output", output, output.shape == query.shape),
-        ("block_tables", block_tables, block_tables.dim() == 2 and block_tables.shape[0] >= requests),
-        ("starts", starts, starts.shape == (requests + 1,)),
-    ):
-        if not wanted or tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name} is of shape {tuple(tensor.shape)} and strides {tensor.stride()}, which does not go with "
-                f"{requests} requests and {kv_heads} KV heads of {head}"
-            )
-    if cache.keys.shape[1] & (cache.keys.shape[1] - 1):
-        raise ValueError(f"blocks have {cache.keys.shape[1]} tokens; it must be a power of two")

@@ -1,37 +1,37 @@
-"""Block verification of draft tokens (Sun et al. 2024, arXiv 2403.10444) on the device: lossless, a block at a time.
+"""Block verification of draft tokens (Sun et al. 2024, arXiv 2403.10444) on the device: lossless, one block at a time.
 
-Token-wise rejection accepts each draft token by itself; block verification weighs how likely target and draft make all
-drafts so far, keeps the longest prefix that passes, and so never keeps fewer tokens in expectation. With target
-probabilities ``P``, draft probabilities ``Q`` and draft tokens ``d``, all of one request::
+Token-wise rejection accepts each draft token independently; block verification compares the joint probabilities of
+all drafts so far under target and draft, keeps the longest accepted prefix, and never keeps fewer tokens in
+expectation. With target probabilities ``P``, draft probabilities ``Q`` and draft tokens ``d``, all of one request::
 
-    w[0] = 1,  w[i] = min(1, w[i - 1] * P[i - 1](d[i - 1]) / Q[i - 1](d[i - 1]))    the weight of the first i drafts
-    S[i] = sum over x of max(w[i] * P[i](x) - Q[i](x), 0)                           the residual's mass
-    h[i] = S[i] / (S[i] + 1 - w[i]), but h = w for the last                         the chance to keep i, if not more
+    w[0] = 1,  w[i] = min(1, w[i - 1] * P[i - 1](d[i - 1]) / Q[i - 1](d[i - 1]))  weight of the first i drafts
+    S[i] = sum over x of max(w[i] * P[i](x) - Q[i](x), 0)                         mass of the residual
+    h[i] = S[i] / (S[i] + 1 - w[i]), but h = w for the last                       probability to keep i if no more
     kept = the largest i with u[i] < h[i], or 0
 
-Where not all are kept, the next token is drawn from the residual at row ``kept``.
+If not all are kept, the next token is drawn from the residual at row ``kept``.
 
-Four launches, no value of which the host waits for: the chains of weights (a program a request), the residuals' masses
-(a program a row and part of the vocabulary), the decision and the draw (a program a request and tile of the
-vocabulary), the draw's result (a program a request). If drafts are certain (``Q`` is one-hot), ``S[i]`` is
-``w[i] * (1 - P[i](d[i]))`` and the second launch falls away.
+Four launches without synchronisation with the host: the products of weights (one program per request), the masses of
+the residuals (one per row and part of the vocabulary), the decision and the draw (one per request and tile of the
+vocabulary), the result of the draw (one per request). If drafts are certain (``Q`` is one-hot), ``S[i]`` is
+``w[i] * (1 - P[i](d[i]))`` and the second launch is omitted.
 
 Most masses need not be summed. ``P`` and ``Q`` sum to one, so ``S <= w``, and from that ``h <= w``; also ``w = 1``
-makes ``h = 1`` whatever ``S`` is. A row's mass decides something only if ``u < w < 1`` and no later prefix is certain
-to be kept. The first launch gathers two numbers a draft and finds those rows; the others return at once.
+makes ``h = 1`` whatever ``S`` is. The mass of a row matters only if ``u < w < 1`` and no later prefix is certain to be
+kept. The first launch gathers two numbers per draft and finds these rows; programs of other rows return at once.
 
-Bytes that a step moves, with ``N`` drafts of ``B`` requests, ``V`` tokens and float32 throughout:
+Bytes per step, with ``N`` drafts of ``B`` requests, ``V`` tokens and float32 throughout:
 
-* softmax of the target's logits, which comes before: at least ``8 (N + B) V`` (read, write); another ``8 N V`` for the
-  draft's if it is a model;
-* noise, which comes before: ``4 B V`` (write);
-* masses: ``8 V`` for each row that decides, at most ``8 (N - B) V`` if every request has drafts;
-* draw: ``12 V`` for each request that refuses a draft (``P``, ``Q``, noise), ``8 V`` if drafts are certain.
+* softmax of the target's logits, before these launches: at least ``8 (N + B) V`` (read, write); another ``8 N V`` for
+  the draft's if it is a model;
+* noise, before these launches: ``4 B V`` (write);
+* masses: ``8 V`` per row that matters, at most ``8 (N - B) V`` if every request has drafts;
+* draw: ``12 V`` per request that refuses a draft (``P``, ``Q``, noise), ``8 V`` if drafts are certain.
 
-For 16 requests with 8 drafts each that is ``1152 V`` for the target's softmax, ``64 V`` for the noise, at most
-``896 V`` for the masses and at most ``192 V`` for the draws. The draws alone, so everything if drafts are certain or no
-mass decides, are at most 17 % of the softmax; with one deciding row a request it is 28 %, at the very worst 94 %. Plain
-tensor operations cannot skip rows: they move the masses' ``896 V``, and several times that unless they are fused.
+For 16 requests with 8 drafts each that is ``1152 V`` for the target's softmax, ``64 V`` for the noise, at most ``896
+V`` for the masses and at most ``192 V`` for the draws. The draws alone (all of it if drafts are certain or no mass
+matters) are at most 17 % of the softmax; with one such row per request it is 28 %, in the worst case 94 %. Tensor
+operations cannot skip rows: they move the ``896 V`` of the masses, and several times that unless they are fused.
 """
 
 from __future__ import annotations
@@ -41,24 +41,27 @@ import triton
 import triton.language as tl
 
 TILE = 4096
-"""Most tokens of the vocabulary that a program takes at once."""
+"""Maximum number of tokens of the vocabulary that a program loads at once."""
 CHUNK = 32
-"""Drafts of a request that are gathered at once; longer drafts take several rounds."""
+"""Drafts of a request that are gathered at once; longer drafts take several iterations."""
 MASS_PROGRAMS = 1024
-"""Programs that sum masses, about. Most rows need no sum, and a program that returns at once is not free either: with
-many rows each gets fewer programs. What is summed, and in which order, does not depend on it."""
+"""Approximate number of programs that sum masses. Most rows need no sum, and a program that returns at once still has
+a cost: with many rows each gets fewer programs. The sums and their order do not depend on it."""
 
 
 @triton.jit
 def _bounds(ends_ptr, request):
-    """First row of a request, and the one behind its last."""
+    """First row of a request, and the row after its last."""
     start = tl.load(ends_ptr + request - 1, mask=request > 0, other=0)
     return start, tl.load(ends_ptr + request)
 
 
 @triton.jit
-def _leader(weights, noise, inside):
-    """Who wins an exponential race: index ``i`` with a chance of ``weights[i]`` over their sum."""
+def _race_winner(weights, noise, inside):
+    """Value and index of the maximum of weights / noise: index ``i`` has probability ``weights[i]`` over their sum.
+
+    With exponential noise E_i, E_i / weights_i are arrival times of rates weights_i: the largest inverse arrives first.
+    """
     return tl.max(tl.where(inside, weights / noise, -1.0), axis=0, return_indices=True)
 
 
@@ -76,10 +79,10 @@ def _weigh_drafts(
     target_stride,
     CHUNK: tl.constexpr,
 ):
-    """Follow the weights of a request's prefixes; what is kept for certain, and where masses decide about more.
+    """Compute the weights of a request's prefixes, the prefix kept in any case, and the rows whose mass matters.
 
-    Grid ``[B]``. Writes the length of the longest prefix that is kept whatever the masses are, its weight, and for
-    each row ``r`` the weight of the prefix that ends there if the mass of row ``r + 1`` decides about it, else 0.
+    Grid ``[B]``. Writes the length and weight of the longest prefix that is kept whatever the masses are, and for each
+    row ``r`` the weight of the prefix that ends there if the mass of row ``r + 1`` decides whether it is kept, else 0.
     """
     request = tl.program_id(0)
     start, end = _bounds(ends_ptr, request)
@@ -93,7 +96,7 @@ def _weigh_drafts(
         lengths = rows + 1 - start
         tokens = tl.load(draft_tokens_ptr + rows, mask=rows < end, other=-1).to(tl.int64)
         following = tl.load(draft_tokens_ptr + rows + 1, mask=rows + 1 < end, other=-1).to(tl.int64)
-        # Behind padding nothing is real, also in later rounds.
+        # Everything after padding is padding, also in later iterations.
         count = tl.where(real == first - start, tl.min(tl.where(tokens < 0, lanes, CHUNK)), 0)
         is_real = lanes < count
         is_last = is_real & (following < 0)
@@ -102,14 +105,16 @@ def _weigh_drafts(
             q = tl.load(draft_probs_ptr + rows.to(tl.int64) * draft_stride + tokens, mask=is_real, other=0.0)
             ratios = tl.where(q > 0.0, ratios / tl.where(q > 0.0, q, 1.0), 0.0)
 
-        # All is gathered before, so that the chain itself waits for no memory.
+        # Sequential product over gathered ratios: no memory access within the chain.
         weights = tl.zeros([CHUNK], tl.float32)
         for lane in range(0, count):
             weight = tl.minimum(1.0, weight * tl.sum(tl.where(lanes == lane, ratios, 0.0)))
             weights = tl.where(lanes == lane, weight, weights)
 
+        # The probability to keep a prefix where no mass is needed: h = w for the last draft, and h = 1 for w = 1.
         chances = tl.where(is_last | (weights == 1.0), weights, 0.0)
         if draft_probs_ptr is None:
+            # One-hot Q: S = w * (1 - P(next draft)), h = S / (S + 1 - w).
             refusable = is_real & (following >= 0)
             at_next = target_probs_ptr + (rows + 1).to(tl.int64) * target_stride + following
             mass = weights * tl.maximum(1.0 - tl.load(at_next, mask=refusable, other=0.0), 0.0)
@@ -121,7 +126,7 @@ def _weigh_drafts(
             settled = longest
             settled_weight = tl.sum(tl.where(lengths == longest, weights, 0.0))
         if draft_probs_ptr is not None:
-            # Sums for prefixes that a later round exceeds are wasted, and nothing worse.
+            # A later iteration may keep a longer prefix; the sums of this one are then unused.
             is_open = is_real & (following >= 0) & (lengths > settled) & (weights < 1.0) & (uniforms < weights)
             tl.store(open_weights_ptr + rows, tl.where(is_open, weights, 0.0), mask=rows < end)
         real += count
@@ -140,9 +145,9 @@ def _sum_masses(
     vocab,
     TILE: tl.constexpr,
 ):
-    """The residual's mass at row ``r + 1``, tile by tile, where ``open_weights[r]`` asks for it.
+    """Sum the residual's mass at row ``r + 1`` per tile if ``open_weights[r]`` is positive.
 
-    Grid ``[N, any]``. Writes ``masses[r, tile]``; leaves other rows as they are.
+    Grid ``[N, any]``. Writes ``masses[r, tile]``; other rows are left unchanged.
     """
     row = tl.program_id(0)
     weight = tl.load(open_weights_ptr + row)
@@ -180,10 +185,10 @@ def _decide_and_race(
     PADDED_TILES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """How many drafts are kept, and who leads the race for the next token in one tile of the vocabulary.
+    """Decide how many drafts are kept, and draw the candidate for the next token in one tile of the vocabulary.
 
     Grid ``[B, tiles]``. Writes ``num_kept[b]`` and, if drafts are refused, ``best_values[b, tile]`` and
-    ``best_tokens[b, tile]``. Every tile's program decides for itself, which costs less than another launch.
+    ``best_tokens[b, tile]``. The program of every tile repeats the decision, which is cheaper than another launch.
     """
     request = tl.program_id(0)
     tile = tl.program_id(1)
@@ -215,14 +220,14 @@ def _decide_and_race(
         inside = x < vocab
         p = tl.load(target_probs_ptr + row.to(tl.int64) * target_stride + x, mask=inside, other=0.0)
         noise = tl.load(noise_ptr + request.to(tl.int64) * noise_stride + x, mask=inside, other=1.0)
-        # Padding was not drawn from Q: there, and only there, nothing is to be taken off P.
+        # A padding row was not drawn from Q: its residual is P.
         if draft_probs_ptr is None:
             residual = tl.where(x == refused, 0.0, p)
         else:
             draft_row = draft_probs_ptr + row.to(tl.int64) * draft_stride
             q = tl.load(draft_row + x, mask=x < tl.where(refused >= 0, vocab, 0), other=0.0)
             residual = tl.maximum(weight * p - q, 0.0)
-        value, lane = _leader(residual, noise, inside)
+        value, lane = _race_winner(residual, noise, inside)
         tl.store(best_values_ptr + request * tiles + tile, value)
         tl.store(best_tokens_ptr + request * tiles + tile, tile * TILE + lane)
 
@@ -242,7 +247,7 @@ def _finish_race(
     TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
 ):
-    """The next token of a request: the best of all tiles, or -1 where all drafts are kept. Grid ``[B]``."""
+    """Write the next token of a request: the winner of all tiles, or -1 if all drafts are kept. Grid ``[B]``."""
     request = tl.program_id(0)
     start, end = _bounds(ends_ptr, request)
     kept = tl.load(num_kept_ptr + request)
@@ -253,7 +258,7 @@ def _finish_race(
         values = tl.load(best_values_ptr + request * tiles + parts, mask=parts < tiles, other=-1.0)
         best, winner = tl.max(values, axis=0, return_indices=True)
         token = tl.load(best_tokens_ptr + request * tiles + winner)
-        # Rounding can leave no residual at all: then P itself. So rare that one program may read the whole row.
+        # Rounding can leave an empty residual: draw from P then. This is rare, so one program may read the whole row.
         if best <= 0.0:
             target_row = target_probs_ptr + (start + kept).to(tl.int64) * target_stride
             noise_row = noise_ptr + request.to(tl.int64) * noise_stride
@@ -261,10 +266,10 @@ def _finish_race(
                 x = first + tl.arange(0, TILE)
                 p = tl.load(target_row + x, mask=x < vocab, other=0.0)
                 noise = tl.load(noise_row + x, mask=x < vocab, other=1.0)
-                value, lane = _leader(p, noise, x < vocab)
+                value, lane = _race_winner(p, noise, x < vocab)
                 token = tl.where(value > best, first + lane, token)
                 best = tl.maximum(best, value)
-        # Not-a-number in P must not become a token that does not exist.
+        # NaN in P must not produce a token id outside the vocabulary.
         token = tl.minimum(token, vocab - 1)
     tl.store(next_tokens_ptr + request, token)
 
@@ -277,23 +282,23 @@ def verify_blocks(
     uniforms: torch.Tensor,
     noise: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many drafts of each request are kept, and the token behind them where not all are.
+    """The number of drafts kept per request, and the next token where not all are kept.
 
-    Launches on the current stream and waits for nothing, so that it can be captured in a CUDA graph; all shapes follow
-    from shapes. The outcome for a request does not depend on the others in the batch.
+    Launches on the current stream without synchronisation; all shapes depend on shapes only, so that it can be captured
+    in a CUDA graph. The result of a request does not depend on the others of the batch.
 
     Args:
-        draft_token_ids: int32 or int64 ``[N]``, the drafts of all requests one after another, in ``[0, V)`` or -1 for
-            padding, which is refused together with all that follows it.
-        ends: int32 ``[B]``, drafts up to the end of each request: the inclusive cumulative sum of their numbers.
-        draft_probs: float32 ``[N, V]``, what each draft token was drawn from (rows of padding are not read); None if
-            every draft is certain, so that its distribution is one-hot.
+        draft_token_ids: int32 or int64 ``[N]``: the drafts of all requests one after another, in ``[0, V)`` or -1 for
+            padding, which is refused together with everything after it.
+        ends: int32 ``[B]``: inclusive cumulative sum of the numbers of drafts.
+        draft_probs: float32 ``[N, V]``: the distribution that each draft token was drawn from (rows of padding are not
+            read); None if every draft is certain (one-hot distributions).
         target_probs: float32 ``[N, V]``, the target's distribution at each draft's position, given the drafts before.
         uniforms: float32 ``[N]``, uniform in [0, 1), independent.
         noise: float32 ``[B, V]``, exponential with mean 1, strictly positive, independent.
 
     Returns:
-        int32 ``[B]``, number of drafts kept; int32 ``[B]``, the next token, -1 where all are kept.
+        int32 ``[B]``: number of drafts kept; int32 ``[B]``: the next token, -1 where all are kept.
 
     Raises:
         ValueError: a type or shape is not as above, or a last dimension is not contiguous.

@@ -2,26 +2,25 @@
 
 ::
 
-    x  = residual + attention @ Wo.T                        _project: a program a tile of columns of x
-    h  = silu(n @ Wg.T) * (n @ Wu.T),  n = RMSNorm(x) * g   _gate_and_up: a program a tile of columns of h
-    y  = h @ Wd.T, and x if it shall be added               _down: a program a tile of columns of y and part of h
+    x  = residual + attention @ Wo.T                        _project: one program per tile of columns of x
+    h  = silu(n @ Wg.T) * (n @ Wu.T),  n = RMSNorm(x) * g   _gate_and_up: one program per tile of columns of h
+    y  = h @ Wd.T, plus x if requested                      _down: one program per tile of columns of y and part of h
 
-A launch must see all of what the one before wrote, so that fewer than three would need a barrier across the device.
-What falls away against one kernel an operation are the launches for norm and activation and their trips to memory:
-``_project`` adds the residual and leaves each tile's sum of squares, ``_gate_and_up`` turns these into the norm's
-factor, which it applies to the products' results, and multiplies the norm's weights into x while it loads it; ``_down``
-is cut along h, and the last program to arrive adds the parts and x (as in ``attention_tiles``; nobody waits). Where the
-next layer's norm adds the residual, as in vLLM, x and what is added to it are returned apart.
+Every launch needs the complete output of the one before, so fewer than three would need a barrier across the device.
+Against one kernel per operation it saves the launches of norm and activation and their memory traffic: ``_project``
+adds the residual and writes each tile's sum of squares; ``_gate_and_up`` multiplies x by the norm's weights while
+loading it and applies the norm's factor to the products; ``_down`` is cut along h, and the last program to arrive adds
+the parts and x (as in ``attention_tiles``, without waiting). Where the next layer's norm adds the residual, as in vLLM,
+x and the output of the feed-forward are returned separately.
 
-Roofline. With ``A`` columns of attention, hidden size ``H``, ``I`` of the feed-forward and batches up to 16, weights
-of ``A H + 3 H I`` numbers are read once, and nothing else is of that size. Separate kernels read them just as fast;
-what they cost on top is launches, each of which drains the device, and activations that go to memory and back,
-``16 * (6 H + 4 I)`` numbers at most, 1.3 % of the weights for H = 2048, I = 8192. In BF16 the weights of a layer take
-33 microseconds at 3.35 TB/s for a 1B model (A = H = 2048, I = 8192) and 115 for 8B (A = H = 4096, I = 14336). So if
-the two launches that fall away cost 2 microseconds each, the ceiling is 11 % for 1B and 3 % for 8B, and less where a
-CUDA graph hides launches. In larger batches arithmetic counts, where libraries are better. Small models, so draft
-models, can gain most; with FP8 weights the same microseconds are twice the share. Nothing of this is measured on a
-device yet.
+Roofline. With ``A`` columns of attention, hidden size ``H``, inner size ``I`` and batches up to 16, ``A H + 3 H I``
+weights are read once and dominate the traffic. Separate kernels read them equally fast; their extra cost is launches,
+each of which drains the device, and activations that go to memory and back: at most ``16 * (6 H + 4 I)`` elements, 1.3
+% of the weights for H = 2048, I = 8192. In BF16 the weights of a layer take 33 microseconds at 3.35 TB/s for a 1B model
+(A = H = 2048, I = 8192) and 115 for 8B (A = H = 4096, I = 14336). If each of the two saved launches costs 2
+microseconds, the upper bound of the gain is 11 % for 1B and 3 % for 8B, and less if a CUDA graph hides launches. Larger
+batches are bound by arithmetic, where libraries are better. Small models, hence draft models, gain most; with FP8
+weights the relative gain doubles. None of this has been measured on a device.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ import triton.language as tl
 from vllm_instant_kernels.fp8 import from_e4m3
 
 MAX_ROWS = 16
-"""Rows of a batch: what a tensor core takes at least."""
+"""Maximum rows of a batch: the rows of the smallest tensor core product."""
 
 
 @triton.jit
@@ -69,7 +68,7 @@ def _product(
 
 @triton.jit
 def _scaled(product, scales_ptr, columns, IS_BYTES: tl.constexpr):
-    """A product with quantised weights, times the scale of each output."""
+    """The product times the scale of each output column, if the weights are quantised (256: see ``from_e4m3``)."""
     if scales_ptr is not None:
         scales = tl.load(scales_ptr + columns)
         product = product * (scales * (256.0 if IS_BYTES else 1.0))[None, :]
@@ -105,7 +104,7 @@ def _project(
     x = product + tl.load(residual_ptr + cells, mask=mask, other=0.0).to(tl.float32)
     x = x.to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + cells, x, mask=mask)
-    # The norm is that of the rounded sum, as it is without fusion.
+    # The norm is of the rounded sum, as without fusion.
     x = x.to(tl.float32)
     tl.store(squares_ptr + tile * ROWS + rows, tl.sum(x * x, axis=1))
 
@@ -129,12 +128,12 @@ def _gate_and_up(
     STEP: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
-    """Grid ``[INNER / COLUMNS]``. Writes ``h``; rows of the weight are those of the gate, then those of up."""
+    """Grid ``[INNER / COLUMNS]``. Writes ``h``; the weight has the rows of the gate, then the rows of up."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.arange(0, ROWS)
     gate = tl.zeros([ROWS, COLUMNS], tl.float32)
     up = tl.zeros([ROWS, COLUMNS], tl.float32)
-    # Both products in one loop: x is loaded once.
+    # Both products in one loop, so that x is loaded once.
     for start in range(0, HIDDEN, STEP):
         k = start + tl.arange(0, STEP)
         is_k = k < HIDDEN
@@ -149,10 +148,12 @@ def _gate_and_up(
         up = tl.dot(x, from_e4m3(weight, PRODUCTS), up, input_precision="ieee")
     tiles = tl.arange(0, TILES_PADDED)
     squares = tl.load(squares_ptr + tiles[:, None] * ROWS + rows[None, :], mask=(tiles < TILES)[:, None], other=0.0)
+    # RMSNorm: x / sqrt(mean(x^2) + epsilon); the factor of a row commutes with the product.
     factor = tl.rsqrt(tl.sum(squares, axis=0) / HIDDEN + epsilon)[:, None]
     is_bytes: tl.constexpr = weight_ptr.dtype.element_ty == tl.uint8
     gate = _scaled(gate, scales_ptr, columns, is_bytes) * factor
     up = _scaled(up, scales_ptr, INNER + columns, is_bytes) * factor
+    # silu(g) = g / (1 + e^-g)
     h = gate / (1.0 + tl.exp2(gate * -1.4426950408889634)) * up
     tl.store(
         h_ptr + rows[:, None] * INNER + columns[None, :], h.to(h_ptr.dtype.element_ty), mask=(rows < count)[:, None]
@@ -188,6 +189,7 @@ def _down(
     product = _product(h_ptr, INNER, weight_ptr, rows, columns, count, first, end, INNER, ROWS, COLUMNS, STEP, PRODUCTS)
     cells = rows[:, None] * HIDDEN + columns[None, :]
     tl.store(sums_ptr + split * ROWS * HIDDEN + cells, product)
+    # Every thread must have stored before one of them increments the counter.
     tl.debug_barrier()
     arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu")
     if arrived == SPLITS - 1:
@@ -206,15 +208,15 @@ def _down(
 class Weight:
     """A matrix of a linear layer, ``[outputs, inputs]``, contiguous.
 
-    FP8 weights are ``float8_e4m3fn``, or ``uint8`` with the same bytes for devices without such numbers.
+    FP8 weights are ``float8_e4m3fn``, or ``uint8`` with the same bytes for devices without FP8.
     """
 
     numbers: torch.Tensor
     scales: torch.Tensor | None = None
-    """float32 ``[outputs]`` for FP8: an output's weights are the stored numbers times its scale."""
+    """float32 ``[outputs]`` for FP8: factors on the stored numbers."""
 
     def check(self, name: str, outputs: int, inputs: int) -> None:
-        """Raise ValueError where shape, layout or scales are others."""
+        """Raise ValueError unless shape, layout and scales are as expected."""
         is_fp8 = self.numbers.element_size() == 1
         found = None if self.scales is None else tuple(self.scales.shape)
         wanted = (outputs,) if is_fp8 else None
@@ -227,22 +229,22 @@ class Weight:
 
 @dataclass(frozen=True)
 class FeedForwardWeights:
-    """What the second half of a decoder layer has."""
+    """The weights of the second half of a decoder layer."""
 
     output: Weight
-    """Of the attention: ``[H, A]``."""
+    """Output projection of the attention, ``[H, A]``."""
     norm: torch.Tensor
     """``[H]``."""
     gate_and_up: Weight
-    """``[2 I, H]``, the gate first."""
+    """``[2 I, H]``, the rows of the gate first."""
     down: Weight
     """``[H, I]``."""
     epsilon: float = 1e-5
 
 
-def _columns(outputs: int, most: int) -> int:
-    """A power of two that divides ``outputs``, from 16 to ``most``."""
-    columns = most
+def _columns(outputs: int, largest: int) -> int:
+    """The largest power of two that divides ``outputs``, from 16 to ``largest``."""
+    columns = largest
     while columns > 16 and outputs % columns:
         columns //= 2
     if outputs % columns:
@@ -251,10 +253,10 @@ def _columns(outputs: int, most: int) -> int:
 
 
 def counters_for(hidden: int, device: torch.device) -> torch.Tensor:
-    """What calls for a layer with this hidden size count arrivals in, int32; every call leaves zeros behind.
+    """Arrival counters for layers of this hidden size, int32; every call resets them to 0.
 
-    A call without makes and clears its own, which is one more launch. Calls that may run at the same time must not
-    share one.
+    A call without counters allocates and clears its own, which is one more launch. Calls that may run at the same time
+    must not share counters.
     """
     return torch.zeros(hidden // 16, dtype=torch.int32, device=device)
 
@@ -262,15 +264,15 @@ def counters_for(hidden: int, device: torch.device) -> torch.Tensor:
 def fused_feed_forward(
     attention: torch.Tensor, residual: torch.Tensor, weights: FeedForwardWeights, splits: int = 4
 ) -> torch.Tensor:
-    """The residual stream behind a layer, from the attention's output and the residual before it.
+    """The residual stream after a layer, from the attention's output and the residual before it.
 
-    Three launches on the current stream; waits for nothing. A row's outcome does not depend on the others.
+    Three launches on the current stream, without synchronisation. The output of a row does not depend on the others.
 
     Args:
-        attention: float16, bfloat16 or float32 ``[rows, A]`` with 1 to 16 rows, contiguous, as is the next.
-        residual: ``[rows, H]``.
-        weights: of the layer; H and I must be multiples of 16.
-        splits: parts that the last product is cut into.
+        attention: float16, bfloat16 or float32 ``[rows, A]`` with 1 to 16 rows, contiguous.
+        residual: ``[rows, H]``, contiguous.
+        weights: the layer's weights; H and I must be multiples of 16.
+        splits: number of parts of the last product.
 
     Returns:
         ``[rows, H]``, of the residual's type.
@@ -279,24 +281,24 @@ def fused_feed_forward(
         ValueError: a shape or layout is not as above.
 
     """
-    return _launched(attention, residual, weights, splits, True, None)[0]
+    return _launch(attention, residual, weights, splits, True, None)[0]
 
 
-def feed_forward_apart(
+def feed_forward_parts(
     attention: torch.Tensor,
     residual: torch.Tensor,
     weights: FeedForwardWeights,
     splits: int = 4,
     counters: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in two parts: what the feed-forward adds, and the residual stream that it is to be added to.
+    """As ``fused_feed_forward``, in two parts: the output of the feed-forward, and the residual stream to add it to.
 
     Args:
-        attention: as above, like the next two and ``splits``.
+        attention: as above.
         residual: as above.
         weights: as above.
         splits: as above.
-        counters: of ``counters_for``, or none.
+        counters: from ``counters_for``; None to allocate them.
 
     Returns:
         ``h @ Wd.T`` and ``x``, each ``[rows, H]`` and of the residual's type.
@@ -305,10 +307,10 @@ def feed_forward_apart(
         ValueError: a shape or layout is not as above.
 
     """
-    return _launched(attention, residual, weights, splits, False, counters)
+    return _launch(attention, residual, weights, splits, False, counters)
 
 
-def _launched(
+def _launch(
     attention: torch.Tensor,
     residual: torch.Tensor,
     weights: FeedForwardWeights,
@@ -333,7 +335,7 @@ def _launched(
     kinds = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     products = kinds[attention.dtype]
     if products == tl.bfloat16 and triton.knobs.runtime.interpret:
-        # Triton's interpreter multiplies bfloat16 wrongly.
+        # Triton's interpreter computes products of bfloat16 wrongly.
         products = tl.float32
     of_hidden, of_inner = _columns(hidden, 32), _columns(inner, 32)
     tiles = hidden // of_hidden

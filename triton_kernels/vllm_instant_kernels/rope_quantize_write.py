@@ -1,13 +1,13 @@
-"""Rotate queries and keys, quantise keys and values, and write them into a paged cache, in one launch.
+"""Rotary embedding, quantisation of keys and values, and the write into a paged cache, in one launch.
 
-Separately that is three launches, and between them keys go to memory and back twice: once rotated in 16 bits, once read
-to be quantised. Here a program takes some heads of one token: queries are rotated, keys are rotated, quantised and
-written with their values and both scales, so that each row of the cache is written by one program. Keys are quantised
-from the float32 result of the rotation.
+Separate kernels take three launches, between which keys go to memory and back: rotated in 16 bits, then read to be
+quantised. Here a program takes some heads of one token: it rotates queries, or it rotates and quantises keys and writes
+them with their values and both scales, so that each row of the cache is written by one program. Keys are quantised from
+the float32 result of the rotation (RoPE, Su et al. 2021).
 
 Per token and KV head, with a head size of 128 and 16-bit inputs, a step must read 512 bytes and write 264; with the
-queries of a group of four another 1024 each way. For 16 tokens all of that is a few hundred kilobytes: what the launch
-saves is latency, not bandwidth.
+queries of a group of four another 1024 each way. For 16 tokens that is a few hundred kilobytes in all: fusing saves
+latency, not bandwidth.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from vllm_instant_kernels.cache_layout import CacheViews
 from vllm_instant_kernels.fp8 import scale_of, to_e4m3
 
 HEADS = 4
-"""Heads that a program takes."""
+"""Heads per program."""
 
 
 @triton.jit
 def _rotate(x_ptr, cos_sin_ptr, is_row, ROTARY: tl.constexpr, HALF: tl.constexpr):
-    """Both halves of the rotated part, float32 ``[heads, HALF]``; ``x_ptr`` points to each head's first number."""
+    """Both halves of the rotated part, float32 ``[heads, HALF]``; ``x_ptr`` points to the first element of each head.
+
+    (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin) for the pair of elements ``i`` and ``i + ROTARY / 2``.
+    """
     lane = tl.arange(0, HALF)
     inside = lane < ROTARY // 2
     mask = is_row[:, None] & inside[None, :]
@@ -76,8 +79,8 @@ def _rope_quantize_write(
 ):
     """Grid ``[tokens, groups of query heads + groups of KV heads]``; without rotation there are no query programs.
 
-    ``ROTARY`` numbers of a head are rotated, ``HALF`` is the power of two from half of them, ``REST`` that from what
-    follows them, or 0.
+    ``ROTARY`` elements of a head are rotated. ``HALF`` is half of them rounded up to a power of two, ``REST`` the
+    number of the remaining elements rounded up likewise, or 0.
     """
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
@@ -143,7 +146,7 @@ def _rope_quantize_write(
 
 @triton.jit
 def _store(source, target, scales_ptr, scale_row, lane, whole, is_head):
-    """Some heads of one token into the cache as they are, quantised if there are scales."""
+    """Write some heads of one token to the cache without rotation, quantised if there are scales."""
     stored: tl.constexpr = target.dtype.element_ty
     x = tl.load(source[:, None] + lane[None, :], mask=whole, other=0.0)
     if scales_ptr is not None:
@@ -165,17 +168,17 @@ def rope_quantize_write(
     cos_sin: torch.Tensor,
     rotated_query: torch.Tensor,
 ) -> None:
-    """Rotate, quantise and write; launches once on the current stream and waits for nothing.
+    """Rotate, quantise and write in one launch on the current stream, without synchronisation.
 
-    Rotation is that of GPT-NeoX: number ``i`` of a head goes with number ``i + rotary / 2``. Numbers from ``rotary`` on
-    stay as they are. If the cache is not quantised, keys and values are written in its type.
+    The rotation is that of GPT-NeoX: element ``i`` of a head is paired with element ``i + rotary / 2``; elements from
+    ``rotary`` on are not rotated. If the cache is not quantised, keys and values are written in its type.
 
     Args:
         query: 16 or 32-bit floats ``[tokens, query heads, head]``, last stride 1, as for all of these.
         key: ``[at least tokens, KV heads, head]``.
         value: ``[at least tokens, KV heads, head]``.
-        cache: where keys and values go.
-        slots: integers ``[tokens]``, ``block * block_size + place``; of a token with -1 nothing is written.
+        cache: the cache to write to.
+        slots: integers ``[tokens]``, ``block * block_size + offset``; nothing is written for a token with -1.
         positions: integers ``[tokens]``.
         cos_sin: ``[positions, rotary]``: cosines of ``rotary / 2`` angles, then their sines.
         rotated_query: written, ``[tokens, query heads, head]``; may be ``query`` itself.
@@ -200,7 +203,7 @@ def rope_quantize_write(
 
 
 def quantize_write(key: torch.Tensor, value: torch.Tensor, cache: CacheViews, slots: torch.Tensor) -> None:
-    """Write keys that are rotated already, and values; as ``rope_quantize_write`` does."""
+    """As ``rope_quantize_write``, for keys that are already rotated."""
     _launch(None, key, value, cache, slots, None, None, None)
 
 

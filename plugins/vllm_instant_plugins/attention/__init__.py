@@ -1,1 +1,1 @@
-"""Attention over an FP8 cache by this project's Triton kernels."""
+"""Attention over an FP8 KV cache by this project's Triton kernels."""

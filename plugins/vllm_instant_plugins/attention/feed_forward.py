@@ -1,4 +1,4 @@
-"""The fused feed-forward kernels as a part of the plugin ``fp8_fused``."""
+"""The fused feed-forward kernels, for the plugin ``fp8_fused``."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from vllm_instant_kernels.fused_feed_forward import (
     FeedForwardWeights,
     Weight,
     counters_for,
-    feed_forward_apart,
+    feed_forward_parts,
 )
 
 SPLITS = 4
-"""Parts that the last product is cut into."""
+"""Parts of the last product."""
 
 
 class FusedFeedForward(FeedForwardProvider):
-    """Three launches a layer, for batches of up to 16 rows.
+    """Three launches per layer, for batches of up to 16 rows.
 
     Args:
-        interprets: whether kernels run in Triton's interpreter.
+        interprets: whether the kernels run in Triton's interpreter.
 
     """
 
@@ -34,10 +34,10 @@ class FusedFeedForward(FeedForwardProvider):
 
     def unsupported_reason(self, layer: FeedForwardLayer) -> str | None:
         if layer.dtype not in (torch.float16, torch.bfloat16) and not self._interprets:
-            return f"the model computes in {layer.dtype}, and the kernels serve float16 and bfloat16"
+            return f"the model computes in {layer.dtype}, and the kernels support float16 and bfloat16"
         hidden, inner = layer.down.numbers.shape
         if hidden % 16 or inner % 16:
-            return f"the sizes of the layer are {hidden} and {inner}, and the kernels serve multiples of 16"
+            return f"the layer has sizes {hidden} and {inner}, and the kernels support multiples of 16"
         return None
 
     def serve(
@@ -50,13 +50,13 @@ class FusedFeedForward(FeedForwardProvider):
             self._weight(layer.down),
             layer.epsilon,
         )
-        # Of each layer its own: whatever runs side by side, the same layer does not.
+        # One set of counters per layer: different layers may run at the same time, the same layer does not.
         counters = counters_for(len(layer.norm), layer.norm.device)
-        return partial(feed_forward_apart, weights=weights, splits=SPLITS, counters=counters)
+        return partial(feed_forward_parts, weights=weights, splits=SPLITS, counters=counters)
 
     def _weight(self, weights: LinearWeights) -> Weight:
         numbers = weights.numbers
-        # The interpreter has no such numbers; of bytes the kernels make them by themselves.
+        # The interpreter has no FP8 type; the kernels convert uint8 with the same bytes themselves.
         if self._interprets and numbers.dtype == torch.float8_e4m3fn:
             numbers = numbers.view(torch.uint8)
         return Weight(numbers, weights.scales)

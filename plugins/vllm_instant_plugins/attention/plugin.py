@@ -1,4 +1,4 @@
-"""The plugins of the slot ``attention``."""
+"""The plugins ``fp8_fused`` and ``fp8``: their options and how they are built."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ class FusedOptions(PluginOptions):
     longest_piece: int = Field(
         128,
         ge=0,
-        description="Steps in which a prompt brings more tokens than this are left to vLLM's kernel.",
+        description="Maximum number of prompt tokens per request and step for the fused kernels; steps with longer "
+        "chunks use vLLM's own kernel.",
     )
     feed_forward: bool = Field(
         False,
-        description="Whether the rest of each decoder layer runs as one operation in batches of up to 16 tokens.",
+        description="Whether the rest of each decoder layer runs as one fused operation in batches of up to 16 tokens.",
     )
     rotate: bool = Field(
         False,
-        description="Rotate queries and keys in the launch that writes the cache, instead of in vLLM's own before it.",
+        description="Whether queries and keys are rotated in the launch that writes the cache, instead of before it.",
     )
 
 
@@ -45,7 +46,7 @@ PLUGINS = (
     Plugin(
         slot="attention",
         name="fp8_fused",
-        summary="FP8 KV cache with a scale a token and head, read and written by our kernels; NVIDIA GPUs from 8.9 on",
+        summary="FP8 KV cache with one scale per token and head by fused kernels; NVIDIA GPUs from capability 8.9",
         lossy=True,
         options=FusedOptions,
         build=_fused,

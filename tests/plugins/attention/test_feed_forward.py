@@ -1,4 +1,4 @@
-"""The feed-forward of ``fp8_fused``: when it is offered, what it refuses, what its kernels get."""
+"""The feed-forward of ``fp8_fused``: its option, refused layers and the arguments of the kernels."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def _layer(hidden=64, inner=96, dtype=torch.bfloat16, fp8=False):
     return FeedForwardLayer(weights(hidden, 128), norm, 1e-5, weights(2 * inner, hidden), weights(hidden, inner), dtype)
 
 
-def test_nobody_gets_it_without_asking(monkeypatch):
+def test_it_is_off_by_default(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     [plugin] = [plugin for plugin in PLUGINS if plugin.name == "fp8_fused"]
     context = PluginContext(
@@ -34,26 +34,26 @@ def test_nobody_gets_it_without_asking(monkeypatch):
     assert part.max_rows == 16
 
 
-def test_what_the_kernels_do_not_serve_gets_a_sentence():
+def test_unsupported_layers_are_refused_with_a_reason():
     part = FusedFeedForward(interprets=False)
     assert part.unsupported_reason(_layer()) is None
     assert part.unsupported_reason(_layer(fp8=True)) is None
     assert part.unsupported_reason(_layer(hidden=72)) == (
-        "the sizes of the layer are 72 and 96, and the kernels serve multiples of 16"
+        "the layer has sizes 72 and 96, and the kernels support multiples of 16"
     )
     assert part.unsupported_reason(_layer(inner=100)) == (
-        "the sizes of the layer are 64 and 100, and the kernels serve multiples of 16"
+        "the layer has sizes 64 and 100, and the kernels support multiples of 16"
     )
     assert part.unsupported_reason(_layer(dtype=torch.float32)) == (
-        "the model computes in torch.float32, and the kernels serve float16 and bfloat16"
+        "the model computes in torch.float32, and the kernels support float16 and bfloat16"
     )
     assert FusedFeedForward(interprets=True).unsupported_reason(_layer(dtype=torch.float32)) is None
 
 
 @pytest.mark.parametrize("interprets", [False, True])
-def test_what_the_kernels_get(monkeypatch, interprets):
+def test_weights_are_passed_to_the_kernels_in_their_types(monkeypatch, interprets):
     called = []
-    monkeypatch.setattr(module, "feed_forward_apart", lambda *arguments, **options: called.append((arguments, options)))
+    monkeypatch.setattr(module, "feed_forward_parts", lambda *arguments, **options: called.append((arguments, options)))
     layer = _layer(fp8=True)
     attention, residual = torch.zeros(3, 128), torch.zeros(3, 64)
     part = FusedFeedForward(interprets)
@@ -73,6 +73,6 @@ def test_what_the_kernels_get(monkeypatch, interprets):
     assert options["counters"].data_ptr() != of_another["counters"].data_ptr()
 
 
-def test_the_whole_plugin_has_none_by_default(monkeypatch):
+def test_the_plugin_has_no_feed_forward_by_default(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     assert FusedAttention("cpu", 100).feed_forward() is None

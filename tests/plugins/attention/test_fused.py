@@ -1,4 +1,4 @@
-"""``fp8_fused`` as a plugin: what it refuses, what it leaves to vLLM, which kernel it takes."""
+"""The plugin ``fp8_fused``: refused devices and layers, steps left to vLLM, and the kernel of a step."""
 
 import pytest
 import torch
@@ -18,44 +18,44 @@ def in_interpreter(monkeypatch):
     return FusedAttention("cpu", 100)
 
 
-def _on_gpu(monkeypatch, capability, longest_piece=100):
+def _on_gpu(monkeypatch, capability, max_chunk=100):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    return FusedAttention("cuda", longest_piece)
+    return FusedAttention("cuda", max_chunk)
 
 
 @pytest.mark.parametrize("device", ["cpu", "xpu"])
-def test_devices_without_fp8_numbers_are_refused(device):
-    with pytest.raises(ValueError, match=f"8.9 or later, and this is {device}; choose attention.plugin=fp8 or native"):
+def test_devices_without_fp8_are_refused(device):
+    with pytest.raises(ValueError, match=f"8.9 or later, found {device}; choose attention.plugin=fp8 or native"):
         FusedAttention(device, 100)
 
 
 def test_older_gpus_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"and this is a GPU of compute capability 8\.0"):
+    with pytest.raises(ValueError, match=r"found a GPU of compute capability 8\.0"):
         _on_gpu(monkeypatch, (8, 0))
     assert _on_gpu(monkeypatch, (8, 9)).unsupported_reason(128, torch.bfloat16) is None
 
 
-def test_layers_that_it_does_not_serve_get_a_sentence(monkeypatch):
+def test_unsupported_layers_are_refused_with_a_reason(monkeypatch):
     plugin = _on_gpu(monkeypatch, (9, 0))
     assert plugin.unsupported_reason(96, torch.float16) is None
     assert (
         plugin.unsupported_reason(72, torch.float16)
-        == "heads are of size 72, and it serves multiples of 16 from 32 to 256"
+        == "the head size is 72; supported are multiples of 16 from 32 to 256"
     )
-    assert "of size 512" in plugin.unsupported_reason(512, torch.float16)
+    assert "head size is 512" in plugin.unsupported_reason(512, torch.float16)
     assert plugin.unsupported_reason(64, torch.float32) == (
-        "the model computes in torch.float32, and it serves float16 and bfloat16"
+        "the model computes in torch.float32; supported are float16 and bfloat16"
     )
 
 
-def test_kv_memory_a_token(in_interpreter):
+def test_a_row_of_the_cache_takes_272_bytes_at_head_size_128(in_interpreter):
     assert in_interpreter.row_bytes(128) == 272
 
 
 @pytest.mark.parametrize(
     ("most", "kernel"), [(1, "paged_attention"), (16, "paged_attention"), (17, "prefill_attention"), (101, None)]
 )
-def test_which_kernel(monkeypatch, most, kernel):
+def test_the_number_of_query_tokens_selects_the_kernel(monkeypatch, most, kernel):
     called = []
     monkeypatch.setattr(fused, "workspace_for", lambda *_: "workspace")
     for name in ("paged_attention", "prefill_attention"):
@@ -74,7 +74,7 @@ def test_which_kernel(monkeypatch, most, kernel):
 
 
 @pytest.mark.parametrize(("rotate", "is_neox"), [(True, True), (True, False), (False, True)])
-def test_what_it_rotates(monkeypatch, rotate, is_neox):
+def test_it_rotates_if_enabled_and_the_rotation_is_neox(monkeypatch, rotate, is_neox):
     called = []
     monkeypatch.setattr(fused, "rope_quantize_write", lambda *arguments: called.append(arguments))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -92,10 +92,10 @@ def test_what_it_rotates(monkeypatch, rotate, is_neox):
         assert views.key_scales is parts.key_scales
 
 
-def test_it_does_not_rotate_unless_told():
+def test_it_does_not_rotate_by_default():
     assert not FusedOptions().rotate
 
 
-def test_the_cache_must_have_bytes(in_interpreter):
-    with pytest.raises(ValueError, match=r"the cache is of torch\.float16; it must be of a type of one byte"):
+def test_the_cache_must_have_a_type_of_one_byte(in_interpreter):
+    with pytest.raises(ValueError, match=r"the cache has type torch\.float16; it must be a type of one byte"):
         in_interpreter.parts(torch.zeros(2, 2, 16, 128, dtype=torch.float16), LAYER)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from feed_forward_cases import feed_forward_apart_reference
+from feed_forward_cases import feed_forward_parts_reference
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.interfaces.attention import AttentionProvider
@@ -40,7 +40,7 @@ class Plain(FeedForwardProvider):
             self.rows.append(len(attended))
             if self.fails:
                 raise RuntimeError("compute failed on purpose")
-            parts = feed_forward_apart_reference(attended, residual, layer.norm, made, layer.epsilon)
+            parts = feed_forward_parts_reference(attended, residual, layer.norm, made, layer.epsilon)
             return tuple(part.to(layer.dtype) for part in parts)
 
         return compute
