@@ -159,7 +159,7 @@ def launch_attention(
         starts,
         workspace.sums,
         workspace.arrivals,
-        requests,
+        requests if max_query_tokens is None else None,
         splits,
         scale * LOG2_E,
         *query.stride()[:2],
