@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.interfaces.streaming import EngineLoad, PinLimits, SessionLimits, StreamingPrefill
-from vllm_instant.streaming.engine import Early, Prompt, RequestError
+from vllm_instant.streaming.engine import CommitFlag, Prompt, RequestError
 from vllm_instant.streaming.metrics import StreamingMetrics
 from vllm_instant.streaming.session_manager import SessionManager
 from vllm_instant.tools.demo.assets import ASSETS
@@ -101,7 +101,7 @@ class FakeEngine:
             raise RequestError(f"the prompt has {len(ids)} tokens")
         return Prompt(ids)
 
-    async def hold(self, name: str, holds: PinLimits) -> str | None:
+    async def pin(self, name: str, limits: PinLimits) -> str | None:
         if self.unsupported_reason is None:
             self.holding.append(name)
         await self.hold_gate.wait()
@@ -110,8 +110,8 @@ class FakeEngine:
     async def unpin(self, name: str) -> None:
         self.holding.remove(name)
 
-    async def prefill(self, prompt: Prompt, length: int, affinity: int, hold: str | None = None) -> None:
-        self.held_for.append(hold)
+    async def prefill(self, prompt: Prompt, length: int, affinity: int, session: str | None = None) -> None:
+        self.held_for.append(session)
         self.at_once += 1
         self.max_at_once = max(self.max_at_once, self.at_once)
         try:
@@ -125,9 +125,9 @@ class FakeEngine:
             self.at_once -= 1
 
     async def answer(
-        self, request: Mapping[str, Any], affinity: int, early: Early | None = None, hold: str | None = None
+        self, request: Mapping[str, Any], affinity: int, commit: CommitFlag | None = None, session: str | None = None
     ) -> AsyncIterator[dict[str, Any]]:
-        self.held_for.append(hold)
+        self.held_for.append(session)
         ids = (await self.render(request)).token_ids
         self.open_answers += 1
         self.answered.append(dict(request))

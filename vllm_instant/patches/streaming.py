@@ -28,14 +28,14 @@ from vllm_instant.patches.engine_core import HOLD_METHOD, LET_GO_METHOD
 from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.pinned_prefixes import HOLD
 from vllm_instant.patches.plugin_factory import PluginStartError, build_guarded, context_of
-from vllm_instant.streaming.engine import ChatRequest, Early, Prompt, RequestError
+from vllm_instant.streaming.engine import ChatRequest, CommitFlag, Prompt, RequestError
 
 logger = logging.getLogger("vllm.instant")
 
 MODULE = "vllm.v1.engine.output_processor"
 PREFILL_PREFIX = "instant-prefill-"
 _EARLY_PREFIX = "instant-early-"
-_EARLY: dict[str, Early] = {}
+_EARLY: dict[str, CommitFlag] = {}
 """Answers that were begun before their commit, by request id."""
 LOWEST_PRIORITY = 1_000_000
 """vLLM serves low numbers first, where it is told to heed priorities."""
@@ -70,7 +70,7 @@ class VllmStreamingEngine:
         shared = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
         self._ranks = 1 if shared else parallel.data_parallel_size
         self._prefills = 0
-        self._early: list[Early] = []
+        self._early: list[CommitFlag] = []
 
     @property
     def block_size(self) -> int:
@@ -78,7 +78,7 @@ class VllmStreamingEngine:
 
     def load(self) -> EngineLoad:
         unfinished = self._client.get_num_unfinished_requests()
-        ahead = self._prefills + sum(not early.wanted for early in self._early)
+        ahead = self._prefills + sum(not early.committed for early in self._early)
         return EngineLoad(max(0, unfinished - ahead), self._max_running * self._ranks, ahead)
 
     async def render(self, request: ChatRequest) -> Prompt:
@@ -98,7 +98,7 @@ class VllmStreamingEngine:
             return Prompt([])
         return Prompt(list(inputs[0]["prompt_token_ids"]), (inputs[0].get("cache_salt"), lora))
 
-    async def prefill(self, prompt: Prompt, length: int, affinity: int, hold: str | None = None) -> None:
+    async def prefill(self, prompt: Prompt, length: int, affinity: int, session: str | None = None) -> None:
         from vllm.exceptions import GracefulHTTPError, VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -110,7 +110,7 @@ class VllmStreamingEngine:
             temperature=0.0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"instant_speculation": "off", **_held(hold)},
+            extra_args={"instant_speculation": "off", **_held(session)},
         )
         self._prefills += 1
         try:
@@ -131,18 +131,18 @@ class VllmStreamingEngine:
             self._prefills -= 1
 
     async def answer(
-        self, request: ChatRequest, affinity: int, early: Early | None = None, hold: str | None = None
+        self, request: ChatRequest, affinity: int, commit: CommitFlag | None = None, session: str | None = None
     ) -> AsyncIterator[dict[str, Any]]:
         from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
         # Known only as long as it matters: the chat endpoint puts its own word before the id.
-        name = f"{_EARLY_PREFIX if early is not None else 'instant-'}{uuid4().hex}"
-        extra = {**(request.get("vllm_xargs") or {}), **_held(hold)}
+        name = f"{_EARLY_PREFIX if commit is not None else 'instant-'}{uuid4().hex}"
+        extra = {**(request.get("vllm_xargs") or {}), **_held(session)}
         own = {"stream": True, "request_id": name} | ({"vllm_xargs": extra} if extra else {})
         chat_request = self._chat_request({**request, **own})
-        if early is not None:
-            _EARLY[f"chatcmpl-{name}"] = early
-            self._early.append(early)
+        if commit is not None:
+            _EARLY[f"chatcmpl-{name}"] = commit
+            self._early.append(commit)
         try:
             lines = await self._chat.create_chat_completion(chat_request, self._raw_request(affinity))
             if not hasattr(lines, "__aiter__"):
@@ -159,13 +159,13 @@ class VllmStreamingEngine:
         except (VLLMClientError, GracefulHTTPError, ValueError) as error:
             raise RequestError(str(error)) from None
         finally:
-            if early is not None:
-                self._early.remove(early)
+            if commit is not None:
+                self._early.remove(commit)
                 _EARLY.pop(f"chatcmpl-{name}", None)
 
-    async def hold(self, name: str, holds: PinLimits) -> str | None:
-        limits = (name, holds.max_sessions, holds.max_tokens, holds.max_cache_share)
-        answers = await self._client.engine_core.call_utility_all_async(HOLD_METHOD, *limits)
+    async def pin(self, name: str, limits: PinLimits) -> str | None:
+        arguments = (name, limits.max_sessions, limits.max_tokens, limits.max_cache_share)
+        answers = await self._client.engine_core.call_utility_all_async(HOLD_METHOD, *arguments)
         # With several engines the session's affinity chooses one; the others hold nothing.
         return next((unsupported_reason for unsupported_reason in answers if unsupported_reason is not None), None)
 
@@ -245,7 +245,7 @@ def _let_tokens_in(app: FastAPI, streaming: Any) -> None:
     for middleware in app.user_middleware:
         if getattr(middleware.cls, "__name__", "") == _AUTHENTICATION:
             (key, *_) = cast(list[str], middleware.kwargs["tokens"])
-            public = (DEMO_PATH,) if streaming.host.limits.demo_page else ()
+            public = (DEMO_PATH,) if streaming.manager.limits.demo_page else ()
             # Before everything: vLLM has put its middleware together by now.
             stack = app.middleware_stack or app.build_middleware_stack()
             app.middleware_stack = AuthMiddleware(stack, tokens=streaming.tokens, key=key, public=public)
@@ -257,7 +257,7 @@ def _is_counted(request_id: str) -> bool:
     if request_id.startswith(PREFILL_PREFIX):
         return False
     early = _EARLY.get(request_id)
-    return early is None or early.wanted
+    return early is None or early.committed
 
 
 def _change(module: ModuleType) -> None:

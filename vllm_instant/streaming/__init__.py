@@ -1,6 +1,6 @@
-"""Prompts that are read while they are still arriving: sessions, their rules and their routes, without vLLM.
+"""Prefill of prompts while they are still being typed: sessions, their limits and routes, without vLLM.
 
-``session`` follows one prompt, ``host`` all of them, ``routes`` is HTTP and WebSocket, ``engine`` says what is needed
-of an engine (``vllm_instant.patches.streaming`` has vLLM's). What is read when is up to the plugin of the slot
-``streaming``.
+``session`` follows one prompt, ``session_manager`` all sessions of a server; ``routes`` is HTTP and WebSocket;
+``engine`` is the interface to an engine, which ``vllm_instant.patches.streaming`` implements for vLLM. The plugin of
+the slot ``streaming`` decides what is prefilled, and when.
 """

@@ -1,4 +1,4 @@
-"""A client for prompts that are sent while they are being written.
+"""A client that sends prompts while they are being typed.
 
     async with StreamingSession("http://127.0.0.1:8000", model="demo") as session:
         await session.append("Why is the ")
@@ -6,7 +6,7 @@
         async for chunk in session.commit():
             print(chunk["choices"][0]["delta"].get("content") or "", end="")
 
-Needs the package ``websockets``, which vLLM brings along.
+The package ``websockets`` is a dependency of vLLM.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import websockets
 
 
 class StreamingError(Exception):
-    """The server refused something; the message is its own.
+    """An error of the server, with its message.
 
     Attributes:
-        code: the server's word for it.
+        code: Machine-readable kind of the error.
 
     """
 
@@ -33,14 +33,14 @@ class StreamingError(Exception):
 
 
 class StreamingSession:
-    """One conversation whose prompts are read ahead; an asynchronous context manager.
+    """One conversation whose prompts are prefilled while they are typed; an asynchronous context manager.
 
     Args:
-        url: the server, without ``/v1``.
-        api_key: of the server; or ``token``, a session token.
-        token: from ``POST /v1/instant/tokens``.
-        request: what a body of ``/v1/chat/completions`` may have: ``model``, ``messages`` (the system prompt and
-            earlier turns), ``temperature`` and so on.
+        url: URL of the server, without ``/v1``.
+        api_key: API key of the server.
+        token: A session token of ``POST /v1/instant/tokens``, instead of the key.
+        request: Fields of a body of ``/v1/chat/completions``: ``model``, ``messages`` (the system prompt and earlier
+            turns), ``temperature`` and so on.
 
     """
 
@@ -51,19 +51,19 @@ class StreamingSession:
         self._request = request
         self._connection: websockets.ClientConnection | None = None
         self.id = ""
-        """The session's name in the server, once it is open."""
+        """The server's id of the session, once it is open."""
         self.prefilled_tokens = 0
-        """How many tokens of the prompt had been read ahead when the server last said so."""
+        """Number of prefilled prompt tokens, as the server last reported it."""
         self.first_token_seconds: float | None = None
-        """From the last commit to the first token, as the server saw it."""
+        """Seconds from the last commit to the first token, measured by the server."""
 
     async def __aenter__(self) -> Self:
         try:
             self._connection = await websockets.connect(self._url, additional_headers=self._headers, max_size=None)
         except websockets.InvalidStatus as error:
             raise StreamingError(
-                f"{self._url} answers HTTP {error.response.status_code}: 401 wants an API key, 403 and 404 a server "
-                "with [streaming] plugin = 'chunked'",
+                f"{self._url} answers HTTP {error.response.status_code}; 401: an API key is needed, 403 and 404: the "
+                "server needs [streaming] plugin = 'chunked'",
                 "refused",
             ) from None
         try:
@@ -81,28 +81,28 @@ class StreamingSession:
             await self._connection.close()
 
     async def update(self, **request: Any) -> None:
-        """Replace the request apart from the text; earlier turns are what ``messages`` now says."""
+        """Replace the request except for the text; ``messages`` replaces the earlier turns."""
         self._request = request
         await self._send({"type": "session.update", "session": request})
         await self._next("session.updated")
 
     async def append(self, text: str) -> None:
-        """Add text at the end."""
+        """Append text."""
         await self._send({"type": "input_text.append", "text": text})
 
     async def replace(self, start: int, end: int | None, text: str) -> None:
-        """Put text in the place of ``start:end`` (characters); None: of everything from ``start``."""
+        """Replace the characters ``start:end`` by ``text``; with ``end`` None, all from ``start``."""
         await self._send({"type": "input_text.replace", "start": start, "end": end, "text": text})
 
     async def clear(self) -> None:
-        """Forget the text."""
+        """Delete the text."""
         await self._send({"type": "input_text.clear"})
 
     async def commit(self) -> AsyncIterator[dict[str, Any]]:
-        """The prompt is complete: the chunks of the answer, as ``/v1/chat/completions`` streams them.
+        """Commit the prompt and yield the chunks of the answer, as ``/v1/chat/completions`` streams them.
 
-        Whoever stops early should ``cancel``. Raises StreamingError where the request cannot be answered; the text is
-        then as before.
+        Call ``cancel`` to abort the answer. Raises ``StreamingError`` if the request cannot be answered; the text is
+        then unchanged.
         """
         await self._send({"type": "input_text.commit"})
         while (event := await self._next("response.chunk", "response.done"))["type"] != "response.done":
@@ -112,7 +112,7 @@ class StreamingSession:
         self.first_token_seconds = event.get("first_token_seconds")
 
     async def cancel(self) -> None:
-        """Stop the answer."""
+        """Abort the answer."""
         await self._send({"type": "response.cancel"})
         while (await self._next("response.chunk", "response.done"))["type"] != "response.done":
             pass
@@ -126,7 +126,7 @@ class StreamingSession:
             raise StreamingError(f"the server closed the session: {error}", "closed") from None
 
     async def _next(self, *types: str) -> dict[str, Any]:
-        """The next event of these types; raises StreamingError for an error."""
+        """Return the next event of these types; raises ``StreamingError`` for an error event."""
         if self._connection is None:
             raise StreamingError("the session is not open: use it with 'async with'", "closed")
         while True:

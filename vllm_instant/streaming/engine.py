@@ -1,4 +1,4 @@
-"""What sessions need of an engine."""
+"""The interface of sessions to an engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ChatRequest = Mapping[str, Any]
 
 
 class RequestError(Exception):
-    """A request that cannot be served; the message is for the client, ``code`` an HTTP status."""
+    """A request that cannot be served, with a message for the client and an HTTP status as ``code``."""
 
     def __init__(self, message: str, code: int = 400) -> None:
         super().__init__(message)
@@ -22,54 +22,58 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request as the engine would read it."""
+    """The tokenized prompt of a request."""
 
     token_ids: list[int]
-    """Empty where it cannot be read in parts."""
+    """Token ids of the prompt; empty if it cannot be prefilled in parts."""
     handle: Any = None
-    """The engine's own."""
+    """Data of the engine."""
 
 
 class StreamingEngine(Protocol):
-    """The way to an engine. Calls that are cancelled leave nothing behind in it.
+    """An engine. A cancelled call is aborted in the engine too.
 
-    ``affinity`` is a number of the session: what one session asks for goes where its prompt is cached.
+    ``affinity`` is the session's number: requests of one session go to the data-parallel rank that caches its prompt.
+    ``session`` is the session's name if its prefix is pinned.
     """
 
     @property
     def block_size(self) -> int:
-        """Tokens of a KV block."""
+        """Tokens per KV block."""
         ...
 
     def load(self) -> EngineLoad:
-        """How busy it is now."""
+        """Return the current load."""
         ...
 
     async def render(self, request: ChatRequest) -> Prompt:
-        """The prompt of a chat request, chat template included; raises RequestError."""
+        """Return the prompt of a chat request, with the chat template applied; raises ``RequestError``."""
         ...
 
-    async def prefill(self, prompt: Prompt, length: int, affinity: int, hold: str | None = None) -> None:
-        """Have the first ``length`` tokens of a prompt in the prefix cache; ``hold``: of the session of this name."""
+    async def prefill(self, prompt: Prompt, length: int, affinity: int, session: str | None = None) -> None:
+        """Prefill the first ``length`` tokens of a prompt."""
         ...
 
     def answer(
-        self, request: ChatRequest, affinity: int, early: Early | None = None, hold: str | None = None
+        self, request: ChatRequest, affinity: int, commit: CommitFlag | None = None, session: str | None = None
     ) -> AsyncIterator[dict[str, Any]]:
-        """The chunks of the answer in OpenAI's chat-chunk format; raises RequestError. ``early``: not asked for yet."""
+        """Yield the chunks of the answer in OpenAI's format; raises ``RequestError``.
+
+        ``commit`` belongs to a speculative answer, whose prompt may not be committed yet.
+        """
         ...
 
-    async def hold(self, name: str, holds: PinLimits) -> str | None:
-        """Let a session hold what its requests leave in the KV cache; returns why not, if not."""
+    async def pin(self, name: str, limits: PinLimits) -> str | None:
+        """Pin the KV blocks of a session between its requests; return why that is not possible, or None."""
         ...
 
     async def unpin(self, name: str) -> None:
-        """The session holds nothing any more."""
+        """Unpin the KV blocks of a session."""
         ...
 
 
 @dataclass(eq=False)
-class Early:
-    """Whether an answer that was begun before its prompt was committed has been asked for since."""
+class CommitFlag:
+    """Whether the prompt of a speculative answer has been committed since the answer started."""
 
-    wanted: bool = False
+    committed: bool = False

@@ -1,4 +1,4 @@
-"""What clients send: events in the style of OpenAI's realtime API, checked, with one sentence for each mistake."""
+"""The events that clients send, in the style of OpenAI's realtime API, and their validation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vllm_instant.deployment.errors import choices, shown
 
 
 class EventError(Exception):
-    """An event that cannot be carried out; the message is for the client.
+    """An event that is not valid, with a message for the client.
 
     Attributes:
-        code: a word for programs.
-        event_id: the client's own name for the event, if it gave one.
+        code: Machine-readable kind of the error.
+        event_id: The client's id of the event, if any.
 
     """
 
@@ -32,22 +32,22 @@ class _Event(BaseModel):
 
 
 class UpdateSession(_Event):
-    """Say what the request is apart from the text that is being typed."""
+    """Set the request except for the text that is being typed."""
 
     type: Literal["session.update"]
     session: dict[str, Any]
-    """A chat-completions body; ``messages`` are the system prompt and earlier turns. Replaces what was said before."""
+    """A chat-completions body that replaces the previous one; ``messages`` are the system prompt and earlier turns."""
 
 
 class AppendText(_Event):
-    """Add text at the end."""
+    """Append text."""
 
     type: Literal["input_text.append"]
     text: str
 
 
 class ReplaceText(_Event):
-    """Put text in the place of ``start:end`` (characters); without ``end`` in that of everything from ``start``."""
+    """Replace the characters ``start:end`` by ``text``; without ``end``, all from ``start``."""
 
     type: Literal["input_text.replace"]
     start: int = Field(ge=0, strict=True)
@@ -56,19 +56,19 @@ class ReplaceText(_Event):
 
 
 class ClearText(_Event):
-    """Forget the text."""
+    """Delete the text."""
 
     type: Literal["input_text.clear"]
 
 
 class Commit(_Event):
-    """The prompt is complete: answer."""
+    """Commit the prompt, which starts the answer."""
 
     type: Literal["input_text.commit"]
 
 
 class CancelResponse(_Event):
-    """Stop the answer."""
+    """Abort the answer."""
 
     type: Literal["response.cancel"]
 
@@ -86,10 +86,10 @@ TYPES = (
 
 
 def parse(frame: str | bytes) -> ClientEvent:
-    """The event in a frame.
+    """Return the event of a frame.
 
     Raises:
-        EventError: with what is wrong with it.
+        EventError: The frame is not a valid event.
 
     """
     try:
@@ -102,7 +102,7 @@ def parse(frame: str | bytes) -> ClientEvent:
 
 
 def check(found: Any) -> ClientEvent:
-    """The event that parsed JSON means; raises EventError."""
+    """Return the event of parsed JSON; raises ``EventError``."""
     if not isinstance(found, dict):
         raise EventError(f"an event is a JSON object with a type; found {shown(found)}")
     event_id = found.get("event_id") if isinstance(found.get("event_id"), str) else None

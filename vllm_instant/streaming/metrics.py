@@ -1,4 +1,4 @@
-"""The numbers of sessions on ``/metrics``."""
+"""Prometheus metrics of streaming sessions."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2,
 
 
 class StreamingMetrics:
-    """Prometheus metrics of one API server; several servers of one deployment add up.
+    """Metrics of one API server; those of several servers of one deployment add up.
 
     Args:
-        registry: where the metrics live; the process's own by default.
+        registry: Registry of the metrics; by default that of the process.
 
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.sessions = Gauge(
             f"{PREFIX}streaming_sessions",
-            "Open sessions with prompts that are still arriving.",
+            "Open sessions whose prompts are still being typed.",
             registry=registry,
             multiprocess_mode="livesum",
         )
-        self.held = Gauge(
+        self.pinned = Gauge(
             f"{PREFIX}streaming_held_sessions",
-            "Sessions that keep their KV blocks between chunks.",
+            "Sessions whose KV blocks are pinned between chunks.",
             registry=registry,
             multiprocess_mode="livesum",
         )
@@ -35,21 +35,23 @@ class StreamingMetrics:
         )
         self.prefills = Counter(
             f"{PREFIX}streaming_prefill_requests",
-            "One-token requests that read a prompt ahead; vLLM's own request metrics leave them out.",
+            "One-token requests that prefill a prompt before its commit; vLLM's own request metrics exclude them.",
             registry=registry,
         )
         self.prefill_tokens = Counter(
-            f"{PREFIX}streaming_prefill_tokens", "Prompt tokens that were read ahead.", registry=registry
+            f"{PREFIX}streaming_prefill_tokens",
+            "Prompt tokens that were prefilled before the commit.",
+            registry=registry,
         )
         self.ttft = Histogram(
             f"{PREFIX}streaming_time_to_first_token_seconds",
-            "From the commit of a prompt to the first token of its answer.",
+            "Time from the commit of a prompt to the first token of its answer.",
             buckets=_SECONDS,
             registry=registry,
         )
-        self.early = Counter(
+        self.speculative_answers = Counter(
             f"{PREFIX}streaming_early_answers",
-            "Answers that were begun before the commit, by what became of them.",
+            "Answers that were started before the commit (begun), and those of them that were used (used).",
             ["outcome"],
             registry=registry,
         )

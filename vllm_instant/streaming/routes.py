@@ -1,4 +1,4 @@
-"""The routes: a WebSocket, the same over plain HTTP, session tokens, and a page to try it."""
+"""The routes: a WebSocket, the same events over plain HTTP, session tokens, and a demo page."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ logger = logging.getLogger("vllm.instant")
 BASE = "/v1/instant"
 DEMO_PATH = f"{BASE}/demo"
 SUBPROTOCOL = "instant"
-"""What a browser that hands over a token must also offer: the server names it back."""
+"""Subprotocol that a browser must offer besides its token: the server selects it."""
 TRY_AGAIN_LATER, GOING_AWAY = 1013, 1001
-EVENTS_AHEAD = 256
-"""Events that wait for a reader of a plain HTTP answer; then the engine's answer collects in bigger ones."""
+MAX_BUFFERED_EVENTS = 256
+"""Maximum number of events that wait for the reader of an HTTP answer; then the engine merges its output."""
 
 
 class Streaming:
     """The routes of one API server.
 
     Args:
-        tokens: makes the session tokens.
+        tokens: Issues the session tokens.
 
     """
 
     def __init__(self, tokens: SessionTokens) -> None:
-        self.host: SessionManager | None = None
-        """What serves; None until the engine is there."""
+        self.manager: SessionManager | None = None
+        """The sessions; None until the engine is ready."""
         self.tokens = tokens
         self._http: dict[str, HttpSession] = {}
         self._reaper: asyncio.Task[None] | None = None
 
     def attach(self, app: FastAPI) -> None:
-        """Add the routes, under ``/v1`` so that the API key guards them."""
+        """Add the routes under ``/v1``, where the API key guards them."""
         tags: list[Any] = ["vllm-instant"]
         app.add_api_websocket_route(f"{BASE}/session", self.serve)
         for path, method, endpoint in (
@@ -59,45 +59,45 @@ class Streaming:
         ):
             app.add_api_route(f"{BASE}/{path}", endpoint, methods=[method], tags=tags, response_model=None)
 
-    def start(self, host: SessionManager) -> None:
-        """Serve from now on; called inside the server's event loop."""
-        self.host = host
+    def start(self, manager: SessionManager) -> None:
+        """Start to serve; called inside the server's event loop."""
+        self.manager = manager
         self._reaper = asyncio.get_running_loop().create_task(self._reap())
 
     # -------------------------------------------------------------------------------------------- WebSocket
 
     async def serve(self, websocket: WebSocket) -> None:
-        """One client, one session, as long as the connection lasts."""
+        """Serve one session on a WebSocket until the connection closes."""
         offered = websocket.scope.get("subprotocols", ())
         await websocket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
 
         async def send(event: dict[str, Any]) -> None:
-            # Whoever has gone is noticed where events are received.
+            # A closed connection is noticed where events are received.
             with suppress(WebSocketDisconnect, RuntimeError):
                 await websocket.send_text(json.dumps(event))
 
-        host, client = self.host, client_of(websocket)
-        if host is None:
+        manager, client = self.manager, client_of(websocket)
+        if manager is None:
             await send(error_event("the server is not ready yet", "not_ready", status=503))
             await websocket.close(TRY_AGAIN_LATER)
             return
         try:
-            number = host.enter(client)
+            number = manager.enter(client)
         except RefusedError as error:
             await send(error_event(str(error), "too_many_sessions", status=429))
             await websocket.close(TRY_AGAIN_LATER)
             return
         try:
-            session = Session(host, number, send)
+            session = Session(manager, number, send)
             try:
-                await send(created(session, host))
-                await self._follow(websocket, session, host, send)
+                await send(created(session, manager))
+                await self._follow(websocket, session, manager, send)
             finally:
                 await session.close()
         finally:
-            host.leave(client)
+            manager.leave(client)
 
-    async def _follow(self, websocket: WebSocket, session: Session, host: SessionManager, send: Send) -> None:
+    async def _follow(self, websocket: WebSocket, session: Session, manager: SessionManager, send: Send) -> None:
         while True:
             try:
                 async with asyncio.timeout(max(session.seconds_left, 0.01)):
@@ -105,7 +105,7 @@ class Streaming:
             except TimeoutError:
                 if session.seconds_left > 0:
                     continue
-                await send(idle_event(host))
+                await send(idle_event(manager))
                 with suppress(WebSocketDisconnect, RuntimeError):
                     await websocket.close(GOING_AWAY)
                 return
@@ -123,9 +123,9 @@ class Streaming:
     # ------------------------------------------------------------------------------------------- plain HTTP
 
     async def open(self, request: Request) -> Response:
-        """Open a session; the body is that of ``session.update``, or empty."""
-        host, client = self.host, client_of(request)
-        if host is None:
+        """Open a session; the body is the ``session`` of a ``session.update``, or empty."""
+        manager, client = self.manager, client_of(request)
+        if manager is None:
             return failed(error_event("the server is not ready yet", "not_ready", status=503))
         try:
             body = json.loads(await request.body() or b"{}")
@@ -135,10 +135,10 @@ class Streaming:
         except EventError as error:
             return failed(error_event(str(error), error.code))
         try:
-            number = host.enter(client)
+            number = manager.enter(client)
         except RefusedError as error:
             return failed(error_event(str(error), "too_many_sessions", status=429))
-        session = HttpSession(host, number, client)
+        session = HttpSession(manager, number, client)
         self._http[session.session.id] = session
         if update is not None:
             try:
@@ -146,15 +146,13 @@ class Streaming:
             except EventError as error:
                 await self._end(session.session.id)
                 return failed(error_event(str(error), error.code))
-        return JSONResponse(created(session.session, host)["session"], status_code=201)
+        return JSONResponse(created(session.session, manager)["session"], status_code=201)
 
     async def handle(self, request: Request, session_id: str) -> Response:
-        """Carry out one event, or a list of them; a commit is answered by the stream of chunks."""
+        """Handle one event or a list of events; the response to a commit is the stream of chunks."""
         found = self._http.get(session_id)
         if found is None or found.client != client_of(request):
-            return failed(
-                error_event("there is no such session; it may have been idle too long", "no_session", None, 404)
-            )
+            return failed(_no_such_session())
         try:
             body = json.loads(await request.body())
             events = [check(event) for event in (body if isinstance(body, list) else [body])]
@@ -171,25 +169,23 @@ class Streaming:
         return JSONResponse({"id": session_id, "prefilled_tokens": found.prefilled_tokens})
 
     async def close(self, request: Request, session_id: str) -> Response:
-        """End a session."""
+        """Close a session."""
         found = self._http.get(session_id)
         if found is None or found.client != client_of(request):
-            return failed(
-                error_event("there is no such session; it may have been idle too long", "no_session", None, 404)
-            )
+            return failed(_no_such_session())
         await self._end(session_id)
         return Response(status_code=204)
 
     async def _end(self, session_id: str) -> None:
         found = self._http.pop(session_id, None)
-        if found is not None and self.host is not None:
-            self.host.leave(found.client)
+        if found is not None and self.manager is not None:
+            self.manager.leave(found.client)
             await found.session.close()
 
     async def _reap(self) -> None:
-        """End plain HTTP sessions that nobody uses any more."""
-        while self.host is not None:
-            await asyncio.sleep(min(1.0, self.host.limits.idle_seconds / 4))
+        """Close plain HTTP sessions that are idle too long."""
+        while self.manager is not None:
+            await asyncio.sleep(min(1.0, self.manager.limits.idle_seconds / 4))
             for session_id, found in list(self._http.items()):
                 if found.session.seconds_left <= 0:
                     await self._end(session_id)
@@ -197,8 +193,8 @@ class Streaming:
     # ----------------------------------------------------------------------------------- tokens and the page
 
     async def make_token(self, request: Request) -> Response:
-        """A session token, for whoever has the API key to hand to a browser."""
-        if self.host is None:
+        """Issue a session token, which a holder of the API key passes to a browser."""
+        if self.manager is None:
             return failed(error_event("the server is not ready yet", "not_ready", status=503))
         try:
             body = json.loads(await request.body() or b"{}")
@@ -207,31 +203,31 @@ class Streaming:
         client = body.get("client") if isinstance(body, dict) else None
         if not isinstance(body, dict) or body.keys() - {"client"} or not isinstance(client, str | None):
             return failed(error_event('the body may be {"client": "a name"} or empty', "invalid_body"))
-        seconds = self.host.limits.token_seconds
+        seconds = self.manager.limits.token_seconds
         return JSONResponse({"token": self.tokens.make(client, seconds), "expires_in": seconds})
 
     async def show_demo(self) -> Response:
-        """The page to try it, where the deployment says so."""
-        if self.host is None or not self.host.limits.demo_page:
+        """Return the demo page, if the deployment enables it."""
+        if self.manager is None or not self.manager.limits.demo_page:
             return failed(error_event("this deployment has no demo page", "no_demo", status=404))
         return HTMLResponse(files("vllm_instant.streaming").joinpath("demo.html").read_text(encoding="utf-8"))
 
 
 class HttpSession:
-    """A session over plain HTTP: its events wait for the next request.
+    """A session over plain HTTP.
 
     Args:
-        host: what serves.
-        number: of the session.
-        client: who opened it.
+        manager: The sessions of the server.
+        number: Number of the session.
+        client: The client that opened it.
 
     """
 
-    def __init__(self, host: SessionManager, number: int, client: str) -> None:
+    def __init__(self, manager: SessionManager, number: int, client: str) -> None:
         self.client = client
         self.prefilled_tokens = 0
         self._answer: asyncio.Queue[dict[str, Any]] | None = None
-        self.session = Session(host, number, self._send)
+        self.session = Session(manager, number, self._send)
 
     async def _send(self, event: dict[str, Any]) -> None:
         if event["type"] == "input_text.prefilled":
@@ -240,10 +236,10 @@ class HttpSession:
             await self._answer.put(event)
 
     async def commit(self, event: Commit) -> Response:
-        """The answer as server-sent events, as ``/v1/chat/completions`` streams it."""
+        """Return the answer as server-sent events, as ``/v1/chat/completions`` streams it."""
         if self.session.is_answering:
             raise EventError("the last answer is not complete", "busy", event.event_id)
-        answer: asyncio.Queue[dict[str, Any]] = asyncio.Queue(EVENTS_AHEAD)
+        answer: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MAX_BUFFERED_EVENTS)
         self._answer = answer
         await self.session.handle(event)
         first = await answer.get()
@@ -270,7 +266,7 @@ class HttpSession:
 
 
 def client_of(connection: HTTPConnection) -> str:
-    """Whose session it is: a session token's client, the API key, or the address."""
+    """Return the client of a connection: that of its session token, its API key, or its address."""
     if CLIENT in connection.scope:
         return f"token {connection.scope[CLIENT]}"
     authorization = connection.headers.get("authorization")
@@ -279,17 +275,22 @@ def client_of(connection: HTTPConnection) -> str:
     return f"address {connection.client.host if connection.client else ''}"
 
 
-def created(session: Session, host: SessionManager) -> dict[str, Any]:
-    """The event that begins a session."""
-    limits = {"idle_seconds": host.limits.idle_seconds, "text_characters": host.limits.max_text_characters}
+def created(session: Session, manager: SessionManager) -> dict[str, Any]:
+    """Return the first event of a session."""
+    limits = {"idle_seconds": manager.limits.idle_seconds, "text_characters": manager.limits.max_text_characters}
     return {"type": "session.created", "session": {"id": session.id, **limits}}
 
 
-def idle_event(host: SessionManager) -> dict[str, Any]:
-    """Why a session is closed."""
-    return error_event(f"nothing came for {host.limits.idle_seconds:g} seconds", "idle", status=408)
+def idle_event(manager: SessionManager) -> dict[str, Any]:
+    """Return the event that closes an idle session."""
+    return error_event(f"no event for {manager.limits.idle_seconds:g} seconds", "idle", status=408)
+
+
+def _no_such_session() -> dict[str, Any]:
+    message = "there is no such session; it may have been closed because it was idle"
+    return error_event(message, "no_session", status=404)
 
 
 def failed(event: dict[str, Any]) -> Response:
-    """An error event as an answer."""
+    """Return an error event as a response."""
     return JSONResponse({"error": event["error"]}, status_code=event["error"]["status"])

@@ -1,4 +1,4 @@
-"""What the sessions of one API server share: the plugin, the engine, limits and numbers."""
+"""The shared state of all sessions of one API server: plugin, engine, limits and metrics."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from vllm_instant.streaming.metrics import StreamingMetrics
 
 logger = logging.getLogger("vllm.instant")
 
-HELD_TOKENS = 2
-"""New text of so many tokens is looked at, where a session keeps any number of them."""
+MIN_PINNED_TOKENS = 2
+"""Minimum number of new tokens for which a prompt with pinned blocks is tokenized again."""
 
 
 class RefusedError(Exception):
-    """A session that a limit forbids; the message is for the client."""
+    """A session that a limit forbids, with a message for the client."""
 
 
 class SessionManager:
-    """Shared by the sessions of one server; made inside its event loop.
+    """The sessions of one server; created inside its event loop.
 
     Args:
-        engine: the way to the engine.
-        plugin: decides what is read ahead.
-        numbers: the metrics.
-        clock: seconds, never going back.
+        engine: The engine.
+        plugin: Decides what is prefilled.
+        metrics: The Prometheus metrics.
+        clock: Monotonic time in seconds.
 
     """
 
@@ -47,82 +47,82 @@ class SessionManager:
         self,
         engine: StreamingEngine,
         plugin: GuardedPlugin[StreamingPrefill],
-        numbers: StreamingMetrics,
+        metrics: StreamingMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
-        self.numbers = numbers
+        self.metrics = metrics
         self.clock = clock
         self.limits = plugin.call("session_limits", lambda p: p.session_limits(), SessionLimits())
-        self.holds: PinLimits | None = plugin.call("pin_limits", lambda p: p.pin_limits(), None)
-        # Whoever asked first is first.
-        self.turn = asyncio.Semaphore(self.limits.prefills_in_flight)
+        self.pin_limits: PinLimits | None = plugin.call("pin_limits", lambda p: p.pin_limits(), None)
+        # asyncio.Semaphore is first come, first served.
+        self.prefill_slots = asyncio.Semaphore(self.limits.prefills_in_flight)
         self._plugin = plugin
         self._clients: Counter[str] = Counter()
         self._number = 0
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._said: set[str] = set()
+        self._logged_reasons: set[str] = set()
 
     @property
     def sessions(self) -> int:
-        """Open sessions."""
+        """Number of open sessions."""
         return self._clients.total()
 
     def enter(self, client: str) -> int:
-        """A client opens a session; returns its number. Raises RefusedError. Call ``leave`` at its end."""
+        """Open a session of a client and return its number; raises ``RefusedError``. Pair it with ``leave``."""
         if self.sessions >= self.limits.max_sessions:
-            self.numbers.refused.labels("sessions").inc()
-            raise RefusedError(f"the server has {self.sessions} open sessions, as many as it may have")
+            self.metrics.refused.labels("sessions").inc()
+            raise RefusedError(f"the server's limit of {self.sessions} open sessions is reached")
         if self._clients[client] >= self.limits.max_sessions_per_client:
-            self.numbers.refused.labels("sessions_per_client").inc()
-            raise RefusedError(f"this client has {self._clients[client]} open sessions, as many as it may have")
+            self.metrics.refused.labels("sessions_per_client").inc()
+            raise RefusedError(f"this client's limit of {self._clients[client]} open sessions is reached")
         self._clients[client] += 1
         self._number += 1
-        self.numbers.sessions.inc()
+        self.metrics.sessions.inc()
         return self._number
 
     def leave(self, client: str) -> None:
-        """A session of the client has ended."""
+        """A session of the client ended."""
         self._clients[client] -= 1
         if not self._clients[client]:
             del self._clients[client]
-        self.numbers.sessions.dec()
+        self.metrics.sessions.dec()
 
     def new_name(self) -> str:
-        """A name that nobody can guess."""
+        """Return an unguessable name."""
         return secrets.token_urlsafe(12)
 
-    def keep(self, work: Coroutine[Any, Any, None]) -> None:
-        """Let something finish that nobody waits for."""
+    def run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine to its end without awaiting it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def hold(self, name: str) -> bool:
-        """Let a session keep its KV blocks between chunks, if the plugin wants that and there is room for one more."""
-        if self.holds is None:
+    async def pin(self, name: str) -> bool:
+        """Pin a session's KV blocks between chunks; returns False if the plugin or a limit forbids it."""
+        if self.pin_limits is None:
             return False
         try:
-            unsupported_reason = await self.engine.hold(name, self.holds)
+            unsupported_reason = await self.engine.pin(name, self.pin_limits)
         except asyncio.CancelledError:
-            self.keep(self.engine.unpin(name))  # the engine may have heard of it
+            self.run_in_background(self.engine.unpin(name))  # the engine may have received the call
             raise
         if unsupported_reason is None:
-            self.numbers.held.inc()
-        elif unsupported_reason not in self._said:
-            self._said.add(unsupported_reason)
-            logger.warning("A session does not keep its KV blocks between chunks: %s", unsupported_reason)
+            self.metrics.pinned.inc()
+        elif unsupported_reason not in self._logged_reasons:
+            self._logged_reasons.add(unsupported_reason)
+            logger.warning("The KV blocks of a session are not pinned between chunks: %s", unsupported_reason)
         return unsupported_reason is None
 
     async def unpin(self, name: str) -> None:
-        """The session keeps none any more."""
-        self.numbers.held.dec()
+        """Unpin a session's KV blocks."""
+        self.metrics.pinned.dec()
         await self.engine.unpin(name)
 
     # ------------------------------------------------------------------------------------------ the plugin
 
     def next_chunk(self, progress: PrefillProgress, idle: bool = False) -> int:
-        """Tokens to have cached next, as the plugin says; with ``idle`` what it would say of an idle engine."""
+        """Return the plugin's ``next_chunk``; with ``idle``, as if the engine were idle."""
         load = self.engine.load()
         if idle:
             load = EngineLoad(0, load.max_num_running)
@@ -136,17 +136,17 @@ class SessionManager:
         return self._plugin.call("next_chunk", ask, 0)
 
     def observe(self, outcome: PrefillOutcome) -> None:
-        """A chunk was read."""
-        self.numbers.prefills.inc()
-        self.numbers.prefill_tokens.inc(outcome.num_tokens)
+        """Count a prefilled chunk and report it to the plugin."""
+        self.metrics.prefills.inc()
+        self.metrics.prefill_tokens.inc(outcome.num_tokens)
         self._plugin.call("observe", lambda p: p.observe(outcome), None)
 
     def speculative_answer_delay(self) -> float | None:
-        """Seconds without new text after which an answer may be begun."""
+        """Return the seconds without new text after which a speculative answer may start; None for never."""
         return self._plugin.call("speculative_answer_delay", lambda p: p.speculative_answer_delay(), None)
 
     def starts_speculative_answer(self) -> bool:
-        """Whether to begin an answer now that nobody has asked for."""
+        """Whether to start a speculative answer now."""
         return bool(
             self._plugin.call(
                 "starts_speculative_answer", lambda p: p.starts_speculative_answer(self.engine.load()), False
@@ -154,14 +154,14 @@ class SessionManager:
         )
 
     def max_speculative_answer_seconds(self) -> float:
-        """How long that goes on."""
+        """Return the maximum duration of a speculative answer without a commit, in seconds."""
         return self._plugin.call("max_speculative_answer_seconds", lambda p: p.max_speculative_answer_seconds(), 0.0)
 
-    def worth_rendering(self, tokens: int, characters_a_token: float, is_pinned: bool = False) -> int:
-        """Characters of new text for which the prompt is tokenised again.
+    def min_new_characters(self, tokens: int, characters_per_token: float, is_pinned: bool = False) -> int:
+        """Return the number of new characters for which the prompt is tokenized again.
 
-        That takes time in proportion to the whole prompt. Waiting for a part of it bounds what is left to read at the
-        end to that part, and the work to so many times the prompt.
+        Tokenization takes time in proportion to the whole prompt. With new text of at least 1/64 of the prompt, at most
+        that part remains at the commit, and all tokenizations together take about 64 times as long as one.
         """
-        least = HELD_TOKENS if is_pinned else max(self.engine.block_size // 4, 4)
-        return int(characters_a_token * max(least, tokens // 64))
+        min_tokens = MIN_PINNED_TOKENS if is_pinned else max(self.engine.block_size // 4, 4)
+        return int(characters_per_token * max(min_tokens, tokens // 64))

@@ -1,4 +1,4 @@
-"""An answer that is begun before its prompt is committed, in case the prompt has ended."""
+"""An answer that is started before its prompt is committed, in case the prompt is complete."""
 
 from __future__ import annotations
 
@@ -6,42 +6,44 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from vllm_instant.streaming.engine import ChatRequest, Early, StreamingEngine
+from vllm_instant.streaming.engine import ChatRequest, CommitFlag, StreamingEngine
 
-CHUNKS_AHEAD = 64
-"""Chunks that wait for a reader; behind them the engine's answer collects in bigger ones."""
+MAX_BUFFERED_CHUNKS = 64
+"""Maximum number of chunks that wait for the commit; after that the engine merges further output into one chunk."""
 
 
-class EarlyAnswer:
-    """The answer to a request that nobody has sent yet; begins at once.
+class SpeculativeAnswer:
+    """The answer to a request before its commit; starts at once.
 
     Args:
-        engine: where it comes from.
-        request: what it answers.
-        affinity: of the session.
-        hold: name of the session, where it holds its prefix.
+        engine: Produces the answer.
+        request: The request, with the text so far.
+        affinity: The session's affinity.
+        session: Name of the session, if its prefix is pinned.
 
     """
 
-    def __init__(self, engine: StreamingEngine, request: ChatRequest, affinity: int, hold: str | None = None) -> None:
+    def __init__(
+        self, engine: StreamingEngine, request: ChatRequest, affinity: int, session: str | None = None
+    ) -> None:
         self.request = request
-        self._early = Early()
-        # The last entry is None or what went wrong.
-        self._chunks: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue(CHUNKS_AHEAD)
-        self._task = asyncio.get_running_loop().create_task(self._fill(engine, affinity, hold))
+        self._commit = CommitFlag()
+        # The last entry is None, or the exception that ended the answer.
+        self._chunks: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue(MAX_BUFFERED_CHUNKS)
+        self._task = asyncio.get_running_loop().create_task(self._fill(engine, affinity, session))
 
-    async def _fill(self, engine: StreamingEngine, affinity: int, hold: str | None) -> None:
+    async def _fill(self, engine: StreamingEngine, affinity: int, session: str | None) -> None:
         try:
-            async for chunk in engine.answer(self.request, affinity, self._early, hold):
+            async for chunk in engine.answer(self.request, affinity, self._commit, session):
                 await self._chunks.put(chunk)
-        except Exception as error:  # handed to whoever reads
+        except Exception as error:  # raised again in ``chunks``
             await self._chunks.put(error)
         else:
             await self._chunks.put(None)
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The prompt was committed: the chunks so far, then the rest. Raises what the engine raised."""
-        self._early.wanted = True
+        """Commit the prompt and yield all chunks of the answer. Raises the engine's exception, if any."""
+        self._commit.committed = True
         try:
             while (chunk := await self._chunks.get()) is not None:
                 if isinstance(chunk, Exception):
@@ -51,10 +53,10 @@ class EarlyAnswer:
             await self.discard()
 
     def stop(self) -> None:
-        """Stop, whatever is left."""
+        """Abort the answer."""
         self._task.cancel()
 
     async def discard(self) -> None:
-        """Stop, and return when the engine has let go."""
+        """Abort the answer, and return when the engine has released it."""
         self.stop()
         await asyncio.wait([self._task])

@@ -1,56 +1,58 @@
-"""The text of a prompt while it is being typed: edits, and how much of it later text cannot change."""
+"""The text of a prompt while it is being typed: edits, and the prefix that later text cannot change."""
 
 from __future__ import annotations
 
 import unicodedata
 
 MAX_TAIL = 256
-"""Characters at the end that are looked at: text without any boundary counts as settled before them."""
+"""Number of characters at the end in which boundaries are searched; text before them counts as stable."""
 
 
 class TextError(ValueError):
-    """An edit that the text does not allow; the message is for the client."""
+    """An edit that is not possible, with a message for the client."""
 
 
 class TextBuffer:
-    """The text so far. Positions are in characters, that is Unicode code points.
+    """The text so far, with positions in characters (Unicode code points).
 
     Args:
-        max_characters: how long it may get.
+        max_characters: Maximum length.
 
     """
 
     def __init__(self, max_characters: int) -> None:
         self.text = ""
-        self._most = max_characters
+        self._max_characters = max_characters
 
     def append(self, text: str) -> None:
-        """Add text at the end; raises TextError where it would become too long, and then changes nothing."""
+        """Add text at the end; raises ``TextError`` and changes nothing if the result is too long."""
         self.replace(len(self.text), len(self.text), text)
 
     def replace(self, start: int, end: int | None, text: str) -> None:
-        """Put ``text`` in the place of ``start:end``; without ``end`` in that of everything from ``start``.
+        """Replace the characters ``start:end`` by ``text``; without ``end``, all from ``start``.
 
         Raises:
-            TextError: where the positions are not in the text, or the text would become too long.
+            TextError: The positions are outside the text, or the result is too long.
 
         """
         length = len(self.text)
         end = length if end is None else end
         if not 0 <= start <= end <= length:
             raise TextError(f"the text has {length} characters: found start {start} and end {end}")
-        if length - (end - start) + len(text) > self._most:
-            raise TextError(f"a prompt may have {self._most} characters; this would be {length + len(text)}")
+        if length - (end - start) + len(text) > self._max_characters:
+            raise TextError(
+                f"a prompt has at most {self._max_characters} characters; this one would have {length + len(text)}"
+            )
         self.text = self.text[:start] + text + self.text[end:]
 
 
-def settled_length(text: str) -> int:
-    """How many characters at the beginning of a text are tokenised the same whatever is added at its end.
+def stable_prefix_length(text: str) -> int:
+    """Return the number of leading characters whose tokens do not depend on text that is added at the end.
 
-    Tokenisers split text at boundaries between words, numbers, spaces and other signs before they merge, and look one
-    piece ahead at most; normalisers join a letter with the marks behind it. So everything before the last two pieces
-    stays. Text without boundaries (a long line in a script that writes none) counts as settled ``MAX_TAIL``
-    characters before its end: nearly always right, and what is read ahead in vain is never used.
+    Tokenizers split text at boundaries between words, numbers, spaces and other characters before they merge, and look
+    at most one piece ahead; normalizers combine a letter with the marks after it. So everything before the last two
+    pieces is stable. In text without boundaries (a long line in a script without spaces) all but the last ``MAX_TAIL``
+    characters count as stable. That is almost always right, and where it is wrong the prefilled tokens are not used.
     """
     pieces = 0
     kind = ""
@@ -66,7 +68,7 @@ def settled_length(text: str) -> int:
 
 
 def _kind(character: str) -> str:
-    """``w`` for letters and digits, ``s`` for space, ``o`` for other signs; empty for what belongs to its neighbour."""
+    """``w`` for letters and digits, ``s`` for space, ``o`` for others; empty for marks and format characters."""
     if character.isspace():
         return "s"
     category = unicodedata.category(character)
@@ -76,14 +78,14 @@ def _kind(character: str) -> str:
 
 
 def _behind_marks(text: str, position: int) -> int:
-    """The next position that does not part a character from the marks that belong to it."""
+    """The next position that does not separate a character from its marks."""
     while position < len(text) and not _kind(text[position]):
         position += 1
     return position
 
 
 def common_length(one: list[int], other: list[int]) -> int:
-    """How many leading entries are equal."""
+    """Return the number of equal leading entries."""
     shorter = min(len(one), len(other))
     if one[:shorter] == other[:shorter]:
         return shorter

@@ -17,7 +17,7 @@ from vllm_instant.metrics import InstantMetrics
 from vllm_instant.patches import http_routes, streaming
 from vllm_instant.patches.http_routes import InstantEndpoints
 from vllm_instant.patches.plugin_factory import PluginStartError
-from vllm_instant.streaming.engine import Early, Prompt, RequestError
+from vllm_instant.streaming.engine import CommitFlag, Prompt, RequestError
 
 
 class Stats:
@@ -59,11 +59,11 @@ def test_what_nobody_asked_for_is_kept_in_order_but_not_counted():
 
 
 def test_an_answer_counts_from_when_it_is_asked_for(monkeypatch):
-    tested, stats, early = processor(), Stats(), Early()
+    tested, stats, early = processor(), Stats(), CommitFlag()
     monkeypatch.setitem(streaming._EARLY, "chatcmpl-3", early)
     request = state("chatcmpl-3")
     tested._update_stats_from_output(request, "before", 0.0, stats)
-    early.wanted = True
+    early.committed = True
     tested._update_stats_from_output(request, "after", 0.0, stats)
     tested._update_stats_from_finished(request, "length", stats)
     assert stats.seen == ["after", "length"]
@@ -133,7 +133,7 @@ def test_an_answer_that_is_left_is_stopped_and_forgotten():
     engine = streaming.VllmStreamingEngine(client(unfinished=1), chat)
     before = dict(streaming._EARLY)
     assert engine.load() == EngineLoad(1, 8)
-    assert len(chunks(engine, Early(), most=2)) == 2
+    assert len(chunks(engine, CommitFlag(), most=2)) == 2
     assert chat.closed
     assert streaming._EARLY == before
     assert engine.load() == EngineLoad(1, 8)
@@ -211,9 +211,9 @@ def test_tokens_stand_before_the_key_check_whenever_that_was_put_together(built)
     app.add_middleware(AuthenticationMiddleware, tokens=["key"])
     if built:
         app.middleware_stack = app.build_middleware_stack()
-    routes.host = SimpleNamespace(limits=SimpleNamespace(demo_page=False))
+    routes.manager = SimpleNamespace(limits=SimpleNamespace(demo_page=False))
     streaming._let_tokens_in(app, routes)
-    routes.host = None
+    routes.manager = None
     client = TestClient(app)
     assert client.post("/v1/instant/sessions").status_code == 401
     token = {"Authorization": f"Bearer {routes.tokens.make(None, 60)}"}
@@ -251,11 +251,11 @@ def test_an_answer_loads_the_engine_from_when_it_is_asked_for():
     engine = streaming.VllmStreamingEngine(client(unfinished=1), chat)
 
     async def run():
-        early = Early()
+        early = CommitFlag()
         answer = engine.answer(REQUEST, 5, early)
         await anext(answer)
         assert engine.load() == EngineLoad(0, 8, num_speculative=1)
-        early.wanted = True
+        early.committed = True
         assert engine.load() == EngineLoad(1, 8)
         await answer.aclose()
 

@@ -121,9 +121,9 @@ def test_a_connection_that_drops_frees_everything_at_once():
             for event in (UPDATE, APPEND, COMMIT):
                 socket.send_json(event)
             hear(socket, "response.chunk")
-            assert (streaming.host.sessions, engine.open_answers) == (1, 1)
+            assert (streaming.manager.sessions, engine.open_answers) == (1, 1)
         deadline = time.monotonic() + 2
-        while (streaming.host.sessions, engine.open_answers) != (0, 0):
+        while (streaming.manager.sessions, engine.open_answers) != (0, 0):
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -133,12 +133,12 @@ def test_limits_are_told_and_freed_again():
         with client.websocket_connect("/v1/instant/session") as first:
             hear(first, "session.created")
             first.send_json(APPEND)
-            assert "may have 5 characters" in hear(first, "error")["error"]["message"]
+            assert "at most 5 characters" in hear(first, "error")["error"]["message"]
             opened = client.post("/v1/instant/sessions")
             assert opened.status_code == 201
             refused = client.post("/v1/instant/sessions")
             assert refused.status_code == 429
-            assert refused.json()["error"]["message"] == "this client has 2 open sessions, as many as it may have"
+            assert refused.json()["error"]["message"] == "this client's limit of 2 open sessions is reached"
             with client.websocket_connect("/v1/instant/session") as second:
                 assert hear(second, "error")["error"]["code"] == "too_many_sessions"
                 with pytest.raises(WebSocketDisconnect):
@@ -159,7 +159,7 @@ def test_idle_sessions_end():
             with pytest.raises(WebSocketDisconnect):
                 socket.receive_json()
         deadline = time.monotonic() + 30
-        while streaming.host.sessions:
+        while streaming.manager.sessions:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert client.post(f"/v1/instant/sessions/{identity}", json=APPEND).status_code == 404
@@ -195,7 +195,7 @@ def test_the_same_over_plain_http():
             refused = client.post(path, content=wrong)
             assert refused.status_code == 400
             assert told in refused.json()["error"]["message"]
-        stranger = {"Authorization": "Bearer somebody else"}
+        stranger = {"Authorization": "Bearer another"}
         assert client.post(path, json=APPEND, headers=stranger).status_code == 404
         assert client.delete(path).status_code == 204
         assert client.post(path, json=APPEND).status_code == 404
@@ -221,7 +221,7 @@ def test_a_token_opens_sessions_and_nothing_else():
         with client.websocket_connect("/v1/instant/session", subprotocols=protocols) as socket:
             assert socket.accepted_subprotocol == "instant"
             hear(socket, "session.created")
-            assert streaming.host._clients == {"token ann": 1}
+            assert streaming.manager._clients == {"token ann": 1}
         bearer = {"Authorization": f"Bearer {token}"}
         opened = client.post("/v1/instant/sessions", headers=bearer)
         assert opened.status_code == 201
@@ -247,7 +247,7 @@ def test_the_page_is_there_only_if_the_deployment_says_so():
         assert "<textarea" in page.text
 
 
-def test_nobody_is_served_before_the_engine_is_there():
+def test_no_session_opens_before_the_engine_is_ready():
     app = FastAPI()
     Streaming(SessionTokens()).attach(app)
     client = TestClient(app)
@@ -258,22 +258,22 @@ def test_nobody_is_served_before_the_engine_is_there():
 
 def test_a_slow_reader_slows_only_itself():
     """Events for a client that does not read do not pile up in the server."""
-    from vllm_instant.streaming.speculative_answer import CHUNKS_AHEAD, EarlyAnswer
+    from vllm_instant.streaming.speculative_answer import MAX_BUFFERED_CHUNKS, SpeculativeAnswer
 
     class Endless(FakeEngine):
         made = 0
 
-        async def answer(self, request, affinity, early=None):
+        async def answer(self, request, affinity, commit=None):
             while True:
                 self.made += 1
                 yield {"choices": []}
 
     async def run():
         engine = Endless()
-        early = EarlyAnswer(engine, {}, 1)
-        for _ in range(5 * CHUNKS_AHEAD):
+        early = SpeculativeAnswer(engine, {}, 1)
+        for _ in range(5 * MAX_BUFFERED_CHUNKS):
             await asyncio.sleep(0)
-        assert engine.made <= CHUNKS_AHEAD + 1
+        assert engine.made <= MAX_BUFFERED_CHUNKS + 1
         await early.discard()
 
     asyncio.run(run())

@@ -219,7 +219,7 @@ def test_an_answer_that_was_begun_in_a_pause_is_used_if_the_prompt_ended_there()
             await committed(session)
             assert len(engine.answered) == 1
             assert words_of(heard).endswith(" tokens")
-            assert host.numbers.early.labels("used")._value.get() == 1
+            assert host.metrics.speculative_answers.labels("used")._value.get() == 1
 
     asyncio.run(run())
 
@@ -292,7 +292,7 @@ def test_closing_frees_everything_at_once(moment):
                 await until(lambda: engine.open_answers == 1)
             await session.close()
             assert engine.at_once == engine.open_answers == 0
-            assert not host.turn.locked()
+            assert not host.prefill_slots.locked()
 
     asyncio.run(run())
 
@@ -359,14 +359,14 @@ def test_a_session_that_holds_says_so_with_all_its_requests_and_lets_go_at_its_e
         async with session_on(engine, Eager(pause=0.01, holds=HOLDS)) as (session, _, host):
             await append(session, LONG)
             await until(lambda: engine.answered)  # begun early
-            await append(session, "And at night, why is it black then? Nobody knows that, do they?")
+            await append(session, "And at night, why is it black then? Does anyone know that?")
             await committed(session)
             assert engine.holding == [session.id]
             assert len(engine.held_for) >= 3
             assert set(engine.held_for) == {session.id}
-            assert host.numbers.held._value.get() == 1
+            assert host.metrics.pinned._value.get() == 1
         assert engine.holding == []
-        assert host.numbers.held._value.get() == 0
+        assert host.metrics.pinned._value.get() == 0
 
     asyncio.run(run())
 
@@ -394,7 +394,7 @@ def test_a_session_that_ends_while_it_asks_holds_nothing():
             await until(lambda: engine.holding)
             await session.close()
             await until(lambda: not engine.holding)
-            assert host.numbers.held._value.get() == 0
+            assert host.metrics.pinned._value.get() == 0
 
     asyncio.run(run())
 
@@ -406,13 +406,15 @@ def test_where_nothing_can_be_held_prompts_are_read_as_ever(caplog):
         async with session_on(engine, Eager(holds=HOLDS)) as (session, heard, host):
             await append(session, LONG)
             await until(lambda: engine.prefilled)
-            assert not await host.hold("another session")
+            assert not await host.pin("another session")
             await committed(session)
             assert words_of(heard).endswith("tokens")
         assert set(engine.held_for) == {None}
 
     asyncio.run(run())
-    assert caplog.text.count("A session does not keep its KV blocks between chunks: a KV connector is configured") == 1
+    assert (
+        caplog.text.count("The KV blocks of a session are not pinned between chunks: a KV connector is configured") == 1
+    )
 
 
 def test_the_plugin_is_told_which_prompts_are_held():

@@ -4,7 +4,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from streaming_texts import TEXTS
 
-from vllm_instant.streaming.text import MAX_TAIL, TextBuffer, TextError, common_length, settled_length
+from vllm_instant.streaming.text import MAX_TAIL, TextBuffer, TextError, common_length, stable_prefix_length
 
 
 @pytest.mark.parametrize("kind", ["demo", "split", "words"])
@@ -20,22 +20,22 @@ def test_what_is_settled_is_tokenised_the_same_whatever_follows(kind, text, more
     def ids(some):
         return tokenizer.encode(some, add_special_tokens=False).ids
 
-    settled = ids(text[: settled_length(text)])
+    settled = ids(text[: stable_prefix_length(text)])
     sent = settled[: common_length(settled, ids(text))]
     assert ids(text + more)[: len(sent)] == sent
 
 
 def test_all_but_the_last_words_is_settled():
-    assert settled_length("") == 0
-    assert settled_length("Hello") == 0
-    assert settled_length("Why is the sky") == len("Why is the")
-    assert settled_length("Why is the sky ") == len("Why is the ")
-    assert settled_length("e\u0301e\u0301 ok") == 4  # marks stay with their letters
+    assert stable_prefix_length("") == 0
+    assert stable_prefix_length("Hello") == 0
+    assert stable_prefix_length("Why is the sky") == len("Why is the")
+    assert stable_prefix_length("Why is the sky ") == len("Why is the ")
+    assert stable_prefix_length("e\u0301e\u0301 ok") == 4  # marks stay with their letters
 
 
 def test_a_text_without_boundaries_is_settled_far_before_its_end():
-    assert settled_length("字" * 1000) == 1000 - MAX_TAIL
-    assert settled_length("字" * MAX_TAIL) == 0
+    assert stable_prefix_length("字" * 1000) == 1000 - MAX_TAIL
+    assert stable_prefix_length("字" * MAX_TAIL) == 0
 
 
 EDITS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), TEXTS), max_size=12)
@@ -57,7 +57,7 @@ def test_an_edit_outside_of_the_text_or_beyond_its_limit_changes_nothing():
     buffer.append("four")
     with pytest.raises(TextError, match="has 4 characters: found start 3 and end 9"):
         buffer.replace(3, 9, "")
-    with pytest.raises(TextError, match="may have 5 characters; this would be 6"):
+    with pytest.raises(TextError, match="at most 5 characters; this one would have 6"):
         buffer.append("ab")
     assert buffer.text == "four"
     buffer.replace(3, None, "rs")
