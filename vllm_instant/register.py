@@ -1,14 +1,14 @@
 """The entry point ``vllm.general_plugins``: vLLM calls ``register`` once in each of its processes.
 
-In the front end that is before its command line is parsed; in the engine core and the workers before the engine is
-built, where a published deployment says what to activate. Without selection nothing but the flags is added.
+In the front end that is before its command line is parsed. In the engine core and the workers it is before the engine
+is built, where the environment holds the deployment. Without a deployment only the flags are added.
 """
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Offer the flags, and activate the deployment that a parent process published; idempotent."""
+    """Add the flags, and activate the deployment of the environment, if any; idempotent."""
     from vllm_instant.deployment import deployment_env
     from vllm_instant.patches import activation, flags, module_names
 

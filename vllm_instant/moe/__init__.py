@@ -1,1 +1,1 @@
-"""What serving a mixture of experts needs: router scores, expert groups and routing traces; without vLLM."""
+"""Serving mixture-of-experts models without vLLM: router scoring, expert groups and routing traces."""

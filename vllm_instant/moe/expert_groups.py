@@ -1,4 +1,4 @@
-"""Super-experts: which experts of a layer belong together. The file that `experts learn` writes and servers read."""
+"""Groups of experts that tokens use together: the file that `experts learn` writes and servers read."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ Shares = tuple[tuple[float, ...], ...]
 
 
 class ClusterError(ValueError):
-    """A cluster file that cannot be used, in one sentence."""
+    """A cluster file that cannot be used, with one sentence."""
 
 
 @dataclass(frozen=True)
 class SuperExperts:
-    """The clusters of every layer and what is known about them.
+    """The clusters of each layer's experts, with priors, affinities and placements.
 
     Attributes:
-        model: whose experts they are.
+        model: The model of the experts.
         cluster: ``[layers][experts]``, the cluster of each expert, numbered from 0 without gaps in each layer.
-        prior: ``[layers][experts]``, positive, about 1: how much more than others an expert is worth keeping when a
-            batch has to do without some.
-        affinity: for each prompt class ``[layers][clusters]``: the share of its router weight that a cluster gets.
-        placement: for each number of devices ``[layers][experts]``: the device of each expert.
-        learned_from: how many tokens and requests, and what the learning found; for people.
+        prior: ``[layers][experts]``, positive, about 1: weight of an expert when a batch's experts are restricted.
+        affinity: For each prompt class ``[layers][clusters]``: the fraction of its router weight in a cluster.
+        placement: For each number of devices ``[layers][experts]``: the device of each expert.
+        learned_from: Numbers of tokens and requests, and results of the learning, for information.
 
     """
 
@@ -50,14 +49,14 @@ class SuperExperts:
 
     @property
     def clusters(self) -> tuple[int, ...]:
-        """How many clusters each layer has."""
+        """Number of clusters of each layer."""
         return tuple(max(layer) + 1 for layer in self.cluster)
 
     def require(self, model: RoutedModel, path: Path | str = "the cluster file") -> None:
-        """Check that the clusters are those of the served model.
+        """Check that the clusters belong to the served model.
 
         Raises:
-            ClusterError: when layers, experts or choices differ.
+            ClusterError: The numbers of layers, experts or experts per token differ.
 
         """
         if not self.model.same_shape(model):
@@ -67,7 +66,7 @@ class SuperExperts:
             )
 
     def write(self, path: Path) -> None:
-        """Write the file, one layer a line."""
+        """Write the file with one line per layer."""
         record: dict[str, Any] = {
             "format": FORMAT,
             "model": asdict(self.model),
@@ -85,7 +84,7 @@ class SuperExperts:
         """Read a file.
 
         Raises:
-            ClusterError: when there is none, or something in it is wrong.
+            ClusterError: The file does not exist or is not valid.
 
         """
         try:
@@ -117,7 +116,7 @@ class SuperExperts:
 
 
 def one_cluster(model: RoutedModel) -> SuperExperts:
-    """What is known before anything was learned: all experts of a layer in one cluster, all worth the same."""
+    """Return clusters without learning: one per layer with all experts, at equal priors."""
     layer = (0,) * model.experts
     return SuperExperts(model, (layer,) * model.layers, ((1.0,) * model.experts,) * model.layers)
 
@@ -133,7 +132,7 @@ def _rounded(rows: Shares) -> list[list[float]]:
 
 
 def _readable(record: dict[str, Any]) -> str:
-    """JSON with one line for each layer, so that people can read and compare files."""
+    """JSON with one line per layer, so that files can be read and compared."""
     tables: dict[str, str] = {}
 
     def mark(value: Any) -> Any:

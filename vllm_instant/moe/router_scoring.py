@@ -1,8 +1,8 @@
-"""How mixture-of-experts models pick experts, and how their picks are held to some of them.
+"""How mixture-of-experts models select experts, and how selections are restricted to some experts.
 
-Three families cover what vLLM serves: softmax over all experts, sigmoid, and the square root of softplus; each with or
-without a bias that steers the choice but not the weights (DeepSeek-V3), and with or without groups of which a token may
-use only the best. PyTorch only, fixed shapes, nothing read back from the device.
+Three scoring functions cover the models that vLLM supports: softmax over all experts, sigmoid, and the square root of
+softplus; each with or without a bias that affects the selection but not the weights (DeepSeek-V3), and with or without
+groups of experts of which a token may use only the best. PyTorch only, with fixed shapes and without synchronization.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 @dataclass(frozen=True)
 class RouterScoring:
-    """The rule by which a layer's router weighs and picks."""
+    """The rule by which a layer's router weights and selects experts."""
 
     function: str
     """One of ``FUNCTIONS``."""
     top_k: int
+    """Number of experts per token."""
     bias: torch.Tensor | None = None
-    """``[experts]``, added for the choice alone."""
+    """``[experts]``, added to the weights for the selection only."""
     groups: int = 1
-    """The experts stand in so many groups of equal size …"""
+    """Number of groups of equal size."""
     top_groups: int = 1
-    """… of which a token may use so many."""
+    """Number of groups that a token may use."""
     renormalize: bool = True
-    """Whether the weights of the picked experts are scaled to sum to 1."""
+    """Whether the weights of the selected experts are scaled to sum to 1."""
     scale: float = 1.0
-    """What the weights are multiplied with in the end."""
+    """Final factor of the weights."""
 
     @property
     def grouped(self) -> bool:
-        """Whether groups rule anything out."""
+        """Whether groups restrict the selection."""
         return self.groups > 1 and self.top_groups < self.groups
 
     def weights(self, logits: torch.Tensor) -> torch.Tensor:
-        """What each expert would weigh before normalisation, float32 ``[tokens, experts]``, never negative."""
+        """Return the weights before normalization, float32 ``[tokens, experts]``, not negative."""
         import torch
 
         logits = logits.float()
@@ -51,12 +52,12 @@ class RouterScoring:
         return torch.nn.functional.softplus(logits).sqrt()
 
     def ranking(self, weights: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
-        """What top-k compares, float32 ``[tokens, experts]``; -inf for what a token may not pick.
+        """Return the scores of the top-k selection, float32 ``[tokens, experts]``; -inf where it is forbidden.
 
         Args:
-            weights: as ``weights`` gave them.
-            allowed: bool, broadcast over ``weights``: experts that may be picked; all by default. Groups are judged
-                by their allowed experts alone.
+            weights: Result of ``weights``.
+            allowed: bool, broadcast over ``weights``: the allowed experts; all by default. A group is scored by its
+                allowed experts.
 
         """
         choice = weights if self.bias is None else weights + self.bias
@@ -69,19 +70,19 @@ class RouterScoring:
         if self.bias is None:
             value = by_group.amax(-1)
         else:
-            # As DeepSeek-V3 judges groups: by their two best experts. One allowed expert counts alone.
+            # DeepSeek-V3 scores a group by the sum of its two best experts; a single allowed expert counts alone.
             two = by_group.topk(min(2, by_group.shape[-1]), dim=-1).values
             value = two.masked_fill(two.isneginf(), 0.0).sum(-1).masked_fill(two[..., 0].isneginf(), float("-inf"))
         best = value.topk(self.top_groups, dim=-1).indices
         usable = value.new_zeros(value.shape).scatter_(1, best, 1.0).bool()
         if allowed is not None:
-            # Groups that leave a token too few experts would make it pick forbidden ones.
+            # If the best groups have fewer than top_k allowed experts, top-k would select forbidden ones.
             enough = (by_group.isfinite() & usable[..., None]).sum((1, 2)) >= self.top_k
             usable = usable | ~enough[:, None]
         return by_group.masked_fill(~usable[..., None], float("-inf")).view(tokens, experts)
 
     def pick(self, weights: torch.Tensor, ranking: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The picked experts, int64 ``[tokens, top_k]``, the best first, and their final weights in float32."""
+        """Return the selected experts, int64 ``[tokens, top_k]``, the best first, and their final weights, float32."""
         picks = ranking.topk(self.top_k, dim=-1).indices
         picked = weights.gather(1, picks)
         if self.renormalize:
@@ -90,29 +91,30 @@ class RouterScoring:
 
 
 def one_hot(picks: torch.Tensor, experts: int) -> torch.Tensor:
-    """Bool ``[tokens, experts]``: which experts each token picked; ``picks`` are int64 ``[tokens, top_k]``."""
+    """Return bool ``[tokens, experts]``, True for the selected experts ``picks``, int64 ``[tokens, top_k]``."""
     return picks.new_zeros((len(picks), experts)).scatter_(1, picks, 1).bool()
 
 
 def reroute_restricted(
-    scoring: RouterScoring, weights: torch.Tensor, picks: torch.Tensor, allowed: torch.Tensor, held: torch.Tensor
+    scoring: RouterScoring, weights: torch.Tensor, picks: torch.Tensor, allowed: torch.Tensor, restricted: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pick anew where a token's own picks are not all allowed.
+    """Select again for tokens whose own selection is not allowed.
 
     Args:
-        scoring: the layer's rule.
-        weights: as ``scoring.weights`` gave them.
-        picks: what the model would pick, int64 ``[tokens, top_k]``.
-        allowed: bool ``[tokens, experts]`` or ``[1, experts]``. A token with fewer than ``top_k`` keeps its picks.
-        held: bool ``[tokens]``: which tokens are held to it at all.
+        scoring: The layer's rule.
+        weights: Result of ``scoring.weights``.
+        picks: The model's own selection, int64 ``[tokens, top_k]``.
+        allowed: bool ``[tokens, experts]`` or ``[1, experts]``: the allowed experts. A token with fewer than ``top_k``
+            allowed experts keeps its selection.
+        restricted: bool ``[tokens]``: the tokens to which ``allowed`` applies.
 
     Returns:
-        bool ``[tokens]``: whose picks change; int64 ``[tokens, top_k]`` and float32 ``[tokens, top_k]``: the picks and
-        weights of those (of others, the same function of what they would be held to).
+        bool ``[tokens]``: the tokens whose selection changes; int64 and float32 ``[tokens, top_k]``: their new experts
+        and weights (of the other tokens, the best allowed experts).
 
     """
     allowed = allowed.expand_as(weights)
-    held = held & (allowed.sum(-1) >= scoring.top_k)
-    changed = held & ~allowed.gather(1, picks).all(-1)
+    restricted = restricted & (allowed.sum(-1) >= scoring.top_k)
+    changed = restricted & ~allowed.gather(1, picks).all(-1)
     chosen, chosen_weights = scoring.pick(weights, scoring.ranking(weights, allowed))
     return changed, chosen, chosen_weights

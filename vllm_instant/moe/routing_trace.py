@@ -1,6 +1,7 @@
-"""Which experts a model chose for which token: the file that `experts trace` writes and `experts learn` reads.
+"""The experts that a model's router selected for each token: the file that `experts trace` writes.
 
-A trace is one compressed NumPy file. It holds what the model's own router chose, before any plugin restricted it.
+A trace is a compressed NumPy file with the model's own selection, before any plugin restricts it. `experts learn` reads
+it.
 """
 
 from __future__ import annotations
@@ -20,46 +21,47 @@ SCORE_FUNCTIONS = ("softmax", "sigmoid")
 
 
 class TraceError(ValueError):
-    """A trace that cannot be used, in one sentence."""
+    """A trace that cannot be used, with one sentence."""
 
 
 @dataclass(frozen=True)
 class RoutedModel:
-    """What a trace or a cluster file says about the model that it belongs to."""
+    """The model of a trace or a cluster file."""
 
     name: str
     layers: int
-    """Layers with routed experts; others are not counted."""
+    """Number of layers with routed experts."""
     experts: int
-    """Routed experts of a layer."""
+    """Number of routed experts per layer."""
     top_k: int
-    """Experts that a token chooses."""
+    """Number of experts per token."""
     score_function: str = "softmax"
+    """Function from router logits to weights: ``softmax`` or ``sigmoid``."""
     renormalise: bool = True
-    """Whether the chosen experts' scores are divided by their sum."""
+    """Whether the weights of the selected experts are divided by their sum."""
 
     def same_shape(self, other: RoutedModel) -> bool:
-        """Whether layers, experts and choices are those of ``other``."""
+        """Whether the numbers of layers, experts and experts per token are those of ``other``."""
         return (self.layers, self.experts, self.top_k) == (other.layers, other.experts, other.top_k)
 
     def shape(self) -> str:
-        """In words, for messages."""
-        return f"{self.layers} layers of {self.experts} experts, {self.top_k} for a token"
+        """Return these numbers in words, for messages."""
+        return f"{self.layers} layers of {self.experts} experts, {self.top_k} per token"
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The routing of some tokens, one row a token.
+    """The routing of a number of tokens, one row per token.
 
     Attributes:
-        model: whose routing it is.
-        experts: int16 ``[tokens, layers, top_k]``, the chosen experts.
-        weights: float16 ``[tokens, layers, top_k]``, what their outputs were multiplied with.
-        request: int32 ``[tokens]``, 0 and up: an index into ``class_of_request``.
-        step: int64 ``[tokens]``, the engine step that computed the token; rows of one step were one batch.
-        is_prefill: bool ``[tokens]``.
+        model: The model.
+        experts: int16 ``[tokens, layers, top_k]``, the selected experts.
+        weights: float16 ``[tokens, layers, top_k]``, the factors of their outputs.
+        request: int32 ``[tokens]``, from 0: an index into ``class_of_request``.
+        step: int64 ``[tokens]``, the engine step of the token; the rows of one step were one batch.
+        is_prefill: bool ``[tokens]``, whether the token is part of a prompt.
         class_of_request: int16 ``[requests]``, an index into ``classes``.
-        classes: names of the prompt classes.
+        classes: Names of the prompt classes.
 
     """
 
@@ -80,25 +82,25 @@ class Trace:
 
     @property
     def requests(self) -> npt.NDArray[np.int32]:
-        """The requests that have tokens here, ascending."""
+        """The requests with tokens in this trace, ascending."""
         return np.unique(self.request)
 
     @property
     def prompt_group(self) -> npt.NDArray[np.int16]:
-        """The class of each token's request, int16 ``[tokens]``."""
+        """The prompt class of each token's request, int16 ``[tokens]``."""
         return self.class_of_request[self.request]
 
     def select(self, rows: npt.NDArray[Any] | slice) -> Trace:
-        """Some rows, by a mask, indices or a slice; requests keep their numbers."""
+        """Return the rows of a mask, indices or a slice; requests keep their numbers."""
         arrays = {name: getattr(self, name)[rows] for name in ("experts", "weights", "request", "step", "is_prefill")}
         return replace(self, **arrays)
 
     def decode(self) -> Trace:
-        """The tokens that were not part of a prompt."""
+        """Return the rows of tokens that are not part of a prompt."""
         return self.select(~self.is_prefill)
 
     def split(self, share: float, seed: int = 0) -> tuple[Trace, Trace]:
-        """Two traces without a common request: about ``share`` of the requests of each class, and the rest."""
+        """Return two traces without a common request: about ``share`` of each class's requests, and the others."""
         generator = np.random.default_rng(seed)
         requests = self.requests
         first: list[int] = []
@@ -109,7 +111,7 @@ class Trace:
         return self.select(chosen), self.select(~chosen)
 
     def write(self, path: Path) -> None:
-        """Write the file, compressed; a file that is there is replaced when the new one is complete."""
+        """Write the compressed file; an existing one is replaced when the new one is complete."""
         meta = {"format": FORMAT, "model": asdict(self.model), "classes": list(self.classes)}
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +125,7 @@ class Trace:
         """Read a file.
 
         Raises:
-            TraceError: when there is none, or it is not a trace.
+            TraceError: The file does not exist or is no trace.
 
         """
         try:
@@ -147,14 +149,14 @@ class Trace:
         except TraceError as error:
             raise TraceError(f"{path}: {error}") from None
         except (KeyError, TypeError) as error:
-            raise TraceError(f"{path} does not say whose routing it is: {error}") from None
+            raise TraceError(f"{path} does not describe its model: {error}") from None
 
     @classmethod
     def merge(cls, traces: Sequence[Trace]) -> Trace:
-        """One trace of several from the same model; requests and steps are renumbered so that none meet.
+        """Return one trace of several of the same model, with requests and steps renumbered to be distinct.
 
         Raises:
-            TraceError: when there is none, or they come from different models.
+            TraceError: There is no trace, or they belong to different models.
 
         """
         if not traces:
@@ -200,7 +202,7 @@ _ARRAYS = tuple(field.name for field in fields(Trace) if field.name in _TYPES)
 
 
 def _check(trace: Trace, what: str) -> None:
-    """One sentence on the first thing that is wrong."""
+    """Raise TraceError with the first error."""
     model, tokens = trace.model, len(trace.request)
     if model.score_function not in SCORE_FUNCTIONS:
         raise TraceError(

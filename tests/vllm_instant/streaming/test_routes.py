@@ -146,7 +146,7 @@ def test_limits_are_told_and_freed_again():
             other = {"Authorization": "Bearer another"}
             assert client.post("/v1/instant/sessions", headers=other).status_code == 201
             third = {"Authorization": "Bearer a third"}
-            assert "server has 3 open sessions" in client.post("/v1/instant/sessions", headers=third).text
+            assert "limit of 3 open sessions" in client.post("/v1/instant/sessions", headers=third).text
             assert client.delete(f"/v1/instant/sessions/{opened.json()['id']}").status_code == 204
             assert client.post("/v1/instant/sessions").status_code == 201
 

@@ -83,7 +83,7 @@ def test_report_measures_draws_and_writes(run, tmp_path):
     options = ("--windows", 8, "--batch", 4, "--context", 32, "--prompt", 8, "--budgets", "24,12")
     result = run("report", "demo", "--text", f"notes={text}", *options, "-o", output)
     assert result.exit_code == 0, result.output
-    assert "6 layers of 64 experts, 8 for a token" in result.stdout
+    assert "6 layers of 64 experts, 8 per token" in result.stdout
     record = json.loads(output.with_suffix(".json").read_text())
     budgets = {point["budget"]: point for point in record["points"] if point["form"] == "budget"}
     assert budgets[12]["distinct"][0] < budgets[24]["distinct"][0] <= 24
