@@ -15,7 +15,7 @@ from vllm_instant.moe.router_scoring import RouterScoring
 
 NAMESPACE = "vllm_instant"
 LAYER = "instant_layer"
-"""On a router: its layer's index among those that are served; None as long as it is left alone."""
+"""On a router: its layer's index among the served layers; None for a layer left to vLLM."""
 
 _served: list[Any] = []
 """The ``ServedLayer`` of each index."""

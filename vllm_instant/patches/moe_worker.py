@@ -127,7 +127,7 @@ class MoeWorker:
         self._decode_rows: list[int] = []
         self._latest: dict[str, Any] | None = None
         self.idle = not self.replays
-        """Whether nobody has to be asked in this step, which does not mean that nothing is counted."""
+        """Whether no plugin call is needed in this step; counting may still take place."""
         self.counting = self.replays
         self.number = 0
         self.totals = dict.fromkeys(("layer_steps", *_FIELDS, "kl_tokens", "kl"), 0.0)
@@ -198,7 +198,7 @@ class MoeWorker:
 
     @property
     def wants_shadow(self) -> bool:
-        """Whether the model shall run this step once for comparison, before it runs it for good."""
+        """Whether this step first runs a reference pass, before the pass whose results are used."""
         return self._look is Measurement.REFERENCE and not self.plugin.disabled
 
     def reference_pass(self, active: bool) -> None:

@@ -18,7 +18,7 @@ def _propose(index, newest, most=8, least=0.0, group=0):
     return index.propose(np.asarray(newest, np.int32), most, SURE, least, group)
 
 
-def _longest_match(tokens):
+def _reference_match(tokens):
     """By plain search: the longest run before the end that equals the end, at most ``MAX_MATCH``."""
     best = 0
     for stop in range(ORDER, len(tokens)):
@@ -35,7 +35,7 @@ def test_it_finds_the_longest_earlier_match(values):
     index = TokenIndex(64, growing=True)
     index.append(_tokens(*values))
     found = _propose(index, values[-MAX_MATCH:], most=1)
-    longest = _longest_match(values)
+    longest = _reference_match(values)
     assert len(found.tokens) == (longest > 0)
     if longest:
         # The proposed token follows the match with the most weight, which may be several shorter ones.

@@ -143,7 +143,7 @@ def test_victims_are_the_policys(make):
 def test_prompts_are_read_in_pieces_beside_those_that_decode(make):
     scheduler = make("backwards", "batching.prompt_tokens=20")
     scheduler.add_request(harness.make_request(0, prompt_tokens=16))
-    assert _step(scheduler).num_scheduled_tokens == {"request-0": 16}, "nobody is disturbed"
+    assert _step(scheduler).num_scheduled_tokens == {"request-0": 16}, "no other request is disturbed"
     scheduler.add_request(harness.make_request(1, prompt_tokens=90))
     read = []
     while len(read) < 8 and sum(read) < 90:
@@ -168,7 +168,7 @@ def test_explicit_priority_is_respected(make):
 
 
 def test_a_request_that_cannot_start_lets_the_others_pass(make):
-    """A LoRA beyond those that fit together: vLLM skips the request and puts it back."""
+    """A LoRA beyond ``max_loras``: vLLM skips the request and puts it back."""
     from vllm.config import LoRAConfig
     from vllm.lora.request import LoRARequest
 

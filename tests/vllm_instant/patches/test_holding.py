@@ -15,7 +15,7 @@ SIZE = harness.BLOCK_SIZE
 
 @pytest.fixture(params=[False, True], ids=["synchronous", "asynchronous"])
 def make(request, demo_pair, monkeypatch):
-    """A scheduler with prefix caching and so many KV blocks."""
+    """A scheduler with prefix caching and ``blocks`` KV blocks."""
 
     def build(blocks=200, places=4):
         monkeypatch.setenv(deployment_env.VARIABLE, "")

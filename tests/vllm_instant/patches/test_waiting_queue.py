@@ -69,7 +69,7 @@ def test_an_order_by_id_passes_over_those_that_do_not_wait():
     assert _take_all(queue) == list("dbace")
     for name in "fg":
         queue.add_request(Request(name))
-    assert _take_all(queue) == list("fg"), "nobody named waits: as they came"
+    assert _take_all(queue) == list("fg"), "no named request waits: arrival order"
 
 
 def test_a_policy_that_does_not_look_at_those_that_wait_does_not_pay_for_them():

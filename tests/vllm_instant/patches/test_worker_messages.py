@@ -1,4 +1,4 @@
-"""One message a step: stand-ins for vLLM's classes show who is asked what."""
+"""One message per step: stand-ins for vLLM's classes record the calls."""
 
 from types import SimpleNamespace
 

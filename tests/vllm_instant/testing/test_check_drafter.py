@@ -157,7 +157,7 @@ class ForgetRaises(Repeat):
 
 
 class SharesText(Drafter):
-    """Remembers what followed a token, whoever said it."""
+    """Remembers what followed a token, across all requests."""
 
     def __init__(self):
         self.following = {}

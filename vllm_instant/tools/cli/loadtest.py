@@ -116,7 +116,7 @@ def _servers(
     overrides: list[str],
     output: Path,
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Addresses by name, of running servers or of those that the scenario names and that run until the stack ends."""
+    """Addresses by name, of running servers or of servers that the scenario names, which run until the stack ends."""
     from vllm_instant_loadtests.launcher import LoadTestError, scenario_servers
     from vllm_instant_loadtests.scenario import named_servers
 

@@ -231,7 +231,7 @@ def terminable() -> Iterator[None]:
 
 
 def share_cores(servers: int) -> bool:
-    """Whether starting so many servers at once would slow each of them down."""
+    """Whether starting ``servers`` servers at once would slow each of them down."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores < servers * CORES_PER_START
 

@@ -19,32 +19,31 @@ class SpeedupEstimate:
 
     steps: int
     drafting: int
-    """How many of them drafted or verified drafts."""
+    """Number of steps that drafted or verified drafts."""
     milliseconds: float
-    """How long all of them took."""
+    """Total time of all steps."""
     undrafted_milliseconds: float
-    """How long their tokens would have taken without drafts."""
+    """Estimated time of the same tokens without drafts."""
 
     @property
     def speed(self) -> float:
-        """Tokens a second relative to never drafting; below 1 where drafting lost."""
+        """Tokens per second relative to never drafting; below 1 where drafting lost."""
         return self.undrafted_milliseconds / self.milliseconds
 
 
 def estimate_speedup(decisions: Iterable[Mapping[str, Any]]) -> SpeedupEstimate | None:
-    """Compare the steps that drafted, or verified what the step before had drafted, with those that did neither.
+    """Compare the steps that drafted, or verified drafts of the step before, with the steps that did neither.
 
-    A step without drafts gives every request a token. How long it takes with as many requests is the median of such
-    steps here; where there was none, that of the nearest number of requests. Steps that read prompts are passed over,
-    and those that have not finished.
+    A step without drafts yields one token per request. Its time for a number of requests is the median of such steps
+    here, or that of the nearest number of requests. Steps with prefill and unfinished steps are excluded.
 
     Args:
-        decisions: of any policy, the oldest first, with the keys that ``SpeculationPolicy.decisions`` names; those
+        decisions: of any policy, the oldest first, with the keys that ``SpeculationPolicy.decisions`` names; decisions
             without these keys are skipped. The drafts of a decision are made in its step and verified in the next,
-            whose tokens and time its outcome says.
+            whose tokens and time are in its outcome.
 
     Returns:
-        None when no step went without drafts.
+        None when every step had drafts.
 
     """
     decided = _decided(decisions)
@@ -75,11 +74,11 @@ def estimate_speedup(decisions: Iterable[Mapping[str, Any]]) -> SpeedupEstimate 
 
 
 def decoding_speed(decisions: Iterable[Mapping[str, Any]], requests: int) -> float | None:
-    """Tokens a second of the finished steps with so many requests that read no prompts; None when there is none.
+    """Tokens per second of finished steps without prefill and with ``requests`` requests; None when there is none.
 
     Args:
-        decisions: as for ``balance``.
-        requests: that decode together.
+        decisions: as for ``estimate_speedup``.
+        requests: number of requests that decode together.
 
     """
     outcomes = [

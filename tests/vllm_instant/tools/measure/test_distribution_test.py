@@ -21,7 +21,7 @@ def _independent(seed, chances, draws=DRAWS, prompts=PROMPTS):
 
 
 def _sampled(sampler, seed):
-    """Three tokens of toy models, one pair a "prompt", with two drafts a request as `verify` asks for them."""
+    """Three tokens of toy models, one pair per "prompt", with two drafts per request as `verify` asks for them."""
     torch.manual_seed(seed)
     arms = []
     for prompt in range(PROMPTS):

@@ -16,8 +16,8 @@ def _body(tokens):
 
 def test_requests_do_not_wait_for_earlier_answers():
     """The server answers nothing before all five requests are there: a closed loop would never get an answer."""
-    everybody = threading.Barrier(5)
-    with serving(FakeServer(before_stream=lambda: everybody.wait(30))) as url:
+    all_clients = threading.Barrier(5)
+    with serving(FakeServer(before_stream=lambda: all_clients.wait(30))) as url:
         results = send_open_loop(url, [OpenLoopRequest(0.001 * number, _body(10), "slow") for number in range(5)])
     for number, result in enumerate(results):
         assert result.error is None
