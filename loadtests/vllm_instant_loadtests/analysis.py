@@ -1,4 +1,4 @@
-"""Everything that a recorded run shows: percentiles, spikes and their causes, goals, servers beside each other."""
+"""Analyses a recorded run: percentiles, spikes and their causes, goals, comparisons of servers."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from vllm_instant_loadtests.windows import ITL, STALL, TTFT, LatencySamples, Win
 
 E2E = "e2e"
 MARGIN = 1.0
-"""Seconds around a spike that are no baseline."""
+"""Seconds around a spike that do not belong to the baseline."""
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A stretch of time in which a server was slower than it otherwise was, and why."""
+    """A time span in which a server was slower than its baseline, with causes."""
 
     server: str
     began: float
     ended: float
     rises: list[MetricRise]
-    """By metric; the first one is the most certain."""
+    """By metric, the most significant first."""
     findings: list[causes.CauseFinding]
     """Causes with scores, the likeliest first."""
 
     @property
     def metric(self) -> str:
-        """The metric that shows it most certainly."""
+        """The metric with the most significant rise."""
         return self.rises[0].metric
 
     @property
     def cause(self) -> str:
-        """The likeliest one, or "unknown"."""
+        """The likeliest cause, or "unknown"."""
         return self.findings[0].cause
 
     @property
     def evidence(self) -> list[str]:
-        """What speaks for the cause."""
+        """The evidence for the cause."""
         return self.findings[0].evidence
 
     @property
     def alternatives(self) -> list[causes.CauseFinding]:
-        """Other causes that something speaks for."""
+        """Other causes with evidence."""
         return [finding for finding in self.findings[1:] if finding.score > 0]
 
     @property
     def sentence(self) -> str:
-        """For people."""
+        """A description for terminals and reports."""
         rise = self.rises[0]
         return (
             f"{self.server}, {self.began:.1f} to {self.ended:.1f} s: {NAMES[rise.metric]} {rise.value * 1e3:.0f} ms, "
@@ -66,7 +66,7 @@ class Spike:
         )
 
     def plain(self) -> dict[str, Any]:
-        """As JSON types."""
+        """The spike as JSON types."""
         return {
             "server": self.server,
             "began": round(self.began, 2),
@@ -96,42 +96,42 @@ NAMES = {windows.ITL: "p99 ITL", windows.PACE: "mean ITL", windows.TTFT: "p99 TT
 
 @dataclass(frozen=True)
 class ServerAnalysis:
-    """What a run shows of one server."""
+    """The results of one server."""
 
     server: str
     seconds: float
-    """In which it was asked."""
+    """Duration of its segments."""
     requests: int
     failed: int
     left: int
-    """Clients that hung up on purpose."""
+    """Number of clients that hung up on purpose."""
     tokens: int
     percentiles: dict[str, dict[str, float]]
     """``ttft``, ``itl``, ``stall``, ``e2e``: ``p50``, ``p95``, ``p99``, ``mean`` in milliseconds."""
     too_little: dict[str, str]
-    """By metric: why it was not searched for spikes."""
+    """By metric, why it was not searched for spikes."""
     spikes: list[Spike]
     series: dict[str, WindowedSeries]
-    """By metric; not in JSON."""
+    """By metric; left out of the JSON."""
     quiet: list[TimeSpan]
-    """The baseline: parts of the run without spikes."""
+    """The baseline: the parts of the run without spikes."""
     events: list[Disturbance] = field(default_factory=list)
-    """What was done to it on purpose."""
+    """Injected disturbances."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all streams together."""
+        """Output tokens of all streams per second."""
         return self.tokens / self.seconds if self.seconds > 0 else math.nan
 
     def reached(self) -> dict[str, float | None]:
-        """What goals are compared with, by their names."""
+        """The values that goals are compared with, by goal."""
         found: dict[str, float | None] = {
             f"{metric}_{share}_ms": value
             for metric, by_share in self.percentiles.items()
             for share, value in by_share.items()
         }
         found["error_rate"] = self.failed / self.requests if self.requests else None
-        # Spikes that could not be searched for are not none.
+        # With too little data to search, the number of spikes is unknown, not 0.
         found["spikes"] = None if len(self.too_little) == len(windows.METRICS) else float(len(self.spikes))
         found["tokens_per_second"] = self.tokens_per_second if self.seconds > 0 else None
         return found
@@ -156,7 +156,7 @@ class ServerAnalysis:
 
 @dataclass(frozen=True)
 class RunAnalysis:
-    """What a run shows."""
+    """The results of a run."""
 
     about: dict[str, Any]
     servers: list[ServerAnalysis]
@@ -165,12 +165,12 @@ class RunAnalysis:
 
     @property
     def met(self) -> bool:
-        """Whether every goal was reached on every server; the exit code follows it."""
+        """Whether every server reached every goal; decides the exit code."""
         return all(checked.met for checked in self.goals)
 
     @property
     def spikes(self) -> list[Spike]:
-        """Of all servers."""
+        """The spikes of all servers."""
         return [spike for server in self.servers for spike in server.spikes]
 
     def plain(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class RunAnalysis:
         }
 
     def summary(self) -> str:
-        """For a terminal: spikes with their evidence, verdicts and goals, one a line."""
+        """Text for a terminal: spikes with their evidence, verdicts and goals, one per line."""
         lines: list[str] = []
         for server in self.servers:
             for spike in server.spikes:
@@ -200,11 +200,11 @@ class RunAnalysis:
 
 
 def analyse_run(run: RecordedRun, goals: LoadTestGoals | None = None) -> RunAnalysis:
-    """Everything about a run.
+    """Analyse a run.
 
     Args:
-        run: as recorded.
-        goals: what is to be reached; without, what the scenario said (``run.about["goals"]``).
+        run: the recording.
+        goals: of the analysis; those of the scenario (``run.about["goals"]``) by default.
 
     """
     wanted = goals if goals is not None else LoadTestGoals(**run.about.get("goals", {}))
@@ -214,16 +214,16 @@ def analyse_run(run: RecordedRun, goals: LoadTestGoals | None = None) -> RunAnal
     return RunAnalysis(
         run.about,
         servers,
-        # The later server beside the earlier one: scenarios name stock first.
+        # The later server compared with the earlier one: scenarios name the baseline first.
         [compare.compare_servers(run, ours, theirs) for theirs, ours in itertools.combinations(names, 2)],
         [checked for server in servers for checked in _checked(wanted, server)],
     )
 
 
 def analyse_server(run: RecordedRun, name: str) -> ServerAnalysis:
-    """What the part of a run that concerns one server (``Run.of``) shows."""
+    """Analyse the part of a run that concerns one server (``RecordedRun.of``)."""
     requests = sorted(run.requests, key=lambda request: request.due)
-    parts = windows.stretches(run.about.get("segments", []), name, requests)
+    parts = windows.loaded_segments(run.about.get("segments", []), name, requests)
     measured = windows.latency_samples(requests)
     series = {metric: windows.windowed_series(metric, measured[metric], parts) for metric in windows.METRICS}
     searched = [one for one in series.values() if not one.too_little]
@@ -231,11 +231,11 @@ def analyse_server(run: RecordedRun, name: str) -> ServerAnalysis:
     groups = spikes.merge_rises(found)
     spans = [(min(r.began for r in group), max(r.ended for r in group)) for group in groups]
     quiet = _without(parts, spans)
-    meters = MetricSeries(run.samples)
+    metrics = MetricSeries(run.samples)
     made = []
     for group, (began, ended) in zip(groups, spans, strict=True):
-        scene = SpikeContext(run, meters, measured, group, quiet)
-        made.append(Spike(name, began, ended, group, causes.attribute(scene)))
+        context = SpikeContext(run, metrics, measured, group, quiet)
+        made.append(Spike(name, began, ended, group, causes.attribute(context)))
     return ServerAnalysis(
         server=name,
         seconds=sum(ended - began for began, ended in parts),
@@ -257,7 +257,7 @@ def _checked(wanted: LoadTestGoals, server: ServerAnalysis) -> list[GoalResult]:
 
 
 def _without(parts: Sequence[TimeSpan], taken: Sequence[TimeSpan]) -> list[TimeSpan]:
-    """Parts of the run that are at least ``MARGIN`` away from every spike."""
+    """The parts of the run that are at least ``MARGIN`` away from every spike."""
     left = [(began + windows.WARM_UP, ended) for began, ended in parts]
     for low, high in taken:
         cut = [((began, min(ended, low - MARGIN)), (max(began, high + MARGIN), ended)) for began, ended in left]

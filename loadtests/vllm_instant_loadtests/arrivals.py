@@ -1,4 +1,4 @@
-"""When requests are due, however slow the server is: random arrivals that follow a rate over time."""
+"""Due times of requests: random arrivals that follow a rate over time, independent of the server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 Times = npt.NDArray[np.float64]
 _PARTS = 256
-"""Into which a stretch of the rate's curve is divided; within each the rate counts as constant."""
+"""Number of parts of each linear piece of the rate's curve, for interpolating its integral."""
 
 
 def due(
@@ -24,17 +24,17 @@ def due(
     """Arrival times in ``[0, seconds)``, float64 ``[n]``, in order.
 
     Args:
-        rate: arrivals a second, or points ``(second, rate)`` with straight lines between them; the first and the last
-            rate go on outside of them.
+        rate: arrivals per second, or points ``(second, rate)`` with linear interpolation; outside of them the first
+            and the last rate apply.
         seconds: length of the timeline.
-        random: of the gaps.
-        process: ``poisson``; ``gamma``, whose gaps vary more or less; or ``even`` (all gaps alike).
-        cv: coefficient of variation of gamma's gaps.
+        random: generator of the gaps.
+        process: ``poisson``; ``gamma``, with ``cv``; or ``even`` (equal gaps).
+        cv: coefficient of variation of the gaps of ``gamma``.
 
     """
     when, expected = _cumulated(rate, seconds)
     total = expected[-1]
-    # Arrivals at rate one, then bent so that as many are due as the curve's integral says.
+    # Time rescaling: arrivals at rate one, mapped through the inverse of the rate's integral.
     arrivals = np.empty(0)
     while not len(arrivals) or arrivals[-1] < total:
         more = np.cumsum(_gaps(process, cv, int(total * 1.2) + 16, random))
@@ -44,14 +44,14 @@ def due(
 
 
 def traced(file: Path, seconds: float, speed: float = 1.0) -> Times:
-    """The arrival times of a file, one a line in seconds, counted from the first; raises ValueError or OSError."""
+    """The arrival times of a file, one per line in seconds, relative to the first; raises ValueError or OSError."""
     lines = [line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
     try:
         times = np.sort(np.array([float(line) for line in lines if line]))
     except ValueError as error:
-        raise ValueError(f"{file} should have one arrival time in seconds a line: {error}") from None
+        raise ValueError(f"{file} should have one arrival time in seconds per line: {error}") from None
     if not len(times):
-        raise ValueError(f"{file} has no arrival times: write one in seconds a line")
+        raise ValueError(f"{file} has no arrival times: write one in seconds per line")
     played: Times = (times - times[0]) / speed
     return played[played < seconds]
 

@@ -1,9 +1,9 @@
-"""Why a spike was there: each cause says how much of it the evidence for it explains, and what that evidence is.
+"""Attributes a spike to a cause: each cause has a score and the evidence for it.
 
-A score is the share of the rise that a cause explains, between 0 and 1; the highest one names the spike. A cause that
-is the reason of another's signs takes their part: while a load generator sleeps, nobody gets tokens, but the server has
-not stopped. Everything is read from what stock vLLM exports and from the requests themselves; a decision trace, where
-there is one, adds lines.
+A score is the share of the rise that a cause explains, between 0 and 1; the highest one names the spike. Where one
+cause explains the signs of another, the other's score is reduced: while a load generator sleeps no request receives
+tokens, but the server has not stopped. The evidence comes from vLLM's metrics and from the requests themselves; a
+decision trace, where there is one, adds lines.
 """
 
 from __future__ import annotations
@@ -32,296 +32,303 @@ UNKNOWN = "unknown"
 CAUSES = (ACCEPTANCE, BATCH, PREFILL, MEMORY, COMPILE, QUEUEING, CLIENT, STOPPED, DISCONNECTS)
 
 MIN_SCORE = 0.25
-"""Below it, a cause is unknown."""
+"""Where no cause has this score, the cause is unknown."""
 MIN_DRAFTED = 40
+"""Minimum number of draft tokens from which an acceptance rate is computed."""
 MIN_DROP = 0.1
-"""Of the share of accepted draft tokens."""
-FULL = 0.95
-"""Share of the KV cache in use at which it is full: new blocks are taken one at a time."""
-LONG = 3.0
-"""A long prompt has so many times the tokens of the baseline's longest usual ones."""
-NEW = 1.25
-"""By what factor a batch or a prompt is larger than all before, to be something new to the engine."""
+"""Minimum drop of the acceptance rate that counts."""
+FULL_CACHE = 0.95
+"""Usage of the KV cache from which it counts as full: requests take blocks one at a time, so 1 is rarely read."""
+LONG_PROMPT_RATIO = 3.0
+"""A prompt is long if it has this many times the baseline's 90th percentile of prompt tokens."""
+NEW_SIZE_RATIO = 1.25
+"""A batch or a prompt is new to the engine if it is larger by this factor than all earlier ones."""
 BURST_SECONDS = 2.0
-"""In which requests count as having come together."""
-SILENT = 0.3
-"""Seconds without anything for anybody that can be a stop."""
+"""Requests within this time count as one burst."""
+MIN_STANDSTILL = 0.3
+"""Minimum time without any arrival that can be a stop, seconds."""
 
 
 @dataclass(frozen=True)
 class CauseFinding:
-    """One cause, and what speaks for it."""
+    """One cause with its score and its evidence."""
 
     cause: str
     score: float
     evidence: list[str]
 
 
-def attribute(scene: SpikeContext) -> list[CauseFinding]:
+def attribute(context: SpikeContext) -> list[CauseFinding]:
     """All causes with their scores, the likeliest first; ``UNKNOWN`` is the first where nothing explains a spike."""
-    found = {finding.cause: finding for finding in (judge(scene) for judge in _JUDGES)}
-    for reason, sign, share in _TAKES:
+    found = {finding.cause: finding for finding in (judge(context) for judge in _JUDGES)}
+    for reason, sign, share in _EXPLAINS:
         taken = 1 - share * found[reason].score
         found[sign] = replace(found[sign], score=float(found[sign].score * taken))
     ordered = sorted(found.values(), key=lambda finding: -finding.score)
     if ordered[0].score < MIN_SCORE:
         seen = [line for finding in ordered for line in finding.evidence]
         ordered = [CauseFinding(UNKNOWN, 0.0, ["nothing that was recorded explains it", *seen[:3]]), *ordered]
-    return [replace(ordered[0], evidence=[*ordered[0].evidence, *_traced(scene)]), *ordered[1:]]
+    return [replace(ordered[0], evidence=[*ordered[0].evidence, *_traced(context)]), *ordered[1:]]
 
 
-def client_side(scene: SpikeContext) -> CauseFinding:
-    """The load generator itself was late: what it saw late need not have come late."""
-    late = scene.late()
+def client_side(context: SpikeContext) -> CauseFinding:
+    """The load generator itself was late: what it read late may have arrived in time."""
+    late = context.late()
     if not late:
         return CauseFinding(CLIENT, 0.0, [])
     return CauseFinding(
         CLIENT,
-        min(1.0, late / scene.lost),
+        min(1.0, late / context.delay),
         [
-            f"the load generator's own timers came {late:.2f} s late, of {scene.lost:.2f} s of delay; the longest wait "
-            f"for a token was {scene.longest:.2f} s ({scene.gap:.2f} s before)"
+            f"the load generator's own timers were {late:.2f} s late, of {context.delay:.2f} s of delay; the longest "
+            f"wait for a token was {context.longest_wait:.2f} s ({context.usual_wait:.2f} s before)"
         ],
     )
 
 
-def stopped(scene: SpikeContext) -> CauseFinding:
-    """Nobody got anything, and the server's own counters stood still."""
-    began, ended = scene.silence
-    silence = ended - began
-    if silence < max(SILENT, 4 * scene.gap):
+def stopped(context: SpikeContext) -> CauseFinding:
+    """No request received anything, and the server's own counters did not change."""
+    began, ended = context.longest_standstill
+    standstill = ended - began
+    if standstill < max(MIN_STANDSTILL, 4 * context.usual_wait):
         return CauseFinding(STOPPED, 0.0, [])
-    lines = [f"nobody got a token for {silence:.2f} s (waits were {scene.gap:.2f} s at most before, 99 of 100)"]
-    score = min(1.0, silence / scene.lost)
-    away, still = scene.meters.unanswered((began, ended)), scene.meters.stood_still(m.GENERATED, (began, ended))
-    if away >= 0.8 * silence:
+    lines = [f"no request received a token for {standstill:.2f} s (p99 of waits before: {context.usual_wait:.2f} s)"]
+    score = min(1.0, standstill / context.delay)
+    away, still = context.metrics.unanswered((began, ended)), context.metrics.unchanged(m.GENERATED, (began, ended))
+    if away >= 0.8 * standstill:
         lines.append(f"/metrics did not answer for {away:.2f} s")
-    elif still >= 0.4 * silence:
-        lines.append(f"/metrics answered, but the number of generated tokens stood still for {still:.2f} s or more")
-    elif len(scene.meters.at):
+    elif still >= 0.4 * standstill:
+        lines.append(f"/metrics answered, but the number of generated tokens did not change for at least {still:.2f} s")
+    elif len(context.metrics.at):
         score *= 0.5
     return CauseFinding(STOPPED, score, lines)
 
 
-def compiling(scene: SpikeContext) -> CauseFinding:
-    """The engine was silent when it met something for the first time: a larger batch, a longer prompt."""
-    began, ended = scene.silence
-    if ended - began < max(SILENT, 4 * scene.gap):
+def compiling(context: SpikeContext) -> CauseFinding:
+    """The engine stopped when something was new to it: a larger batch or a longer prompt."""
+    began, ended = context.longest_standstill
+    if ended - began < max(MIN_STANDSTILL, 4 * context.usual_wait):
         return CauseFinding(COMPILE, 0.0, [])
     lines = []
-    under_way = _under_way(scene, began)
-    record = max((_under_way(scene, r.due) for r in scene.run.requests if r.due < began - AROUND), default=0)
-    if under_way >= NEW * record and record:
-        lines.append(f"{under_way} answers were under way for the first time ({record} at most before)")
-    old = [r.prompt_tokens for r in scene.run.requests if r.prompt_tokens and reached(r) < began]
-    new = [r for r in scene.run.requests if r.prompt_tokens and r.sent < began + AROUND / 3 and reached(r) >= ended]
+    in_progress = _in_progress(context, began)
+    record = max((_in_progress(context, r.due) for r in context.run.requests if r.due < began - AROUND), default=0)
+    if in_progress >= NEW_SIZE_RATIO * record and record:
+        lines.append(f"{in_progress} requests ran for the first time (at most {record} before)")
+    old = [r.prompt_tokens for r in context.run.requests if r.prompt_tokens and reached(r) < began]
+    new = [r for r in context.run.requests if r.prompt_tokens and r.sent < began + AROUND / 3 and reached(r) >= ended]
     longest = max((r.prompt_tokens or 0 for r in new), default=0)
-    if old and longest >= NEW * max(old):
-        lines.append(f"a prompt of {longest} tokens came for the first time ({max(old)} at most before)")
+    if old and longest >= NEW_SIZE_RATIO * max(old):
+        lines.append(f"a prompt of {longest} tokens arrived for the first time (at most {max(old)} before)")
     if not lines:
         return CauseFinding(COMPILE, 0.0, [])
-    return CauseFinding(COMPILE, 0.8, [f"nobody got a token for {ended - began:.2f} s", *lines])
+    return CauseFinding(COMPILE, 0.8, [f"no request received a token for {ended - began:.2f} s", *lines])
 
 
-def acceptance(scene: SpikeContext) -> CauseFinding:
-    """Fewer tokens a step, because drafts are refused."""
-    meters, span, quiet = scene.meters, [scene.span], scene.quiet
-    if not meters.has(m.DRAFTED) or not meters.growth(m.DRAFTED, span) >= MIN_DRAFTED:
+def acceptance(context: SpikeContext) -> CauseFinding:
+    """Fewer tokens per step, because drafts are rejected."""
+    metrics, span, quiet = context.metrics, [context.span], context.quiet
+    if not metrics.has(m.DRAFTED) or not metrics.growth(m.DRAFTED, span) >= MIN_DRAFTED:
         return CauseFinding(ACCEPTANCE, 0.0, [])
-    now, before = meters.ratio(m.ACCEPTED, m.DRAFTED, span), meters.ratio(m.ACCEPTED, m.DRAFTED, quiet)
-    a_step, a_step_before = (1 + meters.ratio(m.ACCEPTED, m.DRAFTS, spans) for spans in (span, quiet))
+    now, before = metrics.ratio(m.ACCEPTED, m.DRAFTED, span), metrics.ratio(m.ACCEPTED, m.DRAFTED, quiet)
+    per_step, per_step_before = (1 + metrics.ratio(m.ACCEPTED, m.DRAFTS, spans) for spans in (span, quiet))
     line = f"{now:.2f} of draft tokens accepted, {before:.2f} before"
     if not before - now >= MIN_DROP:
         return CauseFinding(ACCEPTANCE, 0.0, [line])
     lines = [
         line,
-        f"{a_step:.2f} tokens a step of a request, {a_step_before:.2f} before: for that alone tokens come "
-        f"{a_step_before / a_step:.2f} times slower; they came {scene.paced:.2f} times slower on average",
-        *_kinds(scene),
+        f"{per_step:.2f} tokens per step of a request, {per_step_before:.2f} before: a slowdown of "
+        f"{per_step_before / per_step:.2f}×; the measured one is {context.pace_ratio:.2f}× on average",
+        *_kinds(context),
     ]
-    return CauseFinding(ACCEPTANCE, explained(a_step_before / a_step, scene.paced), lines)
+    return CauseFinding(ACCEPTANCE, explained(per_step_before / per_step, context.pace_ratio), lines)
 
 
-def memory(scene: SpikeContext) -> CauseFinding:
-    """Requests lost their KV blocks, or waited for some."""
-    meters, span = scene.meters, [scene.wide]
-    lost, before = meters.growth(m.PREEMPTIONS, span), meters.rate(m.PREEMPTIONS, scene.quiet)
-    usage, usual = meters.gauge(m.KV_USAGE, span, at_most=True), meters.gauge(m.KV_USAGE, scene.quiet)
-    waiting = meters.gauge(m.WAITING, span, at_most=True)
+def memory(context: SpikeContext) -> CauseFinding:
+    """Requests lost their KV blocks or waited for free ones."""
+    metrics, span = context.metrics, [context.wide]
+    lost, before = metrics.growth(m.PREEMPTIONS, span), metrics.rate(m.PREEMPTIONS, context.quiet)
+    usage, usual = metrics.gauge(m.KV_USAGE, span, at_most=True), metrics.gauge(m.KV_USAGE, context.quiet)
+    waiting = metrics.gauge(m.WAITING, span, at_most=True)
     lines = []
     score = 0.0
-    if lost >= 0.5 and lost / scene.seconds > 3 * before:
-        lines.append(f"{lost:.0f} requests were preempted (lost their KV blocks), {before:.2f} a second before")
+    if lost >= 0.5 and lost / context.seconds > 3 * before:
+        lines.append(f"{lost:.0f} requests were preempted (lost their KV blocks), {before:.2f} per second before")
         score = 0.95
-    if usage >= FULL:
+    if usage >= FULL_CACHE:
         lines.append(f"up to {usage:.0%} of the KV cache in use, {usual:.0%} before; {waiting:.0f} requests waited")
-        score = max(score, 0.9 if waiting >= 1 and usual < 0.8 * FULL else 0.3)
+        score = max(score, 0.9 if waiting >= 1 and usual < 0.8 * FULL_CACHE else 0.3)
     return CauseFinding(MEMORY, score, lines)
 
 
-def prefill(scene: SpikeContext) -> CauseFinding:
-    """Long prompts were read between the others' tokens."""
-    known = [r.prompt_tokens for r in scene.sent_before() if r.prompt_tokens]
+def prefill(context: SpikeContext) -> CauseFinding:
+    """Long prompts were prefilled between the tokens of other requests."""
+    known = [r.prompt_tokens for r in context.sent_before() if r.prompt_tokens]
     usual = float(np.quantile(known, 0.9)) if known else math.nan
     long = [
         r
-        for r in scene.run.requests
-        if r.prompt_tokens and r.prompt_tokens > LONG * usual and r.sent < scene.span[1] and reached(r) > scene.span[0]
+        for r in context.run.requests
+        if r.prompt_tokens
+        and r.prompt_tokens > LONG_PROMPT_RATIO * usual
+        and r.sent < context.span[1]
+        and reached(r) > context.span[0]
     ]
     if not long:
-        return _prefill_by_metrics(scene, usual)
-    gaps = scene.measured[STALL].within(*scene.span)
-    slow = gaps.chosen(gaps.values > scene.gap)
+        return _prefill_by_metrics(context, usual)
+    gaps = context.measured[STALL].within(*context.span)
+    slow = gaps.chosen(gaps.values > context.usual_wait)
     share = 1.0
     if len(slow.values):
-        lost = slow.values - scene.gap
+        lost = slow.values - context.usual_wait
         met = np.zeros(len(lost), bool)
         for r in long:
             met |= (slow.ended > r.sent) & (slow.began < reached(r) + AROUND / 3)
         share = float(lost[met].sum() / lost.sum())
-    most = max(r.prompt_tokens or 0 for r in long)
+    max_tokens = max(r.prompt_tokens or 0 for r in long)
     return CauseFinding(
         PREFILL,
         share,
         [
-            f"long prompts were read meanwhile: {len(long)}, of up to {most} tokens ({usual:.0f} were usual before)",
-            f"{share:.0%} of the time by which arrivals were late falls into that reading",
-            f"{_per(scene, m.STEP_TOKENS, m.STEPS)} tokens a step",
+            f"long prompts were prefilled: {len(long)}, of up to {max_tokens} tokens (p90 before: {usual:.0f})",
+            f"{share:.0%} of the delay of arrivals falls into that prefill",
+            f"{_per(context, m.STEP_TOKENS, m.STEPS)} tokens per step",
         ],
     )
 
 
-def _prefill_by_metrics(scene: SpikeContext, usual: float) -> CauseFinding:
-    """Where requests do not say how long their prompts are: the server's count of prompt tokens."""
-    now = scene.meters.rate(m.PROMPT_TOKENS, [scene.wide])
-    before = scene.meters.rate(m.PROMPT_TOKENS, scene.quiet)
-    if math.isfinite(usual) or not now > LONG * before:
+def _prefill_by_metrics(context: SpikeContext, usual: float) -> CauseFinding:
+    """Prefill by the server's count of prompt tokens, where answers do not report prompt lengths."""
+    now = context.metrics.rate(m.PROMPT_TOKENS, [context.wide])
+    before = context.metrics.rate(m.PROMPT_TOKENS, context.quiet)
+    if math.isfinite(usual) or not now > LONG_PROMPT_RATIO * before:
         return CauseFinding(PREFILL, 0.0, [])
-    sent, sent_before = len(scene.sent(scene.wide)) / (scene.seconds + 2 * AROUND), len(scene.sent_before())
-    seconds = sum(end - begin for begin, end in scene.quiet)
-    # More requests are a burst; longer ones are long prompts.
+    sent, sent_before = len(context.sent(context.wide)) / (context.seconds + 2 * AROUND), len(context.sent_before())
+    seconds = sum(end - begin for begin, end in context.quiet)
+    # More requests are a burst; more tokens per request are long prompts.
     longer = (now / max(before, 1e-9)) / max(sent * seconds / max(sent_before, 1), 1.0)
     return CauseFinding(
         PREFILL,
-        min(0.9, max(0.0, (longer - 1) / LONG)),
-        [f"{now:.0f} prompt tokens a second were read, {before:.0f} before"],
+        min(0.9, max(0.0, (longer - 1) / LONG_PROMPT_RATIO)),
+        [f"{now:.0f} prompt tokens per second were prefilled, {before:.0f} before"],
     )
 
 
-def queueing(scene: SpikeContext) -> CauseFinding:
-    """Requests waited for a place in the batch."""
-    meters = scene.meters
-    waiting, before = meters.gauge(m.WAITING, [scene.wide], at_most=True), meters.gauge(m.WAITING, scene.quiet)
-    worst, usual = scene.first_token
-    reading = (scene.span[0], max(scene.wide[1], scene.span[0] + worst + AROUND))
-    queued = meters.ratio(m.QUEUE_SECONDS, m.QUEUED, [reading])
-    queued_before = meters.ratio(m.QUEUE_SECONDS, m.QUEUED, scene.quiet)
+def queueing(context: SpikeContext) -> CauseFinding:
+    """Requests waited for admission to the batch."""
+    metrics = context.metrics
+    waiting, before = metrics.gauge(m.WAITING, [context.wide], at_most=True), metrics.gauge(m.WAITING, context.quiet)
+    worst, usual = context.first_token
+    reading = (context.span[0], max(context.wide[1], context.span[0] + worst + AROUND))
+    queued = metrics.ratio(m.QUEUE_SECONDS, m.QUEUED, [reading])
+    queued_before = metrics.ratio(m.QUEUE_SECONDS, m.QUEUED, context.quiet)
     if not waiting >= 1 or not waiting > 2 * before:
         return CauseFinding(QUEUEING, 0.0, [])
-    lines = [f"up to {waiting:.0f} requests waited for a place, {before:.1f} before"]
+    lines = [f"up to {waiting:.0f} requests waited for admission, {before:.1f} before"]
     if math.isfinite(queued):
         usual_wait = f", {queued_before * 1e3:.0f} ms before" if math.isfinite(queued_before) else ""
         lines.append(f"requests queued for {queued * 1e3:.0f} ms on average{usual_wait}")
         share = min(1.0, 2 * queued / max(worst - usual, 1e-3))
     else:
         share = 0.6
-    places = meters.gauge(m.RUNNING, [scene.wide], at_most=True)
-    lines.append(f"{places:.0f} ran at once, at most")
-    # Where no more came than before, a queue is rather the sign of something else that made answers take longer.
-    more = 0.25 + 0.75 * _growth(scene)
-    # What queues explain is the time to the first token.
-    return CauseFinding(QUEUEING, more * share * (0.95 if scene.ratio(TTFT) > 1 else 0.4), lines)
+    places = metrics.gauge(m.RUNNING, [context.wide], at_most=True)
+    lines.append(f"at most {places:.0f} ran at once")
+    # Without more arrivals than before, a queue is rather a sign of something else that made answers take longer.
+    more = 0.25 + 0.75 * _growth(context)
+    # A queue delays first tokens, hardly the time between tokens.
+    return CauseFinding(QUEUEING, more * share * (0.95 if context.ratio(TTFT) > 1 else 0.4), lines)
 
 
-def batch(scene: SpikeContext) -> CauseFinding:
-    """More requests shared each step."""
-    meters = scene.meters
-    now, before = meters.gauge(m.RUNNING, [scene.span]), meters.gauge(m.RUNNING, scene.quiet)
+def batch(context: SpikeContext) -> CauseFinding:
+    """More requests ran in each step."""
+    metrics = context.metrics
+    now, before = metrics.gauge(m.RUNNING, [context.span]), metrics.gauge(m.RUNNING, context.quiet)
     if math.isnan(now):
-        now, before = _streams(scene, [scene.span]), _streams(scene, scene.quiet)
+        now, before = _streams(context, [context.span]), _streams(context, context.quiet)
     if not now - before >= 1.5 or not now > 1.4 * before:
         return CauseFinding(BATCH, 0.0, [])
-    # A batch also grows because answers take longer; only if more of them came it is a reason.
-    came, came_before = _crowds(scene)
-    rise = scene.slower if scene.slower > 1 else scene.ratio(TTFT, STALL)
+    # A batch also grows when answers take longer; it is a cause only if more requests arrived.
+    burst, burst_before = _bursts(context)
+    rise = context.slowdown if context.slowdown > 1 else context.ratio(TTFT, STALL)
     return CauseFinding(
         BATCH,
-        0.75 * _growth(scene) * explained(now / max(before, 0.5), rise),
+        0.75 * _growth(context) * explained(now / max(before, 0.5), rise),
         [
-            f"{now:.1f} requests ran at once, {before:.1f} before; up to {came:.0f} came within {BURST_SECONDS:.0f} s, "
-            f"{came_before:.0f} before",
-            f"{_per(scene, m.STEP_TOKENS, m.STEPS)} tokens a step",
+            f"{now:.1f} requests ran at once, {before:.1f} before; up to {burst:.0f} in {BURST_SECONDS:.0f} s, "
+            f"{burst_before:.0f} before",
+            f"{_per(context, m.STEP_TOKENS, m.STEPS)} tokens per step",
         ],
     )
 
 
-def disconnects(scene: SpikeContext) -> CauseFinding:
-    """Clients came and hung up."""
-    sent = scene.sent((scene.span[0] - 1.0, scene.span[1]))
+def disconnects(context: SpikeContext) -> CauseFinding:
+    """Clients connected and hung up."""
+    sent = context.sent((context.span[0] - 1.0, context.span[1]))
     left = [r for r in sent if r.left]
-    seconds = sum(end - begin for begin, end in scene.quiet)
-    before = sum(r.left for r in scene.sent_before()) / max(seconds, 1e-9)
-    if len(left) < 4 or len(left) / (scene.seconds + 1) < 3 * before:
+    seconds = sum(end - begin for begin, end in context.quiet)
+    before = sum(r.left for r in context.sent_before()) / max(seconds, 1e-9)
+    if len(left) < 4 or len(left) / (context.seconds + 1) < 3 * before:
         return CauseFinding(DISCONNECTS, 0.0, [])
     return CauseFinding(
         DISCONNECTS,
         min(1.0, 1.2 * len(left) / len(sent)),
-        [f"{len(left)} of {len(sent)} clients that came hung up, {before:.2f} a second before"],
+        [f"{len(left)} of {len(sent)} new clients hung up, {before:.2f} per second before"],
     )
 
 
-def _under_way(scene: SpikeContext, at: float) -> int:
-    return sum(r.due <= at < r.ended for r in scene.run.requests)
+def _in_progress(context: SpikeContext, at: float) -> int:
+    return sum(r.due <= at < r.ended for r in context.run.requests)
 
 
-def _crowds(scene: SpikeContext) -> tuple[float, float]:
-    """The most requests that came within ``BURST_SECONDS`` in the spike, and what is seldom more at the usual rate."""
-    dues = np.sort([request.due for request in scene.run.requests])
+def _bursts(context: SpikeContext) -> tuple[float, float]:
+    """Maximum number of arrivals within ``BURST_SECONDS`` in the spike, and what the usual rate rarely exceeds.
+
+    At the usual rate that number is Poisson distributed: mean plus two standard deviations.
+    """
+    dues = np.sort([request.due for request in context.run.requests])
 
     def counts(began: float, ended: float) -> list[float]:
         starts = np.arange(began, max(ended - BURST_SECONDS, began) + 0.01, 0.5)
         return list(np.searchsorted(dues, starts + BURST_SECONDS) - np.searchsorted(dues, starts))
 
-    before = [count for began, ended in scene.quiet for count in counts(began, ended)]
+    before = [count for began, ended in context.quiet for count in counts(began, ended)]
     usual = float(np.median(before or [0.0]))
-    return max(counts(scene.span[0] - BURST_SECONDS, scene.span[1])), usual + 2 * math.sqrt(usual)
+    return max(counts(context.span[0] - BURST_SECONDS, context.span[1])), usual + 2 * math.sqrt(usual)
 
 
-def _growth(scene: SpikeContext) -> float:
-    """Between 0 (no more requests came together than before) and 1 (half as many again, or more)."""
-    now, before = _crowds(scene)
+def _growth(context: SpikeContext) -> float:
+    """Growth of bursts: 0 if they are no larger than before, 1 if they are larger by half or more."""
+    now, before = _bursts(context)
     return min(1.0, max(0.0, now / max(before, 1) - 1.0) / 0.5)
 
 
-def _per(scene: SpikeContext, name: str, by: str) -> str:
-    now, before = scene.meters.ratio(name, by, [scene.wide]), scene.meters.ratio(name, by, scene.quiet)
+def _per(context: SpikeContext, name: str, by: str) -> str:
+    now, before = context.metrics.ratio(name, by, [context.wide]), context.metrics.ratio(name, by, context.quiet)
     return f"{now:.1f} (before: {before:.1f})" if math.isfinite(now) and math.isfinite(before) else "unknown numbers of"
 
 
-def _streams(scene: SpikeContext, spans: Sequence[TimeSpan]) -> float:
-    """Answers under way on average, as the clients saw it."""
+def _streams(context: SpikeContext, spans: Sequence[TimeSpan]) -> float:
+    """Mean number of answers in progress, as seen by the clients."""
     total = sum(end - begin for begin, end in spans)
-    under_way = sum(
-        max(0.0, min(r.ended, end) - max(r.sent, begin)) for r in scene.run.requests for begin, end in spans
+    in_progress = sum(
+        max(0.0, min(r.ended, end) - max(r.sent, begin)) for r in context.run.requests for begin, end in spans
     )
-    return under_way / total if total > 0 else math.nan
+    return in_progress / total if total > 0 else math.nan
 
 
-def _kinds(scene: SpikeContext) -> list[str]:
-    """Which traffic is new."""
-    old, new = {r.kind for r in scene.sent_before()}, [r.kind for r in scene.sent(scene.span)]
+def _kinds(context: SpikeContext) -> list[str]:
+    """The kinds of traffic that are new."""
+    old, new = {r.kind for r in context.sent_before()}, [r.kind for r in context.sent(context.span)]
     fresh = sorted({kind for kind in new if kind not in old})
     return [f"new traffic: {', '.join(fresh)}"] if fresh else []
 
 
-def _traced(scene: SpikeContext) -> list[str]:
-    """What the decision trace of our own scheduler says of the spike's steps."""
+def _traced(context: SpikeContext) -> list[str]:
+    """The decision trace of vllm-instant's scheduler about the steps of the spike."""
 
     def outcomes(spans: Sequence[TimeSpan]) -> list[dict[str, float]]:
-        inside = [step for step in scene.run.steps if any(begin <= step.at < end for begin, end in spans)]
+        inside = [step for step in context.run.steps if any(begin <= step.at < end for begin, end in spans)]
         return [step.decision["outcome"] for step in inside if step.decision.get("outcome")]
 
-    now, before = outcomes([scene.span]), outcomes(scene.quiet)
+    now, before = outcomes([context.span]), outcomes(context.quiet)
     if not now or not before:
         return []
     means = {
@@ -329,9 +336,9 @@ def _traced(scene: SpikeContext) -> list[str]:
         for name in ("drafted", "accepted", "milliseconds")
     }
     return [
-        f"decision trace: {means['drafted'][0]:.1f} draft tokens a step and {means['accepted'][0]:.1f} accepted "
-        f"({means['drafted'][1]:.1f} and {means['accepted'][1]:.1f} before), {means['milliseconds'][0]:.0f} ms a step "
-        f"({means['milliseconds'][1]:.0f} before)"
+        f"decision trace: {means['drafted'][0]:.1f} draft tokens per step and {means['accepted'][0]:.1f} accepted "
+        f"({means['drafted'][1]:.1f} and {means['accepted'][1]:.1f} before), {means['milliseconds'][0]:.0f} ms per "
+        f"step ({means['milliseconds'][1]:.0f} before)"
     ]
 
 
@@ -346,7 +353,7 @@ _JUDGES: tuple[Callable[[SpikeContext], CauseFinding], ...] = (
     batch,
     disconnects,
 )
-_TAKES = (
+_EXPLAINS = (
     (CLIENT, STOPPED, 1.0),
     (CLIENT, COMPILE, 1.0),
     (CLIENT, QUEUEING, 0.9),
@@ -369,5 +376,5 @@ _TAKES = (
     (ACCEPTANCE, BATCH, 0.5),
     (ACCEPTANCE, QUEUEING, 0.8),
 )
-"""(reason, sign, share): what a reason explains, its sign does not explain again. In order: a score that was taken from
-takes less."""
+"""(reason, sign, share): the share of the sign's score that the reason's score removes. The order matters: a score that
+has been reduced removes less."""

@@ -1,6 +1,6 @@
-"""Starts the servers of a scenario, and Locust as a process of its own, and waits for the end of the run.
+"""Starts the servers of a scenario and Locust in a process of its own, and waits for the end of the run.
 
-Importing Locust replaces sockets and locks of the whole process by gevent's; so it is never imported here.
+Locust is never imported here: importing it replaces sockets and locks of the whole process by gevent's.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class LoadTestError(Exception):
 
 @dataclass(frozen=True)
 class LocustCommand:
-    """What Locust is told."""
+    """The command line of Locust."""
 
     scenario: str
     servers: Mapping[str, str]
     """Addresses by name."""
     deployments: Mapping[str, Mapping[str, Any]]
-    """``deployment`` and ``instant`` of the servers whose start is known, by name."""
+    """``deployment`` and ``instant`` of the servers that were started here, by name."""
     output: Path
     seed: str = "0"
     rate_scale: float = 1.0
@@ -53,7 +53,7 @@ class LocustCommand:
     api_key: str | None = None
 
     def words(self) -> list[str]:
-        """Locust's command line."""
+        """The words of the command line."""
         words = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--only-summary"]
         words += ["--scenario", self.scenario, "--output", str(self.output), "--seed", self.seed]
         words += ["--servers", " ".join(f"{name}={url}" for name, url in self.servers.items())]
@@ -69,11 +69,11 @@ class LocustCommand:
 def scenario_servers(
     scenario: Scenario, model: str, config: Path | None, overrides: Sequence[str], logs: Path
 ) -> tuple[dict[str, Server], dict[str, dict[str, Any]]]:
-    """The servers that a scenario names, not yet started, and how each is deployed, by name.
+    """The servers that a scenario names, not yet started, and the deployment of each, by name.
 
     Args:
-        scenario: whose servers.
-        model: for all of them; ``demo`` is the demo's pair.
+        scenario: with the servers.
+        model: of all servers; ``demo`` is the demo's pair.
         config: deployment file; the demo's or the defaults without one.
         overrides: ``TABLE.KEY=VALUE``, over the file.
         logs: folder for their logs.
@@ -97,13 +97,15 @@ def scenario_servers(
     for setup in scenario.servers:
         of_server = [*overrides, *(f"{key}={value}" for key, value in setup.set.items())]
         deployment = resolve(config, of_server)
-        words = _ours(setup, scenario, config, of_server) if setup.instant else _stock(setup, scenario, deployment)
+        words = _ours(setup, scenario, config, of_server) if setup.instant else _baseline(setup, scenario, deployment)
         servers[setup.name] = Server(
             model, words, log=logs / f"{setup.name}.log", environment=dict(scenario.environment)
         )
         shown = shlex.join(["vllm", "serve", model, *words])
         for path in (model, deployment.slots["drafter"].options.get("model"), config):
-            shown = shown.replace(str(path), Path(path).name) if path else shown  # where files lie is nobody's business
+            shown = (
+                shown.replace(str(path), Path(path).name) if path else shown
+            )  # reports must not name the user's folders
         deployments[setup.name] = {
             "deployment": shown,
             "instant": setup.instant,
@@ -112,11 +114,11 @@ def scenario_servers(
 
 
 def run_locust(load: LocustCommand, command: str) -> None:
-    """Make a run; raises LoadTestError with what Locust says when it fails.
+    """Make a run; raises LoadTestError with Locust's error message when it fails.
 
     Args:
-        load: what is sent where.
-        command: what the user ran, for the record.
+        load: the command line.
+        command: the user's own command line, for the record.
 
     """
     load.output.mkdir(parents=True, exist_ok=True)
@@ -138,7 +140,7 @@ def run_locust(load: LocustCommand, command: str) -> None:
                 process.wait(timeout=30)
             stop_group(process)
             raise
-    # Locust's code is 1 where requests failed; whether that is a failure is for the goals to say.
+    # Locust exits with 1 where requests failed; whether the load test has failed is decided by its goals.
     if code not in (0, 1) or not (load.output / "run.json").exists():
         errors = _ERROR.findall(log.read_text(errors="replace"))
         raise LoadTestError(errors[-1] if errors else f"Locust ended with exit code {code}: see {log}")
@@ -151,7 +153,7 @@ def _ours(setup: ServerSetup, scenario: Scenario, config: Path | None, overrides
     return ["--plugins", "vllm_instant", *chosen, *settings, *words]
 
 
-def _stock(setup: ServerSetup, scenario: Scenario, deployment: Deployment) -> list[str]:
+def _baseline(setup: ServerSetup, scenario: Scenario, deployment: Deployment) -> list[str]:
     shared = {key: value for key, value in deployment.vllm.items() if key not in ("speculative_config", "model")}
     words = words_of({**shared, **scenario.vllm, **setup.vllm})
     if not setup.draft_tokens:
@@ -170,7 +172,7 @@ def _stock(setup: ServerSetup, scenario: Scenario, deployment: Deployment) -> li
     }
     words += ["--speculative-config", json.dumps(speculation)]
     if _on_cpu():
-        # vLLM's CPU build samples wrongly with draft tokens (vLLM issue 55005): nothing but the repair is ours here.
+        # vLLM's CPU build samples wrongly with draft tokens (vLLM issue 55005): only vllm-instant's repair is used.
         words += ["--plugins", "vllm_instant", "--instant-set=speculation.plugin=fixed"]
         words += ["--instant-set=rejection_sampler.plugin=native"]
     return words

@@ -1,6 +1,6 @@
-"""Sends the requests of a segment when they are due, each in a greenlet of its own, and records what came of them.
+"""Sends the requests of a segment when they are due, each in a greenlet of its own, and records their answers.
 
-A user of Locust's sends its next request when the last is answered, so a slow server is asked less (coordinated
+A Locust user sends its next request when the last one is answered, so that a slow server gets less load (coordinated
 omission). Here nothing waits for the server: latencies count from when a request was due.
 """
 
@@ -26,7 +26,7 @@ READING_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class SegmentTask:
-    """What one process plays of a segment; only JSON types inside, since it may come from another machine."""
+    """The part of a segment that one process sends; JSON types only, since it may come from another machine."""
 
     segment: int
     servers: dict[str, dict[str, Any]]
@@ -36,19 +36,19 @@ class SegmentTask:
     begins: float
     """Second of the run at which the segment begins."""
     offset: float
-    """Second of the timeline that is played then."""
+    """Second of the scenario's timeline at that time."""
     seconds: float
     drain_seconds: float
     requests: list[dict[str, Any]] = field(default_factory=list)
 
 
 class LoadDriver:
-    """Plays parts; one a process.
+    """Sends segment tasks; one driver per process.
 
     Args:
-        record: is handed every record.
-        report: is handed every finished request, for Locust's statistics.
-        process: which of several load generators this is.
+        record: called with every record.
+        report: called with every finished request, for Locust's statistics.
+        process: number of this process among several load generators.
 
     """
 
@@ -64,42 +64,42 @@ class LoadDriver:
         self._stopped = Event()
         self._clock = 0.0
 
-    def play(self, part: SegmentTask) -> None:
-        """Send all requests of a part and wait until they are answered, cut off, or the player is stopped."""
+    def run(self, task: SegmentTask) -> None:
+        """Send all requests of a task and wait until they are answered or cut off, or the driver is stopped."""
         self._stopped.clear()
-        self._clock = _second_zero(part.epoch)
-        clients = self._clients_of(part.servers)
+        self._clock = _second_zero(task.epoch)
+        clients = self._clients_of(task.servers)
         watch = gevent.spawn(self._watch_itself)
         try:
-            for due in (ScheduledRequest(**plain) for plain in part.requests):
-                if self._wait_until(part.begins + due.at - part.offset):
+            for due in (ScheduledRequest(**plain) for plain in task.requests):
+                if self._wait_until(task.begins + due.at - task.offset):
                     return
                 for server, client in clients.items():
-                    self._group.spawn(self._follow, server, client, due, part)
-            if self._wait_until(part.begins + part.seconds):
+                    self._group.spawn(self._follow, server, client, due, task)
+            if self._wait_until(task.begins + task.seconds):
                 return
-            self._group.join(timeout=part.drain_seconds)
+            self._group.join(timeout=task.drain_seconds)
             self._group.kill(
-                CutOffError(f"cut off: not answered {part.drain_seconds:g} s after the end of its segment"), block=True
+                CutOffError(f"cut off: not answered {task.drain_seconds:g} s after the end of its segment"), block=True
             )
         finally:
             watch.kill()
 
     def stop(self) -> None:
-        """Hang up on everything that is under way."""
+        """Hang up on all requests in progress."""
         self._stopped.set()
         self._group.kill(block=True)
 
     def ask(self, server: Mapping[str, Any], due: ScheduledRequest) -> StreamedAnswer:
-        """One request that is not recorded."""
+        """Send one request that is not recorded."""
         client = StreamingClient(**server)
         try:
             return client.ask(due)
         finally:
             client.close()
 
-    def _follow(self, server: str, client: StreamingClient, due: ScheduledRequest, part: SegmentTask) -> None:
-        when = part.begins + due.at - part.offset + due.typing_seconds
+    def _follow(self, server: str, client: StreamingClient, due: ScheduledRequest, task: SegmentTask) -> None:
+        when = task.begins + due.at - task.offset + due.typing_seconds
         answer = client.ask(due, wait=lambda: self._sleep_until(when))
         request = RecordedRequest(
             id=answer.id,
@@ -113,7 +113,7 @@ class LoadDriver:
             prompt_tokens=answer.prompt_tokens,
             error=answer.error,
             left=answer.left,
-            segment=part.segment,
+            segment=task.segment,
             number=due.number,
         )
         self._record(request)
@@ -132,7 +132,7 @@ class LoadDriver:
         gevent.sleep(max(0.0, second - self._now()))
 
     def _wait_until(self, second: float) -> bool:
-        """Whether the player was stopped meanwhile."""
+        """Whether the driver was stopped meanwhile."""
         return bool(self._stopped.wait(max(0.0, second - self._now())))
 
     def _watch_itself(self) -> None:
@@ -153,7 +153,7 @@ class LoadDriver:
 
 
 def split_requests(requests: Sequence[ScheduledRequest], processes: int) -> list[list[dict[str, Any]]]:
-    """The requests dealt out in turn, so that every process gets some of each moment."""
+    """The requests of each process, round-robin, so that all processes are equally loaded at all times."""
     return [[due.plain() for due in requests[number::processes]] for number in range(processes)]
 
 

@@ -1,7 +1,7 @@
-"""Finished requests as rows of Locust's statistics, and so of its web page, its CSV files and its exports.
+"""Reports finished requests to Locust's statistics, and thereby to its web page, CSV files and exports.
 
-Locust counts whatever fires ``events.request`` as a request. So one event is fired for a request, with its end-to-end
-latency; the other measures are rows beside it, and the totals stay what they say.
+Locust counts everything that fires ``events.request`` as a request. Therefore one event per request is fired, with its
+end-to-end latency; the other metrics are separate rows, and the totals stay correct.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from vllm_instant_loadtests.run_recorder import RecordedRequest
 
 
 class RequestFailedError(Exception):
-    """How Locust is told of a failure."""
+    """Marks a failed request in Locust's statistics."""
 
 
 def report(environment: Any, request: RecordedRequest) -> None:
     """Add a request to the statistics of this process.
 
-    Rows, in Locust's columns for milliseconds: ``E2E`` (one a request; failures count here), ``TTFT``, ``ITL`` (one
-    entry a token: tokens that arrive together share the time since those before), ``stall`` (the longest time without
-    a token) and ``tokens/s`` (tokens a second, not milliseconds). All but ITL count from when the request was due.
+    Rows, in Locust's columns for milliseconds: ``E2E`` (one per request; failures count here), ``TTFT``, ``ITL`` (one
+    entry per token: tokens that arrive together share the time since the previous arrival), ``stall`` (the longest time
+    without a token) and ``tokens/s`` (not milliseconds). E2E and TTFT count from when the request was
+    due.
     """
     name = f"{request.server}: {request.kind}" if request.server else request.kind
     if not request.left:

@@ -1,4 +1,4 @@
-"""What a server's ``/metrics`` said over time, between its readings."""
+"""A server's metrics over time, interpolated between readings."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ class MetricSeries:
         return any(name in sample.values for sample in self._samples)
 
     def values(self, name: str) -> Array:
-        """``[samples]``; NaN where a reading lacks it."""
+        """Its readings, ``[samples]``; NaN where one lacks it."""
         return np.array([sample.values.get(name, np.nan) for sample in self._samples])
 
     def growth(self, name: str, spans: Sequence[TimeSpan]) -> float:
-        """By how much a counter grew in parts of the run; a counter that fell began again. NaN if unknown."""
+        """Growth of a counter in parts of the run, restarts of the counter included; NaN if unknown."""
         at, total = self._counter(name)
         if len(at) < 2:
             return float("nan")
         return float(sum(np.interp(end, at, total) - np.interp(begin, at, total) for begin, end in spans))
 
     def rate(self, name: str, spans: Sequence[TimeSpan]) -> float:
-        """Growth a second."""
+        """Growth per second."""
         seconds = sum(end - begin for begin, end in spans)
         return self.growth(name, spans) / seconds if seconds > 0 else float("nan")
 
     def ratio(self, name: str, by: str, spans: Sequence[TimeSpan]) -> float:
-        """Growth of one counter by that of another; NaN where the other one stood still."""
+        """Growth of one counter divided by that of another; NaN where the other one did not grow."""
         below = self.growth(by, spans)
         return self.growth(name, spans) / below if below > 0 else float("nan")
 
     def gauge(self, name: str, spans: Sequence[TimeSpan], at_most: bool = False) -> float:
-        """Mean (or largest) reading in parts of the run, of a single one at least the nearest; NaN if unknown."""
+        """Mean (or maximum) reading in parts of the run; of a single part without readings the nearest one."""
         values = self.values(name)
         known = np.isfinite(values)
         at, values = self.at[known], values[known]
@@ -68,15 +68,15 @@ class MetricSeries:
         return float(values[chosen].max() if at_most else values[chosen].mean())
 
     def unanswered(self, span: TimeSpan) -> float:
-        """The longest time without a reading that touches a part of the run."""
+        """The longest time between two readings that overlaps a part of the run."""
         if len(self.at) < 2:
             return 0.0
         begins, ends = self.at[:-1], self.at[1:]
         touching = (ends > span[0]) & (begins < span[1])
         return float((ends - begins)[touching].max()) if touching.any() else 0.0
 
-    def stood_still(self, name: str, span: TimeSpan) -> float:
-        """The longest time in a part of the run in which readings found a counter unchanged."""
+    def unchanged(self, name: str, span: TimeSpan) -> float:
+        """The longest time in a part of the run in which a counter did not grow."""
         at, total = self._counter(name)
         longest, since = 0.0, 0
         for i in range(1, len(at)):

@@ -1,6 +1,6 @@
-"""Reads the servers' metrics and decision traces while a load test runs; a process of its own.
+"""Reads the servers' metrics and decision traces while a load test runs, in a process of its own.
 
-Reading and parsing take milliseconds, which would delay every stream of a load generator that did it itself.
+Reading and parsing take milliseconds, which would delay every stream of the load generator.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Any
 
 import httpx
 
+from vllm_instant.tools.measure.http_client import async_client
 from vllm_instant.tools.measure.server_info import authorization
 from vllm_instant.tools.measure.server_metrics import GENERATED, metric_totals
 from vllm_instant_loadtests.run_recorder import DecisionSample, MetricsSample, RunRecorder
 
 SECONDS = 0.5
-"""Between two readings of a server."""
+"""Time between two readings of a server."""
 DECISIONS = 200
-"""Read at a time; more steps than this in a second leave gaps."""
+"""Decisions per reading; more steps than this per ``DECISION_SECONDS`` leave gaps."""
 DECISION_SECONDS = 1.0
 PREFIXES = ("vllm:", "vllm_instant:", "process_")
 """Of the metrics that are recorded."""
@@ -33,8 +34,9 @@ PREFIXES = ("vllm:", "vllm_instant:", "process_")
 class DecisionPlacement:
     """Places the decisions of one server on the run's clock.
 
-    A decision says how long its step took, not when it was. The newest one of a reading is put at the reading, those
-    before it end where the next begins, and none before the reading before: right within that reading's interval.
+    A decision has the duration of its step, but no time. The newest one of a reading is placed at the reading, each
+    earlier one ends where the next begins, and none lies before the previous reading: the error is at most the time
+    between two readings.
     """
 
     def __init__(self) -> None:
@@ -42,13 +44,13 @@ class DecisionPlacement:
         self._read_at = 0.0
 
     def place(self, answer: Mapping[str, Any], at: float) -> list[tuple[float, dict[str, Any]]]:
-        """What is new in an answer of ``/v1/instant/decisions`` that came at ``at``, the oldest first."""
+        """The new decisions in an answer of ``/v1/instant/decisions`` at time ``at``, the oldest first."""
         placed: list[tuple[float, dict[str, Any]]] = []
         for engine in answer["engines"]:
             number, found = int(engine["engine"]), engine["decisions"]
             known = self._newest.get(number, -1)
             if found and int(found[-1]["step"]) < known:
-                known = -1  # the engine was started again
+                known = -1  # the engine was restarted
             new = [decision for decision in found if decision.get("outcome") and int(decision["step"]) > known]
             end, backwards = at, []
             for decision in reversed(new):
@@ -61,8 +63,8 @@ class DecisionPlacement:
         return placed
 
 
-async def watch(recorder: RunRecorder, servers: Mapping[str, str], clock: float, every: float) -> None:
-    """Read until cancelled.
+async def poll(recorder: RunRecorder, servers: Mapping[str, str], clock: float, every: float) -> None:
+    """Read all servers until cancelled.
 
     Args:
         recorder: is filled.
@@ -71,40 +73,42 @@ async def watch(recorder: RunRecorder, servers: Mapping[str, str], clock: float,
         every: seconds between two readings of a server.
 
     """
-    async with httpx.AsyncClient(headers=authorization(None), timeout=30) as client:
-        await asyncio.gather(*(_watch(client, recorder, name, url, clock, every) for name, url in servers.items()))
+    await asyncio.gather(*(_poll(recorder, name, url, clock, every) for name, url in servers.items()))
 
 
-async def _watch(
-    client: httpx.AsyncClient, recorder: RunRecorder, name: str, url: str, clock: float, every: float
-) -> None:
+async def _poll(recorder: RunRecorder, name: str, url: str, clock: float, every: float) -> None:
+    async with async_client(url, headers=authorization(None), timeout=30) as client:
+        await _poll_with(client, recorder, name, clock, every)
+
+
+async def _poll_with(client: httpx.AsyncClient, recorder: RunRecorder, name: str, clock: float, every: float) -> None:
     placing, explains, asked = DecisionPlacement(), True, 0.0
     tokens, busy = -1.0, False
     while True:
         began = time.perf_counter()
         try:
-            answer = await client.get(f"{url}/metrics")
+            answer = await client.get("/metrics")
             now = time.perf_counter()
             if answer.status_code == 200:
                 found = metric_totals(answer.text, PREFIXES)
                 recorder.add(MetricsSample(name, round(now - clock, 4), round(now - began, 5), found))
                 busy = busy or found.get(GENERATED) != tokens
                 tokens = found.get(GENERATED, -1.0)
-            # An idle engine is left alone: a question would wake it.
+            # An idle engine is not asked: answering would wake it.
             if explains and busy and now - asked >= DECISION_SECONDS:
                 asked, busy = now, False
-                trace = await client.get(f"{url}/v1/instant/decisions", params={"last": DECISIONS})
+                trace = await client.get("/v1/instant/decisions", params={"last": DECISIONS})
                 explains = trace.status_code == 200
                 if explains:
                     for at, decision in placing.place(trace.json(), time.perf_counter() - clock):
                         recorder.add(DecisionSample(name, round(at, 4), decision))
         except httpx.HTTPError:
-            pass  # a server that does not answer shows as a gap
+            pass  # a server that does not answer leaves a gap
         await asyncio.sleep(max(0.05, began + every - time.perf_counter()))
 
 
 def main() -> None:
-    """``FOLDER --clock SECONDS NAME=URL …``; ends when it is terminated, or left alone."""
+    """``FOLDER --clock SECONDS NAME=URL …``; ends when it is terminated, or when its parent has ended."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("servers", nargs="+", metavar="NAME=URL")
@@ -122,12 +126,12 @@ def main() -> None:
 async def _until_terminated(recorder: RunRecorder, servers: Mapping[str, str], clock: float, every: float) -> None:
     stopped, parent = asyncio.Event(), os.getppid()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
-    watching = asyncio.create_task(watch(recorder, servers, clock, every))
-    while not stopped.is_set() and not watching.done() and os.getppid() == parent:
+    polling = asyncio.create_task(poll(recorder, servers, clock, every))
+    while not stopped.is_set() and not polling.done() and os.getppid() == parent:
         with suppress(TimeoutError):
             async with asyncio.timeout(0.5):
                 await stopped.wait()
-    watching.cancel()
+    polling.cancel()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A server that streams tokens at a set pace, to try load tests and to measure what the load generator itself costs.
+"""A server that streams tokens at a set pace, for trying load tests and measuring the load generator itself.
 
     python -m vllm_instant_loadtests.mock --port 8000 --step-ms 50 --tokens-per-step 1
 
-It serves what load tests ask of vLLM: completions, chat, streaming sessions, ``/health``, ``/v1/models``, ``/version``
-and ``/metrics``. All streams advance in steps, as a batch does; ``POST /mock`` with new options changes the pace while
-it runs, and with ``--truth FILE`` it writes down when it sent what.
+It has the routes of vLLM that load tests use: completions, chat, streaming sessions, ``/health``, ``/v1/models``,
+``/version`` and ``/metrics``. All streams advance in steps, as a batch does; ``POST /mock`` with options changes the
+pace while it runs, and ``--truth FILE`` records when it sent what.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class MockPace:
     """How the mock behaves."""
 
     first_ms: float = 50.0
-    """From a request's start to its first token."""
+    """Time from a request's start to its first token."""
     step_ms: float = 50.0
     tokens_per_step: int = 1
     slots: int = 10_000
-    """Requests that run at the same time; others wait."""
+    """Maximum number of running requests; others wait."""
     refuse: bool = False
     """Answer HTTP 503."""
 
@@ -41,10 +41,10 @@ class MockServer:
     """The server.
 
     Args:
-        pace: how it behaves at first.
-        model: the name that it answers to.
-        truth: file for what was sent when, one JSON line a request: ``id`` and ``sent`` as ``[when, tokens so far]`` by
-            ``time.perf_counter``.
+        pace: its initial behaviour.
+        model: its model name.
+        truth: file for what was sent when, one JSON line per request: ``id`` and ``sent`` as ``[when, tokens so far]``
+            by ``time.perf_counter``.
 
     """
 
@@ -175,13 +175,13 @@ class MockServer:
     async def _write(
         self, response: web.StreamResponse, name: str, body: dict[str, Any], sent: list[tuple[float, int]]
     ) -> None:
-        most, tokens = int(body["max_tokens"]), 0
-        # The shape and about the length of vLLM's events, without what nobody reads.
+        max_tokens, tokens = int(body["max_tokens"]), 0
+        # The shape and about the length of vLLM's events, without the fields that clients ignore.
         head = json.dumps({"id": name, "object": "chat.completion.chunk", "created": 1, "model": self.model})[:-1]
-        while tokens < most:
+        while tokens < max_tokens:
             if tokens:
                 await self._tick.wait()
-            tokens = min(most, tokens + self.pace.tokens_per_step)
+            tokens = min(max_tokens, tokens + self.pace.tokens_per_step)
             usage = f'"usage": {{"prompt_tokens": 7, "total_tokens": {7 + tokens}, "completion_tokens": {tokens}}}'
             event = f'data: {head}, "choices": [{{"index": 0, "delta": {{"content": " word"}}}}], {usage}}}\n\n'
             sent.append((time.perf_counter(), tokens))
@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--truth", type=Path, help="write here when what was sent")
+    parser.add_argument("--truth", type=Path, help="file for when what was sent")
     for field in fields(MockPace):
         if field.name != "refuse":
             kind = int if isinstance(field.default, int) else float

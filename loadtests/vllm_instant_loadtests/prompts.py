@@ -1,4 +1,4 @@
-"""What is asked: built-in classes of prompts, and files that users bring along; always fresh ones, by a seed."""
+"""Prompts of load tests: built-in classes and files; another seed gives other prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_instant.tools.measure import prompts as evidence
+from vllm_instant.tools.measure import prompts as bench_prompts
 from vllm_instant.tools.measure.closed_loop import PromptSpec
 
 _FORMS = ("poem", "short story", "letter", "fairy tale", "song", "monologue", "dialogue", "diary entry")
@@ -23,17 +23,17 @@ _LONG = 3000
 
 @dataclass(frozen=True)
 class LoadPrompt:
-    """One prompt: a text, or the turns of a conversation up to the user's last."""
+    """One prompt: a text, or a conversation up to the user's last message."""
 
     text: str
     before: list[dict[str, str]] = field(default_factory=list)
-    """Earlier turns, as OpenAI's ``messages``."""
+    """Earlier messages, as OpenAI's ``messages``."""
     temperature: float | None = None
-    """Where the file says one."""
+    """Sampling temperature, where the file has one."""
 
 
 def creative(count: int, seed: str) -> list[str]:
-    """Requests for inventions: the hardest text to draft."""
+    """Requests for invented text, the hardest to draft."""
     choose = random.Random(seed)
     made = []
     for _ in range(count):
@@ -46,9 +46,9 @@ def creative(count: int, seed: str) -> list[str]:
 
 
 def long(count: int, seed: str, characters: int = _LONG) -> list[str]:
-    """Documents, each of them another mixture of pieces, to be read more than answered."""
+    """Long documents, each another mixture of pieces, for prefill rather than decoding."""
     choose = random.Random(seed)
-    texts = [text for text in evidence.held_out_texts(200) if len(text) > 600]
+    texts = [text for text in bench_prompts.held_out_texts(200) if len(text) > 600]
     made = []
     for number in range(count):
         pieces = [f"Document {seed}/{number}."]
@@ -65,16 +65,16 @@ def _of(make: Callable[[int, str], list[PromptSpec]]) -> Callable[[int, str], li
 
 
 BUILT_IN: dict[str, Callable[[int, str], list[str]]] = {
-    **{name: _of(make) for name, make in evidence.BUILT_IN.items()},
-    "repetitive": _of(evidence.records),
+    **{name: _of(make) for name, make in bench_prompts.BUILT_IN.items()},
+    "repetitive": _of(bench_prompts.records),
     "creative": creative,
     "long": long,
 }
-"""Classes: ``make(count, seed)``; some leave out a few."""
+"""By class: ``make(count, seed)``; some return fewer than ``count``."""
 
 
 def of_class(name: str, count: int, seed: str, characters: int | None = None) -> list[LoadPrompt]:
-    """``count`` prompts of a built-in class, no two alike; only ``long`` knows ``characters``."""
+    """``count`` different prompts of a built-in class; only ``long`` uses ``characters``."""
     made: dict[str, None] = {}
     part = 0
     while len(made) < count:
@@ -85,7 +85,9 @@ def of_class(name: str, count: int, seed: str, characters: int | None = None) ->
             else BUILT_IN[name](more, f"{seed}/{part}")
         )
         made |= dict.fromkeys(texts)
-        if part > 1 and len(made) - before < more / 4:  # the class runs out: a number makes a known prompt a new one
+        if (
+            part > 1 and len(made) - before < more / 4
+        ):  # the class is exhausted: a number makes a known prompt a new one
             made |= dict.fromkeys(f"# {seed}/{part}/{number}\n{text}" for number, text in enumerate(texts))
     return [LoadPrompt(text) for text in list(made)[:count]]
 
@@ -93,11 +95,11 @@ def of_class(name: str, count: int, seed: str, characters: int | None = None) ->
 def from_file(file: Path) -> list[LoadPrompt]:
     """The prompts of a file.
 
-    ``.txt``: one a line. ``.jsonl`` (or a JSON list): objects with a ``prompt`` (and ``temperature``), with OpenAI's
-    ``messages``, or with ``conversations`` as ShareGPT has them, of which everything up to the last user's turn counts.
+    ``.txt``: one per line. ``.jsonl`` (or a JSON list): objects with a ``prompt`` (and ``temperature``), with OpenAI's
+    ``messages``, or with ``conversations`` as ShareGPT has them, up to the last message of the user.
 
     Raises:
-        ValueError: in one sentence, when there is nothing to read or an entry is none of these.
+        ValueError: in one sentence, when the file has no prompts or an entry is none of these.
 
     """
     try:
@@ -131,7 +133,7 @@ def _entry(file: Path, number: int, entry: Any) -> LoadPrompt:
         return LoadPrompt(turns[last]["content"], turns[:last], temperature)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
-            f"{file}: object {number} should have a prompt, messages or conversations with a user's turn"
+            f"{file}: object {number} should have a prompt, messages or conversations with a message of the user"
         ) from None
 
 

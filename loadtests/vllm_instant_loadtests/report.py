@@ -1,4 +1,4 @@
-"""What an analysis says, as files: one HTML page, JSON for programs, JUnit XML for CI."""
+"""Writes an analysis as files: an HTML page, JSON for programs, JUnit XML for CI."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vllm_instant_loadtests.run_recorder import RecordedRun
 from vllm_instant_loadtests.windows import HOP, ITL, METRICS, PACE, STALL, TTFT, WARM_UP, Array
 
 SYMBOLS = {"better": "▲", "worse": "▼", "same": "=", "undecided": "?", "not measured": "–"}
-# What a run that was recorded by something else need not say.
+# Defaults for recordings of other programs.
 _NO_SCENARIO: dict[str, Any] = {"title": "", "name": "", "description": ""}
 _NO_ENVIRONMENT_INFO: dict[str, Any] = {"device": "", "date": "", "command": "", "versions": {}}
 _NO_SERVER: dict[str, Any] = {"url": "", "version": "", "deployment": ""}
@@ -29,7 +29,7 @@ _NO_SERVER: dict[str, Any] = {"url": "", "version": "", "deployment": ""}
 
 @dataclass(frozen=True)
 class PlotCurve:
-    """One line of a plot, in the run's units."""
+    """One line of a plot."""
 
     name: str
     at: Array
@@ -37,7 +37,7 @@ class PlotCurve:
 
 
 def write_html(analysis: RunAnalysis, run: RecordedRun, path: Path) -> None:
-    """One self-contained page: goals, spikes with their evidence, servers beside each other, everything over time."""
+    """Write one self-contained page: goals, spikes with their evidence, comparisons, all metrics over time."""
     page = template("vllm_instant_loadtests", "report.html").render(
         scenario=_NO_SCENARIO | (analysis.about.get("scenario") or {}),
         environment_info=_NO_ENVIRONMENT_INFO | (analysis.about.get("environment_info") or {}),
@@ -57,14 +57,14 @@ def write_html(analysis: RunAnalysis, run: RecordedRun, path: Path) -> None:
 
 
 def write_json(analysis: RunAnalysis, path: Path) -> None:
-    """What ``Analysis.plain`` has; what is no number is null."""
+    """Write ``RunAnalysis.plain``; NaN and infinity become null."""
     path.write_text(json.dumps(_finite(analysis.plain()), indent=1) + "\n", encoding="utf-8")
 
 
 def write_junit(analysis: RunAnalysis, path: Path) -> None:
-    """A test case a goal, which fails where it is missed, and one a spike.
+    """Write one test case per goal, which fails where the goal is missed, and one per spike.
 
-    A spike fails its case only where the number of spikes is a goal: without one, what is found is said and no failure.
+    The case of a spike fails only where the number of spikes is a goal; otherwise the spike is its output.
     """
     judged = any(checked.goal == "spikes" for checked in analysis.goals)
     scenario = str((analysis.about.get("scenario") or {}).get("name", "load test"))
@@ -96,20 +96,20 @@ def write_junit(analysis: RunAnalysis, path: Path) -> None:
 
 
 def plots(server: ServerAnalysis, run: RecordedRun) -> list[LinePlot]:
-    """What a server was like over time: latencies, and what explains them."""
-    meters = MetricSeries(run.samples)
+    """The plots of one server: latencies over time, and the metrics that explain them."""
+    metrics = MetricSeries(run.samples)
     found = [_plot(server, f"{NAMES[metric]}, ms", _latency(server, metric)) for metric in (TTFT, ITL, PACE, STALL)]
-    running = [PlotCurve(name, *_known(meters, key)) for name, key in (("running", m.RUNNING), ("waiting", m.WAITING))]
+    running = [PlotCurve(name, *_known(metrics, key)) for name, key in (("running", m.RUNNING), ("waiting", m.WAITING))]
     found.append(_plot(server, "Requests running and waiting", running))
-    if meters.has(m.DRAFTED):
-        found.append(_plot(server, "Share of draft tokens accepted, %", [_accepted(meters)], max_y=100.0))
-    found.append(_plot(server, "KV cache in use, %", [_percent(meters, m.KV_USAGE)]))
-    found.append(_plot(server, "Tokens a second, all streams", [_speed(server, run)]))
+    if metrics.has(m.DRAFTED):
+        found.append(_plot(server, "Share of draft tokens accepted, %", [_accepted(metrics)], max_y=100.0))
+    found.append(_plot(server, "KV cache in use, %", [_percent(metrics, m.KV_USAGE)]))
+    found.append(_plot(server, "Tokens per second, all streams", [_speed(server, run)]))
     return [plot for plot in found if plot is not None]
 
 
 def number(value: float | None) -> str:
-    """For people; a dash where there is none."""
+    """The number as text; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -160,17 +160,17 @@ def _title(spike: Spike) -> str:
     return f"{spike.cause}: {spike.sentence}"
 
 
-def _known(meters: MetricSeries, name: str) -> tuple[Array, Array]:
-    return meters.at, meters.values(name)
+def _known(metrics: MetricSeries, name: str) -> tuple[Array, Array]:
+    return metrics.at, metrics.values(name)
 
 
-def _percent(meters: MetricSeries, name: str) -> PlotCurve:
-    return PlotCurve(name, meters.at, meters.values(name) * 100)
+def _percent(metrics: MetricSeries, name: str) -> PlotCurve:
+    return PlotCurve(name, metrics.at, metrics.values(name) * 100)
 
 
-def _accepted(meters: MetricSeries) -> PlotCurve:
-    at = np.arange(meters.at[0] + 1, meters.at[-1], HOP)
-    values = [meters.ratio(m.ACCEPTED, m.DRAFTED, [(float(end) - 1, float(end))]) for end in at]
+def _accepted(metrics: MetricSeries) -> PlotCurve:
+    at = np.arange(metrics.at[0] + 1, metrics.at[-1], HOP)
+    values = [metrics.ratio(m.ACCEPTED, m.DRAFTED, [(float(end) - 1, float(end))]) for end in at]
     return PlotCurve("accepted", at - 0.5, np.array(values) * 100)
 
 

@@ -1,17 +1,17 @@
-"""The raw data of a load test: a folder of JSON lines, written while it runs and read by the spike detector.
+"""The raw data of a load test: a folder of JSON lines, written while it runs and read by the analysis.
 
-All times are seconds after the beginning of the run, on one clock. Files: ``run.json`` (what ran), ``requests.jsonl``,
-``samples.jsonl`` (the servers' ``/metrics``), ``steps.jsonl`` (the servers' decision traces, where they have one),
-``client.jsonl`` (how late the load generator itself was), ``events.jsonl`` (what the scenario did to the servers on
-purpose: the ground truth of a chaos run). A line that was cut off by a kill is skipped when it is read.
+All times are seconds after the beginning of the run, on one clock. Files: ``run.json`` (the description of the run),
+``requests.jsonl``, ``samples.jsonl`` (the servers' ``/metrics``), ``steps.jsonl`` (the servers' decision traces, where
+they have one), ``client.jsonl`` (delays of the load generator itself), ``events.jsonl`` (injected disturbances: the
+ground truth of a chaos run). A line that was cut off by a kill is skipped when it is read.
 
 ``run.json`` has
 
 * ``scenario``: ``name``, ``title``, ``description``, ``seconds`` (length of its timeline), ``kinds`` (of traffic);
-* ``goals``: the scenario's table, see ``goals.Goals``;
-* ``servers``: a list of ``name``, ``url``, ``model``, ``version``, ``deployment`` (how it was started, as text; empty
+* ``goals``: the scenario's table, see ``goals.LoadTestGoals``;
+* ``servers``: a list of ``name``, ``url``, ``model``, ``version``, ``deployment`` (its command line; empty
   if unknown) and ``instant`` (whether vllm-instant runs in it);
-* ``segments``: a list of ``server``, ``began`` and ``ended`` (when answers had ended, too), ``from`` and ``until`` (the
+* ``segments``: a list of ``server``, ``began`` and ``ended`` (after the last answer), ``from`` and ``until`` (the
   part of the scenario's timeline that was played) and ``number``: all servers get the same part, with the same prompts,
   in segments of the same number. With ``together`` (also in ``run.json``) they get it at the same time;
 * ``began`` (ISO date), ``clock`` (what ``time.perf_counter`` said at second 0 on the machine of the load generator),
@@ -29,34 +29,34 @@ from typing import IO, Any, Self, TypeVar
 
 @dataclass(frozen=True)
 class RecordedRequest:
-    """One request and what came of it."""
+    """One request and its answer."""
 
     id: str
-    """As the server knows it, so that its log and decision trace can be searched for it."""
+    """The server's request id, for searching its log and decision trace."""
     server: str
-    """Name of the server (the arm)."""
+    """Name of the server."""
     kind: str
-    """What sort of traffic it is, e.g. "creative"."""
+    """The kind of traffic, e.g. "creative"."""
     route: str
     """``chat``, ``completions`` or ``typist``."""
     due: float
-    """When it should have been sent; latencies count from here (no coordinated omission)."""
+    """When it was due; latencies count from here (no coordinated omission)."""
     sent: float
     """When it was sent."""
     arrivals: list[tuple[float, int]]
     """``(when, tokens so far)`` for everything that arrived together."""
     ended: float
-    """When its answer, or the connection, ended."""
+    """When its answer or the connection ended."""
     prompt_tokens: int | None = None
-    """Length of the prompt, where the server says."""
+    """Length of the prompt, where the server reports it."""
     error: str | None = None
-    """Why it failed; None if it did not. A disconnect that was meant is no error."""
+    """Why it failed; None if it did not. An intended disconnect is no error."""
     left: bool = False
-    """The client hung up on purpose."""
+    """Whether the client hung up on purpose."""
     segment: int | None = None
-    """Number of the segment that it belongs to."""
+    """Number of its segment."""
     number: int | None = None
-    """Of the request in the scenario: every server gets the same prompt under the same number."""
+    """Its number in the scenario: every server gets the same prompt under the same number."""
 
     @property
     def ttft(self) -> float:
@@ -65,7 +65,7 @@ class RecordedRequest:
 
     @property
     def tokens(self) -> int:
-        """Output tokens that arrived."""
+        """Number of output tokens that arrived."""
         return self.arrivals[-1][1] if self.arrivals else 0
 
 
@@ -75,43 +75,43 @@ class MetricsSample:
 
     server: str
     at: float
-    """When the answer was there."""
+    """When the answer had arrived."""
     took: float
-    """Seconds that the server took to answer."""
+    """Seconds until the answer."""
     values: dict[str, float]
     """By metric name (``vllm:…``, ``vllm_instant_…``), summed over labels; histograms as ``…_sum`` and ``…_count``."""
 
 
 @dataclass(frozen=True)
 class DecisionSample:
-    """One decision of our scheduler's trace, placed on the run's clock."""
+    """One entry of a decision trace, placed on the run's clock."""
 
     server: str
     at: float
     decision: dict[str, Any]
-    """As ``vllm-instant explain --json`` has it."""
+    """In the format of ``vllm-instant explain --json``."""
 
 
 @dataclass(frozen=True)
 class GeneratorSample:
-    """How the load generator itself was doing."""
+    """The state of the load generator itself."""
 
     at: float
     late: float
-    """Seconds by which a timer of its event loop came late."""
+    """Maximum delay of its event loop's timers since the previous reading, seconds."""
     cpu: float
-    """Share of one core that its process used since the reading before."""
+    """Share of one core that its process used since the previous reading."""
     process: int = 0
-    """Which of several load generators."""
+    """Number of the process among several load generators."""
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """Something that was done to a server on purpose."""
+    """An injected disturbance of a server."""
 
     server: str
     cause: str
-    """One of the causes that attribution knows."""
+    """One of ``causes.CAUSES``."""
     began: float
     ended: float
     note: str = ""
@@ -119,10 +119,10 @@ class Disturbance:
 
 @dataclass
 class RecordedRun:
-    """What ran, and everything that was recorded."""
+    """The description of a run and everything that was recorded."""
 
     about: dict[str, Any]
-    """Scenario, servers (name, address, version, deployment), goals, environment_info."""
+    """The contents of ``run.json``."""
     requests: list[RecordedRequest] = field(default_factory=list)
     samples: list[MetricsSample] = field(default_factory=list)
     steps: list[DecisionSample] = field(default_factory=list)
@@ -138,7 +138,7 @@ class RecordedRun:
         return cls(about, requests, **read)
 
     def of(self, server: str) -> RecordedRun:
-        """The part that concerns one server."""
+        """The part of the run that concerns one server."""
         return RecordedRun(
             self.about,
             _only(self.requests, server),
@@ -150,11 +150,11 @@ class RecordedRun:
 
 
 class RunRecorder:
-    """Writes a run while it happens; every record is on disk at once, so that a killed run can be read.
+    """Writes a run while it happens; every record is on disk at once, so that a killed run can be analysed.
 
     Args:
         folder: made if it is missing; must not hold another run (FileExistsError).
-        about: the run; None to add to one that another process has begun.
+        about: the description of the run; None to add to one that another process has created.
 
     """
 
@@ -174,7 +174,7 @@ class RunRecorder:
         self._files[name].write(json.dumps(plain(record)) + "\n")
 
     def update(self, about: Mapping[str, Any]) -> None:
-        """Replace what is said about the run."""
+        """Replace the description of the run."""
         new = self.folder / "run.json.new"
         new.write_text(json.dumps(about, indent=2))
         new.replace(self.folder / "run.json")
@@ -197,7 +197,7 @@ _OfServer = TypeVar("_OfServer", RecordedRequest, MetricsSample, DecisionSample,
 
 
 def plain(record: RecordedRequest | MetricsSample | DecisionSample | GeneratorSample | Disturbance) -> dict[str, Any]:
-    """A record as JSON types."""
+    """The record as JSON types."""
     values = asdict(record)
     if isinstance(record, RecordedRequest):
         values["arrivals"] = [[round(when, 5), tokens] for when, tokens in record.arrivals]
@@ -205,7 +205,7 @@ def plain(record: RecordedRequest | MetricsSample | DecisionSample | GeneratorSa
 
 
 def request(values: Mapping[str, Any]) -> RecordedRequest:
-    """The other way."""
+    """The request that ``plain`` describes."""
     arrivals = [(when, tokens) for when, tokens in values["arrivals"]]
     return RecordedRequest(**{**values, "arrivals": arrivals})
 

@@ -1,4 +1,4 @@
-"""A load test as a TOML file: what arrives when, at which servers, and what is good enough."""
+"""A load test as a TOML file: traffic, servers and goals."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ class _Table(BaseModel):
 
 
 class Traffic(_Table):
-    """One kind of request and when it arrives."""
+    """One kind of request and its arrivals."""
 
     kind: str
     """Its name in the results."""
     prompts: str
-    """A built-in class (``prompts.BUILT_IN``) or a file, relative to the scenario's folder."""
+    """A built-in class of prompts (``prompts.BUILT_IN``), or a file relative to the scenario's folder."""
     rate: Rate | None = None
-    """Requests a second, or points ``[second, rate]`` with straight lines between them."""
+    """Requests per second, or points ``[second, rate]`` with linear interpolation."""
     trace: Path | None = None
-    """Instead of ``rate``: a file with one arrival time a line, in seconds; it plays faster under ``--rate-scale``."""
+    """Instead of ``rate``: a file with one arrival time in seconds per line; ``--rate-scale`` divides the times."""
     arrivals: Literal["poisson", "gamma", "even"] = "poisson"
     cv: Positive = 2.0
-    """Coefficient of variation of gamma's gaps: 1 is Poisson, more is burstier."""
+    """Coefficient of variation of the gaps of ``gamma``: 1 is Poisson, more is burstier."""
     route: Literal["chat", "completions", "typist"] = "chat"
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     max_tokens: Annotated[int, Field(gt=0)] | tuple[int, int] = (64, 112)
-    """Length of answers, or bounds between which they are drawn."""
+    """Length of answers, or the bounds between which it is drawn uniformly."""
     ignore_eos: bool = True
-    """Answers have their whole length, so that every server does the same work."""
+    """Whether answers have their full length, so that every server does the same work."""
     prompt_characters: Annotated[int, Field(gt=0)] | None = None
-    """Length of built-in prompts, where it can be chosen."""
+    """Length of built-in prompts, for the class ``long``."""
     leave_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of clients that hang up."""
+    """Share of clients that hang up early."""
     leave_after_tokens: tuple[int, int] = (1, 32)
-    """After how many tokens they do."""
+    """Bounds of the number of tokens after which they hang up."""
     characters_per_second: Positive = 40.0
-    """How fast typists type."""
+    """Typing speed of typists."""
     extra: dict[str, Any] = {}
-    """Added to the body of every request."""
+    """Values added to the body of every request."""
 
     @model_validator(mode="after")
     def _one_source_of_arrivals(self) -> Self:
@@ -77,28 +77,28 @@ class Traffic(_Table):
 
 
 class ServerSetup(_Table):
-    """A server that is started where none is given."""
+    """A server that is started where no running one is given."""
 
     name: str
     instant: bool = False
-    """With vllm-instant and the deployment file that was given, or the demo's; else stock vLLM."""
+    """Whether it runs vllm-instant, with the given deployment file or the demo's; otherwise vLLM alone."""
     draft_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Fixed draft length of a stock server with the demo's draft model; 0 or None is no speculation."""
+    """Fixed draft length of a server without vllm-instant, with the deployment's draft model; 0 or None is none."""
     set: dict[str, Any] = {}
-    """Values of the deployment file to override, by ``table.key``."""
+    """Overrides of the deployment file, by ``table.key``."""
     vllm: dict[str, Any] = {}
-    """Engine arguments, over the scenario's."""
+    """Engine arguments, in addition to the scenario's."""
 
 
 class Alternation(_Table):
     """How several servers share a run."""
 
     seconds: Positive = 15.0
-    """Of the timeline that a server plays before the next one's turn."""
+    """Length of the part of the timeline that one server gets before the next one does."""
     together: bool = False
-    """All at the same time instead: for servers on machines of their own."""
+    """Whether all servers run at the same time instead: for servers on separate machines."""
     drain_seconds: Positive = 30.0
-    """After which an answer that is still under way at the end of a segment is cut off."""
+    """Time after the end of a segment in which answers in progress can end; then they are cut off."""
 
 
 class Scenario(_Table):
@@ -111,7 +111,7 @@ class Scenario(_Table):
     """Length of the timeline."""
     traffic: Annotated[list[Traffic], Field(min_length=1)]
     warm_up_seconds: Annotated[float, Field(ge=0)] = 0.0
-    """Of the timeline that every server plays before the run, with other prompts; nothing of it is recorded."""
+    """Length of the part of the timeline that every server gets before the run, with other prompts, unrecorded."""
     servers: list[ServerSetup] = [ServerSetup(name="ours", instant=True)]
     vllm: dict[str, Any] = {}
     """Engine arguments of all servers that are started."""
@@ -120,7 +120,7 @@ class Scenario(_Table):
     alternation: Alternation = Alternation()
     goals: LoadTestGoals = LoadTestGoals()
     folder: Path = Path()
-    """Where the files lie that it names."""
+    """Folder of the files that the scenario names."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -134,7 +134,7 @@ class Scenario(_Table):
         return self
 
     def scaled(self, rate: float = 1.0, seconds: float | None = None) -> Scenario:
-        """The same with every rate multiplied, and with the timeline stretched or pressed to ``seconds``."""
+        """The scenario with every rate multiplied and the timeline stretched or compressed to ``seconds``."""
         stretch = 1.0 if seconds is None else seconds / self.seconds
         traffic = [
             one.model_copy(update={"rate": _scaled(one.rate, rate, stretch)}) if one.rate is not None else one
@@ -150,13 +150,13 @@ def _scaled(curve: Rate, rate: float, stretch: float) -> Rate:
 
 
 def built_in() -> dict[str, Path]:
-    """The scenarios that the package brings along, by name."""
+    """The scenarios of the package, by name."""
     folder = Path(str(resources.files("vllm_instant_loadtests"))) / "scenarios"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def load(which: str | Path) -> Scenario:
-    """A built-in scenario by its name, or one from a file; raises ScenarioError."""
+    """A scenario by its built-in name or its file; raises ScenarioError."""
     known = built_in()
     path = known.get(str(which), Path(which))
     try:
@@ -166,7 +166,7 @@ def load(which: str | Path) -> Scenario:
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ScenarioError(f"{path} is no TOML: {error}") from None
+        raise ScenarioError(f"{path} is not TOML: {error}") from None
     return parse(tables, path)
 
 
@@ -184,14 +184,14 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
-        return f"{where} is no key of a scenario"
+        return f"{where} is not a key of a scenario"
     if first["type"] == "missing":
         return f"{where} is missing"
     return f"{where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def named_servers(text: str) -> dict[str, str]:
-    """``NAME=URL NAME=URL …`` as addresses by name; one alone needs no name. Raises ScenarioError."""
+    """Addresses by name from ``NAME=URL NAME=URL …``; a single one needs no name. Raises ScenarioError."""
     found = _SERVER.findall(text)
     servers = {name or "server": url.rstrip("/").removesuffix("/v1") for name, url in found}
     unnamed = len(found) > 1 and any(not name for name, _ in found)

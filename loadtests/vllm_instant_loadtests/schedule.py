@@ -1,4 +1,4 @@
-"""A scenario, rolled out: every request with the moment when it is due, and whose turn it is when."""
+"""The schedule of a scenario: every request with its due time, and which server gets which segment."""
 
 from __future__ import annotations
 
@@ -9,44 +9,42 @@ from typing import Any
 
 import numpy as np
 
+from vllm_instant.tools.measure.token_stream import STREAM_OPTIONS
 from vllm_instant_loadtests import arrivals, prompts
 from vllm_instant_loadtests.scenario import Scenario, ScenarioError, Traffic
-
-COUNTED = {"include_usage": True, "continuous_usage_stats": True}
-"""Asks vLLM to say with every event how many tokens the answer has."""
 
 
 @dataclass(frozen=True)
 class ScheduledRequest:
-    """One request of a scenario; every server gets the same."""
+    """One request of a scenario; all servers get the same ones."""
 
     number: int
     at: float
-    """Second of the timeline when it is due; a typist begins to type then."""
+    """Second of the timeline at which it is due; a typist starts typing then."""
     kind: str
     route: str
     body: dict[str, Any]
-    """Without ``model``. A typist's text is the content of the last message."""
+    """The request body without ``model``. A typist's text is the content of the last message."""
     leave_after: int | None = None
-    """Tokens after which the client hangs up."""
+    """Number of tokens after which the client hangs up."""
     characters_per_second: float | None = None
-    """How fast a typist types."""
+    """Typing speed of a typist."""
 
     @property
     def typing_seconds(self) -> float:
-        """How long a typist types before the prompt is complete, from when latencies count."""
+        """Duration of typing; latencies count from its end."""
         if self.characters_per_second is None:
             return 0.0
         return len(self.body["messages"][-1]["content"]) / self.characters_per_second
 
     def plain(self) -> dict[str, Any]:
-        """As JSON types."""
+        """The request as JSON types."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the timeline that some servers play: one, or all at the same time."""
+    """A part of the timeline for one server, or for all at the same time."""
 
     number: int
     servers: tuple[str, ...]
@@ -55,7 +53,7 @@ class Segment:
 
 
 def scheduled_requests(scenario: Scenario, seed: str, trace_speed: float = 1.0) -> list[ScheduledRequest]:
-    """All requests in the order in which they are due; raises ScenarioError where a file cannot be used."""
+    """All requests in the order of their due times; raises ScenarioError where a file cannot be used."""
     found: list[tuple[float, Traffic, prompts.LoadPrompt, random.Random]] = []
     for traffic in scenario.traffic:
         choose = random.Random(f"{seed}/{traffic.kind}")
@@ -67,7 +65,7 @@ def scheduled_requests(scenario: Scenario, seed: str, trace_speed: float = 1.0) 
 
 
 def segments(scenario: Scenario, servers: Sequence[str], seed: str) -> list[Segment]:
-    """Whose turn it is when: in every round all servers play the same part of the timeline, in random order."""
+    """The segments in order: in every round all servers get the same part of the timeline, in random order."""
     if len(servers) == 1 or scenario.alternation.together:
         return [Segment(0, tuple(servers), 0.0, scenario.seconds)]
     order = random.Random(f"{seed}/order")
@@ -118,7 +116,7 @@ def _due(
         "max_tokens": choose.randint(*bounds),
         "seed": choose.getrandbits(31),
         "stream": True,
-        "stream_options": COUNTED,
+        "stream_options": STREAM_OPTIONS,
         **({"ignore_eos": True} if traffic.ignore_eos else {}),
         **traffic.extra,
     }

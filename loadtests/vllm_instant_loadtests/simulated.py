@@ -1,7 +1,11 @@
-"""Recorded runs without a server: an engine of steps under open-loop traffic, disturbed at known times.
+"""Simulated recordings: an engine of steps under open-loop traffic, with disturbances at known times.
 
-Much less than vLLM does, and enough for the tests of what reads recorded runs: who waits for whom, what ``/metrics``
-would have said, and what the truth is.
+Much simpler than vLLM, and sufficient for tests of the analysis: queueing, the metrics that a server would report, and
+the true cause of every spike.
+
+It does not build on ``vllm_instant.tools.measure.simulator``, which drives a drafting policy with a fixed batch of
+endless requests: that one has no arrivals, queue, prefill or KV cache, and this one has no policy. Nor does it build
+on ``queue_simulator``, which computes the waits of an order without steps. All they share is a linear step time.
 """
 
 from __future__ import annotations
@@ -28,27 +32,27 @@ SERVER = "simulated"
 
 @dataclass(frozen=True)
 class SimulatedEngine:
-    """What steps cost, in seconds, and what fits."""
+    """Step times in seconds, and the limits of the batch."""
 
     step: float = 0.020
     per_request: float = 0.0008
     per_prompt_token: float = 0.0004
     noise: float = 0.06
-    """Standard deviation of a step's logarithm; half of it drifts over seconds."""
+    """Standard deviation of the log step time; half of its variance drifts over seconds."""
     hiccups: float = 0.2
-    """A second: steps that take some times as long, as on any machine."""
+    """Rate of slow steps per second, as on any machine."""
     seats: int = 24
     kv_tokens: int = 20_000
     draft_tokens: int = 0
     accepted: float = 0.7
-    """Chance that a draft token is accepted, given those before it."""
+    """Conditional acceptance probability of a draft token."""
     chunk: int = 2048
-    """Most prompt tokens in one step."""
+    """Maximum number of prompt tokens in one step."""
 
 
 @dataclass(frozen=True)
 class SimulatedTraffic:
-    """What is asked."""
+    """The undisturbed traffic."""
 
     rate: float = 3.0
     prompt: tuple[int, int] = (40, 80)
@@ -81,16 +85,16 @@ def simulate_run(
     slower: float = 1.0,
     seed: int = 0,
 ) -> RecordedRun:
-    """A run.
+    """Simulate a run.
 
     Args:
         seconds: length of the traffic.
-        events: disturbances; ``cause`` says what happens between ``began`` and ``ended``. ``causes.UNKNOWN`` makes
-            every step ``slower`` times as long, and nothing else.
-        engine: what steps cost.
+        events: disturbances; ``cause`` decides what happens between ``began`` and ``ended``. ``causes.UNKNOWN``
+            multiplies every step time by ``slower`` and does nothing else.
+        engine: step times and limits.
         load: the undisturbed traffic.
         slower: see ``events``.
-        seed: of all that is random.
+        seed: of all random numbers.
 
     """
     return _Simulation(
@@ -136,37 +140,39 @@ class _Simulation:
                 if not self._in(causes.STOPPED, next_sample):
                     self.samples.append(self._sample(next_sample))
                 next_sample += 0.5
-            assert self.now > before  # noqa: S101 - a simulation that stands still never ends
+            assert self.now > before  # noqa: S101  otherwise the loop never ends
         client = [self._client(float(at)) for at in np.arange(0.5, self.now, 0.5)]
         segment = {"server": SERVER, "began": 0.0, "ended": self.now, "from": 0.0, "until": seconds, "number": 0}
         about = {"scenario": {"name": "simulated"}, "servers": [{"name": SERVER}], "segments": [segment]}
         return RecordedRun(about, self.ended, self.samples, [], client, list(self.events))
 
     def _traffic(self, seconds: float) -> list[_Live]:
-        # One in each slot: were arrivals Poisson's, chance would make bursts that no event stands for.
+        # One arrival per slot: Poisson arrivals would form random bursts that are no disturbance.
         slots = np.arange(round(self.load.rate * seconds))
         times = (slots + self.random.random(len(slots))) / self.load.rate
         lives = [self._live(at, "steady") for at in times]
         for event in self.events:
-            length = event.ended - event.began
+            lives += self._injected(event)
+        return lives
 
-            def at(event: Disturbance = event) -> float:
-                return float(self.random.uniform(event.began, event.ended))
-
-            extra = round(length * self.load.rate * 2.5)
-            if event.cause == causes.BATCH:
-                lives += [self._live(at(), "burst") for _ in range(round(1.6 * extra))]
-            elif event.cause == causes.QUEUEING:
-                lives += [self._live(at(), "burst") for _ in range(extra + 2 * self.engine.seats)]
-            elif event.cause == causes.MEMORY:
-                needs = self.engine.kv_tokens // 300 + 4
-                lives += [self._live(at(), "long answers", answer=400) for _ in range(needs)]
-            elif event.cause == causes.PREFILL:
-                lives += [self._live(at(), "documents", prompt=1800, answer=4) for _ in range(max(2, round(length)))]
-            elif event.cause == causes.COMPILE:
-                lives.append(self._live(event.began, "first of its length", prompt=2 * self.load.prompt[1]))
-            elif event.cause == causes.DISCONNECTS:
-                lives += [self._live(at(), "leaving", leave=int(self.random.integers(1, 6))) for _ in range(2 * extra)]
+    def _injected(self, event: Disturbance) -> list[_Live]:
+        """The requests that a disturbance adds."""
+        length = event.ended - event.began
+        extra = round(length * self.load.rate * 2.5)
+        if event.cause == causes.COMPILE:
+            return [self._live(event.began, "first of its length", prompt=2 * self.load.prompt[1])]
+        count, kind, given = {
+            causes.BATCH: (round(1.6 * extra), "burst", {}),
+            causes.QUEUEING: (extra + 2 * self.engine.seats, "burst", {}),
+            causes.MEMORY: (self.engine.kv_tokens // 300 + 4, "long answers", {"answer": 400}),
+            causes.PREFILL: (max(2, round(length)), "documents", {"prompt": 1800, "answer": 4}),
+            causes.DISCONNECTS: (2 * extra, "leaving", {}),
+        }.get(event.cause, (0, "", {}))
+        lives = []
+        for _ in range(count):
+            at = float(self.random.uniform(event.began, event.ended))
+            leave = int(self.random.integers(1, 6)) if event.cause == causes.DISCONNECTS else None
+            lives.append(self._live(at, kind, leave=leave, **given))
         return lives
 
     def _live(
@@ -188,57 +194,67 @@ class _Simulation:
             self.running.append(live)
 
     def _step(self) -> None:
-        engine = self.engine
-        while sum(live.kv for live in self.running) + len(self.running) > engine.kv_tokens and len(self.running) > 1:
+        self._preempt()
+        decoding = [live for live in self.running if live.read >= live.prompt + live.tokens]
+        prompt_tokens, prefilled = self._prefill()
+        self.now += self._duration(len(decoding), prompt_tokens)
+        self.totals[m.STEPS] += 1
+        self.totals[m.STEP_TOKENS] += len(decoding) * (1 + self.engine.draft_tokens) + prompt_tokens
+        seen = self._seen(self.now)
+        for live in decoding:
+            self._bring(live, 1 + self._accepted(), seen)
+        for live in prefilled:
+            self.totals[m.PROMPT_TOKENS] += live.prompt if not live.tokens else 0
+            self._bring(live, 1, seen)
+        self.running = [live for live in self.running if not self._finish(live, seen)]
+
+    def _preempt(self) -> None:
+        """Take the KV blocks of the latest requests until one more token per request fits."""
+        while (
+            len(self.running) > 1 and sum(live.kv for live in self.running) + len(self.running) > self.engine.kv_tokens
+        ):
             lost = self.running.pop()
             lost.read = 0
             self.waiting.appendleft(lost)
             self.totals[m.PREEMPTIONS] += 1
-        room, prompt_tokens = engine.chunk, 0
-        decoding = [live for live in self.running if live.read >= live.prompt + live.tokens]
-        reading = []
+
+    def _prefill(self) -> tuple[int, list[_Live]]:
+        """Prefill one chunk; returns its number of tokens and the requests whose prefill is complete."""
+        room, complete = self.engine.chunk, []
         for live in self.running:
-            need = live.prompt + live.tokens - live.read
-            if need > 0 and room > 0:
-                taken = min(need, room)
+            taken = min(live.prompt + live.tokens - live.read, room)
+            if taken > 0:
                 live.read += taken
                 room -= taken
-                prompt_tokens += taken
                 if live.read >= live.prompt + live.tokens:
-                    reading.append(live)
-        rows = len(decoding) * (1 + engine.draft_tokens) + prompt_tokens
-        took = engine.step + engine.per_request * len(decoding) * (1 + engine.draft_tokens / 2)
+                    complete.append(live)
+        return self.engine.chunk - room, complete
+
+    def _duration(self, decoding: int, prompt_tokens: int) -> float:
+        """Time of the step, disturbances included."""
+        engine = self.engine
+        took = engine.step + engine.per_request * decoding * (1 + engine.draft_tokens / 2)
         took = (took + engine.per_prompt_token * prompt_tokens) * self._luck()
         if self._in(causes.UNKNOWN, self.now):
             took *= self.slower
         if self._in(causes.COMPILE, self.now) and not self.compiled:
             self.compiled = True
             took += next(e.ended - e.began for e in self.events if e.cause == causes.COMPILE)
-        end = self.now + took
         for event in self.events:
-            if event.cause == causes.STOPPED and event.began < end and self.now < event.began:
-                end += event.ended - event.began
-        self.now = end
-        self.totals[m.STEPS] += 1
-        self.totals[m.STEP_TOKENS] += rows
-        seen = self._seen(self.now)
-        for live in decoding:
-            self._bring(live, 1 + self._accepted(), seen)
-        for live in reading:
-            self.totals[m.PROMPT_TOKENS] += live.prompt if not live.tokens else 0
-            self._bring(live, 1, seen)
-        self.running = [live for live in self.running if not self._finish(live, seen)]
+            if event.cause == causes.STOPPED and self.now < event.began < self.now + took:
+                took += event.ended - event.began
+        return took
 
     def _accepted(self) -> int:
         k = self.engine.draft_tokens
         if not k:
             return 0
         chance = 0.1 if self._in(causes.ACCEPTANCE, self.now) else self.engine.accepted
-        refused = np.flatnonzero(self.random.random(k) > chance)
-        kept = int(refused[0]) if len(refused) else k
-        for name, value in ((m.DRAFTS, 1), (m.DRAFTED, k), (m.ACCEPTED, kept)):
+        rejected = np.flatnonzero(self.random.random(k) > chance)
+        accepted = int(rejected[0]) if len(rejected) else k
+        for name, value in ((m.DRAFTS, 1), (m.DRAFTED, k), (m.ACCEPTED, accepted)):
             self.totals[name] += value
-        return kept
+        return accepted
 
     def _bring(self, live: _Live, tokens: int, seen: float) -> None:
         new = min(tokens, live.answer - live.tokens)
@@ -271,7 +287,7 @@ class _Simulation:
         return True
 
     def _seen(self, at: float) -> float:
-        """When a load generator that sleeps now and then notices."""
+        """When a load generator that sleeps during disturbances of the client notices."""
         return next((e.ended for e in self.events if e.cause == causes.CLIENT and e.began <= at < e.ended), at)
 
     def _luck(self) -> float:

@@ -1,22 +1,22 @@
-"""Windows in which latency rose, tested against the run's own baseline.
+"""Finds windows in which latency rose, tested against the run's own baseline.
 
 For each metric (see ``windows``):
 
-1. *Baseline*: the level is a low quantile of the windows' logarithms, so that it stays a baseline even where almost
-   half of the run is a spike; the noise is how far windows lie below it.
-2. *Candidates*: neighbouring windows above the baseline by more than a stated ratio and more than the noise. Their
+1. *Baseline*: the level is a low quantile of the windows' logarithms, which stays a baseline even where almost half of
+   the run is a spike; the noise is the spread below it.
+2. *Candidates*: neighbouring windows above the baseline by more than a stated ratio and by more than the noise. Their
    *mass* is the area above the baseline (log ratio times seconds): long small rises and short large ones count alike.
-3. *Test*: cluster-based, as Maris & Oostenveld (2007) test time series of brain signals. Under the null hypothesis
-   there are no spikes, and a run is made of blocks of its baseline in another order (windows depend on their
-   neighbours, so blocks are drawn, not windows). The largest mass of each drawn run is what noise gets anywhere: a
-   candidate's p-value is the share of drawn runs whose largest mass reaches its own, which holds for all windows at
-   once (max-statistic, Westfall & Young 1993). A baseline without its candidates has no tail; the
-   masses of drawn runs are therefore enlarged at random (``TAIL``). Metrics are corrected for by Bonferroni.
-4. *Answers*: where tokens came slower, so many answers must have been slow that their texts do not explain it
-   (Student's t over answers, without the slowest): with one or two under way, an unpredictable text is no slower
-   server.
-5. *Floors*: certain is not yet large. A spike is at least ``MIN_RATIO`` times the baseline, costs ``MIN_LOST``
-   seconds of delay, and where tokens came slower, the interval of its ratio excludes 1: not a single slow step.
+3. *Test*: a cluster-based permutation test (Maris & Oostenveld 2007). Under the null hypothesis there are no spikes,
+   and a run consists of blocks of its baseline in another order (windows depend on their neighbours, so blocks are
+   drawn, not windows). The p-value of a candidate is the share of drawn runs whose largest mass reaches its own, which
+   holds for all windows at once (max-statistic, Westfall & Young 1993). A baseline without its candidates has no tail;
+   the masses of drawn runs are therefore enlarged at random (``TAIL``). Metrics are corrected for by Bonferroni.
+   ``scipy.stats.permutation_test`` has neither blocks nor the largest mass of a run.
+4. *Answers*: where tokens were slower, so many different answers must have been slow that their texts do not explain it
+   (Student's t over answers, without the slowest): with one or two in progress, an unpredictable text looks like a
+   slower server.
+5. *Minimum size*: a significant rise can be small. A spike is at least ``MIN_RATIO`` times the baseline, costs
+   ``MIN_DELAY`` seconds, and where tokens were slower, the interval of its ratio excludes 1: not a single slow step.
 
 Spikes of several metrics at the same time are one spike.
 """
@@ -36,21 +36,21 @@ from vllm_instant.tools.measure.statistics import Estimate
 from vllm_instant_loadtests.windows import HOP, PACE, STALL, TTFT, Array, LatencySamples, WindowedSeries, statistic
 
 ALPHA = 0.05
-"""Chance that a run without any change gets a spike."""
+"""Probability that a run without any change gets a spike."""
 LEVEL = 0.35
-"""Quantile of the windows that is their baseline's level."""
+"""Quantile of the windows that is the baseline's level."""
 MAX_NOISE, MAX_NOISE_ABOVE = 0.4, 0.25
-"""Standard deviations of logarithms that are believed, and of those above the level."""
+"""Limits of the noise estimate (standard deviation of logarithms), and of its part above the level."""
 MIN_RATIO = 1.3
 NOISES = 2.5
-"""Standard deviations of the baseline's noise that a window must lie above it to be a candidate."""
-MIN_LOST = 0.3
-"""Seconds by which answers fell behind; one slow step of a machine is no spike."""
+"""A candidate's windows lie above the baseline by this many standard deviations of its noise."""
+MIN_DELAY = 0.3
+"""Minimum delay of answers, seconds; one slow step of a machine is no spike."""
 BLOCK_SECONDS = 4.0
 MIN_ANSWERS = 4
-"""Under way in a rise of pace: what fewer show may be their texts."""
+"""Minimum number of answers in progress in a rise of pace; with fewer, their texts may explain it."""
 SLICE_SECONDS = 2.0
-"""Of an answer, whose pace is compared with that of others."""
+"""Length of the parts of answers whose paces are compared."""
 DRAWS = 2000
 TAIL = 1.0
 """The largest mass of a drawn run is enlarged by a share that is exponential with this mean: a baseline without its
@@ -58,14 +58,14 @@ candidates has no tail of its own."""
 CAP = math.log(30.0)
 """Log ratios count up to here."""
 BRIDGED = 1
-"""How many windows below the threshold do not end a candidate."""
+"""Number of windows below the threshold that do not end a candidate."""
 APART = 1.0
-"""Seconds between spikes of several metrics that still make them one."""
+"""Spikes of several metrics within this many seconds are one."""
 
 
 @dataclass(frozen=True)
 class MetricRise:
-    """One metric's rise in one stretch of time."""
+    """The rise of one metric in a part of the run."""
 
     metric: str
     began: float
@@ -77,9 +77,9 @@ class MetricRise:
     ratio: Estimate
     """``value / baseline`` with its 95 % interval."""
     p: float
-    """Corrected for all windows and metrics."""
-    lost: float
-    """Seconds of delay: of the worst request or stall; else by which an answer that lasts through it falls behind."""
+    """p-value, corrected for all windows and metrics."""
+    delay: float
+    """Seconds: of the worst request or stall; for ITL and pace the delay of an answer that lasts through the rise."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class BaselineLevel:
 
     @property
     def threshold(self) -> float:
-        """How far above the level a candidate's windows lie."""
+        """Minimum distance of a candidate's windows from the level."""
         return max(math.log(MIN_RATIO), NOISES * self.noise)
 
 
@@ -122,8 +122,8 @@ def candidates(excess: Array, segment: npt.NDArray[Any], threshold: float) -> li
 
     Args:
         excess: ``[windows]``, log ratio to the baseline; NaN where nothing was measured.
-        segment: ``[windows]``, stretches of the run.
-        threshold: what windows of a cluster lie above.
+        segment: ``[windows]``, segments of the run.
+        threshold: minimum of a cluster's windows.
 
     """
     above = np.flatnonzero(np.nan_to_num(excess, nan=-1.0) > threshold)
@@ -145,7 +145,7 @@ def largest_masses(excess: Array, quiet: Array, threshold: float, seed: int = 0,
         quiet: ``[windows]``, bool: which windows are baseline.
         threshold: of candidates.
         seed: of the draws.
-        draws: how many.
+        draws: number of drawn runs.
 
     """
     pool = excess[quiet & np.isfinite(excess)]
@@ -162,21 +162,21 @@ def largest_masses(excess: Array, quiet: Array, threshold: float, seed: int = 0,
     return np.array(masses) * (1 + TAIL * random.exponential(1.0, draws))
 
 
-def certain(
+def significant(
     series: WindowedSeries, metrics: int, alpha: float = ALPHA
 ) -> tuple[list[tuple[SpikeCandidate, float]], Array]:
-    """Candidates that noise does not get, with their corrected p-values; and which windows are baseline.
+    """The significant candidates with their corrected p-values, and which windows are baseline.
 
     Args:
-        series: of the metric.
-        metrics: how many are looked at; p-values are corrected for them.
-        alpha: chance of a false alarm.
+        series: the metric over time.
+        metrics: number of metrics that are tested; p-values are corrected for it.
+        alpha: probability of a false alarm.
 
     """
     base = baseline_level(series.values)
     excess = np.log(series.values) - base.level
     found = candidates(excess, series.segment, base.threshold)
-    # What could be noise by its size stays in the baseline.
+    # Candidates as small as noise stay in the baseline.
     suspects = [c for c in found if c.mass >= 1.5 * base.threshold]
     quiet = np.ones(len(excess), bool)
     for c in suspects:
@@ -191,27 +191,27 @@ def certain(
 def metric_rises(
     series: WindowedSeries, measured: LatencySamples, metrics: int, alpha: float = ALPHA
 ) -> list[MetricRise]:
-    """The rises of one metric: certain and large.
+    """The significant and large rises of one metric.
 
     Args:
-        series: of the metric.
-        measured: what it was made of.
-        metrics: how many are looked at; p-values are corrected for them.
-        alpha: chance of a false alarm.
+        series: the metric over time.
+        measured: the samples of the series.
+        metrics: number of metrics that are tested; p-values are corrected for it.
+        alpha: probability of a false alarm.
 
     """
     if series.too_little:
         return []
-    found, quiet = certain(series, metrics, alpha)
+    found, quiet = significant(series, metrics, alpha)
     if not found:
         return []
     reference = _Reference(series, measured, quiet)
     made = [reference.rise(*_span(series, c), p) for c, p in found]
-    return [rise for rise in made if _large(rise) and metrics * reference.chance(rise) <= alpha]
+    return [rise for rise in made if _large(rise) and metrics * reference.text_probability(rise) <= alpha]
 
 
 def _span(series: WindowedSeries, candidate: SpikeCandidate) -> tuple[float, float]:
-    """When a candidate began and ended: without what its neighbours, which have not risen, also cover."""
+    """Begin and end of a candidate, without the time that windows outside of it also cover."""
     began = float(series.at[candidate.first]) + series.half - HOP
     ended = float(series.at[candidate.last]) - series.half + HOP
     if ended - began >= HOP:
@@ -222,11 +222,11 @@ def _span(series: WindowedSeries, candidate: SpikeCandidate) -> tuple[float, flo
 
 def _large(rise: MetricRise) -> bool:
     steady = rise.metric in (TTFT, STALL) or rise.ratio.low > 1.0
-    return rise.ratio.mean >= MIN_RATIO and steady and rise.lost >= MIN_LOST
+    return rise.ratio.mean >= MIN_RATIO and steady and rise.delay >= MIN_DELAY
 
 
 class _Reference:
-    """The baseline's raw entries, in blocks that are drawn again."""
+    """The baseline's raw samples, in blocks for resampling."""
 
     def __init__(self, series: WindowedSeries, measured: LatencySamples, quiet: Array) -> None:
         self._metric = series.metric
@@ -240,7 +240,7 @@ class _Reference:
         )
         of_baseline = measured.chosen(close <= HOP)
         if series.metric == STALL:
-            # The longest of a baseline is one moment; its usual longest is what windows are compared with.
+            # The longest wait of a whole baseline is a single event; a window is compared with the usual window.
             values = series.values[quiet & np.isfinite(series.values)]
             of_baseline = replace(LatencySamples.plain(values), ended=middles[: len(values)])
         self._pace = of_baseline.mean()
@@ -268,7 +268,7 @@ class _Reference:
         value = statistic(self._metric, inside)
         random = np.random.default_rng(1)
         if self._metric == STALL:
-            # The longest wait is one event: what is uncertain of the ratio is the baseline.
+            # The longest wait is a single event: only the baseline is uncertain.
             drawn = [value] * len(self._drawn)
         else:
             parts = _blocks(inside, HOP if self._metric == PACE else 2 * HOP)
@@ -276,18 +276,18 @@ class _Reference:
             drawn = [statistic(self._metric, LatencySamples.joined([parts[i] for i in pick])) for pick in picks]
         low, high = np.quantile(np.array(drawn) / np.array(self._drawn), [0.025, 0.975])
         ratio = Estimate(value / self.value, float(low), float(high))
-        lost = value - self.value
+        delay = value - self.value
         if self._metric not in (TTFT, STALL):
-            lost = (ended - began) * (1 - self._pace / inside.mean())
-        return MetricRise(self._metric, began, ended, self.value, value, ratio, p, lost)
+            delay = (ended - began) * (1 - self._pace / inside.mean())
+        return MetricRise(self._metric, began, ended, self.value, value, ratio, p, delay)
 
-    def chance(self, rise: MetricRise) -> float:
-        """The chance that as many answers are as slow as those of a rise, by their texts alone.
+    def text_probability(self, rise: MetricRise) -> float:
+        """The probability that as many answers are as slow as those of a rise because of their texts alone.
 
-        How fast an answer comes depends on its text, above all under speculation. With one or two of them under way, a
-        second of an unpredictable one looks like a slower server to everything that counts tokens. So answers are
-        what is counted here, without the slowest: Student's t of their mean logarithms against the baseline's,
-        corrected for all places of the run.
+        The pace of an answer depends on its text, above all under speculation. With one or two in progress, a second
+        of an unpredictable one looks like a slower server to every statistic of tokens. Therefore answers are counted
+        here, without the slowest: Student's t of their mean log pace against the baseline's, with a Bonferroni
+        correction for the number of places in the run.
         """
         if rise.metric in (TTFT, STALL):
             return 0.0
@@ -306,7 +306,7 @@ class _Reference:
 
 
 def _paces(entries: LatencySamples, seconds: float) -> dict[tuple[float, float], float]:
-    """Logarithm of the mean time between tokens, by answer and slice of the run that it fills for a good part."""
+    """Log of the mean time between tokens, by answer and slice of the run, where the answer fills a third of it."""
     slices = np.floor(entries.ended / seconds)
     keys, group = np.unique(np.stack([entries.owner, slices]), axis=1, return_inverse=True)
     tokens = np.bincount(group.ravel(), entries.weights)
@@ -322,7 +322,7 @@ def _blocks(entries: LatencySamples, seconds: float) -> list[LatencySamples]:
 
 
 def merge_rises(found: Mapping[str, Sequence[MetricRise]]) -> list[list[MetricRise]]:
-    """Rises of all metrics, those at the same time as one spike; the most certain and largest rise first."""
+    """The rises of all metrics, grouped by time into spikes; the most significant and largest rise first."""
     groups: list[list[MetricRise]] = []
     ends = -math.inf
     for rise in sorted((rise for one in found.values() for rise in one), key=lambda rise: rise.began):

@@ -1,4 +1,4 @@
-"""Locust users: one that stands for a scenario, and one to build users of your own from."""
+"""Locust users: a placeholder for scenarios, and a base class for users in your own locustfiles."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from typing import Any
 from gevent.event import Event
 from locust import User, constant, task
 
+from vllm_instant.tools.measure.token_stream import STREAM_OPTIONS
 from vllm_instant_loadtests import locust_stats
 from vllm_instant_loadtests.run_recorder import RecordedRequest
-from vllm_instant_loadtests.schedule import COUNTED, ScheduledRequest
+from vllm_instant_loadtests.schedule import ScheduledRequest
 from vllm_instant_loadtests.streams import StreamingClient
 
 
 class ScenarioUser(User):  # type: ignore[misc]
-    """Waits while the scenario plays. What is sent when is the scenario's business, not the number of users'."""
+    """Waits while the scenario runs. The scenario decides what is sent when, not the number of users."""
 
     wait_time = constant(1)
 
     @task  # type: ignore[untyped-decorator]
     def wait_for_the_end(self) -> None:
-        """Do nothing until the test is stopped."""
+        """Wait until the test is stopped."""
         Event().wait()
 
 
 class StreamingUser(User):  # type: ignore[misc]
-    """A user who waits for each answer, for locustfiles of your own: ``self.chat(…)``, ``self.complete(…)``.
+    """A user that waits for each answer, for your own locustfiles: ``self.chat(…)``, ``self.complete(…)``.
 
-    Set ``host``, and ``model`` as requests call it. Answers are streamed and measured by token; TTFT, ITL, longest
-    stall and tokens a second appear beside the end-to-end latency in Locust's statistics.
+    Set ``host``, and ``model`` to the model name in requests. Answers are streamed and measured by token; TTFT, ITL,
+    longest stall and tokens per second are rows of Locust's statistics, in addition to the end-to-end latency.
     """
 
     abstract = True
@@ -45,12 +46,12 @@ class StreamingUser(User):  # type: ignore[misc]
         self._numbers = itertools.count()
 
     def chat(self, messages: list[dict[str, str]] | str, name: str = "chat", **body: Any) -> RecordedRequest:
-        """Ask ``/v1/chat/completions``; further parameters go into the request's body."""
+        """Send a request to ``/v1/chat/completions``; further parameters go into its body."""
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         return self._ask("chat", name, {"messages": turns, **body})
 
     def complete(self, prompt: str, name: str = "completion", **body: Any) -> RecordedRequest:
-        """Ask ``/v1/completions``."""
+        """Send a request to ``/v1/completions``."""
         return self._ask("completions", name, {"prompt": prompt, **body})
 
     def type(
@@ -61,7 +62,7 @@ class StreamingUser(User):  # type: ignore[misc]
         return self._ask("typist", name, {"messages": turns, **body}, characters_per_second)
 
     def _ask(self, route: str, name: str, body: dict[str, Any], speed: float | None = None) -> RecordedRequest:
-        body = {"stream": True, "stream_options": COUNTED, **body}
+        body = {"stream": True, "stream_options": STREAM_OPTIONS, **body}
         due = ScheduledRequest(next(self._numbers), 0.0, name, route, body, None, speed)
         began = time.perf_counter()
         answer = self.client.ask(due)

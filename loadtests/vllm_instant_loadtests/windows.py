@@ -1,7 +1,7 @@
-"""Requests as time series: what each second of a run was like.
+"""Requests as time series: latency metrics in windows of a run.
 
-Windows overlap by half. A gap between two arrivals belongs to all windows that it touches, so that a window in which
-nothing arrived, because everybody waited, shows the wait.
+Windows overlap by half. A gap between two arrivals belongs to all windows that it overlaps, so that a window in which
+nothing arrived still shows the wait.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from vllm_instant_loadtests.run_recorder import RecordedRequest
 Array = npt.NDArray[np.float64]
 ITL, PACE, TTFT, STALL = "itl", "pace", "ttft", "stall"
 METRICS = (ITL, PACE, TTFT, STALL)
-"""p99 time between tokens; mean time between tokens; p99 time to the first token; the longest wait for an arrival."""
+"""p99 time between tokens; mean time between tokens; p99 time to first token; longest time between two arrivals."""
 HOP = 0.5
 """Seconds from one window to the next."""
 WIDTH = {ITL: 1.0, PACE: 1.0, TTFT: 2.0, STALL: 1.0}
 WARM_UP = 2.0
-"""Seconds at the beginning of a segment that are not looked at: there is no load yet."""
+"""Seconds at the beginning of a segment that are ignored, while the load builds up."""
 MIN_SECONDS = 15.0
-"""Of windows with data; with less there is no baseline."""
+"""Minimum duration of windows with data; less is no baseline."""
 MIN_ENTRIES = {ITL: 300, PACE: 300, TTFT: 15, STALL: 300}
-"""Tokens, or first tokens, that a run must have."""
+"""Minimum number of tokens (TTFT: of first tokens) in a run."""
 FIELDS = ("began", "ended", "values", "weights", "owner")
 
 
 @dataclass(frozen=True)
 class LatencySamples:
-    """Measured durations, each with the span of time in which it was."""
+    """Measured durations, each with its time span, weight and request."""
 
     began: Array
     """``[n]``, seconds of the run."""
@@ -46,25 +46,25 @@ class LatencySamples:
     """Number of the request that each belongs to."""
 
     def within(self, began: float, ended: float) -> LatencySamples:
-        """Those that touch a part of the run."""
+        """The samples that overlap a part of the run."""
         return self.chosen((self.ended > began) & (self.began < ended))
 
     @classmethod
     def joined(cls, parts: Sequence[LatencySamples]) -> LatencySamples:
-        """One behind the other."""
+        """The concatenation of several."""
         return cls(*(np.concatenate([np.empty(0), *(getattr(part, name) for part in parts)]) for name in FIELDS))
 
     @classmethod
     def plain(cls, values: Array) -> LatencySamples:
-        """Values that are just values."""
+        """Values without times, of weight 1."""
         return cls(values, values, values, np.ones(len(values)), np.arange(len(values), dtype=float))
 
     def chosen(self, which: npt.NDArray[Any]) -> LatencySamples:
-        """A mask's or an index's."""
+        """The samples that a mask or an index selects."""
         return LatencySamples(*(getattr(self, name)[which] for name in FIELDS))
 
     def quantile(self, share: float) -> float:
-        """By weight; NaN without entries."""
+        """Weighted; NaN without samples."""
         if not len(self.values):
             return float("nan")
         order = np.argsort(self.values)
@@ -72,7 +72,7 @@ class LatencySamples:
         return float(self.values[order][np.searchsorted(cumulated, share * cumulated[-1])])
 
     def mean(self) -> float:
-        """By weight; NaN without entries."""
+        """Weighted; NaN without samples."""
         return float(np.average(self.values, weights=self.weights)) if len(self.values) else float("nan")
 
 
@@ -86,9 +86,9 @@ class WindowedSeries:
     values: Array
     """``[windows]``: seconds; NaN where there is nothing to measure."""
     segment: npt.NDArray[np.int64]
-    """``[windows]``: which stretch of the run each belongs to; windows of two stretches are not neighbours."""
+    """``[windows]``: number of the segment of each; windows of two segments are not neighbours."""
     too_little: str = ""
-    """Why the metric cannot be judged; empty if it can."""
+    """Why there is too little data for the metric; empty if there is enough."""
 
     @property
     def half(self) -> float:
@@ -97,7 +97,7 @@ class WindowedSeries:
 
 
 def statistic(metric: str, samples: LatencySamples) -> float:
-    """What a metric says of some entries."""
+    """The value of a metric for some samples."""
     if metric == PACE:
         return samples.mean()
     if metric == STALL:
@@ -106,11 +106,11 @@ def statistic(metric: str, samples: LatencySamples) -> float:
 
 
 def latency_samples(requests: Iterable[RecordedRequest]) -> dict[str, LatencySamples]:
-    """What was measured, by metric.
+    """The latency samples of all requests, by metric.
 
-    ``itl`` and ``pace``: one entry an arrival after the first, the time by token, weighted with its tokens. ``stall``:
-    the same gaps undivided; also the last one of an answer that failed, from its last token to its end. ``ttft``: from
-    when a request was due to its first token, or to its end where none came.
+    ``itl`` and ``pace``: one sample per arrival after the first, its time per token, weighted with its tokens.
+    ``stall``: the same gaps undivided, and for a failed answer the time from its last token to its end. ``ttft``: from
+    when a request was due to its first token, or to its end without one.
     """
     gaps: list[tuple[float, float, int, int]] = []
     cut: list[tuple[float, float, int, int]] = []
@@ -125,7 +125,7 @@ def latency_samples(requests: Iterable[RecordedRequest]) -> dict[str, LatencySam
         elif not request.left:
             first.append((request.due, request.ended, number))
     between = np.array(gaps, float).reshape(-1, 4)
-    silent = np.concatenate([between, np.array(cut, float).reshape(-1, 4)])
+    waits = np.concatenate([between, np.array(cut, float).reshape(-1, 4)])
     starts = np.array(first, float).reshape(-1, 3)
     tokens = np.maximum(between[:, 2], 1)
     by_token = LatencySamples(
@@ -134,21 +134,19 @@ def latency_samples(requests: Iterable[RecordedRequest]) -> dict[str, LatencySam
     return {
         ITL: by_token,
         PACE: by_token,
-        STALL: LatencySamples(
-            silent[:, 0], silent[:, 1], silent[:, 1] - silent[:, 0], np.ones(len(silent)), silent[:, 3]
-        ),
+        STALL: LatencySamples(waits[:, 0], waits[:, 1], waits[:, 1] - waits[:, 0], np.ones(len(waits)), waits[:, 3]),
         TTFT: LatencySamples(
             starts[:, 0], starts[:, 0] + 1e-6, starts[:, 1] - starts[:, 0], np.ones(len(starts)), starts[:, 2]
         ),
     }
 
 
-def stretches(
+def loaded_segments(
     segments: Sequence[Mapping[str, Any]], server: str, requests: Sequence[RecordedRequest]
 ) -> list[tuple[float, float]]:
-    """``(began, ended)`` of the parts of a run in which a server was asked; all of it where the run does not say.
+    """``(began, ended)`` of the segments in which a server had load; the whole run where it lists no segments.
 
-    A stretch ends with its last due request: what follows is the load running out.
+    A segment ends with its last due request: after that, the load only drains.
     """
     asked = [(float(s["began"]), float(s["ended"]), s.get("number")) for s in segments if s["server"] == server]
     if not requests:
@@ -165,7 +163,7 @@ def stretches(
 
 
 def windowed_series(metric: str, measured: LatencySamples, parts: Sequence[tuple[float, float]]) -> WindowedSeries:
-    """A metric in windows of every stretch."""
+    """A metric in windows of every segment."""
     middles, segment = [], []
     for number, (began, ended) in enumerate(parts):
         inside = np.arange(began + WARM_UP + WIDTH[metric] / 2, ended - WIDTH[metric] / 2 + 1e-9, HOP)
@@ -191,13 +189,14 @@ def _in_windows(metric: str, measured: LatencySamples, at: Array) -> Array:
     values = np.full(len(at), np.nan)
     if not len(measured.values):
         return values
-    # Sorted by their ends, what touches a window lies between two places, but for gaps that are still open there.
+    # Sorted by their ends, all samples that overlap a window lie between two indices; gaps that are still open at the
+    # window's end come later in that order, hence the running minimum of the begins.
     order = np.argsort(measured.ended, kind="stable")
     ordered = measured.chosen(order)
     latest = np.minimum.accumulate(ordered.began[::-1])[::-1]
     half = WIDTH[metric] / 2
     first = np.searchsorted(ordered.ended, at - half, side="right")
-    # From here on, everything begins behind the window.
+    # From this index on, all samples begin after the window.
     last = np.searchsorted(latest, at + half, side="left")
     for i, (low, high) in enumerate(zip(first, last, strict=True)):
         if high > low:

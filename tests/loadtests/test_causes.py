@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from vllm_instant.tools.measure import server_metrics as m
 from vllm_instant_loadtests import causes
-from vllm_instant_loadtests import metric_series as m
 from vllm_instant_loadtests.analysis import analyse_run
 from vllm_instant_loadtests.run_recorder import DecisionSample, Disturbance, MetricsSample, RecordedRun
 from vllm_instant_loadtests.simulated import SERVER, SimulatedEngine, SimulatedTraffic, simulate_run
@@ -17,17 +17,17 @@ CASES = {
         "of draft tokens accepted",
     ),
     causes.BATCH: (4.0, {"load": SimulatedTraffic(rate=1.5)}, "requests ran at once"),
-    causes.PREFILL: (4.0, {}, "long prompts were read meanwhile"),
+    causes.PREFILL: (4.0, {}, "long prompts were prefilled"),
     causes.MEMORY: (4.0, {"engine": SimulatedEngine(kv_tokens=2500)}, "requests were preempted"),
     causes.QUEUEING: (
         1.0,
         {"engine": SimulatedEngine(seats=8), "load": SimulatedTraffic(rate=1.5)},
-        "requests waited for a place",
+        "requests waited for admission",
     ),
-    causes.CLIENT: (1.6, {}, "the load generator's own timers came"),
-    causes.STOPPED: (1.6, {}, "nobody got a token for"),
-    causes.DISCONNECTS: (4.0, {}, "clients that came hung up"),
-    causes.COMPILE: (1.6, {}, "came for the first time"),
+    causes.CLIENT: (1.6, {}, "the load generator's own timers were"),
+    causes.STOPPED: (1.6, {}, "no request received a token for"),
+    causes.DISCONNECTS: (4.0, {}, "new clients hung up"),
+    causes.COMPILE: (1.6, {}, "for the first time"),
 }
 
 
@@ -62,7 +62,7 @@ def test_prompt_lengths_from_the_metrics_where_requests_do_not_say():
     told = RecordedRun(run.about, requests, run.samples, [], run.client, run.events)
     found = [finding for spike in analyse_run(told).spikes for finding in spike.findings]
     lines = [line for finding in found if finding.cause == causes.PREFILL for line in finding.evidence]
-    assert any("prompt tokens a second were read" in line for line in lines)
+    assert any("prompt tokens per second were prefilled" in line for line in lines)
 
 
 def test_what_nothing_explains_is_unknown():
@@ -103,4 +103,4 @@ def test_a_decision_trace_adds_its_line():
     steps = [DecisionSample(SERVER, at / 2, {"step": at, "outcome": outcome}) for at in range(120)]
     traced = RecordedRun(run.about, run.requests, run.samples, steps, run.client, run.events)
     [spike] = [spike for spike in analyse_run(traced).spikes if spike.began < 33 and spike.ended > 30]
-    assert spike.evidence[-1].startswith("decision trace: 6.0 draft tokens a step and 4.0 accepted")
+    assert spike.evidence[-1].startswith("decision trace: 6.0 draft tokens per step and 4.0 accepted")

@@ -96,7 +96,7 @@ def test_html_has_everything_and_nothing_from_elsewhere(stopped, tmp_path):
     write_html(analysis, run, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "server stopped" in page
-    assert "nobody got a token for" in page
+    assert "no request received a token for" in page
     assert "missed" in page
     assert page.count("<svg") >= 6
     assert "<title>server stopped" in page
@@ -129,7 +129,7 @@ def test_junit_fails_what_is_missed(stopped, tmp_path):
     assert int(suite.get("tests")) == 4
 
 
-def test_spikes_are_no_failures_where_nobody_asked_for_none(stopped, tmp_path):
+def test_spikes_are_failures_only_where_their_number_is_a_goal(stopped, tmp_path):
     run, _ = stopped
     write_junit(analyse_run(run, LoadTestGoals(error_rate=0.0)), tmp_path / "junit.xml")
     [suite] = ElementTree.parse(tmp_path / "junit.xml").getroot()  # noqa: S314 - our own file

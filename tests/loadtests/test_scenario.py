@@ -42,7 +42,7 @@ def test_in_the_draft_collapse_creative_traffic_takes_over_at_the_same_rate():
     ("tables", "message"),
     [
         ({"seconds": 0}, "s.toml: seconds = 0: input should be greater than 0"),
-        ({"speed": 1}, "s.toml: speed is no key of a scenario"),
+        ({"speed": 1}, "s.toml: speed is not a key of a scenario"),
         ({"traffic": []}, "s.toml: traffic = []: list should have at least 1 item"),
         ({"traffic": [{"kind": "a", "prompts": "code"}]}, "the traffic 'a' should have either a rate or a trace"),
         ({"traffic": [{**TRAFFIC, "rate": -1}]}, "the rate of 'a' should be above 0, not -1"),
@@ -52,7 +52,7 @@ def test_in_the_draft_collapse_creative_traffic_takes_over_at_the_same_rate():
             "max_tokens of 'a' should be two bounds above 0, not [9, 3]",
         ),
         ({"traffic": [TRAFFIC, TRAFFIC]}, "several kinds of traffic are called 'a'"),
-        ({"goals": {"ttft": 3}}, "s.toml: goals.ttft is no key"),
+        ({"goals": {"ttft": 3}}, "s.toml: goals.ttft is not a key"),
     ],
 )
 def test_a_scenario_that_cannot_be_played_is_one_sentence(tables, message):

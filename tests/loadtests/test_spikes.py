@@ -110,7 +110,7 @@ def test_a_slow_half_of_a_run_is_a_spike_of_the_fast_half():
     assert {spike.cause for spike in found} == {causes.ACCEPTANCE}
 
 
-def test_a_certain_rise_of_a_tenth_is_no_spike():
+def test_a_significant_rise_of_a_tenth_is_no_spike():
     event = Disturbance(SERVER, causes.UNKNOWN, 25.0, 40.0)
     assert not _overlapping(simulate_run(60, [event], slower=1.1, load=TEN_STREAMS, seed=1), event)
 
@@ -120,14 +120,14 @@ def test_more_metrics_or_rarer_alarms_need_more_evidence():
     noise = np.random.default_rng(0).normal(0.0, 0.08, len(at))
     noise[60:70] += 1.0
     series = WindowedSeries(ITL, at, 0.03 * np.exp(noise), np.zeros(len(at), int))
-    [(one, p)], quiet = spikes.certain(series, 1)
-    [(_, p_of_four)], _ = spikes.certain(series, 4)
+    [(one, p)], quiet = spikes.significant(series, 1)
+    [(_, p_of_four)], _ = spikes.significant(series, 4)
     assert (one.first, one.last) == (60, 69)
     assert not quiet[59:71].any()
     assert quiet[:59].all()
     assert p_of_four == pytest.approx(4 * p)
     assert p_of_four < 0.05
-    assert spikes.certain(series, 4, alpha=p)[0] == []
+    assert spikes.significant(series, 4, alpha=p)[0] == []
 
 
 def test_windows_of_two_segments_are_not_neighbours():

@@ -132,7 +132,7 @@ def test_what_goes_wrong_is_said(pieces: Sequence[bytes], message: str) -> None:
     assert re.search(message, answer.error)
 
 
-def test_nobody_there_is_an_error_too() -> None:
+def test_an_unreachable_server_is_an_error_too() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     assert "Connection refused" in (StreamingClient(url, "m").ask(DUE).error or "")

@@ -59,7 +59,7 @@ def test_nothing_is_measured_outside_of_the_segments_of_a_server():
         {"server": "other", "began": 20.0, "ended": 40.0, "number": 0},
         {"server": "s", "began": 40.0, "ended": 62.0, "number": 1},
     ]
-    parts = windows.stretches(segments, "s", requests)
+    parts = windows.loaded_segments(segments, "s", requests)
     series = windows.windowed_series(PACE, windows.latency_samples(requests)[PACE], parts)
     assert parts == [(0.0, 19.0), (40.0, 59.0)]
     assert set(series.segment) == {0, 1}

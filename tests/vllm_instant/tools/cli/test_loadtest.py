@@ -69,7 +69,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "locust" else found(name))
     done = run("steady")
     assert done.exit_code == 2
-    assert "load tests need locust: pip install 'vllm-instant[loadtest]'" in done.output
+    assert "loadtest needs Locust: pip install 'vllm-instant[loadtest]'" in done.output
 
 
 def test_nothing_but_locusts_own_process_is_patched():

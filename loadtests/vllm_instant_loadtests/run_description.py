@@ -1,0 +1,67 @@
+"""The description of a run, ``run.json`` (see ``run_recorder``)."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+from vllm_instant.tools.measure.environment_info import environment_info
+from vllm_instant.tools.measure.http_client import get
+from vllm_instant.tools.measure.server_info import ServerInfo
+from vllm_instant_loadtests.run_options import RunOptions
+
+DEPLOYMENTS = "LOADTEST_DEPLOYMENTS"
+"""Environment variable with ``deployment`` and ``instant`` of each server, as JSON by name."""
+
+
+def describe_run(
+    options: RunOptions, servers: Mapping[str, ServerInfo], headers: Mapping[str, str], clock: float
+) -> dict[str, Any]:
+    """The description at the beginning of a run; segments are added while it runs."""
+    scenario = options.scenario
+    return {
+        "scenario": {
+            "name": scenario.name,
+            "title": scenario.title,
+            "description": scenario.description,
+            "seconds": scenario.seconds,
+            "kinds": [traffic.kind for traffic in scenario.traffic],
+        },
+        "goals": scenario.goals.model_dump(mode="json", exclude_none=True),
+        "servers": [
+            {
+                "name": name,
+                "url": found.url,
+                "model": found.model,
+                "version": found.version,
+                **_deployment(name, found.url, headers),
+            }
+            for name, found in servers.items()
+        ],
+        "segments": [],
+        "together": scenario.alternation.together and len(servers) > 1,
+        "seed": options.seed,
+        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "clock": clock,
+        "finished": False,
+        "environment_info": environment_info(os.environ.get("LOADTEST_COMMAND") or " ".join(["locust", *sys.argv[1:]])),
+    }
+
+
+def _deployment(name: str, url: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    """How a server was started, where the launcher knows; otherwise whether it runs vllm-instant."""
+    known = json.loads(os.environ.get(DEPLOYMENTS, "{}"))
+    if name in known:
+        return dict(known[name])
+    try:
+        answer = get(url, "/v1/instant/deployment", headers=dict(headers))
+        ours = answer.status_code == 200
+    except httpx.HTTPError:
+        ours = False
+    return {"deployment": "", "instant": ours}

@@ -1,0 +1,72 @@
+"""The options of a load test inside of Locust."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_instant_loadtests.scenario import Scenario, ScenarioError, built_in, load, named_servers
+
+
+def add_options(parser: Any) -> None:
+    """Add the options of load tests to Locust's command line, environment variables and web page."""
+    group = parser.add_argument_group("vllm-instant load tests")
+
+    def add(name: str, variable: str, **more: Any) -> None:
+        group.add_argument(name, env_var=f"LOADTEST_{variable}", **more)
+
+    names = ", ".join(built_in())
+    add("--scenario", "SCENARIO", default="steady", help=f"A TOML file, or one of: {names}.")
+    add("--servers", "SERVERS", default="", help="NAME=URL of each server, separated by spaces; the host by default.")
+    add("--output", "OUTPUT", default="", help="Folder of the recording; loadtest-DATE-TIME by default.")
+    add("--seed", "SEED", default="0", help="Seed of prompts and arrivals.")
+    add("--rate-scale", "RATE_SCALE", type=float, default=1.0, help="Multiplies every rate.")
+    add(
+        "--duration",
+        "DURATION",
+        type=float,
+        default=0.0,
+        help="Length of the timeline in seconds; it is stretched to it.",
+    )
+    add(
+        "--together",
+        "TOGETHER",
+        action="store_true",
+        help="Send to all servers at the same time instead of one after the other.",
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of a run."""
+
+    scenario: Scenario
+    servers: dict[str, str]
+    """Addresses by server name."""
+    seed: str
+    trace_speed: float
+    output: Path
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, host: str | None) -> RunOptions:
+        """The run that Locust's options describe; raises ScenarioError."""
+        scenario = load(options.scenario)
+        seconds = float(options.duration or 0)
+        if float(options.rate_scale) <= 0 or seconds < 0:
+            raise ScenarioError("--rate-scale and --duration should be above 0")
+        scenario = scenario.scaled(float(options.rate_scale), seconds or None)
+        if options.together:
+            scenario = scenario.model_copy(
+                update={"alternation": scenario.alternation.model_copy(update={"together": True})}
+            )
+        servers = named_servers(options.servers) if options.servers else {"server": host or ""}
+        if not all(servers.values()):
+            raise ScenarioError("no server is given: use --host URL, or --servers NAME=URL for several")
+        output = Path(options.output) if options.output else Path(f"loadtest-{time.strftime('%Y%m%d-%H%M%S')}")
+        number, free = 2, output
+        while (free / "run.json").exists():  # a further run from the web page
+            free, number = output.with_name(f"{output.name}-{number}"), number + 1
+        return cls(scenario, servers, str(options.seed), float(options.rate_scale), free)
