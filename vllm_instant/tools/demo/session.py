@@ -1,4 +1,4 @@
-"""The demo: a stock server and ours, the same prompts through both, one small table."""
+"""The demo: a baseline server and ours, the same prompts through both, and a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import statistics
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,109 +14,59 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from vllm_instant.tools.demo import assets
+from vllm_instant.tools.demo.setups import DemoSetup, Task, chosen
+from vllm_instant.tools.measure.environment_info import device
 from vllm_instant.tools.measure.http_client import sync_client
-from vllm_instant.tools.measure.servers import Server, ServerError, settle, stop_all, terminable, words_of
+from vllm_instant.tools.measure.servers import Server, ServerError, settle, stop_all, terminable
 from vllm_instant.tools.measure.streaming_client import TIMEOUT_SECONDS, stream_completion
 from vllm_instant.tools.measure.token_stream import StreamedAnswer
 
-DEPLOYMENT = Path(__file__).parent / "deploy.toml"
 ROUNDS = 2
-MAX_TOKENS = 96
+MAX_TOKENS = 160
 
 
-@dataclass(frozen=True)
-class Task:
-    """One kind of prompt."""
+def compare(is_embedded: bool = False) -> int:
+    """Run the whole demo; returns the exit code.
 
-    title: str
-    prompt: str
-    temperature: float
+    Args:
+        is_embedded: use the repository's own models, which also stand in for the public one where it is missing.
 
-
-CODE = '''class LRUCache:
-    """A mapping that keeps the most recently used items."""
-
-    def __init__(self, maxsize=128):
-        self.maxsize = maxsize
-        self._data = {}
-
-    def __len__(self):
-        return len(self._data)
-
-    def __contains__(self, key):
-        return key in self._data
-
-    def get(self, key, default=None):
-'''
-
-STRUCTURED = """\
-{"module": "queue", "kind": "class", "name": "Queue", "line": 12, "bases": ["object"], "doc": "Create a queue."}
-{"module": "queue", "kind": "function", "name": "put", "line": 24, "args": ["self", "item"], "doc": "Put an item."}
-{"module": "queue", "kind": "function", "name": "get", "line": 36, "args": ["self"], "doc": "Get an item."}
-{"module": "queue", "kind": "function", "name": "empty", "line": 48, "args": ["self"], "doc": "Return true if empty."}
-"""
-
-PROSE = '''"""Working with files and folders.
-
-This module explains how a program finds its files, what happens when a file is missing, and why it is'''
-
-TASKS = (
-    Task("code continuation", CODE, 0.0),
-    Task("structured text", STRUCTURED, 0.0),
-    Task("free text", PROSE, 1.0),
-)
-
-
-def shared_arguments() -> list[str]:
-    """The ``[vllm]`` table of the demo's deployment file, for the stock server, which does not read such files."""
-    return words_of(tomllib.loads(DEPLOYMENT.read_text())["vllm"])
-
-
-def our_arguments(pair: assets.Pair) -> list[str]:
-    """What our server is started with beside the model."""
-    selection = ["--plugins", "vllm_instant", "--instant-config", str(DEPLOYMENT)]
-    return [*selection, "--instant-set", f"drafter.model={pair.draft}"]
-
-
-def compare() -> int:
-    """Run the whole demo; returns the exit code."""
+    """
     console = Console()
     try:
         with terminable(), tempfile.TemporaryDirectory(prefix="vllm-instant-demo-") as logs:
-            pair = _prepare(console)
-            stock = Server(pair.target, shared_arguments(), log=Path(logs) / "stock.log")
-            ours = Server(pair.target, our_arguments(pair), log=Path(logs) / "instant.log")
+            setup = _prepare(console, is_embedded)
+            stock = Server(setup.model, setup.baseline_arguments(), log=Path(logs) / "stock.log")
+            ours = Server(setup.model, setup.our_arguments(), log=Path(logs) / "instant.log")
             try:
-                _start(console, {"stock vLLM": stock, "with vllm-instant": ours})
-                results = converse(console, stock, ours)
+                _start(console, {"vLLM": stock, "with vllm-instant": ours})
+                results = converse(console, setup.tasks, stock, ours)
             finally:
                 with console.status("Stopping both servers …"):
                     stop_all(stock, ours)
             console.print(_table(results))
             console.print(
                 f"Medians of {ROUNDS} alternating rounds of up to {MAX_TOKENS} tokens, one request at a time, the same "
-                "model and flags on both servers. The target is a small trained model expanded to 105 million "
-                "parameters without changing its distribution (see docs/demo-models.md)."
+                f"model and flags on both servers, on {device()}. {setup.about}"
             )
     except KeyboardInterrupt:
         console.print("Interrupted; both servers are stopped.")
         return 130
-    except (ServerError, FileNotFoundError) as error:
+    except (ServerError, FileNotFoundError, ValueError) as error:
         console.print(f"vllm-instant: {error}", markup=False, style="red")
         return 1
     return 0
 
 
-def serve(port: int) -> int:
+def serve(port: int, is_embedded: bool = False) -> int:
     """Replace this process by a server with the demo's deployment file."""
     console = Console()
     try:
-        pair = _prepare(console)
-    except FileNotFoundError as error:
+        setup = _prepare(console, is_embedded)
+    except (FileNotFoundError, ValueError) as error:
         console.print(f"vllm-instant: {error}", markup=False, style="red")
         return 1
-    server = Server(pair.target, our_arguments(pair), log=Path(os.devnull))
+    server = Server(setup.model, setup.our_arguments(), log=Path(os.devnull))
     server.port = port
     from vllm_instant.tools.measure.servers import serving_environment
 
@@ -125,9 +74,12 @@ def serve(port: int) -> int:
     os.execve(server.command[0], server.command, serving_environment())  # noqa: S606  ours becomes the server
 
 
-def _prepare(console: Console) -> assets.Pair:
-    with console.status("Preparing the demo models (expanding the target the first time) …"):
-        return assets.prepare()
+def _prepare(console: Console, is_embedded: bool) -> DemoSetup:
+    with console.status("Preparing the model (converting it the first time) …"):
+        setup, note = chosen(is_embedded)
+    if note:
+        console.print(note, markup=False, highlight=False)
+    return setup
 
 
 def _start(console: Console, servers: dict[str, Server]) -> None:
@@ -147,7 +99,7 @@ def _start(console: Console, servers: dict[str, Server]) -> None:
 
 @dataclass
 class Result:
-    """What one kind of prompt gave."""
+    """The answers to one kind of prompt."""
 
     task: Task
     stock: list[StreamedAnswer]
@@ -156,7 +108,9 @@ class Result:
     proposed: float
 
 
-def converse(console: Console, stock: Server, ours: Server, rounds: int = ROUNDS) -> list[Result]:
+def converse(
+    console: Console, tasks: Sequence[Task], stock: Server, ours: Server, rounds: int = ROUNDS
+) -> list[Result]:
     """Send every kind of prompt through both servers, alternating, and print our first answers as they arrive."""
     clients = {server: sync_client(server.url, timeout=TIMEOUT_SECONDS) for server in (stock, ours)}
     for client in clients.values():
@@ -164,9 +118,9 @@ def converse(console: Console, stock: Server, ours: Server, rounds: int = ROUNDS
     results = []
     before = _drafted(ours)
     busy = None
-    for task in TASKS:
+    for task in tasks:
         console.rule(f"{task.title} (temperature {task.temperature:g})")
-        console.print(task.prompt, style="dim", markup=False, highlight=False, end="")
+        console.print(task.shown or task.prompt, style="dim", markup=False, highlight=False, end="")
         answers: dict[Server, list[StreamedAnswer]] = {stock: [], ours: []}
         for round_number in range(rounds):
             order = (ours, stock) if round_number % 2 == 0 else (stock, ours)
@@ -189,7 +143,7 @@ def _ask(console: Console, client: httpx.Client, task: Task, seed: int, shown: b
         console.print(text, style="green", markup=False, highlight=False, end="")
         console.file.flush()
 
-    sampling = {"max_tokens": MAX_TOKENS, "temperature": task.temperature, "seed": seed, "ignore_eos": True}
+    sampling = {"max_tokens": MAX_TOKENS, "temperature": task.temperature, "seed": seed, **task.parameters}
     return stream_completion(client, "demo", task.prompt, write if shown else None, **sampling)
 
 
@@ -202,7 +156,7 @@ def _drafted(server: Server) -> tuple[float, float]:
 
 
 def _table(results: Sequence[Result]) -> Table:
-    table = Table(title="vllm-instant beside stock vLLM", box=None, header_style="bold")
+    table = Table(title="vllm-instant beside vLLM alone", box=None, header_style="bold")
     for heading in ("prompt", "server", "first token", "tokens/s", "drafts accepted"):
         table.add_column(heading, justify="left" if heading in ("prompt", "server") else "right", no_wrap=True)
     for result in results:
@@ -211,7 +165,7 @@ def _table(results: Sequence[Result]) -> Table:
         share = result.accepted / result.proposed if result.proposed else 0.0
         table.add_row(
             result.task.title,
-            "stock",
+            "vLLM",
             f"{_median(a.ttft for a in result.stock) * 1000:.0f} ms",
             f"{stock_speed:.1f}",
             "-",

