@@ -187,6 +187,7 @@ def attention_kernel(
         request = tl.program_id(0)
         chunk = tl.program_id(1) // KV_HEADS
         kv_head = tl.program_id(1) % KV_HEADS
+    place_in_workspace = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     start = tl.load(starts_ptr + request)
     tokens = tl.load(starts_ptr + request + 1) - start
     if chunk * TOKENS < tokens:
@@ -248,7 +249,6 @@ def attention_kernel(
                 result = weighted / tl.where(total > 0.0, total, 1.0)[:, None]
                 tl.store(output_rows, result.to(output_ptr.dtype.element_ty), mask=mask)
             else:
-                place_in_workspace = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
                 # The sums of a part: weighted values, then maxima and totals.
                 SIZE: tl.constexpr = ROWS * (HEAD_PADDED + 2)
                 of_head = sums_ptr + place_in_workspace.to(tl.int64) * (splits * SIZE)

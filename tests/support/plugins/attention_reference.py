@@ -63,7 +63,7 @@ def attention_reference(
         keys: ``[length, KV heads, head]``, those of the query tokens last.
         values: the same shape.
         scale: of the scores.
-        window: each token sees so many, itself included; 0 is all.
+        window: number of tokens that each token sees, itself included; 0 for all.
         soft_cap: ``c`` of ``c * tanh(s / c)``; 0 for none.
 
     """
