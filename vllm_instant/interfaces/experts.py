@@ -123,6 +123,36 @@ class RoutingMeasures:
     """Sum of the squared divergences."""
 
 
+class FusedRoute(Protocol):
+    """A function that routes one layer's rows in a few launches, for capture in CUDA graphs."""
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        weights: torch.Tensor,
+        picks: torch.Tensor,
+        kinds: torch.Tensor,
+        counting: torch.Tensor,
+        counted: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route the rows.
+
+        Args:
+            logits: Router logits ``[rows, experts]``.
+            weights: float32 ``[rows, top_k]``: the native weights.
+            picks: int32 ``[rows, top_k]``: the native picks.
+            kinds: int8 ``[rows]``: ``RowKind`` of each row.
+            counting: float32 scalar: 0 in passes that are not counted.
+            counted: float64 ``[4]``: distinct native and routed experts, native and routed weights of decoding rows
+                are added to it.
+
+        Returns:
+            Final weights and picks, as ``weights`` and ``picks``.
+
+        """
+        ...
+
+
 @runtime_checkable
 class ExpertRouter(Protocol):
     """Decides which routed experts the tokens of a step may use. Runs in every worker process, under graph capture.
@@ -154,6 +184,22 @@ class ExpertRouter(Protocol):
         that ``prepare`` allocates.
         """
         ...
+
+    def fused_route(self, layer: ExpertLayer, bias: torch.Tensor | None, scale: float) -> FusedRoute | None:
+        """Return a function that routes ``layer`` in a few launches instead of calls of ``allowed``. Optional.
+
+        It is called once after ``prepare``, on devices that replay CUDA graphs, for layers without expert groups.
+
+        Args:
+            layer: The layer.
+            bias: float32 ``[experts]``, added to the weights for ranking only; None without.
+            scale: Factor on the final weights.
+
+        Returns:
+            The function, which must select the same experts as ``allowed``, or None.
+
+        """
+        return None
 
     def begin_step(self, rows: StepRows) -> bool:
         """Receive the rows of the next calls of ``allowed``; return False to skip these calls. Optional.

@@ -13,6 +13,7 @@ from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.interfaces.experts import (
     ExpertLayer,
     ExpertRouter,
+    FusedRoute,
     Measurement,
     RouterStep,
     RoutingMeasures,
@@ -45,6 +46,8 @@ class ServedLayer:
         self._router = router
         self.layer = layer
         self.scoring = scoring
+        self.fused: FusedRoute | None = None
+        """Routes and counts in a few launches, where the plugin offers it."""
 
     def route(self, hidden_states: Any, logits: Any, input_ids: Any) -> tuple[Any, Any]:
         """Final weights and picks of all rows; called inside the operator."""
@@ -55,6 +58,9 @@ class ServedLayer:
         if rows > len(serving.kinds) or (serving.idle and not serving.counting):
             return weights, picks
         kinds = serving.kinds[:rows]
+        found = self._fused(logits, weights, picks, kinds)
+        if found is not None:
+            return found
         scores = self.scoring.weights(logits)
         ranking = self.scoring.ranking(scores)
         own = picks.to(torch.int64)
@@ -76,6 +82,21 @@ class ServedLayer:
         if serving.counting:
             serving.count(self.layer, scores, own, routed, held)
         return weights, picks
+
+    def _fused(self, logits: Any, weights: Any, picks: Any, kinds: Any) -> Any:
+        """Final weights and picks by the plugin's fused function; None without one, or if it failed."""
+        fused, serving = self.fused, self._serving
+        if fused is None:
+            return None
+        counted = serving.counts_of(self.layer)
+        found = serving.plugin.call(
+            "fused_route",
+            lambda _: fused(logits, weights.contiguous(), picks.contiguous(), kinds, serving.count_flag, counted),
+            None,
+        )
+        if found is None:
+            self.fused = None  # From now on by tensor operations.
+        return found
 
     @staticmethod
     def _refuses_any(allowed: Any, own: Any, held: Any) -> bool:
@@ -142,9 +163,32 @@ class MoeWorker:
         self.layers = [ServedLayer(self, router, layer, scoring) for router, layer, scoring in layers]
         self._counted = torch.zeros(len(layers), len(_FIELDS), dtype=torch.float64, device=self.kinds.device)
         self.by_layer = np.zeros((len(layers), 1 + len(_FIELDS)))
+        if self.replays:
+            self._offer_fused()
         moe_routers.serve(list(self.layers))
         for index, (router, _, _) in enumerate(layers):
             setattr(router, moe_routers.LAYER, index)
+
+    def _offer_fused(self) -> None:
+        for served in self.layers:
+            if not served.scoring.grouped:
+                served.fused = self._fused_route_of(served)
+
+    def _fused_route_of(self, served: ServedLayer) -> FusedRoute | None:
+        def ask(plugin: ExpertRouter) -> FusedRoute | None:
+            return plugin.fused_route(served.layer, served.scoring.bias, served.scoring.scale)
+
+        nothing: FusedRoute | None = None
+        return self.plugin.call("fused_route", ask, nothing)
+
+    @property
+    def count_flag(self) -> Any:
+        """float32 scalar on the device: 1 in passes that are counted, else 0."""
+        return self._counting
+
+    def counts_of(self, layer: ExpertLayer) -> Any:
+        """float64 ``[4]`` on the device: the sums of ``_FIELDS`` of one layer."""
+        return self._counted[layer.index]
 
     def count(self, layer: ExpertLayer, scores: Any, own: Any, routed: Any, held: Any) -> None:
         """Add one layer's numbers of this step; nothing is read from the device."""

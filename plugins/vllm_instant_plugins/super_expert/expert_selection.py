@@ -6,12 +6,13 @@ step are always allowed: their weights are loaded in any case.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_instant.interfaces.experts import ExpertLayer, RouterStep, RowKind
+from vllm_instant.interfaces.experts import ExpertLayer, FusedRoute, RouterStep, RowKind
 from vllm_instant_plugins.jit import compiled
 
 _PREFILL, _DECODE = int(RowKind.PREFILL), int(RowKind.DECODE)
@@ -45,8 +46,11 @@ class ExpertSelector:
         self._top_k = layer.top_k
         self._prior = None if prior is None else torch.tensor(prior, dtype=torch.float32, device=device)
         self._affinity: torch.Tensor | None = None
+        self._cluster: torch.Tensor | None = None
+        self._cohesion, self._num_clusters = cohesion, 0
         if cluster is not None and cohesion > 0:
             of_expert = torch.tensor(cluster, device=device)
+            self._cluster, self._num_clusters = of_expert.to(torch.int32), max(cluster) + 1
             self._affinity = cohesion * (of_expert[:, None] == of_expert[None]).float()
         # On a CPU the overhead of PyTorch calls exceeds the work on a layer's small tensors: numba loops instead.
         self._on_cpu = device.type == "cpu"
@@ -56,6 +60,24 @@ class ExpertSelector:
     def allowed(self, step: RouterStep) -> torch.Tensor:
         """Bool ``[1, experts]``: the experts that every row may use."""
         return self._allowed_by_loops(step) if self._on_cpu else self.allowed_by_tensors(step)
+
+    def fused(self, layer: ExpertLayer, bias: torch.Tensor | None, scale: float) -> FusedRoute:
+        """The selection, the new picks and the counts of a step in four launches."""
+        from vllm_instant_kernels.expert_routing import RoutingRule, route_within_budget
+
+        rule = RoutingRule(
+            layer.function,
+            bias,
+            layer.renormalizes,
+            scale,
+            self.keep,
+            self.budget,
+            self._prior,
+            self._cluster,
+            self._num_clusters,
+            self._cohesion,
+        )
+        return partial(route_within_budget, rule)
 
     def _allowed_by_loops(self, step: RouterStep) -> torch.Tensor:
         allowed = allowed_experts(

@@ -13,6 +13,7 @@ import torch
 from vllm_instant.interfaces.experts import (
     ExpertLayer,
     ExpertRouter,
+    FusedRoute,
     Measurement,
     RouterStep,
     RoutingMeasures,
@@ -116,6 +117,10 @@ class SuperExpertRouter(ExpertRouter):
         if step.weights.device.type == "cpu" and self._applied_fraction >= 1.0:
             return None
         return self._selectors[layer.index].allowed(step)
+
+    def fused_route(self, layer: ExpertLayer, bias: torch.Tensor | None, scale: float) -> FusedRoute | None:
+        """Route the layer by fused Triton kernels."""
+        return self._selectors[layer.index].fused(layer, bias, scale)
 
     def measurement(self, number: int) -> Measurement:
         """Counts every ``COUNT_EVERY`` steps and reference passes at a longer interval, shorter after a change."""

@@ -112,3 +112,13 @@ def test_the_prior_of_a_groups_file_decides_which_experts_are_allowed():
     step = _step(12)
     assert set(range(12, 16)) <= set(step.picks.flatten().tolist())
     assert np.flatnonzero(router.allowed(LAYERS[0], step)[0].numpy()).tolist() == [12, 13, 14, 15]
+
+
+def test_the_fused_rule_shares_the_budget_tensor_of_the_layer():
+    router = _router()
+    bias = torch.zeros(16)
+    route = router.fused_route(LAYERS[1], bias, 2.5)
+    [rule] = route.args
+    assert rule.budget is router._selectors[1].budget
+    assert (rule.function, rule.renormalize, rule.keep, rule.scale) == ("softmax", True, 1, 2.5)
+    assert rule.bias is bias
