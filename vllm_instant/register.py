@@ -10,9 +10,9 @@ from __future__ import annotations
 def register() -> None:
     """Add the flags, and activate the deployment of the environment, if any; idempotent."""
     from vllm_instant.deployment import deployment_env
-    from vllm_instant.patches import activation, flags, module_names
+    from vllm_instant.patches import activation, module_names
 
     module_names.hide_bare_folder()
-    flags.install(activation.serve)
+    activation.offer_flags()
     if deployment_env.get_deployment() is not None:
         activation.activate()

@@ -8,40 +8,30 @@ from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.errors import DeploymentError, Problem
 from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.interfaces.deployment import Deployment
-from vllm_instant.patches import (
-    attention,
-    default_drafter,
-    draft_model_skip,
-    drafter,
-    engine_core,
-    feed_forward,
-    fused_rope,
-    hybrid_drafting,
-    min_p_logit_bias,
-    moe,
-    moe_reports,
-    registry,
-    rejection_sampler,
-    request_validation,
-    shared_noise,
-    skip_rejection_sampler,
-    streaming,
-    worker_reports,
-)
-from vllm_instant.patches.cpu import generator_offset, numba_scan, sampling, single_rpc
+from vllm_instant.patches import flags, registry
+from vllm_instant.patches.wrapped_methods import METHODS
+from vllm_instant.patches.wrapping import Wrapping
 
 logger = logging.getLogger("vllm.instant")
+
+_wrapping = Wrapping(METHODS)
+
+
+def offer_flags() -> None:
+    """Add the package's options to vLLM's command line, and serve the deployments that they select; idempotent."""
+    flags.on_selection(serve)
+    _wrapping.activate((flags.PATCH,))
 
 
 def serve(deployment: Deployment, speculates: bool | None = None) -> None:
     """Check the patches that a deployment needs, publish it to later processes and activate it in this one.
 
     Args:
-        deployment: what to serve.
+        deployment: the deployment to serve.
         speculates: whether the server has a drafter; by default, what the deployment says.
 
     Raises:
-        DeploymentError: when a patch that a chosen plugin needs does not fit the installed vLLM.
+        DeploymentError: a patch that a chosen plugin needs does not fit the installed vLLM.
 
     """
     problems = []
@@ -63,7 +53,7 @@ def serve(deployment: Deployment, speculates: bool | None = None) -> None:
         raise DeploymentError(problems)
     if not registry.in_supported_range():
         logger.warning(
-            "vLLM %s is outside of the range that vllm-instant was tested with (%s); all needed patches fit, going on",
+            "vLLM %s is outside of the range that vllm-instant was tested with (%s); needed patches fit, continuing",
             registry.installed_version(),
             registry.SUPPORTED,
         )
@@ -76,34 +66,12 @@ def serve(deployment: Deployment, speculates: bool | None = None) -> None:
 
 
 def activate() -> None:
-    """Install the patches of a published deployment; each waits for the module that it changes.
+    """Activate the patches of the published deployment that fit this vLLM; each waits for the module that it changes.
 
-    No patch may load plugins here: not every process that vLLM starts needs them, and Numba with them.
+    A vLLM that an optional patch does not fit is served without it. No patch may load plugins here, because not every
+    process of vLLM needs them, and Numba with them.
     """
-    sampling.install()
-    drafter.install()
-    rejection_sampler.install()
-    if streaming.is_served(deployment_env.get_deployment()):
-        streaming.install()
-    # A vLLM that they do not fit is served without them, unless a chosen plugin needs one.
-    for patch in (
-        default_drafter,
-        draft_model_skip,
-        hybrid_drafting,  # around what skipping made of the same method
-        worker_reports,
-        skip_rejection_sampler,
-        shared_noise,
-        numba_scan,
-        generator_offset,  # around what the sampling of a step has become
-        min_p_logit_bias,
-        attention,
-        feed_forward,
-        fused_rope,
-        moe,
-        moe_reports,
-        request_validation,
-        engine_core,
-        single_rpc,  # around the engine core's own way of leaving out the question for drafts
-    ):
-        if registry.fits_installed(patch.PATCH):
-            patch.install()
+    fitting = registry.fitting_installed()
+    _wrapping.activate(
+        patch for patch in registry.PATCHES if patch.name in fitting and (patch.is_wanted is None or patch.is_wanted())
+    )

@@ -1,8 +1,8 @@
-"""The batching policy in vLLM's scheduler: the order of its queue, its victims, and how much prompt a step reads.
+"""Scheduling policies in vLLM's scheduler: the admission order, the preemption order, and the prompt tokens per step.
 
-A mixin for both of vLLM's schedulers (``patches.scheduler`` composes it with the speculation budget). vLLM's own
-admission loop runs unchanged over a queue that is ours (``patches.waiting_queue``), so that LoRA limits, structured
-output, KV connectors, streaming sessions and pauses go on working as they do.
+A mixin for both of vLLM's schedulers (``patches.scheduler`` combines it with the draft budget). vLLM's own admission
+loop runs unchanged over this package's queue (``patches.waiting_queue``), so that LoRA limits, structured output, KV
+connectors, streaming sessions and pauses work as before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from vllm_instant.deployment import deployment_env
 from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.scheduling import Admission, SchedulerSnapshot
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
-from vllm_instant.patches.min_p_logit_bias import needs_no_drafts
 from vllm_instant.patches.plugin_factory import build_guarded, context_of
 from vllm_instant.patches.waiting_queue import InstantQueue
 from vllm_instant.scheduling.admission import AdmissionController
@@ -25,19 +24,26 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-SHORT_OF_BLOCKS = 2
-"""KV blocks are short when there are fewer free ones than so many for each running request."""
+MIN_FREE_BLOCKS_PER_REQUEST = 2
+"""With fewer free KV blocks per running request, preemptions are near and the preemption order matters."""
+MIN_MIN_P = 1e-5
+"""vLLM ignores smaller values of ``min_p`` (``_SAMPLING_EPS``)."""
+
+
+def needs_no_drafts(sampling: Any) -> bool:
+    """Whether vLLM's rejection sampler cannot verify drafts for these ``SamplingParams``; None counts as no."""
+    return sampling is not None and (sampling.min_p > MIN_MIN_P or bool(sampling.logit_bias))
 
 
 class LiveRequestsMixin:
-    """One ``RequestState`` for each request, for all policies; put before vLLM's scheduler in a class's bases."""
+    """One ``RequestState`` per request for all policies; precedes vLLM's scheduler in the bases of a class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.instant_requests = RequestRegistry()
         super().__init__(*args, **kwargs)
 
     def instant_state(self, request: Request) -> RequestState:
-        """The request's state, which begins when it is asked for first."""
+        """The request's state, made on the first call."""
         state = self.instant_requests.states.get(request.request_id)
         if state is None:
             sampling = request.sampling_params
@@ -64,7 +70,7 @@ class LiveRequestsMixin:
 class BatchingMixin(LiveRequestsMixin):
     """Serves the ``batching`` slot."""
 
-    # What the mixin uses of its vLLM base class.
+    # Attributes of the vLLM base class.
     vllm_config: Any
     scheduler_config: Any
     kv_cache_manager: Any
@@ -104,13 +110,17 @@ class BatchingMixin(LiveRequestsMixin):
         super().add_request(request)  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Let vLLM schedule with the queue, the victims and the prompt tokens of the policy."""
+        """Let vLLM schedule with the policy's queue, preemption order and limit of prompt tokens."""
         queue, batching = self.instant_queue, self.instant_batching
         if queue is None or batching is None:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        if batching.orders_preemption and free < SHORT_OF_BLOCKS * len(self.running) and not self._instant_by_priority:
-            self._put_victims_last(batching)
+        if (
+            batching.orders_preemption
+            and free < MIN_FREE_BLOCKS_PER_REQUEST * len(self.running)
+            and not self._instant_by_priority
+        ):
+            self._sort_by_preemption(batching)
         whole = self.max_num_scheduled_tokens, self.scheduler_config.long_prefill_token_threshold
         if batching.limits_prompts and self.running:
             self._limit_prompts(batching)
@@ -145,16 +155,16 @@ class BatchingMixin(LiveRequestsMixin):
 
     def _instant_admit(self, waiting: Sequence[RequestState]) -> Admission:
         batching = self.instant_batching
-        return Admission() if batching is None else batching.admit(self._moment(waiting))
+        return Admission() if batching is None else batching.admit(self._snapshot(waiting))
 
     def instant_background_work(self) -> None:
         """Called while the model runs."""
         batching, queue = self.instant_batching, self.instant_queue
         if batching is not None and queue is not None and batching.has_background_work:
-            batching.on_model_executing(self._moment(queue.states()))
+            batching.on_model_executing(self._snapshot(queue.states()))
 
     def _running_states(self) -> LazyRequestStates:
-        """With their output tokens brought up to date, when somebody looks."""
+        """The states of the running requests; their output tokens are updated when they are read."""
         running, states = self.running, self.instant_requests.states
 
         def gather() -> list[RequestState]:
@@ -167,7 +177,7 @@ class BatchingMixin(LiveRequestsMixin):
 
         return LazyRequestStates(len(running), gather)
 
-    def _moment(self, waiting: Sequence[RequestState]) -> SchedulerSnapshot:
+    def _snapshot(self, waiting: Sequence[RequestState]) -> SchedulerSnapshot:
         return SchedulerSnapshot(
             waiting,
             self._running_states(),
@@ -176,22 +186,22 @@ class BatchingMixin(LiveRequestsMixin):
             self.kv_cache_manager.block_pool.get_num_free_blocks() * self.block_size,
         )
 
-    def _put_victims_last(self, batching: AdmissionController) -> None:
+    def _sort_by_preemption(self, batching: AdmissionController) -> None:
         """Sort the running requests: vLLM preempts from the end of the list."""
         order = batching.preemption_order(self._running_states())
         if order is not None:
             self.running = [self.running[place] for place in order]
 
     def _limit_prompts(self, batching: AdmissionController) -> None:
-        """Leave so much of the step's budget for prompts as the policy says.
+        """Limit the step's token budget to the decoding requests' tokens plus the policy's limit of prompt tokens.
 
-        What running requests decode is always scheduled: vLLM serves the list of running requests first, and the cap
-        on one prompt keeps it from taking the tokens of those behind it.
+        Decoding requests are always scheduled: vLLM serves the list of running requests first, and the limit on one
+        prompt keeps it from taking the tokens of the requests behind it.
         """
         reading = sum(request.is_prefill_chunk for request in self.running)
         if not reading and not len(self.waiting):
             return
-        most = batching.max_prompt_tokens(self._moment(()))
+        most = batching.max_prompt_tokens(self._snapshot(()))
         if most is None:
             return
         decoding = sum(

@@ -1,21 +1,18 @@
-"""Attention plugins: which layers they serve, and a sentence where none can.
+"""Attention plugins: which layers they serve, and the reason where they cannot.
 
-A plugin is asked through ``attention_backend``, which takes the place that vLLM keeps for backends of others. Which
-backend serves a layer is decided by a method of vLLM's platform, which is wrapped: a layer that the plugin objects to
-gets the backend that vLLM would choose for the same kind of cache, with a warning that says why; and the CPU platform,
-which has only one backend, lets ours pass.
+A plugin is called through ``attention_backend``, registered under the name that vLLM reserves for third-party backends.
+A method of vLLM's platform decides which backend serves a layer, and it is wrapped: a layer that the plugin does not
+support gets the backend that vLLM would choose for the same type of cache, with a warning that says why. The CPU
+platform knows only one backend; the wrapper lets it accept this one.
 
-The CPU platform of vLLM up to 0.32 does not look at the type of the cache: a type that its kernels do not know gives
+The CPU platform of vLLM up to 0.32 does not check the type of the KV cache: a type that its kernels do not know gives
 wrong tokens. Here such a server does not start.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
@@ -26,8 +23,8 @@ from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.interfaces.attention import AttentionProvider
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
-from vllm_instant.patches.import_hooks import when_imported
 from vllm_instant.patches.plugin_factory import build_guarded, context_of
+from vllm_instant.patches.wrapping import wrap_method
 
 logger = logging.getLogger("vllm.instant")
 
@@ -35,21 +32,21 @@ REGISTRY_MODULE = "vllm.v1.attention.backends.registry"
 SELECTOR_MODULE = "vllm.v1.attention.selector"
 BACKEND = "vllm_instant.patches.attention_backend.InstantAttentionBackend"
 PLACE = "CUSTOM"
-"""The name that vLLM's registry keeps for a backend of somebody else's."""
+"""The name that vLLM's registry reserves for a third party's backend."""
 
 _UNSERVED = {
     "use_mla": "multi-head latent attention",
     "has_sink": "attention sinks",
     "use_sparse": "sparse attention",
     "use_mm_prefix": "prefixes that attend in both directions",
-    "use_per_head_quant_scales": "scales a head",
+    "use_per_head_quant_scales": "scales per head",
     "use_non_causal": "attention that is not causal",
     "use_batch_invariant": "batch invariance",
     "use_pcp": "prefill context parallelism",
     "use_dcp": "decode context parallelism",
     "use_rswa": "windows that keep the prompt",
 }
-"""What a layer may ask for that the contract of attention plugins does not have, by vLLM's name."""
+"""Features of a layer that the interface of attention plugins does not cover, by vLLM's name."""
 
 
 def provider() -> GuardedPlugin[AttentionProvider] | None:
@@ -84,7 +81,7 @@ def unsupported_reason(plugin: AttentionProvider, asked: Any) -> str | None:
     return plugin.unsupported_reason(asked.head_size, asked.dtype)
 
 
-def objection_to_cache(kv_cache_dtype: str | None, backend: Any) -> str | None:
+def unsupported_cache_reason(kv_cache_dtype: str | None, backend: Any) -> str | None:
     """What is wrong with a type of KV cache on a CPU; None if nothing is.
 
     Args:
@@ -115,55 +112,49 @@ def refuse_unreadable_cache(arguments: Any) -> None:
     asked = getattr(arguments, "kv_cache_dtype", None)
     if asked in (None, "auto") or not current_platform.is_cpu():
         return
-    message = objection_to_cache(asked, getattr(arguments, "attention_backend", None))
+    message = unsupported_cache_reason(asked, getattr(arguments, "attention_backend", None))
     if message is not None:
         raise DeploymentError([Problem("--kv-cache-dtype", "", message)])
 
 
-def _wrap(module: ModuleType) -> None:
-    """Wrap the platform's choice, when the module that asks for it is loaded."""
+def _wrap_platform(module: Any) -> None:
+    """Wrap the current platform's choice of a backend, once the module that asks for it is loaded."""
+    from vllm.platforms import current_platform
+
+    wrap_method(type(current_platform), "get_attn_backend_cls", _get_attn_backend_cls)
+
+
+def _get_attn_backend_cls(original: Any, platform: Any, *args: Any, **kwargs: Any) -> str:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    place = getattr(AttentionBackendEnum, PLACE)
-    platform = type(current_platform)
-    original = platform.get_attn_backend_cls.__func__
-    platform.get_attn_backend_cls = classmethod(_choosing(original, place, current_platform.is_cpu()))
+    return _choose(original, getattr(AttentionBackendEnum, PLACE), current_platform.is_cpu(), *args, **kwargs)
 
 
-def _choosing(original: Callable[..., str], place: Any, on_cpu: bool) -> Callable[..., str]:
-    @functools.wraps(original)
-    def get_attn_backend_cls(
-        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
-    ) -> str:
-        plugin = provider() if selected_backend == place else None
-        if plugin is not None:
-            reason = unsupported_reason(plugin.instance, attn_selector_config)
-            if reason is None:
-                return BACKEND
-            logger.warning("Plugin %s of slot attention leaves layers to vLLM: %s", plugin.plugin, reason)
-            selected_backend = None
-        if on_cpu:
-            message = objection_to_cache(attn_selector_config.kv_cache_dtype, selected_backend)
-            if message is not None:
-                raise ValueError(message)
-        return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
-
-    return get_attn_backend_cls
+def _choose(
+    original: Any, place: Any, on_cpu: bool, selected_backend: Any, selector_config: Any, *args: Any, **kwargs: Any
+) -> str:
+    """The class of the attention backend of one kind of layer: the plugin's, or the one that vLLM chooses."""
+    plugin = provider() if selected_backend == place else None
+    if plugin is not None:
+        reason = unsupported_reason(plugin.instance, selector_config)
+        if reason is None:
+            return BACKEND
+        logger.warning("Plugin %s of slot attention leaves layers to vLLM: %s", plugin.plugin, reason)
+        selected_backend = None
+    if on_cpu:
+        message = unsupported_cache_reason(selector_config.kv_cache_dtype, selected_backend)
+        if message is not None:
+            raise ValueError(message)
+    return str(original(selected_backend, selector_config, *args, **kwargs))
 
 
-def _register(module: ModuleType) -> None:
-    """Name our backend in vLLM's registry, which others than the wrapped choice ask, too."""
+def _register(module: Any) -> None:
+    """Name the backend in vLLM's registry, which other callers than the wrapped choice read, too."""
     deployment = deployment_env.get_deployment()
-    # By the name alone: in a worker it is too early to load plugins (see activation.activate).
+    # From the name alone: a worker must not load plugins this early (see activation.activate).
     if deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default:
         module.register_backend(getattr(module.AttentionBackendEnum, PLACE), BACKEND)
-
-
-def install() -> None:
-    """Register the backend, and change the platform when backends are chosen for the first time."""
-    when_imported(REGISTRY_MODULE, _register)
-    when_imported(SELECTOR_MODULE, _wrap)
 
 
 _BACKEND = "v1/attention/backend.py"
@@ -248,4 +239,5 @@ PATCH = VllmPatch(
         ),
     ),
     slots=("attention",),
+    on_import={REGISTRY_MODULE: _register, SELECTOR_MODULE: _wrap_platform},
 )

@@ -1,18 +1,24 @@
 """What a patch relies on in vLLM, and a check of it against vLLM's sources.
 
 The check reads Python files with ``ast``: nothing of vLLM is imported, so that it takes milliseconds, works for a
-release that is only unpacked somewhere, and cannot be fooled by an installation that fails to import.
+release that is merely unpacked, and does not depend on an installation that can be imported.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+Wrapper = Callable[..., Any]
+"""Called in the place of a vLLM method with the next callable inwards, the instance, and the method's arguments.
+
+A function without an instance is wrapped by ``wrapper(inner, *args, **kwargs)``.
+"""
 
 
 class RequirementError(Exception):
@@ -20,7 +26,7 @@ class RequirementError(Exception):
 
 
 class Requirement(Protocol):
-    """One thing that must be so in vLLM's sources."""
+    """One condition on vLLM's sources."""
 
     @property
     def file(self) -> str:
@@ -28,7 +34,7 @@ class Requirement(Protocol):
         ...
 
     def check(self, vllm: Path) -> None:
-        """Raise RequirementError when the package folder ``vllm`` does not have it."""
+        """Raise RequirementError if it does not hold in the package folder ``vllm``."""
         ...
 
 
@@ -40,7 +46,7 @@ def _module(path: Path) -> ast.Module:
 
 
 def forget_sources() -> None:
-    """Release the parsed sources, tens of megabytes that a server has no more use for."""
+    """Release the parsed sources: tens of megabytes that a server does not need after the check."""
     _module.cache_clear()
 
 
@@ -67,7 +73,7 @@ def _find(vllm: Path, file: str, qualified_name: str) -> ast.AST:
 class HasSignature:
     """A function or method whose leading positional parameters have these names.
 
-    ``exact``: we call it, so that it must not need any more than these; otherwise we wrap it and pass on the rest.
+    ``exact``: this package calls it, so that further parameters must have defaults; otherwise a wrapper passes them on.
     """
 
     file: str
@@ -132,12 +138,12 @@ class HasStatements:
         found = [ast.unparse(statement) for statement in node.body]
         length = len(self.statements)
         if not any(tuple(found[start : start + length]) == self.statements for start in range(len(found))):
-            raise RequirementError(f"{self.file}: {self.name} no longer says: {'; '.join(self.statements)}")
+            raise RequirementError(f"{self.file}: {self.name} no longer contains: {'; '.join(self.statements)}")
 
 
 @dataclass(frozen=True)
 class VllmPatch:
-    """One place where this package reaches into vLLM.
+    """One feature that reaches into vLLM: what it relies on there, and what it changes.
 
     ``slots`` names the slots whose plugins need it; an empty tuple means that every deployment does. ``optional``
     patches do not stop a server: without them something less important is missing, which ``purpose`` names.
@@ -150,6 +156,12 @@ class VllmPatch:
     optional: bool = False
     state: Callable[[], str] | None = None
     """What ``doctor`` says beside ok: whether a repair is active here, for example."""
+    wraps: Mapping[str, Wrapper] = field(default_factory=dict, hash=False)
+    """Its wrappers by ``module:Class.method``; ``wrapped_methods`` has the order of those of several patches."""
+    on_import: Mapping[str, Callable[[Any], None]] = field(default_factory=dict, hash=False)
+    """By module: other changes to it, made once, right after it was imported."""
+    is_wanted: Callable[[], bool] | None = None
+    """Whether this process's deployment has a use for it; None: always."""
 
     def unsupported_reason(self, vllm: Path) -> str | None:
         """None when every requirement holds in the package folder ``vllm``, else what is different."""

@@ -1,7 +1,7 @@
 """Remember which patches fit an installation, so that only its first server start reads vLLM's sources.
 
 The key covers this package's version, every requirement, and size and modification time of every file that is read:
-whatever changes, the check is made anew. A cache that cannot be read or written is as good as none.
+after any change the check runs again. A cache that cannot be read or written is ignored.
 """
 
 from __future__ import annotations

@@ -1,61 +1,56 @@
-"""A true off path for vLLM's own drafters on the V1 runner: in a step that wants no drafts they do not run.
+"""Skip vLLM's own drafters in steps without drafts (V1 runner, synchronous scheduling).
 
-vLLM's own way to draft nothing (``num_spec_tokens_to_schedule = 0``) still runs a draft model once a step, to keep its
-KV cache whole, and an n-gram lookup in full. Here both are skipped. A draft model that runs again later first reads,
-in one forward pass, what it has missed (``vllm_instant.speculation.draft_coverage`` keeps the account); a long gap is
-read over several steps, so that nobody waits for it, and its request gets no drafts until then.
+With ``num_spec_tokens_to_schedule = 0`` vLLM still runs a draft model once per step, to keep its KV cache complete, and
+an n-gram lookup in full. Here both are skipped. A draft model that runs again later first reads, in one forward pass,
+the tokens that it has missed (``vllm_instant.speculation.draft_coverage`` tracks them). A long gap is read over several
+steps, so that the step of the other requests stays short; its request gets no drafts until it is closed.
 
-EAGLE heads and MTP layers read the target's hidden states, which are gone after a step: they keep vLLM's one pass a
-step, and so do drafters under asynchronous scheduling, where sampled tokens stay on the device.
+EAGLE heads and MTP layers read the target's hidden states, which are gone after a step: they keep vLLM's one pass per
+step. So do drafters under asynchronous scheduling, where sampled tokens stay on the device.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
-from vllm_instant.patches.import_hooks import when_imported
-from vllm_instant.patches.scheduler import PLAN_ATTRIBUTE
+from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE
 from vllm_instant.speculation.draft_coverage import DraftCoverage
 
-MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
-_KEEPER_ATTRIBUTE = "instant_draft_keeper"
-READ_TOKENS_PER_STEP = 512
-"""Most missed tokens that a draft model reads before one draft: a fraction of one step of the target."""
+_ATTRIBUTE = "instant_draft_model"
+"""On a model runner: its ``DraftModelCatchUp``."""
+MAX_CATCH_UP_TOKENS = 512
+"""Missed tokens that a draft model reads at most before one draft: a fraction of one step of the target."""
 
 
 class DraftModelCatchUp:
-    """Runs one worker's draft model when drafts are wanted, with its KV cache in order.
+    """Runs one worker's draft model in steps with drafts, and keeps its KV cache complete.
 
     Args:
         runner: vLLM's ``GPUModelRunner``.
-        module: the module of the runner, for ``set_forward_context`` as it is bound there.
 
     """
 
-    def __init__(self, runner: Any, module: ModuleType) -> None:
+    def __init__(self, runner: Any) -> None:
         self.runner = runner
         self.drafter = runner.drafter
         self.coverage = DraftCoverage(self.drafter.block_size)
         self.read_tokens = 0
         """Missed tokens that the draft model read in the newest step."""
-        self._forward_context = module.set_forward_context
-        self._looked_up: list[tuple[int, int, int]] | None = None
+        self._rows_of_step: list[tuple[int, int, int]] | None = None
         """What ``missed`` found, for the ``propose`` of the same step."""
 
     def missed(self, scheduler_output: Any) -> list[int]:
         """Tokens before those of this step that the draft model has not read, by row of the batch.
 
-        For who decides what the draft model does in this step; ``propose`` must follow.
+        A caller that assigns work to the draft model asks first; ``propose`` must follow in the same step.
         """
-        self._looked_up = self._rows(scheduler_output)
-        return [start - covered for start, _, covered in self._looked_up]
+        self._rows_of_step = self._rows(scheduler_output)
+        return [start - covered for start, _, covered in self._rows_of_step]
 
     def _rows(self, scheduler_output: Any) -> list[tuple[int, int, int]]:
         """By row of the batch: where this step's tokens start and stop, and how far the draft model has read."""
@@ -76,14 +71,22 @@ class DraftModelCatchUp:
     def propose(
         self, original: Any, scheduler_output: Any, lengths: Mapping[str, int], arguments: tuple[Any, ...]
     ) -> Any:
-        """Drafts for the rows of the batch: a list of token ids a row, shortened to ``lengths``."""
+        """Drafts for the rows of the batch: a list of token ids per row, shortened to ``lengths``.
+
+        Args:
+            original: vLLM's ``propose_draft_token_ids`` of this runner.
+            scheduler_output: the step.
+            lengths: number of draft tokens by request id.
+            arguments: of ``propose_draft_token_ids``, after ``scheduler_output``.
+
+        """
         sampled_token_ids, common_attn_metadata = arguments[0], arguments[6]
         runner, coverage = self.runner, self.coverage
         batch = runner.input_batch
         rows = range(batch.num_reqs)
         request_ids = batch.req_ids
         tables = self._tables()
-        known, self._looked_up = self._looked_up or self._rows(scheduler_output), None
+        known, self._rows_of_step = self._rows_of_step or self._rows(scheduler_output), None
         starts, stops, covered = ([of_row[part] for of_row in known] for part in range(3))
         wanted = [lengths.get(request_ids[row], 0) for row in rows]
         self.read_tokens = 0
@@ -92,16 +95,16 @@ class DraftModelCatchUp:
                 coverage.target_alone(request_ids[row], stops[row], tables[row])
             return [[] for _ in rows]
 
-        holes = [(row, covered[row], starts[row]) for row in rows if wanted[row] and covered[row] < starts[row]]
-        affordable = _affordable(holes, min(READ_TOKENS_PER_STEP, self.drafter.max_num_tokens))
-        if affordable:
-            self._read(affordable, common_attn_metadata)
-        for row, start, stop in affordable:
+        gaps = [(row, covered[row], starts[row]) for row in rows if wanted[row] and covered[row] < starts[row]]
+        chosen = _within_budget(gaps, min(MAX_CATCH_UP_TOKENS, self.drafter.max_num_tokens))
+        if chosen:
+            self._read(chosen, common_attn_metadata)
+        for row, start, stop in chosen:
             self.read_tokens += stop - start
             coverage.draft_read(request_ids[row], stop, tables[row])
             covered[row] = stop
 
-        drafts = original(runner, scheduler_output, *arguments).tolist()
+        drafts = original(scheduler_output, *arguments).tolist()
         # vLLM's sampled rows hold -1 behind the accepted tokens.
         valid = ((sampled_token_ids >= 0) & (sampled_token_ids < batch.vocab_size)).sum(1).tolist()
         discarded = runner.discard_request_mask.np
@@ -109,7 +112,7 @@ class DraftModelCatchUp:
         for row in rows:
             request_id = request_ids[row]
             if covered[row] < starts[row]:
-                # It ran in the batch, but over holes: nothing of it counts.
+                # It ran in the batch, but over a gap in its KV cache: neither its draft nor its new keys are valid.
                 coverage.target_alone(request_id, stops[row], tables[row])
                 wanted[row] = 0
             elif discarded[row]:
@@ -119,19 +122,20 @@ class DraftModelCatchUp:
                 coverage.draft_read(request_id, stops[row] - rejected + 1, tables[row])
         return [draft[:length] for draft, length in zip(drafts, wanted, strict=True)]
 
-    def _read(self, holes: list[tuple[int, int, int]], common_attn_metadata: Any) -> None:
-        """One forward pass of the draft model over ``(row, start, stop)`` of missed tokens, for its KV cache alone."""
+    def _read(self, gaps: list[tuple[int, int, int]], common_attn_metadata: Any) -> None:
+        """Fill the draft model's KV cache over ``(row, start, stop)`` of missed tokens, in one forward pass."""
         import torch
+        from vllm.v1.worker import gpu_model_runner
 
         drafter, batch = self.drafter, self.runner.input_batch
         device = self.runner.device
-        token_ids = np.concatenate([batch.token_ids_cpu[row, start:stop] for row, start, stop in holes])
-        positions = torch.from_numpy(np.concatenate([np.arange(start, stop) for _, start, stop in holes]))
-        lengths = np.array([stop - start for _, start, stop in holes], np.int32)
-        ends = torch.tensor([stop for _, _, stop in holes], dtype=torch.int32)
+        token_ids = np.concatenate([batch.token_ids_cpu[row, start:stop] for row, start, stop in gaps])
+        positions = torch.from_numpy(np.concatenate([np.arange(start, stop) for _, start, stop in gaps]))
+        lengths = np.array([stop - start for _, start, stop in gaps], np.int32)
+        ends = torch.tensor([stop for _, _, stop in gaps], dtype=torch.int32)
         query_start_loc = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         query_start_loc[1:] = torch.from_numpy(lengths.cumsum())
-        row_index = torch.tensor([row for row, _, _ in holes], device=device)
+        row_index = torch.tensor([row for row, _, _ in gaps], device=device)
         block_table = common_attn_metadata.block_table_tensor[row_index]
         positions = positions.to(device)
         of_request = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
@@ -153,7 +157,7 @@ class DraftModelCatchUp:
             positions=None,
             is_prefilling=None,
         )
-        # Caches that the fields above were computed into belong to the batch that they came from.
+        # Values that the metadata caches were computed from the batch that was replaced here.
         for name in ("_num_computed_tokens_cache", "_token_to_req_indices_cache", "_seq_lens_cpu"):
             if hasattr(metadata, name):
                 setattr(metadata, name, None)
@@ -163,7 +167,7 @@ class DraftModelCatchUp:
             input_ids = drafter.vocab_mapping.map_target_to_draft_ids(input_ids)
         drafter.input_ids[:count] = input_ids
         drafter.positions[:count] = positions
-        with self._forward_context(
+        with gpu_model_runner.set_forward_context(
             per_layer,
             drafter.vllm_config,
             num_tokens=count,
@@ -172,10 +176,10 @@ class DraftModelCatchUp:
             drafter.model(input_ids=drafter.input_ids[:count], positions=drafter.positions[:count], inputs_embeds=None)
 
 
-def _affordable(holes: list[tuple[int, int, int]], budget: int) -> list[tuple[int, int, int]]:
-    """``(row, start, stop)`` of the shortest holes, the last one cut, at most ``budget`` tokens together."""
+def _within_budget(gaps: list[tuple[int, int, int]], budget: int) -> list[tuple[int, int, int]]:
+    """``(row, start, stop)`` of the shortest gaps, the last one cut, at most ``budget`` tokens together."""
     chosen = []
-    for row, start, stop in sorted(holes, key=lambda hole: hole[2] - hole[1]):
+    for row, start, stop in sorted(gaps, key=lambda gap: gap[2] - gap[1]):
         if budget <= 0:
             break
         stop = min(stop, start + budget)
@@ -185,7 +189,7 @@ def _affordable(holes: list[tuple[int, int, int]], budget: int) -> list[tuple[in
 
 
 def can_be_skipped(runner: Any) -> bool:
-    """Whether this runner's draft model can be skipped and brought up to date."""
+    """Whether this runner's draft model can be skipped and can catch up later."""
     config, drafter = runner.speculative_config, runner.drafter
     parallel = runner.parallel_config
     return (
@@ -200,53 +204,39 @@ def can_be_skipped(runner: Any) -> bool:
     )
 
 
-def keeper_of(runner: Any, module: ModuleType) -> DraftModelCatchUp:
-    """The keeper of this runner's draft model, made when it is asked for first."""
-    keeper = runner.__dict__.get(_KEEPER_ATTRIBUTE)
-    if keeper is None:
-        keeper = DraftModelCatchUp(runner, module)
-        setattr(runner, _KEEPER_ATTRIBUTE, keeper)
-    return keeper
+def catch_up_of(runner: Any) -> DraftModelCatchUp:
+    """The object that runs this runner's draft model, made on the first call."""
+    catch_up = runner.__dict__.get(_ATTRIBUTE)
+    if catch_up is None:
+        catch_up = DraftModelCatchUp(runner)
+        setattr(runner, _ATTRIBUTE, catch_up)
+    return catch_up
 
 
-def _wrap(module: ModuleType) -> None:
-    original = module.GPUModelRunner.propose_draft_token_ids
-
-    @functools.wraps(original)
-    def propose_draft_token_ids(self: Any, scheduler_output: Any, *arguments: Any) -> Any:
-        plan = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
-        if plan is None or self.use_async_scheduling:
-            return original(self, scheduler_output, *arguments)
-        if self.speculative_config.method == "ngram" and scheduler_output.num_spec_tokens_to_schedule == 0:
-            return [[] for _ in range(self.input_batch.num_reqs)]
-        if can_be_skipped(self):
-            return keeper_of(self, module).propose(original, scheduler_output, plan.num_draft_tokens, arguments)
-        return original(self, scheduler_output, *arguments)
-
-    update = module.GPUModelRunner._update_states
-
-    @functools.wraps(update)
-    def _update_states(self: Any, scheduler_output: Any) -> Any:
-        # The step that says that the last request has ended has no tokens, and drafts nothing.
-        keeper = self.__dict__.get(_KEEPER_ATTRIBUTE)
-        if keeper is not None:
-            keeper.coverage.forget(scheduler_output.finished_req_ids)
-        return update(self, scheduler_output)
-
-    module.GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
-    module.GPUModelRunner._update_states = _update_states
+def _propose(propose: Any, runner: Any, scheduler_output: Any, *arguments: Any) -> Any:
+    plan = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
+    if plan is None or runner.use_async_scheduling:
+        return propose(scheduler_output, *arguments)
+    if runner.speculative_config.method == "ngram" and scheduler_output.num_spec_tokens_to_schedule == 0:
+        return [[] for _ in range(runner.input_batch.num_reqs)]
+    if can_be_skipped(runner):
+        return catch_up_of(runner).propose(propose, scheduler_output, plan.num_draft_tokens, arguments)
+    return propose(scheduler_output, *arguments)
 
 
-def install() -> None:
-    """Wrap the model runner when it is loaded."""
-    when_imported(MODEL_RUNNER_MODULE, _wrap)
+def _update_states(update: Any, runner: Any, scheduler_output: Any) -> Any:
+    """Forget finished requests here and not while drafting: an engine's last step has no tokens and drafts nothing."""
+    catch_up = runner.__dict__.get(_ATTRIBUTE)
+    if catch_up is not None:
+        catch_up.coverage.forget(sorted(scheduler_output.finished_req_ids))
+    return update(scheduler_output)
 
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
 _PROPOSER = "v1/spec_decode/llm_base_proposer.py"
 
 PATCH = VllmPatch(
-    name="draft skipping",
+    name="draft_model_skip",
     purpose="vLLM's own drafters do not run in steps without drafts",
     requirements=(
         HasSignature(
@@ -282,4 +272,8 @@ PATCH = VllmPatch(
     ),
     slots=("speculation",),
     optional=True,
+    wraps={
+        f"{MODEL_RUNNER}:GPUModelRunner.propose_draft_token_ids": _propose,
+        f"{MODEL_RUNNER}:GPUModelRunner._update_states": _update_states,
+    },
 )

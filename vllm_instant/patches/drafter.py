@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,10 @@ from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.interfaces.drafter import Draft, Drafter, DraftRequest
 from vllm_instant.patches.compat import HasSignature, References, VllmPatch
-from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE
 from vllm_instant.patches.plugin_factory import build_guarded, context_of
-from vllm_instant.patches.scheduler import PLAN_ATTRIBUTE
 from vllm_instant.speculation.draft_plan import DraftPlan, trim_drafts
 
-MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
 NO_PLAN = DraftPlan()
 
 
@@ -152,37 +149,22 @@ def _forget(drafter: Drafter, request_id: str) -> None:
     drafter.forget(request_id)
 
 
-def _wrap(module: ModuleType) -> None:
-    original = module.GPUModelRunner.propose_draft_token_ids
-
-    @functools.wraps(original)
-    def propose_draft_token_ids(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.drafter, PluginDrafter):
-            batch = self.input_batch
-            self.drafter.begin_step(
-                batch.req_ids,
-                batch.num_prompt_tokens,
-                getattr(scheduler_output, PLAN_ATTRIBUTE, NO_PLAN),
-            )
-        return original(self, scheduler_output, *args, **kwargs)
-
-    update = module.GPUModelRunner._update_states
-
-    @functools.wraps(update)
-    def _update_states(self: Any, scheduler_output: Any) -> Any:
-        # Not when drafts are due: the step that says that the last request has ended has no tokens, and drafts nothing.
-        drafter = getattr(self, "drafter", None)
-        if isinstance(drafter, PluginDrafter):
-            drafter.forget(scheduler_output.finished_req_ids)
-        return update(self, scheduler_output)
-
-    module.GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
-    module.GPUModelRunner._update_states = _update_states
+def _propose(propose: Any, runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    """Lay what vLLM does not pass on beside the drafter, then let vLLM ask it."""
+    if isinstance(runner.drafter, PluginDrafter):
+        batch = runner.input_batch
+        plan = getattr(scheduler_output, PLAN_ATTRIBUTE, NO_PLAN)
+        runner.drafter.begin_step(batch.req_ids, batch.num_prompt_tokens, plan)
+    return propose(scheduler_output, *args, **kwargs)
 
 
-def install() -> None:
-    """Wrap the model runner when it is loaded."""
-    when_imported(MODEL_RUNNER_MODULE, _wrap)
+def _update_states(update: Any, runner: Any, scheduler_output: Any) -> Any:
+    """Forget finished requests here and not while drafting: an engine's last step has no tokens and drafts nothing."""
+    drafter = getattr(runner, "drafter", None)
+    if isinstance(drafter, PluginDrafter):
+        # Sorted, because the order of a set differs between processes and the ranks must do the same.
+        drafter.forget(sorted(scheduler_output.finished_req_ids))
+    return update(scheduler_output)
 
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
@@ -205,4 +187,8 @@ PATCH = VllmPatch(
         HasSignature("v1/spec_decode/custom_class_proposer.py", "create_custom_proposer", ("vllm_config",)),
     ),
     slots=("drafter",),
+    wraps={
+        f"{MODEL_RUNNER}:GPUModelRunner.propose_draft_token_ids": _propose,
+        f"{MODEL_RUNNER}:GPUModelRunner._update_states": _update_states,
+    },
 )

@@ -1,23 +1,21 @@
-"""The second half of decoder layers as one operator, where an attention plugin computes it.
+"""Compute the second half of decoder layers by one operator of an attention plugin.
 
-Nothing of a layer's ``forward`` is replaced but what its parts do: the output projection passes the attention's output
-on, the norm behind it is the operator that computes the whole half, and the feed-forward passes the result on. So
-vLLM's convention stays: a layer returns what its feed-forward adds and the residual stream before that, and the next
-norm adds the two. Each part's class becomes a subclass of itself, so that checks of types and the names of weights
-stay what they are.
+A layer's ``forward`` stays as it is; its parts change: the output projection returns the attention's output unchanged,
+the norm after it becomes the operator that computes the whole half, and the feed-forward returns its input. So
+vLLM's convention stays: a layer returns the feed-forward's result and the residual stream before it, and the next
+norm adds the two. Each part's class becomes a subclass of itself, so that type checks and the names of weights still
+work.
 
-torch.compile and CUDA graphs see the operator as one opaque piece. It asks the plugin in batches of up to
-``max_rows``; for larger ones, and once the plugin is disabled, it runs the parts as vLLM has them.
+torch.compile and CUDA graphs see the operator as one opaque node. It calls the plugin for batches of up to
+``max_rows``; for larger ones, and once the plugin is disabled, it runs vLLM's own parts.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, lru_cache
-from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
@@ -33,20 +31,20 @@ from vllm_instant.patches.feed_forward_layers import (
     requirements,
     second_half,
 )
-from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.names import MODEL_LOADER
 from vllm_instant.patches.plugin_factory import PluginStartError
+from vllm_instant.patches.wrapping import wrap_method
 
 logger = logging.getLogger("vllm.instant")
 
-LOADER_MODULE = "vllm.model_executor.model_loader"
 SERVED = "instant_feed_forward"
 """On an attention layer: the ``ServedHalf`` behind it. On a norm: that layer's name."""
 CACHE_KEY = "vllm_instant_feed_forward"
-"""In ``additional_config``: makes compiled graphs with our operator others than those without it."""
+"""In ``additional_config``: separates compiled graphs with this package's operator from vLLM's in its compile cache."""
 
 
 def provider(vllm_config: Any) -> GuardedPlugin[FeedForwardProvider] | None:
-    """The part of the attention plugin that computes second halves, behind a breaker of its own; None without one.
+    """The attention plugin's provider of feed-forward kernels, behind its own circuit breaker; None without one.
 
     Raises:
         PluginStartError: the plugin cannot start here.
@@ -213,10 +211,10 @@ def register_operator() -> Any:
 
 
 def attach(model: Any, vllm_config: Any, model_config: Any, plugin: GuardedPlugin[FeedForwardProvider]) -> int:
-    """Serve the layers of a loaded model that can be; returns their number. Says once why others are not."""
+    """Serve the supported layers of a loaded model; returns their number. Logs once why others are not."""
     device = str(vllm_config.device_config.device_type)
     found = candidates(model)
-    # A loader may call another's method, which was here first.
+    # A loader may call another loader's method, which has served the layers already.
     layers = [layer for layer in found if not hasattr(layer.post_attention_layernorm, SERVED)]
     reasons: Counter[str] = Counter()
     for layer in layers:
@@ -247,61 +245,49 @@ def attach(model: Any, vllm_config: Any, model_config: Any, plugin: GuardedPlugi
     return served
 
 
-def _loading(load: Any) -> Any:
-    @functools.wraps(load)
-    def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
-        plugin = provider(vllm_config)
-        reason = None if plugin is None else unsupported_reason(vllm_config)
-        if plugin is None or reason is not None:
-            if plugin is not None:
-                logger.warning("Plugin %s leaves all layers to vLLM: %s", plugin.plugin, reason)
-            return load(self, vllm_config, model_config, *args, **kwargs)
-        # Before the model is made: parts of it keep the configuration.
-        if isinstance(vllm_config.additional_config, dict):
-            vllm_config.additional_config = {**vllm_config.additional_config, CACHE_KEY: plugin.plugin}
-        model = load(self, vllm_config, model_config, *args, **kwargs)
-        attach(model, vllm_config, model_config, plugin)
-        return model
-
-    return load_model
+def _load_model(load: Any, loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    plugin = provider(vllm_config) if is_chosen() else None
+    reason = None if plugin is None else unsupported_reason(vllm_config)
+    if plugin is None or reason is not None:
+        if plugin is not None:
+            logger.warning("Plugin %s leaves all layers to vLLM: %s", plugin.plugin, reason)
+        return load(vllm_config, model_config, *args, **kwargs)
+    # Before the model is built, because its parts keep copies of the configuration.
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config = {**vllm_config.additional_config, CACHE_KEY: plugin.plugin}
+    model = load(vllm_config, model_config, *args, **kwargs)
+    attach(model, vllm_config, model_config, plugin)
+    return model
 
 
-def _keeping(create: Any) -> Any:
-    @functools.wraps(create)
-    def create_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        model = create(self, vllm_config, *args, **kwargs)
-        if str(vllm_config.device_config.device_type) == "cpu" and provider(vllm_config) is not None:
-            # vLLM packs weights for its CPU kernels and throws away what a plugin would read.
-            for layer in candidates(model):
-                for _, linear in linears(layer):
-                    linear._cpu_skip_gemm_dispatch = True
-        return model
-
-    return create_model
+def _create_model(create: Any, loader: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+    model = create(vllm_config, *args, **kwargs)
+    if str(vllm_config.device_config.device_type) == "cpu" and is_chosen() and provider(vllm_config) is not None:
+        # vLLM packs weights for its CPU kernels and discards the layout that a plugin reads.
+        for layer in candidates(model):
+            for _, linear in linears(layer):
+                linear._cpu_skip_gemm_dispatch = True
+    return model
 
 
-def _wrap(module: ModuleType) -> None:
-    base = module.BaseModelLoader
-    base.create_model = _keeping(base.create_model)
-    # Some loaders have a way of their own.
-    for loader in {base, *module._LOAD_FORMAT_TO_MODEL_LOADER.values()}:
+def _wrap_other_loaders(module: Any) -> None:
+    """Wrap ``load_model`` of the loaders that override the base class's."""
+    for loader in set(module._LOAD_FORMAT_TO_MODEL_LOADER.values()) - {module.BaseModelLoader}:
         if "load_model" in vars(loader):
-            loader.load_model = _loading(loader.load_model)
+            wrap_method(loader, "load_model", _load_model)
 
 
-def install() -> None:
-    """Change the loaders of models when they are imported, if the deployment names an attention plugin."""
+def is_chosen() -> bool:
+    """Whether the deployment names an attention plugin; from its name alone, see ``activation.activate``."""
     deployment = deployment_env.get_deployment()
-    # By the name alone: in a worker it is too early to load plugins (see activation.activate).
-    if deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default:
-        when_imported(LOADER_MODULE, _wrap)
+    return deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default
 
 
 _LOADER = "model_executor/model_loader"
 _LAYERS = "model_executor/layers"
 
 PATCH = VllmPatch(
-    name="feed forward",
+    name="feed_forward",
     purpose="attention plugins that compute the second half of decoder layers in small batches",
     requirements=(
         *requirements(),
@@ -341,4 +327,10 @@ PATCH = VllmPatch(
     ),
     slots=("attention",),
     optional=True,
+    wraps={
+        f"{MODEL_LOADER}:BaseModelLoader.create_model": _create_model,
+        f"{MODEL_LOADER}:BaseModelLoader.load_model": _load_model,
+    },
+    on_import={MODEL_LOADER: _wrap_other_loaders},
+    is_wanted=is_chosen,
 )

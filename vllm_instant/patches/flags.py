@@ -1,15 +1,14 @@
 """Selection: ``--plugins``, ``--instant-config`` and ``--instant-set`` on vLLM's command line, and ``LLM(...)``.
 
-vLLM has no registration point for command-line options, so its argument parser is wrapped; this is the only change
-that an unselected package makes. The ``[vllm]`` table becomes arguments in front of those that the user typed: vLLM
-then validates them itself, and the command line wins over its YAML file, which wins over the deployment file.
+vLLM has no registration point for command-line options, so its argument parser is wrapped; without selection this is
+the only change that the package makes. The ``[vllm]`` table becomes arguments before those that the user typed: vLLM
+then validates them itself, and the command line overrides its YAML file, which overrides the deployment file.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -23,29 +22,23 @@ from vllm_instant.patches.attention import refuse_unreadable_cache
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.default_drafter import chooses_drafter, may_be_used
 from vllm_instant.patches.engine_options import as_arguments
-from vllm_instant.patches.scheduler import QUALIFIED_NAME as SCHEDULER
+from vllm_instant.patches.names import ARGUMENT_PARSER, ENGINE_ARGUMENTS
+from vllm_instant.patches.names import QUALIFIED_NAME as SCHEDULER
 
 PACKAGE = "vllm_instant"
 ADDITIONAL_CONFIG_KEY = "vllm_instant"
 SELECT_HINT = "add --plugins vllm_instant"
 
 Serve = Callable[[Deployment, bool], None]
-"""What happens when a deployment was selected: the deployment, and whether the server has a drafter."""
+"""Called with a selected deployment, and whether the server has a drafter."""
+
+_serve: Serve | None = None
 
 
-def install(serve: Serve) -> None:
-    """Offer the flags on every parser that takes engine arguments, and call ``serve`` on selection; idempotent."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    if getattr(FlexibleArgumentParser, "_instant_flags", False):
-        return
-    FlexibleArgumentParser._instant_flags = True
-    EngineArgs.add_cli_args = staticmethod(_with_flags(EngineArgs.add_cli_args))
-    EngineArgs.create_engine_config = _with_offline_selection(EngineArgs.create_engine_config, serve)
-    FlexibleArgumentParser.load_config_file = _with_joined_lists(FlexibleArgumentParser.load_config_file)
-    FlexibleArgumentParser._pull_args_from_config = _with_expansion(FlexibleArgumentParser._pull_args_from_config)
-    FlexibleArgumentParser.parse_args = _with_selection(FlexibleArgumentParser.parse_args, serve)
+def on_selection(serve: Serve) -> None:
+    """Call ``serve`` when a command line or ``LLM(...)`` selects a deployment."""
+    global _serve
+    _serve = serve
 
 
 # ------------------------------------------------------------------------------------------- the flags
@@ -56,7 +49,7 @@ def _names(text: str) -> list[str]:
 
 
 def _add_options(target: Any, known: Any = ()) -> None:
-    """Our options on a parser or group. ``--plugins`` takes one word, so that it never swallows MODEL."""
+    """Add this package's options to a parser or group. ``--plugins`` takes one word, so that MODEL may follow it."""
     if "--plugins" not in known:
         target.add_argument(
             "--plugins",
@@ -80,23 +73,17 @@ def _add_options(target: Any, known: Any = ()) -> None:
     )
 
 
-def _with_flags(original: Any) -> Any:
-    @functools.wraps(original)
-    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
-        parser = original(parser, *args, **kwargs)
-        if "--instant-config" not in parser._option_string_actions:
-            group = parser.add_argument_group(
-                "InstantConfig", "Plugin selection and the deployment file of vllm-instant."
-            )
-            _add_options(group, parser._option_string_actions)
-        return parser
-
-    return add_cli_args
+def _add_cli_args(add: Any, parser: Any, *args: Any, **kwargs: Any) -> Any:
+    parser = add(parser, *args, **kwargs)
+    if "--instant-config" not in parser._option_string_actions:
+        group = parser.add_argument_group("InstantConfig", "Plugin selection and the deployment file of vllm-instant.")
+        _add_options(group, parser._option_string_actions)
+    return parser
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Our own options as given on a command line, before vLLM parses it."""
+    """Options of this package as given on a command line, before vLLM parses it."""
 
     plugins: list[str] | None
     config: str | None
@@ -104,23 +91,23 @@ class Selection:
 
     @property
     def selected(self) -> bool:
-        """Whether vllm-instant was asked for by name, on the command line or in ``VLLM_PLUGINS``."""
+        """Whether vllm-instant is selected by name, on the command line or in ``VLLM_PLUGINS``."""
         names = self.plugins if self.plugins is not None else _names(os.environ.get("VLLM_PLUGINS", ""))
         return PACKAGE in names
 
 
 def read_selection(arguments: list[str]) -> Selection:
-    """Pick our options out of a command line; everything else is left to vLLM."""
+    """Extract this package's options from a command line; everything else is left to vLLM."""
     found, _ = _pick(arguments)
     if found is None:
         return Selection(None, None, [])
-    # A vLLM whose --plugins takes several words is read as that vLLM would.
+    # Some versions of vLLM have a --plugins of their own that takes several words.
     plugins = [name for text in found.plugins for name in _names(text)] if found.plugins is not None else None
     return Selection(plugins, found.instant_config, list(found.instant_set or []))
 
 
 def _pick(arguments: list[str]) -> tuple[argparse.Namespace | None, list[str]]:
-    """Our options, and the words that are left; None for a line that vLLM's parser will have to complain about."""
+    """Options of this package and the remaining words; None for a line that vLLM's parser will refuse."""
     picker = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     _add_options(picker)
     try:
@@ -129,8 +116,8 @@ def _pick(arguments: list[str]) -> tuple[argparse.Namespace | None, list[str]]:
         return None, arguments
 
 
-def _ours_last(arguments: list[str]) -> list[str]:
-    """The same line with our options behind everything else: vLLM wants MODEL to be the first word."""
+def _own_options_last(arguments: list[str]) -> list[str]:
+    """The same line with this package's options at the end, because vLLM expects MODEL as the first word."""
     found, rest = _pick(arguments)
     if found is None:
         return arguments
@@ -140,7 +127,7 @@ def _ours_last(arguments: list[str]) -> list[str]:
 
 
 def _with_dashes(argument: str) -> str:
-    """Our own options may be written with underscores, as vLLM's may; no other word is touched."""
+    """The word with dashes if it is an option of this package, which may be written with underscores."""
     name, equals, value = argument.partition("=")
     dashed = name.replace("_", "-")
     return dashed + equals + value if dashed in ("--plugins", "--instant-config", "--instant-set") else argument
@@ -149,53 +136,41 @@ def _with_dashes(argument: str) -> str:
 # ------------------------------------------------------------------------------- vllm serve and friends
 
 
-def _with_joined_lists(original: Any) -> Any:
-    @functools.wraps(original)
-    def load_config_file(self: Any, file_path: str) -> list[str]:
-        """A YAML list arrives as several words after its option; our options take one word each."""
-        joined: list[str] = []
-        option = ""
-        for word in original(self, file_path):
-            if word.startswith("--"):
-                option = _with_dashes(word)
-                joined.append(word)
-            elif option in ("--plugins", "--instant-set") and not joined[-1].startswith("--"):
-                joined += [option, word]
-            else:
-                joined.append(word)
-        return joined
-
-    return load_config_file
+def _load_config_file(load: Any, parser: Any, file_path: str) -> list[str]:
+    """Join lists: a YAML list becomes several words after its option, and this package's options take one each."""
+    joined: list[str] = []
+    option = ""
+    for word in load(file_path):
+        if word.startswith("--"):
+            option = _with_dashes(word)
+            joined.append(word)
+        elif option in ("--plugins", "--instant-set") and not joined[-1].startswith("--"):
+            joined += [option, word]
+        else:
+            joined.append(word)
+    return joined
 
 
-def _with_expansion(original: Any) -> Any:
-    @functools.wraps(original)
-    def _pull_args_from_config(self: Any, args: list[str]) -> list[str]:
-        return _expand(self, original(self, args))
-
-    return _pull_args_from_config
+def _pull_args_from_config(pull: Any, parser: Any, args: list[str]) -> list[str]:
+    return _expand(parser, pull(args))
 
 
-def _with_selection(original: Any, serve: Serve) -> Any:
-    @functools.wraps(original)
-    def parse_args(self: Any, args: list[str] | None = None, namespace: Any = None) -> Any:
-        arguments = list(sys.argv[1:] if args is None else args)
-        # vLLM also parses lists of its own making, an empty one to learn the defaults for example.
-        if args is not None and not _asks_for_us(self, arguments):
-            return original(self, args, namespace)
-        arguments = _ours_last(arguments)
-        # With --config, vLLM expands its YAML file first and our wrapper around that does the rest.
-        if "--config" not in arguments:
-            arguments = _expand(self, arguments)
-        parsed = original(self, arguments, namespace)
-        if hasattr(parsed, "instant_config"):
-            _select(parsed, serve)
-        return parsed
-
-    return parse_args
+def _parse_args(parse: Any, parser: Any, args: list[str] | None = None, namespace: Any = None) -> Any:
+    arguments = list(sys.argv[1:] if args is None else args)
+    # vLLM also parses lists that it makes itself, for example an empty one to learn the defaults.
+    if args is not None and not _selects(parser, arguments):
+        return parse(args, namespace)
+    arguments = _own_options_last(arguments)
+    # With --config vLLM expands its YAML file first, and ``_pull_args_from_config`` above expands the deployment.
+    if "--config" not in arguments:
+        arguments = _expand(parser, arguments)
+    parsed = parse(arguments, namespace)
+    if hasattr(parsed, "instant_config"):
+        _select(parsed)
+    return parsed
 
 
-def _asks_for_us(parser: Any, arguments: list[str]) -> bool:
+def _selects(parser: Any, arguments: list[str]) -> bool:
     if "--config" in arguments:
         arguments = parser._pull_args_from_config(arguments)
     selection = read_selection(arguments)
@@ -209,7 +184,7 @@ def _fail(error: DeploymentError) -> NoReturn:
 
 
 def _expand(parser: Any, arguments: list[str]) -> list[str]:
-    """Put what the deployment asks of vLLM in front of what the user typed."""
+    """Insert the engine arguments of the deployment before those that the user typed."""
     selection = read_selection(arguments)
     if not selection.selected:
         return arguments
@@ -225,7 +200,7 @@ def _expand(parser: Any, arguments: list[str]) -> list[str]:
 
 
 def _target(parser: Any, arguments: list[str]) -> tuple[Any, int, bool]:
-    """The parser that will read the options, where options begin, and whether a MODEL stands before them."""
+    """The parser that will read the options, the position of the first option, and whether MODEL is given."""
     position = 0
     while position < len(arguments) and not arguments[position].startswith("-"):
         subparsers = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
@@ -234,7 +209,7 @@ def _target(parser: Any, arguments: list[str]) -> tuple[Any, int, bool]:
         parser = subparsers[0].choices[arguments[position]]
         position += 1
     model_first = position < len(arguments) and not arguments[position].startswith("-")
-    # With options before it, MODEL is somewhere behind; argparse knows where.
+    # MODEL may also follow options; argparse finds it.
     model_typed = model_first or _finds_model(parser, arguments[position:])
     return parser, position + model_first, model_typed
 
@@ -250,8 +225,8 @@ def _finds_model(parser: Any, options: list[str]) -> bool:
     return any(getattr(found, dest, None) is not None for dest in positionals)
 
 
-def _select(parsed: Any, serve: Serve) -> None:
-    """Act on the parsed options: allow the plugins in all processes, publish the deployment, take our scheduler."""
+def _select(parsed: Any) -> None:
+    """Act on parsed options: allow the plugins in all processes, name the scheduler, and serve the deployment."""
     words = getattr(parsed, "plugins", None)
     plugins = [name for text in words for name in _names(text)] if words is not None else None
     selection = Selection(plugins, parsed.instant_config, list(parsed.instant_set or []))
@@ -268,26 +243,27 @@ def _select(parsed: Any, serve: Serve) -> None:
         deployment = settings.resolve(selection.config, selection.overrides)
         speculates = _take_scheduler(parsed, deployment)
         refuse_unreadable_cache(parsed)
-        serve(deployment, speculates)
+        if _serve is not None:
+            _serve(deployment, speculates)
     except DeploymentError as error:
         _fail(error)
 
 
 def _take_scheduler(arguments: Any, deployment: Deployment) -> bool:
-    """Name our scheduler on parsed options or EngineArgs if it has something to do; says whether that is drafts."""
+    """Set this package's scheduler in parsed options or EngineArgs if it is needed; returns whether it speculates."""
     asked = getattr(arguments, "scheduler_cls", None)
     replaced = asked not in (None, SCHEDULER)
-    batches = installed_plugin(deployment, "batching").plugin.build is not None
+    schedules = installed_plugin(deployment, "batching").plugin.build is not None
     speculates = deployment.slots["speculation"].plugin != "off" and (
         chooses_drafter(arguments) or (not replaced and may_be_used(arguments, deployment))
     )
-    if not (speculates or batches):
+    if not (speculates or schedules):
         if not replaced and installed_plugin(deployment, "streaming").plugin.build is not None:
-            # Sessions may hold KV blocks there; under another scheduler they go without.
+            # With this scheduler sessions can pin KV blocks; under another one they cannot.
             arguments.scheduler_cls = SCHEDULER
         return False
     if replaced:
-        remedies = [*(["speculation.plugin=off"] * speculates), *(["batching.plugin=fcfs"] * batches)]
+        remedies = [*(["speculation.plugin=off"] * speculates), *(["batching.plugin=fcfs"] * schedules)]
         message = (
             f"{asked} replaces the scheduler that serves the deployment's policies: "
             f"remove it, or set {' and '.join(remedies)}"
@@ -298,7 +274,7 @@ def _take_scheduler(arguments: Any, deployment: Deployment) -> bool:
 
 
 def _active_platform_plugins() -> list[str]:
-    """Entry points of an out-of-tree platform in use: filtering them out of the children would lose the device."""
+    """Entry points of the out-of-tree platform in use: without them the child processes would lose the device."""
     from importlib.metadata import entry_points
 
     from vllm.platforms import current_platform
@@ -314,16 +290,12 @@ def _active_platform_plugins() -> list[str]:
 _published_offline = False
 
 
-def _with_offline_selection(original: Any, serve: Serve) -> Any:
-    @functools.wraps(original)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _select_offline(self, serve)
-        return original(self, *args, **kwargs)
-
-    return create_engine_config
+def _create_engine_config(create: Any, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    _select_offline(engine_args)
+    return create(*args, **kwargs)
 
 
-def _select_offline(engine_args: Any, serve: Serve) -> None:
+def _select_offline(engine_args: Any) -> None:
     """``LLM(..., additional_config={"vllm_instant": "deploy.toml"})``; ``True`` takes the defaults.
 
     The key is taken out again: vLLM hashes ``additional_config`` into its compilation cache key.
@@ -353,7 +325,8 @@ def _select_offline(engine_args: Any, serve: Serve) -> None:
     speculates = _take_scheduler(engine_args, deployment)
     refuse_unreadable_cache(engine_args)
     engine_args.additional_config = {k: v for k, v in additional.items() if k != ADDITIONAL_CONFIG_KEY}
-    serve(deployment, speculates)
+    if _serve is not None:
+        _serve(deployment, speculates)
     _published_offline = True
 
 
@@ -382,4 +355,11 @@ PATCH = VllmPatch(
         References(_PARSER, "FlexibleArgumentParser.parse_args", ("_pull_args_from_config",)),
         References("plugins/__init__.py", "load_plugins_by_group", ("VLLM_PLUGINS",)),
     ),
+    wraps={
+        f"{ENGINE_ARGUMENTS}:EngineArgs.add_cli_args": _add_cli_args,
+        f"{ENGINE_ARGUMENTS}:EngineArgs.create_engine_config": _create_engine_config,
+        f"{ARGUMENT_PARSER}:FlexibleArgumentParser.load_config_file": _load_config_file,
+        f"{ARGUMENT_PARSER}:FlexibleArgumentParser._pull_args_from_config": _pull_args_from_config,
+        f"{ARGUMENT_PARSER}:FlexibleArgumentParser.parse_args": _parse_args,
+    },
 )

@@ -8,42 +8,33 @@ an attention that has both done by one operator. No graph needs to be recognised
 
 from __future__ import annotations
 
-import functools
 import logging
-from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.patches.compat import HasAttribute, HasSignature, HasStatements, References, VllmPatch
-from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.names import MODEL_LOADER
 
 logger = logging.getLogger("vllm.instant")
 
-LOADER_MODULE = "vllm.model_executor.model_loader.base_loader"
 OPERATOR = "vllm_instant::rotate_and_write"
 BESIDE = "vllm::unified_kv_cache_update"
 """The operator of vLLM that ours takes the place of. Where it splits graphs, so does ours."""
 CACHE_KEY = "vllm_instant_rotation"
-"""In ``additional_config``: makes compiled graphs with our operator others than those without it."""
+"""In ``additional_config``: separates compiled graphs with this package's operator from vLLM's in its compile cache."""
 
 
-def _wrap(module: ModuleType) -> None:
-    load = module.BaseModelLoader.load_model
+def _load_model(load: Any, loader: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+    model = load(vllm_config, *args, **kwargs)
+    # From the name alone: a server without an attention plugin imports nothing for it.
+    deployment = deployment_env.get_deployment()
+    if deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default:
+        from vllm_instant.patches.fused_rope_attention import serve
 
-    @functools.wraps(load)
-    def load_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        model = load(self, vllm_config, *args, **kwargs)
-        # By the name alone: a server without such a plugin loads nothing of ours.
-        deployment = deployment_env.get_deployment()
-        if deployment is not None and deployment.slots["attention"].plugin != SLOTS["attention"].default:
-            from vllm_instant.patches.fused_rope_attention import serve
-
-            if serve(model):
-                announce_operator(model, vllm_config)
-        return model
-
-    module.BaseModelLoader.load_model = load_model
+        if serve(model):
+            announce_operator(model, vllm_config)
+    return model
 
 
 def announce_operator(model: Any, vllm_config: Any) -> None:
@@ -57,17 +48,12 @@ def announce_operator(model: Any, vllm_config: Any) -> None:
             config.additional_config = {**config.additional_config, CACHE_KEY: True}
 
 
-def install() -> None:
-    """Look at models when they are loaded."""
-    when_imported(LOADER_MODULE, _wrap)
-
-
 _ATTENTION = "model_executor/layers/attention/attention.py"
 _ROTARY = "model_executor/layers/rotary_embedding/base.py"
 _BACKEND = "v1/attention/backend.py"
 
 PATCH = VllmPatch(
-    name="rotation",
+    name="fused_rope",
     purpose="attention plugins that rotate and write in one launch",
     requirements=(
         HasSignature(
@@ -132,4 +118,5 @@ PATCH = VllmPatch(
     ),
     slots=("attention",),
     optional=True,
+    wraps={f"{MODEL_LOADER}:BaseModelLoader.load_model": _load_model},
 )

@@ -1,9 +1,9 @@
 """A drafter plugin beside vLLM's draft model, on the V1 runner under synchronous scheduling.
 
-Step by step the plugin says which requests the draft model serves. The draft model is run by
-``patches.draft_skipping``, only when a request wants it and only as far as one does. Where the model's tokens are
-sampled (``draft_sample_method = "probabilistic"``) vLLM verifies drafts against the distributions that they were drawn
-from; the plugin's tokens then carry distributions with all weight on one token.
+In each step the plugin assigns requests to the draft model or drafts for them itself. ``patches.draft_model_skip`` runs
+the draft model, only if a request is assigned to it and only for as many tokens as the longest assignment. Where the
+draft model samples its tokens (``draft_sample_method = "probabilistic"``) vLLM verifies drafts against the
+distributions that they were drawn from; the plugin's tokens then get one-hot distributions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
@@ -20,20 +19,18 @@ from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.interfaces.drafter import Draft, DraftAssignment, DraftRequest, HybridDrafter
 from vllm_instant.patches.compat import HasSignature, References, VllmPatch
-from vllm_instant.patches.draft_model_skip import DraftModelCatchUp, can_be_skipped, keeper_of
+from vllm_instant.patches.draft_model_skip import DraftModelCatchUp, can_be_skipped, catch_up_of
 from vllm_instant.patches.drafter import checked_draft
-from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE
 from vllm_instant.patches.plugin_factory import (
     PluginStartError,
     build_guarded,
     context_of,
     uses_drafter_plugin,
 )
-from vllm_instant.patches.scheduler import PLAN_ATTRIBUTE
 from vllm_instant.speculation.draft_plan import DraftPlan
 
-MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
-SHARER_ATTRIBUTE = "instant_draft_sharer"
+HYBRID_ATTRIBUTE = "instant_hybrid_drafting"
 """On a model runner: its ``HybridDraftRunner``, or None."""
 
 
@@ -43,68 +40,68 @@ class HybridDraftRunner:
     Args:
         runner: vLLM's ``GPUModelRunner``.
         drafter: the plugin behind its breaker.
-        keeper: of the runner's draft model.
+        draft_model: the runner's draft model.
         vocab_size: tokens of the target's vocabulary.
 
     """
 
     def __init__(
-        self, runner: Any, drafter: GuardedPlugin[HybridDrafter], keeper: DraftModelCatchUp, vocab_size: int
+        self, runner: Any, drafter: GuardedPlugin[HybridDrafter], draft_model: DraftModelCatchUp, vocab_size: int
     ) -> None:
         self.runner = runner
         self.drafter = drafter
-        self.keeper = keeper
+        self.draft_model = draft_model
         self.vocab_size = vocab_size
         self.draft_steps = 0
-        """Of the draft model, after the newest step,"""
+        """Forward passes of the draft model in the newest step."""
         self.uncached_tokens = 0
-        """and the tokens that it read before, because they came while it did not run."""
+        """Tokens that the draft model read first in that step, because they came while it did not run."""
 
     def propose(self, run_model: Any, scheduler_output: Any, plan: DraftPlan, arguments: tuple[Any, ...]) -> Any:
-        """Drafts for the rows of the batch, a list of token ids a row.
+        """Drafts for the rows of the batch, a list of token ids per row.
 
         Args:
-            run_model: ``propose_draft_token_ids`` as it is without this patch.
+            run_model: ``propose_draft_token_ids`` of this runner without this patch.
             scheduler_output: the step.
             plan: what the scheduler decided about its drafts.
-            arguments: of ``propose_draft_token_ids``, behind ``scheduler_output``.
+            arguments: of ``propose_draft_token_ids``, after ``scheduler_output``.
 
         """
         batch = self.runner.input_batch
         requests = self._requests(scheduler_output, plan, arguments[0]) if any(plan.num_draft_tokens.values()) else []
         # When the plugin is disabled the draft model does everything.
         otherwise = [DraftAssignment(num_draft_tokens=request.max_draft_tokens) for request in requests]
-        shares = self.drafter.call("share", lambda drafter: self._ask(drafter, requests, plan), otherwise)
+        assignments = self.drafter.call("assign", lambda drafter: self._assign(drafter, requests, plan), otherwise)
         by_model = {
-            request.request_id: share.num_draft_tokens
-            for request, share in zip(requests, shares, strict=True)
-            if share.num_draft_tokens
+            request.request_id: assignment.num_draft_tokens
+            for request, assignment in zip(requests, assignments, strict=True)
+            if assignment.num_draft_tokens
         }
         passes = max(by_model.values(), default=0)
         self.draft_steps = passes
         asked = copy.copy(scheduler_output)
         asked.num_spec_tokens_to_schedule = passes
         setattr(asked, PLAN_ATTRIBUTE, replace(plan, num_draft_tokens=by_model))
-        drafts: list[list[int]] = run_model(self.runner, asked, *arguments)
-        self.uncached_tokens = self.keeper.read_tokens
+        drafts: list[list[int]] = run_model(asked, *arguments)
+        self.uncached_tokens = self.draft_model.read_tokens
         rows = batch.req_id_to_index
         if by_model:
             drafted = {request_id: drafts[rows[request_id]] for request_id in by_model}
             self.drafter.call("on_model_drafts", lambda drafter: drafter.on_model_drafts(drafted), None)
         own = {
-            rows[request.request_id]: list(share.own)
-            for request, share in zip(requests, shares, strict=True)
-            # The draft model drafts nothing for a request of which it has not read enough yet.
-            if share.own and not drafts[rows[request.request_id]]
+            rows[request.request_id]: list(assignment.own)
+            for request, assignment in zip(requests, assignments, strict=True)
+            # The draft model drafts nothing for a request that it is still catching up with.
+            if assignment.own and not drafts[rows[request.request_id]]
         }
         for row, tokens in own.items():
             drafts[row] = tokens
         if self.runner._draft_probs is not None and own:
-            self._certain(own)
+            self._set_one_hot(own)
         return drafts
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """These requests ended."""
+        """These requests have ended."""
         for request_id in request_ids:
             self.drafter.call("forget", functools.partial(_forget, request_id=request_id), None)
 
@@ -113,7 +110,7 @@ class HybridDraftRunner:
         runner, batch = self.runner, self.runner.input_batch
         capacity = batch.token_ids_cpu.shape[1]
         discarded = runner.discard_request_mask.np
-        missed = self.keeper.missed(scheduler_output)
+        missed = self.draft_model.missed(scheduler_output)
         requests = []
         for row, tokens in enumerate(sampled.cpu().numpy()):
             request_id = batch.req_ids[row]
@@ -141,27 +138,30 @@ class HybridDraftRunner:
             )
         return requests
 
-    def _ask(self, drafter: HybridDrafter, requests: Sequence[DraftRequest], plan: DraftPlan) -> list[DraftAssignment]:
-        """The plugin's answer with everything checked that could harm the engine further down."""
+    def _assign(
+        self, drafter: HybridDrafter, requests: Sequence[DraftRequest], plan: DraftPlan
+    ) -> list[DraftAssignment]:
+        """The plugin's assignments, after a check of everything that could harm the engine."""
         if not requests:
             return []
-        shares = drafter.assign(requests, plan.draft_cost)
-        if len(shares) != len(requests):
-            raise ContractError(f"shares for {len(requests)} requests were due, {len(shares)} came")
+        assignments = drafter.assign(requests, plan.draft_cost)
+        if len(assignments) != len(requests):
+            raise ContractError(f"expected assignments for {len(requests)} requests, found {len(assignments)}")
         checked = []
-        for request, share in zip(requests, shares, strict=True):
-            if not 0 <= share.num_draft_tokens <= request.max_draft_tokens:
-                raise ContractError(f"0 to {request.max_draft_tokens} tokens may be asked for, found {share}")
-            own = checked_draft(share.own, request.max_draft_tokens, self.vocab_size)
-            checked.append(DraftAssignment(own.token_ids if isinstance(own, Draft) else own, share.num_draft_tokens))
+        for request, assignment in zip(requests, assignments, strict=True):
+            if not 0 <= assignment.num_draft_tokens <= request.max_draft_tokens:
+                raise ContractError(f"num_draft_tokens must lie in 0..{request.max_draft_tokens}, found {assignment}")
+            own = checked_draft(assignment.own, request.max_draft_tokens, self.vocab_size)
+            tokens = own.token_ids if isinstance(own, Draft) else own
+            checked.append(DraftAssignment(tokens, assignment.num_draft_tokens))
         return checked
 
-    def _certain(self, own: Mapping[int, Sequence[int]]) -> None:
-        """Put distributions with all weight on one token where the plugin's tokens are."""
+    def _set_one_hot(self, own: Mapping[int, Sequence[int]]) -> None:
+        """Replace the draft distributions at the plugin's tokens by one-hot distributions."""
         runner = self.runner
-        longest = max(len(tokens) for tokens in own.values())
+        max_draft_tokens = max(len(tokens) for tokens in own.values())
         probabilities = runner._draft_probs
-        missing = longest - probabilities.shape[1]
+        missing = max_draft_tokens - probabilities.shape[1]
         if missing > 0:
             shape = (probabilities.shape[0], missing, probabilities.shape[2])
             import torch
@@ -178,11 +178,11 @@ def _forget(drafter: HybridDrafter, request_id: str) -> None:
     drafter.forget(request_id)
 
 
-def _build(runner: Any, module: ModuleType) -> HybridDraftRunner | None:
-    """The sharer of this runner, if its deployment names a drafter that shares.
+def _build(runner: Any) -> HybridDraftRunner | None:
+    """The hybrid drafting of this runner, if its deployment names a drafter that brings a draft model.
 
     Raises:
-        PluginStartError: when the drafter cannot share, or the draft model cannot be skipped.
+        PluginStartError: the drafter is no HybridDrafter, or the draft model cannot be skipped.
 
     """
     deployment = deployment_env.get_deployment()
@@ -194,65 +194,50 @@ def _build(runner: Any, module: ModuleType) -> HybridDraftRunner | None:
         return None
     if runner.use_async_scheduling or not can_be_skipped(runner):
         raise PluginStartError(
-            f"plugin {plugin.name} of slot drafter shares the work with a draft model that can be left out of steps: "
+            f"plugin {plugin.name} of slot drafter works beside a draft model that can be skipped in steps: "
             "it needs synchronous scheduling (--no-async-scheduling), no data, pipeline or context parallelism, and a "
             "draft model of vLLM's method draft_model"
         )
     context = context_of(runner.vllm_config, deployment)
-    contained = build_guarded("drafter", deployment, context)
-    if contained is None:
+    guarded = build_guarded("drafter", deployment, context)
+    if guarded is None:
         return None
-    if not isinstance(contained.instance, HybridDrafter):
+    if not isinstance(guarded.instance, HybridDrafter):
         raise PluginStartError(
             f"plugin {plugin.name} of slot drafter cannot start: it brings a draft model, so that its "
-            f"{type(contained.instance).__name__} must be a vllm_instant.HybridDrafter"
+            f"{type(guarded.instance).__name__} must be a vllm_instant.HybridDrafter"
         )
-    return HybridDraftRunner(runner, contained, keeper_of(runner, module), context.vocab_size)
+    return HybridDraftRunner(runner, guarded, catch_up_of(runner), context.vocab_size)
 
 
-def _wrap(module: ModuleType) -> None:
-    runner_class = module.GPUModelRunner
-    propose = runner_class.propose_draft_token_ids
-    initialize = runner_class.initialize_kv_cache
-    update = runner_class._update_states
-
-    @functools.wraps(initialize)
-    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = initialize(self, *args, **kwargs)
-        # The draft model is loaded and its KV cache laid out, and no request is there yet.
-        setattr(self, SHARER_ATTRIBUTE, _build(self, module))
-        return result
-
-    @functools.wraps(propose)
-    def propose_draft_token_ids(self: Any, scheduler_output: Any, *arguments: Any) -> Any:
-        sharer = getattr(self, SHARER_ATTRIBUTE, None)
-        plan = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
-        if sharer is None or plan is None:
-            return propose(self, scheduler_output, *arguments)
-        return sharer.propose(propose, scheduler_output, plan, arguments)
-
-    @functools.wraps(update)
-    def _update_states(self: Any, scheduler_output: Any) -> Any:
-        # Not when drafts are due: the step that says that the last request has ended has no tokens, and drafts nothing.
-        sharer = getattr(self, SHARER_ATTRIBUTE, None)
-        if sharer is not None:
-            sharer.forget(scheduler_output.finished_req_ids)
-        return update(self, scheduler_output)
-
-    runner_class._update_states = _update_states
-    runner_class.initialize_kv_cache = initialize_kv_cache
-    runner_class.propose_draft_token_ids = propose_draft_token_ids
+def _initialize_kv_cache(initialize: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Build the plugin once the draft model is loaded and its KV cache laid out, before the first request."""
+    result = initialize(*args, **kwargs)
+    setattr(runner, HYBRID_ATTRIBUTE, _build(runner))
+    return result
 
 
-def install() -> None:
-    """Wrap the model runner when it is loaded."""
-    when_imported(MODEL_RUNNER_MODULE, _wrap)
+def _propose(propose: Any, runner: Any, scheduler_output: Any, *arguments: Any) -> Any:
+    hybrid = getattr(runner, HYBRID_ATTRIBUTE, None)
+    plan = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
+    if hybrid is None or plan is None:
+        return propose(scheduler_output, *arguments)
+    return hybrid.propose(propose, scheduler_output, plan, arguments)
+
+
+def _update_states(update: Any, runner: Any, scheduler_output: Any) -> Any:
+    """Forget finished requests here and not while drafting: an engine's last step has no tokens and drafts nothing."""
+    hybrid = getattr(runner, HYBRID_ATTRIBUTE, None)
+    if hybrid is not None:
+        # Sorted, because the order of a set differs between processes and the ranks must do the same.
+        hybrid.forget(sorted(scheduler_output.finished_req_ids))
+    return update(scheduler_output)
 
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
 
 PATCH = VllmPatch(
-    name="draft sharing",
+    name="hybrid_drafting",
     purpose="a drafter plugin beside a draft model",
     requirements=(
         HasSignature(
@@ -267,4 +252,9 @@ PATCH = VllmPatch(
     ),
     slots=("drafter",),
     optional=True,
+    wraps={
+        f"{MODEL_RUNNER}:GPUModelRunner.propose_draft_token_ids": _propose,
+        f"{MODEL_RUNNER}:GPUModelRunner.initialize_kv_cache": _initialize_kv_cache,
+        f"{MODEL_RUNNER}:GPUModelRunner._update_states": _update_states,
+    },
 )

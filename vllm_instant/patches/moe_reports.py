@@ -1,69 +1,50 @@
-"""What a worker says of an experts plugin reaches the engine core beside the step's tokens; settings go the other way.
+"""Report the numbers of an experts plugin from the workers to the engine core, and pass settings the other way.
 
-Numbers travel with the output of a step. Asking the workers for them now and then would keep them from going to sleep:
-a vLLM worker watches its queue without a pause for a second after each message, which takes a core. Settings are rare,
-and take vLLM's own way to the workers.
+Numbers travel with the output of a step (see ``patches.worker_reports`` for why). Settings are rare and use vLLM's
+``collective_rpc``.
 """
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any
 
 from vllm_instant.interfaces.experts import ExpertCount
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
-from vllm_instant.patches.import_hooks import when_imported
-from vllm_instant.patches.moe import SERVING, chosen
+from vllm_instant.patches.moe import is_chosen
+from vllm_instant.patches.names import EXPERTS_ATTRIBUTE, SCHEDULER, WORKER_BASE
 
-SCHEDULER_MODULE = "vllm.v1.core.sched.scheduler"
-WORKER_MODULE = "vllm.v1.worker.worker_base"
 REPORT = "instant_experts_report"
 """On a scheduler: the newest report of its workers."""
 METHOD = "instant_experts"
-"""The method that workers get."""
+"""The method that is added to vLLM's workers."""
 
 
 def instant_experts(self: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Hand settings to this worker's experts plugin; what it is and measured, None without one."""
-    serving = getattr(self.model_runner, SERVING, None)
+    """Pass settings to this worker's experts plugin; returns its description and numbers, None without a plugin."""
+    serving = getattr(self.model_runner, EXPERTS_ATTRIBUTE, None)
     return None if serving is None else serving.control(dict(settings))
 
 
 def count_in(model_runner_output: Any) -> ExpertCount | None:
-    """The distinct experts that a worker counted in a step, if its output says so."""
-    report = getattr(model_runner_output, SERVING, None)
+    """The number of distinct experts that a worker counted in a step; None if it did not count."""
+    report = getattr(model_runner_output, EXPERTS_ATTRIBUTE, None)
     count = report and report["count"]
     return ExpertCount(**count) if count else None
 
 
-def _wrap_scheduler(module: ModuleType) -> None:
-    update = module.Scheduler.update_from_output
-
-    @functools.wraps(update)
-    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        report = getattr(model_runner_output, SERVING, None)
-        if report is not None and "totals" in report:
-            setattr(self, REPORT, report)
-        return update(self, scheduler_output, model_runner_output)
-
-    module.Scheduler.update_from_output = update_from_output
+def _update_from_output(update: Any, scheduler: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+    report = getattr(model_runner_output, EXPERTS_ATTRIBUTE, None)
+    if report is not None and "totals" in report:
+        setattr(scheduler, REPORT, report)
+    return update(scheduler_output, model_runner_output)
 
 
-def _extend_worker(module: ModuleType) -> None:
+def _extend_worker(module: Any) -> None:
     setattr(module.WorkerBase, METHOD, instant_experts)
 
 
-def install() -> None:
-    """Change the scheduler and the worker when they are loaded, if the deployment names an experts plugin."""
-    if chosen() is None:
-        return
-    when_imported(SCHEDULER_MODULE, _wrap_scheduler)
-    when_imported(WORKER_MODULE, _extend_worker)
-
-
 PATCH = VllmPatch(
-    name="expert reports",
+    name="moe_reports",
     purpose="numbers of experts plugins for the metrics, and settings for them",
     requirements=(
         HasSignature(
@@ -80,4 +61,7 @@ PATCH = VllmPatch(
     ),
     slots=("experts",),
     optional=True,
+    wraps={f"{SCHEDULER}:Scheduler.update_from_output": _update_from_output},
+    on_import={WORKER_BASE: _extend_worker},
+    is_wanted=is_chosen,
 )

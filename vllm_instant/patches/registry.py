@@ -42,7 +42,7 @@ from vllm_instant.patches.compat import VllmPatch, forget_sources, installed_vll
 from vllm_instant.patches.cpu import generator_offset, numba_scan, sampling, single_rpc
 
 SUPPORTED = SpecifierSet(">=0.32.0,<0.34")
-"""The versions whose sources the tests check; newer ones work if their patches fit."""
+"""The versions whose sources the tests check; newer versions work if the patches fit them."""
 
 PATCHES: tuple[VllmPatch, ...] = tuple(
     module.PATCH
@@ -101,20 +101,20 @@ def installed_version() -> str:
 
 
 def in_supported_range() -> bool:
-    """Whether the installed vLLM is one that the tests check."""
+    """Whether the tests check the installed version of vLLM."""
     return SUPPORTED.contains(installed_version().split("+")[0], prereleases=True)
 
 
 def needed_by(patch: VllmPatch, deployment: Deployment | None, speculates: bool | None = None) -> tuple[str, ...]:
-    """Which choices of a deployment need a patch; nothing is needed by a slot that keeps vLLM's own behaviour.
+    """The choices of a deployment that need a patch; a slot that keeps vLLM's own behaviour needs none.
 
-    ``speculates`` says whether the server has a drafter, where that is known better than from the deployment alone.
+    ``speculates`` says whether the server has a drafter, if more is known than the deployment says.
     """
     if not patch.slots:
         return ("every deployment",)
     if deployment is None:
         return ()
-    # Without a drafter there is no budget to hand out, whatever policy is named.
+    # Without a drafter there are no draft tokens to budget, whatever policy is named.
     if speculates is None:
         speculates = "speculative_config" in engine_arguments(deployment)
     return tuple(
@@ -132,14 +132,17 @@ def check(vllm: Path, vllm_version: str, deployment: Deployment | None = None) -
     forget_sources()
 
 
-def fits_installed(patch: VllmPatch) -> bool:
-    """Whether one patch fits the installed vLLM, from memory where nothing changed."""
+def fitting_installed() -> frozenset[str]:
+    """The names of the patches that fit the installed vLLM, from the cache if nothing changed; none without a vLLM."""
     folder = installed_vllm()
-    return folder is not None and compat_cache.unsupported_reason(PATCHES, folder)[patch.name] is None
+    if folder is None:
+        return frozenset()
+    reasons = compat_cache.unsupported_reason(PATCHES, folder)
+    return frozenset(name for name, reason in reasons.items() if reason is None)
 
 
 def check_installed(deployment: Deployment, speculates: bool | None = None) -> Iterator[Report]:
-    """Check every patch against the installed vLLM, from memory where nothing changed; nothing without a vLLM."""
+    """Check every patch against the installed vLLM, from the cache if nothing changed; no reports without a vLLM."""
     folder = installed_vllm()
     if folder is not None:
         unsupported_reason = compat_cache.unsupported_reason(PATCHES, folder)

@@ -1,26 +1,24 @@
 """Rejection samplers that plugins bring, on vLLM's V1 runner; on the V2 runner, vLLM's own block verification.
 
-vLLM's ``RejectionSampler`` is replaced by a subclass that processes logits as it does and then asks the plugin which
-drafts are kept. Two kinds of requests are not left to the plugin, because what is kept of their drafts follows from
-the target alone:
+vLLM's ``RejectionSampler`` is replaced by a subclass that processes logits as vLLM does and then asks the plugin which
+drafts are accepted. Two kinds of requests are not left to the plugin, because the target alone decides about them:
 
 - **greedy** requests keep the drafts that are the target's first choice;
-- requests with a **seed** say what they would say without speculation: at each position the target's token is sampled
-  with the request's generator just as vLLM's sampler does without drafts, and a draft is kept when it is that token
-  (drafts are sampled with the same noise, see ``patches.shared_noise``).
-  The same seed gives the same answer whatever was drafted, which no rule that depends on the drafts can promise.
+- requests with a **seed** produce the tokens that they would produce without speculation: at each position the target's
+  token is sampled with the request's generator as vLLM's sampler does without drafts, and a draft is kept if it is that
+  token (drafts are sampled with the same noise, see ``patches.shared_noise``). The same seed gives the same answer
+  whatever was drafted; a rule that depends on the drafts cannot give that.
 
-Requests with **structured output** lose drafts that their grammar does not allow. Where drafts are drawn from a draft
-model's distribution, to cut what was drawn by its value and to sample a token in its place bends the answer's
-distribution. Drafts of such requests are verified as certain ones, which is right however they came about.
+Requests with **structured output** lose drafts that their grammar forbids. If a draft that was sampled from a draft
+model's distribution is discarded because of its value and replaced by another sample, the distribution of the answer
+changes. Drafts of such requests are therefore verified with one-hot draft distributions, which is exact however the
+drafts were made.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
@@ -29,15 +27,13 @@ from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.interfaces.rejection_sampler import RejectionSampler, VerificationBatch
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
-from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.names import MODEL_RUNNER, V2_REJECTION_SAMPLER
 from vllm_instant.patches.plugin_factory import PluginStartError, build_guarded, context_of
 from vllm_instant.patches.shared_noise import share_noise
 from vllm_instant.speculation.verification import PaddedDrafts, pad_drafts
 
 logger = logging.getLogger("vllm.instant")
 
-MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
-V2_SAMPLER_MODULE = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
 PADDING = -1
 SAMPLER_ATTRIBUTE = "instant_plugin"
 """On a rejection sampler: the plugin behind its breaker."""
@@ -59,11 +55,11 @@ def sampler_class(base: Any, constrain: Any) -> Any:
         instant_plugin: GuardedPlugin[RejectionSampler]
 
         def forward(self, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
-            # All greedy: vLLM's rule is the rule. Disabled: vLLM takes over, seeds included.
+            # Greedy batches follow vLLM's own rule; once the plugin is disabled vLLM verifies everything.
             if sampling_metadata.all_greedy or self.instant_plugin.disabled:
                 return super().forward(metadata, draft_probs, logits, sampling_metadata)
             wants_logprobs = sampling_metadata.max_num_logprobs is not None
-            # Indexing makes a copy, so that this may be overwritten.
+            # Indexing copies, so that the following steps may overwrite it.
             target = logits[metadata.target_logits_indices].to(torch.float32)
             raw = target.clone() if wants_logprobs and not self.is_processed_logprobs_mode else None
             target = self.apply_logits_processors(target, sampling_metadata, metadata)
@@ -75,7 +71,7 @@ def sampler_class(base: Any, constrain: Any) -> Any:
                 return super().forward(metadata, draft_probs, logits, sampling_metadata)
             num_kept, following, seeded = kept
 
-            # Whoever has a seed has used it up to here, and needs it once more if there is a token to sample.
+            # Seeded requests have drawn from their generators above; they draw once more only for a bonus token.
             bonus = self.sampler(
                 logits=logits[metadata.bonus_logits_indices],
                 sampling_metadata=replace(sampling_metadata, max_num_logprobs=-1, generators=seeded),
@@ -97,15 +93,15 @@ def sampler_class(base: Any, constrain: Any) -> Any:
             return type(bonus)(sampled_token_ids=output, logprobs_tensors=logprobs)
 
         def _verified(self, metadata: Any, draft_probs: Any, target: Any, sampling: Any) -> Any:
-            """How many drafts each request keeps, what follows where not all are, and the generators still needed.
+            """How many drafts each request keeps, the token after them, and the generators still needed.
 
-            None when the plugin failed; then nothing else has happened yet.
+            None when the plugin failed; then no generator has been used yet.
             """
             drafts = metadata.draft_token_ids.to(torch.int64)
             counts = metadata.num_draft_tokens
             generators = sampling.generators
             plain = sampling.all_random and not generators
-            # The plugin may overwrite what it gets, which others still need here.
+            # The plugin may overwrite its logits, which greedy and seeded requests still need below.
             step = VerificationBatch(drafts, counts, target if plain else target.clone(), draft_probs)
             answer = self.instant_plugin.call("verify", lambda plugin: checked(plugin.verify(step), step), None)
             if answer is None or plain:
@@ -129,7 +125,7 @@ def sampler_class(base: Any, constrain: Any) -> Any:
             return num_kept, following, needed
 
         def _with_seed(self, drafts: list[int], target: Any, generator: Any) -> tuple[int, int]:
-            """How many drafts are what the generator makes the target say, and what it says instead of the next one."""
+            """How many drafts equal the tokens sampled with the generator, and the sampled token after them."""
             for position, draft in enumerate(drafts):
                 row = target[position : position + 1].clone()
                 token = int(self.sampler.topk_topp_sampler(row, {0: generator}, None, None)[0])
@@ -141,12 +137,12 @@ def sampler_class(base: Any, constrain: Any) -> Any:
 
 
 def checked(answer: Any, step: VerificationBatch) -> tuple[Any, Any]:
-    """A plugin's verdict with everything checked that could harm the engine further down.
+    """A plugin's verdict, after a check of everything that could harm the engine.
 
-    Values are only looked at on a CPU: elsewhere that would wait for the device in every step.
+    Values are checked on a CPU only: on other devices that would synchronise with the device in every step.
 
     Raises:
-        ContractError: when shapes, types or values are not those of the contract.
+        ContractError: when shapes, types or values differ from the interface's.
 
     """
     import torch
@@ -167,7 +163,7 @@ def checked(answer: Any, step: VerificationBatch) -> tuple[Any, Any]:
 
 
 def greedy(rows: PaddedDrafts, target_logits: Any) -> tuple[Any, Any]:
-    """Drafts that are the target's first choice are kept: how many, and the first choice behind them; int64 each."""
+    """Drafts that are the target's first choice are kept: how many, and the first choice after them; int64 each."""
     first_choice = target_logits.argmax(-1)[rows.index]
     num_kept = ((first_choice == rows.token_ids) & rows.is_real).cumprod(1).sum(1)
     position = num_kept.clamp(max=rows.index.shape[1] - 1)
@@ -175,21 +171,21 @@ def greedy(rows: PaddedDrafts, target_logits: Any) -> tuple[Any, Any]:
 
 
 def assembled(rows: PaddedDrafts, num_kept: Any, following: Any, bonus_token_ids: Any) -> Any:
-    """Kept drafts and the token behind them, int32 ``[batch, longest + 1]``, padded with -1.
+    """Kept drafts and the token after them, int32 ``[batch, max_drafts + 1]``, padded with -1.
 
     Args:
         rows: the drafts.
         num_kept: int64 ``[batch]``.
-        following: int64 ``[batch]``, what takes the place of the first draft refused.
-        bonus_token_ids: integers ``[batch, 1]``, what follows where every draft is kept.
+        following: int64 ``[batch]``, the token in the place of the first rejected draft.
+        bonus_token_ids: integers ``[batch, 1]``, the token after the drafts where all are kept.
 
     """
     import torch
 
-    batch, longest = rows.index.shape
-    output = torch.full((batch, longest + 1), PADDING, dtype=torch.int32, device=num_kept.device)
-    position = torch.arange(longest, device=num_kept.device)
-    output[:, :longest] = torch.where(position < num_kept[:, None], rows.token_ids, PADDING)
+    batch, max_drafts = rows.index.shape
+    output = torch.full((batch, max_drafts + 1), PADDING, dtype=torch.int32, device=num_kept.device)
+    position = torch.arange(max_drafts, device=num_kept.device)
+    output[:, :max_drafts] = torch.where(position < num_kept[:, None], rows.token_ids, PADDING)
     last = torch.where(num_kept == rows.number, bonus_token_ids[:, 0].to(torch.int64), following)
     output.scatter_(1, num_kept[:, None], last[:, None].to(torch.int32))
     return output
@@ -203,15 +199,15 @@ def certain_rows(draft_probs: Any, rows: Any, token_ids: Any) -> Any:
     return draft_probs
 
 
-def _put_into(runner: Any, module: ModuleType) -> None:
-    """Replace a model runner's sampler, where it has one and the deployment a plugin for it."""
+def _install_sampler(runner: Any) -> None:
+    """Let a model runner's rejection sampler ask the deployment's plugin, if there are both."""
     original = getattr(runner, "rejection_sampler", None)
     deployment = deployment_env.get_deployment()
     if original is None or deployment is None:
         return
     method = runner.speculative_config.rejection_sample_method
     if method != "standard":
-        _refuse_if_named(deployment, f"speculative_config says rejection_sample_method = {method!r}")
+        _refuse_if_lossy(deployment, f"speculative_config says rejection_sample_method = {method!r}")
         return
     plugin = build_guarded("rejection_sampler", deployment, context_of(runner.vllm_config, deployment))
     if plugin is not None:
@@ -223,69 +219,49 @@ def _put_into(runner: Any, module: ModuleType) -> None:
         share_noise(runner)
 
 
-def _refuse_if_named(deployment: Deployment, why: str) -> None:
+def _refuse_if_lossy(deployment: Deployment, reason: str) -> None:
     choice = deployment.slots["rejection_sampler"]
     if installed_plugin(deployment, "rejection_sampler").plugin.lossy:
-        raise PluginStartError(f"plugin {choice.plugin} of slot rejection_sampler cannot serve: {why}")
-    logger.info("vLLM's own rejection sampler serves: %s", why)
+        raise PluginStartError(f"plugin {choice.plugin} of slot rejection_sampler cannot serve: {reason}")
+    logger.info("vLLM's own rejection sampler serves: %s", reason)
 
 
-def _wrap(module: ModuleType) -> None:
-    runner_class = module.GPUModelRunner
-    initialize = runner_class.__init__
-    probabilities = runner_class._get_spec_decode_draft_probs
-
-    @functools.wraps(initialize)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  the name is vLLM's
-        initialize(self, *args, **kwargs)
-        _put_into(self, module)
-
-    @functools.wraps(probabilities)
-    def _get_spec_decode_draft_probs(self: Any, spec_decode_metadata: Any) -> Any:
-        draft_probs = probabilities(self, spec_decode_metadata)
-        if draft_probs is None:
-            return None
-        rows: list[int] = []
-        start = 0
-        for request_id, count in zip(self.input_batch.req_ids, spec_decode_metadata.num_draft_tokens, strict=False):
-            sampling = self.requests[request_id].sampling_params
-            if sampling is not None and sampling.structured_outputs is not None:
-                rows.extend(range(start, start + count))
-            start += count
-        if not rows:
-            return draft_probs
-        return certain_rows(draft_probs, rows, spec_decode_metadata.draft_token_ids[rows].clamp(min=0).long())
-
-    runner_class.__init__ = __init__
-    runner_class._get_spec_decode_draft_probs = _get_spec_decode_draft_probs
+def _init_runner(initialize: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
+    initialize(*args, **kwargs)
+    _install_sampler(runner)
 
 
-def _wrap_v2(module: ModuleType) -> None:
+def _get_spec_decode_draft_probs(get: Any, runner: Any, spec_decode_metadata: Any) -> Any:
+    """Verify drafts of requests with structured output as certain ones (see above)."""
+    draft_probs = get(spec_decode_metadata)
+    if draft_probs is None:
+        return None
+    rows: list[int] = []
+    start = 0
+    for request_id, count in zip(runner.input_batch.req_ids, spec_decode_metadata.num_draft_tokens, strict=False):
+        sampling = runner.requests[request_id].sampling_params
+        if sampling is not None and sampling.structured_outputs is not None:
+            rows.extend(range(start, start + count))
+        start += count
+    if not rows:
+        return draft_probs
+    return certain_rows(draft_probs, rows, spec_decode_metadata.draft_token_ids[rows].clamp(min=0).long())
+
+
+def _init_v2_sampler(initialize: Any, instance: Any, sampler: Any, spec_config: Any, *args: Any, **kwargs: Any) -> None:
     """The V2 runner verifies on the device with kernels of its own, block verification among them."""
-    initialize = module.RejectionSampler.__init__
-
-    @functools.wraps(initialize)
-    def __init__(self: Any, sampler: Any, spec_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        initialize(self, sampler, spec_config, *args, **kwargs)
-        deployment = deployment_env.get_deployment()
-        if deployment is None:
-            return
-        chosen = deployment.slots["rejection_sampler"].plugin
-        if chosen == "block" and spec_config.rejection_sample_method == "standard":
-            self.use_block_verification = True
-        elif chosen not in ("block", "token", "native"):
-            raise PluginStartError(
-                f"plugin {chosen} of slot rejection_sampler needs vLLM's V1 model runner: "
-                "set VLLM_USE_V2_MODEL_RUNNER=0, or choose block or token"
-            )
-
-    module.RejectionSampler.__init__ = __init__
-
-
-def install() -> None:
-    """Change the model runners when they are loaded."""
-    when_imported(MODEL_RUNNER_MODULE, _wrap)
-    when_imported(V2_SAMPLER_MODULE, _wrap_v2)
+    initialize(sampler, spec_config, *args, **kwargs)
+    deployment = deployment_env.get_deployment()
+    if deployment is None:
+        return
+    chosen = deployment.slots["rejection_sampler"].plugin
+    if chosen == "block" and spec_config.rejection_sample_method == "standard":
+        instance.use_block_verification = True
+    elif chosen not in ("block", "token", "native"):
+        raise PluginStartError(
+            f"plugin {chosen} of slot rejection_sampler needs vLLM's V1 model runner: "
+            "set VLLM_USE_V2_MODEL_RUNNER=0, or choose block or token"
+        )
 
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
@@ -293,7 +269,7 @@ _SAMPLER = "v1/sample/rejection_sampler.py"
 _V2_SAMPLER = "v1/worker/gpu/spec_decode/rejection_sampler.py"
 
 PATCH = VllmPatch(
-    name="rejection sampler",
+    name="rejection_sampler",
     purpose="rejection samplers that plugins bring; seeds that hold whatever is drafted",
     requirements=(
         References(_RUNNER, "GPUModelRunner.__init__", ("rejection_sampler", "speculative_config", "sampler")),
@@ -341,4 +317,9 @@ PATCH = VllmPatch(
         References(_V2_SAMPLER, "RejectionSampler.__init__", ("use_block_verification", "rejection_sample_method")),
     ),
     slots=("rejection_sampler",),
+    wraps={
+        f"{MODEL_RUNNER}:GPUModelRunner.__init__": _init_runner,
+        f"{MODEL_RUNNER}:GPUModelRunner._get_spec_decode_draft_probs": _get_spec_decode_draft_probs,
+        f"{V2_REJECTION_SAMPLER}:RejectionSampler.__init__": _init_v2_sampler,
+    },
 )

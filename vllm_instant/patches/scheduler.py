@@ -1,12 +1,12 @@
-"""The scheduler: hands out the speculation budget, request by request and step by step.
+"""The scheduler: sets the number of draft tokens of each request in each step.
 
-vLLM's scheduler is subclassed, not patched; ``create_scheduler`` is what ``--scheduler-cls`` names. Which of vLLM's
-two schedulers is the base depends on ``async_scheduling``, which the platform settles late: taking the wrong one would
-cost the overlap of scheduling and execution (vLLM issue 43724), hence a factory.
+vLLM's scheduler is subclassed, not patched; ``--scheduler-cls`` names ``create_scheduler``. The base class depends on
+``async_scheduling``, which the platform decides late, hence a factory: the wrong one of vLLM's two schedulers would
+lose the overlap of scheduling and execution (vLLM issue 43724).
 
-Synchronous scheduling: the drafts of a step arrive at its end (``update_draft_token_ids``) and are cut to the lengths
-that were planned when the step was scheduled, so that the verified batch really shrinks. Asynchronous scheduling: the
-drafts stay on the device, and the next step carries placeholders; their number is the request's draft length.
+Synchronous scheduling: the drafts of a step arrive at its end (``update_draft_token_ids``) and are cut to the numbers
+that were planned when the step was scheduled, so that the verified batch becomes smaller. Asynchronous scheduling: the
+drafts stay on the device, and the next step carries placeholders, one per planned draft token.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vllm_instant.interfaces.speculation import StepOutcome
 from vllm_instant.patches.admission import BatchingMixin
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.moe_reports import count_in
+from vllm_instant.patches.names import PLACEHOLDER, PLAN_ATTRIBUTE, REPORT_ATTRIBUTE
 from vllm_instant.patches.pinned_prefixes import PinningMixin
 from vllm_instant.patches.plugin_factory import build_guarded, context_of
 from vllm_instant.speculation.draft_budget import DraftBudgetManager
@@ -32,18 +33,11 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
     from vllm.v1.request import Request
 
-QUALIFIED_NAME = "vllm_instant.patches.scheduler.create_scheduler"
-PLAN_ATTRIBUTE = "instant_draft_plan"
-"""On a SchedulerOutput: its ``DraftPlan``; travels to the workers with it."""
-REPORT_ATTRIBUTE = "instant_draft_report"
-"""On DraftTokenIds: the workers' ``DraftReport``, where they may do less than was planned."""
-PADDING = -1
-
 
 class InstantMixin(BatchingMixin, PinningMixin):
-    """Serves ``speculation`` beside ``batching``, and holds prefixes; put before vLLM's scheduler in the bases."""
+    """Serves ``speculation``, ``batching`` and pinned prefixes; precedes vLLM's scheduler in the bases."""
 
-    # What the mixin uses of its vLLM base class, beside what BatchingMixin does.
+    # Attributes of the vLLM base class, beside those that BatchingMixin uses.
     num_spec_tokens: int
     spec_decode_metrics_level: str
 
@@ -53,7 +47,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
         super().__init__(*args, **kwargs)
         self.instant_budget: DraftBudgetManager | None = None
         self.instant_nothing_to_draft = False
-        """Nobody gets drafts after this step, so that there are none to fetch (read by ``patches.engine_core``)."""
+        """No request gets drafts after this step, so that there are none to fetch (read by ``patches.engine_core``)."""
         self._latest_output: float | None = None
         self._instant_plan = DraftPlan()
         self._instant_drafter_failures: Sequence[Mapping[str, Any]] = ()
@@ -62,7 +56,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
             policy = build_guarded("speculation", deployment, context_of(self.vllm_config, deployment))
             if policy is not None:
                 self.instant_budget = DraftBudgetManager(policy, self.num_spec_tokens, requests=self.instant_requests)
-                # Each response says what was drafted and accepted for it, unless the user wants it in more detail.
+                # Each response reports its drafted and accepted tokens, unless the user asked for more detail.
                 if self.spec_decode_metrics_level == "none":
                     self.spec_decode_metrics_level = "summary"
 
@@ -73,7 +67,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Note when the step began: scheduling is a part of its time."""
+        """Note when the step began, because scheduling is a part of its time."""
         if self.instant_budget is not None:
             self.instant_budget.step_begins()
         return super().schedule(*args, **kwargs)
@@ -84,13 +78,13 @@ class InstantMixin(BatchingMixin, PinningMixin):
         if budget is None:
             super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
             return
-        # These loops run once a request and step; they avoid everything that can be avoided.
+        # This loop runs for each request in each step: no calls or lookups that it can do without.
         drafting: list[RequestState] = []
         requests = self.requests
         state_of = budget.states.get
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             request = requests[request_id]
-            # A request that is still reading its prompt after this step samples nothing, so nothing follows it.
+            # A request that is still reading its prompt after this step samples no token and needs no drafts.
             if request.num_computed_tokens + scheduled < request.num_tokens + request.num_output_placeholders:
                 continue
             state = state_of(request_id)
@@ -101,7 +95,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
             oldest = self.waiting.peek_request() if self.instant_queue is None else self.instant_queue.oldest()
             max_wait = max(0.0, time.time() - oldest.arrival_time)
         plan = budget.plan_drafts(drafting, len(self.waiting), max_wait)
-        # The drafter makes one length for the whole batch; the longest wish decides.
+        # The drafter makes one number for the whole batch: the maximum.
         scheduler_output.num_spec_tokens_to_schedule = max(plan.num_draft_tokens.values(), default=0)
         setattr(scheduler_output, PLAN_ATTRIBUTE, plan)
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
@@ -115,7 +109,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
         budget.step_scheduled(id(scheduler_output))
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
-        """Called right after a step was handed to the workers: the time to think, until they answer."""
+        """Let the policies work while the workers execute the step: vLLM calls this right after handing it over."""
         bitmask = super().get_grammar_bitmask(scheduler_output)  # type: ignore[misc]
         if self.instant_budget is not None:
             self.instant_budget.on_model_executing()
@@ -129,16 +123,16 @@ class InstantMixin(BatchingMixin, PinningMixin):
             if report is not None:
                 self.instant_budget.on_draft_report(report)
                 self._instant_drafter_failures = report.failures
-            most = self.num_spec_tokens
-            wanted = self._instant_plan.num_draft_tokens.get
+            maximum = self.num_spec_tokens
+            planned = self._instant_plan.num_draft_tokens.get
             draft_token_ids.draft_token_ids = [
-                row[: wanted(request_id, most)]
+                row[: planned(request_id, maximum)]
                 for request_id, row in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=False)
             ]
         super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
-        """Learn what was accepted before the base class ends requests."""
+        """Observe the accepted drafts before the base class ends requests."""
         budget, batching = self.instant_budget, self.instant_batching
         if budget is not None or (batching is not None and batching.observes):
             self._observe(scheduler_output, model_runner_output)
@@ -172,8 +166,8 @@ class InstantMixin(BatchingMixin, PinningMixin):
             drafts = drafts_of.get(request_id)
             count = 0
             if drafts and request_id not in starting:
-                # Placeholders are real drafts under asynchronous scheduling and mere padding otherwise.
-                count = len(drafts) if asynchronous else len(drafts) - drafts.count(PADDING)
+                # Placeholders stand for real drafts under asynchronous scheduling and are padding otherwise.
+                count = len(drafts) if asynchronous else len(drafts) - drafts.count(PLACEHOLDER)
                 if invalid:
                     count -= invalid.get(request_id, 0)
             states.append(state)
@@ -193,7 +187,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
         if self.instant_batching is not None and self.instant_batching.observes:
             now = time.perf_counter()
             if self._latest_output is not None:
-                # The time between two outputs of a busy engine, which sums to wall-clock time.
+                # The time between two outputs of a busy engine; the sum is wall-clock time.
                 self.instant_batching.observe(
                     StepOutcome(
                         states,
@@ -212,18 +206,18 @@ class InstantMixin(BatchingMixin, PinningMixin):
         return super()._free_request(request, *args, **kwargs)
 
     def instant_close(self) -> None:
-        """Let the policies keep what they learned (called by ``patches.engine_core``)."""
+        """Let the policies save their state (called by ``patches.engine_core``)."""
         for policy in (self.instant_budget, self.instant_batching):
             if policy is not None:
                 policy.close()
 
     def instant_decisions(self, last: int, request_id: str | None = None, queue: bool = False) -> list[dict[str, Any]]:
-        """Why the newest draft lengths were chosen, or with ``queue`` why requests started when they did."""
+        """The newest decisions: about draft budgets, or with ``queue`` about the start of requests."""
         decider = self.instant_batching if queue else self.instant_budget
         return decider.decisions(last, request_id) if decider is not None else []
 
     def instant_totals(self) -> dict[str, Any]:
-        """What the metrics show of this scheduler."""
+        """The numbers of this scheduler for the metrics."""
         budget, batching = self.instant_budget, self.instant_batching
         served = [part.policy for part in (budget, batching) if part is not None]
         return {

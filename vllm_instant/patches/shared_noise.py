@@ -1,8 +1,8 @@
-"""Drafts of requests with a seed are sampled with the noise that the target will use at the same position.
+"""Sample the drafts of seeded requests with the noise that the target will use at the same position.
 
-A seeded request keeps a draft only if it equals the token that the request's own generator makes the target sample
-(``patches.rejection_sampler``). vLLM samples drafts with noise of its own, so that draft ``q`` and target ``p`` agree
-by luck, with probability ``sum(p * q)``. When both take the argmax of their own distribution over the *same* noise they
+A seeded request keeps a draft only if it equals the token that the request's generator samples from the target
+(``patches.rejection_sampler``). vLLM samples drafts with independent noise, so that draft ``q`` and target ``p`` agree
+with probability ``sum(p * q)``. When both take the argmax of their own distribution over the *same* noise they
 agree with probability at least ``(1 - TV) / (1 + TV)``, where ``TV`` is the total-variation distance of ``p`` and ``q``
 (Daliri, Musco and Suresh 2024, "Coupling without Communication and Drafter-Invariant Speculative Decoding",
 arXiv 2408.07978). The answer does not change: it follows from the target and the seed alone.
@@ -11,21 +11,18 @@ The noise of draft ``i`` is the ``i``-th draw of a copy of the request's generat
 advance. vLLM's own sampler turns draws into tokens for drafts as for the target, so that both agree on every device,
 and the request's top-k and top-p filter the draft's distribution as they filter the target's.
 
-Requests without a seed are not touched: rejection sampling keeps more of their drafts. Nor is anything changed while
-vLLM's own rejection sampler verifies, since it spends the generator on acceptance, and a draft that depends on the same
-numbers would bend the distribution of answers.
+Requests without a seed are unchanged: rejection sampling accepts more of their drafts. The same holds while vLLM's own
+rejection sampler verifies, because it draws acceptance from the generator, and drafts that depend on the same numbers
+would change the distribution of answers.
 """
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any
 
 from vllm_instant.patches.compat import HasSignature, HasStatements, References, VllmPatch
-from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.names import PROPOSER
 
-PROPOSER_MODULE = "vllm.v1.spec_decode.llm_base_proposer"
 NOISE_ATTRIBUTE = "instant_shared_noise"
 """On a proposer: its ``SharedNoise``."""
 
@@ -34,7 +31,7 @@ class SharedNoise:
     """Samples the drafts of seeded requests; one per proposer.
 
     Args:
-        rejection_sampler: ours, which says what it verifies with; its ``sampler`` is the target's.
+        rejection_sampler: this package's; its ``sampler`` samples the target's tokens.
 
     """
 
@@ -44,7 +41,7 @@ class SharedNoise:
         """By batch index: the copy of a generator, advanced by one draw per draft position of this step."""
 
     def begin_step(self) -> None:
-        """New drafts follow; copies of the last step are out of date."""
+        """Discard the copies of the previous step."""
         self._copies.clear()
 
     def sample(self, token_ids: Any, logits: Any, sampling_metadata: Any) -> Any:
@@ -98,44 +95,31 @@ class SharedNoise:
 
 
 def share_noise(runner: Any) -> None:
-    """Let a model runner's proposer share noise with its rejection sampler, which must be ours."""
+    """Let a model runner's proposer share noise with its rejection sampler, which must be this package's."""
     proposer = getattr(runner, "drafter", None)
     if hasattr(proposer, "_sample_from_logits"):
         setattr(proposer, NOISE_ATTRIBUTE, SharedNoise(runner.rejection_sampler))
 
 
-def _wrap(module: ModuleType) -> None:
-    proposer_class = module.SpecDecodeBaseProposer
-    propose, sample = proposer_class.propose, proposer_class._sample_from_logits
-
-    @functools.wraps(propose)
-    def propose_with_shared_noise(self: Any, *args: Any, **kwargs: Any) -> Any:
-        noise = getattr(self, NOISE_ATTRIBUTE, None)
-        if noise is not None:
-            noise.begin_step()
-        return propose(self, *args, **kwargs)
-
-    @functools.wraps(sample)
-    def _sample_from_logits(self: Any, logits: Any, sampling_metadata: Any) -> Any:
-        token_ids, draft_probs = sample(self, logits, sampling_metadata)
-        noise = getattr(self, NOISE_ATTRIBUTE, None)
-        if noise is not None and draft_probs is not None and sampling_metadata.generators:
-            token_ids = noise.sample(token_ids, logits, sampling_metadata)
-        return token_ids, draft_probs
-
-    proposer_class.propose = propose_with_shared_noise
-    proposer_class._sample_from_logits = _sample_from_logits
+def _propose(propose: Any, proposer: Any, *args: Any, **kwargs: Any) -> Any:
+    noise = getattr(proposer, NOISE_ATTRIBUTE, None)
+    if noise is not None:
+        noise.begin_step()
+    return propose(*args, **kwargs)
 
 
-def install() -> None:
-    """Change the proposers' common base class when it is loaded."""
-    when_imported(PROPOSER_MODULE, _wrap)
+def _sample_from_logits(sample: Any, proposer: Any, logits: Any, sampling_metadata: Any) -> Any:
+    token_ids, draft_probs = sample(logits, sampling_metadata)
+    noise = getattr(proposer, NOISE_ATTRIBUTE, None)
+    if noise is not None and draft_probs is not None and sampling_metadata.generators:
+        token_ids = noise.sample(token_ids, logits, sampling_metadata)
+    return token_ids, draft_probs
 
 
 _PROPOSER = "v1/spec_decode/llm_base_proposer.py"
 
 PATCH = VllmPatch(
-    name="shared noise",
+    name="shared_noise",
     purpose="drafts of requests with a seed are sampled with the target's noise",
     requirements=(
         HasSignature(_PROPOSER, "SpecDecodeBaseProposer.propose", ("self", "num_speculative_tokens")),
@@ -149,4 +133,8 @@ PATCH = VllmPatch(
     ),
     slots=("rejection_sampler",),
     optional=True,
+    wraps={
+        f"{PROPOSER}:SpecDecodeBaseProposer.propose": _propose,
+        f"{PROPOSER}:SpecDecodeBaseProposer._sample_from_logits": _sample_from_logits,
+    },
 )

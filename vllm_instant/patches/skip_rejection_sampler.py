@@ -1,47 +1,32 @@
-"""Steps without drafts sample like a server without speculation (V1 runner, synchronous scheduling).
+"""Sample steps without drafts as a server without speculation does (V1 runner, synchronous scheduling).
 
-As soon as a server has a speculative method, vLLM's model runner sends every step through its rejection sampler, also
-one in which nobody drafted anything: the ordinary sampler runs inside it, with index bookkeeping, copies and a
-verification of nothing around it. A policy that stops drafting because it does not pay must not keep paying for that.
+Once a server has a speculative method, vLLM's model runner sends every step through its rejection sampler, including
+steps without drafts: the ordinary sampler runs inside it, surrounded by index bookkeeping, copies and an empty
+verification. A policy that stops drafting because drafts do not pay off should not keep this overhead.
 """
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any
 
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
-from vllm_instant.patches.import_hooks import when_imported
-
-MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
+from vllm_instant.patches.names import MODEL_RUNNER
 
 
-def _wrap(module: ModuleType) -> None:
-    original = module.GPUModelRunner._sample
-
-    @functools.wraps(original)
-    def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        # Under asynchronous scheduling what follows expects the rejection sampler's padded width.
-        plain = (
-            spec_decode_metadata is not None
-            and not self.use_async_scheduling
-            and not any(spec_decode_metadata.num_draft_tokens)
-        )
-        return original(self, logits, None if plain else spec_decode_metadata)
-
-    module.GPUModelRunner._sample = _sample
-
-
-def install() -> None:
-    """Wrap the model runner when it is loaded."""
-    when_imported(MODEL_RUNNER_MODULE, _wrap)
+def _sample(sample: Any, runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+    has_no_drafts = (
+        spec_decode_metadata is not None
+        # Under asynchronous scheduling the code after it expects the rejection sampler's padded width.
+        and not runner.use_async_scheduling
+        and not any(spec_decode_metadata.num_draft_tokens)
+    )
+    return sample(logits, None if has_no_drafts else spec_decode_metadata)
 
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
 
 PATCH = VllmPatch(
-    name="plain sampling",
+    name="skip_rejection_sampler",
     purpose="steps without drafts are sampled without the rejection sampler",
     requirements=(
         HasSignature(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata"), exact=True),
@@ -51,4 +36,5 @@ PATCH = VllmPatch(
     ),
     slots=("speculation",),
     optional=True,
+    wraps={f"{MODEL_RUNNER}:GPUModelRunner._sample": _sample},
 )

@@ -1,52 +1,51 @@
-"""Prompts that are still arriving: vLLM's chat endpoint and engine as ``vllm_instant.streaming`` needs them.
+"""Adapt vLLM's chat endpoint and engine to ``vllm_instant.streaming``, which reads prompts while they arrive.
 
-Prompts are rendered, and answers made, by the object behind ``/v1/chat/completions``, so that a committed prompt is
-answered as if it had been sent there. Reading ahead is a request for one token with the beginning of that prompt: what
-it leaves behind is the prefix cache. vLLM's request metrics must not count such requests, nor answers that nobody has
-asked for yet: their bookkeeping goes on, into numbers that are thrown away.
+Prompts are rendered and answered by the object behind ``/v1/chat/completions``, so that a committed prompt is answered
+as if it had been sent there. A prefill is a request for one token with the beginning of that prompt; it fills the
+prefix cache. vLLM's request metrics must count neither prefills nor answers that were begun before their commit: their
+bookkeeping continues with statistics that are discarded.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
-from fastapi import FastAPI
-
+from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.interfaces.streaming import EngineLoad, PinLimits, StreamingPrefill
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.engine_core import HOLD_METHOD, LET_GO_METHOD
-from vllm_instant.patches.import_hooks import when_imported
+from vllm_instant.patches.names import OUTPUT_PROCESSOR
 from vllm_instant.patches.pinned_prefixes import HOLD
 from vllm_instant.patches.plugin_factory import PluginStartError, build_guarded, context_of
 from vllm_instant.streaming.engine import ChatRequest, CommitFlag, Prompt, RequestError
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 logger = logging.getLogger("vllm.instant")
 
-MODULE = "vllm.v1.engine.output_processor"
 PREFILL_PREFIX = "instant-prefill-"
 _EARLY_PREFIX = "instant-early-"
 _EARLY: dict[str, CommitFlag] = {}
 """Answers that were begun before their commit, by request id."""
 LOWEST_PRIORITY = 1_000_000
-"""vLLM serves low numbers first, where it is told to heed priorities."""
+"""vLLM serves low numbers first, if its scheduling policy is ``priority``."""
 _AUTHENTICATION = "AuthenticationMiddleware"
 
 
 def is_served(deployment: Deployment | None) -> bool:
-    """Whether a deployment reads prompts ahead.
+    """Whether a deployment prefills arriving prompts.
 
-    Asked in every process, so from the name alone: loading the plugins would load Numba, and a worker of vLLM's CPU
-    build that starts with it fails (its search for kernels stumbles over llvmlite's wrapper of its library).
+    Decided from the plugin's name alone, because every process asks: loading the plugins would load Numba, with which
+    a worker of vLLM's CPU build does not start (see ``patches.cpu.numba_scan``).
     """
     return deployment is not None and deployment.slots["streaming"].plugin != SLOTS["streaming"].default
 
@@ -84,7 +83,7 @@ class VllmStreamingEngine:
     async def render(self, request: ChatRequest) -> Prompt:
         from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
-        # Options of streams are refused where nothing is streamed; the answer will be.
+        # Options of streams are refused in requests without a stream; the answer will be streamed.
         chat_request = self._chat_request({**request, "stream": True})
         try:
             rendered = await self._chat.render_chat_request(chat_request)
@@ -104,7 +103,7 @@ class VllmStreamingEngine:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         cache_salt, lora = prompt.handle
-        # The one token is nobody's; with speculation nothing shall be drafted behind it.
+        # The one token is discarded, so that no drafts should follow it.
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -135,7 +134,7 @@ class VllmStreamingEngine:
     ) -> AsyncIterator[dict[str, Any]]:
         from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
-        # Known only as long as it matters: the chat endpoint puts its own word before the id.
+        # The chat endpoint prefixes the id with "chatcmpl-".
         name = f"{_EARLY_PREFIX if commit is not None else 'instant-'}{uuid4().hex}"
         extra = {**(request.get("vllm_xargs") or {}), **_held(session)}
         own = {"stream": True, "request_id": name} | ({"vllm_xargs": extra} if extra else {})
@@ -187,7 +186,7 @@ class VllmStreamingEngine:
         return affinity % self._ranks if self._ranks > 1 else None
 
     def _raw_request(self, affinity: int) -> Any:
-        """What carries the rank to the chat endpoint, where there are several."""
+        """A request whose header carries the data-parallel rank to the chat endpoint; None with one rank."""
         rank = self._rank(affinity)
         if rank is None:
             return None
@@ -202,7 +201,7 @@ def _held(session: str | None) -> dict[str, str]:
 
 
 def attach(app: FastAPI) -> Any:
-    """Add the routes to an API server; what ``start`` needs is returned."""
+    """Add the routes to an API server; returns the object that ``start`` needs."""
     from vllm_instant.streaming.routes import Streaming
     from vllm_instant.streaming.tokens import SessionTokens
 
@@ -214,7 +213,7 @@ def attach(app: FastAPI) -> Any:
 def start(
     streaming: Any, app: FastAPI, engine_client: Any, state: Any, deployment: Deployment
 ) -> GuardedPlugin[StreamingPrefill] | None:
-    """Begin to serve; returns the plugin. Raises PluginStartError where that cannot be."""
+    """Start to serve; returns the plugin. Raises PluginStartError if the server cannot."""
     from vllm_instant.streaming.metrics import StreamingMetrics
     from vllm_instant.streaming.session_manager import SessionManager
 
@@ -233,11 +232,11 @@ def start(
             f"plugin {plugin.plugin} of slot streaming cannot start: this model has no /v1/chat/completions"
         )
     streaming.start(SessionManager(VllmStreamingEngine(engine_client, chat), plugin, StreamingMetrics()))
-    _let_tokens_in(app, streaming)
+    _accept_session_tokens(app, streaming)
     return plugin
 
 
-def _let_tokens_in(app: FastAPI, streaming: Any) -> None:
+def _accept_session_tokens(app: FastAPI, streaming: Any) -> None:
     """Put the session tokens before the API-key check, if there is one."""
     from vllm_instant.streaming.routes import DEMO_PATH
     from vllm_instant.streaming.tokens import AuthMiddleware
@@ -246,47 +245,34 @@ def _let_tokens_in(app: FastAPI, streaming: Any) -> None:
         if getattr(middleware.cls, "__name__", "") == _AUTHENTICATION:
             (key, *_) = cast(list[str], middleware.kwargs["tokens"])
             public = (DEMO_PATH,) if streaming.manager.limits.demo_page else ()
-            # Before everything: vLLM has put its middleware together by now.
+            # Outermost: vLLM has built its middleware stack by now.
             stack = app.middleware_stack or app.build_middleware_stack()
             app.middleware_stack = AuthMiddleware(stack, tokens=streaming.tokens, key=key, public=public)
             return
 
 
 def _is_counted(request_id: str) -> bool:
-    """Whether somebody has asked for what a request does."""
+    """Whether a request belongs to a client's committed prompt, so that metrics count it."""
     if request_id.startswith(PREFILL_PREFIX):
         return False
     early = _EARLY.get(request_id)
     return early is None or early.committed
 
 
-def _change(module: ModuleType) -> None:
-    processor = module.OutputProcessor
-    from_output, from_finished = processor._update_stats_from_output, processor._update_stats_from_finished
-
-    @functools.wraps(from_output)
-    def update_from_output(
-        self: Any, req_state: Any, engine_core_output: Any, timestamp: Any, stats: Any, *more: Any, **named: Any
-    ) -> None:
-        if stats is not None and not _is_counted(req_state.external_req_id):
-            stats = type(stats)()
-        from_output(self, req_state, engine_core_output, timestamp, stats, *more, **named)
-
-    @functools.wraps(from_finished)
-    def update_from_finished(
-        self: Any, req_state: Any, finish_reason: Any, stats: Any, *more: Any, **named: Any
-    ) -> None:
-        if stats is not None and not _is_counted(req_state.external_req_id):
-            stats = type(stats)()
-        from_finished(self, req_state, finish_reason, stats, *more, **named)
-
-    processor._update_stats_from_output = update_from_output
-    processor._update_stats_from_finished = update_from_finished
+def _update_stats_from_output(
+    update: Any, processor: Any, req_state: Any, output: Any, timestamp: Any, stats: Any, *args: Any, **kwargs: Any
+) -> None:
+    if stats is not None and not _is_counted(req_state.external_req_id):
+        stats = type(stats)()
+    update(req_state, output, timestamp, stats, *args, **kwargs)
 
 
-def install() -> None:
-    """Keep what nobody asked for out of vLLM's request metrics, in every process that has any."""
-    when_imported(MODULE, _change)
+def _update_stats_from_finished(
+    update: Any, processor: Any, req_state: Any, finish_reason: Any, stats: Any, *args: Any, **kwargs: Any
+) -> None:
+    if stats is not None and not _is_counted(req_state.external_req_id):
+        stats = type(stats)()
+    update(req_state, finish_reason, stats, *args, **kwargs)
 
 
 _CHAT = "entrypoints/openai/chat_completion/serving.py"
@@ -332,4 +318,9 @@ PATCH = VllmPatch(
         HasAttribute("exceptions.py", "GracefulHTTPError"),
     ),
     slots=("streaming",),
+    wraps={
+        f"{OUTPUT_PROCESSOR}:OutputProcessor._update_stats_from_output": _update_stats_from_output,
+        f"{OUTPUT_PROCESSOR}:OutputProcessor._update_stats_from_finished": _update_stats_from_finished,
+    },
+    is_wanted=lambda: is_served(deployment_env.get_deployment()),
 )

@@ -1,8 +1,8 @@
-"""The queue of waiting requests, in the order of a batching policy, behind the methods of vLLM's ``RequestQueue``.
+"""The queue of waiting requests in the order of a scheduling policy, with the methods of vLLM's ``RequestQueue``.
 
-vLLM looks at the head of its queue, tries to find KV blocks for it, and takes it off later: within one call of
-``schedule`` the order must not change. So the order is asked for once a call, at the first look, and only then is the
-policy's time spent: while all places are taken nobody looks.
+vLLM peeks at the head of its queue, tries to find KV blocks for it, and pops it later: within one call of ``schedule``
+the order must not change. So the policy is asked at the first peek of a call and its order is kept until the call ends.
+While no request may start vLLM does not peek, and the policy costs no time.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Ask = Callable[[Sequence[RequestState]], Admission]
 
 
 class InstantQueue:
-    """Waiting requests; those that lost their KV blocks in front, the others as the policy says.
+    """Waiting requests: preempted ones first, then the others in the policy's order.
 
     Args:
         ask: the policy's order of the waiting requests' states, which are given in their order of arrival.
-        running: how many requests run now.
-        has_room: whether another one may start.
-        state_of: a request's state.
+        running: returns the number of running requests.
+        has_room: whether another request may start.
+        state_of: returns a request's state.
         by_priority: requests with a smaller ``priority`` go before all others.
 
     """
@@ -42,50 +42,50 @@ class InstantQueue:
         self._by_priority = by_priority
         self._front: deque[Any] = deque()
         self._line: dict[str, Any] = {}
-        """By request id, in the order of arrival."""
+        """Requests that have not started yet, by id, in the order of arrival."""
         self._states: dict[str, RequestState] = {}
-        """Of the same requests in the same order."""
+        """Their states, in the same order."""
         self._arrivals: dict[str, int] = {}
-        """Where each belongs; kept while it waits, and until it starts or goes away."""
+        """Positions in the order of arrival by request id, kept until a request starts or is removed."""
         self._next = 0
         self._in_disorder = False
         self._order: list[Any] | None = None
-        """What ``peek_request`` shows, the next one last; None when it must be asked for."""
-        self._most: int | None = None
+        """The order of this call, the next request last; None before the policy was asked."""
+        self._max_num_admitted: int | None = None
         self._scheduling = False
         self._running_before = 0
 
     # ------------------------------------------------------------------------------------- a call of ``schedule``
 
     def begin(self) -> None:
-        """A call of ``schedule`` begins."""
+        """Begin a call of ``schedule``."""
         self._scheduling, self._order = True, None
 
     def end(self) -> None:
-        """It is over."""
-        self._scheduling, self._order, self._most = False, None, None
+        """End the call of ``schedule``."""
+        self._scheduling, self._order, self._max_num_admitted = False, None, None
 
     def started(self, request_id: str) -> None:
-        """The request runs now: should it come back, then to the front."""
+        """Note that a request runs; if it is preempted it returns to the front."""
         self._arrivals.pop(request_id, None)
 
     def oldest(self) -> Any:
-        """Of the requests that have not started yet the oldest; None when nobody waits."""
-        self._mend_order_of_arrival()
+        """The oldest request that has not started yet; None when no request waits."""
+        self._sort_by_arrival()
         return next(iter(self._line.values()), None) or next(iter(self._front), None)
 
     def states(self) -> Sequence[RequestState]:
-        """Of those that wait for their first start, in the order of arrival; to be looked at before that changes."""
+        """The states of requests that have not started, in the order of arrival; read them before the queue changes."""
         return LazyRequestStates(len(self._states), self._all_states)
 
     # ---------------------------------------------------------------------------------------- vLLM's methods
 
     def add_request(self, request: Any) -> None:
-        """A new request."""
+        """Add a new request."""
         request_id = request.request_id
         if request_id not in self._arrivals:
             if request.num_preemptions:
-                # It has run before: a streaming session's turn that ended while it had no KV blocks.
+                # It has run before: the turn of a streaming session that ended while the request was preempted.
                 self._front.append(request)
                 self._order = None
                 return
@@ -97,7 +97,7 @@ class InstantQueue:
         self._order = None
 
     def prepend_request(self, request: Any) -> None:
-        """A request that lost its KV blocks goes to the front; one that was only passed over, to its old place."""
+        """Put a preempted request to the front, and a request that vLLM skipped back to its old position."""
         if request.request_id not in self._arrivals:
             self._front.appendleft(request)
             self._order = None
@@ -106,19 +106,19 @@ class InstantQueue:
             self.add_request(request)
 
     def prepend_requests(self, requests: Iterable[Any]) -> None:
-        """Several, the last one nearest to the front."""
+        """Put several requests back, the last one nearest to the front."""
         for request in requests:
             self.prepend_request(request)
 
     def peek_request(self) -> Any:
-        """The request that starts next; raises IndexError when nobody waits."""
+        """The request that starts next; raises IndexError when no request waits."""
         order = self._order_now()
         if not order:
             raise IndexError("peek from an empty queue")
         return order[-1]
 
     def pop_request(self) -> Any:
-        """Take it off; raises IndexError when nobody waits."""
+        """Remove and return the request that starts next; raises IndexError when no request waits."""
         order = self._order_now()
         if not order:
             raise IndexError("pop from an empty queue")
@@ -127,13 +127,13 @@ class InstantQueue:
         return request
 
     def remove_request(self, request: Any) -> None:
-        """It goes away; raises ValueError when it does not wait here."""
+        """Remove a request; raises ValueError when it does not wait here."""
         if request.request_id not in self._line and request not in self._front:
             raise ValueError(f"request {request.request_id} does not wait")
         self.remove_requests((request,))
 
     def remove_requests(self, requests: Iterable[Any]) -> None:
-        """Those of them that wait here go away."""
+        """Remove the given requests that wait here."""
         for request in requests:
             self._take_off(request)
             self._arrivals.pop(request.request_id, None)
@@ -146,8 +146,8 @@ class InstantQueue:
             if self._order is None:
                 self._running_before = self._running()
                 self._order_now()
-            # To vLLM the queue is empty when the policy lets nobody start any more.
-            return self._most is None or self._running() - self._running_before < self._most
+            # The queue looks empty to vLLM once the policy's limit of admissions is reached.
+            return self._max_num_admitted is None or self._running() - self._running_before < self._max_num_admitted
         return True
 
     def __len__(self) -> int:
@@ -156,13 +156,13 @@ class InstantQueue:
     def __iter__(self) -> Iterator[Any]:
         if self._by_priority:
             return reversed(self._sorted(Admission()))
-        self._mend_order_of_arrival()
+        self._sort_by_arrival()
         return iter([*self._front, *self._line.values()])
 
     # ------------------------------------------------------------------------------------------------ inside
 
     def _all_states(self) -> list[RequestState]:
-        self._mend_order_of_arrival()
+        self._sort_by_arrival()
         return list(self._states.values())
 
     def _take_off(self, request: Any) -> None:
@@ -171,7 +171,7 @@ class InstantQueue:
         elif request in self._front:
             self._front.remove(request)
 
-    def _mend_order_of_arrival(self) -> None:
+    def _sort_by_arrival(self) -> None:
         if self._in_disorder:
             place = self._arrivals.__getitem__
             ids = sorted(self._line, key=place)
@@ -182,10 +182,10 @@ class InstantQueue:
     def _order_now(self) -> list[Any]:
         if self._order is None:
             admission = self._ask(self.states()) if self._scheduling and self._line else Admission()
-            self._most = admission.max_num_admitted
+            self._max_num_admitted = admission.max_num_admitted
             self._order = self._sorted(admission)
         elif not self._order and (self._line or self._front):
-            # All that the policy named have started: the others follow as they came.
+            # All requests that the policy named have started: the others follow in the order of arrival.
             self._order = self._sorted(Admission())
         return self._order
 
@@ -198,8 +198,8 @@ class InstantQueue:
         return [line[place] for place in admission.order]
 
     def _sorted(self, admission: Admission) -> list[Any]:
-        """The first ones in their order, the next one last; with priorities, and without an order, all of them."""
-        self._mend_order_of_arrival()
+        """The requests in the order of admission, the next one last; unnamed ones only if there are priorities."""
+        self._sort_by_arrival()
         line = self._named(admission)
         if not line:
             line = list(self._line.values())

@@ -52,11 +52,11 @@ def choose(monkeypatch):
     """vLLM's choice as the patch changes it, for a platform that answers with what it was asked for."""
     monkeypatch.setattr(attention, "provider", lambda: GuardedPlugin("attention", "test", Provider()))
 
-    def original(cls, selected_backend, attn_selector_config, num_heads=None):
+    def original(selected_backend, attn_selector_config, num_heads=None):
         return f"vLLM {selected_backend}"
 
     def choice(selected_backend, on_cpu=False, **changes):
-        return attention._choosing(original, "CUSTOM", on_cpu)(None, selected_backend, _asked(**changes))
+        return attention._choose(original, "CUSTOM", on_cpu, selected_backend, _asked(**changes))
 
     return choice
 

@@ -7,9 +7,9 @@ import pytest
 from vllm_instant.deployment.resolved import PLUGIN_DRAFTER, drafter_arguments, engine_arguments, is_default_drafter
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.patches import plugin_factory
+from vllm_instant.patches.admission import needs_no_drafts
 from vllm_instant.patches.default_drafter import may_be_used
 from vllm_instant.patches.http_routes import as_served
-from vllm_instant.patches.min_p_logit_bias import needs_no_drafts
 
 
 def _arguments(**given):

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from patch_harness import wrap
 
 from vllm_instant import Draft, DraftCost, Drafter
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.patches.drafter import PluginDrafter, _wrap
+from vllm_instant.patches.drafter import PATCH, PluginDrafter
+from vllm_instant.patches.names import MODEL_RUNNER
 from vllm_instant.patches.worker_reports import report_of
 from vllm_instant.speculation.draft_plan import DraftPlan
 
@@ -111,16 +113,16 @@ def test_what_could_harm_the_engine_disables_the_drafter(answer):
     assert report.draft_steps is None
 
 
-def test_finished_requests_are_forgotten():
+def test_finished_requests_are_forgotten_in_a_fixed_order():
     adapter, plugin = _adapter(lambda requests: [])
     runner_class = type("Runner", (), {"propose_draft_token_ids": print})
     runner_class._update_states = lambda self, scheduler_output: "updated"
-    _wrap(SimpleNamespace(GPUModelRunner=runner_class))
+    wrap(PATCH, MODEL_RUNNER, GPUModelRunner=runner_class)
     runner = runner_class()
     runner.drafter = adapter
-    # Nothing is drafted in this step: the engine only says who has ended before it goes to sleep.
-    assert runner._update_states(SimpleNamespace(finished_req_ids=["x", "y"])) == "updated"
-    assert plugin.forgotten == ["x", "y"]
+    # A step without tokens drafts nothing: the engine only names finished requests before it goes idle.
+    assert runner._update_states(SimpleNamespace(finished_req_ids={"y", "x", "a"})) == "updated"
+    assert plugin.forgotten == ["a", "x", "y"]
 
 
 def test_drafts_that_do_not_earn_their_price_are_cut():

@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from patch_harness import wrap
 
 from vllm_instant.patches import engine_core
+from vllm_instant.patches.names import ENGINE_CORE
 
 
 @pytest.fixture
@@ -30,8 +32,8 @@ def module():
             self.left -= 1
             return self.left >= 0
 
-    module = SimpleNamespace(EngineCore=EngineCore, EngineCoreProc=EngineCoreProc, happened=happened)
-    engine_core._change(module)
+    module = wrap(engine_core.PATCH, ENGINE_CORE, EngineCore=EngineCore, EngineCoreProc=EngineCoreProc)
+    module.happened = happened
     return module
 
 

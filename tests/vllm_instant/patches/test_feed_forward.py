@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from feed_forward_cases import feed_forward_parts_reference
+from patch_harness import wrap
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.interfaces.attention import AttentionProvider
@@ -15,6 +16,7 @@ from vllm_instant.patches import attention
 from vllm_instant.patches import feed_forward as patch
 from vllm_instant.patches.compat import RequirementError, forget_sources, installed_vllm
 from vllm_instant.patches.feed_forward_layers import requirements
+from vllm_instant.patches.names import MODEL_LOADER
 from vllm_instant.patches.plugin_factory import PluginStartError
 
 pytestmark = pytest.mark.engine
@@ -430,7 +432,8 @@ def loading(engine, monkeypatch):
             def load_model(self, vllm_config, model_config, prefix=""):
                 return super().load_model(vllm_config, model_config, prefix)
 
-        patch._wrap(SimpleNamespace(BaseModelLoader=Base, _LOAD_FORMAT_TO_MODEL_LOADER={"a": Base, "own": OwnWay}))
+        wrap(patch.PATCH, MODEL_LOADER, BaseModelLoader=Base, _LOAD_FORMAT_TO_MODEL_LOADER={"a": Base, "own": OwnWay})
+        monkeypatch.setattr(patch, "is_chosen", lambda: True)
         monkeypatch.setattr(patch, "provider", lambda config: plugin)
         config = {"lora_config": None, "additional_config": {"a": 1}, "device_config": engine.device_config}
         loader = OwnWay()

@@ -11,7 +11,7 @@ import pytest
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.resolved import is_default_drafter
 from vllm_instant.patches import activation, flags
-from vllm_instant.patches.scheduler import QUALIFIED_NAME as SCHEDULER
+from vllm_instant.patches.names import QUALIFIED_NAME as SCHEDULER
 
 pytestmark = pytest.mark.engine
 
@@ -20,7 +20,7 @@ NGRAM = '[drafter]\nplugin = "ngram"\nnum_speculative_tokens = 3\n'
 
 @pytest.fixture(scope="module")
 def parser():
-    flags.install(activation.serve)
+    activation.offer_flags()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -294,7 +294,6 @@ def test_unselected_nothing_but_the_flags_is_changed():
         [
             "vllm.engine.arg_utils:EngineArgs.add_cli_args",
             "vllm.engine.arg_utils:EngineArgs.create_engine_config",
-            f"{parser_class}._instant_flags",
             f"{parser_class}._pull_args_from_config",
             f"{parser_class}.load_config_file",
             f"{parser_class}.parse_args",

@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from patch_harness import wrap
 from planted_samplers import OutOfRange, Raising
 from sampler_harness import drafts_metadata, our_sampler, prepare_cpu_kernels, sampling_metadata, stock_sampler
 
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.patches import rejection_sampler as patch
+from vllm_instant.patches.names import V2_REJECTION_SAMPLER
 from vllm_instant_plugins.samplers.block import BlockSampler
 from vllm_instant_plugins.samplers.token import TokenSampler
 
@@ -189,9 +191,8 @@ def _v2_sampler(method="standard"):
         def __init__(self, sampler, spec_config, device):
             self.use_block_verification = spec_config.rejection_sample_method == "block"
 
-    module = SimpleNamespace(RejectionSampler=RejectionSampler)
-    patch._wrap_v2(module)
-    return module.RejectionSampler(None, SimpleNamespace(rejection_sample_method=method), None)
+    wrap(patch.PATCH, V2_REJECTION_SAMPLER, RejectionSampler=RejectionSampler)
+    return RejectionSampler(None, SimpleNamespace(rejection_sample_method=method), None)
 
 
 def test_block_is_vllms_own_on_the_v2_runner(serving):
@@ -211,8 +212,8 @@ def test_a_method_of_vllms_that_was_asked_for_stays(serving):
     )
     serving()
     before = runner.rejection_sampler
-    patch._put_into(runner, None)
+    patch._install_sampler(runner)
     assert runner.rejection_sampler is before
     serving("rejection_sampler.plugin=relaxed", "rejection_sampler.epsilon=0.1")
     with pytest.raises(patch.PluginStartError, match="rejection_sample_method = 'synthetic'"):
-        patch._put_into(runner, None)
+        patch._install_sampler(runner)

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from patch_harness import wrap
 from sampler_harness import drafts_metadata, our_sampler, prepare_cpu_kernels, sampling_metadata
 
 from vllm_instant.patches import shared_noise
+from vllm_instant.patches.names import PROPOSER
 from vllm_instant_plugins.samplers.block import BlockSampler
 
 pytestmark = pytest.mark.engine
@@ -22,8 +24,9 @@ def _kernels():
 def proposer_class():
     from vllm.v1.spec_decode import llm_base_proposer
 
-    shared_noise.install()
-    return llm_base_proposer.SpecDecodeBaseProposer
+    proposer = type("Proposer", (llm_base_proposer.SpecDecodeBaseProposer,), {})
+    wrap(shared_noise.PATCH, PROPOSER, SpecDecodeBaseProposer=proposer)
+    return proposer
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from patch_harness import wrap
 from prometheus_client import CollectorRegistry
 from starlette.responses import JSONResponse
 
@@ -16,6 +17,7 @@ from vllm_instant.interfaces.streaming import EngineLoad, StreamingPrefill
 from vllm_instant.metrics import InstantMetrics
 from vllm_instant.patches import http_routes, streaming
 from vllm_instant.patches.http_routes import InstantEndpoints
+from vllm_instant.patches.names import OUTPUT_PROCESSOR
 from vllm_instant.patches.plugin_factory import PluginStartError
 from vllm_instant.streaming.engine import CommitFlag, Prompt, RequestError
 
@@ -39,7 +41,7 @@ def processor():
                 stats.seen.append(finish_reason)
             req_state.bookkeeping.append(finish_reason)
 
-    streaming._change(SimpleNamespace(OutputProcessor=OutputProcessor))
+    wrap(streaming.PATCH, OUTPUT_PROCESSOR, OutputProcessor=OutputProcessor)
     return OutputProcessor()
 
 
@@ -212,7 +214,7 @@ def test_tokens_stand_before_the_key_check_whenever_that_was_put_together(built)
     if built:
         app.middleware_stack = app.build_middleware_stack()
     routes.manager = SimpleNamespace(limits=SimpleNamespace(demo_page=False))
-    streaming._let_tokens_in(app, routes)
+    streaming._accept_session_tokens(app, routes)
     routes.manager = None
     client = TestClient(app)
     assert client.post("/v1/instant/sessions").status_code == 401

@@ -1,20 +1,17 @@
-"""Requests with a seed whose prompt is read in several pieces: vLLM's CPU build dies of the first one.
+"""Restore the generators of seeded requests whose prompt is read in several steps (CPU).
 
-In a step that reads a piece of a prompt vLLM samples a token for that request, too, and throws it away. The random
-number spent on it is taken back by moving the request's generator back by its offset, which PyTorch's CPU generators do
-not have: ``set_offset`` raises, and the engine is gone. Here such a generator is put back to where it was before.
+In a step that reads a part of a prompt vLLM samples a token for that request, too, and discards it. To undo the random
+draw vLLM moves the request's generator back by its offset. PyTorch's CPU generators have no offset: ``set_offset``
+raises, and the engine ends. Here the state of such a generator is saved before sampling and restored afterwards.
 """
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
+from functools import cache
 from typing import Any
 
 from vllm_instant.patches.compat import HasSignature, References, VllmPatch
-from vllm_instant.patches.import_hooks import when_imported
-
-MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu_model_runner"
+from vllm_instant.patches.names import MODEL_RUNNER
 
 
 def generators_have_no_offset() -> bool:
@@ -28,8 +25,8 @@ def generators_have_no_offset() -> bool:
     return False
 
 
-def _thrown_away(runner: Any) -> dict[int, Any]:
-    """The generators of requests whose token of this step is thrown away, by batch index."""
+def _discarded(runner: Any) -> dict[int, Any]:
+    """The generators of requests whose token of this step is discarded, by batch index."""
     discarded = runner.discard_request_mask.np
     return {
         row: generator
@@ -38,40 +35,32 @@ def _thrown_away(runner: Any) -> dict[int, Any]:
     }
 
 
-def _repair(module: ModuleType) -> None:
+@cache
+def is_needed() -> bool:
+    """Whether vLLM runs on a CPU whose generators lack an offset."""
     from vllm.platforms import current_platform
 
-    if not (current_platform.is_cpu() and generators_have_no_offset()):
-        return
-    runner_class = module.GPUModelRunner
-    sample, book = runner_class._sample, runner_class._bookkeeping_sync
-
-    @functools.wraps(sample)
-    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = [(generator, generator.get_state()) for generator in _thrown_away(self).values()]
-        sampled = sample(self, *args, **kwargs)
-        for generator, state in before:
-            generator.set_state(state)
-        return sampled
-
-    @functools.wraps(book)
-    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
-        generators = self.input_batch.generators
-        put_back = _thrown_away(self)
-        for row in put_back:
-            del generators[row]
-        try:
-            return book(self, *args, **kwargs)
-        finally:
-            generators.update(put_back)
-
-    runner_class._sample = _sample
-    runner_class._bookkeeping_sync = _bookkeeping_sync
+    return bool(current_platform.is_cpu()) and generators_have_no_offset()
 
 
-def install() -> None:
-    """Change the model runner when it is loaded, on CPUs."""
-    when_imported(MODEL_RUNNER_MODULE, _repair)
+def _sample(sample: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    before = [(generator, generator.get_state()) for generator in _discarded(runner).values()] if is_needed() else []
+    sampled = sample(*args, **kwargs)
+    for generator, state in before:
+        generator.set_state(state)
+    return sampled
+
+
+def _bookkeeping_sync(synchronise: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hide the generators that ``_sample`` has restored from the code that would set their offsets."""
+    hidden = _discarded(runner) if is_needed() else {}
+    generators = runner.input_batch.generators
+    for row in hidden:
+        del generators[row]
+    try:
+        return synchronise(*args, **kwargs)
+    finally:
+        generators.update(hidden)
 
 
 def _state() -> str:
@@ -81,18 +70,22 @@ def _state() -> str:
         return "not needed on this device"
     if not generators_have_no_offset():
         return "nothing to repair in this PyTorch"
-    return "repairs when served with the plugin: a seed with a prompt in pieces ended the engine"
+    return "repairs when served with the plugin: a seed with a prompt read in several steps ended the engine"
 
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
 
 PATCH = VllmPatch(
-    name="cpu_seeds",
-    purpose="requests with a seed may have prompts that are read in pieces, on the CPU",
+    name="cpu_generator_offset",
+    purpose="requests with a seed may have prompts that are read in several steps, on the CPU",
     requirements=(
         HasSignature(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata")),
         References(_RUNNER, "GPUModelRunner._bookkeeping_sync", ("discard_request_mask", "generators", "input_batch")),
     ),
     optional=True,
     state=_state,
+    wraps={
+        f"{MODEL_RUNNER}:GPUModelRunner._sample": _sample,
+        f"{MODEL_RUNNER}:GPUModelRunner._bookkeeping_sync": _bookkeeping_sync,
+    },
 )

@@ -1,46 +1,32 @@
-"""A worker of vLLM's CPU build that finds Numba in memory starts.
+"""Let a worker of vLLM's CPU build start in a process that has loaded Numba.
 
-Such a worker puts functions of its own in the place of Triton kernels, and looks for them in all attributes of all
-loaded modules: whatever says that it has a ``__dict__`` is asked for ``vars()``. The library handle in
-``llvmlite.binding.ffi`` says so of every name, and answers with a foreign function; the search ends with an
-``AttributeError``, and the worker with it. Where the engine has a process of its own, Numba comes after that search.
-Where it runs in the caller's (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), checking the deployment has loaded the plugins,
-and with them Numba.
+Such a worker replaces Triton kernels by functions of its own and searches for them in the attributes of all loaded
+modules: it calls ``vars()`` on each object that has a ``__dict__``. The library handle in ``llvmlite.binding.ffi``
+claims to have every attribute and returns a foreign function for it, so that the search ends with an
+``AttributeError``. An engine in a process of its own loads Numba after that search. An engine in the caller's process
+(``VLLM_ENABLE_V1_MULTIPROCESSING=0``) starts after the check of the deployment has loaded the plugins, and Numba with
+them.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
-from types import ModuleType
 from typing import Any
 
 from vllm_instant.patches.compat import HasSignature, VllmPatch
-from vllm_instant.patches.import_hooks import when_imported
 
 DISPATCHER_MODULE = "vllm.triton_utils.dispatcher"
 HIDDEN = "llvmlite.binding.ffi"
-"""A module that no kernel is in."""
+"""A module that contains no kernel, and on which the search fails."""
 
 
-def _repair(module: ModuleType) -> None:
-    search = module._rebind_kernels
-
-    @functools.wraps(search)
-    def _rebind_kernels(overrides: Any) -> Any:
-        hidden = sys.modules.pop(HIDDEN, None)
-        try:
-            return search(overrides)
-        finally:
-            if hidden is not None:
-                sys.modules[HIDDEN] = hidden
-
-    module._rebind_kernels = _rebind_kernels  # type: ignore[attr-defined]
-
-
-def install() -> None:
-    """Change the search when its module is loaded; only the CPU build calls it."""
-    when_imported(DISPATCHER_MODULE, _repair)
+def _rebind_kernels(search: Any, overrides: Any) -> Any:
+    hidden = sys.modules.pop(HIDDEN, None)
+    try:
+        return search(overrides)
+    finally:
+        if hidden is not None:
+            sys.modules[HIDDEN] = hidden
 
 
 def _state() -> str:
@@ -52,9 +38,10 @@ def _state() -> str:
 
 
 PATCH = VllmPatch(
-    name="kernel_scan",
+    name="cpu_numba_scan",
     purpose="the engine may run in the caller's own process, on the CPU",
     requirements=(HasSignature("triton_utils/dispatcher.py", "_rebind_kernels", ("overrides",)),),
     optional=True,
     state=_state,
+    wraps={f"{DISPATCHER_MODULE}:_rebind_kernels": _rebind_kernels},
 )

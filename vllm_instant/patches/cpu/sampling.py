@@ -5,8 +5,8 @@ Two functions are wrong there. Each repair is applied only where a probe of the 
 1. ``_expand_kernel_impl`` (vLLM issue 55005), the CPU stand-in of the kernel that expands per-request values to
    per-token values, converts its output tensor to int64 and lets the C++ code write into that copy: temperature, top-k
    and top-p of every draft token stay uninitialised memory, and accepted tokens follow no distribution at all.
-2. ``apply_top_k_only`` takes the maximum of an empty tensor when a step has no draft token, as every step has that
-   reads a prompt: the first request with top-k and without top-p kills the engine.
+2. ``apply_top_k_only`` takes the maximum of an empty tensor in a step without draft tokens, such as a step that only
+   reads prompts: the first request with top-k and without top-p ends the engine.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from vllm_instant.patches.compat import HasSignature, VllmPatch
-from vllm_instant.patches.import_hooks import when_imported
 
 logger = logging.getLogger("vllm.instant")
 
@@ -58,7 +56,7 @@ def expansion_is_wrong(function: Callable[..., Any]) -> bool:
     output = torch.full((3,), -1.0)
     try:
         function(output, torch.tensor([0.5, 0.0]), torch.tensor([2, 3], dtype=torch.int32), 0, 1)
-    # A function that cannot expand three floats is as unusable as one that does it wrongly.
+    # A function that raises here is as unusable as one with a wrong result.
     except Exception:
         return True
     return output.tolist() != [0.5, 0.5, 1.0]
@@ -84,7 +82,7 @@ def _tolerate_no_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Repair:
-    """One function of vLLM, how to see that it is wrong, and what to put in its place."""
+    """One function of vLLM, a probe that shows whether it is wrong, and its replacement."""
 
     module: str
     function: str
@@ -92,7 +90,7 @@ class Repair:
     replace: Callable[[Callable[..., Any]], Callable[..., Any]]
     fault: str
 
-    def apply(self, module: ModuleType) -> None:
+    def apply(self, module: Any) -> None:
         """Replace the function of a loaded module if it is wrong."""
         function = getattr(module, self.function)
         if self.is_wrong(function):
@@ -113,16 +111,16 @@ REPAIRS = (
         "apply_top_k_only",
         top_k_is_wrong,
         _tolerate_no_rows,
-        "top-k without top-p killed the engine in steps without draft tokens",
+        "top-k without top-p ended the engine in steps without draft tokens",
     ),
 )
 
 
-def _repair_expansion(module: ModuleType) -> None:
+def _repair_expansion(module: Any) -> None:
     REPAIRS[0].apply(module)
 
 
-def _repair_top_k(module: ModuleType) -> None:
+def _repair_top_k(module: Any) -> None:
     if _on_cpu():
         REPAIRS[1].apply(module)
 
@@ -131,12 +129,6 @@ def _on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
-
-
-def install() -> None:
-    """Repair each function when its module is loaded, if it needs it; only the CPU build loads the first."""
-    when_imported(REPAIRS[0].module, _repair_expansion)
-    when_imported(REPAIRS[1].module, _repair_top_k)
 
 
 def _state() -> str:
@@ -163,4 +155,5 @@ PATCH = VllmPatch(
     ),
     slots=("speculation", "drafter", "rejection_sampler"),
     state=_state,
+    on_import={REPAIRS[0].module: _repair_expansion, REPAIRS[1].module: _repair_top_k},
 )

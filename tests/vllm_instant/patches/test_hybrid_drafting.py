@@ -1,15 +1,17 @@
-"""Sharing the work between a plugin and a draft model, with a runner made of arrays."""
+"""Drafting by a plugin beside a draft model, with a runner made of arrays."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from patch_harness import wrap
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.interfaces.drafter import DraftAssignment, HybridDrafter
-from vllm_instant.patches.hybrid_drafting import SHARER_ATTRIBUTE, HybridDraftRunner, _wrap
-from vllm_instant.patches.scheduler import PLAN_ATTRIBUTE
+from vllm_instant.patches.hybrid_drafting import HYBRID_ATTRIBUTE, PATCH, HybridDraftRunner
+from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE
 from vllm_instant.patches.worker_reports import report_of
 from vllm_instant.speculation.draft_plan import DraftPlan
 
@@ -18,10 +20,10 @@ SAMPLED = torch.tensor([[11, 12, -1], [21, -1, -1], [31, 32, 33]])
 
 
 class Recording(HybridDrafter):
-    """Shares as the test says and keeps what it was asked and told."""
+    """Assigns as the test says, and records its calls."""
 
-    def __init__(self, shares):
-        self.shares = shares
+    def __init__(self, assignments):
+        self.assignments = assignments
         self.asked, self.drafted, self.forgotten = [], [], []
 
     def propose(self, requests):
@@ -33,7 +35,7 @@ class Recording(HybridDrafter):
             for r in requests
         ]
         self.missed = {r.request_id: r.uncached_tokens for r in requests}
-        return self.shares(requests) if callable(self.shares) else self.shares
+        return self.assignments(requests) if callable(self.assignments) else self.assignments
 
     def on_model_drafts(self, drafts):
         self.drafted.append(dict(drafts))
@@ -43,7 +45,7 @@ class Recording(HybridDrafter):
 
 
 class Model:
-    """A draft model that drafts 7s as far as its plan says, or nothing for some."""
+    """A draft model that drafts as many 7s as its plan says, and none for unread requests."""
 
     def __init__(self, unread=()):
         self.unread = unread
@@ -56,7 +58,7 @@ class Model:
         return [[7] * (0 if name in self.unread else plan.num_draft_tokens.get(name, 0)) for name in ids]
 
 
-def _sharer(shares, discarded=(False, False, False)):
+def _hybrid(assignments, discarded=(False, False, False)):
     tokens = np.zeros((4, LENGTH), np.int32)
     tokens[:, :4] = np.arange(4) + 1
     batch = SimpleNamespace(
@@ -70,24 +72,24 @@ def _sharer(shares, discarded=(False, False, False)):
     runner = SimpleNamespace(
         input_batch=batch, discard_request_mask=SimpleNamespace(np=np.array(discarded)), _draft_probs=None
     )
-    plugin = Recording(shares)
-    keeper = SimpleNamespace(missed=lambda scheduler_output: [0, 5, 2], read_tokens=5)
-    return HybridDraftRunner(runner, GuardedPlugin("drafter", "recording", plugin), keeper, VOCABULARY), plugin
+    plugin = Recording(assignments)
+    draft_model = SimpleNamespace(missed=lambda scheduler_output: [0, 5, 2], read_tokens=5)
+    return HybridDraftRunner(runner, GuardedPlugin("drafter", "recording", plugin), draft_model, VOCABULARY), plugin
 
 
-def _propose(sharer, model, plan):
+def _propose(hybrid, model, plan):
     output = SimpleNamespace(num_spec_tokens_to_schedule=9)
     setattr(output, PLAN_ATTRIBUTE, plan)
-    drafts = sharer.propose(model, output, plan, (SAMPLED,))
-    assert output.num_spec_tokens_to_schedule == 9  # the scheduler's own object is not touched
+    drafts = hybrid.propose(partial(model, hybrid.runner), output, plan, (SAMPLED,))
+    assert output.num_spec_tokens_to_schedule == 9  # the scheduler's own object does not change
     return drafts
 
 
-def test_each_request_gets_what_its_share_says():
-    sharer, plugin = _sharer([DraftAssignment([1, 2, 3]), DraftAssignment(num_draft_tokens=2), DraftAssignment()])
+def test_each_request_gets_the_drafts_of_its_assignment():
+    hybrid, plugin = _hybrid([DraftAssignment([1, 2, 3]), DraftAssignment(num_draft_tokens=2), DraftAssignment()])
     model = Model()
     plan = DraftPlan({"a": 4, "b": 4, "c": 4}, fixed=frozenset("c"), cache_salts={"b": "salt"})
-    assert _propose(sharer, model, plan) == [[1, 2, 3], [7, 7], []]
+    assert _propose(hybrid, model, plan) == [[1, 2, 3], [7, 7], []]
     assert model.plans == [({"b": 2}, 2)]
     assert plugin.drafted == [{"b": [7, 7]}]
     assert plugin.asked == [
@@ -95,62 +97,62 @@ def test_each_request_gets_what_its_share_says():
         ("b", [1, 2, 3, 4, 21], 3, 4, "salt", False),
         ("c", [1, 2, 3, 4, 31, 32, 33], 4, 4, "", True),
     ]
-    assert sharer.draft_steps == 2
+    assert hybrid.draft_steps == 2
 
 
-def test_what_the_model_missed_is_told_and_what_it_read_is_reported():
-    sharer, plugin = _sharer([DraftAssignment(num_draft_tokens=2)] * 3)
-    _propose(sharer, Model(), DraftPlan({"a": 4, "b": 4, "c": 4}))
+def test_the_plugin_learns_of_missed_tokens_and_the_report_of_those_that_were_read():
+    hybrid, plugin = _hybrid([DraftAssignment(num_draft_tokens=2)] * 3)
+    _propose(hybrid, Model(), DraftPlan({"a": 4, "b": 4, "c": 4}))
     assert plugin.missed == {"a": 0, "b": 5, "c": 2}
-    sharer.runner.rejection_sampler = None
-    setattr(sharer.runner, SHARER_ATTRIBUTE, sharer)
-    report = report_of(sharer.runner)
+    hybrid.runner.rejection_sampler = None
+    setattr(hybrid.runner, HYBRID_ATTRIBUTE, hybrid)
+    report = report_of(hybrid.runner)
     assert (report.draft_steps, report.uncached_tokens) == (2, 5)
 
 
-def test_the_model_does_not_draft_when_nobody_wants_it():
-    sharer, plugin = _sharer([DraftAssignment([1]), DraftAssignment(), DraftAssignment([2])])
+def test_the_model_does_not_draft_without_an_assignment():
+    hybrid, plugin = _hybrid([DraftAssignment([1]), DraftAssignment(), DraftAssignment([2])])
     model = Model()
-    assert _propose(sharer, model, DraftPlan({"a": 4, "b": 4, "c": 4})) == [[1], [], [2]]
+    assert _propose(hybrid, model, DraftPlan({"a": 4, "b": 4, "c": 4})) == [[1], [], [2]]
     assert model.plans == [({}, 0)]
     assert plugin.drafted == []
-    assert sharer.draft_steps == 0
+    assert hybrid.draft_steps == 0
 
 
-def test_only_requests_that_may_draft_are_asked_about():
-    sharer, plugin = _sharer([DraftAssignment([1])], discarded=(False, True, False))
-    assert _propose(sharer, Model(), DraftPlan({"a": 0, "b": 4, "c": 4})) == [[], [], [1]]
+def test_only_requests_with_a_draft_budget_are_assigned():
+    hybrid, plugin = _hybrid([DraftAssignment([1])], discarded=(False, True, False))
+    assert _propose(hybrid, Model(), DraftPlan({"a": 0, "b": 4, "c": 4})) == [[], [], [1]]
     assert [asked[0] for asked in plugin.asked] == ["c"]
 
 
-def test_nobody_is_asked_in_a_step_without_drafts():
-    sharer, _ = _sharer(lambda requests: 1 / 0)
-    assert _propose(sharer, Model(), DraftPlan({"a": 0, "b": 0, "c": 0})) == [[], [], []]
-    assert not sharer.drafter.disabled
+def test_the_plugin_is_not_called_in_a_step_without_drafts():
+    hybrid, _ = _hybrid(lambda requests: 1 / 0)
+    assert _propose(hybrid, Model(), DraftPlan({"a": 0, "b": 0, "c": 0})) == [[], [], []]
+    assert not hybrid.drafter.disabled
 
 
-def test_its_own_tokens_stand_in_where_the_model_drafts_nothing():
-    sharer, _ = _sharer([DraftAssignment([1, 2], 3), DraftAssignment(num_draft_tokens=3), DraftAssignment()])
-    assert _propose(sharer, Model(unread="ab"), DraftPlan({"a": 4, "b": 4, "c": 4})) == [[1, 2], [], []]
+def test_own_tokens_are_used_where_the_model_drafts_nothing():
+    hybrid, _ = _hybrid([DraftAssignment([1, 2], 3), DraftAssignment(num_draft_tokens=3), DraftAssignment()])
+    assert _propose(hybrid, Model(unread="ab"), DraftPlan({"a": 4, "b": 4, "c": 4})) == [[1, 2], [], []]
 
 
 def test_drafts_end_at_the_models_length():
-    sharer, plugin = _sharer([DraftAssignment()])
-    sharer.runner.input_batch.num_tokens_no_spec[:3] = (LENGTH - 3, LENGTH - 1, LENGTH - 3)
-    _propose(sharer, Model(), DraftPlan({"a": 4, "b": 4, "c": 4}))
+    hybrid, plugin = _hybrid([DraftAssignment()])
+    hybrid.runner.input_batch.num_tokens_no_spec[:3] = (LENGTH - 3, LENGTH - 1, LENGTH - 3)
+    _propose(hybrid, Model(), DraftPlan({"a": 4, "b": 4, "c": 4}))
     assert [(asked[0], asked[3]) for asked in plugin.asked] == [("a", 1)]
 
 
-def test_certain_tokens_get_certain_distributions():
-    sharer, _ = _sharer([DraftAssignment([1, 2, 3]), DraftAssignment(num_draft_tokens=2), DraftAssignment()])
+def test_own_tokens_get_one_hot_distributions():
+    hybrid, _ = _hybrid([DraftAssignment([1, 2, 3]), DraftAssignment(num_draft_tokens=2), DraftAssignment()])
     model = Model()
 
     def with_probabilities(runner, *arguments):
         runner._draft_probs = torch.full((3, 2, VOCABULARY), 1 / VOCABULARY)
         return model(runner, *arguments)
 
-    _propose(sharer, with_probabilities, DraftPlan({"a": 4, "b": 4, "c": 4}))
-    probabilities = sharer.runner._draft_probs
+    _propose(hybrid, with_probabilities, DraftPlan({"a": 4, "b": 4, "c": 4}))
+    probabilities = hybrid.runner._draft_probs
     assert probabilities.shape == (3, 3, VOCABULARY)
     assert probabilities[0].argmax(-1).tolist() == [1, 2, 3]
     assert probabilities[0].max(-1).values.tolist() == [1.0, 1.0, 1.0]
@@ -159,7 +161,7 @@ def test_certain_tokens_get_certain_distributions():
 
 
 @pytest.mark.parametrize(
-    "shares",
+    "assignments",
     [
         lambda requests: [],
         lambda requests: [DraftAssignment([1] * 5)] * 3,
@@ -169,20 +171,20 @@ def test_certain_tokens_get_certain_distributions():
     ],
     ids=["too few", "too long", "outside of the vocabulary", "too many passes", "raises"],
 )
-def test_a_plugin_that_fails_leaves_the_model_alone(shares):
-    sharer, _ = _sharer(shares)
+def test_a_plugin_that_fails_leaves_the_model_alone(assignments):
+    hybrid, _ = _hybrid(assignments)
     for _ in range(2):
-        assert _propose(sharer, Model(), DraftPlan({"a": 4, "b": 3, "c": 0})) == [[7] * 4, [7] * 3, []]
-    assert sharer.drafter.disabled
+        assert _propose(hybrid, Model(), DraftPlan({"a": 4, "b": 3, "c": 0})) == [[7] * 4, [7] * 3, []]
+    assert hybrid.drafter.disabled
 
 
-def test_who_ended_is_forgotten():
-    sharer, plugin = _sharer([DraftAssignment()] * 3)
+def test_finished_requests_are_forgotten_in_a_fixed_order():
+    hybrid, plugin = _hybrid([DraftAssignment()] * 3)
     runner_class = type("Runner", (), dict.fromkeys(("propose_draft_token_ids", "initialize_kv_cache"), print))
     runner_class._update_states = lambda self, scheduler_output: "updated"
-    _wrap(SimpleNamespace(GPUModelRunner=runner_class))
+    wrap(PATCH, MODEL_RUNNER, GPUModelRunner=runner_class)
     runner = runner_class()
-    setattr(runner, SHARER_ATTRIBUTE, sharer)
-    # Nothing is drafted in this step, nor asked: the engine only says who has ended before it goes to sleep.
-    assert runner._update_states(SimpleNamespace(finished_req_ids={"x"})) == "updated"
-    assert plugin.forgotten == ["x"]
+    setattr(runner, HYBRID_ATTRIBUTE, hybrid)
+    # A step without tokens drafts nothing: the engine only names finished requests before it goes idle.
+    assert runner._update_states(SimpleNamespace(finished_req_ids={"x", "b", "a"})) == "updated"
+    assert plugin.forgotten == ["a", "b", "x"]

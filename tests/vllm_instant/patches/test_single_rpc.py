@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+from patch_harness import wrap
 
 from vllm_instant.patches.cpu import single_rpc
+from vllm_instant.patches.names import CPU_MODEL_RUNNER, ENGINE_CORE, SCHEDULER
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def runner_class():
         def take_draft_token_ids(self):
             return self.drafts
 
-    single_rpc._wrap_runner(SimpleNamespace(CPUModelRunner=Runner))
+    wrap(single_rpc.PATCH, CPU_MODEL_RUNNER, CPUModelRunner=Runner)
     return Runner
 
 
@@ -91,8 +93,8 @@ def core():
         def post_step(self, model_executed):
             self.asked += 1
 
-    single_rpc._wrap_scheduler(SimpleNamespace(Scheduler=Scheduler))
-    single_rpc._wrap_core(SimpleNamespace(EngineCore=EngineCore))
+    wrap(single_rpc.PATCH, SCHEDULER, Scheduler=Scheduler)
+    wrap(single_rpc.PATCH, ENGINE_CORE, EngineCore=EngineCore)
     return EngineCore()
 
 

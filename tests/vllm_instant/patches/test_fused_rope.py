@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from patch_harness import wrap
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.interfaces.attention import AttentionProvider, CacheParts
 from vllm_instant.patches import attention, fused_rope
+from vllm_instant.patches.names import MODEL_LOADER
 
 pytestmark = pytest.mark.engine
 
@@ -449,7 +451,7 @@ def test_loaded_models_are_looked_at(monkeypatch, build, chosen):
 
     slot = SimpleNamespace(plugin="turning" if chosen else "native")
     monkeypatch.setattr(fused_rope.deployment_env, "get_deployment", lambda: SimpleNamespace(slots={"attention": slot}))
-    fused_rope._wrap(SimpleNamespace(BaseModelLoader=Loader))
+    wrap(fused_rope.PATCH, MODEL_LOADER, BaseModelLoader=Loader)
     assert Loader().load_model(config, model_config=None) is module
     assert (type(module.attn).__name__ == "RotatingAttention") == chosen
     assert (fused_rope.OPERATOR in config.compilation_config.splitting_ops) == chosen

@@ -5,8 +5,7 @@ import scheduler_harness as harness
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.patches import registry
-from vllm_instant.patches.pinned_prefixes import HOLD
+from vllm_instant.patches.pinned_prefixes import HOLD, PinningMixin
 from vllm_instant.patches.scheduler import create_scheduler
 
 pytestmark = pytest.mark.engine
@@ -16,6 +15,8 @@ SIZE = harness.BLOCK_SIZE
 @pytest.fixture(params=[False, True], ids=["synchronous", "asynchronous"])
 def make(request, demo_pair, monkeypatch):
     """A scheduler with prefix caching and ``blocks`` KV blocks."""
+
+    monkeypatch.setattr(PinningMixin, "instant_pinning_fits", True)
 
     def build(blocks=200, places=4):
         monkeypatch.setenv(deployment_env.VARIABLE, "")
@@ -126,7 +127,7 @@ def test_held_blocks_are_given_back_before_anybody_waits(make):
     assert used(scheduler) == 6
     scheduler.add_request(request_of(None, 1, [3] * (8 * SIZE)))
     assert scheduler.schedule().num_scheduled_tokens == {"request-1": 8 * SIZE}
-    assert scheduler.instant_held.num_blocks == 0
+    assert scheduler.instant_pinned.num_blocks == 0
 
 
 def test_an_aborted_answer_leaves_no_block_behind(make):
@@ -165,11 +166,11 @@ def test_reasons_not_to_hold(make, change, reason):
 
 def test_not_on_a_vllm_that_is_different(make, monkeypatch):
     scheduler = make()
-    monkeypatch.setattr(registry, "fits_installed", lambda patch: False)
+    monkeypatch.setattr(PinningMixin, "instant_pinning_fits", False)
     assert "vllm-instant doctor" in scheduler.instant_hold("s", 4, 500, 0.5)
 
 
 def test_no_more_sessions_than_allowed(make):
     scheduler = make()
     assert scheduler.instant_hold("s", 1, 500, 0.5) is None
-    assert scheduler.instant_hold("t", 1, 500, 0.5) == "enough other sessions do"
+    assert scheduler.instant_hold("t", 1, 500, 0.5) == "the limit of sessions with a pinned prefix is reached"

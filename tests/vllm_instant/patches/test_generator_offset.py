@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from patch_harness import wrap
 
 from vllm_instant.patches.cpu import generator_offset
+from vllm_instant.patches.names import MODEL_RUNNER
 
 pytestmark = pytest.mark.engine
 
@@ -36,7 +38,7 @@ def _seeded(*seeds):
 @pytest.fixture
 def runner_class():
     repaired = type("GPUModelRunner", (Runner,), dict(vars(Runner)))
-    generator_offset._repair(SimpleNamespace(GPUModelRunner=repaired))
+    wrap(generator_offset.PATCH, MODEL_RUNNER, GPUModelRunner=repaired)
     return repaired
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from patch_harness import wrap
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
@@ -13,6 +14,7 @@ from vllm_instant.interfaces.experts import ExpertLayer, ExpertRouter, Measureme
 from vllm_instant.patches import moe as patch
 from vllm_instant.patches import moe_reports, moe_routers
 from vllm_instant.patches.moe_worker import MoeWorker
+from vllm_instant.patches.names import EXPERTS_ATTRIBUTE, MODEL_RUNNER
 from vllm_instant.patches.plugin_factory import PluginStartError
 
 pytestmark = pytest.mark.engine
@@ -398,7 +400,7 @@ def test_counts_reach_the_scheduler_beside_the_output():
     router._compute_routing(hidden, logits, None)
     serving.finish()
     output = SimpleNamespace()
-    setattr(output, patch.SERVING, serving.report())
+    setattr(output, EXPERTS_ATTRIBUTE, serving.report())
     count = moe_reports.count_in(output)
     assert (count.requests, count.draft_tokens) == (TOKENS, 0)
     assert (count.num_experts, count.top_k) == (EXPERTS, TOP_K)
@@ -495,8 +497,7 @@ class TestRunner:
             def get_model(self):
                 return SimpleNamespace(compute_logits=lambda hidden: hidden.cumsum(-1))
 
-        module = SimpleNamespace(GPUModelRunner=GPUModelRunner)
-        patch._wrap(module)
+        wrap(patch.PATCH, MODEL_RUNNER, GPUModelRunner=GPUModelRunner)
         monkeypatch.setattr("vllm.distributed.get_tp_group", lambda: SimpleNamespace(world_size=1))
         context = SimpleNamespace(moe_layer_index=0)
         monkeypatch.setattr(forward_context, "_forward_context", context)
@@ -549,6 +550,6 @@ class TestRunner:
         self._step(runner)
         outputs = [self._step(runner)[1] for _ in range(40)]
         assert len(passes) == 42
-        reports = [getattr(output, patch.SERVING) for output in outputs if hasattr(output, patch.SERVING)]
+        reports = [getattr(output, EXPERTS_ATTRIBUTE) for output in outputs if hasattr(output, EXPERTS_ATTRIBUTE)]
         assert len(reports) == 1
         assert reports[0]["totals"]["kl_tokens"] == 3

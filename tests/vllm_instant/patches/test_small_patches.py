@@ -1,4 +1,4 @@
-"""Import hooks, module names, building, the CPU sampling repair."""
+"""Small patches: module names, the plugin factory, repairs of the CPU build, steps without drafts."""
 
 import subprocess
 import sys
@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patch_harness import wrap
 
 from vllm_instant import Plugin, PluginContext
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.patches import import_hooks, module_names, plugin_factory, skip_rejection_sampler
+from vllm_instant.patches import module_names, plugin_factory, skip_rejection_sampler
 from vllm_instant.patches.cpu import numba_scan, sampling
+from vllm_instant.patches.names import MODEL_RUNNER
 
 
 def _python(code: str, cwd=None) -> str:
@@ -21,36 +23,6 @@ def _python(code: str, cwd=None) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
-
-
-class TestImportHooks:
-    def test_changes_wait_for_the_import_and_run_once(self, tmp_path, monkeypatch):
-        (tmp_path / "instant_sample_module.py").write_text("value = 1\n")
-        monkeypatch.syspath_prepend(str(tmp_path))
-        seen = []
-
-        def change(module):
-            seen.append(module.value)
-            module.value = 2
-
-        import_hooks.when_imported("instant_sample_module", change)
-        import_hooks.when_imported("instant_sample_module", change)
-        assert seen == []
-        assert "instant_sample_module" not in sys.modules
-        import instant_sample_module
-
-        assert instant_sample_module.value == 2
-        assert seen == [1]
-        assert type(instant_sample_module.__spec__.loader).__name__ == "SourceFileLoader"
-
-    def test_a_loaded_module_is_changed_at_once(self):
-        seen = []
-
-        def change(module):
-            seen.append(module.__name__)
-
-        import_hooks.when_imported("json", change)
-        assert seen == ["json"]
 
 
 class TestModuleNames:
@@ -184,7 +156,6 @@ class TestCpuSampling:
 @pytest.mark.engine
 def test_kernels_are_looked_for_beside_numba():
     """Where the first half fails, vLLM needs this repair no longer."""
-    from types import ModuleType
 
     import llvmlite.binding.ffi
     from vllm.triton_utils import dispatcher
@@ -192,10 +163,7 @@ def test_kernels_are_looked_for_beside_numba():
     search = getattr(dispatcher._rebind_kernels, "__wrapped__", dispatcher._rebind_kernels)
     with pytest.raises(AttributeError, match="_lib_fn_wrapper"):
         search([])
-    module = ModuleType("dispatcher")
-    module._rebind_kernels = search
-    numba_scan._repair(module)
-    module._rebind_kernels([])
+    wrap(numba_scan.PATCH, numba_scan.DISPATCHER_MODULE, _rebind_kernels=search)._rebind_kernels([])
     assert sys.modules[numba_scan.HIDDEN] is llvmlite.binding.ffi
 
 
@@ -222,7 +190,7 @@ class TestPlainSampling:
                 seen.append(spec_decode_metadata)
                 return logits
 
-        skip_rejection_sampler._wrap(SimpleNamespace(GPUModelRunner=GPUModelRunner))
+        wrap(skip_rejection_sampler.PATCH, MODEL_RUNNER, GPUModelRunner=GPUModelRunner)
         metadata = None if drafts is None else SimpleNamespace(num_draft_tokens=drafts)
         assert GPUModelRunner()._sample("logits", metadata) == "logits"
         assert seen == [metadata if verified else None]
