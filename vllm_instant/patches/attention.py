@@ -132,21 +132,21 @@ def _get_attn_backend_cls(original: Any, platform: Any, *args: Any, **kwargs: An
 
 
 def _choose(
-    original: Any, place: Any, on_cpu: bool, selected_backend: Any, selector_config: Any, *args: Any, **kwargs: Any
+    original: Any, place: Any, on_cpu: bool, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
 ) -> str:
     """The class of the attention backend of one kind of layer: the plugin's, or the one that vLLM chooses."""
     plugin = provider() if selected_backend == place else None
     if plugin is not None:
-        reason = unsupported_reason(plugin.instance, selector_config)
+        reason = unsupported_reason(plugin.instance, attn_selector_config)
         if reason is None:
             return BACKEND
         logger.warning("Plugin %s of slot attention leaves layers to vLLM: %s", plugin.plugin, reason)
         selected_backend = None
     if on_cpu:
-        message = unsupported_cache_reason(selector_config.kv_cache_dtype, selected_backend)
+        message = unsupported_cache_reason(attn_selector_config.kv_cache_dtype, selected_backend)
         if message is not None:
             raise ValueError(message)
-    return str(original(selected_backend, selector_config, *args, **kwargs))
+    return str(original(selected_backend, attn_selector_config, *args, **kwargs))
 
 
 def _register(module: Any) -> None:

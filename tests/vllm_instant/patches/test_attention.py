@@ -56,7 +56,7 @@ def choose(monkeypatch):
         return f"vLLM {selected_backend}"
 
     def choice(selected_backend, on_cpu=False, **changes):
-        return attention._choose(original, "CUSTOM", on_cpu, selected_backend, _asked(**changes))
+        return attention._choose(original, "CUSTOM", on_cpu, selected_backend, attn_selector_config=_asked(**changes))
 
     return choice
 
