@@ -12,7 +12,8 @@ import scheduler_harness as harness
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.patches.scheduler import PLAN_ATTRIBUTE, create_scheduler
+from vllm_instant.patches.names import PLAN_ATTRIBUTE
+from vllm_instant.patches.scheduler import create_scheduler
 
 DRAFTS = 4
 STEPS = 150
