@@ -85,18 +85,21 @@ class ServedLayer:
 
     def _fused(self, logits: Any, weights: Any, picks: Any, kinds: Any) -> Any:
         """Final weights and picks by the plugin's fused function; None without one, or if it failed."""
-        fused, serving = self.fused, self._serving
-        if fused is None:
+        serving = self._serving
+        if self.fused is None or serving.plugin.disabled:
             return None
         counted = serving.counts_of(self.layer)
-        found = serving.plugin.call(
-            "fused_route",
-            lambda _: fused(logits, weights.contiguous(), picks.contiguous(), kinds, serving.count_flag, counted),
-            None,
-        )
-        if found is None:
-            self.fused = None  # From now on by tensor operations.
-        return found
+        try:
+            return self.fused(logits, weights.contiguous(), picks.contiguous(), kinds, serving.count_flag, counted)
+        except Exception as error:
+            logger.warning(
+                "Layer %s is routed by tensor operations: its fused kernels failed with %s: %s",
+                self.layer.name,
+                type(error).__name__,
+                error,
+            )
+            self.fused = None
+            return None
 
     @staticmethod
     def _refuses_any(allowed: Any, own: Any, held: Any) -> bool:

@@ -87,7 +87,7 @@ def test_layers_with_expert_groups_are_not_offered(serve):
     assert worker.layers[0].fused is None
 
 
-def test_a_fused_function_that_fails_is_replaced_by_calls_of_allowed(serve):
+def test_a_fused_function_that_fails_is_replaced_by_calls_of_allowed(serve, caplog):
     def fused(*_):
         raise RuntimeError("no kernel for this device")
 
@@ -96,4 +96,5 @@ def test_a_fused_function_that_fails_is_replaced_by_calls_of_allowed(serve):
     for _ in range(5):
         _, picks = worker.layers[0].route(None, LOGITS, None)
         assert (picks % 2 == 0).all()
-    assert dict(worker.plugin.failures) == {"fused_route": 1}
+    assert not worker.plugin.disabled
+    assert caplog.text.count("its fused kernels failed with RuntimeError: no kernel for this device") == 1
