@@ -51,7 +51,7 @@ def as_arguments(
         elif isinstance(value, bool):
             words += _switch(option, value, action, known)
         elif isinstance(value, list):
-            words += [option, *(str(item) for item in value)] if value else []
+            words += _list_words(parser, option, action, value)
         else:
             words.append(f"{option}={value}")
     if problems:
@@ -69,7 +69,11 @@ def _objection(parser: argparse.ArgumentParser, action: argparse.Action | None, 
         return f"expected {'true or false' if is_switch else 'a value'}, found {shown(value)}"
     if isinstance(value, bool | dict):
         return None
-    for text in map(str, value) if isinstance(value, list) else (str(value),):
+    if isinstance(value, list):
+        texts = _items(value) if _takes_items(action) else [_one_text(parser, action, value)]
+    else:
+        texts = [str(value)]
+    for text in texts:
         try:
             parser._check_value(action, parser._get_value(action, text))
         except argparse.ArgumentError as error:
@@ -120,6 +124,34 @@ def _flatten(prefix: str, table: dict[str, Any], present: set[str]) -> list[str]
         else:
             words.append(f"{path}={json.dumps(value)}")
     return words
+
+
+def _takes_items(action: argparse.Action) -> bool:
+    """Whether an option takes a list item by item, in several words (``nargs``) or several times (``append``)."""
+    return isinstance(action, argparse._AppendAction) or action.nargs not in (None, "?")
+
+
+def _items(values: list[Any]) -> list[str]:
+    return [value if isinstance(value, str) else json.dumps(value) for value in values]
+
+
+def _list_words(parser: argparse.ArgumentParser, option: str, action: argparse.Action, values: list[Any]) -> list[str]:
+    if not _takes_items(action):
+        return [f"{option}={_one_text(parser, action, values)}"]
+    if isinstance(action, argparse._AppendAction):
+        return [f"{option}={text}" for text in _items(values)]
+    return [option, *_items(values)] if values or action.nargs == "*" else []
+
+
+def _one_text(parser: argparse.ArgumentParser, action: argparse.Action, values: list[Any]) -> str:
+    """A list in one word: JSON where vLLM converts it to a list, otherwise comma-separated."""
+    text = json.dumps(values)
+    try:
+        if isinstance(parser._get_value(action, text), list):
+            return text
+    except argparse.ArgumentError:
+        pass
+    return ",".join(_items(values))
 
 
 def _switch(option: str, value: bool, action: argparse.Action, known: dict[str, argparse.Action]) -> list[str]:

@@ -186,6 +186,29 @@ def test_lists_that_vllm_parses_for_itself_change_nothing(parse, parser, deploy)
     assert deployment_env.get_deployment().slots["drafter"].plugin == "ngram"
 
 
+LISTS = {
+    "allowed_origins": ('["http://localhost:3000", "https://chat.example"]', None),
+    "allowed_methods": ('["GET"]', None),
+    "allowed_headers": ("[]", None),
+    "middleware": ('["a.b.First", "a.b.Second"]', None),
+    "served_model_name": ('["first", "second"]', None),
+    "api_key": ('["first", "second"]', None),
+    "lora_modules": ('[{ name = "sql", path = "/adapters/sql" }]', [("sql", "/adapters/sql")]),
+    "disable_access_log_for_endpoints": ('["/health", "/metrics"]', "/health,/metrics"),
+    "cudagraph_capture_sizes": ("[1, 2, 4]", None),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_and_tables_reach_vllm_as_the_file_has_them(parse, write_file, name):
+    text, expected = LISTS[name]
+    path = write_file(f"[vllm]\n{name} = {text}\n")
+    found = getattr(parse("serve", "MODEL", "--plugins", "vllm_instant", "--instant-config", path), name)
+    if name == "lora_modules":
+        found = [(module.name, module.path) for module in found]
+    assert found == (json.loads(text) if expected is None else expected)
+
+
 def test_ray_workers_get_the_deployment(parse, deploy, monkeypatch):
     monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "MINE")
     parse("serve", "MODEL", "--plugins", "vllm_instant", "--instant-config", deploy)

@@ -299,10 +299,24 @@ def words_of(arguments: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         elif isinstance(value, list):
-            words += [f"--{option}", *map(str, value)] if value else []
+            words += _list_words(option, value)
         else:
             words += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return words
+
+
+_JSON_LISTS = ("allowed-origins", "allowed-methods", "allowed-headers")
+_REPEATED = ("middleware",)
+
+
+def _list_words(option: str, values: list[Any]) -> list[str]:
+    """A list as vLLM's parser takes it: as JSON, by repeating the option, or item by item."""
+    if option in _JSON_LISTS:
+        return [f"--{option}", json.dumps(values)]
+    items = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    if option in _REPEATED:
+        return [word for item in items for word in (f"--{option}", item)]
+    return [f"--{option}", *items] if items else []
 
 
 def _free_port() -> int:

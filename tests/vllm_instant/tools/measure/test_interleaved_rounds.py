@@ -133,3 +133,10 @@ def test_engine_arguments_become_words():
     assert words_of(table) == [
         *("--max-model-len", "8", "--enforce-eager", "--no-enable-prefix-caching", "--a", '{"b": 1}', "--c", "1", "2")
     ]
+
+
+def test_lists_become_words_as_vllm_takes_them():
+    table = {"allowed_origins": ["a"], "middleware": ["b", "c"], "lora_modules": [{"name": "d"}], "api_key": []}
+    assert words_of(table) == [
+        *("--allowed-origins", '["a"]', "--middleware", "b", "--middleware", "c", "--lora-modules", '{"name": "d"}')
+    ]
