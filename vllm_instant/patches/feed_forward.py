@@ -137,7 +137,7 @@ class ServedHalf:
 
 
 def _fastest_norm() -> Any:
-    """The norm by a kernel: where vLLM compiles, it chooses plain tensor operations, which nobody compiles in here."""
+    """The norm by a kernel. Where vLLM compiles graphs it prefers plain tensor operations, which are slow eagerly."""
     from vllm import ir
 
     norm = ir.ops.fused_add_rms_norm

@@ -1,4 +1,4 @@
-"""The API server's part: metrics on ``/metrics``, routes under ``/v1/instant``.
+"""The API server: metrics on ``/metrics`` and routes under ``/v1/instant``.
 
 Registered in vLLM's entry-point group ``vllm.endpoint_plugins``, which vLLM only loads when ``VLLM_PLUGINS`` (or
 ``--plugins``) names it.
@@ -8,30 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Annotated, Any
-
-from fastapi import Body, FastAPI, HTTPException, Query, Request
+from typing import TYPE_CHECKING, Any
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin, failure_counts
-from vllm_instant.deployment.resolved import installed_plugin, is_default_drafter
+from vllm_instant.deployment.resolved import is_default_drafter
 from vllm_instant.interfaces.deployment import Deployment, SlotChoice
 from vllm_instant.metrics import InstantMetrics
 from vllm_instant.patches import streaming
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
-from vllm_instant.patches.engine_core import DECISIONS_METHOD, METHOD
-from vllm_instant.patches.moe_reports import METHOD as EXPERTS_METHOD
+from vllm_instant.patches.engine_core import METHOD
 from vllm_instant.patches.plugin_factory import uses_drafter_plugin
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 logger = logging.getLogger("vllm.instant")
 
 POLL_SECONDS = 1.0
 API_SERVER = "api server"
-"""Where failures of plugins are counted that run in no engine."""
+"""The value of the label ``engine`` for failures of plugins that run in the API server."""
 
 
 class InstantEndpoints:
-    """What vLLM calls an endpoint plugin."""
+    """An endpoint plugin of vLLM."""
 
     name = "vllm_instant"
     required_tasks = ("generate",)
@@ -42,19 +42,16 @@ class InstantEndpoints:
         self._streaming: Any = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, under ``/v1`` so that the API key guards them."""
-        for path, endpoint, method in (
-            ("deployment", _show_deployment, "GET"),
-            ("decisions", _show_decisions, "GET"),
-            ("experts", _show_experts, "GET"),
-            ("experts", _set_experts, "POST"),
-        ):
-            app.add_api_route(f"/v1/instant/{path}", endpoint, methods=[method], tags=["vllm-instant"])
+        """Add the routes, under ``/v1`` so that the API key protects them."""
+        from vllm_instant.patches.http_handlers import ROUTES
+
+        for path, handler, method in ROUTES:
+            app.add_api_route(f"/v1/instant/{path}", handler, methods=[method], tags=["vllm-instant"])
         if streaming.is_served(deployment_env.get_deployment()):
             self._app, self._streaming = app, streaming.attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Start polling the engines; with several API servers only the first one does, so nothing counts twice."""
+        """Start to poll the engines; of several API servers only the first does, so that nothing is counted twice."""
         deployment = deployment_env.get_deployment()
         if deployment is None:
             return
@@ -74,48 +71,8 @@ class InstantEndpoints:
         self._polling = asyncio.get_running_loop().create_task(_poll(engine_client, metrics, reader))
 
 
-async def _show_decisions(
-    request: Request,
-    last: Annotated[int, Query(ge=1, le=2048)] = 20,
-    request_id: Annotated[str | None, Query()] = None,
-    queue: Annotated[bool, Query()] = False,
-) -> dict[str, Any]:
-    """Why the newest draft lengths were chosen, by engine, the oldest first; optionally those of one request.
-
-    With ``queue``: why requests started when they did.
-    """
-    client = request.app.state.engine_client.engine_core
-    engines = await client.call_utility_all_async(DECISIONS_METHOD, last, request_id, queue)
-    return {"engines": [{"engine": number, "decisions": decisions} for number, decisions in enumerate(engines)]}
-
-
-async def _show_deployment(request: Request) -> dict[str, Any]:
-    """The deployment that is served: effective values and where each came from."""
-    deployment: Deployment | None = getattr(request.app.state, "instant_deployment", None)
-    return deployment.model_dump(mode="json") if deployment is not None else {}
-
-
-async def _show_experts(request: Request) -> dict[str, Any]:
-    """What the experts plugin measured, by engine; nothing without one."""
-    totals = await request.app.state.engine_client.engine_core.call_utility_all_async(METHOD)
-    return {"engines": [of_engine.get("experts") for of_engine in totals]}
-
-
-async def _set_experts(request: Request, settings: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
-    """Hand settings to the experts plugin in all workers; the first one's answer, its layers included."""
-    deployment: Deployment | None = getattr(request.app.state, "instant_deployment", None)
-    if deployment is None or installed_plugin(deployment, "experts").plugin.build is None:
-        raise HTTPException(404, "this server has no experts plugin")
-    workers = await request.app.state.engine_client.collective_rpc(EXPERTS_METHOD, args=(settings,))
-    if not workers or workers[0] is None:
-        raise HTTPException(404, "no worker of this server asks an experts plugin")
-    if "error" in workers[0]:
-        raise HTTPException(400, workers[0]["error"])
-    return dict(workers[0])
-
-
 def as_served(deployment: Deployment, speculative_config: Any) -> Deployment:
-    """The deployment without the default drafter where that does not draft."""
+    """The deployment without the default drafter, if that does not draft on this server."""
     drafts = speculative_config is not None and uses_drafter_plugin(deployment, speculative_config)
     if drafts or not is_default_drafter(deployment):
         return deployment
@@ -134,7 +91,7 @@ async def _poll(engine_client: Any, metrics: InstantMetrics, reader: GuardedPlug
             failures = 0
         except asyncio.CancelledError:
             raise
-        # The server must outlive its metrics: an engine that shuts down, or a vLLM that answers differently.
+        # The server continues without metrics when an engine shuts down or answers differently.
         except Exception as error:
             failures += 1
             last = error
@@ -144,7 +101,7 @@ async def _poll(engine_client: Any, metrics: InstantMetrics, reader: GuardedPlug
 
 
 PATCH = VllmPatch(
-    name="endpoints",
+    name="http_routes",
     purpose="metrics and /v1/instant routes",
     requirements=(
         HasAttribute("plugins/endpoint_plugins/interface.py", "EndpointPlugin.required_tasks"),

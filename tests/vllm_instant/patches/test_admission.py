@@ -112,7 +112,7 @@ def test_who_waits_can_be_aborted(make):
     assert scheduler.get_request_counts() == (3, 1)
 
 
-def test_nobody_starts_when_the_policy_holds_the_queue(make):
+def test_no_request_starts_while_the_policy_holds_the_queue(make):
     scheduler = make("backwards", "batching.max_num_admitted=1")
     _add(scheduler, 4)
     assert _started(_step(scheduler)) == ["request-3"]
@@ -201,7 +201,7 @@ def test_an_order_that_is_none_counts_as_a_failure(make, order):
     assert scheduler.instant_totals()["failures"][0]["hook"] == "admit"
 
 
-def test_a_pause_and_a_reset_of_the_cache_lose_nobody(make):
+def test_a_pause_and_a_reset_of_the_cache_lose_no_request(make):
     from vllm.v1.core.sched.interface import PauseState
 
     scheduler = make("backwards")

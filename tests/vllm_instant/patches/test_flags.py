@@ -157,7 +157,7 @@ def test_who_brings_a_scheduler_gets_no_default_drafter(parse):
 
 
 @pytest.mark.parametrize(("scheduler", "served"), [(None, SCHEDULER), ("theirs.Scheduler", "theirs.Scheduler")])
-def test_reading_prompts_ahead_brings_our_scheduler_where_nobody_brings_another(parse, write_file, scheduler, served):
+def test_streaming_sets_the_scheduler_unless_another_one_is_named(parse, write_file, scheduler, served):
     file = write_file('[speculation]\nplugin = "off"\n[streaming]\nplugin = "resumable"\n')
     words = ["--scheduler-cls", scheduler] if scheduler else []
     parsed = parse("serve", "MODEL", "--plugins", "vllm_instant", "--instant-config", str(file), *words)

@@ -178,7 +178,7 @@ def test_decoding_rows_are_held_to_what_is_allowed_and_others_are_not(kind):
     assert 0 < measures.routed_mass < measures.native_mass
 
 
-def test_too_few_experts_bind_nobody():
+def test_too_few_allowed_experts_restrict_no_row():
     hidden, logits = _inputs()
     expected = _router("softmax")._compute_routing(hidden, logits, None)
     router, allowed = _router("softmax"), torch.zeros(1, EXPERTS, dtype=torch.bool)
@@ -431,7 +431,7 @@ class TestShadow:
         serving = _serving(_router("softmax"), self.Shy())
         assert any(self._begin(serving, [RowKind.DECODE, RowKind.PREFILL]) for _ in range(80))
 
-    def test_a_step_that_nobody_asks_about_is_not_run_twice(self):
+    def test_a_step_without_a_question_is_not_run_twice(self):
         class Content(self.Shy):
             def begin_step(self, rows):
                 return False

@@ -49,7 +49,7 @@ def state(name):
     return SimpleNamespace(external_req_id=name, bookkeeping=[])
 
 
-def test_what_nobody_asked_for_is_kept_in_order_but_not_counted():
+def test_prefills_keep_their_bookkeeping_but_are_not_counted():
     tested, stats = processor(), Stats()
     for name in ("chatcmpl-1", f"{streaming.PREFILL_PREFIX}2"):
         request = state(name)

@@ -105,7 +105,7 @@ def test_the_order_does_not_change_within_one_call_of_schedule():
     assert calls == [4]
 
 
-def test_nobody_is_asked_while_all_places_are_taken():
+def test_the_policy_is_not_called_while_no_request_may_start():
     running = [Request("x"), Request("y")]
     queue = _queue(lambda waiting: pytest.fail("asked"), running, places=2)
     queue.add_request(Request("a"))
@@ -239,7 +239,7 @@ class EveryRequestOnce(RuleBasedStateMachine):
         self.running.pop(0)
 
     @invariant()
-    def nobody_is_lost_or_twice(self):
+    def each_request_waits_exactly_once(self):
         names = _names(self.queue)
         assert sorted(names) == sorted(self.waiting)
         assert len(self.queue) == len(names)

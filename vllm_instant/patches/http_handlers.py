@@ -1,0 +1,60 @@
+"""Handlers of the routes under ``/v1/instant``; imported in API servers only, because they need FastAPI."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Body, HTTPException, Query, Request
+
+from vllm_instant.deployment.resolved import installed_plugin
+from vllm_instant.interfaces.deployment import Deployment
+from vllm_instant.patches.engine_core import DECISIONS_METHOD, METHOD
+from vllm_instant.patches.moe_reports import METHOD as EXPERTS_METHOD
+
+
+async def show_decisions(
+    request: Request,
+    last: Annotated[int, Query(ge=1, le=2048)] = 20,
+    request_id: Annotated[str | None, Query()] = None,
+    queue: Annotated[bool, Query()] = False,
+) -> dict[str, Any]:
+    """The newest decisions about draft budgets, by engine, oldest first; optionally those of one request.
+
+    With ``queue``: the decisions about the start of requests.
+    """
+    client = request.app.state.engine_client.engine_core
+    engines = await client.call_utility_all_async(DECISIONS_METHOD, last, request_id, queue)
+    return {"engines": [{"engine": number, "decisions": decisions} for number, decisions in enumerate(engines)]}
+
+
+async def show_deployment(request: Request) -> dict[str, Any]:
+    """The deployment that is served: effective values and the source of each."""
+    deployment: Deployment | None = getattr(request.app.state, "instant_deployment", None)
+    return deployment.model_dump(mode="json") if deployment is not None else {}
+
+
+async def show_experts(request: Request) -> dict[str, Any]:
+    """The numbers of the experts plugin by engine; null without one."""
+    totals = await request.app.state.engine_client.engine_core.call_utility_all_async(METHOD)
+    return {"engines": [of_engine.get("experts") for of_engine in totals]}
+
+
+async def set_experts(request: Request, settings: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
+    """Pass settings to the experts plugin in all workers; returns the first worker's answer, its layers included."""
+    deployment: Deployment | None = getattr(request.app.state, "instant_deployment", None)
+    if deployment is None or installed_plugin(deployment, "experts").plugin.build is None:
+        raise HTTPException(404, "this server has no experts plugin")
+    workers = await request.app.state.engine_client.collective_rpc(EXPERTS_METHOD, args=(settings,))
+    if not workers or workers[0] is None:
+        raise HTTPException(404, "no worker of this server runs an experts plugin")
+    if "error" in workers[0]:
+        raise HTTPException(400, workers[0]["error"])
+    return dict(workers[0])
+
+
+ROUTES = (
+    ("deployment", show_deployment, "GET"),
+    ("decisions", show_decisions, "GET"),
+    ("experts", show_experts, "GET"),
+    ("experts", set_experts, "POST"),
+)
