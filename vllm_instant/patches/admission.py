@@ -227,7 +227,7 @@ _SCHEDULER = "v1/core/sched/scheduler.py"
 _QUEUE = "v1/core/sched/request_queue.py"
 
 PATCH = VllmPatch(
-    name="batching",
+    name="admission",
     purpose="the order of waiting requests",
     requirements=(
         HasSignature(_SCHEDULER, "Scheduler.schedule", ("self",)),

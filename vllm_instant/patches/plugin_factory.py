@@ -105,7 +105,7 @@ def build_guarded(slot: str, deployment: Deployment, context: PluginContext) -> 
 
 
 PATCH = VllmPatch(
-    name="configuration",
+    name="plugin_factory",
     purpose="tells plugins about the model and the engine",
     requirements=(
         HasAttribute("config/vllm.py", "VllmConfig.speculative_config"),
