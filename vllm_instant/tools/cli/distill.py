@@ -13,100 +13,162 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_instant.tools.cli.common import fail, require
+from vllm_instant.tools.cli.options import CommandOptions, takes
 
 
-def distill(
-    target: Annotated[str, typer.Argument(help="The target model: a folder or a Hugging Face name.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the draft model; a stopped run in it is resumed.")],
+class DistillOptions(CommandOptions):
+    """What the user typed."""
+
+    target: Annotated[str, typer.Argument(help="The target model: a folder or a Hugging Face name.")]
+    output: Annotated[Path, typer.Argument(help="Folder for the draft model; an interrupted run in it is continued.")]
     text: Annotated[
         list[str] | None,
         typer.Option(help="Text to learn from: a file or folder, or CLASS=PATH to have it reported by itself."),
-    ] = None,
+    ] = None
     held_out: Annotated[
         list[str] | None,
-        typer.Option(help="Text to measure on, as --text; without it a part of each class is kept back."),
-    ] = None,
-    generate: Annotated[int, typer.Option(min=0, help="Texts that the target writes itself, to learn from.")] = 0,
-    objective: Annotated[str, typer.Option(help="kl, tv, or kl-tv (the first half kl, the second tv).")] = "kl-tv",
-    share: Annotated[float, typer.Option(min=0.0001, max=1, help="Largest size relative to the target.")] = 0.1,
-    layers: Annotated[int | None, typer.Option(min=1, help="Depth; a third of the target's, at most 4.")] = None,
+        typer.Option(help="Text to measure on, as --text; a part of each class is held out by default."),
+    ] = None
+    generate: Annotated[int, typer.Option(min=0, help="Number of texts that the target writes to learn from.")] = 0
+    objective: Annotated[
+        str, typer.Option(help="Loss: kl, tv, or kl-tv (the first half of the steps kl, the second tv).")
+    ] = "kl-tv"
+    share: Annotated[
+        float, typer.Option(min=0.0001, max=1, help="Largest size of the draft model relative to the target.")
+    ] = 0.1
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Number of layers; a third of the target's by default, at most 4.")
+    ] = None
     take_layers: Annotated[
-        int | None, typer.Option(min=1, help="Start as the target with N of its layers, not as a new model.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Windows of text in a step.")] = None,
-    context: Annotated[int | None, typer.Option(min=16, help="Tokens of a window.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
-) -> None:
-    """Train a small draft model on a target model's next-token distributions, and report what is accepted of it.
+        int | None, typer.Option(min=1, help="Start with N of the target's layers in place of a new model.")
+    ] = None
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of training steps.")] = None
+    batch: Annotated[int | None, typer.Option(min=1, help="Number of windows of text per step.")] = None
+    context: Annotated[int | None, typer.Option(min=16, help="Number of tokens of a window.")] = None
+    device: Annotated[str | None, typer.Option(help="Device: cpu or cuda; cuda by default where there is one.")] = None
+
+
+@takes(DistillOptions)
+def distill(options: DistillOptions, words: list[str]) -> None:
+    """Train a small draft model on a target model's next-token distributions, and report its acceptance.
 
     The result is a folder that vLLM loads as a draft model. Without --text and --generate the target writes 256 texts
-    of its own. Stop it with Ctrl-C at any time; the same command goes on.
+    of its own. Ctrl-C stops it at any time; the same command continues.
     """
-    require(
-        "distill",
-        {"torch": "PyTorch", "transformers": "Transformers", "accelerate": "Accelerate"},
-        extra="distill",
-    )
+    packages = {"torch": "PyTorch", "transformers": "Transformers", "accelerate": "Accelerate"}
+    require("distill", packages, extra="distill")
     import torch
     import transformers
 
-    from vllm_instant.tools.distill import architecture
     from vllm_instant.tools.distill import distill as work
-    from vllm_instant.tools.distill.initialization import layers_of
-    from vllm_instant.tools.distill.text import TextError, generated, read, tokenized
     from vllm_instant.tools.distill.training import overridden
 
     console = Console()
-    if objective not in work.OBJECTIVES:
-        fail(f"--objective must be one of {', '.join(work.OBJECTIVES)}, found {objective!r}")
-    if device not in (None, "cpu", "cuda"):
-        fail(f"--device must be cpu or cuda, found {device!r}")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if where == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch sees no CUDA device here")
-    if take_layers and layers:
-        fail("--layers is the depth of a new model: it cannot be given with --take-layers")
-    usual = work.TRAINING_OF_LAYERS if take_layers else work.DEFAULT_TRAINING
-    plan = overridden(usual, steps=steps, batch=batch, context=context)
+    device = _device(options)
+    usual = work.TRAINING_OF_LAYERS if options.take_layers else work.DEFAULT_TRAINING
+    plan = overridden(usual, steps=options.steps, batch=options.batch, context=options.context)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    model, tokenizer = _load(target, where)
-    total = model.num_parameters()
+    model, tokenizer = _load(options.target, device)
     torch.manual_seed(plan.seed)
-    try:
-        if take_layers:
-            draft = layers_of(model, take_layers)
-            architecture.check_share(draft.num_parameters(), total, share, f"{take_layers} of the target's layers")
-        else:
-            draft = transformers.LlamaForCausalLM(
-                architecture.derive(model.config.get_text_config(), total, share, layers)
-            )
-        classes = read(text or [], held_out or [])
-        if generate or not any(c.training for c in classes):
-            with _bar(console) as progress:
-                task = progress.add_task("target writes text", total=generate or 256)
-                classes.append(
-                    generated(
-                        model,
-                        tokenizer,
-                        classes,
-                        generate or 256,
-                        plan.context,
-                        lambda done, count: progress.update(task, completed=done),
-                    )
-                )
-        tokens = tokenized(tokenizer, classes, plan.context)
-    except (TextError, ValueError) as error:
-        fail(str(error))
-    shape, small = draft.config, draft.num_parameters()
+    draft, tokens = _draft_and_text(options, plan, model, tokenizer, console)
+    total, small = model.num_parameters(), draft.num_parameters()
     console.print(
         f"target {total:,} parameters; draft {small:,} ({1 - small / total:.1%} fewer): "
-        f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
+        f"{draft.config.num_hidden_layers} layers of width {draft.config.hidden_size}"
     )
-    output.mkdir(parents=True, exist_ok=True)
-    run = {"target": target, "shape": shape.to_diff_dict(), "plan": vars(plan), "objective": objective}
-    _same_run(output, run | ({"start": f"{take_layers} layers of the target"} if take_layers else {}))
+    _require_same_run(options, plan, draft.config.to_diff_dict())
+    seconds = _train(options, plan, model, draft, tokens, device, console)
+    # The rounded weights are served, so they are what is measured.
+    draft.to(torch.bfloat16)
+    with console.status("Measuring acceptance …"):
+        acceptance = work.judge(model, draft, tokens)
+    report = work.Report(
+        options.target,
+        total,
+        small,
+        draft.config.to_diff_dict(),
+        options.take_layers or 0,
+        options.objective,
+        vars(plan),
+        sum(len(c.training) for c in tokens),
+        round(seconds, 1),
+        acceptance,
+        {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+    )
+    draft.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    (options.output / work.REPORT).write_text(json.dumps(report.plain(), indent=2) + "\n")
+    _print(console, report, options.output)
+
+
+def _device(options: DistillOptions) -> str:
+    """The device to train on; options that contradict each other end the command."""
+    import torch
+
+    from vllm_instant.tools.distill import distill as work
+
+    if options.objective not in work.OBJECTIVES:
+        fail(f"--objective must be one of {', '.join(work.OBJECTIVES)}, found {options.objective!r}")
+    if options.device not in (None, "cpu", "cuda"):
+        fail(f"--device must be cpu or cuda, found {options.device!r}")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch sees no CUDA device here")
+    if options.take_layers and options.layers:
+        fail("--layers is the depth of a new model: it cannot be given with --take-layers")
+    return device
+
+
+def _draft_and_text(options: DistillOptions, plan: Any, model: Any, tokenizer: Any, console: Console) -> Any:
+    """The draft model to train, and the tokens to train and measure it on."""
+    from vllm_instant.tools.distill.text import TextError, read, tokenized
+
+    try:
+        draft = _new_draft(options, model)
+        classes = read(options.text or [], options.held_out or [])
+        if options.generate or not any(c.training for c in classes):
+            classes.append(_written(options.generate or 256, plan, model, tokenizer, classes, console))
+        return draft, tokenized(tokenizer, classes, plan.context)
+    except (TextError, ValueError) as error:
+        fail(str(error))
+
+
+def _new_draft(options: DistillOptions, model: Any) -> Any:
+    import transformers
+
+    from vllm_instant.tools.distill import architecture
+    from vllm_instant.tools.distill.initialization import layers_of
+
+    total = model.num_parameters()
+    if not options.take_layers:
+        config = architecture.derive(model.config.get_text_config(), total, options.share, options.layers)
+        return transformers.LlamaForCausalLM(config)
+    draft = layers_of(model, options.take_layers)
+    described = f"{options.take_layers} of the target's layers"
+    architecture.check_share(draft.num_parameters(), total, options.share, described)
+    return draft
+
+
+def _written(count: int, plan: Any, model: Any, tokenizer: Any, classes: Any, console: Console) -> Any:
+    """Texts that the target writes."""
+    from vllm_instant.tools.distill.text import generated
+
+    with _bar(console) as progress:
+        task = progress.add_task("target writes text", total=count)
+
+        def tick(done: int, of: int) -> None:
+            progress.update(task, completed=done)
+
+        return generated(model, tokenizer, classes, count, plan.context, tick)
+
+
+def _train(
+    options: DistillOptions, plan: Any, model: Any, draft: Any, tokens: Any, device: str, console: Console
+) -> float:
+    """Train the draft model; returns the seconds that it took, those of earlier runs included."""
+    from vllm_instant.tools.distill import distill as work
+
     with _bar(console) as progress:
         task = progress.add_task("distilling", total=plan.steps)
 
@@ -114,33 +176,19 @@ def distill(
             progress.update(task, completed=step, description=f"distilling, distance {loss:.3f}")
 
         try:
-            seconds = work.distill(
-                model, draft, tokens, output, plan=plan, objective=objective, progress=show, device=where
+            return work.distill(
+                model,
+                draft,
+                tokens,
+                options.output,
+                plan=plan,
+                objective=options.objective,
+                progress=show,
+                device=device,
             )
         except KeyboardInterrupt:
-            console.print("Stopped; the same command goes on from the last checkpoint.")
+            console.print("Stopped; the same command continues from the last checkpoint.")
             raise typer.Exit(130) from None
-    # What is measured is what is served: the rounded weights.
-    draft.to(torch.bfloat16)
-    with console.status("Measuring acceptance …"):
-        found = work.judge(model, draft, tokens)
-    report = work.Report(
-        target,
-        total,
-        small,
-        shape.to_diff_dict(),
-        take_layers or 0,
-        objective,
-        vars(plan),
-        sum(len(c.training) for c in tokens),
-        round(seconds, 1),
-        found,
-        {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-    )
-    draft.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    (output / work.REPORT).write_text(json.dumps(report.plain(), indent=2) + "\n")
-    _print(console, report, output)
 
 
 def _load(name: str, device: str) -> tuple[Any, Any]:
@@ -157,8 +205,13 @@ def _load(name: str, device: str) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
-def _same_run(output: Path, wanted: dict[str, Any]) -> None:
-    """A checkpoint of another run must not be taken for one of this."""
+def _require_same_run(options: DistillOptions, plan: Any, shape: dict[str, Any]) -> None:
+    """End the command where the folder holds the checkpoint of another run."""
+    wanted = {"target": options.target, "shape": shape, "plan": vars(plan), "objective": options.objective}
+    if options.take_layers:
+        wanted["start"] = f"{options.take_layers} layers of the target"
+    output = options.output
+    output.mkdir(parents=True, exist_ok=True)
     path = output / "run.json"
     wanted = json.loads(json.dumps(wanted))
     if path.exists():
