@@ -7,6 +7,7 @@ import pytest
 from vllm_instant.tools.measure import server_metrics as m
 from vllm_instant_loadtests import causes
 from vllm_instant_loadtests.analysis import analyse_run
+from vllm_instant_loadtests.metric_series import MetricSeries
 from vllm_instant_loadtests.run_recorder import DecisionSample, Disturbance, MetricsSample, RecordedRun
 from vllm_instant_loadtests.simulated import SERVER, SimulatedEngine, SimulatedTraffic, simulate_run
 
@@ -80,12 +81,12 @@ def test_a_sleeping_load_generator_is_not_taken_for_a_stopped_server():
     assert by_cause[causes.STOPPED] < 0.2
 
 
-def test_meters():
+def test_counters_survive_restarts_and_gauges_are_read_where_they_are_nearest():
     samples = [
         MetricsSample("s", float(at), 0.01, {m.PREEMPTIONS: total, m.RUNNING: running})
         for at, total, running in [(0, 5, 1), (1, 7, 2), (2, 0, 8), (3, 4, 3)]
     ]
-    meters = m.MetricSeries(samples[::-1])
+    meters = MetricSeries(samples[::-1])
     assert meters.growth(m.PREEMPTIONS, [(0.0, 1.0)]) == pytest.approx(2)
     # It fell: the server was started again, and counts from 0.
     assert meters.growth(m.PREEMPTIONS, [(0.0, 3.0)]) == pytest.approx(6)
