@@ -1,4 +1,4 @@
-"""Machinery for honest comparisons: live servers, a streaming client that counts tokens, intervals.
+"""Measures live servers: starts them, streams answers and counts tokens, and computes intervals and verdicts.
 
-Used by the demo, the benchmarks and the engine tests, so that all of them start, measure and stop servers alike.
+The commands, the demo, the benchmarks and the engine tests all start, measure and stop servers with it.
 """

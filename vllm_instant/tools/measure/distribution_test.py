@@ -1,14 +1,17 @@
 """Do two servers sample from the same distribution? A permutation test of the joint distribution of tokens.
 
-Two arms draw ``n`` tokens after the same prompts, thousands of times. What the tokens of both arms have in common does
-not matter; whether the arms differ does. So the outcomes are counted in cells, and the statistic is compared with what
-it is when the labels of the arms are dealt out at random: the false-alarm rate is the stated one whatever the
-distributions are, and however cells were made, because cells are made from both arms' draws without their labels.
+Two arms sample ``n`` tokens after the same prompts, thousands of times. Their outcomes are counted in cells, and the
+statistic is compared with its distribution under random permutations of the arms' labels. The false-alarm rate is
+therefore the stated one for every distribution and every choice of cells, because cells are made from the samples of
+both arms without their labels.
 
 Views: for each position ``m`` the token there alone, and the joint outcome of the first ``m`` tokens. In each view a
-prompt's common outcomes are cells of their own and rare ones share a few by their hash. A view's statistic is the
-two-sample chi-square over all prompts, standardised; the test statistic is the largest of all views (Westfall and Young
-1993), so that looking at many views costs no false alarms.
+prompt's common outcomes have cells of their own, and rare ones share a few cells by their hash. A view's statistic is
+the standardised two-sample chi-square over all prompts; the test statistic is the maximum over all views (Westfall and
+Young 1993), so that many views cause no additional false alarms.
+
+``scipy.stats.permutation_test`` would evaluate a Python function per permutation; here a batch of permutations is one
+matrix product, and the number of permutations is chosen sequentially.
 """
 
 from __future__ import annotations
@@ -24,28 +27,28 @@ from scipy.stats import chi2, ncx2
 
 Tokens = npt.NDArray[np.int64]
 COMMON = 12
-"""Pooled draws from which an outcome gets a cell of its own."""
+"""Minimum number of pooled samples for an outcome to have a cell of its own."""
 SHARED_CELLS = 8
 BATCH = 500
-"""Permutations that are tried at a time."""
+"""Number of permutations per matrix product."""
 POWER = 0.9
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the test found."""
+    """The result of the test."""
 
     p_value: float
     draws: int
-    """Of each arm, all prompts together."""
+    """Number of samples per arm, all prompts together."""
     detectable: float
     """The smallest total variation between the arms' outcomes (as counted in cells, in every prompt) that this test
-    finds with a chance of 90 %."""
+    detects with a probability of 90 %."""
     distance: float
-    """Estimate of a total variation that the arms' outcomes (all tokens together, as counted, on average over prompts)
-    do not exceed: from the chi-square's excess over what chance makes of it. 0 where there is none."""
+    """Estimated upper bound of the total variation of the arms' outcomes (all tokens jointly, as counted in cells, mean
+    over prompts): from the excess of chi-square over its expectation. 0 without excess."""
     worst_view: str
-    """The view that differs most."""
+    """The view with the largest difference."""
 
 
 def compare_draws(
@@ -61,12 +64,12 @@ def compare_draws(
     Args:
         ours: for each prompt int64 ``[draws, n]``.
         theirs: the same prompts of the other arm; the numbers of draws may differ.
-        false_alarms: the rate that the caller decides with; permutations go on until a p-value near it is known.
-        max_permutations: how many are tried at most.
+        false_alarms: the rate of the caller's decision; permutations end when the p-value is clearly above or below.
+        max_permutations: limit of their number.
         seed: of the permutations.
 
     Raises:
-        ValueError: without draws, or when the arms have different prompts or numbers of tokens.
+        ValueError: without samples, or when the arms have different prompts or numbers of tokens.
 
     """
     if (
@@ -91,7 +94,7 @@ def compare_draws(
         permuted = np.sum([prompt.chi_squares(prompt.shuffled(generator, BATCH)) for prompt in prompts], axis=0)
         exceeded += int((((permuted - freedom) / scale).max(0) >= highest - 1e-9).sum())
         tried += BATCH
-        # Sequential (Besag and Clifford 1991): stop when it is settled on which side of the rate the p-value is.
+        # Sequential Monte Carlo p-values (Besag and Clifford 1991): stop when the side of the rate is decided.
         if (exceeded >= 20 and exceeded / tried > 5 * false_alarms) or (exceeded + 1) / (tried + 1) < false_alarms / 4:
             break
     effective = effective_draws(ours, theirs)
@@ -107,19 +110,19 @@ def compare_draws(
 def effective_draws(ours: Sequence[Tokens], theirs: Sequence[Tokens]) -> float:
     """``sum 4ab / (a + b)`` over prompts with ``a`` and ``b`` draws.
 
-    Times the square of a total variation, it is the least noncentrality that this has in the two-sample chi-square.
+    Multiplied by the square of a total variation, it is the minimum noncentrality of the two-sample chi-square.
     """
     return float(sum(4 * len(a) * len(b) / (len(a) + len(b)) for a, b in zip(ours, theirs, strict=True)))
 
 
 def detectable(effective_draws: float, freedom: int, false_alarms: float) -> float:
-    """The smallest total variation that a chi-square test finds with a chance of ``POWER``.
+    """The smallest total variation that a chi-square test detects with probability ``POWER``.
 
     A total variation of ``d`` has, however it is spread over cells, a noncentrality of at least ``d**2`` times
     ``effective_draws`` (by Cauchy's inequality; equality where half of the probability rises and half falls).
 
     Args:
-        effective_draws: see the function of that name.
+        effective_draws: see ``effective_draws``.
         freedom: degrees of freedom.
         false_alarms: the test's rate.
 
@@ -142,7 +145,7 @@ class _PromptCells:
         self.freedom = np.array([[cells.shape[1] - 1] for cells in self._cells], float)
 
     def shuffled(self, generator: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
-        """``count`` times the labels in random order, ``[count, draws]``."""
+        """``count`` random permutations of the labels, ``[count, draws]``."""
         return generator.permuted(np.tile(self.labels, (count, 1)), axis=1)
 
     def chi_squares(self, labels: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -167,7 +170,7 @@ def _views(tokens: Tokens) -> list[npt.NDArray[np.int64]]:
 
 
 def _numbered(outcomes: Tokens) -> npt.NDArray[np.int64]:
-    """A cell number for each row: its own for common outcomes, one of a few shared ones for the others."""
+    """A cell number for each row: one per common outcome, shared ones for rare outcomes."""
     unique, which, counts = np.unique(outcomes, axis=0, return_inverse=True, return_counts=True)
     shared = np.array([zlib.crc32(row.tobytes()) % SHARED_CELLS for row in unique])
     own = SHARED_CELLS + np.arange(len(unique))

@@ -1,6 +1,6 @@
-"""What the machine has used of energy so far, where it can tell: NVML counts for GPUs, RAPL for processors.
+"""Energy counters of the machine: NVML for GPUs, RAPL for processors.
 
-Counters are the machine's, not a process's: what runs beside the server is in them.
+They count the whole machine, including everything that runs beside the server.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ POWERCAP = Path("/sys/class/powercap")
 
 @dataclass
 class EnergyMeter:
-    """Adds up the machine's energy counters."""
+    """The sum of the machine's energy counters."""
 
     sources: dict[str, Callable[[], float]] = field(default_factory=dict)
-    """By name: joules since some time in the past."""
+    """By name, a function that returns joules since an arbitrary time."""
 
     def joules(self) -> float | None:
-        """All counters together; None without any."""
+        """The sum of all counters; None without any."""
         return sum(read() for read in self.sources.values()) if self.sources else None
 
 
 def energy_meter(powercap: Path = POWERCAP) -> EnergyMeter:
-    """The counters of this machine that can be read."""
+    """The readable counters of this machine."""
     return EnergyMeter(_gpus() | _processors(powercap))
 
 
 @dataclass
 class _Rapl:
-    """One domain of the processor; its counter starts again at zero now and then."""
+    """One domain of the processor, whose counter wraps around."""
 
     folder: Path
     seen: int = 0
@@ -56,13 +56,13 @@ class _Rapl:
 
 def _processors(powercap: Path) -> dict[str, Callable[[], float]]:
     found: dict[str, Callable[[], float]] = {}
-    # One colon: whole packages. Their parts, with two, are in them already.
+    # One colon: whole packages, which include their parts (two colons).
     for folder in sorted(powercap.glob("*-rapl:*")):
         if folder.name.count(":") == 1:
             try:
                 found[folder.name] = _Rapl(folder).joules
             except (OSError, ValueError):
-                continue  # only root may read it on many machines
+                continue  # on many machines only root may read it
     return found
 
 

@@ -1,4 +1,4 @@
-"""What numbers belong to: the device, the versions and the date."""
+"""The environment of a measurement: device, versions and date."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vllm_instant.tools.measure.nvml import gpus
 
 
 def environment_info(command: str) -> dict[str, Any]:
-    """The machine and installation that this runs on, as JSON types.
+    """The machine and the installation, as JSON types.
 
     Args:
-        command: what the user ran.
+        command: the user's command line.
 
     """
     return {
@@ -31,7 +31,7 @@ def environment_info(command: str) -> dict[str, Any]:
 
 
 def device() -> str:
-    """The processor, and the GPUs if their driver can be asked."""
+    """The processor, and the GPUs where NVML finds them."""
     return ", ".join([f"{_processor()}, {os.cpu_count()} cores", *(gpu.name for gpu in gpus())])
 
 

@@ -1,4 +1,4 @@
-"""NVIDIA's devices, as far as their library is installed and says."""
+"""NVIDIA's devices, where NVML is installed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Gpu:
     _handle: Any
 
     def joules(self) -> float:
-        """Energy used since the driver was loaded; raises what the library raises where it is not counted."""
+        """Energy used since the driver was loaded; raises NVML's error where it is not counted."""
         return float(self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
 
 
 def gpus() -> list[Gpu]:
-    """All devices; none without the library (nvidia-ml-py, which vLLM's users mostly have), a driver or a device."""
+    """All devices; an empty list without the library (nvidia-ml-py), a driver or a device."""
     try:
         import pynvml
 

@@ -1,4 +1,4 @@
-"""Prompts by class, made from text that every Python installation carries; always fresh ones, by a seed."""
+"""Prompts by class, made from text that every Python installation has; another seed gives other prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_instant.tools.demo.corpus import Document, documents
 from vllm_instant.tools.measure.closed_loop import PromptSpec
 
 CHARACTERS = 140
-"""Length of a beginning."""
+"""Length of a beginning, in characters."""
 
 
 def snippets(kind: str, temperature: float, count: int, seed: int | str) -> list[PromptSpec]:
@@ -29,7 +29,7 @@ def snippets(kind: str, temperature: float, count: int, seed: int | str) -> list
 
 
 def records(count: int, seed: int | str) -> list[PromptSpec]:
-    """Repetitive structured text: a few records, over and over."""
+    """Repetitive structured text: a few records, repeated."""
     choose = random.Random(seed)
     lines = [line for text in _held_out("structured") for line in text.splitlines() if 80 < len(line) < 140]
     prompts = []
@@ -40,7 +40,7 @@ def records(count: int, seed: int | str) -> list[PromptSpec]:
 
 
 def sums(count: int, seed: int | str) -> list[PromptSpec]:
-    """Math-like text: sums, one below the other."""
+    """Math-like text: one sum per line."""
     choose = random.Random(seed)
     prompts = []
     for _ in range(count):
@@ -58,14 +58,14 @@ BUILT_IN: dict[str, Callable[[int, str], list[PromptSpec]]] = {
     "code": lambda count, seed: snippets("code", 0.0, count, seed),
     "structured": lambda count, seed: snippets("structured", 0.0, count, seed),
     "math-like": sums,
-    # Not the texts of the code class again, which a prefix cache would know.
+    # Other texts than the code class, which a prefix cache would hold.
     "free": lambda count, seed: free(count, f"{seed}/free"),
 }
-"""Classes with something to predict in different ways: ``make(count, seed)``."""
+"""By class: ``make(count, seed)``; the classes are predictable in different ways."""
 
 
 def built_in(count: int, seed: str) -> list[PromptSpec]:
-    """``count`` prompts, the classes in turn; another seed gives others."""
+    """``count`` prompts, cycling through the classes."""
     made = {name: make(-(-count // len(BUILT_IN)), seed) for name, make in BUILT_IN.items()}
     names = list(made)
     return [made[names[i % len(names)]][i // len(names)] for i in range(count)]

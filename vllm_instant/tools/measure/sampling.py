@@ -1,4 +1,4 @@
-"""Draws and answers of two servers for the same requests, and whether they agree: what ``vllm-instant verify`` runs."""
+"""Samples and answers of servers for the same requests: the measurements of ``vllm-instant verify``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from vllm_instant.tools.measure.http_client import async_client, get
 from vllm_instant.tools.measure.server_metrics import ACCEPTED, DRAFTED, metric_totals
 
 COMPLETIONS = 50
-"""Draws that one request asks for."""
+"""Number of samples per request."""
 IN_FLIGHT = 4
-"""Such requests at a time."""
+"""Number of concurrent requests."""
 
 PROMPTS = (
     "import os\nimport sys\n\ndef main(",
@@ -28,12 +28,12 @@ PROMPTS = (
     "The name of the file is the name of the file. The name of the file is",
     "one two three one two three one two three one two",
 )
-"""Beginnings after which there is something to predict and something to choose."""
+"""Beginnings that leave the model both certain and uncertain tokens."""
 
 
 @dataclass(frozen=True)
 class SamplingSetting:
-    """One way to sample."""
+    """One set of sampling parameters."""
 
     name: str
     parameters: dict[str, Any]
@@ -52,12 +52,13 @@ SETTINGS = (
 
 @dataclass
 class ServerClient:
-    """A server that is asked.
+    """A server with what every request to it needs.
 
     Args:
         url: its address, without ``/v1``.
-        model: the name that requests call the model by.
-        draft_length: draft tokens that each request asks for; None leaves it to the server's policy.
+        model: the model name in requests.
+        draft_length: number of draft tokens that each request asks for; None leaves it to the server's policy.
+        headers: of all requests.
 
     """
 
@@ -67,14 +68,14 @@ class ServerClient:
     headers: dict[str, str] = field(default_factory=dict)
 
     def body(self, prompt: str, **parameters: Any) -> dict[str, Any]:
-        """A request for a completion."""
+        """The body of a request for a completion."""
         body = {"model": self.model, "prompt": prompt, "ignore_eos": True, "return_token_ids": True, **parameters}
         if self.draft_length is not None:
             body["vllm_xargs"] = {CLIENT_KEY: self.draft_length}
         return body
 
     def totals(self) -> tuple[float, float]:
-        """Draft tokens so far: verified, accepted."""
+        """Draft tokens verified and accepted so far."""
         page = get(self.url, "/metrics", timeout=30, headers=self.headers).text
         found = metric_totals(page, (DRAFTED, ACCEPTED))
         return found.get(DRAFTED, 0.0), found.get(ACCEPTED, 0.0)
@@ -82,22 +83,22 @@ class ServerClient:
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """What became of one setting."""
+    """The result for one set of sampling parameters."""
 
     setting: SamplingSetting
     agreement: Agreement
     drafted: int
-    """Draft tokens that our arm verified meanwhile."""
+    """Draft tokens that the arm verified meanwhile."""
     accepted: int
 
     @property
-    def says_something(self) -> bool:
-        """Whether drafts were kept and refused, so that every part of a sampler has worked."""
+    def conclusive(self) -> bool:
+        """Whether enough drafts were accepted and rejected to exercise every part of a sampler."""
         return self.accepted >= 50 and self.drafted - self.accepted >= 50
 
 
 class RefusedError(RuntimeError):
-    """A server did not answer a request as it should; the message says what it said."""
+    """A server did not answer a request as it should; the message quotes it."""
 
 
 async def _completions(
@@ -124,7 +125,7 @@ async def _completions(
 def complete(
     arm: ServerClient, bodies: Sequence[dict[str, Any]], tick: Callable[[], None] = lambda: None
 ) -> list[list[dict[str, Any]]]:
-    """The choices of each request, some requests at a time; raises RefusedError. ``tick`` is called after each."""
+    """The choices of each request, ``IN_FLIGHT`` at a time; raises RefusedError. ``tick`` is called after each."""
     return asyncio.run(_completions(arm, bodies, tick))
 
 
@@ -136,7 +137,7 @@ def draw_samples(
     tokens: int,
     tick: Callable[[], None] = lambda: None,
 ) -> list[Tokens]:
-    """``count`` independent draws of the first ``tokens`` tokens after each prompt; int64 ``[count, tokens]`` each."""
+    """``count`` independent samples of ``tokens`` tokens after each prompt, int64 ``[count, tokens]`` per prompt."""
     sizes = [COMPLETIONS] * (count // COMPLETIONS) + ([count % COMPLETIONS] if count % COMPLETIONS else [])
     bodies = [arm.body(prompt, n=size, max_tokens=tokens, **parameters) for size in sizes for prompt in prompts]
     answers = complete(arm, bodies, tick)
@@ -153,7 +154,7 @@ def greedy_answers(arm: ServerClient, prompts: Sequence[str], tokens: int) -> li
 
 
 def seeded_answers(arm: ServerClient, prompts: Sequence[str], tokens: int) -> list[list[int]]:
-    """The token ids of one sampled answer with a seed for each prompt."""
+    """The token ids of one sampled answer per prompt, each with a seed."""
     bodies = [arm.body(prompt, temperature=1.0, seed=seed, max_tokens=tokens) for seed, prompt in enumerate(prompts)]
     return [choices[0]["token_ids"] for choices in complete(arm, bodies)]
 
@@ -166,7 +167,7 @@ def sampled(
     false_alarms: float,
     tick: Callable[[], None] = lambda: None,
 ) -> SamplingResult:
-    """Draw as often as ``expected`` was drawn, and compare."""
+    """Draw as many samples as ``expected`` has, and compare."""
     count, tokens = expected[0].shape
     drafted, accepted = arm.totals()
     drawn = draw_samples(arm, prompts, setting.parameters, count, tokens, tick)

@@ -1,7 +1,7 @@
-"""What drafting gained or lost in the steps that a server explains (``GET /v1/instant/decisions``).
+"""Estimates the speedup by drafting from the decision trace of a server (``GET /v1/instant/decisions``).
 
-Turns of a few seconds scatter by several percent, and two processes of one kind differ for as long as they live. Steps
-of one process, seconds apart, can be compared more closely: a step that drafted with those beside it that did not.
+Rounds of a few seconds vary by several percent, and two processes of one kind differ for as long as they live. Steps of
+one process, seconds apart, can be compared more precisely: steps with drafts with neighbouring steps without.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SpeedupEstimate:
-    """The finished steps among some decisions that read no prompts."""
+    """Finished steps without prefill, compared with the same steps without drafts."""
 
     steps: int
     drafting: int

@@ -1,4 +1,4 @@
-"""Checks a server against stock vLLM with the same model: greedy answers, seeds, and the distribution of samples."""
+"""Checks a server against vLLM with the same model: greedy answers, seeds, and the distribution of samples."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Tick = Callable[[str], None]
 
 @dataclass(frozen=True)
 class VerifyPlan:
-    """What is asked.
+    """The requests of a check.
 
-    ``false_alarms`` is the chance that a server that samples as stock does fails any of the sampled settings.
+    ``false_alarms`` is the probability that a server that samples as vLLM does fails any of the sampled settings.
     """
 
     prompts: Sequence[str]
     settings: Sequence[SamplingSetting] = SETTINGS
     draws: int = 600
-    """For each prompt and setting."""
+    """Number of samples per prompt and setting."""
     tokens: int = 4
-    """How many tokens of each draw are looked at together."""
+    """Number of tokens per sample whose joint distribution is tested."""
     answer_tokens: int = 48
     """Length of greedy and seeded answers."""
     false_alarms: float = 1e-3
@@ -47,7 +47,7 @@ class VerifyPlan:
 
 @dataclass(frozen=True)
 class BaselineAnswers:
-    """What stock vLLM answers."""
+    """The answers of vLLM."""
 
     greedy: list[list[int]]
     seeded: list[list[int]]
@@ -65,15 +65,15 @@ class VerifyCheck:
     numbers: dict[str, Any]
 
 
-def baseline_answers(stock: ServerClient, plan: VerifyPlan, tick: Tick = lambda text: None) -> BaselineAnswers:
-    """Ask stock vLLM everything once."""
-    tick("greedy and seeded answers of stock vLLM")
-    greedy = greedy_answers(stock, plan.prompts, plan.answer_tokens)
-    seeded = seeded_answers(stock, plan.prompts, plan.answer_tokens)
+def baseline_answers(baseline: ServerClient, plan: VerifyPlan, tick: Tick = lambda text: None) -> BaselineAnswers:
+    """Send all requests of a plan to vLLM once."""
+    tick("greedy and seeded answers of vLLM")
+    greedy = greedy_answers(baseline, plan.prompts, plan.answer_tokens)
+    seeded = seeded_answers(baseline, plan.prompts, plan.answer_tokens)
     drawn = []
     for setting in plan.settings:
-        tick(f"stock vLLM at {setting.name}")
-        drawn.append(draw_samples(stock, plan.prompts, setting.parameters, plan.draws, plan.tokens))
+        tick(f"vLLM at {setting.name}")
+        drawn.append(draw_samples(baseline, plan.prompts, setting.parameters, plan.draws, plan.tokens))
     return BaselineAnswers(greedy, seeded, drawn)
 
 
@@ -90,11 +90,11 @@ def verify(
 
     Args:
         ours: the server that is checked.
-        expected: what stock vLLM answered to the same plan.
-        plan: what is asked.
-        exact: whether equal tokens can be expected, as in float32; otherwise rounding may flip close decisions.
+        expected: the answers of vLLM to the same plan.
+        plan: the requests.
+        exact: whether equal tokens can be expected, as in float32; otherwise rounding may change close decisions.
         lossy: whether the deployment chose a lossy plugin, so that a difference is what was asked for.
-        tick: told what is going on.
+        tick: called with what is being done.
 
     """
     tick("greedy answers")
@@ -105,7 +105,7 @@ def verify(
     first = seeded_answers(ours, plan.prompts, plan.answer_tokens)
     again = seeded_answers(ours, plan.prompts, plan.answer_tokens)
     checks.append(_identity("seeds, asked twice", again, first, exact, lossy))
-    checks.append(_identity("seeds, as stock", first, expected.seeded, exact, lossy))
+    checks.append(_identity("seeds, as vLLM", first, expected.seeded, exact, lossy))
     for setting, drawn in zip(plan.settings, expected.drawn, strict=True):
         tick(setting.name)
         checks.append(_distribution(sampled(ours, drawn, plan.prompts, setting, plan.limit), plan, lossy))
@@ -122,23 +122,26 @@ def _identity(name: str, found: list[list[int]], expected: list[list[int]], exac
     elif exact:
         outcome = "fail"
     else:
-        outcome, detail = "not tested", f"{detail}; rounding can do that, float32 would tell"
+        outcome, detail = "not tested", f"{detail}; rounding can cause that, float32 would tell"
     return VerifyCheck(name, outcome, detail, {"identical": same, "answers": len(found)})
 
 
 def _distribution(result: SamplingResult, plan: VerifyPlan, lossy: bool) -> VerifyCheck:
     agreement = result.agreement
     numbers = asdict(agreement) | {"drafted": result.drafted, "accepted": result.accepted}
-    drafts = f"{result.accepted} of {result.drafted} draft tokens kept"
+    drafts = f"{result.accepted} of {result.drafted} draft tokens accepted"
     differs = agreement.p_value < plan.limit
     if differs and lossy:
         outcome: Outcome = "lossy"
         detail = f"differs by a total variation of about {agreement.distance:.3f} at most"
     elif differs:
-        outcome, detail = "fail", f"another distribution: p = {agreement.p_value:.1g}, most in {agreement.worst_view}"
-    elif not result.says_something:
-        outcome, detail = "not tested", "too few draft tokens were kept or refused to say anything"
+        outcome, detail = (
+            "fail",
+            f"another distribution: p = {agreement.p_value:.1g}, largest difference in {agreement.worst_view}",
+        )
+    elif not result.conclusive:
+        outcome, detail = "not tested", "too few draft tokens were accepted or rejected for a conclusion"
     else:
         outcome = "pass"
-        detail = f"p = {agreement.p_value:.2g}; a total variation of {agreement.detectable:.3f} would be found"
+        detail = f"p = {agreement.p_value:.2g}; a total variation of {agreement.detectable:.3f} would be detected"
     return VerifyCheck(result.setting.name, outcome, f"{detail} ({drafts})", numbers)

@@ -87,7 +87,7 @@ def test_seeds_that_do_not_hold_are_seen(verify):
     """Not judged here: of running servers it is not known whether rounding may decide."""
     result, report = verify(FakeServer(**DRAFTING, deployment=_deployment(), keeps_seeds=False))
     assert _outcomes(report)["seeds, asked twice"] == "not tested"
-    assert "rounding can do that" in result.output
+    assert "rounding can cause that" in result.output
 
 
 @pytest.mark.parametrize(
