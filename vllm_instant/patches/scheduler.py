@@ -7,6 +7,7 @@ lose the overlap of scheduling and execution (vLLM issue 43724).
 Synchronous scheduling: the drafts of a step arrive at its end (``update_draft_token_ids``) and are cut to the numbers
 that were planned when the step was scheduled, so that the verified batch becomes smaller. Asynchronous scheduling: the
 drafts stay on the device, and the next step carries placeholders, one per planned draft token.
+The V2 model runner keeps drafts on the device under synchronous scheduling, too.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
         """No request gets drafts after this step, so that there are none to fetch (read by ``patches.engine_core``)."""
         self._latest_output: float | None = None
         self._instant_plan = DraftPlan()
+        self._drafts_on_device = self._asynchronous or bool(self.vllm_config.use_v2_model_runner)
         self._instant_drafter_failures: Sequence[Mapping[str, Any]] = ()
         deployment = deployment_env.get_deployment()
         if deployment is not None and self.num_spec_tokens:
@@ -149,7 +151,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
         drafts_of = scheduler_output.scheduled_spec_decode_tokens
         invalid = scheduler_output.num_invalid_spec_tokens or {}
         state_of = self.instant_requests.states.get
-        asynchronous = self._asynchronous
+        on_device = self._drafts_on_device
         # vLLM pads a request with one token left to compute to the full draft length when it starts or resumes.
         starting = {request.req_id for request in scheduler_output.scheduled_new_reqs}
         starting |= scheduler_output.scheduled_cached_reqs.resumed_req_ids
@@ -166,8 +168,8 @@ class InstantMixin(BatchingMixin, PinningMixin):
             drafts = drafts_of.get(request_id)
             count = 0
             if drafts and request_id not in starting:
-                # Placeholders stand for real drafts under asynchronous scheduling and are padding otherwise.
-                count = len(drafts) if asynchronous else len(drafts) - drafts.count(PLACEHOLDER)
+                # Placeholders stand for real drafts where these stay on the device, and are padding otherwise.
+                count = len(drafts) if on_device else len(drafts) - drafts.count(PLACEHOLDER)
                 if invalid:
                     count -= invalid.get(request_id, 0)
             states.append(state)
