@@ -32,6 +32,7 @@ class Task:
 class DemoSetup:
     """A model, its deployment file, and the prompts that are sent to it."""
 
+    name: str
     model: Path
     deployment: Path
     tasks: Sequence[Task]
@@ -54,14 +55,13 @@ def _chat(title: str, text: str, temperature: float = 0.0, **parameters: Any) ->
 
 
 FUNCTION = '''def add_item(self, name, price, quantity=1):
-    """Add an item to the basket, or more of one that is there."""
+    """Add an item to the basket and return the new total."""
     if price < 0:
         raise ValueError(f"the price of {name} is negative")
-    if name in self.items:
-        self.items[name].quantity += quantity
-    else:
-        self.items[name] = Item(name, price, quantity)
+    item = Item(name, price, quantity)
+    self.items.append(item)
     self.total += price * quantity
+    self.log.info("added %s", name)
     return self.total
 '''
 
@@ -83,10 +83,8 @@ FACTS = {
 }
 
 REAL_TASKS = (
-    _chat(
-        "edit this function",
-        f"Repeat this Python function exactly, but rename every variable `self` to `this`:\n```python\n{FUNCTION}```",
-    ),
+    # A model of this size repeats a function well, and edits hardly any.
+    _chat("repeat this function", f"Repeat this Python function exactly:\n```python\n{FUNCTION}```"),
     _chat(
         "extract the facts as JSON",
         f"Extract the facts as a JSON object with keys what, when, where, who: {MAIL}",
@@ -135,6 +133,7 @@ EMBEDDED_TASKS = tuple(
 def real() -> DemoSetup:
     """SmolLM2-135M-Instruct; raises FileNotFoundError where its package is not installed."""
     return DemoSetup(
+        real_model.NAME,
         real_model.prepare(),
         REAL_DEPLOYMENT,
         REAL_TASKS,
@@ -146,6 +145,7 @@ def embedded() -> DemoSetup:
     """The repository's own pair of models; raises FileNotFoundError outside a clone."""
     pair = assets.prepare()
     return DemoSetup(
+        "the embedded pair",
         pair.target,
         DEPLOYMENT,
         EMBEDDED_TASKS,
