@@ -22,7 +22,7 @@ from typing import Any
 from vllm_instant import Deployment
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.tools.measure.guarded_process import start_guarded, stop_group
-from vllm_instant.tools.measure.servers import Server, words_of
+from vllm_instant.tools.measure.servers import START_TIMEOUT, Server, words_of
 from vllm_instant_loadtests.scenario import Scenario, ServerSetup
 
 DEMO = "demo"
@@ -67,7 +67,12 @@ class LocustCommand:
 
 
 def scenario_servers(
-    scenario: Scenario, model: str, config: Path | None, overrides: Sequence[str], logs: Path
+    scenario: Scenario,
+    model: str,
+    config: Path | None,
+    overrides: Sequence[str],
+    logs: Path,
+    start_timeout: float = START_TIMEOUT,
 ) -> tuple[dict[str, Server], dict[str, dict[str, Any]]]:
     """The servers that a scenario names, not yet started, and the deployment of each, by name.
 
@@ -77,6 +82,7 @@ def scenario_servers(
         config: deployment file; the demo's or the defaults without one.
         overrides: ``TABLE.KEY=VALUE``, over the file.
         logs: folder for their logs.
+        start_timeout: seconds without a new line in a log after which a start has failed.
 
     Raises:
         LoadTestError: when a fixed draft length has no draft model.
@@ -99,7 +105,12 @@ def scenario_servers(
         deployment = resolve(config, of_server)
         words = _ours(setup, scenario, config, of_server) if setup.instant else _baseline(setup, scenario, deployment)
         servers[setup.name] = Server(
-            model, words, log=logs / f"{setup.name}.log", environment=dict(scenario.environment)
+            model,
+            words,
+            log=logs / f"{setup.name}.log",
+            environment=dict(scenario.environment),
+            start_timeout=start_timeout,
+            name=setup.name,
         )
         shown = shlex.join(["vllm", "serve", model, *words])
         for path in (model, deployment.slots["drafter"].options.get("model"), config):

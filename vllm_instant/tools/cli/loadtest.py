@@ -21,7 +21,7 @@ from vllm_instant.tools.cli.common import (
     require_vllm,
     working,
 )
-from vllm_instant.tools.measure.servers import ServerError, running, terminable
+from vllm_instant.tools.measure.servers import START_TIMEOUT, ServerError, running, terminable
 
 if TYPE_CHECKING:
     from vllm_instant_loadtests.scenario import Scenario
@@ -52,6 +52,10 @@ def loadtest(
     processes: Annotated[int, typer.Option(min=1, help="Processes that send the load.")] = 1,
     web_port: Annotated[int | None, typer.Option(help="Show Locust's page on this port meanwhile.")] = None,
     api_key: Annotated[str | None, typer.Option(help="API key of the servers; VLLM_API_KEY by default.")] = None,
+    start_timeout: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds without a new line in a server's log after which its start has failed."),
+    ] = START_TIMEOUT,
     analyse: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Judge a recorded run again instead of making one.")
     ] = None,
@@ -80,7 +84,9 @@ def loadtest(
             analyse = output or Path(f"loadtest-{played.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             with ExitStack() as stack:
                 stack.enter_context(terminable())
-                servers, deployments = _servers(stack, played, urls or [], model, config, overrides or [], analyse)
+                servers, deployments = _servers(
+                    stack, played, urls or [], model, config, overrides or [], analyse, start_timeout
+                )
                 load = LocustCommand(
                     scenario=scenario,
                     servers=servers,
@@ -115,6 +121,7 @@ def _servers(
     config: Path | None,
     overrides: list[str],
     output: Path,
+    start_timeout: float,
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Addresses by name, of running servers or of servers that the scenario names, which run until the stack ends."""
     from vllm_instant_loadtests.launcher import LoadTestError, scenario_servers
@@ -126,9 +133,9 @@ def _servers(
         return named_servers(" ".join(urls)), {}
     require_vllm("loadtest without --url")
     with problems_reported():
-        servers, deployments = scenario_servers(scenario, model, config, overrides, output / "logs")
-    with working(f"starting {' and '.join(servers)}"):
-        stack.enter_context(running(*servers.values()))
+        servers, deployments = scenario_servers(scenario, model, config, overrides, output / "logs", start_timeout)
+    with working(f"starting {' and '.join(servers)}") as status:
+        stack.enter_context(running(*servers.values(), say=status.update))
     return {name: server.url for name, server in servers.items()}, deployments
 
 

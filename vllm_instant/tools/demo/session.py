@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.table import Table
 from vllm_instant.tools.demo.setups import DemoSetup, Task, chosen
 from vllm_instant.tools.measure.environment_info import device
 from vllm_instant.tools.measure.http_client import sync_client
-from vllm_instant.tools.measure.servers import Server, ServerError, settle, stop_all, terminable
+from vllm_instant.tools.measure.servers import Server, ServerError, settle, start_all, stop_all, terminable
 from vllm_instant.tools.measure.streaming_client import TIMEOUT_SECONDS, stream_completion
 from vllm_instant.tools.measure.token_stream import StreamedAnswer
 
@@ -83,18 +82,12 @@ def _prepare(console: Console, is_embedded: bool) -> DemoSetup:
 
 
 def _start(console: Console, servers: dict[str, Server]) -> None:
-    started = time.monotonic()
-    for server in servers.values():
-        server.launch()
-    waiting = dict(servers)
+    for name, server in servers.items():
+        server.name = name
     with console.status("") as status:
-        while waiting:
-            status.update(f"Starting {' and '.join(waiting)} … {time.monotonic() - started:.0f} s")
-            for name, server in list(waiting.items()):
-                if server.healthy():
-                    console.print(f"{name}: ready after {server.started_in:.0f} s on {server.url}")
-                    del waiting[name]
-            time.sleep(0.25)
+        start_all(*servers.values(), say=status.update)
+    for name, server in servers.items():
+        console.print(f"{name}: ready after {server.started_in or 0:.0f} s on {server.url}")
 
 
 @dataclass

@@ -250,19 +250,25 @@ def running(*servers: Server, say: Say = lambda text: None) -> Any:
     """
     # Only the main thread may set signal handlers.
     in_main_thread = threading.current_thread() is threading.main_thread()
-    one_by_one = share_cores(len(servers))
     with terminable() if in_main_thread else nullcontext():
         try:
-            for server in () if one_by_one else servers:
-                server.launch()
-            for server in servers:
-                if one_by_one:
-                    server.launch()
-                server.wait(say=say)
-                say(f"{server.name} is ready after {server.started_in or 0:.0f} s")
+            start_all(*servers, say=say)
             yield servers
         finally:
             stop_all(*servers)
+
+
+def start_all(*servers: Server, say: Say = lambda text: None) -> None:
+    """Start servers and wait for all, see ``running``; what has been started keeps running if one fails."""
+    one_by_one = share_cores(len(servers))
+    for server in () if one_by_one else servers:
+        server.launch()
+    for server in servers:
+        if one_by_one:
+            server.launch()
+        say(f"waiting for {server.name}")
+        server.wait(say=say)
+        say(f"{server.name} is ready after {server.started_in or 0:.0f} s")
 
 
 def stop_all(*servers: Server) -> None:
