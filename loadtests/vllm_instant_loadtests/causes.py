@@ -81,14 +81,14 @@ def client_side(context: SpikeContext) -> CauseFinding:
         min(1.0, late / context.delay),
         [
             f"the load generator's own timers were {late:.2f} s late, of {context.delay:.2f} s of delay; the longest "
-            f"wait for a token was {context.longest_wait:.2f} s ({context.usual_wait:.2f} s before)"
+            f"wait for a token was {context.max_token_wait:.2f} s ({context.usual_wait:.2f} s before)"
         ],
     )
 
 
 def stopped(context: SpikeContext) -> CauseFinding:
     """No request received anything, and the server's own counters did not change."""
-    began, ended = context.longest_standstill
+    began, ended = context.max_standstill
     standstill = ended - began
     if standstill < max(MIN_STANDSTILL, 4 * context.usual_wait):
         return CauseFinding(STOPPED, 0.0, [])
@@ -106,7 +106,7 @@ def stopped(context: SpikeContext) -> CauseFinding:
 
 def compiling(context: SpikeContext) -> CauseFinding:
     """The engine stopped when something was new to it: a larger batch or a longer prompt."""
-    began, ended = context.longest_standstill
+    began, ended = context.max_standstill
     if ended - began < max(MIN_STANDSTILL, 4 * context.usual_wait):
         return CauseFinding(COMPILE, 0.0, [])
     lines = []

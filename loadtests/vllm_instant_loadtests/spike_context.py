@@ -79,13 +79,13 @@ class SpikeContext:
         return float(np.quantile(values, 0.99)) if len(values) else float("nan")
 
     @cached_property
-    def longest_wait(self) -> float:
+    def max_token_wait(self) -> float:
         """The longest time between two arrivals of one answer in the spike, seconds."""
         inside = self.measured[STALL].within(*self.span)
         return float(inside.values.max()) if len(inside.values) else 0.0
 
     @cached_property
-    def longest_standstill(self) -> TimeSpan:
+    def max_standstill(self) -> TimeSpan:
         """The longest time in the spike in which answers were in progress and none received a token."""
         times = np.sort([when for request in self.run.requests for when, _ in request.arrivals])
         best = (self.span[0], self.span[0])

@@ -12,7 +12,7 @@ For each metric (see ``windows``):
    holds for all windows at once (max-statistic, Westfall & Young 1993). A baseline without its candidates has no tail;
    the masses of drawn runs are therefore enlarged at random (``TAIL``). Metrics are corrected for by Bonferroni.
    ``scipy.stats.permutation_test`` has neither blocks nor the largest mass of a run.
-4. *Answers*: where tokens were slower, so many different answers must have been slow that their texts do not explain it
+4. *Answers*: where tokens were slower, enough different answers must have been slow that their texts do not explain it
    (Student's t over answers, without the slowest): with one or two in progress, an unpredictable text looks like a
    slower server.
 5. *Minimum size*: a significant rise can be small. A spike is at least ``MIN_RATIO`` times the baseline, costs

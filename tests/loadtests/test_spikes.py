@@ -90,7 +90,7 @@ def test_recordings_of_real_servers_are_there(path):
     ("life", "share"),
     [
         ("few-seats", 0.05),
-        # Three of ten runs that had a stretch of texts which the draft model could not foretell: those remain visible.
+        # Three of ten runs had a stretch of texts that the draft model could not predict, which remain visible.
         ("drafting", 0.15),
     ],
 )

@@ -1,7 +1,7 @@
 """Selection: ``--plugins``, ``--instant-config`` and ``--instant-set`` on vLLM's command line, and ``LLM(...)``.
 
 vLLM has no registration point for command-line options, so its argument parser is wrapped; without selection this is
-the only change that the package makes. The ``[vllm]`` table becomes arguments before those that the user typed: vLLM
+the only change that the package makes. The ``[vllm]`` table becomes arguments before the user's own: vLLM
 then validates them itself, and the command line overrides its YAML file, which overrides the deployment file.
 """
 
@@ -184,7 +184,7 @@ def _fail(error: DeploymentError) -> NoReturn:
 
 
 def _expand(parser: Any, arguments: list[str]) -> list[str]:
-    """Insert the engine arguments of the deployment before those that the user typed."""
+    """Insert the engine arguments of the deployment before the user's own."""
     selection = read_selection(arguments)
     if not selection.selected:
         return arguments

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class InstantMixin(BatchingMixin, PinningMixin):
     """Serves ``speculation``, ``batching`` and pinned prefixes; precedes vLLM's scheduler in the bases."""
 
-    # Attributes of the vLLM base class, beside those that BatchingMixin uses.
+    # Attributes of the vLLM base class that BatchingMixin does not already declare.
     num_spec_tokens: int
     spec_decode_metrics_level: str
 

@@ -111,7 +111,7 @@ class Wrapping:
         return patch.name in self._active
 
     def activate(self, patches: Iterable[VllmPatch]) -> None:
-        """Activate patches beside those that are active; each module is changed now or after its first import."""
+        """Activate patches in addition to the active ones; each module is changed now or after its first import."""
         new = [patch for patch in patches if patch.name not in self._active]
         self._active.update({patch.name: patch for patch in new})
         for method in self._methods.values():

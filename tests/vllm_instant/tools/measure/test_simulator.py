@@ -49,9 +49,9 @@ def test_chance_decides():
 
 
 def test_costs_count():
-    dear = StepCost([(1, 0.010), (2, 0.020), (3, 0.030)], draft_pass=0.005, draft_start=0.001)
-    assert dear.seconds(5, 0, 2, 1) == pytest.approx(0.050 + 0.011)
-    assert _run(1, chance=0.0, cost=dear).tokens_per_second == pytest.approx(1 / 0.026, rel=0.02)
+    expensive = StepCost([(1, 0.010), (2, 0.020), (3, 0.030)], draft_pass=0.005, draft_start=0.001)
+    assert expensive.seconds(5, 0, 2, 1) == pytest.approx(0.050 + 0.011)
+    assert _run(1, chance=0.0, cost=expensive).tokens_per_second == pytest.approx(1 / 0.026, rel=0.02)
 
 
 def test_the_same_seed_is_the_same_run():
