@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_instant import Deployment
+from vllm_instant.deployment.secrets import masked_words
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.tools.measure.guarded_process import start_guarded, stop_group
 from vllm_instant.tools.measure.servers import START_TIMEOUT, Server, words_of
@@ -112,7 +113,7 @@ def scenario_servers(
             start_timeout=start_timeout,
             name=setup.name,
         )
-        shown = shlex.join(["vllm", "serve", model, *words])
+        shown = shlex.join(["vllm", "serve", model, *masked_words(words)])
         for path in (model, deployment.slots["drafter"].options.get("model"), config):
             shown = (
                 shown.replace(str(path), Path(path).name) if path else shown

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from vllm_instant.deployment.secrets import masked, masked_words
 from vllm_instant.tools.measure.environment_info import environment_info
 from vllm_instant.tools.measure.http_client import get
 from vllm_instant.tools.measure.server_info import ServerInfo
@@ -37,7 +38,7 @@ def describe_run(
         "servers": [
             {
                 "name": name,
-                "url": found.url,
+                "url": masked(found.url),
                 "model": found.model,
                 "version": found.version,
                 **_deployment(name, found.url, headers),
@@ -50,7 +51,9 @@ def describe_run(
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "clock": clock,
         "finished": False,
-        "environment_info": environment_info(os.environ.get("LOADTEST_COMMAND") or " ".join(["locust", *sys.argv[1:]])),
+        "environment_info": environment_info(
+            os.environ.get("LOADTEST_COMMAND") or " ".join(["locust", *masked_words(sys.argv[1:])])
+        ),
     }
 
 

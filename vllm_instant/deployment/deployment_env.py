@@ -11,6 +11,11 @@ import os
 
 from vllm_instant.interfaces.deployment import Deployment
 
+REPORT_DRAFTS = "VLLM_INSTANT_REPORT_DRAFTS"
+"""When set, responses report their accepted drafts although the user chose no level of per-request metrics.
+
+Set for servers that tools start to measure them: vLLM's own option for it stops servers that do not speculate.
+"""
 VARIABLE = "INSTANT_SETTINGS"
 _RAY_LIST = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 from fastapi import Body, HTTPException, Query, Request
 
 from vllm_instant.deployment.resolved import installed_plugin
+from vllm_instant.deployment.secrets import masked_deployment
 from vllm_instant.interfaces.deployment import Deployment
+from vllm_instant.patches.decision_ids import for_clients
 from vllm_instant.patches.engine_core import DECISIONS_METHOD, METHOD
 from vllm_instant.patches.moe_reports import METHOD as EXPERTS_METHOD
 
@@ -20,17 +22,18 @@ async def show_decisions(
 ) -> dict[str, Any]:
     """The newest decisions about draft budgets, by engine, oldest first; optionally those of one request.
 
-    With ``queue``: the decisions about the start of requests.
+    With ``queue``: the decisions about the start of requests. Requests are named by digests of their ids.
     """
     client = request.app.state.engine_client.engine_core
     engines = await client.call_utility_all_async(DECISIONS_METHOD, last, request_id, queue)
-    return {"engines": [{"engine": number, "decisions": decisions} for number, decisions in enumerate(engines)]}
+    shown = [for_clients(decisions, request_id) for decisions in engines]
+    return {"engines": [{"engine": number, "decisions": decisions} for number, decisions in enumerate(shown)]}
 
 
 async def show_deployment(request: Request) -> dict[str, Any]:
-    """The deployment that is served: effective values and the source of each."""
+    """The deployment that is served: effective values, secrets masked, and the source of each."""
     deployment: Deployment | None = getattr(request.app.state, "instant_deployment", None)
-    return deployment.model_dump(mode="json") if deployment is not None else {}
+    return masked_deployment(deployment) if deployment is not None else {}
 
 
 async def show_experts(request: Request) -> dict[str, Any]:

@@ -12,6 +12,7 @@ The V2 model runner keeps drafts on the device under synchronous scheduling, too
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
             policy = build_guarded("speculation", deployment, context_of(self.vllm_config, deployment))
             if policy is not None:
                 self.instant_budget = DraftBudgetManager(policy, self.num_spec_tokens, requests=self.instant_requests)
-                # Each response reports its drafted and accepted tokens, unless the user asked for more detail.
-                if self.spec_decode_metrics_level == "none":
+                if self.spec_decode_metrics_level == "none" and os.environ.get(deployment_env.REPORT_DRAFTS):
                     self.spec_decode_metrics_level = "summary"
 
     def add_request(self, request: Request) -> None:

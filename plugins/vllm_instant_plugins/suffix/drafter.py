@@ -27,7 +27,8 @@ MAX_GROUPS = 4096
 class _LiveRequest:
     index: TokenIndex
     num_prompt_tokens: int
-    group: int
+    group: int | None
+    """The history that it searches and adds to; None for its own tokens alone."""
     calibration: RequestCalibration = field(default_factory=RequestCalibration)
     match: Match = NO_MATCH
     from_history: bool = False
@@ -39,7 +40,7 @@ class SuffixDrafter(Drafter):
     Args:
         max_model_len: limit of a request's tokens.
         history_tokens: tokens of ended requests that are kept, the newest ones; 0 for none.
-        share_across_cache_salts: whether requests use the history of other cache salts.
+        share_across_cache_salts: whether all requests share one history; otherwise those with the same cache salt do.
 
     """
 
@@ -76,7 +77,7 @@ class SuffixDrafter(Drafter):
         newest, limit = request.token_ids[-MAX_MATCH:], request.max_draft_tokens
         live.match = live.index.propose(newest, limit, self._own_calibrator.rates, MIN_SURVIVAL)
         live.from_history = False
-        if self._history is not None and self._history.stop:
+        if self._history is not None and self._history.stop and live.group is not None:
             match = self._history.propose(newest, limit, self._history_calibrator.rates, MIN_SURVIVAL, live.group)
             if _expected_tokens(match) > _expected_tokens(live.match):
                 live.match, live.from_history = match, True
@@ -90,10 +91,15 @@ class SuffixDrafter(Drafter):
             calibrator.observe(live.match.matched[:num_compared], num_accepted)
             live.calibration.observe(live.match, num_compared, num_accepted)
 
-    def _group(self, cache_salt: str) -> int:
-        """The number of the history that requests with this cache salt share."""
+    def _group(self, cache_salt: str) -> int | None:
+        """The number of the history that requests with this cache salt share; None without one.
+
+        Clients that send no salt may be strangers: counts of accepted drafts would tell one what another was answered.
+        """
         if self._share_across_cache_salts:
             return 0
+        if not cache_salt:
+            return None
         group = self._groups.get(cache_salt)
         if group is None:
             group = self._groups[cache_salt] = self._next_group
@@ -107,7 +113,7 @@ class SuffixDrafter(Drafter):
     def forget(self, request_id: str) -> None:
         """Move the output of a request that has ended into the history."""
         live = self._live.pop(request_id, None)
-        if live is not None and self._history is not None:
+        if live is not None and live.group is not None and self._history is not None:
             output = live.index.tokens[live.num_prompt_tokens :]
             if len(output):
                 self._history.append(output, live.group)

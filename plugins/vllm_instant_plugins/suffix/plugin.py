@@ -20,7 +20,8 @@ class SuffixOptions(DrafterOptions):
     share_across_cache_salts: bool = Field(
         False,
         validation_alias=AliasChoices("share_across_cache_salts", "across_tenants"),
-        description="Also search outputs of requests with other `cache_salt`s; this leaks text between tenants.",
+        description="Search the outputs of all requests, not only of those with the same `cache_salt` (none without "
+        "one); leaks text between clients.",
     )
 
 

@@ -47,8 +47,12 @@ def _after_an_answer(salt_of_first, salt_of_second, **options):
     return _draft(drafter, "b", [50, 51, *STORY[:4]], prompt=6, most=3, salt=salt_of_second)
 
 
-def test_answers_of_ended_requests_are_searched():
-    assert _after_an_answer("", "") == STORY[4:7]
+def test_answers_of_ended_requests_are_searched_where_the_operator_shares_them():
+    assert _after_an_answer("", "", share_across_cache_salts=True) == STORY[4:7]
+
+
+def test_requests_without_a_cache_salt_may_be_of_strangers_and_share_nothing():
+    assert _after_an_answer("", "") == []
 
 
 def test_other_cache_salts_are_not_searched_unless_asked_for():

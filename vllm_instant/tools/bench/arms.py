@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_instant.deployment.secrets import masked_text, masked_words
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, OURS
@@ -70,13 +71,15 @@ def arm_commands(
     shared = {key: value for key, value in resolved[OURS].vllm.items() if key not in _NOT_SHARED}
     baseline = [*words_of(shared), *words]
     commands = {BASELINE: baseline, BASELINE_AGAIN: baseline}
-    deployments = {BASELINE: shlex.join(baseline), BASELINE_AGAIN: shlex.join(baseline)}
+    shown = shlex.join(masked_words(baseline))
+    deployments = {BASELINE: shown, BASELINE_AGAIN: shown}
     settings = [f"--instant-set={override}" for override in overrides]
     for name, file in files.items():
         chosen = ["--instant-config", str(file)] if file is not None else []
         commands[name] = [*words, "--plugins", "vllm_instant", *chosen, *settings]
         text = file.read_text(encoding="utf-8") if file is not None else "the defaults"
-        deployments[name] = "\n".join([text.rstrip(), *(f"# --instant-set {override}" for override in overrides)])
+        described = [text.rstrip(), *(f"# --instant-set {override}" for override in overrides)]
+        deployments[name] = masked_text("\n".join(described))
     return ArmCommands(model, commands, deployments, authorization(_key(resolved[OURS])))
 
 

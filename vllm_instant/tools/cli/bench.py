@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vllm_instant.deployment.secrets import masked, masked_words
 from vllm_instant.tools.bench import compare, html_report, report
 from vllm_instant.tools.bench.arms import arm_commands
 from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
@@ -50,7 +51,7 @@ def bench(options: BenchOptions, words: list[str]) -> None:
             stack.enter_context(terminable())
             if urls is not None:
                 servers: ServerProvider = ExternalServers(urls, authorization(options.api_key))
-                deployments, setup = dict(urls), {"servers": urls}
+                deployments, setup = masked(urls), {"servers": masked(urls)}
             else:
                 require_vllm("bench MODEL")
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-instant-bench-")))
@@ -93,7 +94,7 @@ def _measure(
     found = report.bench_record(
         plan,
         state,
-        command=shlex.join(["vllm-instant", *sys.argv[1:]]),
+        command=shlex.join(["vllm-instant", *masked_words(sys.argv[1:])]),
         price=price,
         margin=margin,
         local=servers.local,

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from vllm_instant.deployment.plugin_manager import plugin_manager
 from vllm_instant.deployment.resolved import engine_arguments
+from vllm_instant.deployment.secrets import masked
 from vllm_instant.deployment.settings import DEFAULT_ORIGIN, resolve
 from vllm_instant.deployment.slots import SLOTS, Slot
 from vllm_instant.interfaces.deployment import Deployment
@@ -70,7 +71,7 @@ def show(path: DeploymentPath = None, overrides: Overrides = None) -> None:
     print_columns(
         ("key", "value", "from"),
         (
-            (key, toml_value(value) if value is not None else "not set", origin)
+            (key, toml_value(masked(value, key)) if value is not None else "not set", origin)
             for key, value, origin in effective(deployment)
         ),
     )

@@ -20,7 +20,7 @@ def explain(
     url: Annotated[str, typer.Option(help="Address of the server.")] = "http://127.0.0.1:8000",
     last: Annotated[int, typer.Option(min=1, max=2048, help="Number of the newest decisions to show.")] = 20,
     request: Annotated[
-        str | None, typer.Option(help="Show only decisions about this request: the id of its answer, or its beginning.")
+        str | None, typer.Option(help="Show only decisions about this request, by the whole id of its answer.")
     ] = None,
     queue: Annotated[
         bool, typer.Option("--queue", help="Show the decisions of the scheduling policy: why requests started when.")

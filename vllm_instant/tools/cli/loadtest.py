@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_instant.deployment.secrets import masked_words
 from vllm_instant.tools.cli.common import (
     Overrides,
     fail,
@@ -102,7 +103,7 @@ def loadtest(
                 )
                 seconds = played.seconds * (1 if together else len(servers))
                 with working(f"{played.title}: {seconds:.0f} s and a little"):
-                    run_locust(load, shlex.join(["vllm-instant", *sys.argv[1:]]))
+                    run_locust(load, shlex.join(["vllm-instant", *masked_words(sys.argv[1:])]))
         elif scenario is not None:
             raise LoadTestError(f"--analyse {analyse} judges a recorded run and takes no scenario ({scenario})")
         raise typer.Exit(_judge(analyse))

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_instant.deployment.secrets import masked
 from vllm_instant.tools.measure.http_client import base_url, get, sync_client
 from vllm_instant.tools.measure.sampling import RefusedError, ServerClient
 from vllm_instant.tools.measure.server_metrics import CACHE_CONFIG, SPECULATION_PREFIX
@@ -44,8 +45,8 @@ class ServerInfo:
         return ServerClient(self.url, self.name, headers=dict(headers or {}))
 
     def plain(self) -> dict[str, Any]:
-        """The fields as JSON types."""
-        return asdict(self)
+        """The fields as JSON types, for records: without a user's name and password in the address."""
+        return asdict(self) | {"url": masked(self.url)}
 
 
 def authorization(api_key: str | None) -> dict[str, str]:

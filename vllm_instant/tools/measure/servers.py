@@ -20,6 +20,8 @@ from typing import IO, Any, Self
 
 import httpx
 
+from vllm_instant.deployment.deployment_env import REPORT_DRAFTS
+from vllm_instant.deployment.secrets import is_secret
 from vllm_instant.tools.measure.guarded_process import start_guarded, stop_group
 from vllm_instant.tools.measure.http_client import get
 from vllm_instant.tools.measure.server_metrics import metric_totals
@@ -67,12 +69,12 @@ class Server:
         name: str = "the server",
     ) -> None:
         self.model = str(model)
-        self.arguments = list(arguments)
+        self.arguments, secrets = secrets_as_environment(arguments)
         self.log = log
         self.start_timeout = start_timeout
         self.name = name
         self.port = _free_port()
-        self._environment = dict(environment or {})
+        self._environment = {**secrets, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
         self.started_in: float | None = None
@@ -286,6 +288,7 @@ def serving_environment() -> dict[str, str]:
     environment = dict(os.environ)
     environment.setdefault("HF_HUB_OFFLINE", "1")
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    environment.setdefault(REPORT_DRAFTS, "1")
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     openmp = Path(sysconfig.get_path("data")) / "lib" / "libiomp5.so"
     if openmp.exists():
@@ -295,6 +298,36 @@ def serving_environment() -> dict[str, str]:
     for name in ("INSTANT_SETTINGS", "INSTANT_CONFIG", "VLLM_PLUGINS"):
         environment.pop(name, None)
     return environment
+
+
+_VARIABLES = {"--api-key": "VLLM_API_KEY", "--hf-token": "HF_TOKEN"}
+"""Environment variables of vLLM that stand for options with secrets."""
+
+
+def secrets_as_environment(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Words of ``vllm serve`` without secrets, which other users of a machine could read, and variables with them.
+
+    Of several API keys the first one becomes the server's, because a variable holds one.
+    """
+    left: list[str] = []
+    variables: dict[str, str] = {}
+    pending: str | None = None
+    for word in words:
+        option, equals, value = word.partition("=")
+        path, _, setting = value.partition("=")
+        if not word.startswith("-") and pending is not None:
+            variables.setdefault(pending, word)
+        elif option in _VARIABLES:
+            pending = None if equals else _VARIABLES[option]
+            if equals:
+                variables.setdefault(_VARIABLES[option], value)
+        elif option == "--instant-set" and is_secret(path):
+            pending = None
+            variables["INSTANT_" + path.strip().replace("-", "_").replace(".", "__").upper()] = setting
+        else:
+            pending = None
+            left.append(word)
+    return left, variables
 
 
 def words_of(arguments: Mapping[str, Any]) -> list[str]:
