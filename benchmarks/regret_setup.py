@@ -51,7 +51,7 @@ class Arm:
 
 
 def arms_of(servers: Servers, workload: Workload) -> dict[str, Arm]:
-    """All arms of a workload: one a server, and our server pinned to a draft length.
+    """All arms of a workload: one per server, and our server pinned to a draft length.
 
     Two processes of one kind differ in speed by some percent for as long as they live (where their memory lies). The
     pinned arms share the process with ours, so that what differs is the decisions alone.

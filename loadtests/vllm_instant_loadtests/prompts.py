@@ -120,7 +120,7 @@ def _entries(file: Path, text: str) -> Sequence[Any]:
         whole = text.lstrip().startswith("[")
         return list(json.loads(text)) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError as error:
-        raise ValueError(f"{file} is neither a JSON list nor one JSON object a line: {error}") from None
+        raise ValueError(f"{file} is neither a JSON list nor one JSON object per line: {error}") from None
 
 
 def _entry(file: Path, number: int, entry: Any) -> LoadPrompt:

@@ -53,7 +53,7 @@ def our_sampler(plugin: Any, name: str = "tested") -> Any:
 
 
 def drafts_metadata(drafts: Sequence[Sequence[int]]) -> Any:
-    """``SpecDecodeMetadata`` of these drafts, one list a request."""
+    """``SpecDecodeMetadata`` of these drafts, one list per request."""
     device = torch.device("cpu")
     metadata = SpecDecodeMetadata.make_dummy([list(row) for row in drafts], device)
     target, bonus, row = [], [], 0

@@ -33,7 +33,7 @@ Overrides = Annotated[
 
 @contextmanager
 def problems_reported() -> Iterator[None]:
-    """Print a deployment's problems, one a line, and leave with exit code 2."""
+    """Print a deployment's problems, one per line, and leave with exit code 2."""
     try:
         yield
     except DeploymentError as error:
@@ -108,7 +108,7 @@ def toml_value(value: Any) -> str:
 
 
 def print_columns(headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
-    """Print aligned columns, one line a row however long it is, and no markup in the cells."""
+    """Print aligned columns, one line per row whatever its length, without markup in the cells."""
     table = Table(box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, no_wrap=True)

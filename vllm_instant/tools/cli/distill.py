@@ -234,7 +234,7 @@ def _print(console: Console, report: Any, output: Path) -> None:
     table.add_column("temperature", justify="right")
     for position in range(1, positions + 1):
         table.add_column(str(position), justify="right")
-    table.add_column("accepted a step", justify="right")
+    table.add_column("accepted per step", justify="right")
     for row in report.acceptance:
         shares = [f"{share:.0%}" for share in row.by_position]
         table.add_row(row.text, f"{row.temperature:g}", *shares, f"{row.mean_length:.2f}")

@@ -22,7 +22,7 @@ def trace(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("experts.npz"),
     prompts: Annotated[
         Path | None,
-        typer.Option(help="JSON lines with prompt and class, or one prompt a line; built-in classes by default."),
+        typer.Option(help="JSON lines with prompt and class, or one prompt per line; built-in classes by default."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to record.")] = 20_000,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,

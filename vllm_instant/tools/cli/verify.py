@@ -52,7 +52,7 @@ def verify_deployments(
         float, typer.Option(min=1e-5, max=0.2, help="Chance that a deployment without a fault fails.")
     ] = 1e-3,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file with one prompt a line; by default six built-in ones.")
+        Path | None, typer.Option(help="A file with one prompt per line; by default six built-in ones.")
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="API key of the running servers; VLLM_API_KEY by default.")

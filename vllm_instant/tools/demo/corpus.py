@@ -3,7 +3,7 @@
 Two kinds of documents, both from the running interpreter's standard library, none downloaded:
 
 - *code*: source files (without the test suites and the largest tables), whole;
-- *structured*: one JSON object a line, describing the functions and classes of a module.
+- *structured*: one JSON object per line, describing the functions and classes of a module.
 
 The text depends on the Python version; the committed demo models were trained with the version that
 their ``recipe.json`` names.
