@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,9 +217,14 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _without_home(value: Any) -> Any:
-    """Results are shared: paths must not name the user."""
+    """Results are shared: paths must not name the user.
+
+    Only whole path components are replaced, and nothing if the home folder is ``/`` or unknown, as in containers with
+    an arbitrary user id.
+    """
     if isinstance(value, str):
-        return value.replace(str(Path.home()), "~")
+        home = os.path.expanduser("~")
+        return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w.-])", "~", value) if len(home) > 1 else value
     if isinstance(value, list):
         return [_without_home(item) for item in value]
     if isinstance(value, dict):

@@ -14,6 +14,7 @@ from vllm_instant.tools.bench.plan import (
     HourlyPrice,
     read_prompts,
 )
+from vllm_instant.tools.bench.report import _without_home
 from vllm_instant.tools.bench.rows import BenchRow, bench_rows, verdicts
 from vllm_instant.tools.measure.closed_loop import PromptSpec
 from vllm_instant.tools.measure.interleaved_rounds import ArmRound
@@ -236,3 +237,17 @@ class TestState:
         BenchCheckpoint(tmp_path / "s", PLAN.setup(), [])
         with pytest.raises(BadInputError, match=r"an unfinished run with another concurrency \(\[2\], now \[4\]\)"):
             BenchCheckpoint(tmp_path / "s", BenchPlan(concurrency=(4,), rounds=4, starts=1, texts=0).setup(), [])
+
+
+@pytest.mark.parametrize(
+    ("home", "text", "shown"),
+    [
+        ("/home/ann", "/home/ann/models and '/home/ann'", "~/models and '~'"),
+        ("/home/ann", "--config=/home/ann/deploy.toml", "--config=~/deploy.toml"),
+        ("/home/ann", "/home/annabel/models /srv/home/ann/x", "/home/annabel/models /srv/home/ann/x"),
+        ("/", "tokens/s at http://127.0.0.1:8000/v1", "tokens/s at http://127.0.0.1:8000/v1"),
+    ],
+)
+def test_only_the_home_folder_itself_is_hidden_in_results(monkeypatch, home, text, shown):
+    monkeypatch.setenv("HOME", home)
+    assert _without_home({"paths": [text], "number": 1}) == {"paths": [shown], "number": 1}
