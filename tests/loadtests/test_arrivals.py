@@ -45,7 +45,7 @@ def test_gaps_vary_as_asked_for(process, cv, expected):
     assert np.std(gaps) / np.mean(gaps) == pytest.approx(expected, abs=0.07)
 
 
-def test_a_trace_is_played_from_its_first_arrival_and_faster(tmp_path):
+def test_a_trace_starts_with_its_first_arrival_and_can_be_faster(tmp_path):
     file = tmp_path / "trace.txt"
     file.write_text("# seconds\n100.0\n104\n\n101.5\n130\n")
     assert traced(file, 10).tolist() == [0, 1.5, 4]

@@ -50,7 +50,7 @@ def test_named_in_at_least_four_of_five_runs(cause):
     assert named >= 4
 
 
-def test_works_without_any_metrics():
+def test_attribution_works_without_any_metrics():
     """A proxy in front of the server may hide them; what requests show is still enough for some causes."""
     run = _disturbed(causes.PREFILL, 1)
     blind = RecordedRun(run.about, run.requests, [], [], run.client, run.events)

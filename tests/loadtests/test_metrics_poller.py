@@ -33,7 +33,7 @@ def answer(*steps):
     return {"engines": [{"engine": 0, "decisions": decisions}]}
 
 
-def test_decisions_are_placed_back_from_when_they_were_read():
+def test_decisions_are_placed_backwards_from_their_reading():
     placing = DecisionPlacement()
     first = placing.place(answer((1, 20.0), (2, 30.0), (3, None)), at=10.0)
     assert [(round(at, 3), decision["step"]) for at, decision in first] == [(9.97, 1), (10.0, 2)]
@@ -47,7 +47,7 @@ def test_no_decision_is_placed_before_the_reading_that_did_not_have_it():
     assert [at for at, _ in placing.place(answer((2, 900.0), (3, 900.0), (4, 900.0)), at=11.0)] == [10.0, 10.1, 11.0]
 
 
-def test_an_engine_that_was_started_again_begins_anew():
+def test_a_restarted_engine_begins_with_step_zero():
     placing = DecisionPlacement()
     placing.place(answer((50, 20.0)), at=10.0)
     assert [decision["step"] for _, decision in placing.place(answer((1, 20.0)), at=11.0)] == [1]

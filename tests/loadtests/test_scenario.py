@@ -24,12 +24,12 @@ def test_every_built_in_scenario_sends_something(name):
     assert [request.number for request in requests] == list(range(len(requests)))
 
 
-def test_the_scenarios_that_are_promised_are_there():
+def test_the_documented_scenarios_exist():
     promised = "steady burst ramp mix draft-collapse long-prompt-intrusion kv-squeeze disconnects typists"
     assert set(built_in()) == set(promised.split())
 
 
-def test_in_the_draft_collapse_creative_traffic_takes_over_at_the_same_rate():
+def test_in_the_draft_collapse_creative_traffic_replaces_structured_at_the_same_rate():
     requests = schedule.scheduled_requests(load("draft-collapse"), "0")
     before = [request.kind for request in requests if request.at < load("draft-collapse").seconds / 2]
     after = [request.kind for request in requests if request.at >= load("draft-collapse").seconds / 2]
@@ -55,7 +55,7 @@ def test_in_the_draft_collapse_creative_traffic_takes_over_at_the_same_rate():
         ({"goals": {"ttft": 3}}, "s.toml: goals.ttft is not a key"),
     ],
 )
-def test_a_scenario_that_cannot_be_played_is_one_sentence(tables, message):
+def test_a_scenario_that_cannot_be_run_is_one_sentence(tables, message):
     with pytest.raises(ScenarioError) as error:
         scenario(**tables)
     assert message in str(error.value)
@@ -97,7 +97,7 @@ def test_the_seed_decides_prompts_and_arrivals():
     )
 
 
-def test_every_server_plays_every_part_of_the_timeline_in_turn():
+def test_every_server_gets_every_part_of_the_timeline_alternately():
     segments = schedule.segments(scenario(alternation={"seconds": 10}), ["a", "b"], "0")
     assert len(segments) == 6
     for server in "ab":
@@ -160,7 +160,7 @@ def test_files_without_prompts_are_one_sentence(tmp_path, text, message):
         from_file(file)
 
 
-def test_a_users_prompts_are_each_asked_before_one_is_asked_again(tmp_path):
+def test_all_of_a_users_prompts_are_sent_before_any_is_repeated(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(40)))
     found = parse({"title": "t", "seconds": 20, "traffic": [{**TRAFFIC, "prompts": "p.txt"}]}, tmp_path / "s.toml")
     asked = [request.body["messages"][0]["content"] for request in schedule.scheduled_requests(found, "0")]

@@ -89,7 +89,8 @@ def test_however_the_bytes_are_cut_the_tokens_are_the_same(cuts: Sequence[int], 
     assert (answer.id, answer.prompt_tokens) == ("cmpl-1", 7)
 
 
-def test_tokens_arrive_when_they_arrive() -> None:
+@pytest.mark.perf
+def test_arrivals_have_the_times_at_which_the_server_sent_them() -> None:
     parts = [chunked(event(tokens), end=False) for tokens in (1, 4, 6)]
     with sending(HEAD, 0.05, parts[0], 0.1, parts[1], 0.2, parts[2] + chunked(DONE)) as client:
         answer = client.ask(DUE)
@@ -105,7 +106,7 @@ def test_without_counts_an_event_with_text_is_a_token() -> None:
     assert answer.arrivals[-1][1] == 2
 
 
-def test_the_client_hangs_up_when_it_was_meant_to() -> None:
+def test_the_client_hangs_up_after_the_requested_number_of_tokens() -> None:
     with sending(HEAD, chunked(event(1), event(3), end=False), 0.2, chunked(event(9), DONE)) as client:
         answer = client.ask(ScheduledRequest(0, 0.0, "a", "completions", {"prompt": "p"}, leave_after=2))
     assert answer.left
@@ -125,7 +126,7 @@ def test_the_client_hangs_up_when_it_was_meant_to() -> None:
         ([b"nonsense\r\n\r\n"], "HTTPParseError"),
     ],
 )
-def test_what_goes_wrong_is_said(pieces: Sequence[bytes], message: str) -> None:
+def test_every_failure_has_a_message(pieces: Sequence[bytes], message: str) -> None:
     with sending(*pieces) as client:
         answer = client.ask(DUE)
     assert answer.error is not None

@@ -35,7 +35,7 @@ def test_ttft_counts_from_when_a_request_was_due_and_to_the_end_of_one_without_t
     assert windows.latency_samples([late, failed, gone])[TTFT].values == pytest.approx([0.5, 0.75])
 
 
-def test_the_last_silence_of_a_failed_answer_is_a_stall_and_no_time_between_tokens():
+def test_the_end_of_a_failed_answer_is_a_stall_and_no_time_between_tokens():
     entries = windows.latency_samples([_request(0.0, [(0.1, 1), (0.2, 2)], error="cut off", ended=5.2)])
     assert entries[STALL].values.max() == pytest.approx(5.0)
     assert entries[ITL].values.max() == pytest.approx(0.1)
@@ -52,7 +52,7 @@ def test_a_window_in_which_nothing_arrived_shows_the_wait():
     assert np.nanmax(series.values[series.at < 11.5]) == pytest.approx(0.1)
 
 
-def test_nothing_is_measured_outside_of_the_segments_of_a_server():
+def test_time_outside_of_a_servers_segments_is_ignored():
     requests = [_steady(float(t), 20, 0.05) for t in (*range(20), *range(40, 60))]
     segments = [
         {"server": "s", "began": 0.0, "ended": 20.0, "number": 0},

@@ -53,7 +53,7 @@ class TestMetrics:
         assert _value("energy per token", _arm_round(joules=40.0)) == 0.05
 
     @pytest.mark.parametrize(("given", "good"), [({}, 8), ({"first": 0.2}, 0), ({"gap": 0.02}, 0)])
-    def test_goodput_counts_answers_that_keep_both_goals(self, given, good):
+    def test_goodput_counts_answers_within_both_goals(self, given, good):
         arm_round = ArmRound(2.0, [_answer(**given) for _ in range(8)])
         assert _value("goodput (TTFT ≤ 100 ms, ITL ≤ 15 ms)", arm_round) == good / 2
 
@@ -121,7 +121,7 @@ class TestRows:
         goodput = next(row for row in bench_rows(PLAN, state, None, None) if row.name.startswith("goodput"))
         assert goodput.contrasts == {}
 
-    def test_a_server_that_drafts_but_does_not_say(self, tmp_path):
+    def test_a_server_that_does_not_report_accepted_drafts(self, tmp_path):
         def silent(number):
             return ArmRound(2.0, [_answer(accepted=None)])
 
@@ -161,7 +161,7 @@ class TestQuality:
             ("vLLM's log-probability of sampled answers, minus that of its own", {"gaps": [0.5, 0.4] * 12}),
         ],
     )
-    def test_each_loss_has_its_row(self, tmp_path, name, ours):
+    def test_each_kind_of_quality_loss_has_its_row(self, tmp_path, name, ours):
         found = self._rows(tmp_path, ours)
         assert [row for row, verdict in found.items() if verdict == "worse"] == [name]
 

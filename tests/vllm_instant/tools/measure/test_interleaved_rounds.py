@@ -1,4 +1,4 @@
-"""Turns of fixed work, energy counters, and what servers say about themselves."""
+"""Rounds of fixed work, energy counters, prompts, and what servers report about themselves."""
 
 import random
 
@@ -28,14 +28,14 @@ class TestAnswers:
         assert self.ANSWER.seconds_to(2) == self.ANSWER.seconds_to(5) == 0.3
         assert np.isnan(self.ANSWER.seconds_to(7))
 
-    def test_a_turn_survives_json(self):
-        turn = ArmRound(0.5, [self.ANSWER], joules=2.0)
-        assert ArmRound.read(turn.plain()) == turn
-        assert turn.tokens == 6
+    def test_a_round_survives_json(self):
+        arm_round = ArmRound(0.5, [self.ANSWER], joules=2.0)
+        assert ArmRound.read(arm_round.plain()) == arm_round
+        assert arm_round.tokens == 6
 
 
-class TestTakingTurns:
-    def test_every_arm_takes_every_round_in_an_order_of_its_own(self, monkeypatch):
+class TestRounds:
+    def test_every_round_has_all_arms_in_random_order(self, monkeypatch):
         settled = []
         monkeypatch.setattr(interleaved_rounds, "settle", lambda: settled.append(1))
         taken = list(interleaved(["a", "b", "c"], range(8), random.Random(1)))
@@ -49,15 +49,15 @@ class TestTakingTurns:
         joules = iter([5.0, 7.5])
         with serving(server) as url:
             prompts = [PromptSpec(f"p{i}", 0.5, "even" if i % 2 == 0 else "odd") for i in range(5)]
-            turn = run_arm_round(
+            arm_round = run_arm_round(
                 read_server_info(url).arm(), prompts, concurrency=2, tokens=10, seed=40, energy=lambda: next(joules)
             )
-        assert [answer.kind for answer in turn.answers] == ["even", "odd", "even", "odd", "even"]
-        assert {answer.tokens for answer in turn.answers} == {10}
-        assert {answer.accepted for answer in turn.answers} == {6}
-        assert turn.joules == 2.5
+        assert [answer.kind for answer in arm_round.answers] == ["even", "odd", "even", "odd", "even"]
+        assert {answer.tokens for answer in arm_round.answers} == {10}
+        assert {answer.accepted for answer in arm_round.answers} == {6}
+        assert arm_round.joules == 2.5
         assert sorted(request["seed"] for request in server.requests) == [40, 41, 42, 43, 44]
-        assert all(0 < answer.ttft < turn.seconds for answer in turn.answers)
+        assert all(0 < answer.ttft < arm_round.seconds for answer in arm_round.answers)
 
     def test_a_refusal_is_quoted(self):
         server = FakeServer()
@@ -71,7 +71,7 @@ class TestTakingTurns:
 
 
 class TestPrompts:
-    def test_classes_take_turns_and_another_seed_gives_others(self):
+    def test_classes_alternate_and_another_seed_gives_others(self):
         prompts = built_in(10, "a")
         assert [prompt.kind for prompt in prompts[:4]] == list(BUILT_IN)
         assert len({prompt.text for prompt in prompts} & {prompt.text for prompt in built_in(10, "b")}) == 0
@@ -107,15 +107,15 @@ class TestEnergy:
         assert energy_meter(tmp_path).joules() is None
 
 
-class TestServed:
-    def test_what_it_says(self):
+class TestServerInfo:
+    def test_it_reports_model_version_and_kv_cache(self):
         with serving(FakeServer(drafts=4)) as url:
             served = read_server_info(f"{url}/v1/")
         assert (served.url, served.name, served.root, served.model) == (url, "fake", "models/fake", "fake")
         assert (served.version, served.kv_bytes_per_token, served.kv_sequences) == ("9.9", 64.0, 10.0)
         assert served.speculates
 
-    def test_a_server_that_says_less(self):
+    def test_a_server_without_these_metrics(self):
         with serving(FakeServer(kv_tokens=None)) as url:
             served = read_server_info(url)
         assert served.kv_bytes_per_token is None

@@ -12,5 +12,5 @@ def test_every_seed_gives_as_many_prompts_as_were_asked_for(kind):
         assert prompts[0].text.strip()
 
 
-def test_classes_take_turns():
+def test_classes_alternate():
     assert [prompt.kind for prompt in built_in(6, "x")][:4] == list(BUILT_IN)

@@ -53,7 +53,7 @@ class TestTheRule:
             (1.2, 1.3, "same", "worse"),
         ],
     )
-    def test_certain_and_beyond_the_threshold(self, low, high, better, verdict):
+    def test_each_combination_of_interval_and_direction_has_its_verdict(self, low, high, better, verdict):
         assert _contrast(low, high, better).verdict == verdict
 
     @given(st.floats(0.2, 5), st.floats(0.0, 0.5), st.floats(1.0, 1.5))
@@ -135,7 +135,7 @@ class TestLuck:
         runs = [simulated_verdicts(0.0, starts=starts, rounds=6, seed=seed, rows=4) for seed in range(60)]
         assert sum(bool(set(run) & {"better", "worse"}) for run in runs) <= 3
 
-    def test_one_process_out_of_luck_is_outvoted_by_the_next(self):
+    def test_one_slow_process_is_averaged_out_by_the_next_start(self):
         """Ten percent between two processes of one kind have been seen."""
         runs = [simulated_verdicts(0.0, starts=2, rounds=6, seed=seed, rows=1, hit=-0.1) for seed in range(40)]
         assert sum(run[0] in ("same", "undecided") for run in runs) >= 38
@@ -144,7 +144,7 @@ class TestLuck:
         ("effect", "starts", "rounds", "found"),
         [(0.3, 1, 6, 38), (0.3, 2, 6, 39), (-0.3, 1, 6, 38), (0.1, 2, 6, 20), (0.1, 3, 9, 32), (-0.1, 3, 9, 32)],
     )
-    def test_what_is_there_is_found(self, effect, starts, rounds, found):
+    def test_a_planted_effect_is_found(self, effect, starts, rounds, found):
         runs = [simulated_verdicts(effect, starts=starts, rounds=rounds, seed=seed, rows=1) for seed in range(40)]
         assert sum(run == ["better" if effect > 0 else "worse"] for run in runs) >= found
 

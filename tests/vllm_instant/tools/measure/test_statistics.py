@@ -33,7 +33,7 @@ class TestIntervals:
         with pytest.raises(ValueError, match="2 rounds of one arm, 1 of the other"):
             ratio_interval([1, 2], [1])
 
-    def test_no_values(self):
+    def test_no_values_are_an_error(self):
         with pytest.raises(ValueError, match="no values"):
             median_interval([])
 
