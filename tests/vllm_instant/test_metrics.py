@@ -21,7 +21,7 @@ def test_totals_become_counters_per_engine():
     assert registry.get_sample_value("vllm_instant:draft_tokens_proposed_total", {"engine": "1"}) == 2
 
 
-def test_batching_counts_and_its_policys_measures():
+def test_counters_and_gauges_of_a_scheduling_policy():
     registry = CollectorRegistry()
     metrics = InstantMetrics(resolve(), registry)
     for started, error in ((2, 0.5), (7, 0.1)):
@@ -33,7 +33,7 @@ def test_batching_counts_and_its_policys_measures():
     assert registry.get_sample_value("vllm_instant:batching_measure", labels) == 0.1
 
 
-def test_what_an_experts_plugin_counts_and_says_of_itself():
+def test_counters_and_gauges_of_an_experts_plugin():
     registry = CollectorRegistry()
     metrics = InstantMetrics(resolve(), registry)
     fields = ("layer_steps", "native_experts", "routed_experts", "native_mass", "routed_mass", "kl_tokens", "kl")
@@ -47,7 +47,7 @@ def test_what_an_experts_plugin_counts_and_says_of_itself():
     assert found("vllm_instant:experts_measure", {"engine": "0", "measure": "budget"}) == 0.75
 
 
-def test_a_restarted_engine_does_not_turn_counters_back():
+def test_counters_continue_after_a_restart_of_the_engine():
     registry = CollectorRegistry()
     metrics = InstantMetrics(resolve(), registry)
     for total in (5, 2, 3):
@@ -65,7 +65,7 @@ def test_failures_are_labelled():
     assert registry.get_sample_value("vllm_instant:plugin_failures_total", labels) == 1
 
 
-def test_every_selected_plugin_is_shown():
+def test_every_plugin_of_the_deployment_is_listed():
     registry = CollectorRegistry()
     InstantMetrics(resolve(), registry)
     text = generate_latest(registry).decode()

@@ -10,7 +10,7 @@ from vllm_instant.deployment.resolved import engine_arguments, installed_plugin
 from vllm_instant.deployment.settings import resolve
 
 
-def test_defaults_are_lossless_and_ask_nothing_of_vllm():
+def test_the_defaults_are_lossless_and_need_no_engine_arguments():
     deployment = resolve()
     assert {slot: choice.plugin for slot, choice in deployment.slots.items()} == {
         "speculation": "goodput",
@@ -44,7 +44,7 @@ def test_command_line_over_environment_over_file_over_default(write_file, monkey
     }
 
 
-def test_the_file_may_be_named_by_the_environment(write_file, monkeypatch):
+def test_the_environment_can_name_the_file(write_file, monkeypatch):
     monkeypatch.setenv("INSTANT_CONFIG", str(write_file('[speculation]\nplugin = "fixed"\nmax_batch_size = 9\n')))
     assert resolve().slots["speculation"].options["max_batch_size"] == 9
 
@@ -55,7 +55,7 @@ def test_nested_engine_arguments_merge_key_by_key(write_file):
     assert engine_arguments(deployment)["speculative_config"] == {"method": "ngram", "num_speculative_tokens": 4}
 
 
-def test_a_drafter_brings_its_engine_arguments(write_file):
+def test_a_drafter_has_its_engine_arguments(write_file):
     path = write_file('[drafter]\nplugin = "ngram"\nnum_speculative_tokens = 6\n')
     assert engine_arguments(resolve(path))["speculative_config"] == {
         "method": "ngram",
@@ -72,7 +72,7 @@ def test_a_drafter_brings_its_engine_arguments(write_file):
         '[vllm]\nspeculative_config = { method = "ngram", num_speculative_tokens = 2 }\n',
     ],
 )
-def test_switching_speculation_off_takes_the_drafter_away(write_file, tables):
+def test_without_speculation_there_is_no_drafter(write_file, tables):
     path = write_file(tables)
     assert "speculative_config" in engine_arguments(resolve(path))
     assert "speculative_config" not in engine_arguments(resolve(path, ["speculation.plugin=off"]))
@@ -106,7 +106,7 @@ def test_a_draft_model_gets_the_attention_of_the_target(write_file, tables, back
     assert drafting.get("attention_backend") == backend
 
 
-def test_it_survives_the_journey_to_another_process(write_file):
+def test_a_deployment_survives_its_way_to_another_process(write_file):
     deployment = resolve(write_file('[drafter]\nplugin = "ngram"\n[vllm]\nmax_num_seqs = 3\n'))
     assert Deployment.model_validate_json(deployment.model_dump_json()) == deployment
     json.loads(deployment.model_dump_json())

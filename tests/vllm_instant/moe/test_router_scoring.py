@@ -1,4 +1,4 @@
-"""How models pick experts, and picks that are held to some of them."""
+"""The selection of experts, and its restriction to allowed experts."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def _scoring(function, top_k, experts, seed, biased, grouped, renormalize=True):
 
 
 @given(SHAPES)
-def test_softmax_is_the_reference(shape):
+def test_softmax_scoring_equals_the_plain_formula(shape):
     tokens, (experts, top_k), seed = shape
     logits = _logits(tokens, experts, seed)
     scoring = RouterScoring("softmax", top_k)
@@ -35,7 +35,7 @@ def test_softmax_is_the_reference(shape):
 
 @settings(deadline=None)
 @given(SHAPES, st.sampled_from(FUNCTIONS), st.booleans(), st.booleans(), st.booleans(), st.floats(0, 1))
-def test_whoever_is_held_picks_only_what_is_allowed(shape, function, biased, grouped, renormalize, share):
+def test_restricted_tokens_select_only_allowed_experts(shape, function, biased, grouped, renormalize, share):
     tokens, (experts, top_k), seed = shape
     scoring = _scoring(function, top_k, experts, seed, biased, grouped, renormalize)
     weights = scoring.weights(_logits(tokens, experts, seed))
@@ -58,8 +58,8 @@ def test_whoever_is_held_picks_only_what_is_allowed(shape, function, biased, gro
         torch.testing.assert_close(chosen_weights[changed], own)
 
 
-def test_a_large_bias_does_not_bring_a_forbidden_expert_back():
-    """A forbidden logit alone would leave a sigmoid of 0 plus the bias, which may still win."""
+def test_a_large_bias_does_not_select_a_forbidden_expert():
+    """A logit of -inf alone would leave a sigmoid of 0 plus the bias, which can still be the best."""
     bias = torch.zeros(8)
     bias[3] = 5.0
     scoring = RouterScoring("sigmoid", 2, bias)
@@ -74,7 +74,7 @@ def test_a_large_bias_does_not_bring_a_forbidden_expert_back():
     torch.testing.assert_close(picked, torch.full((1, 2), 0.5))
 
 
-def test_groups_are_judged_by_their_allowed_experts():
+def test_groups_are_scored_by_their_allowed_experts():
     scoring = RouterScoring("softmax", 2, groups=4, top_groups=1)
     weights = scoring.weights(torch.tensor([[9.0, 8.0, 5.0, 4.0, 1.0, 0.0, 0.0, 0.0]]))
     allowed = torch.tensor([[False, True, True, True, True, True, True, True]])
@@ -84,7 +84,7 @@ def test_groups_are_judged_by_their_allowed_experts():
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_what_is_kept_weighs_as_before_without_renormalisation(renormalize):
+def test_without_renormalization_kept_experts_keep_their_weights(renormalize):
     scoring = RouterScoring("softmax", 2, renormalize=renormalize)
     weights = scoring.weights(torch.tensor([[2.0, 1.0, 0.0, -1.0]]))
     picks, before = scoring.pick(weights, scoring.ranking(weights))

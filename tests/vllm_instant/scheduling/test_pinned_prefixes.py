@@ -32,7 +32,7 @@ def pool():
 
 
 @pytest.fixture
-def held(pool):
+def pinned(pool):
     found = PinnedPrefixes(pool, [SIZE], num_blocks=100)
     assert found.open("a", max_sessions=2, max_tokens=20)
     return found
@@ -42,81 +42,81 @@ def ids(count, first=0):
     return list(range(first, first + count))
 
 
-def test_what_a_request_has_computed_is_found_by_the_next_one(held, pool):
-    held.pin("a", ids(10), [ids(3)], "key", 1.0)
-    assert held.find("a", ids(30), "key") == (10, ([0, 1, 2],))
+def test_the_next_request_finds_the_pinned_tokens(pinned, pool):
+    pinned.pin("a", ids(10), [ids(3)], "key", 1.0)
+    assert pinned.find("a", ids(30), "key") == (10, ([0, 1, 2],))
     assert pool.references == Counter(ids(3))
 
 
-def test_the_last_token_is_always_left_to_compute(held):
-    held.pin("a", ids(10), [ids(3)], None, 1.0)
-    assert held.find("a", ids(10), None) == (9, ([0, 1, 2],))
-    assert held.find("a", ids(9), None) == (8, ([0, 1],))
+def test_the_last_token_is_always_left_to_compute(pinned):
+    pinned.pin("a", ids(10), [ids(3)], None, 1.0)
+    assert pinned.find("a", ids(10), None) == (9, ([0, 1, 2],))
+    assert pinned.find("a", ids(9), None) == (8, ([0, 1],))
 
 
-def test_only_the_common_beginning_counts(held):
-    held.pin("a", ids(10), [ids(3)], None, 1.0)
-    assert held.find("a", [*ids(5), 99, 99, 99], None) == (5, ([0, 1],))
-    assert held.find("a", [99] * 9, None) == (0, ([],))
+def test_only_the_common_prefix_is_used(pinned):
+    pinned.pin("a", ids(10), [ids(3)], None, 1.0)
+    assert pinned.find("a", [*ids(5), 99, 99, 99], None) == (5, ([0, 1],))
+    assert pinned.find("a", [99] * 9, None) == (0, ([],))
 
 
-def test_other_keys_and_other_names_find_nothing(held):
-    held.pin("a", ids(10), [ids(3)], ("lora", "salt"), 1.0)
-    assert held.find("a", ids(30), ("lora", "other salt")) == (0, ())
-    assert held.find("b", ids(30), ("lora", "salt")) == (0, ())
-    held.pin("b", ids(10), [ids(3)], None, 1.0)
-    assert held.num_blocks == 3, "b is not open"
+def test_other_keys_and_other_names_find_nothing(pinned):
+    pinned.pin("a", ids(10), [ids(3)], ("lora", "salt"), 1.0)
+    assert pinned.find("a", ids(30), ("lora", "other salt")) == (0, ())
+    assert pinned.find("b", ids(30), ("lora", "salt")) == (0, ())
+    pinned.pin("b", ids(10), [ids(3)], None, 1.0)
+    assert pinned.num_blocks == 3, "b is not open"
 
 
-def test_no_more_tokens_than_allowed(held):
-    held.pin("a", ids(40), [ids(10)], None, 1.0)
-    assert held.find("a", ids(50), None) == (20, (ids(5),))
-    assert held.num_blocks == 5
+def test_at_most_max_tokens_are_pinned(pinned):
+    pinned.pin("a", ids(40), [ids(10)], None, 1.0)
+    assert pinned.find("a", ids(50), None) == (20, (ids(5),))
+    assert pinned.num_blocks == 5
 
 
-def test_no_more_sessions_than_allowed(held):
-    assert held.open("b", max_sessions=2, max_tokens=20)
-    assert not held.open("c", max_sessions=2, max_tokens=20)
-    assert held.open("a", max_sessions=2, max_tokens=20), "it is one of them"
-    held.unpin("a")
-    assert held.open("c", max_sessions=2, max_tokens=20)
+def test_at_most_max_sessions_are_open(pinned):
+    assert pinned.open("b", max_sessions=2, max_tokens=20)
+    assert not pinned.open("c", max_sessions=2, max_tokens=20)
+    assert pinned.open("a", max_sessions=2, max_tokens=20), "it is one of them"
+    pinned.unpin("a")
+    assert pinned.open("c", max_sessions=2, max_tokens=20)
 
 
-def test_no_more_of_the_cache_than_allowed(held, pool):
-    held.open("b", max_sessions=2, max_tokens=20)
-    held.pin("a", ids(12), [ids(3)], None, 0.05)
-    held.pin("b", ids(12), [ids(3, 10)], None, 0.05)
-    assert held.num_blocks == 3, "the older one went"
-    assert held.find("a", ids(20), None)[0] == 0
-    held.pin("b", ids(20), [ids(6, 20)], None, 0.04)
-    assert held.num_blocks == 0, "alone it would be too much"
+def test_at_most_the_share_of_the_cache_is_pinned(pinned, pool):
+    pinned.open("b", max_sessions=2, max_tokens=20)
+    pinned.pin("a", ids(12), [ids(3)], None, 0.05)
+    pinned.pin("b", ids(12), [ids(3, 10)], None, 0.05)
+    assert pinned.num_blocks == 3, "the older one went"
+    assert pinned.find("a", ids(20), None)[0] == 0
+    pinned.pin("b", ids(20), [ids(6, 20)], None, 0.04)
+    assert pinned.num_blocks == 0, "alone it would be too much"
     assert not +pool.references
 
 
-def test_blocks_go_back_from_the_one_used_longest_ago(held, pool):
-    held.open("b", max_sessions=2, max_tokens=20)
-    held.pin("a", ids(8), [ids(2)], None, 1.0)
-    held.pin("b", ids(8), [ids(2, 10)], None, 1.0)
-    held.find("a", ids(9), None)
-    assert held.evict_lru()
+def test_the_least_recently_used_prefix_is_evicted_first(pinned, pool):
+    pinned.open("b", max_sessions=2, max_tokens=20)
+    pinned.pin("a", ids(8), [ids(2)], None, 1.0)
+    pinned.pin("b", ids(8), [ids(2, 10)], None, 1.0)
+    pinned.find("a", ids(9), None)
+    assert pinned.evict_lru()
     assert pool.freed == [11, 10], "the end first"
-    assert held.evict_lru()
-    assert not held.evict_lru()
-    assert held.find("a", ids(9), None)[0] == 0
-    assert len(held) == 2, "both may hold again"
+    assert pinned.evict_lru()
+    assert not pinned.evict_lru()
+    assert pinned.find("a", ids(9), None)[0] == 0
+    assert len(pinned) == 2, "both may hold again"
 
 
-def test_what_is_replaced_is_freed_only_where_it_is_not_needed_again(held, pool):
-    held.pin("a", ids(8), [ids(2)], None, 1.0)
-    held.pin("a", ids(12), [ids(3)], None, 1.0)
+def test_replaced_blocks_are_released_only_if_they_are_not_pinned_again(pinned, pool):
+    pinned.pin("a", ids(8), [ids(2)], None, 1.0)
+    pinned.pin("a", ids(12), [ids(3)], None, 1.0)
     assert +pool.references == Counter(ids(3))
 
 
 def test_several_groups_of_layers(pool):
-    held = PinnedPrefixes(pool, [4, 8], num_blocks=100)
-    held.open("a", max_sessions=1, max_tokens=100)
-    held.pin("a", ids(10), [ids(3), ids(2, 50)], None, 1.0)
-    assert held.find("a", [*ids(7), 99, 99], None) == (7, ([0, 1], [50]))
+    pinned = PinnedPrefixes(pool, [4, 8], num_blocks=100)
+    pinned.open("a", max_sessions=1, max_tokens=100)
+    pinned.pin("a", ids(10), [ids(3), ids(2, 50)], None, 1.0)
+    assert pinned.find("a", [*ids(7), 99, 99], None) == (7, ([0, 1], [50]))
 
 
 ACTIONS = st.lists(
@@ -130,27 +130,27 @@ ACTIONS = st.lists(
 
 
 @given(ACTIONS)
-def test_nothing_is_ever_lost_or_freed_twice(actions):
+def test_every_block_is_released_exactly_once(actions):
     pool = Pool()
-    held = PinnedPrefixes(pool, [SIZE], num_blocks=30)
+    pinned = PinnedPrefixes(pool, [SIZE], num_blocks=30)
     for action, name, number in actions:
         if action == "open":
-            held.open(name, max_sessions=3, max_tokens=40)
+            pinned.open(name, max_sessions=3, max_tokens=40)
         elif action == "close":
-            held.unpin(name)
+            pinned.unpin(name)
         elif action == "keep":
             first = 100 * number
-            held.pin(name, ids(number), [ids(-(-number // SIZE) + 1, first)], None, 0.5)
+            pinned.pin(name, ids(number), [ids(-(-number // SIZE) + 1, first)], None, 0.5)
         elif action == "find":
-            tokens, groups = held.find(name, ids(number), None)
+            tokens, groups = pinned.find(name, ids(number), None)
             assert tokens < number
             assert all(len(group) == -(-tokens // SIZE) for group in groups)
         elif action == "give back":
-            held.evict_lru()
+            pinned.evict_lru()
         else:
-            held.clear()
-        assert held.num_blocks == sum(pool.references.values()) <= 15
-        assert len(held) <= 3
+            pinned.clear()
+        assert pinned.num_blocks == sum(pool.references.values()) <= 15
+        assert len(pinned) <= 3
     for name in "abcd":
-        held.unpin(name)
+        pinned.unpin(name)
     assert not +pool.references

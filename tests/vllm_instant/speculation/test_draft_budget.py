@@ -1,4 +1,4 @@
-"""The speculation budget without an engine."""
+"""Draft budgets without an engine."""
 
 import logging
 
@@ -13,7 +13,7 @@ from vllm_instant.speculation.draft_plan import DraftReport
 
 
 class Scripted(SpeculationPolicy):
-    """Returns what the test says, and remembers what it is told."""
+    """Returns the given draft budgets and records its calls."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -40,7 +40,7 @@ def _states(count):
 
 
 @given(lengths=st.lists(st.integers(0, 4), max_size=20))
-def test_lawful_lengths_are_taken_as_they_are(lengths):
+def test_valid_draft_budgets_are_used_unchanged(lengths):
     budget, _ = _budget(lambda n: lengths)
     assert budget.plan(_states(len(lengths))) == lengths
     assert budget.counters.budgeted == sum(lengths)
@@ -48,7 +48,7 @@ def test_lawful_lengths_are_taken_as_they_are(lengths):
 
 
 @given(lengths=st.lists(st.integers(-3, 9), max_size=8), count=st.integers(1, 8))
-def test_whatever_a_policy_returns_the_plan_is_lawful(lengths, count):
+def test_the_plan_is_valid_whatever_a_policy_returns(lengths, count):
     budget, _ = _budget(lambda n: lengths)
     plan = budget.plan(_states(count))
     assert len(plan) == count
@@ -80,7 +80,7 @@ def test_a_disabled_policy_is_not_called_again():
     assert policy.outcomes == []
 
 
-def test_outcomes_are_counted_and_shown():
+def test_outcomes_are_counted_and_observed():
     budget, policy = _budget(lambda n: [2] * n)
     states = _states(2)
     budget.plan(states)
@@ -95,7 +95,7 @@ def test_outcomes_are_counted_and_shown():
     assert outcome.seconds > 0
 
 
-def test_what_workers_report_belongs_to_the_step_that_finished_last():
+def test_a_draft_report_belongs_to_the_step_that_finished_last():
     budget, policy = _budget(lambda n: [2] * n)
     states = _states(1)
     budget.plan(states)
@@ -106,7 +106,7 @@ def test_what_workers_report_belongs_to_the_step_that_finished_last():
     assert [(outcome.draft_steps, outcome.uncached_tokens) for outcome in policy.outcomes] == [(2, None), (1, 40)]
 
 
-def test_what_an_ended_request_did_is_seen_before_another_gets_its_index():
+def test_outcomes_of_an_ended_request_are_observed_before_its_index_is_reused():
     budget, policy = _budget(lambda n: [1] * n)
     first, second = _states(2)
     seen = []
@@ -131,7 +131,7 @@ def test_requests_are_forgotten_once():
 
 
 @pytest.mark.parametrize("failing", ["observe", "forget"])
-def test_failures_elsewhere_are_contained_too(failing):
+def test_failures_in_every_method_disable_the_policy(failing):
     budget, policy = _budget(lambda n: [1] * n)
     setattr(policy, failing, lambda *_: 1 / 0)
     [state] = _states(1)
@@ -144,7 +144,7 @@ def test_failures_elsewhere_are_contained_too(failing):
 
 
 def _asked(budget):
-    """Counts what the policy is asked, with the requests of each question."""
+    """Records the requests of each call."""
     questions = []
     answer = budget.policy.instance.get_num_draft_tokens
 
@@ -185,7 +185,7 @@ def test_a_request_that_ended_does_not_spoil_the_plan_and_a_new_one_makes_a_new_
     assert questions == [["r0", "r1"], ["r0", "r1"], ["r1"], ["r1", "r2"]]
 
 
-def test_indices_are_small_and_unique_and_used_again():
+def test_indices_are_small_unique_and_reused():
     budget, _ = _budget(lambda n: [0] * n)
     states = _states(6)
     for state in states[:4]:
@@ -201,7 +201,7 @@ def test_indices_are_small_and_unique_and_used_again():
 @pytest.mark.parametrize(
     ("wish", "length"), [(None, 3), ("auto", 3), ("off", 0), (0, 0), (2, 2), (4, 4), (77, 4), ("nonsense", 3)]
 )
-def test_what_a_client_asks_for(wish, length):
+def test_the_number_of_draft_tokens_that_a_client_fixes(wish, length):
     budget, _ = _budget(lambda n: [3] * n)
     state = RequestState("r", 1, 1, 0.0, extra_args={} if wish is None else {"instant_speculation": wish})
     other = RequestState("other", 1, 1, 0.0)
@@ -211,7 +211,7 @@ def test_what_a_client_asks_for(wish, length):
 
 
 @pytest.mark.parametrize("wish", [-1, 1.5, True, "on", [2]])
-def test_wrong_wishes_are_one_clear_sentence(wish):
+def test_an_invalid_number_of_a_client_is_refused_in_one_sentence(wish):
     with pytest.raises(ValueError, match='must be "off", "auto" or a whole number from 0, found'):
         requested_num_draft_tokens({"instant_speculation": wish})
 
@@ -239,7 +239,7 @@ def test_times_are_those_of_the_clock():
     assert [outcome.number for outcome in policy.outcomes] == [1, 2, 3]
 
 
-def test_cache_salts_travel_while_somebody_has_one():
+def test_the_plan_has_cache_salts_only_of_requests_with_one():
     budget, _ = _budget(lambda n: [1] * n)
     states = [RequestState("a", 1, 1, 0.0, cache_salt="tenant"), RequestState("b", 1, 1, 0.0)]
     for state in states:

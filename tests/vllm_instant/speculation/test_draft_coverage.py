@@ -9,11 +9,11 @@ from vllm_instant.speculation.draft_coverage import DraftCoverage
 BLOCKS = np.array([7, 3, 9, 2000, 5], np.int32)
 
 
-def test_a_new_request_has_read_nothing():
+def test_a_new_request_has_no_draft_kv():
     assert DraftCoverage(4).covered("r", 0, BLOCKS) == 0
 
 
-def test_reading_goes_on_where_it_stopped():
+def test_coverage_continues_where_it_stopped():
     coverage = DraftCoverage(4)
     coverage.covered("r", 0, BLOCKS)
     coverage.draft_read("r", 6, BLOCKS)
@@ -23,7 +23,7 @@ def test_reading_goes_on_where_it_stopped():
     assert coverage.covered("r", 10, BLOCKS) == 10
 
 
-def test_blocks_that_were_read_are_inherited_with_the_prefix():
+def test_complete_blocks_are_shared_through_the_prefix_cache():
     coverage = DraftCoverage(4)
     coverage.covered("first", 0, BLOCKS)
     coverage.draft_read("first", 11, BLOCKS)
@@ -31,7 +31,7 @@ def test_blocks_that_were_read_are_inherited_with_the_prefix():
     assert coverage.covered("second", 12, BLOCKS) == 8, "the third block was not complete"
 
 
-def test_blocks_with_holes_are_not_inherited():
+def test_blocks_with_holes_are_not_shared():
     coverage = DraftCoverage(4)
     coverage.covered("first", 0, BLOCKS)
     coverage.draft_read("first", 16, BLOCKS)
@@ -44,7 +44,7 @@ def test_blocks_with_holes_are_not_inherited():
     assert coverage.covered("third", 16, BLOCKS[1:]) == 12
 
 
-def test_a_request_that_lost_its_blocks_starts_anew():
+def test_a_request_that_lost_its_blocks_has_no_draft_kv():
     coverage = DraftCoverage(4)
     coverage.covered("r", 0, BLOCKS)
     coverage.draft_read("r", 9, BLOCKS)
@@ -54,7 +54,7 @@ def test_a_request_that_lost_its_blocks_starts_anew():
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 5)), max_size=30), st.integers(1, 6))
 @settings(max_examples=60, deadline=None)
-def test_never_more_is_inherited_than_was_read(steps, block_size):
+def test_shared_coverage_never_exceeds_the_computed_tokens(steps, block_size):
     coverage, blocks = DraftCoverage(block_size), np.arange(200, dtype=np.int32)
     computed, read, whole = coverage.covered("r", 0, blocks), 0, True
     for drafting, tokens in steps:
@@ -73,8 +73,8 @@ def test_never_more_is_inherited_than_was_read(steps, block_size):
         assert inherited == computed // block_size * block_size
 
 
-def test_what_is_known_is_not_said_again():
-    """While nothing is drafted this is asked of each request at every step."""
+def test_blocks_are_marked_incomplete_only_once():
+    """Without drafts, ``target_alone`` is called for each request in every step."""
     coverage = DraftCoverage(4)
     coverage.covered("r", 0, BLOCKS)
     coverage.target_alone("r", 9, BLOCKS)
@@ -85,7 +85,7 @@ def test_what_is_known_is_not_said_again():
     assert coverage.covered("third", 16, BLOCKS) == 12
 
 
-def test_a_block_that_was_read_in_part_is_not_complete_when_the_target_fills_it():
+def test_a_partly_covered_block_is_incomplete_when_the_target_fills_it():
     coverage = DraftCoverage(4)
     coverage.covered("r", 0, BLOCKS)
     coverage.target_alone("r", 8, BLOCKS)

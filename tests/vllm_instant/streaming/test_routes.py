@@ -18,7 +18,7 @@ KEY = "secret"
 
 
 class KeyCheck:
-    """As vLLM guards ``/v1``."""
+    """The API-key check of vLLM for ``/v1``."""
 
     def __init__(self, app):
         self._app = app
@@ -33,7 +33,7 @@ class KeyCheck:
 
 @contextmanager
 def serving(engine=None, with_key=False, clock=time.time, **limits):
-    """A test client of an application with the routes, and its host."""
+    """A test client of an application with the routes, and these."""
     tokens = SessionTokens(clock)
     streaming = Streaming(tokens)
 
@@ -97,7 +97,7 @@ def test_a_prompt_is_typed_and_answered_over_a_websocket():
         ('{"type": "input_text.commit", "event_id": "e1"}', r"send session\.update first"),
     ],
 )
-def test_a_frame_that_cannot_be_understood_is_named_and_the_session_goes_on(frame, told):
+def test_an_invalid_frame_is_an_error_event_and_the_session_continues(frame, told):
     import re
 
     with serving() as (client, _), client.websocket_connect("/v1/instant/session") as socket:
@@ -113,7 +113,7 @@ def test_a_frame_that_cannot_be_understood_is_named_and_the_session_goes_on(fram
         assert hear(socket, "response.done")["status"] == "completed"
 
 
-def test_a_connection_that_drops_frees_everything_at_once():
+def test_a_closed_connection_releases_everything_at_once():
     engine = FakeEngine()
     engine.answer_gate.clear()
     with serving(engine) as (client, streaming):
@@ -128,7 +128,7 @@ def test_a_connection_that_drops_frees_everything_at_once():
             time.sleep(0.01)
 
 
-def test_limits_are_told_and_freed_again():
+def test_limits_are_reported_and_released():
     with serving(max_sessions=3, max_sessions_per_client=2, max_text_characters=5) as (client, _):  # noqa: SIM117  too long
         with client.websocket_connect("/v1/instant/session") as first:
             hear(first, "session.created")
@@ -238,7 +238,7 @@ def test_a_token_opens_sessions_and_nothing_else():
             assert client.post("/v1/instant/tokens", headers=key, content=wrong_body).status_code == 400
 
 
-def test_the_page_is_there_only_if_the_deployment_says_so():
+def test_the_demo_page_is_served_only_if_it_is_enabled():
     with serving() as (client, _):
         assert client.get("/v1/instant/demo").status_code == 404
     with serving(with_key=True, demo_page=True) as (client, _):
@@ -257,7 +257,7 @@ def test_no_session_opens_before_the_engine_is_ready():
 
 
 def test_a_slow_reader_slows_only_itself():
-    """Events for a client that does not read do not pile up in the server."""
+    """The server buffers a limited number of events for a client that does not read."""
     from vllm_instant.streaming.speculative_answer import MAX_BUFFERED_CHUNKS, SpeculativeAnswer
 
     class Endless(FakeEngine):

@@ -14,7 +14,7 @@ from vllm_instant.streaming.session import Session
 
 @asynccontextmanager
 async def session_on(engine, plugin=None, request=None):
-    """A configured session, its events, and its host."""
+    """A configured session, its events, and its manager."""
     heard = []
 
     async def send(event):
@@ -63,7 +63,7 @@ CHUNKS = st.lists(st.tuples(TEXTS, st.integers(0, 5)), max_size=10)
 
 @given(chunks=CHUNKS, kind=st.sampled_from(["demo", "split", "words"]))
 @settings(max_examples=60)
-def test_whatever_was_read_ahead_is_the_beginning_of_the_final_prompt(chunks, kind):
+def test_prefilled_tokens_are_a_prefix_of_the_final_prompt(chunks, kind):
     async def run():
         engine = FakeEngine(kind)
         system = [{"role": "system", "content": "Be brief, please."}]
@@ -103,7 +103,7 @@ def test_the_prompt_that_is_answered_is_that_of_the_edited_text(edits):
 LONG = "Why is the sky blue when the sun is yellow and the night is black? " * 4
 
 
-def test_the_system_prompt_is_read_before_the_first_character():
+def test_the_system_prompt_is_prefilled_before_the_first_character():
     async def run():
         engine = FakeEngine()
         messages = [{"role": "system", "content": LONG}, {"role": "user", "content": "a"}]
@@ -114,7 +114,7 @@ def test_the_system_prompt_is_read_before_the_first_character():
     asyncio.run(run())
 
 
-def test_an_edit_in_the_middle_is_read_again_from_there():
+def test_after_an_edit_in_the_middle_the_rest_is_prefilled_again():
     async def run():
         engine = FakeEngine()
         async with session_on(engine) as (session, heard, _):
@@ -130,7 +130,7 @@ def test_an_edit_in_the_middle_is_read_again_from_there():
     asyncio.run(run())
 
 
-def test_the_next_turn_stands_behind_the_answer():
+def test_the_next_prompt_follows_the_answer():
     async def run():
         engine = FakeEngine()
         async with session_on(engine) as (session, heard, _):
@@ -162,7 +162,7 @@ def test_a_request_that_fails_leaves_the_text_as_it_was():
     asyncio.run(run())
 
 
-def test_a_busy_engine_is_left_alone_and_asked_again():
+def test_a_full_engine_gets_no_chunk_until_it_has_capacity():
     async def run():
         engine = FakeEngine()
         engine.running = engine.slots
@@ -196,7 +196,7 @@ def test_sessions_take_turns():
     asyncio.run(run())
 
 
-def test_a_commit_does_not_wait_for_what_is_being_read():
+def test_a_commit_does_not_wait_for_a_chunk():
     async def run():
         engine = FakeEngine()
         engine.prefill_gate.clear()
@@ -210,7 +210,7 @@ def test_a_commit_does_not_wait_for_what_is_being_read():
     asyncio.run(run())
 
 
-def test_an_answer_that_was_begun_in_a_pause_is_used_if_the_prompt_ended_there():
+def test_a_speculative_answer_is_used_if_the_prompt_ended_there():
     async def run():
         engine = FakeEngine()
         async with session_on(engine, Eager(pause=0.01)) as (session, heard, host):
@@ -225,7 +225,7 @@ def test_an_answer_that_was_begun_in_a_pause_is_used_if_the_prompt_ended_there()
 
 
 @pytest.mark.parametrize("then", ["more text", "another request", "nothing"])
-def test_an_answer_that_was_begun_in_vain_is_discarded(then):
+def test_a_speculative_answer_is_discarded_if_the_prompt_continues(then):
     async def run():
         engine = FakeEngine()
         async with session_on(engine, Eager(pause=0.01)) as (session, heard, _):
@@ -248,7 +248,7 @@ def test_an_answer_that_was_begun_in_vain_is_discarded(then):
     asyncio.run(run())
 
 
-def test_an_answer_is_begun_early_a_little_later_if_others_were_just_served():
+def test_a_speculative_answer_is_delayed_while_other_requests_run():
     async def run():
         engine = FakeEngine()
         engine.running = 1
@@ -262,7 +262,7 @@ def test_an_answer_is_begun_early_a_little_later_if_others_were_just_served():
     asyncio.run(run())
 
 
-def test_nothing_is_begun_early_while_others_are_served():
+def test_no_speculative_answer_starts_while_other_requests_run():
     async def run():
         engine = FakeEngine()
         engine.running = 1
@@ -275,7 +275,7 @@ def test_nothing_is_begun_early_while_others_are_served():
 
 
 @pytest.mark.parametrize("moment", ["reading", "answering", "early"])
-def test_closing_frees_everything_at_once(moment):
+def test_closing_releases_everything_at_once(moment):
     async def run():
         engine = FakeEngine()
         async with session_on(engine, Eager(pause=0.005 if moment == "early" else None)) as (session, _, host):
@@ -297,7 +297,7 @@ def test_closing_frees_everything_at_once(moment):
     asyncio.run(run())
 
 
-def test_cancelling_stops_the_answer_and_the_session_goes_on():
+def test_cancelling_aborts_the_answer_and_the_session_continues():
     async def run():
         engine = FakeEngine()
         async with session_on(engine) as (session, heard, _):
@@ -318,7 +318,7 @@ def test_cancelling_stops_the_answer_and_the_session_goes_on():
     asyncio.run(run())
 
 
-def test_a_session_must_say_what_answers_and_that_must_exist():
+def test_a_session_needs_a_model_that_exists():
     async def run():
         async def send(event):
             pass
@@ -334,7 +334,7 @@ def test_a_session_must_say_what_answers_and_that_must_exist():
     asyncio.run(run())
 
 
-def test_a_plugin_that_fails_costs_only_the_reading_ahead():
+def test_a_plugin_that_fails_disables_only_the_prefill():
     class Broken(Eager):
         def next_chunk(self, progress: PrefillProgress, load):
             raise ValueError("no")
@@ -353,7 +353,7 @@ def test_a_plugin_that_fails_costs_only_the_reading_ahead():
 HOLDS = PinLimits(max_sessions=4, max_tokens=1000, max_cache_share=0.25, idle_seconds=60.0)
 
 
-def test_a_session_that_holds_says_so_with_all_its_requests_and_lets_go_at_its_end():
+def test_all_requests_of_a_pinned_session_name_it_and_its_end_unpins_it():
     async def run():
         engine = FakeEngine()
         async with session_on(engine, Eager(pause=0.01, holds=HOLDS)) as (session, _, host):
@@ -371,7 +371,7 @@ def test_a_session_that_holds_says_so_with_all_its_requests_and_lets_go_at_its_e
     asyncio.run(run())
 
 
-def test_without_new_text_nothing_is_held_for_long():
+def test_without_new_text_a_session_is_unpinned():
     async def run():
         engine = FakeEngine()
         holds = PinLimits(max_sessions=4, max_tokens=1000, max_cache_share=0.25, idle_seconds=0.05)
@@ -385,7 +385,7 @@ def test_without_new_text_nothing_is_held_for_long():
     asyncio.run(run())
 
 
-def test_a_session_that_ends_while_it_asks_holds_nothing():
+def test_a_session_that_ends_while_it_is_pinned_is_unpinned():
     async def run():
         engine = FakeEngine()
         async with session_on(engine, Eager(holds=HOLDS)) as (session, _, host):
@@ -399,7 +399,7 @@ def test_a_session_that_ends_while_it_asks_holds_nothing():
     asyncio.run(run())
 
 
-def test_where_nothing_can_be_held_prompts_are_read_as_ever(caplog):
+def test_without_pinning_prompts_are_prefilled_through_the_prefix_cache(caplog):
     async def run():
         engine = FakeEngine()
         engine.unsupported_reason = "a KV connector is configured"
@@ -417,7 +417,7 @@ def test_where_nothing_can_be_held_prompts_are_read_as_ever(caplog):
     )
 
 
-def test_the_plugin_is_told_which_prompts_are_held():
+def test_the_plugin_knows_which_prompts_are_pinned():
     told = []
 
     class Curious(Eager):
@@ -436,7 +436,7 @@ def test_the_plugin_is_told_which_prompts_are_held():
     asyncio.run(run())
 
 
-def test_a_commit_right_behind_the_last_words_finds_the_engine_free():
+def test_a_commit_right_after_the_last_words_finds_the_engine_idle():
     async def run():
         engine = FakeEngine()
         async with session_on(engine) as (session, _, _):
@@ -459,8 +459,8 @@ def test_a_commit_right_behind_the_last_words_finds_the_engine_free():
     [Eager(), Eager(pause=5.0), Eager(holds=HOLDS)],
     ids=["reads", "early", "holds"],
 )
-def test_a_session_can_be_closed_in_the_very_moment_that_it_is_typed_in(steps, plugin):
-    """Text that was sent right before a connection broke is handled in the same turn of the event loop."""
+def test_a_session_can_be_closed_at_any_step_of_its_typing(steps, plugin):
+    """Text sent just before a connection closes is handled in the same iteration of the event loop."""
 
     async def run():
         async with session_on(FakeEngine(), plugin) as (session, _, _):

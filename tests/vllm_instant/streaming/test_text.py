@@ -14,7 +14,7 @@ from vllm_instant.streaming.text import MAX_TAIL, TextBuffer, TextError, common_
 @example(text="caf and e", more="\u0301 more")
 @example(text="two  ", more=" spaces")
 @example(text="a\n \n", more="\n b")
-def test_what_is_settled_is_tokenised_the_same_whatever_follows(kind, text, more):
+def test_the_stable_prefix_has_the_same_tokens_whatever_follows(kind, text, more):
     tokenizer = tokenizers_by_kind()[kind]
 
     def ids(some):
@@ -25,7 +25,7 @@ def test_what_is_settled_is_tokenised_the_same_whatever_follows(kind, text, more
     assert ids(text + more)[: len(sent)] == sent
 
 
-def test_all_but_the_last_words_is_settled():
+def test_all_but_the_last_words_is_stable():
     assert stable_prefix_length("") == 0
     assert stable_prefix_length("Hello") == 0
     assert stable_prefix_length("Why is the sky") == len("Why is the")
@@ -33,7 +33,7 @@ def test_all_but_the_last_words_is_settled():
     assert stable_prefix_length("e\u0301e\u0301 ok") == 4  # marks stay with their letters
 
 
-def test_a_text_without_boundaries_is_settled_far_before_its_end():
+def test_text_without_boundaries_is_stable_far_before_its_end():
     assert stable_prefix_length("字" * 1000) == 1000 - MAX_TAIL
     assert stable_prefix_length("字" * MAX_TAIL) == 0
 
@@ -42,7 +42,7 @@ EDITS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), TEXTS), max_s
 
 
 @given(edits=EDITS)
-def test_edits_do_what_they_say(edits):
+def test_edits_change_exactly_their_characters(edits):
     buffer = TextBuffer(10_000)
     expected: list[str] = []
     for one, other, text in edits:
