@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_instant_loadtests import schedule
+from vllm_instant_loadtests import launcher, schedule
 from vllm_instant_loadtests.prompts import BUILT_IN, from_file, of_class
 from vllm_instant_loadtests.scenario import ScenarioError, built_in, load, parse
 
@@ -165,3 +165,21 @@ def test_all_of_a_users_prompts_are_sent_before_any_is_repeated(tmp_path):
     found = parse({"title": "t", "seconds": 20, "traffic": [{**TRAFFIC, "prompts": "p.txt"}]}, tmp_path / "s.toml")
     asked = [request.body["messages"][0]["content"] for request in schedule.scheduled_requests(found, "0")]
     assert len(set(asked[:40])) == min(40, len(asked))
+
+
+def test_locust_settings_of_the_environment_do_not_reach_the_run(tmp_path, monkeypatch):
+    """CI jobs and Kubernetes services leave LOCUST_* variables that would shorten or redirect a run."""
+    given = {}
+
+    def start(command, *, output, environment):
+        given.update(environment)
+        raise OSError("not started")
+
+    monkeypatch.setenv("LOCUST_RUN_TIME", "1s")
+    monkeypatch.setenv("LOCUST_MASTER_PORT", "tcp://10.0.0.1:5557")
+    monkeypatch.setenv("KEPT", "yes")
+    monkeypatch.setattr(launcher, "start_guarded", start)
+    with pytest.raises(OSError, match="not started"):
+        launcher.run_locust(launcher.LocustCommand("steady", {}, {}, tmp_path / "run"), "command")
+    assert given["KEPT"] == "yes"
+    assert not [name for name in given if name.startswith("LOCUST_")]
