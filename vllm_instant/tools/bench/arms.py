@@ -80,22 +80,13 @@ def arm_commands(
         text = file.read_text(encoding="utf-8") if file is not None else "the defaults"
         described = [text.rstrip(), *(f"# --instant-set {override}" for override in overrides)]
         deployments[name] = masked_text("\n".join(described))
-    keys = [key for deployment in resolved.values() if (key := _key(deployment))]
-    redacted = {name: _without(keys, served) for name, served in deployments.items()}
-    return ArmCommands(model, commands, redacted, authorization(_key(resolved[OURS])))
+    return ArmCommands(model, commands, deployments, authorization(_key(resolved[OURS])))
 
 
 def _eager_for_all(deployments: Mapping[str, Deployment], words: Sequence[str]) -> list[str]:
     """Compiled and eager arms cannot be compared: if one of them is eager, all are."""
     eager = any(deployment.vllm.get("enforce_eager") for deployment in deployments.values())
     return [_EAGER] if eager and _EAGER not in words else []
-
-
-def _without(keys: Sequence[str], text: str) -> str:
-    """Results are shared, keys are not."""
-    for key in keys:
-        text = text.replace(key, "***")
-    return text
 
 
 def _key(deployment: Deployment) -> str | None:
