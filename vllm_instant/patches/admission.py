@@ -81,6 +81,7 @@ class BatchingMixin(LiveRequestsMixin):
     block_size: int
     max_num_active_reqs: int
     max_num_scheduled_tokens: int
+    num_spec_tokens: int
     num_waiting_for_streaming_input: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -201,17 +202,20 @@ class BatchingMixin(LiveRequestsMixin):
         reading = sum(request.is_prefill_chunk for request in self.running)
         if not reading and not len(self.waiting):
             return
-        most = batching.max_prompt_tokens(self._snapshot(()))
-        if most is None:
+        limit = batching.max_prompt_tokens(self._snapshot(()))
+        if limit is None:
             return
+        # vLLM pads a one-token prompt (a full prefix-cache hit) to 1 + K rows: with less room it never starts, and a
+        # lower threshold per prompt breaks vLLM's assertion on these rows.
+        limit = max(limit, 1 + self.num_spec_tokens)
         decoding = sum(
             request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
             for request in self.running
             if not request.is_prefill_chunk
         )
-        self.max_num_scheduled_tokens = min(self.max_num_scheduled_tokens, decoding + most)
+        self.max_num_scheduled_tokens = min(self.max_num_scheduled_tokens, decoding + limit)
         cap = self.scheduler_config.long_prefill_token_threshold
-        self.scheduler_config.long_prefill_token_threshold = min(cap, most) if cap > 0 else most
+        self.scheduler_config.long_prefill_token_threshold = min(cap, limit) if cap > 0 else limit
 
 
 def _is_complete(request: Any) -> bool:

@@ -155,6 +155,17 @@ def test_prompts_are_read_in_pieces_beside_those_that_decode(make):
     assert scheduler.scheduler_config.long_prefill_token_threshold == 0
 
 
+@pytest.mark.parametrize("prompt_tokens", [1, 16])
+def test_a_one_token_prompt_starts_beside_decoding_requests_under_any_limit(make, prompt_tokens):
+    """With speculation vLLM pads it to 1 + K rows, which count against the limit of prompt tokens."""
+    scheduler = make("backwards", f"batching.prompt_tokens={prompt_tokens}", drafts=16)
+    scheduler.add_request(harness.make_request(0, prompt_tokens=16))
+    _step(scheduler)
+    for number in (1, 2):
+        scheduler.add_request(harness.make_request(number, prompt_tokens=1))
+        assert f"request-{number}" in _step(scheduler).num_scheduled_tokens
+
+
 def test_explicit_priority_is_respected(make):
     def by_priority(config):
         config.scheduler_config.policy = "priority"
