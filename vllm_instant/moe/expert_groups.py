@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from vllm_instant.moe.routing_trace import RoutedModel
 
@@ -98,21 +99,11 @@ class SuperExperts:
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             found = record.get("format") if isinstance(record, dict) else type(record).__name__
             raise ClusterError(f"{path} has cluster format {found}; this version reads format {FORMAT}")
+        del record["format"]
         try:
-            return cls(
-                model=RoutedModel(**record["model"]),
-                cluster=_table(record["cluster"], int),
-                prior=_table(record["prior"], float),
-                affinity={name: _table(rows, float) for name, rows in record.get("affinity", {}).items()},
-                placement={int(count): _table(rows, int) for count, rows in record.get("placement", {}).items()},
-                learned_from=record.get("learned_from", {}),
-            )
-        except ClusterError as error:
-            raise ClusterError(f"{path}: {error}") from None
-        except KeyError as error:
-            raise ClusterError(f"{path} has no {error.args[0]!r}") from None
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ClusterError(f"{path} is not a cluster file: {error}") from None
+            return _FILE.validate_json(json.dumps(record), strict=True)
+        except ValidationError as error:
+            raise ClusterError(f"{path}: {_sentence(error)}") from None
 
 
 def one_cluster(model: RoutedModel) -> SuperExperts:
@@ -121,10 +112,15 @@ def one_cluster(model: RoutedModel) -> SuperExperts:
     return SuperExperts(model, (layer,) * model.layers, ((1.0,) * model.experts,) * model.layers)
 
 
-def _table(rows: Sequence[Sequence[Any]], kind: type) -> Any:
-    if kind is int and any(not isinstance(value, int) or isinstance(value, bool) for row in rows for value in row):
-        raise ClusterError("clusters and devices are whole numbers")
-    return tuple(tuple(kind(value) for value in row) for row in rows)
+_FILE = TypeAdapter(SuperExperts)
+
+
+def _sentence(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    if isinstance(cause := detail.get("ctx", {}).get("error"), ClusterError):
+        return str(cause)
+    key = ".".join(str(part) for part in detail["loc"])
+    return f"{key}: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
 
 
 def _rounded(rows: Shares) -> list[list[float]]:

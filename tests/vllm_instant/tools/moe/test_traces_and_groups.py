@@ -137,10 +137,10 @@ def test_cluster_files_that_cannot_be_used(tmp_path):
     clusters().write(path)
     record = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in record.items() if key != "prior"}))
-    with pytest.raises(ClusterError, match="has no 'prior'"):
+    with pytest.raises(ClusterError, match="prior: field required"):
         SuperExperts.read(path)
     path.write_text(json.dumps(record | {"cluster": [[0.5] * 6] * 2}))
-    with pytest.raises(ClusterError, match="whole numbers"):
+    with pytest.raises(ClusterError, match=r"cluster.0.0: input should be a valid integer"):
         SuperExperts.read(path)
     with pytest.raises(ClusterError, match=r"learned for toy .2 layers of 6 experts.* but big with 2 layers of 8"):
         clusters().require(RoutedModel("big", 2, 8, 2))
