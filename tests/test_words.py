@@ -83,7 +83,6 @@ SKIPPED = (
     "examples/demo_models/",  # vocabularies of tokenizers
     "tests/loadtests/recorded/",
     "tests/test_words.py",
-    "vllm_instant/tools/demo/assets/",
 )
 TEXT = {".py", ".md", ".toml", ".html", ".css", ".yml", ".yaml", ".json", ".cfg", ""}
 USER_TYPED = ("longest_piece",)

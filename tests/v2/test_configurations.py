@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from vllm_releases import NEWEST, OLDEST
 
-BASE = Path(__file__).parents[2] / "vllm_instant/tools/demo/assets/base"
+BASE = Path(__file__).parents[2] / "examples/demo_models/base"
 TABLES = Path(__file__).parent / "configurations"
 
 
