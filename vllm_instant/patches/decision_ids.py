@@ -1,6 +1,6 @@
 """Decisions of policies as a client may see them: an id of a request is a right, and only its own client knows it.
 
-Whoever knows the id of a running request can abort it, so answers name requests by a digest of the id.
+A client that knows the id of a running request can abort it, so answers name requests by a digest of the id.
 """
 
 from __future__ import annotations
