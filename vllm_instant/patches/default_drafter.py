@@ -6,6 +6,8 @@ scheduling and execution a drafter plugin would end that overlap: there it must 
 
 from __future__ import annotations
 
+import logging
+from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
@@ -13,6 +15,8 @@ from vllm_instant.deployment.resolved import drafter_arguments, is_default_draft
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.names import ENGINE_ARGUMENTS, QUALIFIED_NAME
+
+logger = logging.getLogger("vllm.instant")
 
 
 def may_be_used(arguments: Any, deployment: Deployment) -> bool:
@@ -23,9 +27,23 @@ def may_be_used(arguments: Any, deployment: Deployment) -> bool:
         is_default_drafter(deployment)
         and deployment.slots["speculation"].plugin != "off"
         and not chooses_drafter(arguments)
-        and not getattr(arguments, "logits_processors", None)
+        and unsupported_feature(arguments) is None
         and current_platform.is_cpu()
     )
+
+
+def unsupported_feature(arguments: Any) -> str | None:
+    """Return the feature in parsed options (or EngineArgs) that works only without a drafter plugin; None for none."""
+    if getattr(arguments, "logits_processors", None):
+        return "--logits-processors"
+    if any(entry_points(group="vllm.logits_processors")):
+        return "an installed package with logits processors"
+    if getattr(arguments, "enable_lora", None):
+        return "--enable-lora"
+    # By default, None, vLLM decides itself, and schedules synchronously with a drafter.
+    if getattr(arguments, "async_scheduling", None):
+        return "--async-scheduling"
+    return None
 
 
 def chooses_drafter(arguments: Any) -> bool:
@@ -36,6 +54,9 @@ def chooses_drafter(arguments: Any) -> bool:
 
 def _create_speculative_config(create: Any, arguments: Any, target_model_config: Any, *args: Any, **kwargs: Any) -> Any:
     deployment = deployment_env.get_deployment()
+    feature = unsupported_feature(arguments)
+    if feature is not None and deployment is not None and is_default_drafter(deployment):
+        logger.info("The default drafter is left out because of %s; [drafter] plugin chooses one regardless", feature)
     if (
         deployment is not None
         and arguments.scheduler_cls == QUALIFIED_NAME
@@ -56,6 +77,8 @@ PATCH = VllmPatch(
         HasSignature(_ARGUMENTS, "EngineArgs.create_speculative_config", ("self", "target_model_config")),
         References(_ARGUMENTS, "EngineArgs.create_engine_config", ("create_speculative_config", "create_model_config")),
         HasAttribute(_ARGUMENTS, "EngineArgs.logits_processors"),
+        HasAttribute(_ARGUMENTS, "EngineArgs.enable_lora"),
+        HasAttribute(_ARGUMENTS, "EngineArgs.async_scheduling"),
         HasAttribute(_ARGUMENTS, "EngineArgs.scheduler_cls"),
         References("config/model.py", "ModelConfig.__post_init__", ("runner_type",)),
         HasAttribute("config/model.py", "ModelConfig.is_encoder_decoder"),

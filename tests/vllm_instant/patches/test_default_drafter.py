@@ -6,7 +6,7 @@ import pytest
 
 from vllm_instant.deployment.resolved import PLUGIN_DRAFTER, drafter_arguments, engine_arguments, is_default_drafter
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.patches import plugin_factory
+from vllm_instant.patches import default_drafter, plugin_factory
 from vllm_instant.patches.admission import needs_no_drafts
 from vllm_instant.patches.default_drafter import may_be_used
 from vllm_instant.patches.http_routes import as_served
@@ -34,11 +34,35 @@ def test_without_any_choice_it_is_used():
 
 @pytest.mark.parametrize(
     "given",
-    [{"speculative_config": {"method": "ngram"}}, {"spec_method": "ngram"}, {"logits_processors": ["a.B"]}],
+    [
+        {"speculative_config": {"method": "ngram"}},
+        {"spec_method": "ngram"},
+        {"logits_processors": ["a.B"]},
+        {"enable_lora": True},
+        {"async_scheduling": True},
+    ],
     ids=lambda given: next(iter(given)),
 )
 def test_not_against_what_was_typed(given):
     assert not may_be_used(_arguments(**given), _deployment())
+
+
+@pytest.mark.parametrize("given", [{"async_scheduling": None}, {"async_scheduling": False}, {"enable_lora": False}])
+def test_it_is_used_where_these_features_are_off(given):
+    assert may_be_used(_arguments(**given), _deployment())
+
+
+def test_an_installed_logits_processor_rules_it_out(monkeypatch):
+    monkeypatch.setattr(default_drafter, "entry_points", lambda group: [group])
+    assert not may_be_used(_arguments(), _deployment())
+
+
+def test_the_log_says_why_it_is_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(default_drafter.deployment_env, "get_deployment", _deployment)
+    arguments = _arguments(enable_lora=True, scheduler_cls=None)
+    with caplog.at_level("INFO", "vllm.instant"):
+        default_drafter._create_speculative_config(lambda *_: None, arguments, None)
+    assert "The default drafter is left out because of --enable-lora" in caplog.text
 
 
 @pytest.mark.parametrize("override", ["drafter.plugin=native", "drafter.plugin=ngram", "speculation.plugin=off"])
