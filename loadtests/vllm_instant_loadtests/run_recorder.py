@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
+from pydantic import TypeAdapter
+
 
 @dataclass(frozen=True)
 class RecordedRequest:
@@ -133,9 +135,11 @@ class RecordedRun:
     def read(cls, folder: Path) -> Self:
         """A recorded run; raises FileNotFoundError if ``folder`` has none."""
         about = json.loads((folder / "run.json").read_text())
-        requests = [request(values) for values in _lines(folder / "requests.jsonl")]
-        read = {name: [kind(**values) for values in _lines(folder / f"{name}.jsonl")] for name, kind in _KINDS.items()}
-        return cls(about, requests, **read)
+        read = {
+            name: [adapter.validate_python(values) for values in _lines(folder / f"{name}.jsonl")]
+            for name, adapter in _ADAPTERS.items()
+        }
+        return cls(about, **read)
 
     def of(self, server: str) -> RecordedRun:
         """The part of the run that concerns one server."""
@@ -186,13 +190,14 @@ class RunRecorder:
         self._files.clear()
 
 
-_KINDS: dict[str, Any] = {
-    "samples": MetricsSample,
-    "steps": DecisionSample,
-    "client": GeneratorSample,
-    "events": Disturbance,
+_FILES: dict[type, str] = {
+    RecordedRequest: "requests",
+    MetricsSample: "samples",
+    DecisionSample: "steps",
+    GeneratorSample: "client",
+    Disturbance: "events",
 }
-_FILES: dict[type, str] = {RecordedRequest: "requests", **{kind: name for name, kind in _KINDS.items()}}
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for kind, name in _FILES.items()}
 _OfServer = TypeVar("_OfServer", RecordedRequest, MetricsSample, DecisionSample, Disturbance)
 
 
@@ -206,8 +211,8 @@ def plain(record: RecordedRequest | MetricsSample | DecisionSample | GeneratorSa
 
 def request(values: Mapping[str, Any]) -> RecordedRequest:
     """The request that ``plain`` describes."""
-    arrivals = [(when, tokens) for when, tokens in values["arrivals"]]
-    return RecordedRequest(**{**values, "arrivals": arrivals})
+    found: RecordedRequest = _ADAPTERS["requests"].validate_python(values)
+    return found
 
 
 def _only(records: list[_OfServer], server: str) -> list[_OfServer]:

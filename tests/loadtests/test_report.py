@@ -26,8 +26,8 @@ def _with_baseline(step):
     load = SimulatedTraffic(rate=2.0, answer=(80, 80), prompt=(50, 50))
     one = simulate_run(90, load=load, seed=4)
     other = simulate_run(90, load=load, engine=SimulatedEngine(step=step), seed=4)
-    requests = _named(one, "stock") + _named(other, "ours")
-    return RecordedRun({"servers": [{"name": "stock"}, {"name": "ours"}]}, requests)
+    requests = _named(one, "baseline") + _named(other, "ours")
+    return RecordedRun({"servers": [{"name": "baseline"}, {"name": "ours"}]}, requests)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def test_goals_that_make_no_sense_are_refused(goal):
 
 
 def test_a_faster_server_is_better_and_the_same_one_makes_no_difference():
-    faster = compare.compare_servers(_with_baseline(0.012), "ours", "stock")
-    same = compare.compare_servers(_with_baseline(0.0202), "ours", "stock")
+    faster = compare.compare_servers(_with_baseline(0.012), "ours", "baseline")
+    same = compare.compare_servers(_with_baseline(0.0202), "ours", "baseline")
     rows = {row.name: row for row in faster.rows}
     assert rows["ITL mean"].verdict == "better"
     assert rows["ITL mean"].effect.mean == pytest.approx(0.7, abs=0.15)
@@ -80,7 +80,7 @@ def test_a_faster_server_is_better_and_the_same_one_makes_no_difference():
 def test_pairs_that_one_server_failed_are_counted_and_not_compared():
     run = _with_baseline(0.02)
     broken = [replace(r, error="HTTP 500") if r.server == "ours" and r.number < 7 else r for r in run.requests]
-    comparison = compare.compare_servers(RecordedRun(run.about, broken), "ours", "stock")
+    comparison = compare.compare_servers(RecordedRun(run.about, broken), "ours", "baseline")
     assert comparison.failed == (7, 0)
     assert comparison.pairs == 173
 
@@ -88,7 +88,7 @@ def test_pairs_that_one_server_failed_are_counted_and_not_compared():
 def test_a_run_of_two_servers_compares_the_later_with_the_earlier():
     analysis = analyse_run(_with_baseline(0.012))
     [comparison] = analysis.comparisons
-    assert (comparison.ours, comparison.theirs) == ("ours", "stock")
+    assert (comparison.ours, comparison.theirs) == ("ours", "baseline")
 
 
 def test_html_has_everything_and_nothing_from_elsewhere(stopped, tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
 from vllm_instant.tools.bench.metrics import BenchMetric, acceptance_length, round_metrics
@@ -65,14 +66,10 @@ class BenchRow:
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> BenchRow:
         """The row that ``plain`` describes."""
-        return cls(
-            plain["group"],
-            plain["name"],
-            plain["unit"],
-            {arm: Estimate(**value) for arm, value in plain["values"].items()},
-            {arm: Contrast.read(contrast) for arm, contrast in plain["contrasts"].items()},
-            plain["missing"],
-        )
+        return _ROW.validate_python(plain)
+
+
+_ROW = TypeAdapter(BenchRow)
 
 
 def bench_rows(

@@ -27,11 +27,12 @@ spread of single rounds where it is larger than what resampling shows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 from scipy.stats import t as student
 
 from vllm_instant.tools.measure.statistics import Estimate
@@ -128,11 +129,9 @@ class Contrast:
         return asdict(self) | {"verdict": self.verdict, "rounds_to_decide": self.rounds_to_decide()}
 
     @classmethod
-    def read(cls, plain: dict[str, Any]) -> Self:
-        """The contrast that ``plain`` describes; also as version 1 of the results has it, without a margin."""
-        known = {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
-        estimates = {name: Estimate(**plain[name]) for name in ("effect", "certain", "floor")}
-        return cls(**(known | estimates))
+    def read(cls, plain: Mapping[str, Any]) -> Contrast:
+        """The contrast that ``plain`` describes; also one of format 1, which has no margin."""
+        return _CONTRAST.validate_python(plain)
 
     def since(self, before: Contrast) -> Contrast:
         """How the arm has changed since an earlier run, each run compared with its own baseline servers."""
@@ -163,6 +162,9 @@ class Contrast:
 
     def _same_within(self) -> float:
         return self._distance(self.threshold if self.margin is None else self.margin)
+
+
+_CONTRAST = TypeAdapter(Contrast)
 
 
 def resample_rounds(

@@ -112,18 +112,18 @@ def small_demo(monkeypatch, demo_pair):
 
 
 @pytest.mark.usefixtures("small_demo")
-def test_stock_and_ours_are_started_with_the_same_engine_arguments(tmp_path: Path):
+def test_vllm_and_ours_are_started_with_the_same_engine_arguments(tmp_path: Path):
     servers, deployments = scenario_servers(load("draft-collapse"), "demo", None, [], tmp_path)
-    stock, plain, ours = servers["stock"], servers["plain"], servers["ours"]
-    assert stock.model == plain.model == ours.model
-    assert plain.arguments == stock.arguments[: len(plain.arguments)]
+    baseline, plain, ours = servers["vllm"], servers["plain"], servers["ours"]
+    assert baseline.model == plain.model == ours.model
+    assert plain.arguments == baseline.arguments[: len(plain.arguments)]
     assert "--speculative-config" not in plain.arguments
-    speculation = json.loads(stock.arguments[stock.arguments.index("--speculative-config") + 1])
+    speculation = json.loads(baseline.arguments[baseline.arguments.index("--speculative-config") + 1])
     assert speculation["num_speculative_tokens"] == 6
     assert ours.arguments[:2] == ["--plugins", "vllm_instant"]
     assert any(word == f"--instant-set=drafter.model={speculation['model']}" for word in ours.arguments)
     assert [deployments[name]["instant"] for name in servers] == [False, False, True]
-    words = stock.arguments
+    words = baseline.arguments
     assert words[words.index("--max-num-seqs") + 1] == "8"  # of the demo's deployment file
 
 

@@ -65,11 +65,11 @@ class TestTheRule:
         assert _contrast(1 / high, 1 / low, threshold=threshold).verdict == swapped[there]
 
     def test_a_second_baseline_server_that_differs_as_much_leaves_the_row_undecided(self):
-        stock, again, ours = _rounds(10, 10.1, 9.9), _rounds(13, 13.1, 12.9), _rounds(14, 14.2, 13.9)
-        contrast = ratio_contrast(ours, stock, again, better="higher", margin=0.05, comparisons=1)
+        baseline, again, ours = _rounds(10, 10.1, 9.9), _rounds(13, 13.1, 12.9), _rounds(14, 14.2, 13.9)
+        contrast = ratio_contrast(ours, baseline, again, better="higher", margin=0.05, comparisons=1)
         assert contrast.threshold > 1.3
         assert contrast.verdict == "undecided"
-        calm = ratio_contrast(ours, stock, _rounds(10.1, 10, 9.9), better="higher", margin=0.05, comparisons=1)
+        calm = ratio_contrast(ours, baseline, _rounds(10.1, 10, 9.9), better="higher", margin=0.05, comparisons=1)
         assert calm.threshold < 1.1
         assert calm.verdict == "better"
 
@@ -84,15 +84,17 @@ class TestTheRule:
 
     def test_drift_that_all_arms_share_is_no_noise(self):
         drift = (1, 2, 4, 8)
-        stock, ours = _rounds(*drift), _rounds(*(1.3 * speed for speed in drift))
-        contrast = ratio_contrast(ours, stock, stock, better="higher", margin=0.05, comparisons=20)
+        baseline, ours = _rounds(*drift), _rounds(*(1.3 * speed for speed in drift))
+        contrast = ratio_contrast(ours, baseline, baseline, better="higher", margin=0.05, comparisons=20)
         assert (contrast.certain.low, contrast.certain.high) == pytest.approx((1.3, 1.3))
         assert contrast.verdict == "better"
 
     def test_the_noise_of_the_baseline_servers_counts_even_if_ours_had_none(self):
         """Ours beside their mean looks calm when their noises cancel; the gap between them shows it."""
-        stock, again = _rounds(10, 14, 10, 14), _rounds(14, 10, 14, 10)
-        contrast = ratio_contrast(_rounds(17, 17, 17, 17), stock, again, better="higher", margin=0.05, comparisons=20)
+        baseline, again = _rounds(10, 14, 10, 14), _rounds(14, 10, 14, 10)
+        contrast = ratio_contrast(
+            _rounds(17, 17, 17, 17), baseline, again, better="higher", margin=0.05, comparisons=20
+        )
         assert contrast.verdict == "undecided"
 
     def test_zero_has_no_ratio(self):
