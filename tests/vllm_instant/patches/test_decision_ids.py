@@ -1,6 +1,8 @@
 """What clients see of the decisions about other clients' requests."""
 
+import asyncio
 import json
+import types
 
 from vllm_instant.patches.decision_ids import for_clients
 
@@ -44,3 +46,17 @@ def test_decisions_without_ids_stay_as_they_are():
     decisions = [{"mood": "wary", "lengths": [4, 0]}]
     assert for_clients(decisions, None) == decisions
     assert for_clients(decisions, "chatcmpl-8f0e") == decisions
+
+
+def test_the_route_answers_with_digests():
+    from vllm_instant.patches.http_handlers import show_decisions
+
+    class Core:
+        async def call_utility_all_async(self, *_):
+            return [DECISIONS, []]
+
+    state = types.SimpleNamespace(engine_client=types.SimpleNamespace(engine_core=Core()))
+    request = types.SimpleNamespace(app=types.SimpleNamespace(state=state))
+    answer = asyncio.run(show_decisions(request, 20, None, False))
+    assert [engine["engine"] for engine in answer["engines"]] == [0, 1]
+    assert "chatcmpl" not in json.dumps(answer)

@@ -241,3 +241,10 @@ def test_idle_time_is_not_counted_as_step_time(make, asynchronous, clock):
     _step(scheduler, asynchronous)
     scheduler.instant_budget.on_model_executing()
     assert seen[-1].seconds < 0.1
+
+
+def test_per_request_metrics_stay_as_the_user_set_them(make, monkeypatch):
+    monkeypatch.delenv(deployment_env.REPORT_DRAFTS, raising=False)
+    assert make().spec_decode_metrics_level == "none"
+    monkeypatch.setenv(deployment_env.REPORT_DRAFTS, "1")
+    assert make().spec_decode_metrics_level == "summary"

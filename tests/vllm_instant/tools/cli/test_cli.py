@@ -97,7 +97,7 @@ def test_plugins_one_line_each(run):
 
 class TestDoctor:
     @pytest.mark.engine
-    def test_it_is_content_here(self, run, write_file):
+    def test_everything_fits_here(self, run, write_file):
         result = run("doctor", "--config", write_file('[drafter]\nplugin = "ngram"\n'))
         assert result.exit_code == 0
         for patch in registry.PATCHES:
@@ -108,7 +108,7 @@ class TestDoctor:
 
     @pytest.fixture
     def other_vllm(self, tmp_path):
-        """A vLLM in which everything is where it was but for the scheduler's hook points."""
+        """A vLLM whose scheduler lacks a method that the patches wrap."""
         from vllm_instant.patches.compat import installed_vllm
 
         for path in installed_vllm().rglob("*.py"):
@@ -125,7 +125,7 @@ class TestDoctor:
         assert "has no Scheduler._update_after_schedule" in result.stdout
         assert "A chosen plugin cannot work" in result.stderr
 
-    def test_a_seam_that_nobody_configured_may_be_missing(self, run, other_vllm):
+    def test_a_patch_that_no_plugin_needs_may_be_unsupported(self, run, other_vllm):
         result = run("doctor", "--vllm", other_vllm)
         assert result.exit_code == 0
         assert "has no Scheduler._update_after_schedule" in result.stdout
@@ -146,7 +146,7 @@ class TestDoctor:
             activation.serve(resolve(write_file('[drafter]\nplugin = "ngram"\n')))
         assert activation_calls == []
 
-    def test_a_newer_version_whose_seams_fit_only_warns(self, monkeypatch, caplog):
+    def test_a_newer_version_that_all_patches_fit_only_warns(self, monkeypatch, caplog):
         from vllm_instant.deployment import deployment_env
         from vllm_instant.patches import activation
 
