@@ -20,10 +20,12 @@ from rich.text import Text
 from vllm_instant.deployment.errors import EXIT_CODE, DeploymentError
 
 DeploymentPath = Annotated[
-    Path | None, typer.Argument(help="Deployment file; the variable INSTANT_CONFIG or the defaults without it.")
+    Path | None,
+    typer.Argument(help="Deployment file; the one in the variable INSTANT_CONFIG, or the defaults, without it."),
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--instant-config", "--config", help="Deployment file whose plugins are judged.")
+    Path | None,
+    typer.Option("--instant-config", "--config", help="Deployment file whose plugins decide the exit code."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -33,7 +35,7 @@ Overrides = Annotated[
 
 @contextmanager
 def problems_reported() -> Iterator[None]:
-    """Print a deployment's problems, one per line, and leave with exit code 2."""
+    """Print the errors of a deployment, one per line, and end with exit code 2."""
     try:
         yield
     except DeploymentError as error:
@@ -44,7 +46,7 @@ def problems_reported() -> Iterator[None]:
 
 @contextmanager
 def missing_models_reported() -> Iterator[None]:
-    """Print in one sentence that the demo's models are missing, and leave with exit code 2."""
+    """Print in one sentence that the demo's models are missing, and end with exit code 2."""
     try:
         yield
     except FileNotFoundError as error:
@@ -94,12 +96,12 @@ def quiet_logging() -> Iterator[None]:
 
 
 def working(message: str) -> Status:
-    """A spinner on standard error for what takes seconds; nothing where that is no terminal."""
+    """A spinner on standard error during slow work; nothing where that is no terminal."""
     return Console(stderr=True).status(message)
 
 
 def toml_value(value: Any) -> str:
-    """A value as it would stand in a deployment file; TOML writes these like JSON."""
+    """A value in the syntax of a deployment file; TOML writes these like JSON."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {toml_value(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, list):
@@ -108,7 +110,7 @@ def toml_value(value: Any) -> str:
 
 
 def print_columns(headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
-    """Print aligned columns, one line per row whatever its length, without markup in the cells."""
+    """Print aligned columns without markup, one line per row whatever its length."""
     table = Table(box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, no_wrap=True)

@@ -34,7 +34,7 @@ app = typer.Typer(help="Write, check and show deployment files.", no_args_is_hel
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("deploy.toml"),
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("deploy.toml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Write a commented deployment file with every slot, plugin and option at its default."""
@@ -49,7 +49,7 @@ def init(
 
 @app.command()
 def check(path: DeploymentPath = None, overrides: Overrides = None) -> None:
-    """Check a deployment file without starting an engine; every problem is one line, and the exit code is 2."""
+    """Check a deployment file without starting an engine; prints one line per error and exits with code 2."""
     with problems_reported():
         deployment = resolve(path, overrides or ())
         if find_spec("vllm") is not None:
@@ -65,7 +65,7 @@ def check(path: DeploymentPath = None, overrides: Overrides = None) -> None:
 
 @app.command()
 def show(path: DeploymentPath = None, overrides: Overrides = None) -> None:
-    """Print the effective values, and where each one came from."""
+    """Print the effective values, with secrets masked, and the source of each."""
     with problems_reported():
         deployment = resolve(path, overrides or ())
     print_columns(
@@ -78,7 +78,7 @@ def show(path: DeploymentPath = None, overrides: Overrides = None) -> None:
 
 
 def effective(deployment: Deployment) -> Iterator[tuple[str, Any, str]]:
-    """Every value of a deployment as ``(key, value, origin)``, engine arguments that plugins bring included."""
+    """Every value of a deployment as ``(key, value, origin)``, with the engine arguments of its plugins."""
     for slot, choice in deployment.slots.items():
         for name, value in {"plugin": choice.plugin, **choice.options}.items():
             key = f"{slot}.{name}"
@@ -92,7 +92,7 @@ def effective(deployment: Deployment) -> Iterator[tuple[str, Any, str]]:
 
 
 def template() -> str:
-    """A deployment file that says what every slot can be, with the defaults written out as comments."""
+    """A deployment file with the plugins of every slot, and all options at their defaults as comments."""
     lines = [
         "# Deployment file of vllm-instant. Every value below is the default; lines that begin with # are optional.",
         "# Serve with: vllm serve MODEL --plugins vllm_instant --instant-config THIS_FILE",

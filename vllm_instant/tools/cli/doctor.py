@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 VllmSource = Annotated[
     Path | None,
-    typer.Option("--vllm", help="Check against this unpacked vllm package folder instead of the installed one."),
+    typer.Option("--vllm", help="Unpacked vllm package folder to check against; the installed one by default."),
 ]
 
 
 def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmSource = None) -> None:
-    """Check every place where this package reaches into vLLM; exit code 1 if a chosen plugin cannot work."""
+    """Check every patch of this package against vLLM's sources; exit code 1 if a chosen plugin cannot work."""
     with problems_reported():
         deployment = resolve(config, overrides or ())
     require_vllm("doctor")

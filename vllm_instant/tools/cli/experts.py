@@ -1,4 +1,4 @@
-"""``vllm-instant experts``: what a mixture of experts uses together, and what it loses with less."""
+"""``vllm-instant experts``: traces, groups and quality of a model's experts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm_instant.tools.moe.quality_budget_curve import CurvePoint, Restriction
 
 app = typer.Typer(
-    help="Mixtures of experts: trace what is used, learn what belongs together, report what fewer experts cost.",
+    help="Trace the experts that a model uses, group them, and report the quality with fewer of them.",
     no_args_is_help=True,
 )
 app.command(name="trace", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
@@ -33,16 +33,18 @@ DEMO = "demo"
 def learn(
     traces: Annotated[list[Path], typer.Argument(help="Files from `vllm-instant experts trace`, of one model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File for the clusters (JSON).")],
-    clusters: Annotated[int | None, typer.Option(min=1, help="Clusters of a layer; chosen from the data.")] = None,
+    clusters: Annotated[
+        int | None, typer.Option(min=1, help="Number of clusters per layer; chosen from the data by default.")
+    ] = None,
     devices: Annotated[str, typer.Option(help="Numbers of devices to place experts on.")] = "2,4,8",
     eplb: Annotated[
-        Path | None, typer.Option(help="Folder for the placements as vLLM's EPLB has them (NumPy files).")
+        Path | None, typer.Option(help="Folder for the placements in the form of vLLM's EPLB (NumPy files).")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of splits and starts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random splits and starts.")] = 0,
 ) -> None:
     """Group the experts of every layer into super-experts, and place them on devices.
 
-    Everything that is said about the result is measured on requests that were kept back.
+    All printed figures are measured on held-out requests.
     """
     require("experts learn", {"sklearn": "scikit-learn"}, extra="experts")
     from vllm_instant.moe.routing_trace import Trace, TraceError
@@ -93,24 +95,30 @@ def _print_placement(compared: list[PlacementComparison]) -> None:
     ]
     headings = ("devices", "transfers, default", "placed", "saved [95 %]", "busiest / mean load, default", "placed")
     if rows:
-        print("copies of a token's state that cross devices in a layer, on requests kept back:")
+        print("copies of a token's state that cross devices per layer, on held-out requests:")
         print_columns(headings, rows)
 
 
 @app.command()
 def report(
     model: Annotated[str, typer.Argument(help="Folder or Hugging Face name of the model, or `demo`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Name of the result files, OUTPUT.json and OUTPUT.png.")
+    ],
     text: Annotated[list[str] | None, typer.Option(help="Text to measure on: a file or folder, or CLASS=PATH.")] = None,
-    clusters: Annotated[Path | None, typer.Option(help="File from `experts learn`: measures the clusters too.")] = None,
-    batch: Annotated[str, typer.Option(help="Requests decoded side by side.")] = "16",
-    budgets: Annotated[
-        str | None, typer.Option(help="Experts of a layer and step; seven steps down from all without it.")
+    clusters: Annotated[
+        Path | None, typer.Option(help="File from `experts learn`, whose clusters are measured, too.")
     ] = None,
-    keep: Annotated[int, typer.Option(min=0, help="Experts that no token is refused.")] = 1,
-    windows: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 64,
-    context: Annotated[int, typer.Option(min=8, help="Tokens of a text.")] = 256,
-    prompt: Annotated[int, typer.Option(min=0, help="Tokens of it that count as prompt.")] = 64,
+    batch: Annotated[str, typer.Option(help="Numbers of requests that decode together.")] = "16",
+    budgets: Annotated[
+        str | None, typer.Option(help="Numbers of experts per layer and step; seven from 7/8 to 1/8 of all by default.")
+    ] = None,
+    keep: Annotated[
+        int, typer.Option(min=0, help="Number of top-ranked experts per token that the budget never drops.")
+    ] = 1,
+    windows: Annotated[int, typer.Option(min=1, help="Number of texts to measure on.")] = 64,
+    context: Annotated[int, typer.Option(min=8, help="Number of tokens of a text.")] = 256,
+    prompt: Annotated[int, typer.Option(min=0, help="Number of tokens of a text that count as its prompt.")] = 64,
 ) -> None:
     """Perplexity and KL divergence against the number of experts that a batch may share: table, JSON and plot.
 

@@ -1,4 +1,4 @@
-"""``vllm-instant experts trace``: which experts a model uses for which prompts."""
+"""``vllm-instant experts trace``: records the experts that a model uses."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from vllm_instant.tools.measure.servers import Server, ServerError, terminable
 def trace(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="The model, as for vllm serve; or the URL of a server that records already.")
+        str, typer.Argument(help="The model, as for `vllm serve`, or the address of a server that records already.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("experts.npz"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("experts.npz"),
     prompts: Annotated[
         Path | None,
-        typer.Option(help="JSON lines with prompt and class, or one prompt per line; built-in classes by default."),
+        typer.Option(
+            help="File of JSON lines with prompt and class, or of one prompt per line; built-in classes by default."
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to record.")] = 20_000,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
-    output_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 96,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to record.")] = 20_000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 8,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = 96,
 ) -> None:
     """Serve a mixture-of-experts model under prompts and record which experts it picks, into one file.
 

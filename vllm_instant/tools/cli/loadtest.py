@@ -1,4 +1,4 @@
-"""``vllm-instant loadtest``: sends a scenario to servers, finds latency spikes and says what they came from."""
+"""``vllm-instant loadtest``: sends a scenario's requests to servers, finds latency spikes and names their causes."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
 
 def loadtest(
     scenario: Annotated[
-        str | None, typer.Argument(help="A TOML file, or the name of a built-in scenario (see --list).")
+        str | None, typer.Argument(help="Scenario to send: a TOML file, or the name of a built-in one (see --list).")
     ] = None,
     urls: Annotated[
         list[str] | None,
-        typer.Option("--url", metavar="NAME=URL", help="A running server; several are asked in turn."),
+        typer.Option(
+            "--url", metavar="NAME=URL", help="Address of a running server; repeatable: several are measured in turn."
+        ),
     ] = None,
-    model: Annotated[str, typer.Option(help="What to serve without --url; `demo` is the demo's.")] = "demo",
+    model: Annotated[str, typer.Option(help="Model to serve without --url; `demo` is the demo's.")] = "demo",
     config: Annotated[
         Path | None, typer.Option("--instant-config", "--config", help="Deployment file of the servers started here.")
     ] = None,
@@ -44,27 +46,31 @@ def loadtest(
     output: Annotated[
         Path | None, typer.Option(help="New folder for the raw run and the reports; loadtest-NAME-DATE by default.")
     ] = None,
-    duration: Annotated[float | None, typer.Option(min=1, help="Seconds to which the timeline is stretched.")] = None,
-    rate_scale: Annotated[float, typer.Option(min=0.001, help="Multiplies every rate.")] = 1.0,
-    seed: Annotated[str, typer.Option(help="Of prompts and arrivals; another one gives others.")] = "0",
+    duration: Annotated[
+        float | None, typer.Option(min=1, help="Length of the scenario in seconds; its own by default.")
+    ] = None,
+    rate_scale: Annotated[float, typer.Option(min=0.001, help="Factor on every rate.")] = 1.0,
+    seed: Annotated[str, typer.Option(help="Seed of prompts and arrivals.")] = "0",
     together: Annotated[
-        bool, typer.Option("--together", help="Ask all servers at the same time instead of in turn.")
+        bool, typer.Option("--together", help="Send to all servers at the same time, not in turn.")
     ] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Processes that send the load.")] = 1,
-    web_port: Annotated[int | None, typer.Option(help="Show Locust's page on this port meanwhile.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="API key of the servers; VLLM_API_KEY by default.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes that send the load.")] = 1,
+    web_port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1 for Locust's page during the run.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="API key of the servers; the variable VLLM_API_KEY by default.")
+    ] = None,
     start_timeout: Annotated[
         float,
         typer.Option(min=1, help="Seconds without a new line in a server's log after which its start has failed."),
     ] = START_TIMEOUT,
     analyse: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Judge a recorded run again instead of making one.")
+        Path | None, typer.Option(metavar="FOLDER", help="Analyse this recorded run again; nothing is sent.")
     ] = None,
     list_them: Annotated[bool, typer.Option("--list", help="Show the built-in scenarios.")] = False,
 ) -> None:
     """Send a scenario's requests when they are due, find windows with latency spikes, and name their causes.
 
-    With --url running servers are asked, else the servers that the scenario names are started: stock vLLM and yours.
+    With --url requests go to running servers, else the servers of the scenario are started: vLLM alone and yours.
     Several servers play the scenario in turn, a part at a time, with the same prompts. Writes report.html, report.json
     and junit.xml; the exit code is 1 where a goal of the scenario is missed.
     """
@@ -141,7 +147,7 @@ def _servers(
 
 
 def _judge(folder: Path) -> int:
-    """Say and write what a recorded run shows; the exit code."""
+    """Print and write the analysis of a recorded run; returns the exit code."""
     from vllm_instant_loadtests import report
     from vllm_instant_loadtests.analysis import analyse_run
     from vllm_instant_loadtests.run_recorder import RecordedRun

@@ -1,4 +1,4 @@
-"""``vllm-instant plugins``: what can be chosen here."""
+"""``vllm-instant plugins``: the installed plugins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``vllm-instant verify``: whether a deployment says what stock vLLM would say."""
+"""``vllm-instant verify``: whether the answers of a deployment are those of vLLM alone."""
 
 from __future__ import annotations
 
@@ -31,38 +31,41 @@ STYLES = {"pass": "green", "fail": "bold red", "not tested": "yellow", "lossy": 
 
 def verify_deployments(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="The model, as for vllm serve.")] = None,
+    model: Annotated[str | None, typer.Argument(help="The model, as for `vllm serve`.")] = None,
     configs: Annotated[
         list[Path] | None,
         typer.Option("--instant-config", "--config", help="Deployment file to check; repeatable."),
     ] = None,
     overrides: Overrides = None,
     stock_url: Annotated[
-        str | None, typer.Option("--stock", metavar="URL", help="A running server of stock vLLM, instead of MODEL.")
+        str | None,
+        typer.Option("--baseline", "--stock", metavar="URL", help="Running server of vLLM alone, not MODEL."),
     ] = None,
     our_url: Annotated[
-        str | None, typer.Option("--ours", metavar="URL", help="A running server to check, instead of MODEL.")
+        str | None, typer.Option("--ours", metavar="URL", help="Running server to check, with --baseline.")
     ] = None,
-    draws: Annotated[int, typer.Option(min=100, help="Samples for each prompt and way to sample.")] = 600,
-    tokens: Annotated[int, typer.Option(min=2, max=16, help="Tokens of each sample that are compared jointly.")] = 4,
+    draws: Annotated[int, typer.Option(min=100, help="Number of samples per prompt and sampling method.")] = 600,
+    tokens: Annotated[
+        int, typer.Option(min=2, max=16, help="Number of tokens of a sample that are compared jointly.")
+    ] = 4,
     draft_length: Annotated[
-        int | None, typer.Option(min=1, help="Draft tokens of each request; by default two less than --tokens.")
+        int | None, typer.Option(min=1, help="Number of draft tokens per request; two less than --tokens by default.")
     ] = None,
     false_alarms: Annotated[
-        float, typer.Option(min=1e-5, max=0.2, help="Chance that a deployment without a fault fails.")
+        float, typer.Option(min=1e-5, max=0.2, help="Probability that a correct deployment fails.")
     ] = 1e-3,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file with one prompt per line; by default six built-in ones.")
+        Path | None, typer.Option(help="File with one prompt per line; six built-in ones by default.")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="API key of the running servers; VLLM_API_KEY by default.")
+        str | None, typer.Option(help="API key of the running servers; the variable VLLM_API_KEY by default.")
     ] = None,
     with_quality: Annotated[
         bool, typer.Option("--quality", help="Add the quality report, which lossy deployments always get.")
     ] = False,
-    output: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="File for the results as JSON.")] = None,
 ) -> None:
-    """Check deployments against stock vLLM with the same model.
+    """Check deployments against vLLM alone with the same model.
 
     Greedy answers and answers with a seed must be identical (servers are started in float32, where rounding does not
     decide), and thousands of samples must follow the same joint distribution, at several temperatures, with top-p,
@@ -71,9 +74,9 @@ def verify_deployments(
     """
     plan = verify.VerifyPlan(_prompts(prompts), draws=draws, tokens=tokens, false_alarms=false_alarms)
     if (stock_url is None) != (our_url is None):
-        fail("--stock and --ours belong together")
+        fail("--baseline and --ours belong together")
     if (model is None) == (stock_url is None):
-        fail("give a MODEL to start, or --stock and --ours with the addresses of running servers")
+        fail("give a MODEL to start, or --baseline and --ours with the addresses of running servers")
     if model is not None:
         require_vllm("verify MODEL")
     reports: list[dict[str, Any]] = []
@@ -138,7 +141,7 @@ def _started(
     length: int | None,
     with_quality: bool,
 ) -> list[dict[str, Any]]:
-    """Start stock vLLM and each deployment, and check them one after the other."""
+    """Start vLLM alone and each deployment, and check them one after the other."""
     with problems_reported():
         deployments = [(config, resolve(config, overrides)) for config in configs or [None]]  # type: ignore[list-item]
     exact = not any(word.startswith("--dtype") for word in words)
@@ -202,9 +205,9 @@ def _printed(
     )
     if measured is not None:
         console.print(
-            f"Quality: perplexity {measured.our_perplexity:.4f}, stock {measured.stock_perplexity:.4f} "
+            f"Quality: perplexity {measured.our_perplexity:.4f}, vLLM {measured.stock_perplexity:.4f} "
             f"(ratio {measured.perplexity_ratio:.4f}, {measured.tokens} tokens of held-out text); divergence at least "
-            f"{measured.divergence:.5f} nats a token; stock finds a token of our answers likelier than one of its own "
+            f"{measured.divergence:.5f} nats per token; vLLM finds a token of our answers likelier than one of its own "
             f"by {measured.answer_gap:.3f} nats ({measured.answers} answers).\n"
         )
     return {

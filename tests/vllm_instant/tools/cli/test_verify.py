@@ -93,8 +93,8 @@ def test_seeds_that_do_not_hold_are_seen(verify):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give a MODEL to start, or --stock and --ours"),
-        (["--stock", "http://127.0.0.1:9"], "--stock and --ours belong together"),
+        ([], "give a MODEL to start, or --baseline and --ours"),
+        (["--stock", "http://127.0.0.1:9"], "--baseline and --ours belong together"),
         (["model", "--stock", "http://127.0.0.1:9", "--ours", "http://127.0.0.1:9"], "give a MODEL to start, or"),
         (["--stock", "http://127.0.0.1:9", "--ours", "http://127.0.0.1:9"], "http://127.0.0.1:9 is no running vLLM"),
         (["model", "--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
