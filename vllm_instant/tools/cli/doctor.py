@@ -34,7 +34,8 @@ def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmS
     """Check every patch of this package against vLLM's sources; exit code 1 if a chosen plugin cannot work."""
     with problems_reported():
         deployment = resolve(config, overrides or ())
-    require_vllm("doctor")
+    if vllm is None:
+        require_vllm("doctor")
     from vllm_instant.patches import registry
     from vllm_instant.patches.compat import installed_vllm
 

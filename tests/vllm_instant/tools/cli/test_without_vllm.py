@@ -113,6 +113,13 @@ def test_running_servers_are_compared(bare, tmp_path):
     assert (tmp_path / "result.html").exists()
 
 
+def test_doctor_checks_the_sources_of_a_vllm_that_is_not_installed(bare, newest_release):
+    result = bare.run("doctor", "--vllm", newest_release)
+    assert result.returncode == 0, result.stderr
+    assert "scheduler" in result.stdout
+    assert "does not fit" not in result.stdout
+
+
 def test_load_tests_name_the_extra_that_they_need(bare):
     result = bare.run("loadtest", "--list")
     assert result.returncode == 2
