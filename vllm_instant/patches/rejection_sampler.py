@@ -55,8 +55,10 @@ def sampler_class(base: Any, constrain: Any) -> Any:
         instant_plugin: GuardedPlugin[RejectionSampler]
 
         def forward(self, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
-            # Greedy batches follow vLLM's own rule; once the plugin is disabled vLLM verifies everything.
-            if sampling_metadata.all_greedy or self.instant_plugin.disabled:
+            # Greedy batches follow vLLM's rule; once the plugin is disabled vLLM verifies everything. A step without
+            # drafts, which arrives here under asynchronous scheduling only, has no draft logits to index.
+            no_drafts = not any(metadata.num_draft_tokens)
+            if sampling_metadata.all_greedy or self.instant_plugin.disabled or no_drafts:
                 return super().forward(metadata, draft_probs, logits, sampling_metadata)
             wants_logprobs = sampling_metadata.max_num_logprobs is not None
             # Indexing copies, so that the following steps may overwrite it.

@@ -100,6 +100,22 @@ def test_a_seeded_request_without_drafts_uses_its_seed_once():
     assert torch.equal(generator.get_state(), elsewhere.get_state())
 
 
+@pytest.mark.parametrize("plugin", [TokenSampler(), BlockSampler()], ids=["token", "block"])
+@pytest.mark.parametrize("temperatures", [[1.0, 1.0], [0.0, 1.0]], ids=["sampled", "mixed"])
+def test_steps_without_drafts_are_vllms_own(plugin, temperatures):
+    """They reach the rejection sampler under asynchronous scheduling."""
+    logits = _logits([[], []])
+
+    def answer(sampler):
+        generators = {1: torch.Generator().manual_seed(3), 0: torch.Generator().manual_seed(4)}
+        sampling = sampling_metadata(temperatures, generators=generators)
+        return sampler(drafts_metadata([[], []]), None, logits.clone(), sampling).sampled_token_ids
+
+    ours = our_sampler(plugin)
+    assert torch.equal(answer(ours), answer(stock_sampler()))
+    assert not ours.instant_plugin.disabled
+
+
 def test_drafts_that_the_target_is_sure_of_are_kept_and_others_not(drafts):
     sure = our_sampler(TokenSampler())(
         drafts_metadata(drafts), None, _logits(drafts, 60.0), sampling_metadata([1.0] * 5)
