@@ -166,7 +166,29 @@ def distill(runs: Sequence[Run]) -> str:
     return table(["draft", "parameters", "training", "code", "structured text"], rows)
 
 
+def demo(runs: Sequence[Run]) -> str:
+    """The demo's prompts: speed of vLLM alone and of ours, and drafts."""
+    rows = []
+    for cell in cells_of(runs):
+        speeds = [f"{cell['tokens_per_second'][arm]['median']:.1f}" for arm in ("vllm", "ours")]
+        first = " → ".join(f"{cell['ttft_ms'][arm]['median']:.0f}" for arm in ("vllm", "ours"))
+        ratio = interval(cell["ratio"]).replace(" [", "× [")
+        drafts = f"{cell['accepted']:.0f} of {cell['proposed']:.0f}"
+        same = f"{cell['equal_answers']} of {cell['rounds']}"
+        rows.append([cell["prompt"], *speeds, ratio, f"{first} ms", drafts, same])
+    headings = ["prompt", "vLLM, tokens/s", "vllm-instant, tokens/s", "ratio", "time to first token"]
+    return table([*headings, "accepted drafts", "same answer as vLLM"], rows)
+
+
+def demo_answers(runs: Sequence[Run]) -> str:
+    """The answers that the demo printed."""
+    parts = [f"{cell['prompt']}:\n\n````text\n{cell['answer'].strip()}\n````" for cell in cells_of(runs)]
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, tuple[str, Show]] = {
+    "demo": ("demo", demo),
+    "demo_answers": ("demo", demo_answers),
     "streaming": ("streaming", streaming),
     "experts": ("experts", experts),
     "expert_gate": ("experts", expert_gate),
