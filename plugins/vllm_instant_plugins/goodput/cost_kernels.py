@@ -85,6 +85,8 @@ def learn_costs(
     deviation = np.sqrt(variance)
     surprise = (seconds - expected) / deviation
     bounded = min(max(surprise, -max_sigmas), max_sigmas) * deviation
+    # What was clipped was not learned either: certainty grows only by the share that was used.
+    learned = min(1.0, max_sigmas / max(abs(surprise), 1e-9))
     # Gain K = P x / S. The innovation is clipped (Huber), so that one outlier moves the weights a bounded distance.
     for i in range(size):
         weights[i] += spread[i] / variance * bounded
@@ -103,9 +105,44 @@ def learn_costs(
         for j in range(size):
             # P += drift - (P x)(P x)^T / S. Drift is common to all weights (in proportion to them) and of each alone.
             drift = weights[i] * weights[j] * common_drift * common_drift
-            covariance[i, j] += drift - spread[i] * spread[j] / variance
+            covariance[i, j] += drift - learned * spread[i] * spread[j] / variance
         covariance[i, i] += (weights[i] * own_drift) ** 2
     rows = 0.0
     for i in range(len(knots)):
         rows += x[i] * knots[i]
     return surprise, (seconds - after) / scale, rows
+
+
+@compiled
+def monotone_curve(weights: Any, covariance: Any, recent: Any, min_recent: float, min_fall: float, curve: Any) -> None:
+    """The curve over the knots, as ``weights`` have it but rising: more rows do not take less time.
+
+    Isotonic regression by pooling of adjacent violators, each knot weighted by its precision ``1 / P_ii``. Where both
+    neighbours were measured at least ``min_recent`` times recently, the curve may fall by ``min_fall`` of it or more.
+    """
+    count = len(curve)
+    values, precisions, sizes = np.empty(count), np.empty(count), np.empty(count, np.int64)
+    blocks = 0
+    for i in range(count):
+        values[blocks] = weights[i]
+        precisions[blocks] = 1.0 / max(covariance[i, i], 1e-18)
+        sizes[blocks] = 1
+        blocks += 1
+        last = i
+        while blocks > 1 and values[blocks - 2] > values[blocks - 1]:
+            before = last - sizes[blocks - 1]
+            clear = values[blocks - 1] < (1.0 - min_fall) * values[blocks - 2]
+            if clear and min(recent[before], recent[before + 1]) >= min_recent:
+                break
+            total = precisions[blocks - 2] + precisions[blocks - 1]
+            values[blocks - 2] = (
+                values[blocks - 2] * precisions[blocks - 2] + values[blocks - 1] * precisions[blocks - 1]
+            ) / total
+            precisions[blocks - 2] = total
+            sizes[blocks - 2] += sizes[blocks - 1]
+            blocks -= 1
+    i = 0
+    for block in range(blocks):
+        for _ in range(sizes[block]):
+            curve[i] = values[block]
+            i += 1

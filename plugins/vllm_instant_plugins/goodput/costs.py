@@ -14,13 +14,15 @@ scatter of single steps (noise) is separated from a common bias of all recent st
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_plugins.goodput.cost_kernels import describe_step, estimate_step, learn_costs
+from vllm_instant_plugins.goodput.cost_kernels import describe_step, estimate_step, learn_costs, monotone_curve
 from vllm_instant_plugins.goodput.experts import ExpertUse
 
 Array = npt.NDArray[np.float64]
@@ -42,14 +44,26 @@ _EXTRA = (
     "experts",
 )
 
+MIN_RECENT = 3.5
+RECENT_MEMORY = 0.995
+MIN_FALL = 0.08
+"""A curve may fall with the rows, by this share or more, between two knots that were measured this often recently."""
+FIRST_NOISE = 0.15
+"""Relative standard deviation of the first two measurements of a kind of step."""
+WARM_UP_STEPS = 5
+KEPT_SCALE_DOUBT = 0.5
+KEPT_DOUBT = 0.2
+KEPT_NOISE = 0.03
+"""Relative standard deviations of stored costs: of all together, of each alone, and the least of a measured step."""
 OUTLIER_SIGMAS = 3.0
 MAX_RESIDUAL = 0.3
 _BIAS_RATE = 0.1
 _FREE_BIAS = 0.04
 _DRIFT_PER_BIAS = 0.1
 """Common drift per unit of bias beyond that: where all steps take longer, or shorter, the machine has changed."""
-_COMMON_DRIFT = 0.002
-_OWN_DRIFT = 0.001
+_COMMON_DRIFT = 0.01
+"""Drift per step of all weights together: other processes come and go, so that only steps near each other compare."""
+_OWN_DRIFT = 0.004
 _PRIOR_POWER = 0.2
 _PRIOR_STEP = 0.15
 _PRIOR_EXTRA = (0.02, 0.05, 0.05, 0.001, 0.05, 0.005, 0.01, 0.02, 0.5)
@@ -77,9 +91,13 @@ class StepCosts:
         """Variance of measured times relative to the estimate,"""
         self._bias = 0.0
         """around this: the share of the estimate by which recent steps took longer."""
+        self._seen: Counter[tuple[bool, bool]] = Counter()
+        """Measured steps by whether they verified drafts, and whether they drafted."""
         self.experts = ExpertUse()
         """Distinct experts of a step; estimates no cost while no step was counted."""
         self.observations = 0
+        self._recent: Array = np.zeros(len(self.knots))
+        """Recent measurements at each knot; older ones fade."""
         self.max_measured_rows = 0
         """Largest number of rows that was ever measured."""
 
@@ -123,25 +141,63 @@ class StepCosts:
         )
         return x
 
-    def target_seconds(self, rows: Array, context: float, sigmas: float = 0.0, requests: float | None = None) -> Array:
+    def target_seconds(
+        self, rows: Array, context: float, requests: float | None = None, as_measured: bool = False
+    ) -> Array:
         """Estimates for steps with these rows, without drafter and verification; same shape as ``rows``.
 
-        ``requests``: rows that are no drafts; all of them by default. ``sigmas``: standard deviations to subtract.
+        ``requests``: rows that are no drafts; all of them by default. ``as_measured``: also where the curve falls
+        between rows that were not measured recently.
         """
-        curve = np.interp(rows, self.knots, self.at_knots(sigmas))
+        at_knots = self.weights[: len(self.knots)] if as_measured else self.at_knots()
+        curve = np.interp(rows, self.knots, at_knots)
         if self.experts.counted:
             curve += self.expert_seconds(rows, requests)
         seconds: Array = np.maximum(curve + self.context_seconds(context), 1e-6)
         return seconds
 
-    def at_knots(self, sigmas: float = 0.0) -> Array:
-        """Estimates at the knots of rows, without context, ``sigmas`` standard deviations below the mean."""
-        count = len(self.knots)
-        mean = self.weights[:count]
+    def at_knots(self, sigmas: float = 0.0, requests: float = 1.0) -> Array:
+        """Estimates at the knots of rows, without context; they fall with the rows only where both sides are recent.
+
+        Args:
+            sigmas: standard deviations below the mean, relative to a step with ``requests`` rows, and not below it.
+            requests: rows of a step without drafts.
+
+        """
+        mean = np.empty(len(self.knots))
+        monotone_curve(self.weights, self._covariance, self._recent, MIN_RECENT, MIN_FALL, mean)
         if not sigmas:
             return mean
-        below: Array = mean - sigmas * np.sqrt(np.maximum(self._covariance.diagonal()[:count], 0.0))
-        return below
+        baseline = int(np.searchsorted(self.knots, min(requests, self.knots[-1])))
+        variance = np.maximum(self._contrast_variance(mean, baseline), 0.0)
+        optimistic: Array = mean - sigmas * np.sqrt(variance)
+        optimistic[baseline:] = np.maximum(optimistic[baseline:], np.minimum(mean[baseline:], mean[baseline]))
+        return optimistic
+
+    def _contrast_variance(self, mean: Array, baseline: int) -> Array:
+        """Variance of each knot's time given the time at knot ``baseline``: what all steps share cancels."""
+        count = len(self.knots)
+        covariance = self._covariance[:count, :count]
+        ratio: Array = mean / max(float(mean[baseline]), 1e-9)
+        variance: Array = covariance.diagonal() - ratio * (2 * covariance[baseline])
+        variance += ratio * ratio * covariance[baseline, baseline]
+        return variance
+
+    def recent_measurements(self, rows: float) -> float:
+        """Recent measurements of steps with these rows; older ones fade."""
+        return float(np.interp(rows, self.knots, self._recent))
+
+    def reference_deviation(self, plan: Array, baseline: Array) -> float:
+        """By how much one measurement of ``baseline`` is expected to change the ratio of it to ``plan``, relatively.
+
+        The preposterior standard deviation ``|cov(c, b)| / sqrt(var(b) + R)`` of the contrast ``c`` of both relative
+        times, with the noise ``R`` of one measurement. What all steps share is not part of the contrast.
+        """
+        (seconds, _), (baseline_seconds, _) = self.estimate(plan), self.estimate(baseline)
+        relative = baseline / max(baseline_seconds, 1e-6)
+        spread = self._covariance @ relative
+        contrast = float(spread @ plan) / max(seconds, 1e-6) - float(spread @ relative)
+        return abs(contrast) / math.sqrt(float(relative @ spread) + self._noise)
 
     def expert_seconds(self, rows: Array, requests: float | None) -> Array:
         """Seconds of the distinct experts of steps with these rows, beyond those of the rows; 0 without experts."""
@@ -188,11 +244,23 @@ class StepCosts:
         """Learn from one pure decoding step; returns the error of the estimate, in standard deviations."""
         if not self.ready:
             self._start(x, seconds)
+        elif self.observations < WARM_UP_STEPS:
+            # The first steps of a server are slower than the later ones: a shorter time corrects the scale of all.
+            expected = self.estimate(x)[0]
+            if seconds < 0.9 * expected:
+                self.weights *= seconds / expected
+                self._covariance *= (seconds / expected) ** 2
         self.observations += 1
+        self._recent *= RECENT_MEMORY
+        self._recent += x[: len(self.knots)]
+        noise = self._noise
+        if self._is_new(x):
+            # The first steps of a kind compile and allocate, and are no measurement of the later ones.
+            noise = max(noise, FIRST_NOISE**2)
         surprise, still_off, rows = learn_costs(
             x,
             float(seconds),
-            self._noise,
+            noise,
             OUTLIER_SIGMAS,
             _COMMON_DRIFT + _DRIFT_PER_BIAS * max(0.0, abs(self._bias) - _FREE_BIAS),
             _OWN_DRIFT,
@@ -207,6 +275,13 @@ class StepCosts:
         rate = max(0.01, 1.0 / (self.observations + 1))
         self._noise = max((1 - rate) * self._noise + rate * residual * residual, 0.005**2)
         return float(surprise)
+
+    def _is_new(self, x: Array) -> bool:
+        """Whether this is one of the first two steps with or without drafts, and with or without the drafter."""
+        verify, draft = len(self.knots) + 1, len(self.knots) + 2
+        kind = bool(x[verify]), bool(x[draft])
+        self._seen[kind] += 1
+        return self._seen[kind] <= 2
 
     def _start(self, x: Array, seconds: float) -> None:
         """Prior around the first measured time: drafts look cheap, so that they are tried; everything is uncertain."""
@@ -248,6 +323,11 @@ class StepCosts:
             return False
         if not (np.isfinite(weights).all() and np.isfinite(covariance).all() and noise > 0):
             return False
-        self.weights, self._covariance, self._noise = weights, covariance, noise
+        # What was measured then may not hold now: on a busier host all steps take longer, and any curve may have
+        # changed. The first steps confirm or correct it within this uncertainty.
+        doubt = KEPT_DOUBT * np.abs(weights)
+        doubt[len(knots) :] = np.maximum(doubt[len(knots) :], np.array(_PRIOR_EXTRA) * weights[0])
+        covariance += KEPT_SCALE_DOUBT**2 * np.outer(weights, weights) + np.diag(doubt**2)
+        self.weights, self._covariance, self._noise = weights, covariance, max(noise, KEPT_NOISE**2)
         self.observations, self.max_measured_rows = observations, largest
         return True

@@ -7,6 +7,7 @@ weighed: its expected loss, in steps, must be within the ``ExplorationBudget``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -34,13 +35,19 @@ MAX_TRIAL_LOSS = 0.3
 """A whole step of drafting that is expected to lose more than this, in steps, is not tried."""
 TRIAL_OPTIMISM = 2.0
 """A trial drafts what would be best if acceptance were this many times the estimate."""
-VAGUE = 0.02
-"""Relative uncertainty from which the time of a step without drafts is measured again while drafting,"""
-CLEAR_GAIN = 2.0
-"""unless drafting is this many times as good even if that step takes ``CURIOUS_SIGMAS`` standard deviations less."""
+REFERENCE_HORIZON = 20
+"""Steps for which a measured time of a step without drafts is of use."""
+MIN_REFERENCE_INTERVAL = 8
+"""Steps between two steps without drafts for comparison,"""
+INITIAL_REFERENCE_INTERVAL = 2
+MIN_REFERENCES = 3.0
+"""and while fewer steps of that size than this were measured recently."""
 MAX_REFERENCE_LOSS = 0.5
 """Limit, in steps, of the expected loss of a step without drafts, whose time is uncertain when it is measured."""
 MAX_PROBED_TOKENS = 4
+MAX_HOPELESS_TOKENS = 2
+HOPELESS = 0.1
+"""Acceptance of first draft tokens below which a probe is short: the tokens behind the first are rarely compared."""
 
 
 class ExplorationBudget:
@@ -166,6 +173,7 @@ class Explorer:
         """Requests to probe again at once, because the last probe was accepted against expectation."""
         self._costs = costs
         self._table = table
+        self._last_reference = 0
         self._saving = False
         """Off, and the budget is saved for a whole step of drafting."""
 
@@ -174,7 +182,7 @@ class Explorer:
 
         ``drafting``: the best plan drafts. Then whether drafting pays at all is the first thing to measure.
         """
-        if not self.budget.affords("costs", 0.0) or (drafting and self._pessimistic_gain(now) < 1.0):
+        if not self.budget.affords("costs", 0.0) or (drafting and self._reference_pays(now)):
             return None
         plan = now.plan
         hopeful = now.best(now.survival, sigmas=CURIOUS_SIGMAS)
@@ -194,12 +202,12 @@ class Explorer:
             probe = self._probe_beside(now)
             if probe is not None:
                 return probe, "draft+probe"
-        if self.budget.affords("reference", 0.0):
-            loss = min(1.0 - 1.0 / max(now.plan.gain, 1.0), MAX_REFERENCE_LOSS)
-            if self._pessimistic_gain(now) >= CLEAR_GAIN:
-                self.budget.postpone("reference")
-            elif self.budget.try_spend("reference", loss):
-                return np.zeros_like(now.plan.num_draft_tokens), "reference"
+        interval = MIN_REFERENCE_INTERVAL
+        if self._costs.recent_measurements(now.plan.num_requests + now.more_rows) < MIN_REFERENCES:
+            interval = INITIAL_REFERENCE_INTERVAL
+        if now.number - self._last_reference >= interval and self._reference_pays(now):
+            self._last_reference = now.number
+            return np.zeros_like(now.plan.num_draft_tokens), "reference"
         return now.plan.num_draft_tokens, "draft"
 
     def _probe_beside(self, now: StepContext) -> Indices | None:
@@ -218,14 +226,31 @@ class Explorer:
         num_draft_tokens[probed] = 1
         return num_draft_tokens
 
-    def _pessimistic_gain(self, now: StepContext) -> float:
-        """The best plan's gain if a step without drafts is as short as it may be; infinite when its time is known."""
+    def _reference_pays(self, now: StepContext) -> bool:
+        """Whether measuring a step without drafts is worth its loss.
+
+        A measurement is expected to change the gain by ``s``. With ``z = (gain - 1) / s``, it saves per step, where it
+        shows that drafting does not pay, ``s * (phi(z) - z * Phi(-z))`` in expectation (the value of information), for
+        ``REFERENCE_HORIZON`` steps. The loss of one step without drafts is ``1 - 1 / gain``.
+        """
         plan = now.plan
-        baseline = self._costs.features(plan.num_requests, now.context, 0, 0, plan.num_requests)
-        seconds, deviation = self._costs.estimate(baseline)
-        if deviation <= VAGUE * seconds:
-            return float("inf")
-        return plan.gain * (1.0 - CURIOUS_SIGMAS * deviation / max(seconds, 1e-6))
+        loss = min(1.0 - 1.0 / max(plan.gain, 1.0), MAX_REFERENCE_LOSS)
+        return REFERENCE_HORIZON * self._value_of_reference(now) > loss
+
+    def _value_of_reference(self, now: StepContext) -> float:
+        """Expected saving per step by a measured time of a step without drafts; 0 where it is certain."""
+        plan, costs = now.plan, self._costs
+        count, rows = plan.num_requests, plan.num_requests + now.more_rows
+        drafts = plan.total_draft_tokens
+        steps = plan.draft_steps if now.drafting_counts else 0
+        drafting = costs.features(rows + drafts, now.context, drafts, steps, count)
+        baseline = costs.features(rows, now.context, 0, 0, count)
+        deviation = plan.gain * costs.reference_deviation(drafting, baseline)
+        if deviation < 1e-6:
+            return 0.0
+        z = (plan.gain - 1.0) / deviation
+        density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        return deviation * (density - z * 0.5 * math.erfc(z / math.sqrt(2)))
 
     def trial(self, now: StepContext) -> StepPlan | None:
         """While off: one step of drafting for all, when that shows more per loss than a probe of one request.
@@ -266,14 +291,20 @@ class Explorer:
         if not follow_up and not self.budget.may_explore("drafter", self._saving):
             return num_draft_tokens, "off"
         num_probed = min(max(1, follow_up), len(adaptive))
-        lengths = np.arange(1, min(MAX_PROBED_TOKENS, now.max_draft_tokens) + 1)
+        hopeless = bool(now.survival[adaptive, 0].max() < HOPELESS)
+        max_probed = MAX_HOPELESS_TOKENS if hopeless else MAX_PROBED_TOKENS
+        lengths = np.arange(1, min(max_probed, now.max_draft_tokens) + 1)
         draft_steps: Array = lengths.astype(np.float64)
-        seconds = self._seconds(draft_steps, plan.num_requests + draft_steps * num_probed, now)
-        # The longest among the cheapest: a second token that costs nothing shows more.
-        cheap = int(np.flatnonzero(seconds <= seconds.min() * 1.02)[-1])
+        rows = np.array([0.0, *draft_steps * num_probed]) + plan.num_requests
+        seconds = self._seconds(np.array([0.0, *draft_steps]), rows, now, as_measured=True)
+        baseline_seconds, seconds = float(seconds[0]), seconds[1:]
+        # The longest among the cheapest, since a second token that costs nothing shows more; where the first one will
+        # be rejected, the shortest.
+        margin, choice = (1.05, 0) if hopeless else (1.02, -1)
+        cheap = int(np.flatnonzero(seconds <= seconds.min() * margin)[choice])
         probed = self._table.without_recent_drafts(now.batch, adaptive, num_probed)
         catch_up = self._catch_up_seconds(now.batch, probed)
-        loss = max(0.0, (float(seconds[cheap]) + catch_up) / plan.baseline_seconds - 1.0)
+        loss = max(0.0, (float(seconds[cheap]) + catch_up) / baseline_seconds - 1.0)
         if follow_up:
             self.budget.spend("drafter", loss)
         elif not self.budget.try_spend("drafter", loss, must=True, saving=self._saving):
@@ -286,8 +317,10 @@ class Explorer:
         uncached = float(self._table.uncached_tokens[batch.indices[positions]].sum())
         return self._costs.catch_up_seconds(uncached)
 
-    def _seconds(self, draft_steps: Array, rows: Array, now: StepContext) -> Array:
-        """Expected time of steps with drafts: of target, verification and drafter."""
-        num_requests = now.plan.num_requests
-        target = self._costs.target_seconds(rows, now.context, requests=num_requests) + self._costs.verify_seconds()
-        return target + self._costs.draft_seconds(draft_steps, rows, num_requests)
+    def _seconds(self, draft_steps: Array, rows: Array, now: StepContext, as_measured: bool = False) -> Array:
+        """Expected time of steps: of target, and with draft steps also of verification and drafter."""
+        costs, num_requests = self._costs, now.plan.num_requests
+        target = costs.target_seconds(rows, now.context, num_requests, as_measured)
+        verify = np.where(draft_steps > 0, costs.verify_seconds(), 0.0)
+        seconds: Array = target + verify + costs.draft_seconds(draft_steps, rows, num_requests)
+        return seconds

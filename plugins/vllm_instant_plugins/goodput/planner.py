@@ -22,6 +22,8 @@ Array = npt.NDArray[np.float64]
 
 LEVELS = 48
 """Thresholds of survival that plans are tried with: level ``k`` is ``(k / LEVELS) ** 2``, denser near zero."""
+MIN_DRAFT_COST = 0.03
+"""Share of a step without drafts that any draft token is assumed to cost at least."""
 _EVEN: Array = np.ones(0)
 """Weights or delivery rates that are 1 for all."""
 _FREE_DRAFTER: Array = np.zeros(4)
@@ -48,12 +50,16 @@ class StepPlan:
         """Expected tokens per second relative to no drafting."""
         return self.tokens / self.seconds * self.baseline_seconds / self.num_requests
 
-    @property
-    def return_on_drafts(self) -> float:
-        """Expected accepted tokens relative to what the time of the drafts would yield without drafts."""
-        extra = self.seconds - self.baseline_seconds
+    def return_on_drafts(self, delivered: float) -> float:
+        """Expected accepted tokens relative to what the time of the drafts would yield without drafts.
+
+        ``delivered``: draft tokens that the drafter is expected to deliver. A step with one takes at least
+        ``MIN_DRAFT_COST`` longer: the return comes from accepted tokens, not from an estimate that drafts cost nothing.
+        """
+        floor = MIN_DRAFT_COST * self.baseline_seconds * min(1.0, delivered)
+        extra = max(self.seconds - self.baseline_seconds, floor)
         accepted = self.tokens - self.num_requests
-        return accepted * self.baseline_seconds / (extra * self.num_requests) if extra > 0 else np.inf
+        return accepted * self.baseline_seconds / (extra * self.num_requests) if extra > 0 else 0.0
 
     @property
     def total_draft_tokens(self) -> int:
@@ -119,7 +125,7 @@ def plan_step(
 
     """
     num_requests = len(survival)
-    baseline_at_knots, at_knots = costs.at_knots(), costs.at_knots(sigmas)
+    baseline_at_knots, at_knots = costs.at_knots(), costs.at_knots(sigmas, num_requests + more_rows)
     if costs.experts.counted:
         # Draft tokens share experts with the token before them, other requests do not: rows alone do not determine it.
         of_experts = costs.expert_seconds(costs.knots, num_requests)

@@ -24,7 +24,7 @@ class GoodputOptions(PluginOptions):
         None, gt=0, description="Goal for the time to the first token, in milliseconds; none by default."
     )
     slowest_request: float = Field(
-        0.5,
+        0.95,
         ge=0,
         le=1,
         description="Lower bound on any request's speed relative to no speculation; 0 maximizes total throughput.",

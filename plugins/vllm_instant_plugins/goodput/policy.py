@@ -37,6 +37,8 @@ STEADY_STEPS = 48
 STEADY_GAIN = 0.05
 """this much of a difference is needed to change it back."""
 BACKOFF_STEPS = 4
+INITIAL_DRAFT_TOKENS = 3
+"""Limit of a request's draft tokens on a new server; it grows with the longest accepted draft."""
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
 FIRST_OBSERVATIONS = 20
@@ -101,6 +103,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._backoff_until = 0
         """While off with the same requests, the same decision holds for some steps without being computed again."""
         self._newest_step = 0
+        self._max_length = INITIAL_DRAFT_TOKENS
         if store is not None:
             saved = store.load()
             if saved is not None:
@@ -135,6 +138,8 @@ class GoodputPolicy(SpeculationPolicy):
         if not len(batch.adaptive):
             plan = no_drafts(len(batch.requests), batch.fixed_lengths)
             return self._record(step.number, batch, survival[:, 0].copy(), plan, batch.fixed_lengths, "pinned")
+        if not self._confident:
+            survival[:, self._max_length :] = 0.0
         now = self._estimate(step, batch, survival)
         if not self.costs.ready:
             plan = now.plan
@@ -217,7 +222,12 @@ class GoodputPolicy(SpeculationPolicy):
     def _update_drafting(self, now: StepContext) -> bool:
         """Whether drafting pays now: harder to reach when it is off, harder to leave when it is on."""
         plan = now.plan
-        gain = plan.return_on_drafts if self._confident else plan.gain
+        if self._confident:
+            granted = plan.num_draft_tokens
+            delivered = granted.sum() if now.delivery_rate is None else granted @ now.delivery_rate
+            gain = plan.return_on_drafts(float(delivered))
+        else:
+            gain = plan.gain
         drafting = plan.draft_steps > 0 and gain >= self._min_gain(now.number)
         if drafting != self.drafting:
             self.drafting = drafting
@@ -247,7 +257,7 @@ class GoodputPolicy(SpeculationPolicy):
 
     def _max_rows(self, num_requests: int) -> float:
         """Not far beyond what was measured: the first steps grow by degrees."""
-        return max(2.0 * num_requests, 1.5 * self.costs.max_measured_rows + 8)
+        return max(3.0 * num_requests, 2.0 * self.costs.max_measured_rows + 8)
 
     def draft_cost(self) -> DraftCost:
         """Cost of drafts in the step that was planned last."""
@@ -314,6 +324,7 @@ class GoodputPolicy(SpeculationPolicy):
         if self._slo is not None:
             self._slo.observe(batch.indices, accepted + 1)
         self._draft_costs.observe(total)
+        self._max_length = max(self._max_length, 2 * int(accepted.max()) + 2)
         decision = self.log.of_step(outcome.number - 1)
         if decision is not None:
             decision.set_outcome(outcome, total, num_accepted)

@@ -57,10 +57,15 @@ def test_parts_add_up_to_the_estimate():
 def test_a_hiccup_moves_little_and_a_lasting_change_is_followed():
     costs = StepCosts(144)
     _learn(costs, TWO_CORES, noise=0.01)
-    x = costs.features(4, 800, 0, 0, 4)
+    x, drafting = costs.features(4, 800, 0, 0, 4), costs.features(12, 800, 8, 2, 4)
     before = costs.estimate(x)[0]
+    ratio = costs.estimate(drafting)[0] / before
     costs.observe(x, 50 * before)
-    assert costs.estimate(x)[0] < 1.1 * before
+    assert costs.estimate(x)[0] < 1.2 * before
+    assert costs.estimate(drafting)[0] / costs.estimate(x)[0] == pytest.approx(ratio, rel=0.2)
+    for _ in range(5):
+        costs.observe(x, before)
+    assert costs.estimate(x)[0] == pytest.approx(before, rel=0.02)
     _learn(costs, TWO_CORES, steps=250, factor=1.5, noise=0.01)
     assert costs.estimate(x)[0] == pytest.approx(1.5 * before, rel=0.08)
 
@@ -121,7 +126,8 @@ def test_state_survives_json():
     _learn(costs, TWO_CORES)
     assert copy.restore(json.loads(json.dumps(costs.state())))
     x = costs.features(20, 800, 16, 4, 4)
-    assert copy.estimate(x) == pytest.approx(costs.estimate(x))
+    assert copy.estimate(x)[0] == pytest.approx(costs.estimate(x)[0])
+    assert copy.estimate(x)[1] > 5 * costs.estimate(x)[1], "stored costs are doubted"
     assert copy.max_measured_rows == costs.max_measured_rows
 
 
@@ -166,3 +172,36 @@ def test_what_a_resuming_drafter_reads_is_learned_apart_from_what_drafting_costs
     assert costs.catch_up_seconds(300) == pytest.approx(0.007, rel=0.15)
     assert costs.catch_up_seconds(0) == 0
     assert float(costs.draft_seconds(np.array(1.0), np.array(4.0), 4)) == pytest.approx(0.002, rel=0.3)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.floats(1e-3, 1.0)), min_size=1, max_size=60), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_more_rows_take_no_less_time_unless_both_were_measured_recently(measured, rows):
+    costs = StepCosts(64)
+    for size, seconds in measured:
+        costs.observe(costs.features(size, 0.0, 0, 0, size), seconds)
+    # Nothing but steps with ``rows`` rows for a long time: about others nothing recent is known.
+    for _ in range(150):
+        costs.observe(costs.features(rows, 0.0, 0, 0, rows), 0.05)
+    every = costs.target_seconds(np.arange(1.0, 64.0), 0.0)
+    elsewhere = np.abs(np.arange(1.0, 63.0) - rows) > 6
+    assert (np.diff(every)[elsewhere] >= -1e-9).all()
+
+
+def test_what_was_measured_once_does_not_outlast_what_is_measured_now():
+    """A server whose first step was slow, and which has drafted ever since."""
+    costs = StepCosts(64)
+    costs.observe(costs.features(1, 100, 0, 0, 1), 0.0412)
+    for _ in range(150):
+        costs.observe(costs.features(5, 100, 4, 4, 1), 0.0349)
+    without, drafting = costs.features(1, 100, 0, 0, 1), costs.features(5, 100, 4, 4, 1)
+    assert costs.target_seconds(np.array([1.0]), 100)[0] <= 1.001 * costs.target_seconds(np.array([5.0]), 100)[0]
+    assert costs.reference_deviation(drafting, without) > 0.03
+
+
+def test_a_first_step_that_was_slow_is_corrected_at_once():
+    costs = StepCosts(64)
+    for seconds in (0.1, 0.05, 0.04, 0.04):
+        costs.observe(costs.features(1, 100, 0, 0, 1), seconds)
+    assert costs.estimate(costs.features(1, 100, 0, 0, 1))[0] == pytest.approx(0.04, rel=0.1)
+    assert costs.estimate(costs.features(8, 100, 7, 4, 1))[0] < 0.08

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_instant.interfaces.experts import ExpertCount
-from vllm_instant.tools.measure.simulator import RequestClass, StepCost, simulate, steady
+from vllm_instant.tools.measure.simulator import HostNoise, RequestClass, StepCost, simulate, steady
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.experts import ExpertUse
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
@@ -78,7 +78,7 @@ def _drafted_a_step(cost, users):
         concurrency=users,
         requests=24 * users,
         warm_up_requests=8 * users,
-        hiccups=0.0,
+        noise=HostNoise(),
     )
     return report.drafted / report.steps / users, report.tokens_per_second
 

@@ -91,7 +91,7 @@ def _costs(row=0.0, base=0.02, unsure=0.0):
 def _context(costs, acceptance, requests=4, positions=4):
     survival = np.cumprod(np.full((requests, positions), acceptance), axis=1)
     batch = RequestTable().batch([_state(index) for index in range(requests)])
-    now = StepContext(1, batch, costs, 0.0, survival, survival[:, 0], positions, max_rows=1e9)
+    now = StepContext(100, batch, costs, 0.0, survival, survival[:, 0], positions, max_rows=1e9)
     now.plan = now.best(survival)
     return now
 
@@ -210,7 +210,8 @@ class TestExplorer:
         cheap = _costs(row=0.004, base=0.01)
         now = _context(cheap, 0.75)
         assert 1.0 < now.plan.gain < 1.5
-        cheap._covariance[:] = (0.05 * 0.026) ** 2
+        at = int(np.flatnonzero(cheap.knots == now.plan.num_requests)[0])
+        cheap._covariance[at, at] = (0.2 * cheap.weights[at]) ** 2
         assert _rich(cheap).while_drafting(now)[1] == "reference"
         cheap._covariance[:] = 0.0
         assert _rich(cheap).while_drafting(now)[1] == "draft"

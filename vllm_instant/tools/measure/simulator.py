@@ -7,6 +7,8 @@ with a simulated clock, so that minutes of serving take seconds and a seed repea
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -142,11 +144,47 @@ def roofline(
     return StepCost(table, bandwidth / kv_bytes_a_token, draft_pass=draft_pass, draft_start=0.1e-3)
 
 
+@dataclass(frozen=True)
+class HostNoise:
+    """Factors of step times on a host that runs other processes as well.
+
+    Args:
+        jitter: standard deviation of the logarithm of each step's factor.
+        hiccups: share of steps that take three times as long.
+        bursts: probability per step that another process starts.
+        burst_steps: steps that it runs, lowest and highest.
+        burst_load: share by which steps take longer meanwhile, lowest and highest.
+        first_steps: factors of the first steps of a server, whose memory and caches are cold.
+
+    """
+
+    jitter: float = 0.02
+    hiccups: float = 0.0
+    bursts: float = 0.0
+    burst_steps: tuple[int, int] = (10, 60)
+    burst_load: tuple[float, float] = (0.2, 0.6)
+    first_steps: Sequence[float] = ()
+
+    def factors(self, random: np.random.Generator) -> Iterator[float]:
+        """The factor of each step, without end."""
+        left, load = 0, 0.0
+        for first in itertools.chain(self.first_steps, itertools.repeat(1.0)):
+            if left == 0 and random.random() < self.bursts:
+                left, load = int(random.integers(*self.burst_steps, endpoint=True)), random.uniform(*self.burst_load)
+            factor = first * math.exp(self.jitter * random.standard_normal())
+            if left > 0:
+                left -= 1
+                factor *= 1.0 + load
+            yield factor * (3.0 if random.random() < self.hiccups else 1.0)
+
+
 @dataclass
 class Report:
     """Result of a simulation."""
 
     seconds: float = 0.0
+    noiseless_seconds: float = 0.0
+    """Seconds that the same steps take without noise."""
     tokens: int = 0
     steps: int = 0
     drafted: int = 0
@@ -194,8 +232,7 @@ def simulate(
     requests: int,
     max_draft_tokens: int = 8,
     feedback_delay: int = 0,
-    noise: float = 0.02,
-    hiccups: float = 0.005,
+    noise: HostNoise = HostNoise(hiccups=0.005),
     seed: int = 0,
     warm_up_requests: int = 0,
 ) -> Report:
@@ -209,14 +246,13 @@ def simulate(
         requests: number of requests in total.
         max_draft_tokens: limit of a request's draft tokens.
         feedback_delay: steps by which outcomes are delayed, as with asynchronous scheduling; 0 is synchronous.
-        noise: relative standard deviation of a step's time.
-        hiccups: share of steps that take three times as long.
+        noise: of step times.
         seed: of arrivals, acceptance and noise.
         warm_up_requests: first requests, which are served but not reported.
 
     """
     # Requests and the random numbers of their tokens are the same for every policy.
-    random = np.random.default_rng([seed, 0])
+    factors = noise.factors(np.random.default_rng([seed, 0]))
     clock = _Clock()
     contained: GuardedPlugin[SpeculationPolicy] = GuardedPlugin("speculation", "simulated", make_policy(clock))
     budget = DraftBudgetManager(contained, max_draft_tokens, clock)
@@ -248,10 +284,8 @@ def simulate(
         for request, length in zip(running, lengths, strict=True):
             if length:
                 missed, request.missed = missed + request.missed, 0
-        seconds = cost.seconds(rows, context, passes, len(running), missed) * max(
-            0.5, 1 + noise * random.standard_normal()
-        )
-        seconds *= 3 if random.random() < hiccups else 1
+        noiseless = cost.seconds(rows, context, passes, len(running), missed)
+        seconds = noiseless * next(factors)
         clock.now += seconds
         counted = finished >= warm_up_requests
         produced = 0
@@ -267,6 +301,7 @@ def simulate(
             request.granted = granted
         if counted:
             report.seconds += seconds
+            report.noiseless_seconds += noiseless
             report.steps += 1
             report.tokens += produced
             report.drafted += sum(drafted)

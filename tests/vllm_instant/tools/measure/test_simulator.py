@@ -4,6 +4,7 @@ import pytest
 
 from vllm_instant import SpeculationPolicy
 from vllm_instant.tools.measure.simulator import (
+    HostNoise,
     RequestClass,
     StepCost,
     roofline,
@@ -23,8 +24,7 @@ def _run(length, chance=1.0, cost=FLAT, users=1, **options):
         cost,
         concurrency=users,
         requests=20,
-        noise=0.0,
-        hiccups=0.0,
+        noise=HostNoise(jitter=0.0),
         **options,
     )
 
@@ -84,8 +84,7 @@ def test_feedback_arrives_late_but_with_the_right_times():
             concurrency=1,
             requests=1,
             feedback_delay=delay,
-            noise=0.0,
-            hiccups=0.0,
+            noise=HostNoise(jitter=0.0),
         )
         assert len(seen) == 50 - delay
         assert all(seconds == 0.010 for _, seconds in seen)
@@ -117,6 +116,8 @@ def test_a_drafter_that_was_off_first_reads_what_it_missed():
         def get_num_draft_tokens(self, step):
             return [1 if step.number == 20 else 0 for _ in step.requests]
 
-    report = simulate(lambda clock: Late(1, None), classes, slow, concurrency=1, requests=1, noise=0, hiccups=0)
+    report = simulate(
+        lambda clock: Late(1, None), classes, slow, concurrency=1, requests=1, noise=HostNoise(jitter=0.0)
+    )
     assert report.step_seconds[19] == pytest.approx(0.01 + (100 + 19) / 1000)
     assert max(report.step_seconds[20:]) == pytest.approx(0.01)
