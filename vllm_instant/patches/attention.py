@@ -50,7 +50,7 @@ _UNSERVED = {
 
 
 def provider() -> GuardedPlugin[AttentionProvider] | None:
-    """The deployment's attention plugin behind its breaker, built once a process and deployment; None without one.
+    """The deployment's attention plugin behind its breaker, built once per process and deployment; None without one.
 
     Raises:
         PluginStartError: the plugin cannot start here.

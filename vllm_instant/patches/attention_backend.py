@@ -1,8 +1,8 @@
 """The attention backend that vLLM builds for layers of an attention plugin; loaded by vLLM, by its name.
 
-vLLM's Triton backend with three differences: rows of the cache are as long as the plugin says, the plugin writes them,
-and the plugin attends. Metadata, CUDA graphs and whatever the plugin leaves alone stay vLLM's, whose kernels read and
-write the same cache through views.
+vLLM's Triton backend with three differences: the plugin sets the length of cache rows, writes them, and computes the
+attention. Metadata, CUDA graphs and steps that the plugin declines stay with vLLM, whose kernels read and write the
+same cache through views.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _plugin() -> GuardedPlugin[AttentionProvider]:
 
 
 class InstantAttentionBackend(TritonAttentionBackend):
-    """What vLLM's registry holds under ``CUSTOM``."""
+    """The backend in vLLM's registry under the name ``CUSTOM``."""
 
     supported_kv_cache_dtypes: ClassVar[list[str]] = [ATTENTION_ARGUMENTS["kv_cache_dtype"]]
 
@@ -41,19 +41,19 @@ class InstantAttentionBackend(TritonAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Rows of the length that the plugin says."""
+        """Set the length of cache rows that the plugin asks for."""
         if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_per_token_head:
             return spec
         return replace(spec, state_content_bytes=_plugin().instance.row_bytes(spec.head_size))
 
 
 class InstantAttentionImpl(TritonAttentionImpl):
-    """One layer."""
+    """The attention of one layer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plugin = _plugin()
-        # vLLM's window counts the tokens before the newest; -1 stands for all.
+        # vLLM's window excludes the newest token; -1 stands for no window.
         self.shape = AttentionLayer(
             num_query_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -76,7 +76,7 @@ class InstantAttentionImpl(TritonAttentionImpl):
         return self._parts
 
     def _pth_key_value_caches(self, kv_cache: Any) -> tuple[Any, Any]:
-        """What vLLM's own kernels read and write."""
+        """The views of the cache for vLLM's own kernels."""
         parts = self.parts(kv_cache)
         self._k_scale_cache, self._v_scale_cache = parts.key_scales, parts.value_scales
         return parts.keys.view(self.fp8_dtype), parts.values.view(self.fp8_dtype)
@@ -104,8 +104,8 @@ class InstantAttentionImpl(TritonAttentionImpl):
     ) -> None:
         """Rotate ``query`` into ``rotated``, which may be the same, and write rotated keys, and values, to the cache.
 
-        By the plugin in one go, or in two by vLLM's rotation and ``do_kv_cache_update``. Rows without a slot, which are
-        padding, may stay as they are.
+        The plugin does both in one launch; otherwise vLLM's rotation and ``do_kv_cache_update`` follow each other. Rows
+        without a slot are padding and may stay unrotated.
         """
         parts, tokens = self.parts(kv_cache), slot_mapping.shape[0]
         of_slots = Rotation(rotation.positions[:tokens], rotation.cos_sin, rotation.is_neox)
@@ -120,13 +120,13 @@ class InstantAttentionImpl(TritonAttentionImpl):
         if rotated is not query:
             rotated.copy_(query)
             key = key.clone()
-        # In place. Heads must not be a dimension: the CPU's kernel would take them for tokens.
+        # In place. Two dimensions, because the CPU's kernel would read a dimension of heads as tokens.
         rows, keys = rotated.view(len(rotated), -1), key.view(len(key), -1)
         rotary_embedding(rotation.positions, rows, keys, self.head_size, rotation.cos_sin, rotation.is_neox)
         self.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
     def fused_rope_kvcache_supported(self) -> bool:
-        """Asked by vLLM's own fusion pass, where it is on: ROCm only, so far."""
+        """Answer vLLM's own fusion pass, which is enabled on ROCm only."""
         plugin = self.plugin.instance
         return plugin.rotates() and plugin.rotation_unsupported_reason(self.head_size, self.head_size, True) is None
 
@@ -176,7 +176,7 @@ class InstantAttentionImpl(TritonAttentionImpl):
         )
 
     def _is_ours(self, metadata: Any) -> bool:
-        """Whether the contract covers a step; without metadata vLLM only measures memory."""
+        """Whether the plugin's interface covers a step; without metadata vLLM only profiles memory."""
         return (
             metadata is not None
             and self.is_plain

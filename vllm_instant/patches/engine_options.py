@@ -26,10 +26,10 @@ def as_arguments(
         model_typed: whether the command line has a MODEL.
 
     Returns:
-        Words to put in front of the options that the user typed.
+        Words to insert before the options that the user typed.
 
     Raises:
-        DeploymentError: for keys that are no options of vLLM, and values that it cannot read.
+        DeploymentError: a key is no option of vLLM, or vLLM cannot read its value.
 
     """
     known: dict[str, argparse.Action] = parser._option_string_actions
@@ -82,7 +82,7 @@ def _objection(parser: argparse.ArgumentParser, action: argparse.Action | None, 
 
 
 def check_with_vllm(deployment: Deployment) -> None:
-    """Raise DeploymentError with what vLLM has against the engine arguments; builds vLLM's parser (seconds)."""
+    """Raise DeploymentError if vLLM refuses the engine arguments; builds vLLM's parser, which takes seconds."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -90,7 +90,7 @@ def check_with_vllm(deployment: Deployment) -> None:
 
 
 def _given(known: dict[str, argparse.Action], typed: list[str]) -> tuple[set[int], dict[int, tuple[str, set[str]]]]:
-    """What the user typed: whole options, and single keys of JSON options (``--speculative-config.method``).
+    """The options that the user typed: whole ones, and single keys of JSON options (``--speculative-config.method``).
 
     The keys come with the spelling of their option: vLLM merges dotted keys by that spelling, ``-sc`` or long.
     """

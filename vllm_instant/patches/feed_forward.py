@@ -74,7 +74,7 @@ def _part(text: str) -> GuardedPlugin[FeedForwardProvider] | None:
 
 
 def unsupported_reason(vllm_config: Any) -> str | None:
-    """Why no layer of an engine can be served, one sentence; None if some may be."""
+    """Why the plugin can serve no layer of an engine, in one sentence; None if it may serve some."""
     from vllm import envs
 
     if vllm_config.lora_config is not None:
@@ -85,11 +85,11 @@ def unsupported_reason(vllm_config: Any) -> str | None:
 
 
 class ServedHalf:
-    """The second half of one layer: as the plugin computes it, and as vLLM does.
+    """The second half of one layer, computed by the plugin or by vLLM's own parts.
 
     Args:
-        plugin: behind its breaker.
-        compute: what the plugin made for this layer.
+        plugin: the provider behind its circuit breaker.
+        compute: the plugin's function for this layer.
         layer: vLLM's decoder layer, whose parts are changed here.
 
     """
@@ -109,7 +109,7 @@ class ServedHalf:
             part.__class__ = make(kind)
 
     def __call__(self, attended: Any, residual: Any) -> tuple[Any, Any]:
-        """What the feed-forward adds, and the residual stream before it, from both behind the attention."""
+        """The feed-forward's result and the residual stream before it, from the attention's output and residual."""
         if 0 < len(attended) <= self._plugin.instance.max_rows:
             attended, residual = attended.contiguous(), residual.contiguous()
             computed = self._plugin.call("compute", lambda _: self._by_plugin(attended, residual), None)
@@ -190,10 +190,10 @@ def _shape(attended: Any, residual: Any, layer_name: Any) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=1)
 def register_operator() -> Any:
-    """Register ``vllm_instant::feed_forward``; the library object is kept, because the operator goes with it.
+    """Register ``vllm_instant::feed_forward``; keep the library object: the operator is removed with it.
 
-    Layers have vLLM's own kind of name, which it takes for an input of a graph, so that graphs that differ in nothing
-    else are compiled once.
+    Layers are named by vLLM's ``LayerName``, an input of the graph, so that graphs that differ in the layer alone are
+    compiled once.
     """
     import torch
     from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op

@@ -1,7 +1,7 @@
-"""Which decoder layers of a model have a second half that plugins may compute, and where its weights are.
+"""The decoder layers of a model whose second half a plugin can compute, and the weights of that half.
 
-A layer qualifies if all of its parts are of kinds that are known to the letter (``KINDS``, which the patch's
-requirements check in vLLM's sources). What derives from them without another ``forward`` does, too.
+A layer qualifies if the ``forward`` of each of its parts is listed in ``KINDS`` word for word; the patch's requirements
+compare the list with vLLM's sources. Subclasses qualify, too, unless they override ``forward``.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ ACTIVATION = "vllm.model_executor.layers.activation.SiluAndMul"
 
 
 class UnservedLayerError(Exception):
-    """A layer that stays vLLM's; the message says why."""
+    """A layer that a plugin cannot compute; the message says why."""
 
 
 def requirements() -> tuple[Requirement, ...]:
-    """That vLLM's classes are still what ``KINDS`` says."""
+    """The requirements that vLLM's classes still have the statements of ``KINDS``."""
     return tuple(
         HasStatements(
             f"model_executor/models/{module}.py", f"{name}.forward", tuple(map(ast.unparse, ast.parse(code).body))
@@ -91,7 +91,7 @@ def candidates(model: Any) -> list[Any]:
 
 
 def linears(layer: Any) -> list[tuple[str, Any]]:
-    """The linear layers of its second half, by name; none where it has others."""
+    """The linear layers of the layer's second half with their names; an empty list if one is missing."""
     found = [
         ("o_proj", getattr(layer.self_attn, "o_proj", None)),
         ("gate_up_proj", getattr(layer.mlp, "gate_up_proj", None)),
@@ -101,7 +101,7 @@ def linears(layer: Any) -> list[tuple[str, Any]]:
 
 
 def second_half(layer: Any, dtype: Any, device: str) -> FeedForwardLayer:
-    """What a plugin needs to know of a layer's second half.
+    """Describe a layer's second half for a plugin.
 
     Args:
         layer: one of ``candidates``, with weights as they are computed with.
@@ -109,7 +109,7 @@ def second_half(layer: Any, dtype: Any, device: str) -> FeedForwardLayer:
         device: where the weights must be: ``cuda``, ``cpu``, …
 
     Raises:
-        UnservedLayerError: the layer is another than plugins compute.
+        UnservedLayerError: plugins cannot compute this layer.
 
     """
     for part, module in (("layer", layer), ("attention", layer.self_attn), ("feed-forward", layer.mlp)):
@@ -131,7 +131,7 @@ def second_half(layer: Any, dtype: Any, device: str) -> FeedForwardLayer:
 
 
 def _written_in(module: Any) -> str:
-    """The class whose ``forward`` a module has, patches of ours aside, as module and name."""
+    """The class that defines a module's ``forward``, as module and name; subclasses of this package are skipped."""
     for kind in type(module).__mro__:
         if "forward" in vars(kind) and not kind.__module__.startswith("vllm_instant"):
             return f"{kind.__module__}.{kind.__qualname__}"
@@ -169,7 +169,7 @@ def _weights(name: str, linear: Any, dtype: Any, device: str) -> LinearWeights:
                 f"{name} is quantised ({type(method).__name__}, weights of type {weight.dtype}), and plugins know FP8 "
                 "weights with one scale an output"
             )
-        # vLLM keeps such weights with their inputs first, and the inputs of one output side by side.
+        # vLLM stores such weights transposed, as [inputs, outputs] with the inputs of one output contiguous.
         weight, scales = weight.t(), scales.view(-1)
     elif weight is not None and weight.dtype != dtype:
         raise UnservedLayerError(f"{name} has weights of type {weight.dtype}, and the model computes in {dtype}")

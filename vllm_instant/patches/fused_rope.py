@@ -1,9 +1,9 @@
-"""Rotation by the attention plugin, in the launch that writes the cache.
+"""Fuse the rotary embedding of an attention plugin with its write to the KV cache.
 
-vLLM's own fusion of the two is a pass over compiled graphs that it switches off where the platform is not ROCm, and
-that does nothing for eager models. Here the model is changed once it is loaded: an attention module whose ``forward``
-hands the result of its rotation straight to its attention gets a rotation that only passes keys and positions on, and
-an attention that has both done by one operator. No graph needs to be recognised: it is the same compiled and eager.
+vLLM's own fusion is a pass over compiled graphs, which it enables on ROCm only and which has no effect on eager models.
+Here the loaded model is changed: an attention module whose ``forward`` passes its rotated queries and keys directly to
+its attention gets a rotary embedding that defers the rotation, and an attention whose one operator rotates and writes.
+No graph has to be matched, so that compiled and eager models behave alike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _load_model(load: Any, loader: Any, vllm_config: Any, *args: Any, **kwargs: 
 
 
 def announce_operator(model: Any, vllm_config: Any) -> None:
-    """Tell the configurations of a model's parts that their graphs have our operator, before any is compiled."""
+    """Add the operator to the configurations of a model's parts, before their graphs are compiled."""
     found = [vllm_config, *(getattr(module, "vllm_config", None) for module in model.modules())]
     for config in {id(config): config for config in found if config is not None}.values():
         splitting = config.compilation_config.splitting_ops

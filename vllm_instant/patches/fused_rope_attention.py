@@ -1,4 +1,4 @@
-"""Attention modules of a loaded model whose rotation becomes the attention plugin's; imported where there is one."""
+"""Replace the rotary embedding of a loaded model's attention modules; imported only with an attention plugin."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCHEMA = (
 
 
 class Unrotated(NamedTuple):
-    """What stands for a rotated key between the rotation that was put off and the attention that makes up for it."""
+    """An unrotated key and its rotation's arguments, passed from ``DeferredRotation`` to ``RotatingAttention``."""
 
     key: torch.Tensor
     positions: torch.Tensor
@@ -38,14 +38,14 @@ class Unrotated(NamedTuple):
 
 
 class DeferredRotation(torch.nn.Module):
-    """In the place of a ``RotaryEmbedding``, which other layers may share: leaves the query as it is."""
+    """Replaces a ``RotaryEmbedding``, which other layers may share; returns the query unrotated."""
 
     def __init__(self, rotary: Any) -> None:
         super().__init__()
         self.rotary = rotary
 
     def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Any:
-        # Several positions a token are another rotation.
+        # Several positions per token (multimodal RoPE) are another rotation.
         if positions.dim() != 1:
             return self.rotary(positions, query, key)
         cos_sin = self.rotary._match_cos_sin_cache_dtype(query)
@@ -53,12 +53,12 @@ class DeferredRotation(torch.nn.Module):
 
 
 class RotatingAttention(Attention):
-    """What an ``Attention`` becomes: takes unrotated keys, too."""
+    """An ``Attention`` that also takes unrotated keys."""
 
     def forward(self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(key, Unrotated):
             return super().forward(query, key, value, *args, **kwargs)
-        # As vLLM's, with the operator that writes replaced. Nothing may stand between both: vLLM splits graphs there.
+        # As vLLM's, with the writing operator replaced. No operation may separate the two: vLLM splits graphs there.
         key, positions, cos_sin, is_neox = key
         output = query.new_empty((query.shape[0], self.num_heads * self.head_size))
         rows = output.view(-1, self.num_heads, self.head_size)
@@ -82,9 +82,9 @@ def _rotate_and_write(
     is_neox: bool,
     layer_name: str,
 ) -> torch.Tensor:
-    """Rotated queries, in memory of their own: who takes over from a plugin that raises finds everything as given."""
+    """Return rotated queries in new memory, so that vLLM's kernels find unchanged inputs if the plugin raises."""
     _, layer, kv_cache, slots = get_attention_context(layer_name)
-    # Without slots vLLM only measures memory: nothing is written and nothing attended to.
+    # Without slots vLLM only profiles memory: there is nothing to write or attend to.
     if slots is None:
         return query.clone(memory_format=torch.contiguous_format)
     rotated = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -99,7 +99,7 @@ def _shape_of_rotated(query: torch.Tensor, *_: Any) -> torch.Tensor:
 
 @cache
 def register_operator() -> Any:
-    """Register ``vllm_instant::rotate_and_write``; the library object is kept, because the operator goes with it."""
+    """Register ``vllm_instant::rotate_and_write``; keep the library object: the operator is removed with it."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     library.define(SCHEMA)
     for device in ("CPU", "CUDA"):
@@ -110,9 +110,9 @@ def register_operator() -> Any:
 
 @cache
 def hands_on(forward: Any) -> bool:
-    """Whether a module's ``forward`` gives rotated queries and keys to its attention and does nothing else with them.
+    """Whether a module's ``forward`` passes rotated queries and keys to its attention and uses them nowhere else.
 
-    ``q, k = self.rotary_emb(positions, q, k)`` and then ``… = self.attn(q, k, v)``, whatever the names, each once.
+    ``q, k = self.rotary_emb(positions, q, k)`` and then ``… = self.attn(q, k, v)``, with any variable names, each once.
     """
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
@@ -136,7 +136,7 @@ def hands_on(forward: Any) -> bool:
 
 
 def unsupported_reason(parent: Any, attention: Any) -> str | None:
-    """Why the rotation of an attention layer stays vLLM's, as the end of a sentence; None if it need not."""
+    """Why vLLM rotates the queries and keys of a layer, as the end of a sentence; None if the plugin can."""
     rotary = getattr(parent, "rotary_emb", None)
     kind = type(rotary)
     if rotary is None or "forward" in vars(parent) or not hands_on(type(parent).forward):
@@ -165,7 +165,7 @@ def unsupported_reason(parent: Any, attention: Any) -> str | None:
 
 
 def serve(model: Any) -> int:
-    """Hand the rotation to the attention plugin wherever it can take it; returns for how many layers."""
+    """Let the attention plugin rotate in all layers that it supports; returns their number."""
     parents = {
         id(module.attn): module for module in model.modules() if isinstance(getattr(module, "attn", None), Attention)
     }

@@ -21,7 +21,7 @@ from vllm_instant.interfaces.drafter import Draft, DraftAssignment, DraftRequest
 from vllm_instant.patches.compat import HasSignature, References, VllmPatch
 from vllm_instant.patches.draft_model_skip import DraftModelCatchUp, can_be_skipped, catch_up_of
 from vllm_instant.patches.drafter import checked_draft
-from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE
+from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE, V2_MODEL_RUNNER
 from vllm_instant.patches.plugin_factory import (
     PluginStartError,
     build_guarded,
@@ -234,6 +234,19 @@ def _update_states(update: Any, runner: Any, scheduler_output: Any) -> Any:
     return update(scheduler_output)
 
 
+def _init_v2_runner(initialize: Any, runner: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse the V2 runner, which would run the draft model without the plugin."""
+    deployment, speculative = deployment_env.get_deployment(), vllm_config.speculative_config
+    if deployment is not None and speculative is not None:
+        plugin = installed_plugin(deployment, "drafter").plugin
+        is_hybrid = plugin.build is not None and plugin.engine_arguments is not None
+        if is_hybrid and uses_drafter_plugin(deployment, speculative):
+            raise PluginStartError(
+                f"plugin {plugin.name} of slot drafter needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+    initialize(vllm_config, *args, **kwargs)
+
+
 _RUNNER = "v1/worker/gpu_model_runner.py"
 
 PATCH = VllmPatch(
@@ -243,6 +256,7 @@ PATCH = VllmPatch(
         HasSignature(
             _RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output", "sampled_token_ids")
         ),
+        HasSignature("v1/worker/gpu/model_runner.py", "GPUModelRunner.__init__", ("self", "vllm_config")),
         HasSignature(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config")),
         HasSignature(_RUNNER, "GPUModelRunner._update_states", ("self", "scheduler_output"), exact=True),
         References(_RUNNER, "GPUModelRunner.execute_model", ("_update_states",)),
@@ -256,5 +270,6 @@ PATCH = VllmPatch(
         f"{MODEL_RUNNER}:GPUModelRunner.propose_draft_token_ids": _propose,
         f"{MODEL_RUNNER}:GPUModelRunner.initialize_kv_cache": _initialize_kv_cache,
         f"{MODEL_RUNNER}:GPUModelRunner._update_states": _update_states,
+        f"{V2_MODEL_RUNNER}:GPUModelRunner.__init__": _init_v2_runner,
     },
 )

@@ -1,4 +1,4 @@
-"""Keep our folder names from shadowing other people's modules.
+"""Keep this repository's folder names from shadowing other modules.
 
 vLLM looks for an importable ``triton_kernels`` before it takes the copy that it vendors, and a folder of that name
 in the current directory is importable (as an empty namespace package). Hiding such a folder makes vLLM find its own.

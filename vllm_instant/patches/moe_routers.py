@@ -1,9 +1,9 @@
-"""Routers of mixture-of-experts layers that ask an experts plugin, inside one operator.
+"""Let the routers of mixture-of-experts layers call an experts plugin, inside one operator.
 
 A router's class becomes a subclass of itself, so that vLLM's checks of its type, its capture hook and the mapping of
-its load balancer go on working. The subclass only replaces ``_compute_routing``, by an operator that torch.compile and
-CUDA graphs see as one opaque piece: vLLM's own routing runs in it as ever, and rows whose picks are not all allowed
-pick anew (``vllm_instant.moe.router_scoring``).
+its load balancer still work. The subclass only replaces ``_compute_routing``, by an operator that torch.compile and
+CUDA graphs see as one opaque node: vLLM's own routing runs in it unchanged, and rows that picked a forbidden expert
+are routed again (``vllm_instant.moe.router_scoring``).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class UnservedRouterError(Exception):
 
 
 def scoring_of(router: Any) -> RouterScoring:
-    """By what rule a router of vLLM's picks.
+    """The scoring rule of a router of vLLM.
 
     Raises:
-        UnservedRouterError: when it is none that plugins know.
+        UnservedRouterError: the rule is not one that plugins know.
 
     """
     kind = type(router).__name__.removeprefix("Instant")
@@ -85,8 +85,8 @@ def _subclass(base: Any, says_custom: bool) -> Any:
         "__module__": __name__,
         LAYER: None,
         "_compute_routing": _compute_routing,
-        # Kernels that route by themselves would not ask us: vLLM from 0.33 on lets routers say so. Before, a routing
-        # method that none of those kernels knows keeps them away.
+        # Kernels that route by themselves would bypass the plugin: from 0.33 on a router can refuse them. Before, a
+        # routing method that none of those kernels supports excludes them.
         "supports_monolithic_kernels": property(lambda self: False),
     }
     if says_custom:
@@ -97,7 +97,7 @@ def _subclass(base: Any, says_custom: bool) -> Any:
 
 
 def adopt(router: Any) -> None:
-    """Make a router ask a plugin once it has a layer; does nothing the second time, and for routers unknown to it."""
+    """Make a router call the plugin once it has a layer index; does nothing the second time or for unknown routers."""
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
     if isinstance(router, BaseRouter) and not hasattr(router, LAYER):
@@ -107,12 +107,12 @@ def adopt(router: Any) -> None:
 
 
 def serve(layers: list[Any]) -> None:
-    """Make these the layers that the operator knows, by index; each is asked as ``layer.route(...)``."""
+    """Set the layers of the operator by index; it calls ``layer.route(...)``."""
     _served[:] = layers
 
 
 def native(router: Any, hidden_states: Any, router_logits: Any, input_ids: Any) -> Any:
-    """What vLLM's own class would pick: float32 and int32, ``[tokens, top_k]`` each."""
+    """Weights (float32) and picks (int32) of vLLM's own class, ``[tokens, top_k]`` each."""
     import torch
 
     base: Any = type(router).__mro__[1]
@@ -134,7 +134,7 @@ def _shape_of_route(hidden_states: Any, router_logits: Any, input_ids: Any, laye
 
 @lru_cache(maxsize=1)
 def register_operator() -> Any:
-    """Register ``vllm_instant::route``; the library object is kept, because the operator goes with it."""
+    """Register ``vllm_instant::route``; keep the library object: the operator is removed with it."""
     import torch
 
     library = torch.library.Library(NAMESPACE, "FRAGMENT")

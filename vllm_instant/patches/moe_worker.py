@@ -1,4 +1,4 @@
-"""An experts plugin at work in a worker: rows of steps, layers, what is measured, and the shadow pass."""
+"""An experts plugin in a worker: rows of steps, layers, measurements, and the reference pass."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _FIELDS = ("native_experts", "routed_experts", "native_mass", "routed_mass")
 
 
 class ServedLayer:
-    """One MoE layer whose router asks the plugin."""
+    """One MoE layer whose router calls the plugin."""
 
     def __init__(self, serving: MoeWorker, router: Any, layer: ExpertLayer, scoring: Any) -> None:
         self._serving = serving
@@ -103,7 +103,7 @@ class ServedLayer:
 
     @staticmethod
     def _refuses_any(allowed: Any, own: Any, held: Any) -> bool:
-        """Whether some row has to pick anew; where looking costs nothing."""
+        """Whether a row picked a forbidden expert; called only where reading the answer does not synchronise."""
         refused = ~allowed.expand(len(own), -1).gather(1, own).all(-1)
         return bool((refused & held).any())
 
@@ -121,11 +121,11 @@ class ServedLayer:
 
 
 class MoeWorker:
-    """The plugin of a worker, its layers and its numbers.
+    """The plugin of a worker with its layers and measurements.
 
     Args:
         plugin: the deployment's experts plugin.
-        max_rows: no step has more.
+        max_rows: limit of rows per step.
         device: the model's.
 
     """
@@ -158,7 +158,7 @@ class MoeWorker:
         self.by_layer: npt.NDArray[np.float64] = np.zeros((0, 4))
 
     def serve(self, layers: Sequence[tuple[Any, ExpertLayer, Any]]) -> None:
-        """Serve these: router, layer and its scoring each. Called once, before anything is compiled."""
+        """Serve layers, given as router, layer and scoring; called once, before anything is compiled."""
         import torch
 
         described = [layer for _, layer, _ in layers]
@@ -208,7 +208,7 @@ class MoeWorker:
     # ------------------------------------------------------------------------------------------ around a forward pass
 
     def begin(self, rows: StepRows, drafts: Sequence[int]) -> None:
-        """A step begins: who its rows belong to, and how many of each request's are draft tokens."""
+        """Begin a step: the requests of its rows, and each request's number of draft tokens."""
         import torch
 
         self.number += 1
@@ -249,7 +249,7 @@ class MoeWorker:
         return self._look is Measurement.REFERENCE and not self.plugin.disabled
 
     def reference_pass(self, active: bool) -> None:
-        """The pass that begins is the one for comparison, or no longer."""
+        """Begin or end the reference pass."""
         self.plugin.call("reference_pass", lambda plugin: plugin.reference_pass(active), None)
         if not self.replays:
             self.counting = not active
@@ -257,22 +257,22 @@ class MoeWorker:
             self._counting.fill_(0.0 if active else 1.0)
 
     def before_forward(self) -> None:
-        """The pass that counts begins."""
+        """Begin the pass whose results are used and counted."""
         if self.replays:
             self._counting.fill_(1.0 if self._look is not Measurement.OFF else 0.0)
 
     def compared_rows(self, logits_rows: Any) -> Any:
-        """Which of the rows that sample are compared: int64 ``[at most SHADOW_ROWS]``, spread over the batch."""
+        """The sampled rows that are compared: int64 ``[up to SHADOW_ROWS]``, spread over the batch."""
         import torch
 
         decoding = set(self._decode_rows)
         rows = [row for row in logits_rows.tolist() if row in decoding]
-        # A stride, so that no request is always left out.
+        # The start of the stride moves, so that each request is compared in some step.
         stride = max(1, -(-len(rows) // SHADOW_ROWS))
         return torch.tensor(rows[self.number % stride :: stride][:SHADOW_ROWS], device=self.kinds.device)
 
     def compare(self, shadow_logits: Any, served_logits: Any) -> Any:
-        """Tokens, divergence of the served from the shadow distribution, and its square, summed: float64 ``[3]``."""
+        """Sums over tokens of 1, KL(reference || served) and its square: float64 ``[3]``."""
         import torch
 
         shadow = shadow_logits.float().log_softmax(-1)
@@ -281,15 +281,15 @@ class MoeWorker:
         return torch.stack([torch.full_like(each[:1].sum(), len(each)), each.sum(), (each * each).sum()])
 
     def nothing_compared(self) -> Any:
-        """Room for the sums of ``compare``, on a worker that has no logits."""
+        """A buffer for the sums of ``compare`` on a worker without logits."""
         return self._kl.new_zeros(3)
 
     def add_comparison(self, sums: Any) -> None:
-        """What ``compare`` said, from the worker that has logits."""
+        """Add the sums of ``compare`` from the worker with logits."""
         self._kl += sums
 
     def finish(self) -> None:
-        """The model ran: start to read what was measured."""
+        """End the forward pass: start to read the measurements from the device."""
         if self._look is Measurement.OFF or self._pending is not None:
             return
         import torch
@@ -344,7 +344,7 @@ class MoeWorker:
     # --------------------------------------------------------------------------------------------------- what is told
 
     def report(self) -> dict[str, Any] | None:
-        """What travels to the engine core beside this step's tokens; None in most steps."""
+        """The report that travels to the engine core with this step's tokens; None in most steps."""
         latest, self._latest = self._latest, None
         if latest is None and self.number % REPORT_EVERY:
             return None
@@ -365,7 +365,7 @@ class MoeWorker:
         return self.plugin.call("measures", lambda plugin: dict(plugin.metrics()), nothing)
 
     def layers_described(self) -> list[dict[str, Any]]:
-        """Means a counted step, layer by layer."""
+        """Means per counted step, by layer."""
         rows = []
         for layer, (steps, native, routed, native_mass, routed_mass) in zip(
             self.layers, self.by_layer.tolist(), strict=True
@@ -382,9 +382,9 @@ class MoeWorker:
         return rows
 
     def control(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Hand settings from outside to the plugin, or ``{}`` for a description alone.
+        """Pass settings to the plugin, or ``{}`` for a description alone.
 
-        Raises nothing: what is wrong comes back as ``error``.
+        Invalid settings are returned as ``error``; nothing is raised.
         """
         answer: dict[str, Any] = {}
         if settings.pop("forget", False):

@@ -1,4 +1,4 @@
-"""From a deployment and vLLM's configuration to the objects that serve."""
+"""Build plugins from a deployment and vLLM's configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PluginStartError(Exception):
 
 
 def context_of(vllm_config: Any, deployment: Deployment | None = None) -> PluginContext:
-    """What a plugin may know, from vLLM's ``VllmConfig`` and the deployment that it serves."""
+    """The context of plugins from vLLM's ``VllmConfig`` and the deployment."""
     speculative = vllm_config.speculative_config
     own_drafter = deployment is not None and speculative is not None and uses_drafter_plugin(deployment, speculative)
     return PluginContext(
@@ -39,7 +39,7 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
 
 
 def uses_drafter_plugin(deployment: Deployment, speculative_config: Any) -> bool:
-    """Whether the server drafts as its drafter plugin says: the command line may have chosen another method."""
+    """Whether the server uses its drafter plugin's method; the command line may have chosen another one."""
     chosen = drafter_arguments(deployment).get("speculative_config", {})
     if speculative_config.method == "custom_class":
         return bool(speculative_config.model == chosen.get("model"))
@@ -47,7 +47,7 @@ def uses_drafter_plugin(deployment: Deployment, speculative_config: Any) -> bool
 
 
 def _identity(vllm_config: Any, drafting: Deployment | None) -> dict[str, str]:
-    """What the time of an engine step depends on; ``drafting`` is the deployment if it brings the drafter."""
+    """Everything that the time of a step depends on; ``drafting`` is the deployment if it brings the drafter."""
     model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
     identity = {
         "device": _device_name(str(vllm_config.device_config.device_type)),

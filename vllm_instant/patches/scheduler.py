@@ -12,6 +12,7 @@ The V2 model runner keeps drafts on the device under synchronous scheduling, too
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.speculation import StepOutcome
 from vllm_instant.patches.admission import BatchingMixin
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
+from vllm_instant.patches.draft_lengths import UnpaddedLookup, fixed_length_reason, padding_may_block
 from vllm_instant.patches.moe_reports import count_in
 from vllm_instant.patches.names import PLACEHOLDER, PLAN_ATTRIBUTE, REPORT_ATTRIBUTE
 from vllm_instant.patches.pinned_prefixes import PinningMixin
@@ -36,12 +38,16 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+logger = logging.getLogger("vllm.instant")
+
+
 class InstantMixin(BatchingMixin, PinningMixin):
     """Serves ``speculation``, ``batching`` and pinned prefixes; precedes vLLM's scheduler in the bases."""
 
     # Attributes of the vLLM base class that BatchingMixin does not already declare.
     num_spec_tokens: int
     spec_decode_metrics_level: str
+    dynamic_sd_lookup: Any
 
     _asynchronous = False
 
@@ -54,13 +60,27 @@ class InstantMixin(BatchingMixin, PinningMixin):
         self._instant_plan = DraftPlan()
         self._drafts_on_device = self._asynchronous or bool(self.vllm_config.use_v2_model_runner)
         self._instant_drafter_failures: Sequence[Mapping[str, Any]] = ()
+        self._instant_fixed_length = False
+        """Whether the drafter drafts ``num_spec_tokens`` in every step; then only verification follows the plan."""
+        self._instant_avoid_padding()
         deployment = deployment_env.get_deployment()
         if deployment is not None and self.num_spec_tokens:
             policy = build_guarded("speculation", deployment, context_of(self.vllm_config, deployment))
             if policy is not None:
                 self.instant_budget = DraftBudgetManager(policy, self.num_spec_tokens, requests=self.instant_requests)
+                reason = fixed_length_reason(self.vllm_config)
+                if reason is not None:
+                    self._instant_fixed_length = True
+                    logger.info("Only verification follows the draft budget: %s", reason)
                 if self.spec_decode_metrics_level == "none" and os.environ.get(deployment_env.REPORT_DRAFTS):
                     self.spec_decode_metrics_level = "summary"
+
+    def _instant_avoid_padding(self) -> None:
+        """Keep vLLM from padding requests beyond what a step can schedule."""
+        threshold = self.scheduler_config.long_prefill_token_threshold
+        may_block = padding_may_block(self.num_spec_tokens, self.max_num_scheduled_tokens, threshold)
+        if self.num_spec_tokens and self.dynamic_sd_lookup is None and may_block:
+            self.dynamic_sd_lookup = UnpaddedLookup(self.num_spec_tokens)
 
     def add_request(self, request: Request) -> None:
         """Open the request's state before the base class may schedule it."""
@@ -98,7 +118,9 @@ class InstantMixin(BatchingMixin, PinningMixin):
             max_wait = max(0.0, time.time() - oldest.arrival_time)
         plan = budget.plan_drafts(drafting, len(self.waiting), max_wait)
         # The drafter makes one number for the whole batch: the maximum.
-        scheduler_output.num_spec_tokens_to_schedule = max(plan.num_draft_tokens.values(), default=0)
+        maximum = max(plan.num_draft_tokens.values(), default=0)
+        if not self._instant_fixed_length:
+            scheduler_output.num_spec_tokens_to_schedule = maximum
         setattr(scheduler_output, PLAN_ATTRIBUTE, plan)
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
         if self._asynchronous:
@@ -107,7 +129,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
                 if len(request.spec_token_ids) > length:
                     request.spec_token_ids = request.spec_token_ids[:length]
         self._instant_plan = plan
-        self.instant_nothing_to_draft = scheduler_output.num_spec_tokens_to_schedule == 0
+        self.instant_nothing_to_draft = maximum == 0
         budget.step_scheduled(id(scheduler_output))
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
@@ -289,6 +311,12 @@ PATCH = VllmPatch(
         HasAttribute(_OUTPUT, "CachedRequestData.resumed_req_ids"),
         HasAttribute(_OUTPUT, "SchedulerOutput.num_scheduled_tokens"),
         HasAttribute(_OUTPUT, "SchedulerOutput.num_invalid_spec_tokens"),
+        References(_SCHEDULER, "Scheduler.__init__", ("dynamic_sd_lookup", "max_num_scheduled_tokens")),
+        References(_SCHEDULER, "Scheduler.schedule", ("dynamic_sd_lookup", "num_spec_tokens")),
+        HasAttribute("config/speculative.py", "SpeculativeConfig.parallel_drafting"),
+        HasAttribute("config/speculative.py", "SpeculativeConfig.draft_model_config"),
+        HasAttribute("config/parallel.py", "ParallelConfig.data_parallel_size"),
+        HasAttribute("config/model.py", "ModelConfig.is_moe"),
         HasAttribute("v1/outputs.py", "DraftTokenIds.draft_token_ids"),
         HasAttribute("v1/outputs.py", "ModelRunnerOutput.sampled_token_ids"),
         HasAttribute("v1/outputs.py", "ModelRunnerOutput.req_id_to_index"),

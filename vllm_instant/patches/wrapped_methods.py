@@ -65,7 +65,7 @@ METHODS: dict[str, tuple[VllmPatch, ...]] = {
     f"{_CPU}.execute_model": (single_rpc.PATCH,),
     f"{_CPU}.sample_tokens": (single_rpc.PATCH,),
     # The V2 model runner.
-    f"{_V2}.__init__": (moe.PATCH,),
+    f"{_V2}.__init__": (moe.PATCH, hybrid_drafting.PATCH),
     f"{names.V2_REJECTION_SAMPLER}:RejectionSampler.__init__": (rejection_sampler.PATCH,),
     # The engine core: drafts that came with the tokens are used before the engine core decides whether to fetch any.
     f"{_CORE}.post_step": (single_rpc.PATCH, engine_core.PATCH),

@@ -9,9 +9,13 @@ import torch
 from patch_harness import wrap
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
+from vllm_instant.deployment.resolved import drafter_arguments
+from vllm_instant.deployment.settings import resolve
 from vllm_instant.interfaces.drafter import DraftAssignment, HybridDrafter
+from vllm_instant.patches import hybrid_drafting
 from vllm_instant.patches.hybrid_drafting import HYBRID_ATTRIBUTE, PATCH, HybridDraftRunner
-from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE
+from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE, V2_MODEL_RUNNER
+from vllm_instant.patches.plugin_factory import PluginStartError
 from vllm_instant.patches.worker_reports import report_of
 from vllm_instant.speculation.draft_plan import DraftPlan
 
@@ -176,6 +180,27 @@ def test_a_plugin_that_fails_leaves_the_model_alone(assignments):
     for _ in range(2):
         assert _propose(hybrid, Model(), DraftPlan({"a": 4, "b": 3, "c": 0})) == [[7] * 4, [7] * 3, []]
     assert hybrid.drafter.disabled
+
+
+@pytest.mark.parametrize(("drafter", "refused"), [("hybrid", True), ("suffix", False)])
+def test_the_v2_runner_is_refused_because_it_would_ignore_the_plugin(monkeypatch, drafter, refused):
+    deployment = resolve(None, [f"drafter.plugin={drafter}", *(["drafter.model=m"] if refused else [])])
+    monkeypatch.setattr(hybrid_drafting.deployment_env, "get_deployment", lambda: deployment)
+    chosen = drafter_arguments(deployment)["speculative_config"]
+    built = []
+
+    class GPUModelRunner:
+        def __init__(self, vllm_config):
+            built.append(vllm_config)
+
+    wrap(PATCH, V2_MODEL_RUNNER, GPUModelRunner=GPUModelRunner)
+    config = SimpleNamespace(speculative_config=SimpleNamespace(**{"model": None, **chosen}))
+    if refused:
+        with pytest.raises(PluginStartError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+            GPUModelRunner(config)
+    else:
+        GPUModelRunner(config)
+    assert bool(built) is not refused
 
 
 def test_finished_requests_are_forgotten_in_a_fixed_order():

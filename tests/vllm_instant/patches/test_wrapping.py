@@ -41,6 +41,7 @@ def _order(method):
     ("method", "order"),
     [
         ("gpu_model_runner:GPUModelRunner.__init__", ("experts", "rejection_sampler")),
+        ("gpu.model_runner:GPUModelRunner.__init__", ("experts", "hybrid_drafting")),
         ("GPUModelRunner.initialize_kv_cache", ("experts", "hybrid_drafting")),
         ("GPUModelRunner._update_states", ("hybrid_drafting", "draft_model_skip", "drafter")),
         ("GPUModelRunner.propose_draft_token_ids", ("hybrid_drafting", "draft_model_skip", "drafter")),

@@ -1,0 +1,139 @@
+"""Drafters that make a fixed number of drafts, and padding that no step can hold."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import scheduler_harness as harness
+
+from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.settings import resolve
+from vllm_instant.patches.draft_lengths import fixed_length_reason, padding_may_block
+from vllm_instant.patches.names import PLAN_ATTRIBUTE
+from vllm_instant.patches.scheduler import create_scheduler
+
+DRAFTS = 4
+
+
+def _config(method="draft_model", parallel=False, ranks=1, target_experts=False, draft_experts=None):
+    draft = None if draft_experts is None else SimpleNamespace(is_moe=draft_experts)
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(method=method, parallel_drafting=parallel, draft_model_config=draft),
+        parallel_config=SimpleNamespace(data_parallel_size=ranks),
+        model_config=SimpleNamespace(is_moe=target_experts),
+    )
+
+
+@pytest.mark.parametrize("method", ["ngram", "eagle", "eagle3", "mtp", "draft_model", "dflash", "custom_class"])
+def test_methods_that_take_a_number_per_step_may_vary(method):
+    assert fixed_length_reason(_config(method)) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (_config("suffix"), "method suffix draft a fixed number"),
+        (_config("ngram_gpu"), "method ngram_gpu"),
+        (_config("medusa"), "method medusa"),
+        (_config("extract_hidden_states"), "method extract_hidden_states"),
+        (_config("eagle3", parallel=True), "parallel drafting"),
+        (_config("draft_model", parallel=True, draft_experts=False), "parallel drafting"),
+        (_config("mtp", ranks=2, target_experts=True), "data-parallel ranks"),
+        (_config("draft_model", ranks=2, draft_experts=True), "data-parallel ranks"),
+    ],
+)
+def test_other_drafters_make_a_fixed_number(config, words):
+    assert words in fixed_length_reason(config)
+
+
+def test_dense_models_with_data_parallelism_may_vary():
+    assert fixed_length_reason(_config(ranks=2, draft_experts=False)) is None
+    assert fixed_length_reason(_config(target_experts=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "threshold", "blocks"),
+    [(17, 0, False), (16, 0, True), (8192, 17, False), (8192, 16, True), (8192, 0, False)],
+)
+def test_when_a_padded_request_does_not_fit_into_a_step(budget, threshold, blocks):
+    assert padding_may_block(16, budget, threshold) == blocks
+
+
+@pytest.fixture
+def make(demo_pair, monkeypatch):
+    """A scheduler whose configuration a test may change first."""
+
+    def build(change=lambda config: None, asynchronous=False, drafts=DRAFTS, length=0, caching=False):
+        monkeypatch.setenv(deployment_env.VARIABLE, "")
+        monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "")
+        fixed = ("speculation.plugin=fixed", f"speculation.num_draft_tokens={length}")
+        deployment_env.set_deployment(resolve(None, fixed))
+        config = harness.engine_config(demo_pair.target, drafts, 16, asynchronous)
+        config.cache_config.enable_prefix_caching = caching
+        change(config)
+        return harness.make_scheduler(create_scheduler, config)
+
+    return build
+
+
+def _suffix(config):
+    config.speculative_config.method = "suffix"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_drafters_with_a_fixed_number_keep_it_and_verification_follows_the_plan(make, asynchronous):
+    """vLLM's own suffix decoding asserts the configured number: a plan of 0 ended the engine in its first step."""
+    scheduler = make(_suffix, asynchronous, length=1)
+    scheduler.add_request(harness.make_request(1))
+    for step in range(3):
+        output = scheduler.schedule()
+        assert output.num_spec_tokens_to_schedule == DRAFTS
+        assert getattr(output, PLAN_ATTRIBUTE).num_draft_tokens == {"request-1": 1}
+        assert len(output.scheduled_spec_decode_tokens.get("request-1", ())) == (1 if step else 0)
+        scheduler.update_from_output(output, harness.answer(output, {}))
+        if not asynchronous:
+            scheduler.update_draft_token_ids(harness.drafts_for(output, DRAFTS))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_two_ranks_of_a_mixture_of_experts_make_the_same_number_whatever_they_serve(make, asynchronous):
+    def two_ranks(config):
+        config.parallel_config.data_parallel_size = 2
+        config.model_config.get_num_experts = lambda: 8
+
+    busy, idle = make(two_ranks, asynchronous, length=3), make(two_ranks, asynchronous, length=0)
+    for number in range(3):
+        busy.add_request(harness.make_request(number))
+    idle.add_request(harness.make_request(9))
+    assert busy.schedule().num_spec_tokens_to_schedule == idle.schedule().num_spec_tokens_to_schedule == DRAFTS
+
+
+def _small_budget(config):
+    config.scheduler_config.max_num_batched_tokens = 16
+
+
+def _small_threshold(config):
+    config.scheduler_config.long_prefill_token_threshold = 16
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("change", [_small_budget, _small_threshold])
+def test_a_cached_prompt_starts_where_its_padding_would_not_fit(make, change, asynchronous):
+    """Its last token is computed anew, and vLLM would pad it to 17 rows."""
+    scheduler = make(change, asynchronous, drafts=16, caching=True)
+    for attempt in range(2):
+        request = harness.make_request(1, prompt_tokens=33, max_tokens=1, request_id=f"r{attempt}")
+        scheduler.add_request(request)
+        for _ in range(4):
+            output = scheduler.schedule()
+            is_reading = request.num_computed_tokens < request.num_prompt_tokens
+            scheduler.update_from_output(
+                output, harness.answer(output, {}, {request.request_id} if is_reading else set())
+            )
+            if request.is_finished():
+                break
+        assert request.is_finished()

@@ -1,0 +1,54 @@
+"""Which speculative configurations of vLLM may draft another number of tokens in each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+VARIABLE_METHODS = frozenset({"ngram", "eagle", "eagle3", "mtp", "draft_model", "dflash", "custom_class"})
+"""Methods whose drafters take a number of draft tokens per step, as in vLLM's ``_maybe_disable_dynamic_sd_for_v1``.
+
+The others assert the configured number. Drafter plugins (``custom_class``) get their numbers with the plan.
+"""
+
+
+def fixed_length_reason(vllm_config: Any) -> str | None:
+    """Why the drafter must make ``num_speculative_tokens`` drafts in every step; None if the number may vary.
+
+    Verification may use fewer of them in any case.
+    """
+    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    if speculative.method not in VARIABLE_METHODS:
+        return f"drafters of method {speculative.method} draft a fixed number of tokens"
+    if speculative.parallel_drafting:
+        # The rows of its one forward pass are laid out for num_speculative_tokens per request.
+        return "parallel drafting computes a fixed number of draft tokens per request"
+    if parallel.data_parallel_size > 1 and _has_experts(vllm_config):
+        # Ranks with different numbers of draft steps would wait for each other in the layers' collectives.
+        return "data-parallel ranks of a mixture-of-experts model must run the same draft steps"
+    return None
+
+
+def _has_experts(vllm_config: Any) -> bool:
+    draft = vllm_config.speculative_config.draft_model_config
+    return bool(vllm_config.model_config.is_moe or (draft is not None and draft.is_moe))
+
+
+class UnpaddedLookup:
+    """In the place of ``Scheduler.dynamic_sd_lookup``: the same number for every batch size, without padding.
+
+    vLLM pads a request with one token left to compute to ``1 + num_speculative_tokens`` rows when it starts, to keep
+    the batch uniform for CUDA graphs. If the token budget of a step is smaller the request never starts, and if
+    ``long_prefill_token_threshold`` is smaller an assertion ends the engine. With a lookup vLLM does not pad.
+    """
+
+    def __init__(self, num_spec_tokens: int) -> None:
+        self.num_spec_tokens = num_spec_tokens
+
+    def __getitem__(self, batch_size: int) -> int:
+        return self.num_spec_tokens
+
+
+def padding_may_block(num_spec_tokens: int, max_num_scheduled_tokens: int, long_prefill_token_threshold: int) -> bool:
+    """Whether a padded request may exceed what one step can schedule."""
+    padded = 1 + num_spec_tokens
+    return padded > max_num_scheduled_tokens or 0 < long_prefill_token_threshold < padded
