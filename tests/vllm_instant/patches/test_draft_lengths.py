@@ -111,20 +111,15 @@ def test_two_ranks_of_a_mixture_of_experts_make_the_same_number_whatever_they_se
     assert busy.schedule().num_spec_tokens_to_schedule == idle.schedule().num_spec_tokens_to_schedule == DRAFTS
 
 
-def _small_budget(config):
-    config.scheduler_config.max_num_batched_tokens = 16
-
-
 def _small_threshold(config):
     config.scheduler_config.long_prefill_token_threshold = 16
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("change", [_small_budget, _small_threshold])
-def test_a_cached_prompt_starts_where_its_padding_would_not_fit(make, change, asynchronous):
+def test_a_cached_prompt_starts_where_its_padding_exceeds_the_threshold(make, asynchronous):
     """Its last token is computed anew, and vLLM would pad it to 17 rows."""
-    scheduler = make(change, asynchronous, drafts=16, caching=True)
+    scheduler = make(_small_threshold, asynchronous, drafts=16, caching=True)
     for attempt in range(2):
         request = harness.make_request(1, prompt_tokens=33, max_tokens=1, request_id=f"r{attempt}")
         scheduler.add_request(request)
