@@ -147,7 +147,11 @@ def test_counts_are_the_truth_and_nothing_is_left_over(live, deployment, blocks,
     life.run()
     totals = life.scheduler.instant_totals()["speculation"]
     assert (totals["proposed"], totals["accepted"]) == (life.proposed, life.accepted)
-    assert bool(life.preempted) == (blocks == SMALL_CACHE)
+    if blocks == LARGE_CACHE:
+        assert not life.preempted
+    elif deployment == "varying lengths":
+        # goodput decides by measured time, so that its requests may do with fewer blocks.
+        assert life.preempted
     assert life.scheduler.requests == {}
     assert not life.scheduler.instant_budget.states
     pool = life.scheduler.kv_cache_manager.block_pool
