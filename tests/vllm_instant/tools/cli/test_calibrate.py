@@ -40,7 +40,7 @@ def test_a_plugin_refuses_where_nothing_would_be_stored(plugin_with, capsys):
     plugin_with(speculation=refuse)
     result = CliRunner().invoke(app, ["calibrate", "MODEL"])
     assert result.exit_code == 2
-    assert result.stderr == "vllm-instant: [speculation] slowest_request = 0.5: nothing would be stored\n"
+    assert result.stderr == "vllm-instant: [speculation] slowest_request = 0.95: nothing would be stored\n"
 
 
 def test_a_deployment_without_costs_names_the_plugins_that_store_them(plugin_with):
