@@ -92,7 +92,7 @@ def test_preparing_writes_a_loadable_folder_once(tmp_path):
     assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= {p.name for p in folder.iterdir()}
     assert moe_assets.prepare(tmp_path / "moe", widen_experts.SMALL, "float32") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(FileNotFoundError, match="mixture of experts is missing"):
+    with pytest.raises(FileNotFoundError, match="demo models are not part of the installed package"):
         moe_assets.prepare(tmp_path / "other", assets=tmp_path / "nothing")
 
 
