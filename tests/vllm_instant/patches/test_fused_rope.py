@@ -42,8 +42,8 @@ class Rotating(AttentionProvider):
         if self.answer is None:
             raise RuntimeError("rotation failed on purpose")
         if self.answer:
-            assert len(query) == len(key) == len(value) == len(rotated) == len(fused_rope.positions) == len(slots)
-            turned, keys = _rotated(fused_rope.positions, query, key, fused_rope.cos_sin, fused_rope.is_neox)
+            assert len(query) == len(key) == len(value) == len(rotated) == len(rotation.positions) == len(slots)
+            turned, keys = _rotated(rotation.positions, query, key, rotation.cos_sin, rotation.is_neox)
             rotated.copy_(turned)
             self.keys.append(keys.clone())
         return self.answer
