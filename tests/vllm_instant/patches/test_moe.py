@@ -349,9 +349,9 @@ def test_the_square_root_of_softplus_is_known():
 def test_engines_that_split_a_step_are_refused(field, value, words):
     fields = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "enable_dbo": False}
     config = SimpleNamespace(parallel_config=SimpleNamespace(**fields))
-    assert patch.objection_to(config) is None
+    assert patch.unsupported_reason(config) is None
     setattr(config.parallel_config, field, value)
-    assert words in patch.objection_to(config)
+    assert words in patch.unsupported_reason(config)
 
 
 def test_native_touches_nothing():
