@@ -31,7 +31,8 @@ def test_an_output_is_drafted_from_after_the_server_was_idle(server):
     def accepted():
         return settled_metrics(server)["vllm:spec_decode_num_accepted_tokens_total"]
 
-    prompt = {"vllm_xargs": {"instant_speculation": 8}, "max_tokens": 96}
+    # Without a cache salt no request is drafted from another's output.
+    prompt = {"vllm_xargs": {"instant_speculation": 8}, "max_tokens": 96, "cache_salt": "one client"}
     before = accepted()
     ask(server, "def first_of(numbers):", **prompt)
     first = accepted()
