@@ -4,6 +4,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+import virtual_time
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from patch_harness import wrap
@@ -242,7 +243,7 @@ def test_a_failure_in_the_api_server_is_counted():
         await asyncio.sleep(0.05)
         polling.cancel()
 
-    asyncio.run(run())
+    virtual_time.run(run())
     labels = {"engine": http_routes.API_SERVER, "slot": "streaming", "plugin": "broken", "hook": "next_chunk"}
     assert registry.get_sample_value("vllm_instant:plugin_failures_total", labels) == 1
 

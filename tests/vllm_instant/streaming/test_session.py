@@ -2,6 +2,7 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
+import virtual_time
 from fake_streaming import Eager, FakeEngine, hosting
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ async def session_on(engine, plugin=None, request=None):
     async def send(event):
         heard.append(event)
 
-    with hosting(engine, plugin) as host:
+    with hosting(engine, plugin, clock=virtual_time.clock) as host:
         session = Session(host, host.enter("me"), send)
         try:
             await session.handle(check({"type": "session.update", "session": request or {"model": "m"}}))
@@ -79,7 +80,7 @@ def test_prefilled_tokens_are_a_prefix_of_the_final_prompt(chunks, kind):
             for prefix in engine.prefilled:
                 assert whole[: len(prefix)] == prefix
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @given(edits=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), TEXTS, st.integers(0, 3)), max_size=8))
@@ -97,7 +98,7 @@ def test_the_prompt_that_is_answered_is_that_of_the_edited_text(edits):
             await committed(session)
             assert engine.answered[-1]["messages"] == [{"role": "user", "content": expected}]
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 LONG = "Why is the sky blue when the sun is yellow and the night is black? " * 4
@@ -111,7 +112,7 @@ def test_the_system_prompt_is_prefilled_before_the_first_character():
             await until(lambda: engine.prefilled)
             assert len(engine.prefilled[-1]) > len(engine.ids({"messages": messages[:1]})) - 4
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_after_an_edit_in_the_middle_the_rest_is_prefilled_again():
@@ -127,7 +128,7 @@ def test_after_an_edit_in_the_middle_the_rest_is_prefilled_again():
             assert whole[: len(engine.prefilled[-1])] == engine.prefilled[-1]
             await until(lambda: heard[-1] == {"type": "input_text.prefilled", "tokens": len(engine.prefilled[-1])})
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_the_next_prompt_follows_the_answer():
@@ -143,7 +144,7 @@ def test_the_next_prompt_follows_the_answer():
             await committed(session)
             assert [m["content"] for m in engine.answered[-1]["messages"]] == ["One?", said, "Two?"]
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_request_that_fails_leaves_the_text_as_it_was():
@@ -159,7 +160,7 @@ def test_a_request_that_fails_leaves_the_text_as_it_was():
             assert engine.answered[-1]["messages"][-1]["content"] == "Why"
             assert heard[-1]["status"] == "completed"
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_full_engine_gets_no_chunk_until_it_has_capacity():
@@ -173,7 +174,7 @@ def test_a_full_engine_gets_no_chunk_until_it_has_capacity():
             engine.running = 0
             await until(lambda: engine.prefilled)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_sessions_take_turns():
@@ -193,7 +194,7 @@ def test_sessions_take_turns():
             for session in sessions:
                 await session.close()
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_commit_does_not_wait_for_a_chunk():
@@ -207,7 +208,7 @@ def test_a_commit_does_not_wait_for_a_chunk():
             assert heard[-1]["status"] == "completed"
             assert engine.stopped == 1
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_speculative_answer_is_used_if_the_prompt_ended_there():
@@ -221,7 +222,7 @@ def test_a_speculative_answer_is_used_if_the_prompt_ended_there():
             assert words_of(heard).endswith(" tokens")
             assert host.metrics.speculative_answers.labels("used")._value.get() == 1
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @pytest.mark.parametrize("then", ["more text", "another request", "nothing"])
@@ -245,7 +246,7 @@ def test_a_speculative_answer_is_discarded_if_the_prompt_continues(then):
             assert ("seed" in engine.answered[-1]) == (then == "another request")
             assert len([e for e in heard if e["type"] == "response.done"]) == 1
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_speculative_answer_is_delayed_while_other_requests_run():
@@ -259,7 +260,7 @@ def test_a_speculative_answer_is_delayed_while_other_requests_run():
             engine.running = 0
             await until(lambda: engine.answered)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_no_speculative_answer_starts_while_other_requests_run():
@@ -271,7 +272,7 @@ def test_no_speculative_answer_starts_while_other_requests_run():
             await asyncio.sleep(0.05)
             assert not engine.answered
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @pytest.mark.parametrize("moment", ["reading", "answering", "early"])
@@ -294,7 +295,7 @@ def test_closing_releases_everything_at_once(moment):
             assert engine.at_once == engine.open_answers == 0
             assert not host.prefill_slots.locked()
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_cancelling_aborts_the_answer_and_the_session_continues():
@@ -315,7 +316,7 @@ def test_cancelling_aborts_the_answer_and_the_session_continues():
             await committed(session)
             assert [m["content"] for m in engine.answered[-1]["messages"]] == ["Two?"]
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_session_needs_a_model_that_exists():
@@ -331,7 +332,7 @@ def test_a_session_needs_a_model_that_exists():
                 await session.handle(check({"type": "session.update", "session": {"model": "missing"}}))
             await session.close()
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_plugin_that_fails_disables_only_the_prefill():
@@ -347,7 +348,7 @@ def test_a_plugin_that_fails_disables_only_the_prefill():
             assert not engine.prefilled
             assert heard[-1]["status"] == "completed"
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 HOLDS = PinLimits(max_sessions=4, max_tokens=1000, max_cache_share=0.25, idle_seconds=60.0)
@@ -368,7 +369,7 @@ def test_all_requests_of_a_pinned_session_name_it_and_its_end_unpins_it():
         assert engine.holding == []
         assert host.metrics.pinned._value.get() == 0
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_without_new_text_a_session_is_unpinned():
@@ -382,7 +383,7 @@ def test_without_new_text_a_session_is_unpinned():
             await append(session, LONG)
             await until(lambda: engine.holding)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_session_that_ends_while_it_is_pinned_is_unpinned():
@@ -396,7 +397,7 @@ def test_a_session_that_ends_while_it_is_pinned_is_unpinned():
             await until(lambda: not engine.holding)
             assert host.metrics.pinned._value.get() == 0
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_without_pinning_prompts_are_prefilled_through_the_prefix_cache(caplog):
@@ -411,7 +412,7 @@ def test_without_pinning_prompts_are_prefilled_through_the_prefix_cache(caplog):
             assert words_of(heard).endswith("tokens")
         assert set(engine.held_for) == {None}
 
-    asyncio.run(run())
+    virtual_time.run(run())
     assert (
         caplog.text.count("The KV blocks of a session are not pinned between chunks: a KV connector is configured") == 1
     )
@@ -433,7 +434,7 @@ def test_the_plugin_knows_which_prompts_are_pinned():
             assert set(told) == {holds is not None}
             told.clear()
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_commit_right_after_the_last_words_finds_the_engine_idle():
@@ -450,7 +451,7 @@ def test_a_commit_right_after_the_last_words_finds_the_engine_idle():
             await committed(session)
             assert len(engine.held_for) == chunks + 1, "the answer, and no chunk before it"
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @pytest.mark.parametrize("steps", range(8))
@@ -472,4 +473,4 @@ def test_a_session_can_be_closed_at_any_step_of_its_typing(steps, plugin):
             async with asyncio.timeout(2):
                 await session.close()
 
-    asyncio.run(run())
+    virtual_time.run(run())
