@@ -1,4 +1,4 @@
-"""A completions server that samples from a made-up distribution: what `verify` and `bench` ask, without a model."""
+"""A server that samples from a made-up distribution: what `verify`, `bench` and tasks ask, without a model."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class FakeServer:
         step_tokens: tokens of one event; all but one count as accepted draft tokens.
         kv_tokens: capacity of the KV cache; None leaves it out of the metrics.
         before_stream: called before the first event of each streamed answer.
+        text_of: the text of the answer to a request's body.
 
     """
 
@@ -46,6 +47,7 @@ class FakeServer:
         step_tokens=1,
         kv_tokens=1000,
         before_stream=lambda: None,
+        text_of=lambda body: "x" * body["max_tokens"],
     ):
         self.chances = dict(chances or CHANCES)
         self.drafts = drafts
@@ -60,6 +62,7 @@ class FakeServer:
         self.step_tokens = step_tokens
         self.kv_tokens = kv_tokens
         self.before_stream = before_stream
+        self.text_of = text_of
         self.drafted = 0
         self.requests: list[dict[str, Any]] = []
 
@@ -101,8 +104,11 @@ class FakeServer:
             else:
                 tokens = generator.choices(list(self.chances), list(self.chances.values()), k=count)
             self.drafted += self.drafts
-            prompt = body["prompt"] if isinstance(body["prompt"], list) else [7, 8, 9, 7, 10]
-            choice: dict[str, Any] = {"token_ids": tokens, "prompt_token_ids": prompt, "text": "x" * count}
+            prompt = body["prompt"] if isinstance(body.get("prompt"), list) else [7, 8, 9, 7, 10]
+            text = self.text_of(body)
+            choice: dict[str, Any] = {"token_ids": tokens, "prompt_token_ids": prompt, "text": text}
+            if "messages" in body:
+                choice["message"] = {"role": "assistant", "content": choice.pop("text")}
             if "prompt_logprobs" in body:
                 entry = {str(t): {"logprob": math.log(p) + self.bias * (t == 7)} for t, p in self.chances.items()}
                 choice["prompt_logprobs"] = [None, *([entry] * (len(prompt) - 1))]

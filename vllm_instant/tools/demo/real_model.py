@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_instant.tools.demo.assets import cache_folder, made_once
@@ -79,8 +80,10 @@ def convert(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def chat(text: str) -> str:
-    """The model's chat template around one message of a user."""
-    turns = [("system", SYSTEM), ("user", text)]
-    written = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+def chat(messages: str | Sequence[Mapping[str, str]]) -> str:
+    """The model's chat template around a message of a user, or around a conversation that ends with one."""
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [*messages]
+    if turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": SYSTEM})
+    written = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
     return f"{written}<|im_start|>assistant\n"

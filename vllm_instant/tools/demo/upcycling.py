@@ -90,14 +90,14 @@ def upcycle(base: LlamaForCausalLM, tokens: torch.Tensor, experts: Experts, seed
     if missing.unexpected_keys:
         raise ValueError(f"the base has weights that a mixture of experts has no place for: {missing.unexpected_keys}")
     generator = torch.Generator().manual_seed(seed)
-    inputs = _feed_forward_inputs(base, tokens)
+    inputs = feed_forward_inputs(base, tokens)
     with torch.no_grad():
         for layer, (dense, watched) in enumerate(zip(base.model.layers, inputs, strict=True)):
             _fill(new.model.layers[layer].mlp, dense.mlp, watched, experts, seed, generator)
     return new.eval()
 
 
-def _feed_forward_inputs(base: LlamaForCausalLM, tokens: torch.Tensor) -> list[torch.Tensor]:
+def feed_forward_inputs(base: LlamaForCausalLM, tokens: torch.Tensor) -> list[torch.Tensor]:
     """What each layer's feed-forward part reads, float32 ``[tokens, width]`` for each layer."""
     seen: list[list[torch.Tensor]] = [[] for _ in base.model.layers]
     hooks = [
@@ -123,7 +123,7 @@ def _fill(
     groups = torch.from_numpy(balanced_groups(affinity, gate.shape[0] // experts.size, seed, starts=2))
     members = [torch.nonzero(groups == group).flatten() for group in range(int(groups.max()) + 1)]
     size = torch.stack([(activations[:, own] @ down[:, own].T).norm(dim=1) for own in members], 1)
-    logits = _linear_fit(inputs, size.clamp_min(1e-6).log())
+    logits = linear_fit(inputs, size.clamp_min(1e-6).log())
 
     copies = _copies(size.mean(0), experts.count)
     rows, order = [], []
@@ -151,7 +151,7 @@ def _fill(
     block.experts.down_proj.mul_((wanted * found).sum() / (found * found).sum())
 
 
-def _linear_fit(inputs: torch.Tensor, values: torch.Tensor, ridge: float = 1e-2) -> torch.Tensor:
+def linear_fit(inputs: torch.Tensor, values: torch.Tensor, ridge: float = 1e-2) -> torch.Tensor:
     """Ridge regression: the linear map ``[width, columns]`` from ``inputs`` to ``values``, columns at deviation 1."""
     standard = (values - values.mean(0)) / values.std(0).clamp_min(1e-6)
     gram = inputs.T @ inputs

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant.tools.measure.sampling import RefusedError, ServerClient, complete
+from vllm_instant.tools.measure.sampling import IN_FLIGHT, RefusedError, ServerClient, complete
 from vllm_instant.tools.measure.statistics import Estimate, estimate
 
 TOP_LOGPROBS = 20
@@ -56,6 +56,7 @@ def quality_report(
     prompts: Sequence[str],
     tokens: int = 48,
     temperature: float = 1.0,
+    in_flight: int = IN_FLIGHT,
 ) -> QualityReport:
     """Measure both reports.
 
@@ -66,10 +67,11 @@ def quality_report(
         prompts: for sampled answers of ``tokens`` tokens each, for the second report.
         tokens: length of the answers.
         temperature: of the answers.
+        in_flight: number of concurrent answers.
 
     """
     losses = compare_readings(read_texts(ours, texts), read_texts(baseline, texts))
-    judged = [likelihood(arm, baseline, prompts, tokens, temperature) for arm in (ours, baseline)]
+    judged = [likelihood(arm, baseline, prompts, tokens, temperature, in_flight) for arm in (ours, baseline)]
     answer_gaps = judged[0] - judged[1]
     total = losses.sum(0)
     return QualityReport(
@@ -151,11 +153,19 @@ def _divergence(baseline: TokenReading, ours: TokenReading) -> float:
 
 
 def likelihood(
-    arm: ServerClient, baseline: ServerClient, prompts: Sequence[str], tokens: int, temperature: float
+    arm: ServerClient,
+    baseline: ServerClient,
+    prompts: Sequence[str],
+    tokens: int,
+    temperature: float,
+    in_flight: int = IN_FLIGHT,
 ) -> np.ndarray:
     """By prompt: the mean log-probability under the baseline of the tokens of the arm's sampled answer."""
     bodies = [arm.body(prompt, temperature=temperature, max_tokens=tokens) for prompt in prompts]
-    whole = [[*choices[0]["prompt_token_ids"], *choices[0]["token_ids"]] for choices in complete(arm, bodies)]
+    whole = [
+        [*choices[0]["prompt_token_ids"], *choices[0]["token_ids"]]
+        for choices in complete(arm, bodies, in_flight=in_flight)
+    ]
     asked = [baseline.body("", temperature=0, max_tokens=1, prompt_logprobs=0) | {"prompt": ids} for ids in whole]
     means = []
     for ids, choices in zip(whole, complete(baseline, asked), strict=True):

@@ -102,15 +102,15 @@ class RefusedError(RuntimeError):
 
 
 async def _completions(
-    arm: ServerClient, bodies: Sequence[dict[str, Any]], tick: Callable[[], None]
+    arm: ServerClient, bodies: Sequence[dict[str, Any]], tick: Callable[[], None], route: str, in_flight: int
 ) -> list[list[dict[str, Any]]]:
-    gate = asyncio.Semaphore(IN_FLIGHT)
+    gate = asyncio.Semaphore(in_flight)
     async with async_client(arm.url, timeout=600, headers=arm.headers) as client:
 
         async def one(body: dict[str, Any]) -> list[dict[str, Any]]:
             async with gate:
                 try:
-                    response = await client.post("/v1/completions", json=body)
+                    response = await client.post(route, json=body)
                 except httpx.HTTPError as error:
                     raise RefusedError(f"{arm.url} does not answer: {error or type(error).__name__}") from None
             if response.status_code != 200:
@@ -123,10 +123,14 @@ async def _completions(
 
 
 def complete(
-    arm: ServerClient, bodies: Sequence[dict[str, Any]], tick: Callable[[], None] = lambda: None
+    arm: ServerClient,
+    bodies: Sequence[dict[str, Any]],
+    tick: Callable[[], None] = lambda: None,
+    route: str = "/v1/completions",
+    in_flight: int = IN_FLIGHT,
 ) -> list[list[dict[str, Any]]]:
-    """The choices of each request, ``IN_FLIGHT`` at a time; raises RefusedError. ``tick`` is called after each."""
-    return asyncio.run(_completions(arm, bodies, tick))
+    """The choices of each request, ``in_flight`` at a time; raises RefusedError. ``tick`` is called after each."""
+    return asyncio.run(_completions(arm, bodies, tick, route, in_flight))
 
 
 def draw_samples(
