@@ -2,18 +2,15 @@
 
     .venv/bin/python benchmarks/scheduling.py [--traffic burst,0.7,0.9,1.1,heavy,adversarial] [--rounds 3]
     .venv/bin/python benchmarks/scheduling.py --traffic "chat burst" --requests 64 --arms fcfs,similarity --rounds 5
+    .venv/bin/python benchmarks/scheduling.py --traffic "assistant burst" --requests 48 --arms fcfs,similarity
 
-Two servers of the demo target without speculation. One is stock vLLM (``--scheduling-policy priority``, which with
-equal priorities serves as requests come): the arms ``stock`` and ``stock, priority`` (each request's true length as its
-priority). The other is ours, whose arms differ in the queue alone: ``fcfs``, ``similarity`` (lengths learned from 100
-requests before), ``similarity, told`` (lengths told by the client), ``static`` (a batch starts when the last one is
-done). Requests are sent when they are due. All arms of a round get the same prompts at the same times, every round
-fresh ones, and the prefix cache is off.
-
-Answers end at a length that no policy can read from the request: ``min_tokens`` suppresses the end token until then,
-and a logit bias forces it then. System prompt and question tell the kind of answer, as in real traffic. Prompts have
-some 150 tokens and a fifth of the answers about 192, the others 12; in the ``chat`` traffics prompts have some 50, a
-fifth of the answers about 600, and the others 8.
+Two servers of one model without speculation: of SmolLM2 for the ``assistant`` traffics, else of the demo target (see
+``scheduling_traffic.py``). One is stock vLLM (``--scheduling-policy priority``, which with equal priorities serves as
+requests come): the arms ``stock`` and ``stock, priority`` (each request's true length as its priority). The other is
+ours, whose arms differ in the queue alone: ``fcfs``, ``similarity`` (lengths learned from 100 requests before),
+``similarity, told`` (lengths told by the client), ``static`` (a batch starts when the last one is done). Requests are
+sent when they are due. All arms of a round get the same prompts at the same times, every round fresh ones, and the
+prefix cache is off.
 """
 
 from __future__ import annotations
@@ -28,10 +25,10 @@ from typing import Any
 
 import numpy as np
 from results import write
+from scheduling_traffic import ASSISTANT, DOCUMENTS, TRAFFIC, Mix, PlannedRequest, Speed, prompts_of, requests_of
 
-from vllm_instant.tools.demo import assets
+from vllm_instant.tools.demo import assets, real_model
 from vllm_instant.tools.measure.open_loop import OpenLoopRequest, OpenLoopResult, send_open_loop
-from vllm_instant.tools.measure.prompts import snippets
 from vllm_instant.tools.measure.server_info import newest_decisions
 from vllm_instant.tools.measure.servers import Server, running, settle
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
@@ -49,83 +46,6 @@ STOCK, PRIORITY, FCFS, LEARNED, TOLD, STATIC = (
 WAIT_RATIO, WAIT_SECONDS = 2.0, 1.0
 
 
-@dataclass(frozen=True)
-class Mix:
-    """Lengths of answers and prompts."""
-
-    short: int = 12
-    """Tokens of most answers, about."""
-    long: int = 192
-    """Of the others."""
-    long_share: float = 0.2
-    log_normal: bool = False
-    """Instead: lengths of all sizes."""
-    head_lines: int = 6
-    """How often a prompt says what kind of answer is wanted."""
-    question: int | None = None
-    """Characters of what follows, all of them by default."""
-    limit: int = 720
-    """``max_tokens``, the same for all answers, so that it predicts no length."""
-
-    def lengths(self, count: int, random: np.random.Generator) -> np.ndarray:
-        """Output lengths, in tokens."""
-        if self.log_normal:
-            return np.clip(random.lognormal(np.log(24), 1.2, count), 4, 700).astype(int)
-        is_long = np.zeros(count, bool)
-        is_long[random.choice(count, round(self.long_share * count), replace=False)] = True
-        spread = random.uniform(0.6, 1.4, count)
-        return np.maximum(2, np.where(is_long, self.long, self.short) * spread).astype(int)
-
-
-DOCUMENTS = Mix()
-CHAT = Mix(short=8, long=600, head_lines=2, question=40, limit=860)
-TRAFFIC: dict[str, tuple[Mix, float | None]] = {
-    "burst": (DOCUMENTS, None),
-    **{load: (DOCUMENTS, float(load)) for load in ("0.7", "0.9", "1.1")},
-    "heavy": (Mix(log_normal=True), 1.1),
-    "adversarial": (Mix(long_share=0.04), 1.2),
-    "chat burst": (CHAT, None),
-    **{f"chat {load}": (CHAT, float(load)) for load in ("0.7", "0.9", "1.1", "1.5")},
-}
-"""The mix of requests, and the load as a share of the capacity; None is a burst."""
-
-
-@dataclass(frozen=True)
-class PlannedRequest:
-    """A request of a traffic: when, how long, and its prompt."""
-
-    at: float
-    tokens: int
-    prompt: str
-    kind: str
-    limit: int
-
-
-def requests_of(mix: Mix, load: float | None, count: int, tokens_per_second: float, seed: int) -> list[PlannedRequest]:
-    """One round's requests; ``tokens_per_second`` is what the server can do."""
-    random = np.random.default_rng(seed)
-    tokens = mix.lengths(count, random)
-    if load is None:
-        at = np.sort(random.uniform(0, 0.2, count))
-    else:
-        at = np.cumsum(random.exponential(tokens.mean() / tokens_per_second / load, count))
-    texts = snippets("structured", 0.0, count, seed)
-    made = []
-    for number in range(count):
-        slow = tokens[number] > 4 * mix.short
-        # The system prompts are long enough to be told apart, and different from the first tokens on.
-        wanted = "Quick answer, in a word or two only, yes?"
-        if slow:
-            wanted = "Report: write out every step in full, with all reasons and sources."
-        line = f"{wanted}\n"
-        question = texts[number % len(texts)].text[: mix.question]
-        prompt = f"{line * mix.head_lines}{number} {question}"
-        made.append(
-            PlannedRequest(float(at[number]), int(tokens[number]), prompt, "long" if slow else "short", mix.limit)
-        )
-    return made
-
-
 def bodies(made: Sequence[PlannedRequest], arm: str, end_token: int) -> list[OpenLoopRequest]:
     """The requests of one arm."""
     sent = []
@@ -137,13 +57,13 @@ def bodies(made: Sequence[PlannedRequest], arm: str, end_token: int) -> list[Ope
             extra = {"vllm_xargs": {"benchmark_arm": arm}}
             if arm == TOLD:
                 extra["vllm_xargs"]["instant_output_tokens"] = planned.tokens
+        if planned.tokens is not None:
+            extra |= {"min_tokens": planned.tokens - 1, "logit_bias": {str(end_token): 100}}
         body = {
             "model": MODEL,
             "prompt": planned.prompt,
             "temperature": 0,
             "max_tokens": planned.limit,
-            "min_tokens": planned.tokens - 1,
-            "logit_bias": {str(end_token): 100},
             **extra,
         }
         sent.append(OpenLoopRequest(planned.at, body, planned.kind))
@@ -181,12 +101,12 @@ class Run:
                 found[f"{kind}_seconds_per_token"] = float(np.mean(of_kind))
         return {name: float(value) for name, value in found.items()}
 
-    def capacity(self) -> float:
-        """Tokens per second in a burst while requests wait: afterwards the batch is not full."""
+    def capacity(self) -> Speed:
+        """In a burst while requests wait: afterwards the batch is not full."""
         until = max(f.due + f.ttft for f in self.followed)
         began = self.followed[0].due
         said = [max((tokens for at, tokens in f.arrivals if f.due + at <= until), default=0) for f in self.followed]
-        return sum(said) / (until - began)
+        return Speed(sum(said) / (until - began), float(np.mean([f.tokens for f in self.followed])))
 
 
 def worst_wait(ours: Run, fcfs: Run) -> float:
@@ -208,8 +128,7 @@ def worst_start(ours: Run) -> float:
 class Servers:
     """The two servers and their arms."""
 
-    def __init__(self, folder: Path, slots: int) -> None:
-        target = assets.prepare().target
+    def __init__(self, folder: Path, slots: int, target: Path) -> None:
         self.end_token = int(json.loads((Path(target) / "config.json").read_text())["eos_token_id"])
         shared = [
             *("--served-model-name", MODEL, "--max-model-len", "1024", "--max-num-seqs", str(slots)),
@@ -250,7 +169,7 @@ class Servers:
 
 
 def measure(
-    servers: Servers, traffic: str, arms: Sequence[str], rounds: int, count: int, speed: float
+    servers: Servers, traffic: str, arms: Sequence[str], rounds: int, count: int, speed: Speed
 ) -> dict[str, Any]:
     """All arms of one traffic, round by round."""
     mix, load = TRAFFIC[traffic]
@@ -270,6 +189,8 @@ def measure(
     names = numbers[FCFS][0]
     return {
         "traffic": traffic,
+        "model": real_model.NAME if mix is ASSISTANT else "demo target",
+        "prompts": prompts_of(mix),
         "requests": count,
         "rounds": rounds,
         "arms": {
@@ -341,24 +262,31 @@ def main() -> None:
         parser.error(f"--traffic: no {', '.join(sorted(unknown))}; there are {', '.join(TRAFFIC)}")
     if FCFS not in arms:
         parser.error("--arms needs fcfs, which all others are compared with")
+    real = {traffic.startswith("assistant") for traffic in options.traffic.split(",")}
+    if len(real) > 1:
+        parser.error("--traffic: the assistant traffics use another model than the others; measure them on their own")
+    if True in real and set(arms) - {STOCK, FCFS, LEARNED, STATIC}:
+        parser.error("--arms: in the assistant traffics no length is known beforehand")
+    target = real_model.prepare() if True in real else assets.prepare().target
     cells = []
     with tempfile.TemporaryDirectory() as folder:
-        servers = Servers(Path(folder), options.slots)
+        servers = Servers(Path(folder), options.slots, Path(target))
         with running(servers.stock, servers.ours):
             for arm in (STOCK, FCFS):
-                servers.run(arm, requests_of(DOCUMENTS, None, 12, 1.0, seed=7))
-            speeds: dict[Mix, float] = {}
+                servers.run(arm, requests_of(ASSISTANT if True in real else DOCUMENTS, None, 12, Speed(), seed=7))
+            speeds: dict[Mix, Speed] = {}
             for traffic in options.traffic.split(","):
                 mix, _ = TRAFFIC[traffic]
                 if mix not in speeds:
                     # What the server can do is what it does under a burst.
-                    speeds[mix] = servers.run(FCFS, requests_of(mix, None, 48, 1.0, seed=8)).capacity()
-                    print(f"capacity {speeds[mix]:.0f} output tokens/s with {options.slots} places", flush=True)
+                    speeds[mix] = servers.run(FCFS, requests_of(mix, None, 48, Speed(), seed=8)).capacity()
+                    per_second = speeds[mix].tokens_per_second
+                    print(f"capacity {per_second:.0f} output tokens/s with {options.slots} places", flush=True)
                     servers.run(LEARNED, requests_of(mix, 1.1, options.training, speeds[mix], seed=9))
                 speed = speeds[mix]
                 cells.append(measure(servers, traffic, arms, options.rounds, options.requests, speed))
                 show(cells[-1])
-                cells[-1]["capacity_tokens_per_second"] = speed
+                cells[-1]["capacity_tokens_per_second"] = speed.tokens_per_second
                 # Written after each traffic: a run that is cut off keeps what it has.
                 write(options.output, cells, keys=("traffic", "requests"))
 

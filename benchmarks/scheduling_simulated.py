@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from results import HERE, write
-from scheduling import CHAT, requests_of
+from scheduling_traffic import CHAT, Speed, requests_of
 
 from vllm_instant.tools.measure.queue_simulator import Job, serve
 from vllm_instant_plugins.similarity import policy as similarity
@@ -44,7 +44,7 @@ def chat(load: float, count: int, seed: int) -> list[Job]:
     random = np.random.default_rng(seed)
     return [
         Job(request.at, request.tokens, prompt=prompt(request.kind == "long", random))
-        for request in requests_of(CHAT, load, count, SLOTS / SECONDS, seed)
+        for request in requests_of(CHAT, load, count, Speed(SLOTS / SECONDS), seed)
     ]
 
 

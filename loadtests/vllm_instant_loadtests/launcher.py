@@ -26,7 +26,7 @@ from vllm_instant.tools.measure.guarded_process import start_guarded, stop_group
 from vllm_instant.tools.measure.servers import START_TIMEOUT, Server, words_of
 from vllm_instant_loadtests.scenario import Scenario, ServerSetup
 
-DEMO = "demo"
+DEMO, SMOLLM2 = "demo", "smollm2"
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 _ERROR = re.compile(r"/ERROR/[^:]*: (.*)")
 
@@ -79,7 +79,7 @@ def scenario_servers(
 
     Args:
         scenario: with the servers.
-        model: of all servers; ``demo`` is the demo's pair.
+        model: of all servers; ``demo`` is the demo's pair, ``smollm2`` its public chat model.
         config: deployment file; the demo's or the defaults without one.
         overrides: ``TABLE.KEY=VALUE``, over the file.
         logs: folder for their logs.
@@ -91,15 +91,15 @@ def scenario_servers(
 
     """
     overrides = list(overrides)
-    if model == DEMO and not Path(model).exists():
-        from vllm_instant.tools.demo import assets, setups
+    if model in (DEMO, SMOLLM2) and not Path(model).exists():
+        from vllm_instant.tools.demo import setups
 
         try:
-            pair = assets.prepare()
+            demo = setups.embedded() if model == DEMO else setups.real()
         except FileNotFoundError as error:
             raise LoadTestError(str(error)) from None
-        model, config = str(pair.target), config or setups.DEPLOYMENT
-        overrides = [f"drafter.model={pair.draft}", *overrides]
+        model, config = str(demo.model), config or demo.deployment
+        overrides = [*demo.overrides, *overrides]
     servers, deployments = {}, {}
     for setup in scenario.servers:
         of_server = [*overrides, *(f"{key}={value}" for key, value in setup.set.items())]

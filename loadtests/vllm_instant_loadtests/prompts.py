@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vllm_instant.tools.demo.prompt_sets import PROMPT_SETS
 from vllm_instant.tools.measure import prompts as bench_prompts
 from vllm_instant.tools.measure.closed_loop import PromptSpec
 
@@ -60,36 +62,50 @@ def long(count: int, seed: str, characters: int = _LONG) -> list[str]:
     return made
 
 
-def _of(make: Callable[[int, str], list[PromptSpec]]) -> Callable[[int, str], list[str]]:
-    return lambda count, seed: [prompt.text for prompt in make(count, seed)]
+def requests_to_assistants(name: str, count: int, seed: str) -> list[LoadPrompt]:
+    """What people ask an assistant, of a set of ``prompt_sets``; for the chat route, whose template the model has."""
+    return [
+        LoadPrompt(last["content"], [dict(turn) for turn in before], PROMPT_SETS[name].temperature)
+        for *before, last in PROMPT_SETS[name].conversations(count, seed)
+    ]
 
 
-BUILT_IN: dict[str, Callable[[int, str], list[str]]] = {
+def _of(make: Callable[[int, str], list[PromptSpec]]) -> Callable[[int, str], list[LoadPrompt]]:
+    return lambda count, seed: [LoadPrompt(prompt.text) for prompt in make(count, seed)]
+
+
+BUILT_IN: dict[str, Callable[[int, str], list[LoadPrompt]]] = {
     **{name: _of(make) for name, make in bench_prompts.BUILT_IN.items()},
     "repetitive": _of(bench_prompts.records),
-    "creative": creative,
-    "long": long,
+    "creative": lambda count, seed: list(map(LoadPrompt, creative(count, seed))),
+    "long": lambda count, seed: list(map(LoadPrompt, long(count, seed))),
+    **{name: partial(requests_to_assistants, name) for name in PROMPT_SETS},
 }
 """By class: ``make(count, seed)``; some return fewer than ``count``."""
 
 
 def of_class(name: str, count: int, seed: str, characters: int | None = None) -> list[LoadPrompt]:
     """``count`` different prompts of a built-in class; only ``long`` uses ``characters``."""
-    made: dict[str, None] = {}
+    made: dict[str, LoadPrompt] = {}
     part = 0
     while len(made) < count:
         more, before, part = count - len(made), len(made), part + 1
-        texts = (
-            long(more, f"{seed}/{part}", characters or _LONG)
-            if name == "long"
-            else BUILT_IN[name](more, f"{seed}/{part}")
-        )
-        made |= dict.fromkeys(texts)
+        found = BUILT_IN[name](more, f"{seed}/{part}")
+        if name == "long":
+            found = list(map(LoadPrompt, long(more, f"{seed}/{part}", characters or _LONG)))
+        made |= {_key(prompt): prompt for prompt in found}
         if (
             part > 1 and len(made) - before < more / 4
         ):  # the class is exhausted: a number makes a known prompt a new one
-            made |= dict.fromkeys(f"# {seed}/{part}/{number}\n{text}" for number, text in enumerate(texts))
-    return [LoadPrompt(text) for text in list(made)[:count]]
+            numbered = [
+                replace(prompt, text=f"# {seed}/{part}/{number}\n{prompt.text}") for number, prompt in enumerate(found)
+            ]
+            made |= {_key(prompt): prompt for prompt in numbered}
+    return list(made.values())[:count]
+
+
+def _key(prompt: LoadPrompt) -> str:
+    return json.dumps([prompt.before, prompt.text])
 
 
 def from_file(file: Path) -> list[LoadPrompt]:

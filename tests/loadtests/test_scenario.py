@@ -113,9 +113,19 @@ def test_together_means_at_the_same_time():
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_prompts_are_fresh(name):
-    texts = [asked.text for asked in of_class(name, 60, "s")]
+    texts = [json.dumps([asked.before, asked.text]) for asked in of_class(name, 60, "s")]
     assert len(texts) == 60
     assert len(set(texts)) == 60
+
+
+def test_requests_to_an_assistant_are_whole_conversations_with_their_temperature():
+    found = schedule.scheduled_requests(load("assistant"), "0")
+    talks = [due for due in found if due.kind == "conversation"]
+    assert {len(due.body["messages"]) for due in talks} == {3, 5}
+    assert {due.body["temperature"] for due in talks} == {0.7}
+    tools = next(due for due in found if due.kind == "tools")
+    assert [turn["role"] for turn in tools.body["messages"]] == ["system", "user"]
+    assert not any("ignore_eos" in due.body for due in found)
 
 
 def test_long_prompts_have_the_length_that_is_asked_for():

@@ -38,7 +38,10 @@ def loadtest(
             "--url", metavar="NAME=URL", help="Address of a running server; repeatable: several are measured in turn."
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="Model to serve without --url; `demo` is the demo's.")] = "demo",
+    model: Annotated[
+        str,
+        typer.Option(help="Model to serve without --url; `demo` is the demo's small pair, `smollm2` its chat model."),
+    ] = "demo",
     config: Annotated[
         Path | None, typer.Option("--instant-config", "--config", help="Deployment file of the servers started here.")
     ] = None,

@@ -5,8 +5,8 @@
 alone; the copies' feed-forward layers become the experts of one Mixtral model, which shares everything else. The router
 is the linear map that best predicts from a layer's input which cluster a token belongs to.
 
-Text: the standard library (code, records of its functions, docstrings) and the model's own answers to prompts of
-``prompt_sets``. Nothing of HumanEval and no answer to a JSON task is among it: these measure the model later.
+Text: the standard library (code, records of its functions, docstrings) and conversations of ``prompt_sets`` in the
+model's chat template. Nothing of HumanEval and no JSON task is among it: these measure the model later.
 """
 
 from __future__ import annotations
@@ -42,16 +42,13 @@ class MixPlan:
 
     experts: int = 8
     chosen: int = 2
-    steps: int = 24
+    steps: int = 12
     batch: int = 2
     context: int = 512
     rate: float = 3e-4
     seed: int = 0
-    answers: int = 128
-    """Number of the model's own answers among the text."""
-    answer_tokens: int = 160
-    pieces: int = 4000
-    """Maximum number of pieces of each other kind of text."""
+    pieces: int = 2000
+    """Maximum number of pieces of each kind of text."""
 
 
 PLAN = MixPlan()
@@ -77,7 +74,7 @@ def run(output: Path, report: Report, plan: MixPlan = PLAN, base_folder: Path | 
     base = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
-    pieces, held_out = _text(base, tokenizer, plan, work)
+    pieces, held_out = _text(plan)
     labels = cluster(pieces + held_out, plan.experts, plan.seed)
     streams = [
         _encode(tokenizer, [piece for piece, label in zip(pieces, labels, strict=False) if label == number])
@@ -108,16 +105,16 @@ def run(output: Path, report: Report, plan: MixPlan = PLAN, base_folder: Path | 
     return card
 
 
-def _text(base: Any, tokenizer: Any, plan: MixPlan, work: Path) -> tuple[list[str], list[str]]:
-    """Pieces of text to train on, and others that are held out; equally drawn from every kind."""
+def _text(plan: MixPlan) -> tuple[list[str], list[str]]:
+    """Pieces of text to train on, and others that are held out."""
     kinds: dict[tuple[str, bool], list[str]] = {}
     for document in documents():
         kinds.setdefault((document.kind, document.held_out), []).extend(_pieces(document.text))
         if document.kind == "code":
             kinds.setdefault(("prose", document.held_out), []).extend(_pieces("\n\n".join(_docstrings(document.text))))
-    answers = _answers(base, tokenizer, plan, work)
-    kept = len(answers) // 8
-    kinds["answers", True], kinds["answers", False] = answers[:kept], answers[kept:]
+    talks = [p["prompt"] for p in prompt_sets.PROMPT_SETS["conversation"].prompts(plan.pieces // 4, "mix")]
+    kept = len(talks) // 8
+    kinds["conversation", True], kinds["conversation", False] = talks[:kept], talks[kept:]
     choose = random.Random(plan.seed)
     for found in kinds.values():
         choose.shuffle(found)
@@ -143,31 +140,6 @@ def _docstrings(source: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from filter(None, [ast.get_docstring(node)])
-
-
-def _answers(base: Any, tokenizer: Any, plan: MixPlan, work: Path) -> list[str]:
-    """The model's own sampled answers with their prompts, in the chat template; kept in ``work``."""
-    file = work / "answers.json"
-    if file.exists():
-        return list(json.loads(file.read_text()))
-    count = plan.answers // 2
-    prompts = [
-        p["prompt"] for name in ("story", "explain") for p in prompt_sets.PROMPT_SETS[name].prompts(count, "mix")
-    ]
-    tokenizer.padding_side = "left"
-    torch.manual_seed(plan.seed)
-    writer = base.to(torch.bfloat16)
-    found: list[str] = []
-    for start in range(0, len(prompts), 64):
-        asked = tokenizer(prompts[start : start + 64], return_tensors="pt", padding=True)
-        with torch.inference_mode():
-            rows = writer.generate(**asked, do_sample=True, top_k=0, max_new_tokens=plan.answer_tokens)
-        for row in rows:
-            kept = row[row != tokenizer.pad_token_id]
-            found.append(tokenizer.decode(kept, skip_special_tokens=False))
-    base.float()
-    file.write_text(json.dumps(found))
-    return found
 
 
 def cluster(pieces: Sequence[str], count: int, seed: int) -> np.ndarray:

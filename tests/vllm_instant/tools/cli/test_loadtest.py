@@ -127,6 +127,16 @@ def test_vllm_and_ours_are_started_with_the_same_engine_arguments(tmp_path: Path
     assert words[words.index("--max-num-seqs") + 1] == "8"  # of the demo's deployment file
 
 
+def test_the_public_chat_model_has_its_own_deployment(tmp_path, monkeypatch):
+    from vllm_instant.tools.demo import real_model, setups
+
+    monkeypatch.setattr(real_model, "prepare", lambda: tmp_path / "smollm2")
+    servers, deployments = scenario_servers(load("assistant"), "smollm2", None, [], tmp_path)
+    assert {server.model for server in servers.values()} == {str(tmp_path / "smollm2")}
+    assert str(setups.REAL_DEPLOYMENT) in servers["ours"].arguments
+    assert deployments["ours"]["slots"]["drafter"]["plugin"] == "suffix"
+
+
 @pytest.mark.usefixtures("small_demo")
 def test_the_tiny_cache_is_the_scenarios(tmp_path: Path):
     servers, _ = scenario_servers(load("kv-squeeze"), "demo", None, [], tmp_path)
