@@ -101,9 +101,16 @@ def moe(
 
 
 @app.command()
-def train_moe(output: Annotated[Path, typer.Argument(help="Folder for the new model; resumes what is there.")]) -> None:
+def train_moe(
+    output: Annotated[Path, typer.Argument(help="Folder for the new model; resumes what is there.")],
+    smollm2: Annotated[
+        bool, typer.Option("--smollm2", help="Make one from SmolLM2 instead: a branch per kind of text, mixed.")
+    ] = False,
+) -> None:
     """Make the mixture of experts from the demo's base model again (a quarter of an hour on two cores)."""
-    require("demo train-moe", TRAINING, extra="distill")
-    from vllm_instant.tools.demo import moe_recipe, training_run
+    packages = TRAINING | ({"sklearn": "scikit-learn"} if smollm2 else {})
+    require("demo train-moe", packages, extra="distill,experts" if smollm2 else "distill")
+    from vllm_instant.tools.demo import expert_mixing, moe_recipe, training_run
 
-    training_run.run(output, moe_recipe.run)
+    with missing_models_reported():
+        training_run.run(output, expert_mixing.run if smollm2 else moe_recipe.run)

@@ -43,7 +43,7 @@ class MixPlan:
     experts: int = 8
     chosen: int = 2
     steps: int = 12
-    batch: int = 2
+    batch: int = 1
     context: int = 512
     rate: float = 3e-4
     seed: int = 0

