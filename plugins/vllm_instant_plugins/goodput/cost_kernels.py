@@ -146,3 +146,40 @@ def monotone_curve(weights: Any, covariance: Any, recent: Any, min_recent: float
         for _ in range(sizes[block]):
             curve[i] = values[block]
             i += 1
+
+
+@compiled
+def reference_deviation(
+    knots: Any,
+    rows: float,
+    context: float,
+    drafts: float,
+    draft_steps: float,
+    requests: float,
+    experts: float,
+    baseline_experts: float,
+    weights: Any,
+    covariance: Any,
+    noise: float,
+) -> float:
+    """Expected relative change of the ratio of a step with drafts to one without by a measured time of the latter.
+
+    The preposterior standard deviation ``|cov(c, b)| / sqrt(var(b) + R)`` of the contrast ``c`` of both relative
+    times, with the noise ``R`` of one measurement. What all steps share is not part of the contrast.
+    """
+    plan, baseline = np.zeros(len(weights)), np.zeros(len(weights))
+    describe_step(knots, rows + drafts, context, drafts, draft_steps, requests, 0.0, experts, plan)
+    describe_step(knots, rows, context, 0.0, 0.0, requests, 0.0, baseline_experts, baseline)
+    seconds = baseline_seconds = 0.0
+    for i in range(len(weights)):
+        seconds += weights[i] * plan[i]
+        baseline_seconds += weights[i] * baseline[i]
+    seconds, baseline_seconds = max(seconds, 1e-6), max(baseline_seconds, 1e-6)
+    with_plan = with_baseline = 0.0
+    for i in range(len(weights)):
+        if baseline[i] != 0.0:
+            for j in range(len(weights)):
+                spread = baseline[i] / baseline_seconds * covariance[i, j]
+                with_plan += spread * plan[j] / seconds
+                with_baseline += spread * baseline[j] / baseline_seconds
+    return float(abs(with_plan - with_baseline) / np.sqrt(with_baseline + noise))

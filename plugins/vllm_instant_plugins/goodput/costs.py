@@ -14,7 +14,6 @@ scatter of single steps (noise) is separated from a common bias of all recent st
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +21,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant_plugins.goodput.cost_kernels import describe_step, estimate_step, learn_costs, monotone_curve
+from vllm_instant_plugins.goodput.cost_kernels import (
+    describe_step,
+    estimate_step,
+    learn_costs,
+    monotone_curve,
+    reference_deviation,
+)
 from vllm_instant_plugins.goodput.experts import ExpertUse
 
 Array = npt.NDArray[np.float64]
@@ -100,6 +105,8 @@ class StepCosts:
         """Recent measurements at each knot; older ones fade."""
         self.max_measured_rows = 0
         """Largest number of rows that was ever measured."""
+        self._monotone: Array | None = None
+        """What ``at_knots`` returned since the last change of the weights."""
 
     @property
     def ready(self) -> bool:
@@ -163,9 +170,14 @@ class StepCosts:
             sigmas: standard deviations below the mean, relative to a step with ``requests`` rows, and not below it.
             requests: rows of a step without drafts.
 
+        Returns:
+            Seconds, ``[knots]``; kept and returned again until the next measurement, so not to be written to.
+
         """
-        mean = np.empty(len(self.knots))
-        monotone_curve(self.weights, self._covariance, self._recent, MIN_RECENT, MIN_FALL, mean)
+        mean = self._monotone
+        if mean is None:
+            self._monotone = mean = np.empty(len(self.knots))
+            monotone_curve(self.weights, self._covariance, self._recent, MIN_RECENT, MIN_FALL, mean)
         if not sigmas:
             return mean
         baseline = int(np.searchsorted(self.knots, min(requests, self.knots[-1])))
@@ -187,17 +199,35 @@ class StepCosts:
         """Recent measurements of steps with these rows; older ones fade."""
         return float(np.interp(rows, self.knots, self._recent))
 
-    def reference_deviation(self, plan: Array, baseline: Array) -> float:
-        """By how much one measurement of ``baseline`` is expected to change the ratio of it to ``plan``, relatively.
+    def reference_deviation(
+        self, rows: float, context: float, drafts: float, draft_steps: float, requests: float
+    ) -> float:
+        """By how much one measured step without drafts is expected to change its ratio to a step with drafts.
 
-        The preposterior standard deviation ``|cov(c, b)| / sqrt(var(b) + R)`` of the contrast ``c`` of both relative
-        times, with the noise ``R`` of one measurement. What all steps share is not part of the contrast.
+        Args:
+            rows: tokens through the target model in the step without drafts.
+            context: tokens of context, over all requests.
+            drafts: draft tokens beside ``rows``.
+            draft_steps: draft tokens that the drafter makes one after the other.
+            requests: requests that decode.
+
         """
-        (seconds, _), (baseline_seconds, _) = self.estimate(plan), self.estimate(baseline)
-        relative = baseline / max(baseline_seconds, 1e-6)
-        spread = self._covariance @ relative
-        contrast = float(spread @ plan) / max(seconds, 1e-6) - float(spread @ relative)
-        return abs(contrast) / math.sqrt(float(relative @ spread) + self._noise)
+        experts = self.experts
+        return float(
+            reference_deviation(
+                self.knots,
+                float(rows),
+                context / CONTEXT_UNIT,
+                float(drafts),
+                float(draft_steps),
+                float(requests),
+                float(experts.share(requests, drafts)) if experts.counted else 0.0,
+                float(experts.share(requests, 0.0)) if experts.counted else 0.0,
+                self.weights,
+                self._covariance,
+                self._noise,
+            )
+        )
 
     def expert_seconds(self, rows: Array, requests: float | None) -> Array:
         """Seconds of the distinct experts of steps with these rows, beyond those of the rows; 0 without experts."""
@@ -242,6 +272,7 @@ class StepCosts:
 
     def observe(self, x: Array, seconds: float) -> float:
         """Learn from one pure decoding step; returns the error of the estimate, in standard deviations."""
+        self._monotone = None
         if not self.ready:
             self._start(x, seconds)
         elif self.observations < WARM_UP_STEPS:
@@ -329,5 +360,6 @@ class StepCosts:
         doubt[len(knots) :] = np.maximum(doubt[len(knots) :], np.array(_PRIOR_EXTRA) * weights[0])
         covariance += KEPT_SCALE_DOUBT**2 * np.outer(weights, weights) + np.diag(doubt**2)
         self.weights, self._covariance, self._noise = weights, covariance, max(noise, KEPT_NOISE**2)
+        self._monotone = None
         self.observations, self.max_measured_rows = observations, largest
         return True

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant_plugins.goodput.costs import StepCosts
-from vllm_instant_plugins.goodput.planner import StepPlan, no_drafts, plan_step
+from vllm_instant_plugins.goodput.planner import StepPlan, plan_step
 from vllm_instant_plugins.goodput.request_table import Batch, RequestTable
 
 Indices = npt.NDArray[np.intp]
@@ -135,11 +135,7 @@ class StepContext:
     drafting_counts: bool = True
     """Whether the drafter's time is part of the costs; False where it weighs that itself."""
     plan: StepPlan = field(init=False)
-    """The best plan."""
-
-    def __post_init__(self) -> None:
-        """Begin with the plan to draft nothing."""
-        self.plan = no_drafts(len(self.batch.requests))
+    """The best plan, once it was found."""
 
     def best(self, survival: Array, sigmas: float = 0.0, must_draft: bool = False) -> StepPlan:
         """The best plan for this ``survival``; see ``plan_step``."""
@@ -243,9 +239,7 @@ class Explorer:
         count, rows = plan.num_requests, plan.num_requests + now.more_rows
         drafts = plan.total_draft_tokens
         steps = plan.draft_steps if now.drafting_counts else 0
-        drafting = costs.features(rows + drafts, now.context, drafts, steps, count)
-        baseline = costs.features(rows, now.context, 0, 0, count)
-        deviation = plan.gain * costs.reference_deviation(drafting, baseline)
+        deviation = plan.gain * costs.reference_deviation(rows, now.context, drafts, steps, count)
         if deviation < 1e-6:
             return 0.0
         z = (plan.gain - 1.0) / deviation

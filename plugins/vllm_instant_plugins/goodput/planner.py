@@ -125,7 +125,8 @@ def plan_step(
 
     """
     num_requests = len(survival)
-    baseline_at_knots, at_knots = costs.at_knots(), costs.at_knots(sigmas, num_requests + more_rows)
+    baseline_at_knots = costs.at_knots()
+    at_knots = costs.at_knots(sigmas, num_requests + more_rows) if sigmas else baseline_at_knots
     if costs.experts.counted:
         # Draft tokens share experts with the token before them, other requests do not: rows alone do not determine it.
         of_experts = costs.expert_seconds(costs.knots, num_requests)
@@ -227,19 +228,17 @@ def search_plans(
     # Histogram over levels, by position: how many rows, and how many expected tokens, a threshold would let through.
     # A plan is then a partial sum of it, so that the search takes positions * LEVELS steps for any number of requests.
     levels = np.empty((num_requests, positions), np.int8)
-    for i in range(num_requests):
-        weight = weights[i] if has_weights else 1.0
-        for j in range(positions):
-            levels[i, j] = level_of(survival[i, j] * weight)
     rows, tokens = np.zeros((positions, LEVELS)), np.zeros((positions, LEVELS))
     base = 0.0
     for i in range(num_requests):
         weight, delivered = weights[i] if has_weights else 1.0, delivery_rate[i] if has_rates else 1.0
         base += weight
         for j in range(positions):
-            level = levels[i, j]
+            value = survival[i, j] * weight
+            level = level_of(value)
+            levels[i, j] = level
             rows[j, level] += delivered
-            tokens[j, level] += survival[i, j] * weight * delivered
+            tokens[j, level] += value * delivered
     # Without drafts each request brings one token: rate = sum(weights) / baseline_seconds.
     right = first_not_below(num_requests + more_rows, curve.knots, 0)
     baseline = between(num_requests + more_rows, right, curve.knots, curve.baseline_at_knots)

@@ -194,9 +194,23 @@ def test_what_was_measured_once_does_not_outlast_what_is_measured_now():
     costs.observe(costs.features(1, 100, 0, 0, 1), 0.0412)
     for _ in range(150):
         costs.observe(costs.features(5, 100, 4, 4, 1), 0.0349)
-    without, drafting = costs.features(1, 100, 0, 0, 1), costs.features(5, 100, 4, 4, 1)
     assert costs.target_seconds(np.array([1.0]), 100)[0] <= 1.001 * costs.target_seconds(np.array([5.0]), 100)[0]
-    assert costs.reference_deviation(drafting, without) > 0.03
+    assert costs.reference_deviation(1, 100, 4, 4, 1) > 0.03
+
+
+def test_the_kept_curve_follows_every_measurement():
+    costs = StepCosts(64)
+    for seconds in (0.02, 0.02, 0.03, 0.03):
+        costs.observe(costs.features(1, 0, 0, 0, 1), seconds)
+        before = costs.at_knots()
+        assert costs.at_knots() is before
+    costs.observe(costs.features(1, 0, 0, 0, 1), 0.06)
+    assert costs.at_knots()[0] > 1.05 * before[0]
+    other = StepCosts(64)
+    other.observe(other.features(1, 0, 0, 0, 1), 0.5)
+    other.at_knots()
+    assert other.restore(costs.state())
+    assert other.at_knots()[0] == costs.at_knots()[0]
 
 
 def test_a_first_step_that_was_slow_is_corrected_at_once():
