@@ -17,7 +17,8 @@ class UpcomingStep:
     requests: Sequence[RequestState]
     """The requests that sample a token in this step, after which drafts can follow."""
     max_draft_tokens: int
-    """Maximum number of draft tokens per request."""
+    """Maximum number of draft tokens per request; 0 in a step after which no drafter can run, because it would delay
+    a request's first token."""
     num_waiting: int = 0
     """Number of requests that wait for their first step."""
     max_wait: float = 0.0

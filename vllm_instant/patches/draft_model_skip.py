@@ -3,7 +3,9 @@
 With ``num_spec_tokens_to_schedule = 0`` vLLM still runs a draft model once per step, to keep its KV cache complete, and
 an n-gram lookup in full. Here both are skipped. A draft model that runs again later first reads, in one forward pass,
 the tokens that it has missed (``vllm_instant.speculation.draft_coverage`` tracks them). A long gap is read over several
-steps, so that the step of the other requests stays short; its request gets no drafts until it is closed.
+steps, so that the step of the other requests stays short; its request gets no drafts until it is closed. A prompt is
+such a gap: the draft model does not run in a step that reads prompts (``draft_budget``), because the engine hands out
+the tokens of a step after the drafts were made, and a first token would come later by the draft model's work.
 
 EAGLE heads and MTP layers read the target's hidden states, which are gone after a step: they keep vLLM's one pass per
 step. So do drafters under asynchronous scheduling, where sampled tokens stay on the device.
@@ -19,12 +21,10 @@ import numpy as np
 
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE
-from vllm_instant.speculation.draft_coverage import DraftCoverage
+from vllm_instant.speculation.draft_coverage import MAX_CATCH_UP_TOKENS, DraftCoverage
 
 _ATTRIBUTE = "instant_draft_model"
 """On a model runner: its ``DraftModelCatchUp``."""
-MAX_CATCH_UP_TOKENS = 512
-"""Missed tokens that a draft model reads at most before one draft: a fraction of one step of the target."""
 
 
 class DraftModelCatchUp:

@@ -18,6 +18,7 @@ from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.interfaces.drafter import Draft, DraftAssignment, DraftRequest, HybridDrafter
+from vllm_instant.interfaces.speculation import UNAFFORDABLE
 from vllm_instant.patches.compat import HasSignature, References, VllmPatch
 from vllm_instant.patches.draft_model_skip import DraftModelCatchUp, can_be_skipped, catch_up_of
 from vllm_instant.patches.drafter import checked_draft
@@ -68,6 +69,8 @@ class HybridDraftRunner:
 
         """
         batch = self.runner.input_batch
+        if not plan.draft_model_runs:
+            plan = replace(plan, draft_cost=replace(plan.draft_cost, draft_fixed=UNAFFORDABLE))
         requests = self._requests(scheduler_output, plan, arguments[0]) if any(plan.num_draft_tokens.values()) else []
         # When the plugin is disabled the draft model does everything.
         otherwise = [DraftAssignment(num_draft_tokens=request.max_draft_tokens) for request in requests]
@@ -75,7 +78,7 @@ class HybridDraftRunner:
         by_model = {
             request.request_id: assignment.num_draft_tokens
             for request, assignment in zip(requests, assignments, strict=True)
-            if assignment.num_draft_tokens
+            if assignment.num_draft_tokens and plan.draft_model_runs
         }
         passes = max(by_model.values(), default=0)
         self.draft_steps = passes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
@@ -47,8 +49,12 @@ def uses_drafter_plugin(deployment: Deployment, speculative_config: Any) -> bool
 
 
 def _identity(vllm_config: Any, drafting: Deployment | None) -> dict[str, str]:
-    """Everything that the time of a step depends on; ``drafting`` is the deployment if it brings the drafter."""
+    """Everything that the time of a step depends on; ``drafting`` is the deployment if it brings the drafter.
+
+    The load of the host is not part of it, because it changes while a server runs.
+    """
     model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
+    attention = vllm_config.attention_config.backend
     identity = {
         "device": _device_name(str(vllm_config.device_config.device_type)),
         "model": model.model,
@@ -56,22 +62,49 @@ def _identity(vllm_config: Any, drafting: Deployment | None) -> dict[str, str]:
         "quantization": str(model.quantization),
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
         "compiled": str(not model.enforce_eager),
-        "parallel": f"{parallel.tensor_parallel_size}x{parallel.pipeline_parallel_size}",
+        "graphs": _name(vllm_config.compilation_config.cudagraph_mode),
+        "attention": _name(attention),
+        "runner": "V2" if vllm_config.use_v2_model_runner else "V1",
+        "scheduling": "asynchronous" if vllm_config.scheduler_config.async_scheduling else "synchronous",
+        "parallel": "x".join(
+            str(size)
+            for size in (
+                parallel.tensor_parallel_size,
+                parallel.pipeline_parallel_size,
+                parallel.data_parallel_size,
+                parallel.decode_context_parallel_size,
+            )
+        ),
+        "experts": str(parallel.enable_expert_parallel),
         "vllm": version("vllm"),
     }
     if speculative is not None:
         identity["drafter"] = f"{speculative.method} {speculative.model or ''}".strip()
         if drafting is not None:
             identity["drafter"] += f" {drafting.slots['drafter'].plugin}"
+        identity["draft_tokens"] = str(speculative.num_speculative_tokens)
     return identity
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "name", value))
 
 
 def _device_name(device_type: str) -> str:
     from vllm.platforms import current_platform
 
     if device_type == "cpu":
-        return f"{platform.processor() or platform.machine()} {len(os.sched_getaffinity(0))} cores"
+        return f"{_processor()} {len(os.sched_getaffinity(0))} cores"
     return str(current_platform.get_device_name())
+
+
+def _processor() -> str:
+    """The processor's model; machines of one architecture may share a home folder, and with it the stored costs."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def build_guarded(slot: str, deployment: Deployment, context: PluginContext) -> GuardedPlugin[Any] | None:
@@ -117,6 +150,12 @@ PATCH = VllmPatch(
         HasAttribute("config/model.py", "ModelConfig.quantization"),
         HasAttribute("config/cache.py", "CacheConfig.cache_dtype"),
         HasAttribute("config/parallel.py", "ParallelConfig.tensor_parallel_size"),
+        HasAttribute("config/parallel.py", "ParallelConfig.decode_context_parallel_size"),
+        HasAttribute("config/parallel.py", "ParallelConfig.enable_expert_parallel"),
+        HasAttribute("config/attention.py", "AttentionConfig.backend"),
+        HasAttribute("config/compilation.py", "CompilationConfig.cudagraph_mode"),
+        HasAttribute("config/scheduler.py", "SchedulerConfig.async_scheduling"),
+        HasAttribute("config/vllm.py", "VllmConfig.use_v2_model_runner"),
     ),
     slots=("speculation", "drafter", "batching"),
 )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import failure_counts
+from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.speculation import StepOutcome
 from vllm_instant.patches.admission import BatchingMixin
@@ -28,7 +29,7 @@ from vllm_instant.patches.draft_lengths import UnpaddedLookup, fixed_length_reas
 from vllm_instant.patches.moe_reports import count_in
 from vllm_instant.patches.names import PLACEHOLDER, PLAN_ATTRIBUTE, REPORT_ATTRIBUTE
 from vllm_instant.patches.pinned_prefixes import PinningMixin
-from vllm_instant.patches.plugin_factory import build_guarded, context_of
+from vllm_instant.patches.plugin_factory import build_guarded, context_of, uses_drafter_plugin
 from vllm_instant.speculation.draft_budget import DraftBudgetManager
 from vllm_instant.speculation.draft_plan import DraftPlan
 
@@ -64,6 +65,17 @@ class InstantMixin(BatchingMixin, PinningMixin):
         """Whether the drafter drafts ``num_spec_tokens`` in every step; then only verification follows the plan."""
         self._instant_avoid_padding()
         deployment = deployment_env.get_deployment()
+        speculative = self.vllm_config.speculative_config
+        self._instant_model_waits = (
+            speculative is not None and speculative.method == "draft_model" and not self._drafts_on_device
+        )
+        """Whether a draft model can be skipped until a first token has left the engine."""
+        self._instant_only_model = not (
+            deployment is not None
+            and speculative is not None
+            and uses_drafter_plugin(deployment, speculative)
+            and installed_plugin(deployment, "drafter").plugin.build is not None
+        )
         if deployment is not None and self.num_spec_tokens:
             policy = build_guarded("speculation", deployment, context_of(self.vllm_config, deployment))
             if policy is not None:
@@ -102,21 +114,31 @@ class InstantMixin(BatchingMixin, PinningMixin):
             return
         # This loop runs for each request in each step: no calls or lookups that it can do without.
         drafting: list[RequestState] = []
+        reads_prompts = False
         requests = self.requests
         state_of = budget.states.get
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             request = requests[request_id]
             # A request that is still reading its prompt after this step samples no token and needs no drafts.
             if request.num_computed_tokens + scheduled < request.num_tokens + request.num_output_placeholders:
+                reads_prompts = True
                 continue
             state = state_of(request_id)
             if state is not None:
                 drafting.append(state)
+                if not state.num_output_tokens:
+                    reads_prompts = True
         max_wait = 0.0
         if len(self.waiting):
             oldest = self.waiting.peek_request() if self.instant_queue is None else self.instant_queue.oldest()
             max_wait = max(0.0, time.time() - oldest.arrival_time)
-        plan = budget.plan_drafts(drafting, len(self.waiting), max_wait)
+        plan = budget.plan_drafts(
+            drafting,
+            len(self.waiting),
+            max_wait,
+            hold_model=reads_prompts and self._instant_model_waits,
+            only_model=self._instant_only_model,
+        )
         # The drafter makes one number for the whole batch: the maximum.
         maximum = max(plan.num_draft_tokens.values(), default=0)
         if not self._instant_fixed_length:

@@ -26,6 +26,9 @@ CLIENT_KEY = "instant_speculation"
 """Key of a client's ``vllm_xargs``: ``"off"``, ``"auto"`` or a number of draft tokens."""
 
 _NO_REQUESTS: frozenset[str] = frozenset()
+MAX_HELD_SHARE = 0.25
+"""Share of the steps in which a draft model waits for first tokens at most: a busy server reads prompts in each."""
+_HELD_MEMORY = 0.98
 
 
 def requested_num_draft_tokens(extra_args: Mapping[str, Any] | None) -> int | None:
@@ -107,6 +110,8 @@ class DraftBudgetManager:
         self._ids: tuple[Sequence[RequestState], list[str]] = ((), [])
         """Requests of the latest plan and their ids, which are mostly those of the next one."""
         self._draft_cost = DraftCost()
+        self._held_share = 0.0
+        """Share of recent steps in which a draft model waited for first tokens."""
         self._waiting: tuple[int, float] = (0, 0.0)
 
     # ---------------------------------------------------------------------------------------------- requests
@@ -143,18 +148,27 @@ class DraftBudgetManager:
         """The scheduling of a step begins."""
         self._latest_begin = self._clock()
 
-    def plan(self, states: Sequence[RequestState], num_waiting: int = 0, max_wait: float = 0.0) -> list[int]:
+    def plan(
+        self,
+        states: Sequence[RequestState],
+        num_waiting: int = 0,
+        max_wait: float = 0.0,
+        max_draft_tokens: int | None = None,
+    ) -> list[int]:
         """Return the draft budget of each request in the step being scheduled, in ``0..max_draft_tokens``.
 
-        With a disabled policy every request gets the maximum, as in vLLM without vllm-instant.
+        With a disabled policy every request gets the maximum, as in vLLM without vllm-instant. ``max_draft_tokens``
+        limits this step; the manager's maximum by default.
         """
         self._number += 1
         self._planned, self._all_alive, self._waiting = states, True, (num_waiting, max_wait)
-        budgets = self._planned_ahead(states)
+        limit = self.max_draft_tokens if max_draft_tokens is None else max_draft_tokens
+        budgets = self._planned_ahead(states) if limit == self.max_draft_tokens else None
         if budgets is None:
+            self._ahead = None
             self._show_outcomes()
-            budgets = self._ask(states, self._number)
-        if self._num_fixed:
+            budgets = self._ask(states, self._number, limit)
+        if self._num_fixed and limit:
             budgets = [
                 budget if state.fixed_num_draft_tokens is None else state.fixed_num_draft_tokens
                 for state, budget in zip(states, budgets, strict=True)
@@ -178,9 +192,30 @@ class DraftBudgetManager:
         except KeyError:
             return None
 
-    def plan_drafts(self, states: Sequence[RequestState], num_waiting: int = 0, max_wait: float = 0.0) -> DraftPlan:
-        """Return the result of ``plan`` with the cost of drafts, for the workers."""
-        budgets = self.plan(states, num_waiting, max_wait)
+    def plan_drafts(
+        self,
+        states: Sequence[RequestState],
+        num_waiting: int = 0,
+        max_wait: float = 0.0,
+        *,
+        hold_model: bool = False,
+        only_model: bool = False,
+    ) -> DraftPlan:
+        """Return the result of ``plan`` with the cost of drafts, for the workers.
+
+        Args:
+            states: The requests that sample a token in the step.
+            num_waiting: Number of requests that wait for their first step.
+            max_wait: Waiting time of the oldest of these, in seconds.
+            hold_model: Whether a draft model should not run after this step, because a prompt is read in it: the
+                draft model would read it, too, and draft, before the first token leaves the engine. It runs all the
+                same where that were more than ``MAX_HELD_SHARE`` of the steps.
+            only_model: Whether there is no other source of drafts than a draft model.
+
+        """
+        held = hold_model and self._held_share < MAX_HELD_SHARE
+        self._held_share = _HELD_MEMORY * self._held_share + (1 - _HELD_MEMORY) * held
+        budgets = self.plan(states, num_waiting, max_wait, 0 if held and only_model else None)
         if self._ids[0] != states:
             self._ids = list(states), [state.request_id for state in states]
         return DraftPlan(
@@ -190,6 +225,7 @@ class DraftBudgetManager:
             if self._num_fixed
             else _NO_REQUESTS,
             {state.request_id: state.cache_salt for state in states if state.cache_salt} if self._num_salted else {},
+            not held,
         )
 
     def on_model_executing(self) -> None:
@@ -206,8 +242,8 @@ class DraftBudgetManager:
             outcome = self._outcomes.popleft()
             self.policy.call("observe", lambda policy, outcome=outcome: policy.observe(outcome), None)  # type: ignore[misc]
 
-    def _ask(self, states: Sequence[RequestState], number: int) -> list[int]:
-        limit = self.max_draft_tokens
+    def _ask(self, states: Sequence[RequestState], number: int, limit: int | None = None) -> list[int]:
+        limit = self.max_draft_tokens if limit is None else limit
         step = UpcomingStep(states, limit, *self._waiting, number)
 
         def ask(policy: SpeculationPolicy) -> list[int]:

@@ -13,6 +13,9 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+MAX_CATCH_UP_TOKENS = 512
+"""Missed tokens that a draft model reads at most before one draft: a fraction of one step of the target."""
+
 
 class DraftCoverage:
     """Number of leading tokens of each request with valid draft KV, and the KV blocks with complete draft KV.

@@ -28,6 +28,8 @@ class DraftPlan:
     """Ids of requests whose clients fixed the number of draft tokens, so that the cost of drafts is ignored."""
     cache_salts: Mapping[str, str] = field(default_factory=dict)
     """Cache salt by request id, without the requests that have none."""
+    draft_model_runs: bool = True
+    """False where a draft model must not run, because a request waits for its first token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,11 @@ from vllm_instant_plugins.goodput.planner import StepPlan
 from vllm_instant_plugins.goodput.request_table import Batch
 
 CAPACITY = 2048
-NOT_ESTIMATED = frozenset(("pinned", "learning"))
+NOT_ESTIMATED = frozenset(("pinned", "learning", "first token"))
 """Reasons of decisions for which no step time was estimated."""
 EXPLANATIONS = {
     "learning": "nothing measured yet: the first steps show how long one takes without drafts",
+    "first token": "the draft model does not run while a request waits for its first token",
     "draft": "drafting yields more tokens per second",
     "draft+probe": "as draft, and one request without drafts tries one token, in case it has become predictable",
     "reference": "one step without drafts, to measure what drafting is compared with",

@@ -131,6 +131,11 @@ class GoodputPolicy(SpeculationPolicy):
         # Explorations are not trimmed by the estimates that they are meant to correct.
         self._draft_cost = FREE
         batch = self.table.batch(step.requests)
+        if not step.max_draft_tokens:
+            self.table.prompts_unread(batch)
+            plan = no_drafts(len(batch.requests))
+            first = np.zeros(len(batch.requests))
+            return self._record(step.number, batch, first, plan, plan.num_draft_tokens, "first token")
         repeated = self._repeat(step, batch)
         if repeated is not None:
             return repeated
@@ -138,11 +143,11 @@ class GoodputPolicy(SpeculationPolicy):
         if not len(batch.adaptive):
             plan = no_drafts(len(batch.requests), batch.fixed_lengths)
             return self._record(step.number, batch, survival[:, 0].copy(), plan, batch.fixed_lengths, "pinned")
-        if not self._confident:
+        if not self._confident and self._max_length < survival.shape[1]:
             survival[:, self._max_length :] = 0.0
         now = self._estimate(step, batch, survival)
         if not self.costs.ready:
-            plan = now.plan
+            plan = no_drafts(len(batch.requests))
             return self._record(step.number, batch, now.first_acceptance, plan, plan.num_draft_tokens, "learning")
         max_seconds = self._plan(now)
         plan, num_draft_tokens, reason = self._explore_or_follow(now, max_seconds)
@@ -300,7 +305,7 @@ class GoodputPolicy(SpeculationPolicy):
         reason: str,
     ) -> Sequence[int]:
         """Grant the draft tokens, fixed lengths as clients asked, and log the decision."""
-        if not batch.all_adaptive:
+        if not batch.all_adaptive and reason != "first token":
             num_draft_tokens = np.where(batch.fixed_lengths < 0, num_draft_tokens, batch.fixed_lengths)
         uncached_tokens, granted = self.table.grant(batch, num_draft_tokens, number)
         expected = (plan.tokens - plan.num_requests) / self._calibration_factor()

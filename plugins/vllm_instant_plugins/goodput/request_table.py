@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant import RequestState
+from vllm_instant.speculation.draft_coverage import MAX_CATCH_UP_TOKENS
 from vllm_instant_plugins.jit import compiled
 
 Indices = npt.NDArray[np.intp]
@@ -56,6 +57,8 @@ class RequestTable:
         self._last_drafted: Array = np.zeros(64)
         self.uncached_tokens: Array = np.zeros(64)
         """Tokens that a draft model must read before it drafts again: it was off when they came."""
+        self._reading: Array = np.zeros(64)
+        """Those that it had to read for the drafts that were granted last."""
         self._batches: deque[Batch] = deque(maxlen=_REMEMBERED_BATCHES)
 
     def enter(self, request: RequestState, newest_step: int, uncached_tokens: float = 0.0) -> None:
@@ -69,6 +72,7 @@ class RequestTable:
         self._entered[index] = newest_step
         self._last_drafted[index] = 0.0
         self.uncached_tokens[index] = uncached_tokens
+        self._reading[index] = 0.0
 
     def _grow(self, more: int) -> None:
         self.context = np.pad(self.context, (0, more))
@@ -78,6 +82,7 @@ class RequestTable:
         self._entered = np.pad(self._entered, (0, more))
         self._last_drafted = np.pad(self._last_drafted, (0, more))
         self.uncached_tokens = np.pad(self.uncached_tokens, (0, more))
+        self._reading = np.pad(self._reading, (0, more))
 
     def batch(self, requests: Sequence[RequestState]) -> Batch:
         """The batch of this list of requests."""
@@ -124,9 +129,17 @@ class RequestTable:
         return chosen
 
     def grant(self, batch: Batch, num_draft_tokens: Indices, step: int) -> tuple[float, int]:
-        """Record the drafts of ``step``; returns the tokens that the drafter must read first, and all draft tokens."""
-        reading, granted = grant(batch.indices, num_draft_tokens, step, self._last_drafted, self.uncached_tokens)
-        return reading, granted
+        """Record the drafts of ``step``; returns the tokens that the drafter reads first, and all draft tokens."""
+        reading, granted = grant(
+            batch.indices, num_draft_tokens, step, self._last_drafted, self.uncached_tokens, self._reading
+        )
+        return min(reading, float(MAX_CATCH_UP_TOKENS)), granted
+
+    def prompts_unread(self, batch: Batch) -> None:
+        """Record that the drafter has read no prompt of the requests without output."""
+        for request in batch.requests:
+            if not request.num_output_tokens:
+                self.uncached_tokens[request.index] = request.num_prompt_tokens
 
     def drafter_was_off(self, batch: Batch, accepted: Indices) -> None:
         """Record a step in which the drafter did not run and read none of the new tokens."""
@@ -165,6 +178,8 @@ class RequestTable:
             self.fixed_lengths,
             self.granted,
             self.proposed,
+            self._reading,
+            self.uncached_tokens,
         )
         return planned_adaptive, known_adaptive, num_accepted
 
@@ -211,17 +226,20 @@ def calibrate_survival(
 
 
 @compiled
-def grant(indices: Any, num_draft_tokens: Any, step: int, last_drafted: Any, uncached_tokens: Any) -> tuple[float, int]:
-    """``RequestTable.grant``."""
-    reading, granted = 0.0, 0
+def grant(
+    indices: Any, num_draft_tokens: Any, step: int, last_drafted: Any, uncached_tokens: Any, reading: Any
+) -> tuple[float, int]:
+    """``RequestTable.grant``; returns all tokens that the drafter has not read, and all draft tokens."""
+    uncached, granted = 0.0, 0
     for i in range(len(indices)):
         if num_draft_tokens[i] > 0:
             index = indices[i]
             granted += num_draft_tokens[i]
             last_drafted[index] = step
-            reading += uncached_tokens[index]
+            uncached += uncached_tokens[index]
+            reading[index] = uncached_tokens[index]
             uncached_tokens[index] = 0.0
-    return reading, granted
+    return uncached, granted
 
 
 @compiled
@@ -264,6 +282,8 @@ def compare_drafts(
     fixed_lengths: Any,
     granted: Any,
     proposed: Any,
+    reading: Any,
+    uncached_tokens: Any,
 ) -> tuple[int, int, int]:
     """``RequestTable.compare``."""
     planned_adaptive, known_adaptive, num_accepted = 0, 0, 0
@@ -276,7 +296,12 @@ def compare_drafts(
         known = entered[index] < number
         # A drafter may deliver more than was planned when a later plan replaced it: then that is what was asked for.
         asked = max(plan[index], drafted[i]) if known else drafted[i]
-        if asked > 0:
+        if asked > 0 and drafted[i] == 0 and reading[index] > MAX_CATCH_UP_TOKENS:
+            # A draft model reads a long gap over several steps and drafts nothing until it is closed, which says
+            # nothing about how much it delivers.
+            uncached_tokens[index] += reading[index] - MAX_CATCH_UP_TOKENS
+            reading[index] = 0.0
+        elif asked > 0:
             # delivery rate = fading sum of delivered / fading sum of granted
             granted[index] = granted[index] * _RATE_MEMORY + asked
             proposed[index] = proposed[index] * _RATE_MEMORY + drafted[i]

@@ -501,3 +501,17 @@ def test_a_price_is_asked_once_costs_are_known():
     # All drafts are accepted here: the time of a step without any would yield several tokens.
     assert 2.0 < draft_cost.baseline_step < 9.0
     assert not GoodputPolicy(8, 16).draft_cost().verify_cost_curve
+
+
+def test_a_step_without_a_drafter_is_planned_without_drafts_and_its_prompts_are_read_later():
+    policy = GoodputPolicy(8, 4)
+    states = [
+        RequestState("auto", 300, 900, 0.0, index=0),
+        RequestState("pinned", 5, 900, 0.0, index=1, fixed_num_draft_tokens=2),
+    ]
+    for state in states:
+        policy.enter(state)
+    assert policy.get_num_draft_tokens(UpcomingStep(states, 0, number=1)) == [0, 0]
+    assert policy.decisions(1)[0]["reason"] == "first token"
+    policy.observe(StepOutcome(states, [0, 0], [0, 0], 305, 0.05, 2, 1, 0))
+    assert policy.table.uncached_tokens[:2].tolist() == [301, 6]

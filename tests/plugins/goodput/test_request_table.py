@@ -103,3 +103,20 @@ def test_integers_of_any_kind(values):
     found = to_indices(values)
     assert found.dtype == np.intp
     assert found.tolist() == list(values)
+
+
+def test_a_draft_model_that_reads_a_long_prompt_is_not_one_that_delivers_little():
+    table = RequestTable()
+    states = [RequestState("r0", 1200, 100, 0.0, index=0), RequestState("r1", 0, 100, 0.0, index=1)]
+    for state in states:
+        table.enter(state, 0)
+    batch = table.batch(states)
+    table.prompts_unread(batch)
+    granted, nothing = np.array([4, 4]), np.array([0, 0])
+    for step, read in ((1, 512), (2, 512), (3, 176)):
+        assert table.grant(batch, granted, step)[0] == read
+        table.compare(step, batch, granted, batch, nothing if step < 3 else np.array([4, 0]), nothing)
+    rates = table.proposed[:2] / table.granted[:2]
+    assert rates[0] == pytest.approx(1.0)
+    assert rates[1] < 0.2, "the other one had nothing to read and delivered nothing"
+    assert table.uncached_tokens[0] == 0.0

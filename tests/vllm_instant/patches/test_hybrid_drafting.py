@@ -12,6 +12,7 @@ from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.resolved import drafter_arguments
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.interfaces.drafter import DraftAssignment, HybridDrafter
+from vllm_instant.interfaces.speculation import UNAFFORDABLE
 from vllm_instant.patches import hybrid_drafting
 from vllm_instant.patches.hybrid_drafting import HYBRID_ATTRIBUTE, PATCH, HybridDraftRunner
 from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE, V2_MODEL_RUNNER
@@ -34,6 +35,7 @@ class Recording(HybridDrafter):
         return [[] for _ in requests]
 
     def assign(self, requests, draft_cost):
+        self.draft_cost = draft_cost
         self.asked = [
             (r.request_id, r.token_ids.tolist(), r.num_prompt_tokens, r.max_draft_tokens, r.cache_salt, r.is_fixed)
             for r in requests
@@ -121,6 +123,15 @@ def test_the_model_does_not_draft_without_an_assignment():
     assert model.plans == [({}, 0)]
     assert plugin.drafted == []
     assert hybrid.draft_steps == 0
+
+
+def test_the_model_does_not_run_while_a_request_waits_for_its_first_token():
+    hybrid, plugin = _hybrid([DraftAssignment([1], 2), DraftAssignment(num_draft_tokens=2), DraftAssignment([2])])
+    model = Model()
+    plan = DraftPlan({"a": 4, "b": 4, "c": 4}, draft_model_runs=False)
+    assert _propose(hybrid, model, plan) == [[1], [], [2]]
+    assert model.plans == [({}, 0)]
+    assert plugin.draft_cost.draft_fixed == UNAFFORDABLE
 
 
 def test_only_requests_with_a_draft_budget_are_assigned():

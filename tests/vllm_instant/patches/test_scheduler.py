@@ -40,7 +40,8 @@ def _step(scheduler, asynchronous, accept=1, drafted=DRAFTS):
     output = scheduler.schedule()
     scheduler.get_grammar_bitmask(output)  # as the engine core does, right after it dispatched the step
     accepted = {r: min(accept, len(d)) for r, d in output.scheduled_spec_decode_tokens.items()}
-    scheduler.update_from_output(output, harness.answer(output, accepted))
+    prefilling = {r for r in output.num_scheduled_tokens if scheduler.requests[r].is_prefill_chunk}
+    scheduler.update_from_output(output, harness.answer(output, accepted, prefilling))
     if not asynchronous:
         scheduler.update_draft_token_ids(harness.drafts_for(output, drafted))
     return output
@@ -113,6 +114,33 @@ def test_a_request_that_is_still_reading_its_prompt_gets_no_drafts(make, asynchr
     assert output.num_scheduled_tokens == {"request-0": 10}
     assert getattr(output, PLAN_ATTRIBUTE).num_draft_tokens == {}
     assert output.num_spec_tokens_to_schedule == 0
+
+
+def test_a_draft_model_does_not_run_in_a_step_that_reads_a_prompt(make, asynchronous):
+    scheduler = make()
+    # As a scheduler finds it with a draft model; the harness has no weights of one.
+    scheduler._instant_model_waits = not asynchronous
+    scheduler.add_request(harness.make_request(0))
+    first = _step(scheduler, asynchronous)
+    planned = getattr(first, PLAN_ATTRIBUTE)
+    assert set(planned.num_draft_tokens.values()) == {DRAFTS if asynchronous else 0}
+    assert first.num_spec_tokens_to_schedule == (DRAFTS if asynchronous else 0)
+    assert getattr(_step(scheduler, asynchronous), PLAN_ATTRIBUTE).num_draft_tokens == {"request-0": DRAFTS}
+    # The second request's prompt is read in two pieces; nothing is drafted until its first token is out.
+    scheduler.max_num_scheduled_tokens = 20
+    scheduler.add_request(harness.make_request(1, prompt_tokens=24))
+    plans = [getattr(_step(scheduler, asynchronous), PLAN_ATTRIBUTE).num_draft_tokens for _ in range(3)]
+    if not asynchronous:
+        assert plans == [{"request-0": 0}, {"request-0": 0, "request-1": 0}, {"request-0": DRAFTS, "request-1": DRAFTS}]
+
+
+def test_a_model_waits_only_where_it_can_be_skipped(make, asynchronous):
+    scheduler = make()
+    assert not scheduler._instant_model_waits, "a lookup takes no time"
+    method = scheduler.vllm_config.speculative_config
+    method.method = "draft_model"
+    again = harness.make_scheduler(create_scheduler, scheduler.vllm_config)
+    assert again._instant_model_waits == (not asynchronous)
 
 
 def test_finished_requests_are_forgotten(make, asynchronous):

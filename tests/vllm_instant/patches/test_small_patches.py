@@ -96,6 +96,63 @@ class TestBuilding:
             self._build("incomplete")
 
 
+def _vllm_config(**changed):
+    """A VllmConfig made of plain objects; ``changed`` names attributes as ``part__attribute``."""
+    parts = {
+        "model_config": {
+            "model": "m",
+            "max_model_len": 10,
+            "dtype": "torch.bfloat16",
+            "quantization": None,
+            "enforce_eager": False,
+            "get_vocab_size": lambda: 5,
+        },
+        "parallel_config": {
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "data_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "enable_expert_parallel": False,
+        },
+        "scheduler_config": {"max_num_seqs": 2, "async_scheduling": False},
+        "speculative_config": {"method": "draft_model", "model": "d", "num_speculative_tokens": 3},
+        "device_config": {"device_type": "cpu"},
+        "cache_config": {"cache_dtype": "auto"},
+        "attention_config": {"backend": None},
+        "compilation_config": {"cudagraph_mode": SimpleNamespace(name="NONE")},
+    }
+    top = {"use_v2_model_runner": changed.pop("use_v2_model_runner", False)}
+    for name, value in changed.items():
+        part, attribute = name.split("__")
+        parts[part][attribute] = value
+    return SimpleNamespace(**top, **{name: SimpleNamespace(**attributes) for name, attributes in parts.items()})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"use_v2_model_runner": True},
+        {"scheduler_config__async_scheduling": True},
+        {"compilation_config__cudagraph_mode": SimpleNamespace(name="FULL")},
+        {"attention_config__backend": SimpleNamespace(name="FLASHINFER")},
+        {"parallel_config__data_parallel_size": 2},
+        {"parallel_config__tensor_parallel_size": 2},
+        {"parallel_config__pipeline_parallel_size": 2},
+        {"parallel_config__decode_context_parallel_size": 2},
+        {"parallel_config__enable_expert_parallel": True},
+        {"speculative_config__num_speculative_tokens": 5},
+        {"model_config__dtype": "torch.float32"},
+        {"model_config__enforce_eager": True},
+        {"cache_config__cache_dtype": "fp8"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_costs_of_steps_are_kept_apart_by_whatever_they_depend_on(changed):
+    usual, other = (plugin_factory.context_of(config).identity for config in (_vllm_config(), _vllm_config(**changed)))
+    assert usual == plugin_factory.context_of(_vllm_config()).identity
+    assert usual != other
+
+
 class TestCpuSampling:
     @given(
         st.lists(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_instant import RequestState, SpeculationPolicy
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.speculation.draft_budget import DraftBudgetManager, requested_num_draft_tokens
+from vllm_instant.speculation.draft_budget import MAX_HELD_SHARE, DraftBudgetManager, requested_num_draft_tokens
 from vllm_instant.speculation.draft_plan import DraftReport
 
 
@@ -260,3 +260,52 @@ def test_a_list_that_its_owner_changes_is_read_again():
     budget.on_model_executing()
     del states[1]
     assert budget.plan_drafts(states).num_draft_tokens == {"r0": 3, "r2": 3}
+
+
+class UpToTheLimit(SpeculationPolicy):
+    """Grants what a step allows, and records the steps."""
+
+    def __init__(self):
+        self.asked = []
+
+    def get_num_draft_tokens(self, step):
+        self.asked.append((step.number, step.max_draft_tokens))
+        return [step.max_draft_tokens] * len(step.requests)
+
+
+def _granting():
+    policy = UpToTheLimit()
+    return DraftBudgetManager(GuardedPlugin("speculation", "granting", policy), 4), policy
+
+
+def test_a_draft_model_waits_for_first_tokens_and_the_policy_knows():
+    budget, policy = _granting()
+    states = _states(2)
+    states[1].fixed_num_draft_tokens = 3
+    plan = budget.plan_drafts(states, hold_model=True, only_model=True)
+    assert plan.num_draft_tokens == {"r0": 0, "r1": 0}
+    assert not plan.draft_model_runs
+    budget.on_model_executing()
+    assert policy.asked == [(1, 0), (2, 4)]
+    plan = budget.plan_drafts(states)
+    assert plan.num_draft_tokens["r0"] == 4
+    assert plan.draft_model_runs
+    budget.on_model_executing()
+    # What was planned ahead holds for no step that reads a prompt.
+    assert budget.plan_drafts(states, hold_model=True, only_model=True).num_draft_tokens == {"r0": 0, "r1": 0}
+    assert policy.asked[-2:] == [(3, 4), (3, 0)]
+    assert not budget.policy.disabled
+
+
+def test_other_sources_draft_while_the_draft_model_waits():
+    budget, _ = _granting()
+    plan = budget.plan_drafts(_states(1), hold_model=True)
+    assert plan.num_draft_tokens == {"r0": 4}
+    assert not plan.draft_model_runs
+
+
+def test_a_draft_model_waits_in_a_bounded_share_of_the_steps():
+    budget, _ = _granting()
+    held = [not budget.plan_drafts(_states(1), hold_model=True, only_model=True).draft_model_runs for _ in range(600)]
+    assert held[0]
+    assert sum(held[200:]) / 400 == pytest.approx(MAX_HELD_SHARE, abs=0.03)
