@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -117,3 +119,68 @@ def relative_speeds(
         speeds.append(found.speed / reference)
         drafted.append(found.drafted)
     return np.array(speeds), np.array(drafted)
+
+
+class Store:
+    """Stored costs in memory."""
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        self.state = state
+
+    def load(self) -> dict[str, Any] | None:
+        """The state."""
+        return copy.deepcopy(self.state)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep a state."""
+        self.state = dict(state)
+
+    save_in_background = save
+
+
+def _scaled(factor: float) -> Callable[[dict[str, Any]], None]:
+    def change(state: dict[str, Any]) -> None:
+        state["weights"] = [factor * weight for weight in state["weights"]]
+        state["covariance"] = [[factor**2 * entry for entry in row] for row in state["covariance"]]
+
+    return change
+
+
+def _right(state: dict[str, Any]) -> None:
+    """As they were measured."""
+
+
+def _sawtooth(state: dict[str, Any]) -> None:
+    """Each second number of rows is far cheaper than its neighbours."""
+    for index in range(len(state["knots"])):
+        state["weights"][index] *= 1.3 if index % 2 == 0 else 0.8
+
+
+def _falling(state: dict[str, Any]) -> None:
+    """The more rows, the less time."""
+    count = len(state["knots"])
+    state["weights"][:count] = state["weights"][:count][::-1]
+
+
+def _free_drafts(state: dict[str, Any]) -> None:
+    """Drafts cost nothing, and a step without them is too long by two fifths."""
+    count = len(state["knots"])
+    state["weights"][count + 1 :] = [0.0] * len(state["weights"][count + 1 :])
+    state["weights"][0] *= 1.4
+
+
+def _other_length(state: dict[str, Any]) -> None:
+    """From a server with another limit of draft tokens."""
+    state["knots"], state["weights"] = state["knots"][:-2], state["weights"][:-2]
+
+
+PLANTED: dict[str, Callable[[dict[str, Any]], None]] = {
+    "right": _right,
+    "too short": _scaled(0.3),
+    "too long": _scaled(3.0),
+    "sawtooth": _sawtooth,
+    "falling": _falling,
+    "free drafts": _free_drafts,
+    "another length": _other_length,
+}
+"""Changes of a stored state, in place: what a server may find that was measured under other conditions."""

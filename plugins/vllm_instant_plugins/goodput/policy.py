@@ -38,7 +38,9 @@ STEADY_GAIN = 0.05
 """this much of a difference is needed to change it back."""
 BACKOFF_STEPS = 4
 INITIAL_DRAFT_TOKENS = 3
-"""Limit of a request's draft tokens on a new server; it grows with the longest accepted draft."""
+"""Limit of a request's draft tokens on a new server;"""
+BEYOND_ACCEPTED = 2
+"""it grows to twice the longest accepted draft and this many more."""
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
 FIRST_OBSERVATIONS = 20
@@ -329,7 +331,7 @@ class GoodputPolicy(SpeculationPolicy):
         if self._slo is not None:
             self._slo.observe(batch.indices, accepted + 1)
         self._draft_costs.observe(total)
-        self._max_length = max(self._max_length, 2 * int(accepted.max()) + 2)
+        self._max_length = max(self._max_length, 2 * int(accepted.max()) + BEYOND_ACCEPTED)
         decision = self.log.of_step(outcome.number - 1)
         if decision is not None:
             decision.set_outcome(outcome, total, num_accepted)

@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from cold_starts import CURVES, DRAFTS, MAX_DRAFT_TOKENS, fixed_speed, relative_speeds, start
+from cold_starts import CURVES, DRAFTS, MAX_DRAFT_TOKENS, PLANTED, Store, fixed_speed, relative_speeds, start
 
 from vllm_instant.tools.measure.simulator import RequestClass, simulate
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
@@ -67,68 +67,6 @@ def test_a_thousand_fresh_servers_with_hopeless_drafts(curve):
 
 
 # ----------------------------------------------------------------------------------------------------- stored costs
-
-
-class Store:
-    """Stored costs in memory."""
-
-    def __init__(self, state=None):
-        self.state = state
-
-    def load(self):
-        return copy.deepcopy(self.state)
-
-    def save(self, state):
-        self.state = state
-
-    save_in_background = save
-
-
-def _scaled(factor):
-    def change(state):
-        state["weights"] = [factor * weight for weight in state["weights"]]
-        state["covariance"] = [[factor**2 * entry for entry in row] for row in state["covariance"]]
-
-    return change
-
-
-def _right(state):
-    """As they were measured."""
-
-
-def _sawtooth(state):
-    """Each second number of rows is far cheaper than its neighbours."""
-    for index in range(len(state["knots"])):
-        state["weights"][index] *= 1.3 if index % 2 == 0 else 0.8
-
-
-def _falling(state):
-    """The more rows, the less time."""
-    count = len(state["knots"])
-    state["weights"][:count] = state["weights"][:count][::-1]
-
-
-def _free_drafts(state):
-    """Drafts cost nothing, and a step without them is too long by two fifths."""
-    count = len(state["knots"])
-    state["weights"][count + 1 :] = [0.0] * len(state["weights"][count + 1 :])
-    state["weights"][0] *= 1.4
-
-
-def _other_length(state):
-    """From a server with another limit of draft tokens."""
-    state["knots"], state["weights"] = state["knots"][:-2], state["weights"][:-2]
-
-
-PLANTED = {
-    "right": _right,
-    "too short": _scaled(0.3),
-    "too long": _scaled(3.0),
-    "sawtooth": _sawtooth,
-    "falling": _falling,
-    "free drafts": _free_drafts,
-    "another length": _other_length,
-}
 
 
 @pytest.fixture(scope="module")

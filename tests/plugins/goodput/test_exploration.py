@@ -198,7 +198,7 @@ class TestExplorer:
         explorer.budget.balance = 0.5
         table.drafter_was_off(now.batch, np.full(4, 999))
         assert explorer.while_off(now)[1] == "off"
-        assert table.grant(now.batch, np.full(4, 2), 3) == (4000, 8)
+        assert table.grant(now.batch, np.full(4, 2), 3) == (512, 8)
         assert explorer.while_off(now)[1] == "probe"
 
     def test_steps_without_drafts_are_measured_again_when_their_time_is_uncertain(self):
