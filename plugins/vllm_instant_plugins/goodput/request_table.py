@@ -58,7 +58,7 @@ class RequestTable:
         self.uncached_tokens: Array = np.zeros(64)
         """Tokens that a draft model must read before it drafts again: it was off when they came."""
         self._reading: Array = np.zeros(64)
-        """Those that it had to read for the drafts that were granted last."""
+        """Tokens that it had to read for the drafts that were granted last."""
         self._batches: deque[Batch] = deque(maxlen=_REMEMBERED_BATCHES)
 
     def enter(self, request: RequestState, newest_step: int, uncached_tokens: float = 0.0) -> None:
