@@ -1,9 +1,9 @@
 """Drafters by class of prompt: acceptance by position, and tokens per second.
 
-.venv/bin/python benchmarks/drafters.py
+.venv/bin/python benchmarks/drafters.py [--model smollm2] [--prompts edit,extract,story]
 
-One server each with ``suffix``, ``model``, ``hybrid`` and no drafter, on the demo's target. Acceptance is measured with
-clients that ask for 8 draft tokens (``instant_speculation``), so that no draft is left out for its cost;
+One server each with ``suffix``, ``model``, ``hybrid`` and no drafter, on the target of ``--model``. Acceptance is
+measured with clients that ask for 8 draft tokens (``instant_speculation``), so that no draft is left out for its cost;
 tokens per second with the ``goodput`` policy deciding, as served. All arms take turns.
 
 Position j of the table is the share of a request's steps in which draft token j existed and was accepted; the sum over
@@ -24,16 +24,15 @@ from typing import Any
 
 import httpx
 import numpy as np
+from bench_models import BenchModel, add_model_option, chosen
 from prometheus_client.parser import text_string_to_metric_families
 from regret_setup import HERE, MODEL
 from results import write
 from rich.console import Console
 from rich.table import Table
 
-from vllm_instant.tools.demo import assets
 from vllm_instant.tools.measure.closed_loop import PromptSpec, run_closed_loop
 from vllm_instant.tools.measure.interleaved_rounds import interleaved
-from vllm_instant.tools.measure.prompts import free, records, snippets, sums
 from vllm_instant.tools.measure.servers import Server, running, settle
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
@@ -46,21 +45,9 @@ METRICS_SECONDS = 2.5
 """Until ``/metrics`` shows the figures of a load: the server updates them every second."""
 
 
-def workloads() -> dict[str, Sequence[PromptSpec]]:
-    """The classes of prompts."""
-    return {
-        "code": snippets("code", 0.0, 256, 11),
-        "structured": snippets("structured", 0.0, 256, 13),
-        "repetitive": records(256, 14),
-        "math-like": sums(256, 15),
-        "free": free(256, 12),
-    }
-
-
-def servers(folder: Path, draft: str | None) -> dict[str, Server]:
+def servers(folder: Path, served: BenchModel) -> dict[str, Server]:
     """One server a drafter."""
-    pair = assets.prepare()
-    model = json.dumps(draft or str(pair.draft))
+    model = json.dumps(str(served.draft()))
     common = f"costs_folder = {json.dumps(str(folder / 'costs'))}\n"
     drafters = {
         SUFFIX: '[drafter]\nplugin = "suffix"\n',
@@ -76,7 +63,7 @@ def servers(folder: Path, draft: str | None) -> dict[str, Server]:
         speculation = '[speculation]\nplugin = "off"\n' if arm == OFF else f"[speculation]\n{common}"
         file.write_text(speculation + drafter)
         arms[arm] = Server(
-            pair.target,
+            served.target,
             [
                 *("--served-model-name", MODEL, "--max-model-len", "1024", "--max-num-seqs", "16"),
                 *("--block-size", "32", "--enforce-eager", "--no-enable-prefix-caching"),
@@ -171,31 +158,33 @@ def table(measured: Sequence[dict[str, Any]]) -> Table:
 def main() -> None:
     """Measure, print, write ``benchmarks/results/drafters.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", default=",".join(workloads()))
+    add_model_option(parser)
+    parser.add_argument("--prompts", default=None, help="classes of prompts, separated by commas; all by default")
     parser.add_argument("--loads", default="1,4")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--draft", default=None, help="another draft model than the demo's")
     parser.add_argument("--name", default="", help="the conditions of this run, where they are not the usual ones")
     parser.add_argument("--output", type=Path, default=HERE / "results/drafters.json")
     options = parser.parse_args()
     console = Console()
-    chosen = {name: prompts for name, prompts in workloads().items() if name in options.classes.split(",")}
+    model = chosen(options)
+    classes = options.prompts.split(",") if options.prompts else [name for name in model.prompts if name != "mixed"]
+    workloads = model.of_classes(classes, 256, 11)
     measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="drafters-") as name:
-        arms = servers(Path(name), options.draft)
+        arms = servers(Path(name), model)
         with running(*arms.values()):
             loads = [int(load) for load in options.loads.split(",")]
-            for users, (kind, prompts) in itertools.product(loads, chosen.items()):
+            for users, (kind, prompts) in itertools.product(loads, workloads.items()):
                 found = one_class(arms, kind, prompts, users, options.rounds, options.seconds)
-                measured.append(found)
+                measured.append({"model": model.name, **found})
                 ratio = found["hybrid_to_better"]
                 console.print(
                     f"{kind}, {users} users: hybrid is {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] "
                     f"times {found['better_single_source']}",
                     soft_wrap=True,
                 )
-                write(options.output, measured, options.name, ("class", "users"))
+                write(options.output, measured, options.name, ("model", "class", "users"))
     console.print(table(measured), width=160)
 
 

@@ -1,13 +1,14 @@
 """Whether ours is ever slower than the better of no speculation and the best fixed draft length.
 
-.venv/bin/python benchmarks/regret.py [--short]
+.venv/bin/python benchmarks/regret.py [--short] [--model smollm2] [--prompts edit]
 
 One stock vLLM server without speculation, stock servers with K = 1, 2, 4, 8 draft tokens, and one of ours (policy
 ``goodput``, at most 8) run side by side and take turns, in short rounds, each round in another order. The drafter is
 hopeless (random tokens), perfect (recorded answers) or the demo's trained draft model; the load is 1 to 32 users in a
 closed loop. A second server without speculation is the A/A arm: its difference to the first is the noise floor.
 
-``mixed`` traffic is half structured at temperature 0, half open-ended at temperature 1, with the demo's draft model.
+``mixed`` traffic is half structured at temperature 0, half open-ended at temperature 1 (of the public model: edits,
+extractions and stories), with the model's own draft model.
 In ``mixed hybrid`` ours draws on lookups beside the same draft model, and vLLM's own lookup is an arm as well.
 
 Two processes of one kind differ in speed by some percent for as long as they live, which no number of rounds averages
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_models import EMBEDDED, add_model_option, chosen
 from regret_plot import plot
 from regret_setup import (
     AGAIN,
@@ -48,15 +50,13 @@ from regret_setup import (
     Servers,
     Workload,
     arms_of,
-    mixed,
     record_answers,
 )
 from results import write
 from rich.console import Console
 from rich.table import Table
 
-from vllm_instant.tools.measure.closed_loop import ClosedLoopResult, run_closed_loop
-from vllm_instant.tools.measure.prompts import snippets
+from vllm_instant.tools.measure.closed_loop import ClosedLoopResult, PromptSpec, run_closed_loop
 from vllm_instant.tools.measure.server_info import newest_decisions
 from vllm_instant.tools.measure.servers import running, settle
 from vllm_instant.tools.measure.speedup_estimate import estimate_speedup
@@ -72,6 +72,7 @@ FAMILIES = {
 }
 """Which drafters are served by the same servers."""
 BOUND = 0.03
+KEYS = ("model", "prompts", "drafter", "users")
 ANSWERS_A_TURN = 1.25
 """Minimum length of a turn, in answers of the maximum length per user at the speed of no speculation."""
 
@@ -82,6 +83,8 @@ class Cell:
 
     workload: str
     load: int
+    model: str
+    prompts: str
     turns: dict[str, list[ClosedLoopResult]] = field(default_factory=dict)
     step_by_step: list[float] = field(default_factory=list)
     """Speed of ours relative to its own steps without drafts, of the rounds that had such steps."""
@@ -131,6 +134,8 @@ class Cell:
         """The cell as JSON types."""
         best = self.best()
         return {
+            "model": self.model,
+            "prompts": self.prompts,
             "drafter": self.workload,
             "users": self.load,
             "best_arm": best,
@@ -162,7 +167,7 @@ class Cell:
 
 def run_cell(servers: Servers, workload: Workload, load: int, rounds: int, seconds: float, console: Console) -> Cell:
     """All rounds of one drafter at one load."""
-    cell = Cell(workload.name, load)
+    cell = Cell(workload.name, load, servers.model.name, workload.kind)
     asked = arms_of(servers, workload)
     arms = list(asked)
     servers.draft_like(workload.control)
@@ -264,26 +269,45 @@ def beyond_noise(cells: list[Cell]) -> list[str]:
 
 
 def workloads(
-    servers: Servers, family: str, wanted: list[str], folder: Path, console: Console, recorded: int
+    servers: Servers, family: str, wanted: list[str], folder: Path, console: Console, recorded: int, prompts: str
 ) -> list[Workload]:
-    """The requested workloads of one family of drafters; the perfect drafter gets ``recorded`` answers."""
+    """The requested workloads of one family of drafters.
+
+    Args:
+        servers: of the family.
+        family: one of ``FAMILIES``.
+        wanted: names of workloads.
+        folder: for the perfect drafter's answers.
+        console: to print to.
+        recorded: how many answers it gets.
+        prompts: class of all prompts but those of mixed traffic.
+
+    """
     found = []
+
+    def asked(kind: str, count: int, seed: int) -> list[PromptSpec]:
+        return servers.model.of_classes([kind], count, seed)[kind]
+
     if family == "switchable":
         if "hopeless" in wanted:
-            found.append(Workload("hopeless", family, {"mode": "hopeless"}, snippets("code", 0.0, 256, 3)))
+            found.append(Workload("hopeless", family, {"mode": "hopeless"}, asked(prompts, 256, 3), kind=prompts))
         if "oracle" in wanted:
             answers = folder / "answers.json"
-            stable = record_answers(servers, snippets("code", 0.0, recorded, 5), answers)
+            stable = record_answers(servers, asked(prompts, recorded, 5), answers)
             console.print(f"oracle: {len(stable)} prompts that every arm answers alike")
-            found.append(Workload("oracle", family, {"mode": "oracle", "answers": str(answers)}, stable, pinned=(0, 8)))
+            found.append(
+                Workload(
+                    "oracle", family, {"mode": "oracle", "answers": str(answers)}, stable, pinned=(0, 8), kind=prompts
+                )
+            )
     elif family == "hybrid":
         if "mixed hybrid" in wanted:
-            found.append(Workload("mixed hybrid", family, None, mixed(512, 9), True))
+            found.append(Workload("mixed hybrid", family, None, asked("mixed", 1024, 9), True, kind="mixed"))
     else:
         if "pair" in wanted:
-            found.append(Workload("pair", family, None, snippets("code", 0.0, 512, 7), True, (0, 1, 2, 4)))
+            found.append(Workload("pair", family, None, asked(prompts, 512, 7), True, (0, 1, 2, 4), prompts))
         if "mixed" in wanted:
-            found.append(Workload("mixed", family, None, mixed(512, 9), True, (0, 1, 2, 4)))
+            found.append(Workload("mixed", family, None, asked("mixed", 1024, 9), True, (0, 1, 2, 4), "mixed"))
     return found
 
 
@@ -295,7 +319,8 @@ def main() -> None:
     parser.add_argument("--oracle-loads", default=None, help="loads of the perfect drafter; --loads by default")
     parser.add_argument("--pair-loads", default=None, help="loads of the pair workload; --loads by default")
     parser.add_argument("--lengths", default="1,2,4,8")
-    parser.add_argument("--draft", default=None, help="a draft model for the demo's target, instead of the demo's")
+    add_model_option(parser)
+    parser.add_argument("--prompts", default=None, help="class of prompts of all but mixed traffic; code, or mixed")
     parser.add_argument("--name", default="", help="the conditions of this run, where they are not the usual ones")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
@@ -305,6 +330,8 @@ def main() -> None:
     if options.short:
         options.drafters, options.loads, options.lengths = "hopeless,oracle", "1,8", "8"
         options.rounds, options.seconds, options.oracle_loads = 3, 2.0, "1"
+    model = chosen(options)
+    prompts = options.prompts or ("code" if options.model == EMBEDDED else "mixed")
     recorded = 16 if options.short else 40
     lengths = tuple(int(k) for k in options.lengths.split(","))
     loads = [int(load) for load in options.loads.split(",")]
@@ -319,11 +346,11 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory(prefix="regret-") as name:
             folder = Path(name)
-            servers = Servers(family, lengths, folder, options.draft)
+            servers = Servers(family, lengths, folder, model)
             elapsed = time.monotonic() - began
             console.print(f"[{elapsed:.0f} s] starting {len(servers.arms)} servers ({family} drafters)")
             with running(*servers.arms.values()):
-                found = workloads(servers, family, wanted, folder, console, recorded)
+                found = workloads(servers, family, wanted, folder, console, recorded, prompts)
                 for workload, load in itertools.product(found, loads):
                     if workload.name.startswith("mixed") and load not in MIXED_LOADS:
                         continue
@@ -332,7 +359,7 @@ def main() -> None:
                     console.print(f"[{time.monotonic() - began:.0f} s] {workload.name}")
                     cells.append(run_cell(servers, workload, load, options.rounds, options.seconds, console))
                     if not options.short:
-                        write(options.output, [cell.plain() for cell in cells], options.name, ("drafter", "users"))
+                        write(options.output, [cell.plain() for cell in cells], options.name, KEYS)
     console.print(table(cells, lengths), width=200)
     if options.short:
         failures = beyond_noise(cells)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from bench_models import BenchModel
 
-from vllm_instant.tools.demo import assets
 from vllm_instant.tools.measure.closed_loop import PromptSpec
-from vllm_instant.tools.measure.prompts import free, snippets
 from vllm_instant.tools.measure.servers import Server
 
 HERE = Path(__file__).resolve().parent
@@ -40,6 +39,8 @@ class Workload:
     answers, and prefills their prompts, while the other arm does not."""
     pinned: Sequence[int] = (0,)
     """Draft lengths at which our own server is pinned by its clients, as arms of their own."""
+    kind: str = ""
+    """Class of the prompts."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,6 @@ def arms_of(servers: Servers, workload: Workload) -> dict[str, Arm]:
     return arms
 
 
-def mixed(count: int, seed: int) -> list[PromptSpec]:
-    """Structured prompts at temperature 0 and open-ended ones at temperature 1, in turn."""
-    structured = snippets("structured", 0.0, count, seed)
-    return [prompt for pair in zip(structured, free(count, seed + 1), strict=False) for prompt in pair]
-
-
 class Servers:
     """One server an arm, for one family of drafters.
 
@@ -77,15 +72,15 @@ class Servers:
             model, and vLLM's own lookup gets an arm.
         lengths: fixed draft lengths that get an arm.
         folder: for logs, the control file and learned costs.
-        draft: the draft model of ``pair`` and ``hybrid``; by default the demo's.
+        model: the target, and the draft model of ``pair`` and ``hybrid``.
 
     """
 
-    def __init__(self, family: str, lengths: Sequence[int], folder: Path, draft: str | None = None) -> None:
+    def __init__(self, family: str, lengths: Sequence[int], folder: Path, model: BenchModel) -> None:
+        self.model = model
         self.control = folder / "control.json"
         self.control.write_text('{"mode": "hopeless"}')
-        pair = assets.prepare()
-        draft = draft or str(pair.draft)
+        draft = "" if family == "switchable" else str(model.draft())
         shared = [
             *("--served-model-name", MODEL, "--max-model-len", "1024", "--max-num-seqs", "32"),
             *("--block-size", "32", "--enforce-eager", "--no-enable-prefix-caching"),
@@ -119,21 +114,22 @@ class Servers:
         repaired = ["--plugins", "vllm_instant", "--instant-set", "speculation.plugin=fixed"]
         # Two processes of one kind: what they differ by is the noise floor, the luck of a process's memory included.
         self.arms: dict[str, Server] = {
-            arm: Server(pair.target, shared, log=folder / f"{arm}.log", environment=environment) for arm in (OFF, AGAIN)
+            arm: Server(model.target, shared, log=folder / f"{arm}.log", environment=environment)
+            for arm in (OFF, AGAIN)
         }
         fixed = {f"K={length}": drafting(length) for length in lengths}
         if family == "hybrid":
             fixed[LOOKUP] = json.dumps({"method": "ngram", "num_speculative_tokens": LOOKUP_LENGTH})
         for number, (arm, config) in enumerate(fixed.items()):
             self.arms[arm] = Server(
-                pair.target,
+                model.target,
                 [*shared, "-sc", config, *(repaired if family != "switchable" else [])],
                 log=folder / f"fixed{number}.log",
                 environment=environment,
             )
         drafter = [] if family == "hybrid" else ["-sc", drafting(MAX_DRAFT_TOKENS)]
         self.arms[OURS] = Server(
-            pair.target,
+            model.target,
             [*shared, *drafter, *select],
             log=folder / "ours.log",
             environment=environment,

@@ -62,12 +62,17 @@ def regret(runs: Sequence[Run]) -> str:
         "p99_itl_off_to_ours": "p99 time between tokens, no speculation / ours",
     }
     order = ["hopeless", "oracle", "pair", "mixed", "mixed hybrid"]
-    cells = sorted(cells_of(runs), key=lambda cell: (order.index(cell["drafter"]), cell["run"], cell["users"]))
+    cells = sorted(
+        cells_of(runs), key=lambda cell: (order.index(cell["drafter"]), cell["model"], cell["run"], cell["users"])
+    )
     rows = []
     for cell in cells:
         drafts = names.get(cell["drafter"], "mixed traffic, `hybrid`") + (f", {cell['run']}" if cell["run"] else "")
-        rows.append([drafts, str(cell["users"]), cell["best_arm"], *(interval(cell.get(key)) for key in columns)])
-    return table(["drafts", "users", "best vLLM arm", *columns.values()], rows)
+        asked = [cell["model"], cell["prompts"]]
+        rows.append(
+            [*asked, drafts, str(cell["users"]), cell["best_arm"], *(interval(cell.get(key)) for key in columns)]
+        )
+    return table(["model", "prompts", "drafts", "users", "best vLLM arm", *columns.values()], rows)
 
 
 SOURCES = ("suffix", "model", "hybrid")
@@ -82,11 +87,11 @@ def drafters(runs: Sequence[Run]) -> str:
             shares = [f"{cell['acceptance_by_position'][source][place]:.2f}" for place in (0, 1, 3, 7)]
             accepted.append(f"{cell['accepted_per_step'][source]:.2f} ({' '.join(shares)})")
         speeds = [f"{cell['tokens_per_second'][arm]['median']:.0f}" for arm in ("off", *SOURCES)]
-        draft = cell["run"] or "the demo's"
-        rows.append([draft, cell["class"], *accepted, *speeds, interval(cell["hybrid_to_better"])])
+        draft = cell["run"] or "the model's own"
+        rows.append([cell["model"], draft, cell["class"], *accepted, *speeds, interval(cell["hybrid_to_better"])])
     return table(
         [
-            *("draft model", "prompts", *(f"`{source}` accepts per step" for source in SOURCES)),
+            *("model", "draft model", "prompts", *(f"`{source}` accepts per step" for source in SOURCES)),
             *("tokens/s without drafts", *(f"`{source}`" for source in SOURCES), "`hybrid` / the better of the two"),
         ],
         rows,

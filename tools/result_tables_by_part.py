@@ -175,14 +175,18 @@ def demo(runs: Sequence[Run]) -> str:
         ratio = interval(cell["ratio"]).replace(" [", "× [")
         drafts = f"{cell['accepted']:.0f} of {cell['proposed']:.0f}"
         same = f"{cell['equal_answers']} of {cell['rounds']}"
-        rows.append([cell["prompt"], *speeds, ratio, f"{first} ms", drafts, same])
-    headings = ["prompt", "vLLM, tokens/s", "vllm-instant, tokens/s", "ratio", "time to first token"]
+        rows.append([cell["prompt"], cell["dtype"], *speeds, ratio, f"{first} ms", drafts, same])
+    headings = ["prompt", "arithmetic", "vLLM, tokens/s", "vllm-instant, tokens/s", "ratio", "time to first token"]
     return table([*headings, "accepted drafts", "same answer as vLLM"], rows)
 
 
 def demo_answers(runs: Sequence[Run]) -> str:
     """The answers that the demo printed."""
-    parts = [f"{cell['prompt']}:\n\n````text\n{cell['answer'].strip()}\n````" for cell in cells_of(runs)]
+    parts = [
+        f"{cell['prompt']}:\n\n````text\n{cell['answer'].strip()}\n````"
+        for cell in cells_of(runs)
+        if cell["dtype"] == "bfloat16"
+    ]
     return "\n\n".join(parts)
 
 

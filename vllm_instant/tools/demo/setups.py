@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,21 @@ class DemoSetup:
     about: str
     """One sentence about the model, printed below the table."""
     overrides: Sequence[str] = ()
+    dtype: str = ""
+    """Number format of both servers; the model's own by default."""
 
     def baseline_arguments(self) -> list[str]:
         """The ``[vllm]`` table of the deployment file, for the baseline server, which does not read such files."""
-        return words_of(tomllib.loads(self.deployment.read_text())["vllm"])
+        return [*words_of(tomllib.loads(self.deployment.read_text())["vllm"]), *self._dtype_words()]
 
     def our_arguments(self) -> list[str]:
         """The command-line words that select the deployment."""
         selection = ["--plugins", "vllm_instant", "--instant-config", str(self.deployment)]
-        return [*selection, *(word for override in self.overrides for word in ("--instant-set", override))]
+        overrides = [word for override in self.overrides for word in ("--instant-set", override)]
+        return [*selection, *overrides, *self._dtype_words()]
+
+    def _dtype_words(self) -> list[str]:
+        return ["--dtype", self.dtype] if self.dtype else []
 
 
 def _chat(title: str, text: str, temperature: float = 0.0, **parameters: Any) -> Task:
@@ -155,11 +161,17 @@ def embedded() -> DemoSetup:
     )
 
 
-def chosen(is_embedded: bool) -> tuple[DemoSetup, str]:
-    """The setup, and a sentence for the user where the embedded models stand in for the public one."""
+def chosen(is_embedded: bool, dtype: str = "") -> tuple[DemoSetup, str]:
+    """The setup, and a sentence for the user where the embedded models stand in for the public one.
+
+    Args:
+        is_embedded: use the repository's own pair.
+        dtype: number format of both servers, as vLLM's ``--dtype``.
+
+    """
     if is_embedded:
-        return embedded(), ""
+        return replace(embedded(), dtype=dtype), ""
     try:
-        return real(), ""
+        return replace(real(), dtype=dtype), ""
     except FileNotFoundError as error:
-        return embedded(), f"{error}. This is the demo with its embedded models."
+        return replace(embedded(), dtype=dtype), f"{error}. This is the demo with its embedded models."

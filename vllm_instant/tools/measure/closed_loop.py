@@ -34,16 +34,19 @@ class PromptSpec:
     kind: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Added to the request body."""
+    ignore_eos: bool = True
+    """Continue answers that the model has ended, so that all have the same length. What a chat model writes behind
+    its end repeats itself, which drafts guess well: prompts for such models set this to False."""
 
     def body(self, model: str, *, seed: int, max_tokens: int) -> dict[str, Any]:
-        """A streamed request for an answer of exactly ``max_tokens`` tokens."""
+        """A streamed request for an answer of ``max_tokens`` tokens, or fewer without ``ignore_eos``."""
         return completion_body(
             model,
             self.text,
             temperature=self.temperature,
             seed=seed,
             max_tokens=max_tokens,
-            ignore_eos=True,
+            ignore_eos=self.ignore_eos,
             **self.extra,
         )
 

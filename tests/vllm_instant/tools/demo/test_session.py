@@ -28,8 +28,14 @@ def test_the_table_shows_medians_ratios_and_acceptance():
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(session._table([result]))
     text = console.export_text()
-    for word in ("200 ms", "20.0", "100 ms", "40.0 (2.00×)", "30 of 40 (75%)"):
+    for word in ("200 ms", "20.0", "100 ms", "40.0 (2.00×)", "30 of 40 (75%)", "3 of 3"):
         assert word in text
+
+
+def test_different_answers_are_counted():
+    answers = [_answer(10, 0.1) for _ in range(4)]
+    answers[3].text = "another"
+    assert session.Result(setups.EMBEDDED_TASKS[0], answers[:2], answers[2:], 0, 0).equal == 1
 
 
 @pytest.fixture
@@ -50,6 +56,14 @@ def test_both_servers_get_the_same_engine_arguments(demo_pair, monkeypatch, real
             assert option in baseline
             if value is not True:
                 assert baseline[baseline.index(option) + 1] == str(value)
+
+
+def test_both_servers_get_the_asked_number_format(real_setup):
+    setup, _ = setups.chosen(is_embedded=False, dtype="float32")
+    for words in (setup.baseline_arguments(), setup.our_arguments()):
+        assert words[words.index("--dtype") + 1] == "float32"
+    assert "float32" in session.conditions(setup, 2)
+    assert "--dtype" not in real_setup.our_arguments()
 
 
 def test_the_embedded_setup_names_its_draft_model(demo_pair, monkeypatch):

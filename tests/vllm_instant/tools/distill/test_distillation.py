@@ -273,9 +273,20 @@ class TestCommand:
         rows = json.loads((tmp_path / "draft" / distill.REPORT).read_text())["acceptance"]
         assert {row["text"] for row in rows} == {"generated"}
 
+    def test_it_learns_from_answers_to_prompts_by_class(self, material, tmp_path):
+        prompts = tmp_path / "prompts.jsonl"
+        entries = [{"prompt": f"a red fox {i}", "class": name} for i in range(24) for name in ("fox", "dog")]
+        prompts.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        words = ["--prompts", prompts, "--answer-tokens", 24, "--steps", 2, "--context", 16, "--share", "0.25"]
+        result = self._run(material / "target", tmp_path / "draft", *words)
+        assert result.exit_code == 0, result.output
+        rows = json.loads((tmp_path / "draft" / distill.REPORT).read_text())["acceptance"]
+        assert {row["text"] for row in rows} == {"fox", "dog"}
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
+            (["--prompts", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
             (["--objective", "l2"], "--objective must be one of kl, tv, kl-tv"),
             (["--text", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
             (["--share", "0.001"], "allow that with --share"),

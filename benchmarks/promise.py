@@ -1,0 +1,250 @@
+"""Whether ours is ever later than the best of no speculation and fixed draft lengths, on a real chat model.
+
+    .venv/bin/python benchmarks/promise.py --part lengths     # which fixed length is best, per prompts and users
+    .venv/bin/python benchmarks/promise.py --part warm        # repeat it: rounds are added to those before
+    .venv/bin/python benchmarks/promise.py --part cold
+
+Arms: a vLLM server without this package; one with a fixed number of ``suffix`` drafts and one with a fixed number of
+drafts of the draft model, each at the length that ``lengths`` found best for these prompts and the nearest number of
+users; and ours, the default deployment (``goodput``, ``suffix``). In a round every arm gets the same new prompts, one
+burst per arm in random order: as many requests as users (two in turn for a single user), which end where the model ends
+them, at most ``--tokens`` tokens.
+
+``warm`` uses servers that have served such bursts before. ``cold`` starts a new server for each burst of ours and of
+vLLM without speculation, ours with an empty folder of learned costs; the fixed lengths learn nothing and stay.
+
+Speed is output tokens per second of the burst, until its last token. Ratios are medians over rounds, each of the two
+arms of one round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_models import SMOLLM2, BenchModel, add_model_option, chosen
+from results import HERE, write
+from rich.console import Console
+
+from vllm_instant.tools.measure.closed_loop import PromptSpec
+from vllm_instant.tools.measure.interleaved_rounds import ArmRound, run_arm_round
+from vllm_instant.tools.measure.sampling import ServerClient
+from vllm_instant.tools.measure.servers import Server, settle, stop_all, terminable
+from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
+
+OFF, SUFFIX, DRAFT, OURS = "off", "suffix", "draft model", "ours"
+LENGTHS = {SUFFIX: (2, 4, 8), DRAFT: (1, 2, 4)}
+SERVED = "demo"
+PER_USER = {1: 2}
+"""Requests of each user in a burst, one by default."""
+KEYS = ("part", "prompts", "users")
+OUTPUT = HERE / "results/promise.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One class of prompts at one load."""
+
+    prompts: str
+    users: int
+
+    @property
+    def requests(self) -> int:
+        """Number of requests in a burst."""
+        return self.users * PER_USER.get(self.users, 1)
+
+
+class Arms:
+    """The servers, each started when it is first needed.
+
+    Args:
+        model: what they serve.
+        folder: for logs, deployment files and learned costs.
+
+    """
+
+    def __init__(self, model: BenchModel, folder: Path) -> None:
+        self._model, self._folder = model, folder
+        self._servers: dict[str, Server] = {}
+
+    def _server(self, name: str) -> Server:
+        words = ["--served-model-name", SERVED, "--max-model-len", "2048", "--max-num-seqs", "16", "--enforce-eager"]
+        words.append("--no-enable-prefix-caching")
+        deployment = {
+            OFF: "",
+            SUFFIX: '[speculation]\nplugin = "fixed"\n[drafter]\nplugin = "suffix"\n',
+            DRAFT: '[speculation]\nplugin = "fixed"\n[drafter]\nplugin = "model"\n'
+            f"model = {json.dumps(str(self._model.draft()))}\n"
+            'num_speculative_tokens = 8\ndraft_sample_method = "probabilistic"\n',
+            OURS: f"[speculation]\ncosts_folder = {json.dumps(str(self._folder / 'costs'))}\n",
+        }[name]
+        if deployment:
+            file = self._folder / f"{name.replace(' ', '_')}.toml"
+            file.write_text(deployment)
+            words += ["--plugins", "vllm_instant", "--instant-config", str(file)]
+        return Server(self._model.target, words, log=self._folder / f"{name}.log", name=name)
+
+    def start(self, names: Sequence[str]) -> None:
+        """Start those that do not run yet, at the same time."""
+        new = {name: self._server(name) for name in names if name not in self._servers}
+        self._servers |= new
+        for server in new.values():
+            server.launch()
+        for server in new.values():
+            server.wait()
+
+    def restart(self, names: Sequence[str]) -> None:
+        """Start servers anew; what ours had learned is deleted."""
+        stop_all(*(self._servers.pop(name) for name in names if name in self._servers))
+        shutil.rmtree(self._folder / "costs", ignore_errors=True)
+        self.start(names)
+
+    def stop(self) -> None:
+        """Stop all."""
+        stop_all(*self._servers.values())
+        self._servers.clear()
+
+    def burst(self, arm: str, prompts: Sequence[PromptSpec], users: int, tokens: int, seed: int) -> dict[str, Any]:
+        """One burst on an arm, ``NAME`` or ``NAME, K=LENGTH``; its figures."""
+        name, _, length = arm.partition(", K=")
+        if length:
+            pinned = {"vllm_xargs": {"instant_speculation": int(length)}}
+            prompts = [replace(prompt, extra=pinned) for prompt in prompts]
+        settle()
+        client = ServerClient(self._servers[name].url, SERVED)
+        return figures(run_arm_round(client, prompts, concurrency=users, tokens=tokens, seed=seed))
+
+
+def figures(burst: ArmRound) -> dict[str, Any]:
+    """What is kept of a burst; times in milliseconds."""
+    between = 1e3 * np.concatenate([answer.inter_token_latencies() for answer in burst.answers])
+    return {
+        "tokens_per_second": round(burst.tokens / burst.seconds, 3),
+        "tokens": burst.tokens,
+        "ttft_ms": round(1e3 * float(np.median([answer.ttft for answer in burst.answers])), 1),
+        "p50_itl_ms": round(float(np.percentile(between, 50)), 2),
+        "p99_itl_ms": round(float(np.percentile(between, 99)), 2),
+        "latency_ms": round(1e3 * float(np.mean([answer.arrivals[-1][0] for answer in burst.answers])), 1),
+    }
+
+
+def summary(part: str, cell: Cell, model: str, rounds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A cell of the result file."""
+
+    def values(arm: str, key: str) -> list[float]:
+        return [burst[key] for burst in rounds[arm]]
+
+    speeds = {arm: values(arm, "tokens_per_second") for arm in rounds}
+    others = [arm for arm in rounds if arm != OURS]
+    best = max(others, key=lambda arm: float(np.median(speeds[arm])))
+    found: dict[str, Any] = {"part": part, "model": model, "prompts": cell.prompts, "users": cell.users, "best": best}
+    if OURS in rounds:
+        found["ours_to_best"] = vars(ratio_interval(speeds[OURS], speeds[best]))
+        found["ours_to_off"] = vars(ratio_interval(speeds[OURS], speeds[OFF]))
+        # Latency the other way round: above 1, ours is sooner.
+        found["latency_best_to_ours"] = vars(ratio_interval(values(best, "latency_ms"), values(OURS, "latency_ms")))
+    keys = ("tokens_per_second", "ttft_ms", "p50_itl_ms", "p99_itl_ms", "latency_ms")
+    found["arms"] = {arm: {key: vars(median_interval(values(arm, key))) for key in keys} for arm in rounds}
+    found["rounds"] = dict(rounds)
+    return found
+
+
+def earlier(path: Path, part: str) -> dict[Cell, dict[str, list[dict[str, Any]]]]:
+    """The rounds that a result file holds of one part, by cell and arm."""
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    cells = [cell for run in runs for cell in run["measured"] if cell["part"] == part]
+    return {Cell(cell["prompts"], cell["users"]): cell["rounds"] for cell in cells}
+
+
+def arms_of(cell: Cell, part: str, lengths: Mapping[Cell, Mapping[str, list[dict[str, Any]]]]) -> list[str]:
+    """The arms of a cell: all fixed lengths, or the best of each drafter that ``lengths`` has measured."""
+    if part == "lengths":
+        return [f"{name}, K={length}" for name, tried in LENGTHS.items() for length in tried]
+    measured = [other for other in lengths if other.prompts == cell.prompts]
+    if not measured:
+        raise SystemExit(f"{cell.prompts}: run --part lengths first")
+    nearest = min(measured, key=lambda other: abs(np.log(other.users / cell.users)))
+
+    def speed(arm: str) -> float:
+        return float(np.median([burst["tokens_per_second"] for burst in lengths[nearest][arm]]))
+
+    best = [max((arm for arm in lengths[nearest] if arm.startswith(f"{name},")), key=speed) for name in LENGTHS]
+    return [OFF, *best, OURS]
+
+
+def main() -> None:
+    """Measure until the time is over, and write ``benchmarks/results/promise.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_option(parser)
+    parser.set_defaults(model=SMOLLM2)
+    parser.add_argument("--part", choices=["lengths", "warm", "cold"], required=True)
+    parser.add_argument("--prompts", default="edit,extract,story,mixed")
+    parser.add_argument("--loads", default="1,4,8,16")
+    parser.add_argument("--tokens", type=int, default=64, help="largest length of an answer")
+    parser.add_argument("--seconds", type=float, default=440, help="no burst begins later than this")
+    parser.add_argument("--rounds", type=int, default=3, help="cells that have as many rounds get no more")
+    parser.add_argument("--name", default="", help="the conditions of this run, where they are not the usual ones")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    model = chosen(options)
+    cells = [Cell(kind, int(users)) for users in options.loads.split(",") for kind in options.prompts.split(",")]
+    with terminable(), tempfile.TemporaryDirectory(prefix="promise-") as name:
+        arms = Arms(model, Path(name))
+        try:
+            measure(arms, model, cells, options, Console())
+        finally:
+            arms.stop()
+
+
+def measure(
+    arms: Arms, model: BenchModel, cells: Sequence[Cell], options: argparse.Namespace, console: Console
+) -> None:
+    """Rounds of all cells, those with the fewest rounds first."""
+    began = time.monotonic()
+    part = options.part
+    rounds = earlier(options.output, part)
+    lengths = earlier(options.output, "lengths")
+    names = {cell: arms_of(cell, part, lengths) for cell in cells}
+
+    def made(cell: Cell) -> int:
+        return min((len(bursts) for bursts in rounds.get(cell, {}).values()), default=0)
+
+    if part != "cold":
+        arms.start(sorted({arm.partition(",")[0] for found in names.values() for arm in found}))
+        for arm in sorted({arm for found in names.values() for arm in found}):
+            arms.burst(arm, model.of_classes(["mixed"], 4, 99)["mixed"], 4, 32, 0)
+    while open_cells := [cell for cell in cells if made(cell) < options.rounds]:
+        cell = min(open_cells, key=made)
+        if time.monotonic() - began > options.seconds:
+            break
+        number = made(cell)
+        seed = zlib.crc32(f"{part}/{cell.prompts}/{cell.users}/{number}".encode())
+        prompts = model.of_classes([cell.prompts], cell.requests, seed)[cell.prompts]
+        if part == "cold":
+            arms.restart([OFF, OURS])
+            arms.start([SUFFIX, DRAFT])
+        order = random.Random(seed).sample(names[cell], len(names[cell]))
+        found = {arm: arms.burst(arm, prompts, cell.users, options.tokens, seed) for arm in order}
+        kept = rounds.setdefault(cell, {})
+        for arm, burst in found.items():
+            kept[arm] = [*kept.get(arm, [])[:number], burst]
+        line = ", ".join(f"{arm} {burst['tokens_per_second']:.1f}" for arm, burst in sorted(found.items()))
+        console.print(
+            f"[{time.monotonic() - began:.0f} s] {part}, {cell.prompts}, {cell.users} users: {line}", soft_wrap=True
+        )
+        measured = [summary(part, of, model.name, by_arm) for of, by_arm in rounds.items()]
+        write(options.output, measured, options.name, KEYS)
+
+
+if __name__ == "__main__":
+    main()
