@@ -6,6 +6,9 @@ One server each with ``suffix``, ``model``, ``hybrid`` and no drafter, on the ta
 measured with clients that ask for 8 draft tokens (``instant_speculation``), so that no draft is left out for its cost;
 tokens per second with the ``goodput`` policy deciding, as served. All arms take turns.
 
+``ms_per_step`` is the time of a step without drafts (``off``) and with 8 draft tokens per request: of the draft model
+that is eight of its steps and one of the target's, which verifies them.
+
 Position j of the table is the share of a request's steps in which draft token j existed and was accepted; the sum over
 positions is the number of accepted draft tokens per step.
 """
@@ -111,26 +114,29 @@ def one_class(
     arms: dict[str, Server], name: str, prompts: Sequence[PromptSpec], users: int, rounds: int, seconds: float
 ) -> dict[str, Any]:
     """Acceptance and speed of all drafters on one class of prompts."""
-    acceptance = {}
+    acceptance, step_ms = {}, {}
     for arm in (SUFFIX, MODEL_ARM, HYBRID):
         before = totals_of(arms[arm].url)
         settle()
-        turn(arms[arm], prompts, users, seconds, 0, vllm_xargs={"instant_speculation": POSITIONS})
+        speed = turn(arms[arm], prompts, users, seconds, 0, vllm_xargs={"instant_speculation": POSITIONS})
         gained = totals_of(arms[arm].url) - before
         # Each step grants each request what its client asked for.
         acceptance[arm] = [float(share) for share in gained[:-1] * POSITIONS / gained[-1]]
+        step_ms[arm] = 1e3 * users * (1 + sum(acceptance[arm])) / speed
     speeds: dict[str, list[float]] = {arm: [] for arm in arms}
     order = random.Random(name)
     for number, arm in interleaved(list(arms), range(-1, rounds), order):
         speed = turn(arms[arm], prompts, users, seconds, number + 2)
         if number >= 0:  # the first round is for the policy to learn
             speeds[arm].append(speed)
+    step_ms[OFF] = 1e3 * users / float(np.median(speeds[OFF]))
     better = max((SUFFIX, MODEL_ARM), key=lambda arm: float(np.median(speeds[arm])))
     return {
         "class": name,
         "users": users,
         "acceptance_by_position": acceptance,
         "accepted_per_step": {arm: sum(shares) for arm, shares in acceptance.items()},
+        "ms_per_step": step_ms,
         "tokens_per_second": {arm: vars(median_interval(found)) for arm, found in speeds.items()},
         "better_single_source": better,
         "hybrid_to_better": vars(ratio_interval(speeds[HYBRID], speeds[better])),

@@ -87,12 +87,17 @@ def drafters(runs: Sequence[Run]) -> str:
             shares = [f"{cell['acceptance_by_position'][source][place]:.2f}" for place in (0, 1, 3, 7)]
             accepted.append(f"{cell['accepted_per_step'][source]:.2f} ({' '.join(shares)})")
         speeds = [f"{cell['tokens_per_second'][arm]['median']:.0f}" for arm in ("off", *SOURCES)]
+        steps = cell.get("ms_per_step", {})
+        times = " → ".join(f"{steps[arm]:.0f}" for arm in ("off", "model") if arm in steps)
         draft = cell["run"] or "the model's own"
-        rows.append([cell["model"], draft, cell["class"], *accepted, *speeds, interval(cell["hybrid_to_better"])])
+        rows.append(
+            [cell["model"], draft, cell["class"], *accepted, times, *speeds, interval(cell["hybrid_to_better"])]
+        )
     return table(
         [
             *("model", "draft model", "prompts", *(f"`{source}` accepts per step" for source in SOURCES)),
-            *("tokens/s without drafts", *(f"`{source}`" for source in SOURCES), "`hybrid` / the better of the two"),
+            *("ms per step, none → 8 drafts of `model`", "tokens/s without drafts"),
+            *(*(f"`{source}`" for source in SOURCES), "`hybrid` / the better of the two"),
         ],
         rows,
     )
