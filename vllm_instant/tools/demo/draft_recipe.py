@@ -15,10 +15,10 @@ from vllm_instant.tools.demo import prompt_sets, real_model
 from vllm_instant.tools.demo.assets import cache_folder, made_once
 
 SETS = ("edit", "extract", "story", "explain")
-PROMPTS_PER_SET = 96
+PROMPTS_PER_SET = 64
 PROMPT_SEED = "draft"
-ANSWER_TOKENS = 128
-OPTIONS = ("--take-layers", "2", "--share", "0.3", "--steps", "700", "--context", "256", "--batch", "4")
+ANSWER_TOKENS = 96
+OPTIONS = ("--take-layers", "2", "--share", "0.3", "--steps", "500", "--context", "256", "--batch", "4")
 ABOUT = "two of the target's 30 layers, trained on its answers to prompts of the demo's classes"
 
 
