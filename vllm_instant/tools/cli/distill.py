@@ -133,7 +133,7 @@ def _draft_and_text(options: DistillOptions, plan: Any, model: Any, tokenizer: A
         draft = _new_draft(options, model)
         classes = read(options.text or [], options.held_out or [])
         if options.prompts:
-            classes += _answered(options.prompts, options.answer_tokens, model, tokenizer, console)
+            classes += _answered(options.prompts, options, model, tokenizer, console)
         if options.generate or not any(c.training for c in classes):
             classes.append(_written(options.generate or 256, plan, model, tokenizer, classes, console))
         return draft, tokenized(tokenizer, classes, plan.context)
@@ -157,18 +157,22 @@ def _new_draft(options: DistillOptions, model: Any) -> Any:
     return draft
 
 
-def _answered(file: Path, length: int, model: Any, tokenizer: Any, console: Console) -> Any:
-    """The target's answers to a file of prompts."""
-    from vllm_instant.tools.distill.answers import answered, read_prompts
+def _answered(file: Path, options: DistillOptions, model: Any, tokenizer: Any, console: Console) -> Any:
+    """The target's answers to a file of prompts; a run that is continued finds them in its folder."""
+    from vllm_instant.tools.distill.answers import answered, answered_once, read_prompts
 
     prompts = read_prompts(file)
-    with _bar(console) as progress:
-        task = progress.add_task("target answers", total=len(prompts))
 
-        def tick(done: int, of: int) -> None:
-            progress.update(task, completed=done)
+    def answer() -> Any:
+        with _bar(console) as progress:
+            task = progress.add_task("target answers", total=len(prompts))
 
-        return answered(model, tokenizer, prompts, length, tick)
+            def tick(done: int, of: int) -> None:
+                progress.update(task, completed=done)
+
+            return answered(model, tokenizer, prompts, options.answer_tokens, tick)
+
+    return answered_once(options.output / "answers.json", answer, prompts)
 
 
 def _written(count: int, plan: Any, model: Any, tokenizer: Any, classes: Any, console: Console) -> Any:

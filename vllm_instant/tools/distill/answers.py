@@ -6,6 +6,7 @@ A draft model accepts most where it was trained: on what the target writes after
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,19 @@ def answered(
         done += len(group)
         report(done, len(prompts))
     return list(classes.values())
+
+
+def answered_once(path: Path, answer: Callable[[], list[TextClass]], prompts: Sequence[ChatPrompt]) -> list[TextClass]:
+    """What ``answer`` returns, from a file of an earlier call for the same prompts where there is one."""
+    asked = hashlib.sha256(repr(prompts).encode()).hexdigest()
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["prompts"] == asked:
+            return [TextClass(**found) for found in kept["classes"]]
+    classes = answer()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"prompts": asked, "classes": [vars(found) for found in classes]}), encoding="utf-8")
+    return classes
 
 
 def _groups(tokenizer: Any, prompts: Sequence[ChatPrompt], batch: int) -> Iterator[list[ChatPrompt]]:

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_instant.tools.demo import assets
-from vllm_instant.tools.distill.answers import ChatPrompt, answered, read_prompts
-from vllm_instant.tools.distill.text import TextError
+from vllm_instant.tools.distill.answers import ChatPrompt, answered, answered_once, read_prompts
+from vllm_instant.tools.distill.text import TextClass, TextError
 
 pytestmark = pytest.mark.unit
 TEXTS = ["import os", "class Queue:\n    def put(self, item):", "x = 1 + 2", "for name in names:\n"]
@@ -56,6 +56,19 @@ def test_each_class_has_its_prompts_at_their_temperature(target):
     assert {name: len(texts) for name, texts in by_name.items()} == {"a": 4, "b": 4}
     assert by_name["a"] != by_name["b"]
     assert steps == [(3, 8), (4, 8), (7, 8), (8, 8)]
+
+
+def test_the_same_prompts_are_answered_once(tmp_path):
+    file, calls = tmp_path / "out/answers.json", []
+
+    def answer():
+        calls.append(1)
+        return [TextClass("a", [f"text {len(calls)}"], ["held out"])]
+
+    first, other = [ChatPrompt("x")], [ChatPrompt("y")]
+    found = [answered_once(file, answer, prompts) for prompts in (first, first, other, other)]
+    assert [classes[0].training for classes in found] == [["text 1"], ["text 1"], ["text 2"], ["text 2"]]
+    assert found[1] == found[0]
 
 
 def test_prompts_are_read_as_bench_reads_them(tmp_path):
