@@ -43,7 +43,7 @@ from vllm_instant.tools.measure.servers import Server, settle, stop_all, termina
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
 OFF, SUFFIX, DRAFT, OURS = "off", "suffix", "draft model", "ours"
-LENGTHS = {SUFFIX: (2, 4, 8), DRAFT: (1, 2, 4)}
+LENGTHS = {SUFFIX: (2, 4, 8), DRAFT: (1, 3)}
 SERVED = "demo"
 PER_USER = {1: 2}
 """Requests of each user in a burst, one by default."""
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["lengths", "warm", "cold"], required=True)
     parser.add_argument("--prompts", default="edit,extract,story,mixed")
     parser.add_argument("--loads", default="1,4,8,16")
-    parser.add_argument("--tokens", type=int, default=64, help="largest length of an answer")
+    parser.add_argument("--tokens", type=int, default=48, help="largest length of an answer")
     parser.add_argument("--seconds", type=float, default=440, help="no burst begins later than this")
     parser.add_argument("--rounds", type=int, default=3, help="cells that have as many rounds get no more")
     parser.add_argument("--name", default="", help="the conditions of this run, where they are not the usual ones")
