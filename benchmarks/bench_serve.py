@@ -103,7 +103,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as name:
         folder = Path(name)
         file = folder / "ours.toml"
-        file.write_text(f"[speculation]\ncosts_folder = {json.dumps(str(folder / 'costs'))}\n")
+        costs = json.dumps(str(folder / "costs"))
+        file.write_text(f'[speculation]\ncosts_folder = {costs}\n[drafter]\nplugin = "suffix"\n')
         ours = [*shared, "--plugins", "vllm_instant", "--instant-config", str(file)]
         servers = {
             VLLM: Server(model.target, shared, log=folder / "vllm.log", name=VLLM),

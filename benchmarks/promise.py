@@ -80,19 +80,27 @@ class Arms:
     def _server(self, name: str) -> Server:
         words = ["--served-model-name", SERVED, "--max-model-len", "2048", "--max-num-seqs", "16", "--enforce-eager"]
         words.append("--no-enable-prefix-caching")
-        deployment = {
-            OFF: "",
-            SUFFIX: '[speculation]\nplugin = "fixed"\n[drafter]\nplugin = "suffix"\n',
-            DRAFT: '[speculation]\nplugin = "fixed"\n[drafter]\nplugin = "model"\n'
-            f"model = {json.dumps(str(self._model.draft()))}\n"
-            'num_speculative_tokens = 8\ndraft_sample_method = "probabilistic"\n',
-            OURS: f"[speculation]\ncosts_folder = {json.dumps(str(self._folder / 'costs'))}\n",
-        }[name]
+        deployment = self._deployment(name)
         if deployment:
             file = self._folder / f"{name.replace(' ', '_')}.toml"
             file.write_text(deployment)
             words += ["--plugins", "vllm_instant", "--instant-config", str(file)]
         return Server(self._model.target, words, log=self._folder / f"{name}.log", name=name)
+
+    def _deployment(self, name: str) -> str:
+        """The deployment file of an arm; none for vLLM alone."""
+        if name == OFF:
+            return ""
+        if name == OURS:
+            costs = json.dumps(str(self._folder / "costs"))
+            return f'[speculation]\ncosts_folder = {costs}\n[drafter]\nplugin = "suffix"\n'
+        fixed = '[speculation]\nplugin = "fixed"\n[drafter]\n'
+        if name == SUFFIX:
+            return fixed + 'plugin = "suffix"\n'
+        draft = json.dumps(str(self._model.draft()))
+        return fixed + (
+            f'plugin = "model"\nmodel = {draft}\nnum_speculative_tokens = 8\ndraft_sample_method = "probabilistic"\n'
+        )
 
     def start(self, names: Sequence[str]) -> None:
         """Start those that do not run yet, at the same time."""
@@ -166,10 +174,12 @@ def earlier(path: Path, part: str) -> dict[Cell, dict[str, list[dict[str, Any]]]
     return {Cell(cell["prompts"], cell["users"]): cell["rounds"] for cell in cells}
 
 
-def arms_of(cell: Cell, part: str, lengths: Mapping[Cell, Mapping[str, list[dict[str, Any]]]]) -> list[str]:
+def arms_of(
+    cell: Cell, part: str, fixed: Sequence[str], lengths: Mapping[Cell, Mapping[str, list[dict[str, Any]]]]
+) -> list[str]:
     """The arms of a cell: all fixed lengths, or the best of each drafter that ``lengths`` has measured."""
     if part == "lengths":
-        return [f"{name}, K={length}" for name, tried in LENGTHS.items() for length in tried]
+        return [f"{name}, K={length}" for name in fixed for length in LENGTHS[name]]
     measured = [other for other in lengths if other.prompts == cell.prompts]
     if not measured:
         raise SystemExit(f"{cell.prompts}: run --part lengths first")
@@ -178,7 +188,7 @@ def arms_of(cell: Cell, part: str, lengths: Mapping[Cell, Mapping[str, list[dict
     def speed(arm: str) -> float:
         return float(np.median([burst["tokens_per_second"] for burst in lengths[nearest][arm]]))
 
-    best = [max((arm for arm in lengths[nearest] if arm.startswith(f"{name},")), key=speed) for name in LENGTHS]
+    best = [max((arm for arm in lengths[nearest] if arm.startswith(f"{name},")), key=speed) for name in fixed]
     return [OFF, *best, OURS]
 
 
@@ -190,6 +200,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["lengths", "warm", "cold"], required=True)
     parser.add_argument("--prompts", default="edit,extract,story,mixed")
     parser.add_argument("--loads", default="1,4,8,16")
+    parser.add_argument("--fixed", default="suffix,draft model", help="drafters that have an arm with a fixed length")
     parser.add_argument("--tokens", type=int, default=48, help="largest length of an answer")
     parser.add_argument("--seconds", type=float, default=440, help="no burst begins later than this")
     parser.add_argument("--rounds", type=int, default=3, help="cells that have as many rounds get no more")
@@ -214,7 +225,8 @@ def measure(
     part = options.part
     rounds = earlier(options.output, part)
     lengths = earlier(options.output, "lengths")
-    names = {cell: arms_of(cell, part, lengths) for cell in cells}
+    fixed = options.fixed.split(",")
+    names = {cell: arms_of(cell, part, fixed, lengths) for cell in cells}
 
     def made(cell: Cell) -> int:
         return min((len(bursts) for bursts in rounds.get(cell, {}).values()), default=0)
@@ -232,7 +244,7 @@ def measure(
         prompts = model.of_classes([cell.prompts], cell.requests, seed)[cell.prompts]
         if part == "cold":
             arms.restart([OFF, OURS])
-            arms.start([SUFFIX, DRAFT])
+            arms.start(fixed)
         order = random.Random(seed).sample(names[cell], len(names[cell]))
         found = {arm: arms.burst(arm, prompts, cell.users, options.tokens, seed) for arm in order}
         kept = rounds.setdefault(cell, {})
