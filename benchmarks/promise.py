@@ -103,7 +103,7 @@ class Arms:
         )
 
     def start(self, names: Sequence[str]) -> None:
-        """Start those that do not run yet, at the same time."""
+        """Start the servers that do not run yet, at the same time."""
         new = {name: self._server(name) for name in names if name not in self._servers}
         self._servers |= new
         for server in new.values():
