@@ -91,11 +91,14 @@ def draft(
 ) -> None:
     """Train a draft model for the demo's public model on that model's own answers, and print where it is."""
     require("demo draft", TRAINING | {"accelerate": "Accelerate"}, extra="distill")
-    from vllm_instant.tools.cli import app as command_line
+    from vllm_instant.tools.cli.distill import distill
     from vllm_instant.tools.demo import draft_recipe
 
+    command_line = typer.Typer()
+    command_line.command()(distill)
+
     def run(words: Sequence[str]) -> None:
-        print(shlex.join(["vllm-instant", *words]), flush=True)
+        print(shlex.join(["vllm-instant", "distill", *words]), flush=True)
         code = command_line(list(words), standalone_mode=False)
         if code:
             raise typer.Exit(code)

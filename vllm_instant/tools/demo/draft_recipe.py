@@ -39,7 +39,7 @@ def prepare(run: Callable[[Sequence[str]], None], output: Path | None = None) ->
     """Make the draft model; returns its folder, at once when that was done before.
 
     Args:
-        run: runs ``vllm-instant`` with these words.
+        run: runs ``vllm-instant distill`` with these words.
         output: folder to write to; by default one in the user's cache, named after the recipe.
 
     """
@@ -51,6 +51,6 @@ def prepare(run: Callable[[Sequence[str]], None], output: Path | None = None) ->
         prompts = to / "prompts.jsonl"
         prompt_sets.write(prompts, SETS, PROMPTS_PER_SET, PROMPT_SEED, "training")
         answers = ("--prompts", str(prompts), "--answer-tokens", str(ANSWER_TOKENS))
-        run(["distill", str(target), str(to), *answers, *OPTIONS])
+        run([str(target), str(to), *answers, *OPTIONS])
 
     return made_once(chosen, folder().name, make)
