@@ -1,17 +1,16 @@
 """Whether ours is ever later than the best of no speculation and fixed draft lengths, on a real chat model.
 
-    .venv/bin/python benchmarks/promise.py --part lengths     # which fixed length is best, per prompts and users
-    .venv/bin/python benchmarks/promise.py --part warm        # repeat it: rounds are added to those before
+    .venv/bin/python benchmarks/promise.py --part warm        # repeat it: rounds are added to earlier ones
     .venv/bin/python benchmarks/promise.py --part cold
 
 Arms: a vLLM server without this package; one with a fixed number of ``suffix`` drafts and one with a fixed number of
-drafts of the draft model, each at the length that ``lengths`` found best for these prompts and the nearest number of
-users; and ours, the default deployment (``goodput``, ``suffix``). In a round every arm gets the same new prompts, one
-burst per arm in random order: as many requests as users (two in turn for a single user), which end where the model ends
-them, at most ``--tokens`` tokens.
+drafts of the draft model, each at several lengths; and ours, the default deployment (``goodput``, ``suffix``). In a
+round every arm gets the same new prompts, one burst per arm in random order: as many requests as users (two in turn for
+a single user), which end where the model ends them, at most ``--tokens`` tokens.
 
-``warm`` uses servers that have served such bursts before. ``cold`` starts a new server for each burst of ours and of
-vLLM without speculation, ours with an empty folder of learned costs; the fixed lengths learn nothing and stay.
+``warm`` uses servers that have served a burst before, ours with the costs that it learned then (``--costs``). ``cold``
+starts a new server for each burst of ours and of vLLM without speculation, ours with an empty folder of learned costs;
+the fixed lengths learn nothing and stay.
 
 Speed is output tokens per second of the burst, until its last token. Ratios are medians over rounds, each of the two
 arms of one round.
@@ -43,7 +42,7 @@ from vllm_instant.tools.measure.servers import Server, settle, stop_all, termina
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
 OFF, SUFFIX, DRAFT, OURS = "off", "suffix", "draft model", "ours"
-LENGTHS = {SUFFIX: (2, 4, 8), DRAFT: (1, 3)}
+LENGTHS = {SUFFIX: (2, 8), DRAFT: (1, 3)}
 SERVED = "demo"
 PER_USER = {1: 2}
 """Requests of each user in a burst, one by default."""
@@ -69,12 +68,13 @@ class Arms:
 
     Args:
         model: what they serve.
-        folder: for logs, deployment files and learned costs.
+        folder: for logs and deployment files.
+        costs: for what ours learns.
 
     """
 
-    def __init__(self, model: BenchModel, folder: Path) -> None:
-        self._model, self._folder = model, folder
+    def __init__(self, model: BenchModel, folder: Path, costs: Path) -> None:
+        self._model, self._folder, self._costs = model, folder, costs
         self._servers: dict[str, Server] = {}
 
     def _server(self, name: str) -> Server:
@@ -92,7 +92,7 @@ class Arms:
         if name == OFF:
             return ""
         if name == OURS:
-            costs = json.dumps(str(self._folder / "costs"))
+            costs = json.dumps(str(self._costs))
             return f'[speculation]\ncosts_folder = {costs}\n[drafter]\nplugin = "suffix"\n'
         fixed = '[speculation]\nplugin = "fixed"\n[drafter]\n'
         if name == SUFFIX:
@@ -114,7 +114,7 @@ class Arms:
     def restart(self, names: Sequence[str]) -> None:
         """Start servers anew; what ours had learned is deleted."""
         stop_all(*(self._servers.pop(name) for name in names if name in self._servers))
-        shutil.rmtree(self._folder / "costs", ignore_errors=True)
+        shutil.rmtree(self._costs, ignore_errors=True)
         self.start(names)
 
     def stop(self) -> None:
@@ -156,11 +156,10 @@ def summary(part: str, cell: Cell, model: str, rounds: Mapping[str, list[dict[st
     others = [arm for arm in rounds if arm != OURS]
     best = max(others, key=lambda arm: float(np.median(speeds[arm])))
     found: dict[str, Any] = {"part": part, "model": model, "prompts": cell.prompts, "users": cell.users, "best": best}
-    if OURS in rounds:
-        found["ours_to_best"] = vars(ratio_interval(speeds[OURS], speeds[best]))
-        found["ours_to_off"] = vars(ratio_interval(speeds[OURS], speeds[OFF]))
-        # Latency the other way round: above 1, ours is sooner.
-        found["latency_best_to_ours"] = vars(ratio_interval(values(best, "latency_ms"), values(OURS, "latency_ms")))
+    found["ours_to_best"] = vars(ratio_interval(speeds[OURS], speeds[best]))
+    found["ours_to_off"] = vars(ratio_interval(speeds[OURS], speeds[OFF]))
+    # Latency the other way round: above 1, ours is sooner.
+    found["latency_best_to_ours"] = vars(ratio_interval(values(best, "latency_ms"), values(OURS, "latency_ms")))
     keys = ("tokens_per_second", "ttft_ms", "p50_itl_ms", "p99_itl_ms", "latency_ms")
     found["arms"] = {arm: {key: vars(median_interval(values(arm, key))) for key in keys} for arm in rounds}
     found["rounds"] = dict(rounds)
@@ -174,22 +173,9 @@ def earlier(path: Path, part: str) -> dict[Cell, dict[str, list[dict[str, Any]]]
     return {Cell(cell["prompts"], cell["users"]): cell["rounds"] for cell in cells}
 
 
-def arms_of(
-    cell: Cell, part: str, fixed: Sequence[str], lengths: Mapping[Cell, Mapping[str, list[dict[str, Any]]]]
-) -> list[str]:
-    """The arms of a cell: all fixed lengths, or the best of each drafter that ``lengths`` has measured."""
-    if part == "lengths":
-        return [f"{name}, K={length}" for name in fixed for length in LENGTHS[name]]
-    measured = [other for other in lengths if other.prompts == cell.prompts]
-    if not measured:
-        raise SystemExit(f"{cell.prompts}: run --part lengths first")
-    nearest = min(measured, key=lambda other: abs(np.log(other.users / cell.users)))
-
-    def speed(arm: str) -> float:
-        return float(np.median([burst["tokens_per_second"] for burst in lengths[nearest][arm]]))
-
-    best = [max((arm for arm in lengths[nearest] if arm.startswith(f"{name},")), key=speed) for name in fixed]
-    return [OFF, *best, OURS]
+def arms_of(fixed: Sequence[str]) -> list[str]:
+    """All arms, those of a fixed length by drafter."""
+    return [OFF, *(f"{name}, K={length}" for name in fixed for length in LENGTHS[name]), OURS]
 
 
 def main() -> None:
@@ -197,10 +183,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_option(parser)
     parser.set_defaults(model=SMOLLM2)
-    parser.add_argument("--part", choices=["lengths", "warm", "cold"], required=True)
+    parser.add_argument("--part", choices=["warm", "cold"], required=True)
     parser.add_argument("--prompts", default="edit,extract,story,mixed")
     parser.add_argument("--loads", default="1,4,8,16")
     parser.add_argument("--fixed", default="suffix,draft model", help="drafters that have an arm with a fixed length")
+    parser.add_argument("--costs", type=Path, help="folder in which ours keeps learned costs between warm runs")
     parser.add_argument("--tokens", type=int, default=48, help="largest length of an answer")
     parser.add_argument("--seconds", type=float, default=440, help="no burst begins later than this")
     parser.add_argument("--rounds", type=int, default=3, help="cells that have as many rounds get no more")
@@ -210,7 +197,8 @@ def main() -> None:
     model = chosen(options)
     cells = [Cell(kind, int(users)) for users in options.loads.split(",") for kind in options.prompts.split(",")]
     with terminable(), tempfile.TemporaryDirectory(prefix="promise-") as name:
-        arms = Arms(model, Path(name))
+        learned = options.costs if options.costs and options.part == "warm" else Path(name) / "costs"
+        arms = Arms(model, Path(name), learned)
         try:
             measure(arms, model, cells, options, Console())
         finally:
@@ -224,16 +212,15 @@ def measure(
     began = time.monotonic()
     part = options.part
     rounds = earlier(options.output, part)
-    lengths = earlier(options.output, "lengths")
-    fixed = options.fixed.split(",")
-    names = {cell: arms_of(cell, part, fixed, lengths) for cell in cells}
+    fixed = [name for name in options.fixed.split(",") if name]
+    names = arms_of(fixed)
 
     def made(cell: Cell) -> int:
         return min((len(bursts) for bursts in rounds.get(cell, {}).values()), default=0)
 
     if part != "cold":
-        arms.start(sorted({arm.partition(",")[0] for found in names.values() for arm in found}))
-        for arm in sorted({arm for found in names.values() for arm in found}):
+        arms.start([OFF, *fixed, OURS])
+        for arm in names:
             arms.burst(arm, model.of_classes(["mixed"], 4, 99)["mixed"], 4, 32, 0)
     while open_cells := [cell for cell in cells if made(cell) < options.rounds]:
         cell = min(open_cells, key=made)
@@ -245,7 +232,7 @@ def measure(
         if part == "cold":
             arms.restart([OFF, OURS])
             arms.start(fixed)
-        order = random.Random(seed).sample(names[cell], len(names[cell]))
+        order = random.Random(seed).sample(names, len(names))
         found = {arm: arms.burst(arm, prompts, cell.users, options.tokens, seed) for arm in order}
         kept = rounds.setdefault(cell, {})
         for arm, burst in found.items():
