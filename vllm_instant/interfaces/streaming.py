@@ -57,10 +57,16 @@ class SessionLimits:
     """Seconds without an event from the client after which its session is closed."""
     max_text_characters: int = 1_000_000
     """Maximum length of one prompt in characters."""
+    max_event_bytes: int = 4 << 20
+    """Maximum size of one WebSocket frame or HTTP body in bytes."""
+    max_client_bytes: int = 64 << 20
+    """Maximum memory in bytes of the texts and requests of one client's sessions."""
+    max_total_bytes: int = 256 << 20
+    """Maximum memory in bytes of the texts and requests of all sessions per API server."""
     prefills_in_flight: int = 1
     """Maximum number of chunks, over all sessions, that the engine prefills at once."""
     token_seconds: float = 60.0
-    """Seconds for which a session token can open sessions."""
+    """Maximum number of seconds for which a session token can open sessions."""
     demo_page: bool = False
     """Whether the demo page is served."""
 

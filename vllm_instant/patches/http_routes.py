@@ -64,7 +64,7 @@ class InstantEndpoints:
         logger.info("Serving with vllm-instant: %s (from %s)", chosen, deployment.file or "defaults")
         reader = None
         if self._app is not None:
-            reader = streaming.start(self._streaming, self._app, engine_client, state, deployment)
+            reader = streaming.start(self._streaming, self._app, engine_client, state, deployment, args)
         if engine_client.vllm_config.parallel_config._api_process_rank > 0:
             return
         metrics = InstantMetrics(deployment)

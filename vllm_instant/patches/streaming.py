@@ -211,9 +211,10 @@ def attach(app: FastAPI) -> Any:
 
 
 def start(
-    streaming: Any, app: FastAPI, engine_client: Any, state: Any, deployment: Deployment
+    streaming: Any, app: FastAPI, engine_client: Any, state: Any, deployment: Deployment, args: Any = None
 ) -> GuardedPlugin[StreamingPrefill] | None:
     """Start to serve; returns the plugin. Raises PluginStartError if the server cannot."""
+    from vllm_instant.streaming.connections import ConnectionPolicy
     from vllm_instant.streaming.metrics import StreamingMetrics
     from vllm_instant.streaming.session_manager import SessionManager
 
@@ -231,24 +232,31 @@ def start(
         raise PluginStartError(
             f"plugin {plugin.plugin} of slot streaming cannot start: this model has no /v1/chat/completions"
         )
-    streaming.start(SessionManager(VllmStreamingEngine(engine_client, chat), plugin, StreamingMetrics()))
-    _accept_session_tokens(app, streaming)
+    keys = checked_keys(app)
+    policy = ConnectionPolicy(bool(keys), tuple(getattr(args, "allowed_origins", None) or ()))
+    streaming.start(SessionManager(VllmStreamingEngine(engine_client, chat), plugin, StreamingMetrics()), policy)
+    if keys:
+        _accept_session_tokens(app, streaming, keys)
     return plugin
 
 
-def _accept_session_tokens(app: FastAPI, streaming: Any) -> None:
-    """Put the session tokens before the API-key check, if there is one."""
+def checked_keys(app: FastAPI) -> list[str]:
+    """The API keys that vLLM checks; empty without a check."""
+    for middleware in app.user_middleware:
+        if getattr(middleware.cls, "__name__", "") == _AUTHENTICATION:
+            return list(cast(list[str], middleware.kwargs["tokens"]))
+    return []
+
+
+def _accept_session_tokens(app: FastAPI, streaming: Any, keys: list[str]) -> None:
+    """Put the session tokens before the API-key check."""
     from vllm_instant.streaming.routes import DEMO_PATH
     from vllm_instant.streaming.tokens import AuthMiddleware
 
-    for middleware in app.user_middleware:
-        if getattr(middleware.cls, "__name__", "") == _AUTHENTICATION:
-            (key, *_) = cast(list[str], middleware.kwargs["tokens"])
-            public = (DEMO_PATH,) if streaming.manager.limits.demo_page else ()
-            # Outermost: vLLM has built its middleware stack by now.
-            stack = app.middleware_stack or app.build_middleware_stack()
-            app.middleware_stack = AuthMiddleware(stack, tokens=streaming.tokens, key=key, public=public)
-            return
+    public = (DEMO_PATH,) if streaming.manager.limits.demo_page else ()
+    # Outermost: vLLM has built its middleware stack by now.
+    stack = app.middleware_stack or app.build_middleware_stack()
+    app.middleware_stack = AuthMiddleware(stack, tokens=streaming.tokens, keys=keys, public=public)
 
 
 def _is_counted(request_id: str) -> bool:

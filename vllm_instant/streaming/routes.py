@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import HTTPConnection
 
-from vllm_instant.streaming.events import Commit, EventError, check, parse
+from vllm_instant.streaming.connections import ConnectionPolicy, grant_of, read_json, size_of
+from vllm_instant.streaming.events import ClientEvent, Commit, EventError, check, parse
+from vllm_instant.streaming.http_session import HttpSession, failed, scope_of
 from vllm_instant.streaming.session import Send, Session, error_event
 from vllm_instant.streaming.session_manager import RefusedError, SessionManager
-from vllm_instant.streaming.tokens import CLIENT, SessionTokens
+from vllm_instant.streaming.tokens import Grant, SessionTokens, TooManyTokensError, bearer_of
 
 logger = logging.getLogger("vllm.instant")
 
@@ -26,9 +28,15 @@ BASE = "/v1/instant"
 DEMO_PATH = f"{BASE}/demo"
 SUBPROTOCOL = "instant"
 """Subprotocol that a browser must offer besides its token: the server selects it."""
-TRY_AGAIN_LATER, GOING_AWAY = 1013, 1001
-MAX_BUFFERED_EVENTS = 256
-"""Maximum number of events that wait for the reader of an HTTP answer; then the engine merges its output."""
+TRY_AGAIN_LATER, GOING_AWAY, POLICY_VIOLATION = 1013, 1001, 1008
+MAX_LISTED_EVENTS = 256
+"""Maximum number of events in one HTTP body."""
+MAX_GRANT_VALUES = 1_000
+"""Maximum number of JSON values of the ``session`` of a token."""
+MAX_GRANT_BYTES = 128 << 10
+"""Maximum memory of the ``session`` of a token in bytes."""
+MAX_NAME_CHARACTERS = 128
+"""Maximum length of a client's name."""
 
 
 class Streaming:
@@ -43,6 +51,7 @@ class Streaming:
         self.manager: SessionManager | None = None
         """The sessions; None until the engine is ready."""
         self.tokens = tokens
+        self.policy = ConnectionPolicy()
         self._http: dict[str, HttpSession] = {}
         self._reaper: asyncio.Task[None] | None = None
 
@@ -59,15 +68,37 @@ class Streaming:
         ):
             app.add_api_route(f"{BASE}/{path}", endpoint, methods=[method], tags=tags, response_model=None)
 
-    def start(self, manager: SessionManager) -> None:
+    def start(self, manager: SessionManager, policy: ConnectionPolicy | None = None) -> None:
         """Start to serve; called inside the server's event loop."""
         self.manager = manager
+        self.policy = policy or ConnectionPolicy()
         self._reaper = asyncio.get_running_loop().create_task(self._reap())
+
+    def _enter(self, connection: HTTPConnection) -> tuple[SessionManager, int, Grant | None]:
+        """Let a connection open a session; raises EventError if it may not."""
+        manager, grant = self.manager, grant_of(connection)
+        if manager is None:
+            raise EventError("the server is not ready yet", "not_ready", status=503)
+        refusal = self.policy.refusal(connection)
+        if refusal is not None:
+            raise EventError(refusal, "foreign_origin", status=403)
+        try:
+            number = manager.enter(self.policy.client_of(connection))
+        except RefusedError as error:
+            raise EventError(str(error), "too_many_sessions", status=429) from None
+        if grant is not None and not grant.take_session():
+            manager.leave(number)
+            raise EventError("this token has opened all of its sessions", "too_many_sessions", status=429)
+        return manager, number, grant
 
     # -------------------------------------------------------------------------------------------- WebSocket
 
     async def serve(self, websocket: WebSocket) -> None:
         """Serve one session on a WebSocket until the connection closes."""
+        if self.policy.refusal(websocket) is not None:
+            # Before the handshake, so that the page learns nothing but the refusal.
+            await websocket.close(POLICY_VIOLATION)
+            return
         offered = websocket.scope.get("subprotocols", ())
         await websocket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
 
@@ -76,26 +107,21 @@ class Streaming:
             with suppress(WebSocketDisconnect, RuntimeError):
                 await websocket.send_text(json.dumps(event))
 
-        manager, client = self.manager, client_of(websocket)
-        if manager is None:
-            await send(error_event("the server is not ready yet", "not_ready", status=503))
+        try:
+            manager, number, grant = self._enter(websocket)
+        except EventError as error:
+            await send(error_event(str(error), error.code, status=error.status))
             await websocket.close(TRY_AGAIN_LATER)
             return
         try:
-            number = manager.enter(client)
-        except RefusedError as error:
-            await send(error_event(str(error), "too_many_sessions", status=429))
-            await websocket.close(TRY_AGAIN_LATER)
-            return
-        try:
-            session = Session(manager, number, send)
+            session = Session(manager, number, send, *scope_of(grant))
             try:
                 await send(created(session, manager))
                 await self._follow(websocket, session, manager, send)
             finally:
                 await session.close()
         finally:
-            manager.leave(client)
+            manager.leave(number)
 
     async def _follow(self, websocket: WebSocket, session: Session, manager: SessionManager, send: Send) -> None:
         while True:
@@ -105,192 +131,171 @@ class Streaming:
             except TimeoutError:
                 if session.seconds_left > 0:
                     continue
-                await send(idle_event(manager))
+                await send(session.closing_event())
                 with suppress(WebSocketDisconnect, RuntimeError):
                     await websocket.close(GOING_AWAY)
                 return
             if message["type"] == "websocket.disconnect":
                 return
             frame = message.get("text")
+            frame = frame if frame is not None else message.get("bytes") or b""
             try:
-                await session.handle(parse(frame if frame is not None else message.get("bytes") or b""))
+                if len(frame) > manager.limits.max_event_bytes:
+                    raise EventError(f"a frame has at most {manager.limits.max_event_bytes} bytes", "too_large")
+                await session.handle(parse(frame))
             except EventError as error:
                 await send(error_event(str(error), error.code, error.event_id))
             except Exception as error:
                 logger.exception("An event of session %s failed", session.id)
                 await send(error_event(f"the event failed: {type(error).__name__}", "server_error", status=500))
+            # Frames that have arrived are received without suspension: other connections have their turn here.
+            await asyncio.sleep(0)
 
     # ------------------------------------------------------------------------------------------- plain HTTP
 
     async def open(self, request: Request) -> Response:
         """Open a session; the body is the ``session`` of a ``session.update``, or empty."""
-        manager, client = self.manager, client_of(request)
-        if manager is None:
-            return failed(error_event("the server is not ready yet", "not_ready", status=503))
         try:
-            body = json.loads(await request.body() or b"{}")
-            update = check({"type": "session.update", "session": body}) if body != {} else None
-        except ValueError as error:
-            return failed(error_event(f"the body is not JSON: {error}", "invalid_json"))
+            body = await self._body_of(request)
+            update = check({"type": "session.update", "session": body}) if body else None
+            manager, number, grant = self._enter(request)
         except EventError as error:
-            return failed(error_event(str(error), error.code))
-        try:
-            number = manager.enter(client)
-        except RefusedError as error:
-            return failed(error_event(str(error), "too_many_sessions", status=429))
-        session = HttpSession(manager, number, client)
+            return failed(error)
+        session = HttpSession(manager, number, self.policy.client_of(request), grant)
         self._http[session.session.id] = session
         if update is not None:
             try:
                 await session.session.handle(update)
             except EventError as error:
                 await self._end(session.session.id)
-                return failed(error_event(str(error), error.code))
+                return failed(error)
         return JSONResponse(created(session.session, manager)["session"], status_code=201)
+
+    async def _body_of(self, request: Request) -> Any:
+        """The JSON body of a request that a web page may send; None for an empty one. Raises EventError."""
+        if self.manager is None:
+            raise EventError("the server is not ready yet", "not_ready", status=503)
+        refusal = self.policy.refusal(request)
+        if refusal is not None:
+            raise EventError(refusal, "foreign_origin", status=403)
+        return await read_json(request, self.manager.limits.max_event_bytes)
+
+    def _session_of(self, request: Request, session_id: str) -> HttpSession:
+        found = self._http.get(session_id)
+        if found is None or found.client != self.policy.client_of(request):
+            message = "there is no such session; it may have been closed because it was idle"
+            raise EventError(message, "no_session", status=404)
+        return found
 
     async def handle(self, request: Request, session_id: str) -> Response:
         """Handle one event or a list of events; the response to a commit is the stream of chunks."""
-        found = self._http.get(session_id)
-        if found is None or found.client != client_of(request):
-            return failed(_no_such_session())
         try:
-            body = json.loads(await request.body())
-            events = [check(event) for event in (body if isinstance(body, list) else [body])]
-            if any(isinstance(event, Commit) for event in events[:-1]):
-                raise EventError("only the last event of a list may be input_text.commit")
-            for event in events:
+            found = self._session_of(request, session_id)
+            for event in _events_of(await self._body_of(request)):
                 if isinstance(event, Commit):
-                    return await found.commit(event)
+                    return await found.commit(event, request)
                 await found.session.handle(event)
-        except ValueError as error:
-            return failed(error_event(f"the body is not JSON: {error}", "invalid_json"))
+                await asyncio.sleep(0)  # other connections have their turn between the events of a long list
         except EventError as error:
-            return failed(error_event(str(error), error.code, error.event_id))
+            return failed(error)
         return JSONResponse({"id": session_id, "prefilled_tokens": found.prefilled_tokens})
 
     async def close(self, request: Request, session_id: str) -> Response:
         """Close a session."""
-        found = self._http.get(session_id)
-        if found is None or found.client != client_of(request):
-            return failed(_no_such_session())
+        try:
+            self._session_of(request, session_id)
+        except EventError as error:
+            return failed(error)
         await self._end(session_id)
         return Response(status_code=204)
 
     async def _end(self, session_id: str) -> None:
         found = self._http.pop(session_id, None)
         if found is not None and self.manager is not None:
-            self.manager.leave(found.client)
-            await found.session.close()
+            try:
+                await found.close()
+            finally:
+                self.manager.leave(found.number)
 
     async def _reap(self) -> None:
         """Close plain HTTP sessions that are idle too long."""
         while self.manager is not None:
             await asyncio.sleep(min(1.0, self.manager.limits.idle_seconds / 4))
             for session_id, found in list(self._http.items()):
-                if found.session.seconds_left <= 0:
+                if found.seconds_left > 0:
+                    continue
+                try:
                     await self._end(session_id)
+                except Exception:  # the other sessions must still be closed
+                    logger.exception("Session %s was not closed properly", session_id)
 
     # ----------------------------------------------------------------------------------- tokens and the page
 
     async def make_token(self, request: Request) -> Response:
         """Issue a session token, which a holder of the API key passes to a browser."""
-        if self.manager is None:
-            return failed(error_event("the server is not ready yet", "not_ready", status=503))
         try:
-            body = json.loads(await request.body() or b"{}")
-        except ValueError as error:
-            return failed(error_event(f"the body is not JSON: {error}", "invalid_json"))
-        client = body.get("client") if isinstance(body, dict) else None
-        if not isinstance(body, dict) or body.keys() - {"client"} or not isinstance(client, str | None):
-            return failed(error_event('the body may be {"client": "a name"} or empty', "invalid_body"))
-        seconds = self.manager.limits.token_seconds
-        return JSONResponse({"token": self.tokens.make(client, seconds), "expires_in": seconds})
+            body = await self._body_of(request)
+            max_seconds = self.manager.limits.token_seconds if self.manager is not None else 0.0
+            client, seconds, scope = _checked_scope({} if body is None else body, max_seconds)
+            token = self.tokens.make(client, seconds, bearer_of(request.headers), **scope)
+        except EventError as error:
+            return failed(error)
+        except TooManyTokensError:
+            return failed(EventError("too many session tokens are valid; try again later", "too_many", status=429))
+        return JSONResponse({"token": token, "expires_in": seconds})
 
     async def show_demo(self) -> Response:
         """Return the demo page, if the deployment enables it."""
         if self.manager is None or not self.manager.limits.demo_page:
-            return failed(error_event("this deployment has no demo page", "no_demo", status=404))
+            return failed(EventError("this deployment has no demo page", "no_demo", status=404))
         return HTMLResponse(files("vllm_instant.streaming").joinpath("demo.html").read_text(encoding="utf-8"))
 
 
-class HttpSession:
-    """A session over plain HTTP.
-
-    Args:
-        manager: The sessions of the server.
-        number: Number of the session.
-        client: The client that opened it.
-
-    """
-
-    def __init__(self, manager: SessionManager, number: int, client: str) -> None:
-        self.client = client
-        self.prefilled_tokens = 0
-        self._answer: asyncio.Queue[dict[str, Any]] | None = None
-        self.session = Session(manager, number, self._send)
-
-    async def _send(self, event: dict[str, Any]) -> None:
-        if event["type"] == "input_text.prefilled":
-            self.prefilled_tokens = event["tokens"]
-        elif self._answer is not None:
-            await self._answer.put(event)
-
-    async def commit(self, event: Commit) -> Response:
-        """Return the answer as server-sent events, as ``/v1/chat/completions`` streams it."""
-        if self.session.is_answering:
-            raise EventError("the last answer is not complete", "busy", event.event_id)
-        answer: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MAX_BUFFERED_EVENTS)
-        self._answer = answer
-        await self.session.handle(event)
-        first = await answer.get()
-        while first["type"] == "input_text.committed":
-            first = await answer.get()
-        if "error" in first:
-            self._answer = None
-            await self.session.finished()
-            return failed(first)
-        return StreamingResponse(self._stream(first, answer), media_type="text/event-stream")
-
-    async def _stream(self, event: dict[str, Any], answer: asyncio.Queue[dict[str, Any]]) -> AsyncIterator[str]:
-        try:
-            while event["type"] != "response.done":
-                if event["type"] == "response.chunk":
-                    yield f"data: {json.dumps(event['chunk'])}\n\n"
-                event = await answer.get()
-            if "error" in event:
-                yield f"data: {json.dumps({'error': event['error']})}\n\n"
-            yield "data: [DONE]\n\n"
-        finally:
-            self._answer = None
-            await self.session.cancel()
+def _events_of(body: Any) -> Iterator[ClientEvent]:
+    """The events of an HTTP body, checked one by one; raises EventError."""
+    events = body if isinstance(body, list) else [body]
+    if len(events) > MAX_LISTED_EVENTS:
+        raise EventError(f"a list has at most {MAX_LISTED_EVENTS} events; found {len(events)}", "too_large", status=413)
+    if any(isinstance(event, dict) and event.get("type") == "input_text.commit" for event in events[:-1]):
+        raise EventError("only the last event of a list may be input_text.commit")
+    # All are checked before the first has an effect.
+    yield from [check(event) for event in events]
 
 
-def client_of(connection: HTTPConnection) -> str:
-    """Return the client of a connection: that of its session token, its API key, or its address."""
-    if CLIENT in connection.scope:
-        return f"token {connection.scope[CLIENT]}"
-    authorization = connection.headers.get("authorization")
-    if authorization:
-        return f"key {hashlib.sha256(authorization.encode()).hexdigest()}"
-    return f"address {connection.client.host if connection.client else ''}"
+def _checked_scope(body: Any, max_seconds: float) -> tuple[str | None, float, dict[str, Any]]:
+    """The client, the lifetime and the rest of a token's scope; raises EventError."""
+    try:
+        scope = TokenScope.model_validate(body)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(str(part) for part in detail["loc"]) or "the body"
+        raise EventError(f"{key}: {detail['msg'].lower()}", "invalid_body") from None
+    if size_of(scope.session, MAX_GRANT_VALUES) > MAX_GRANT_BYTES:
+        raise EventError(f"session: at most {MAX_GRANT_BYTES} bytes", "too_large", status=413)
+    if not isinstance(scope.session.get("messages", []), list):
+        raise EventError("session.messages must be a list of chat messages", "invalid_body")
+    rest = {"session": scope.session, "max_sessions": scope.max_sessions, "session_seconds": scope.session_seconds}
+    return scope.client, min(scope.seconds or max_seconds, max_seconds), rest
+
+
+class TokenScope(BaseModel):
+    """The body of a request for a session token; all of it is optional."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    client: str | None = Field(None, max_length=MAX_NAME_CHARACTERS)
+    """Name of the client whose limits apply."""
+    seconds: float | None = Field(None, gt=0)
+    """Seconds for which the token opens sessions, at most the deployment's ``token_seconds``."""
+    session: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the chat request that the holder cannot change."""
+    max_sessions: int | None = Field(None, ge=1)
+    """Number of sessions that the token opens in all."""
+    session_seconds: float | None = Field(None, gt=0)
+    """Seconds after which a session of the token is closed."""
 
 
 def created(session: Session, manager: SessionManager) -> dict[str, Any]:
     """Return the first event of a session."""
     limits = {"idle_seconds": manager.limits.idle_seconds, "text_characters": manager.limits.max_text_characters}
     return {"type": "session.created", "session": {"id": session.id, **limits}}
-
-
-def idle_event(manager: SessionManager) -> dict[str, Any]:
-    """Return the event that closes an idle session."""
-    return error_event(f"no event for {manager.limits.idle_seconds:g} seconds", "idle", status=408)
-
-
-def _no_such_session() -> dict[str, Any]:
-    message = "there is no such session; it may have been closed because it was idle"
-    return error_event(message, "no_session", status=404)
-
-
-def failed(event: dict[str, Any]) -> Response:
-    """Return an error event as a response."""
-    return JSONResponse({"error": event["error"]}, status_code=event["error"]["status"])

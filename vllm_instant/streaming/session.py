@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
 from vllm_instant.interfaces.streaming import PrefillOutcome, PrefillProgress
+from vllm_instant.streaming.connections import size_of
 from vllm_instant.streaming.engine import Prompt, RequestError
 from vllm_instant.streaming.events import (
     AppendText,
@@ -20,7 +21,7 @@ from vllm_instant.streaming.events import (
     ReplaceText,
     UpdateSession,
 )
-from vllm_instant.streaming.session_manager import SessionManager
+from vllm_instant.streaming.session_manager import RefusedError, SessionManager
 from vllm_instant.streaming.speculative_answer import SpeculativeAnswer
 from vllm_instant.streaming.text import TextBuffer, TextError, common_length, stable_prefix_length
 
@@ -30,7 +31,11 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 COALESCE_SECONDS = 0.004
 """Delay in seconds before a chunk is prefilled: a commit that follows its text within it comes first."""
 RETRY_SECONDS = 0.02
-"""Interval in seconds at which a session retries while the engine has no capacity."""
+"""First interval in seconds at which a session retries while the engine has no capacity; it doubles up to the last."""
+MAX_RETRY_SECONDS = 0.16
+"""Last interval in seconds at which a session retries."""
+MAX_VALUES = 100_000
+"""Maximum number of JSON values of a session's request."""
 OWN_FIELDS = ("stream",)
 """Fields of the request that the session sets itself."""
 CHARACTERS_PER_TOKEN = 3.0
@@ -44,12 +49,24 @@ class Session:
         manager: The sessions of the server.
         number: Unique number of the session, and its affinity.
         send: Sends an event to the client.
+        fixed: Fields of the request that the client cannot change.
+        seconds: Maximum duration of the session; None for no limit.
 
     """
 
-    def __init__(self, manager: SessionManager, number: int, send: Send) -> None:
+    def __init__(
+        self,
+        manager: SessionManager,
+        number: int,
+        send: Send,
+        fixed: Mapping[str, Any] | None = None,
+        seconds: float | None = None,
+    ) -> None:
         self.id = f"sess_{number}_{manager.new_name()}"
-        self._last_event = manager.clock()
+        self._last_event = self._last_change = manager.clock()
+        self._ends_at = None if seconds is None else self._last_event + seconds
+        self._fixed = dict(fixed or {})
+        self._request_bytes = 0
         self._manager = manager
         self._number = number
         self._send = send
@@ -70,6 +87,9 @@ class Session:
         self._is_pinned = False
         """Whether the KV blocks of the prefilled tokens are pinned."""
         self._tried_to_pin = False
+        self._idled = False
+        """Whether the blocks were unpinned because no text arrived."""
+        self._retry_seconds = RETRY_SECONDS
         self._prefilling: asyncio.Task[None] | None = None
         self._answering: asyncio.Task[None] | None = None
         self._reading = asyncio.get_running_loop().create_task(self._prefill_ahead())
@@ -88,6 +108,7 @@ class Session:
         if isinstance(event, Commit):
             await self._commit(event)
             return
+        before = self._text.text
         try:
             if isinstance(event, AppendText):
                 self._text.append(event.text)
@@ -95,21 +116,37 @@ class Session:
                 self._text.replace(event.start, event.end, event.text)
             elif isinstance(event, ClearText):
                 self._text.replace(0, None, "")
+            self._resize(self._request_bytes)
         except TextError as error:
             raise EventError(str(error), "invalid_text", event.event_id) from None
+        except RefusedError as error:
+            self._text.text = before
+            raise EventError(str(error), "too_many_bytes", event.event_id, status=429) from None
         await self._text_changed()
 
+    def _resize(self, request_bytes: int) -> None:
+        text = self._text.text
+        self._manager.resize(self._number, request_bytes + len(text) * (1 if text.isascii() else 4))
+        self._request_bytes = request_bytes
+
     async def _update(self, event: UpdateSession) -> None:
-        request = {key: value for key, value in event.session.items() if key not in OWN_FIELDS}
+        request = {key: value for key, value in event.session.items() if key not in OWN_FIELDS} | self._fixed
         messages = request.pop("messages", [])
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise EventError("session.messages must be a list of chat messages", event_id=event.event_id)
+        size, size_before = size_of(event.session, MAX_VALUES), self._request_bytes
+        try:
+            self._resize(size)
+        except RefusedError as error:
+            raise EventError(str(error), "too_many_bytes", event.event_id, status=429) from None
         before = self._request, self._messages
         self._request, self._messages = request, messages
         try:
+            await self._manager.may_render(self._number, size)
             await self._manager.engine.render(self._body("."))
         except RequestError as error:
             self._request, self._messages = before
+            self._resize(size_before)
             raise EventError(str(error), "invalid_session", event.event_id) from None
         self._version += 1
         self._configured = True
@@ -119,6 +156,14 @@ class Session:
     async def _text_changed(self) -> None:
         self._tried_speculative = False
         await self._discard_speculative()
+        self._mark_changed()
+
+    def _mark_changed(self) -> None:
+        self._last_change = self._manager.clock()
+        self._retry_seconds = RETRY_SECONDS
+        if self._idled:
+            # The blocks may be pinned again with new text.
+            self._idled = self._tried_to_pin = False
         self._changed.set()
 
     async def _commit(self, event: Commit) -> None:
@@ -129,6 +174,7 @@ class Session:
                 "the last answer is not complete: wait for it, or send response.cancel", "busy", event.event_id
             )
         committed_at = self._manager.clock()
+        await self._manager.may_render(self._number, len(self._text.text))
         request = self._body(self._text.text)
         chunks = await self._take_answer(request)
         text = self._text.text
@@ -156,9 +202,20 @@ class Session:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds until the idle timeout; a session with an answer in progress is not idle."""
-        idle = 0.0 if self.is_answering else self._manager.clock() - self._last_event
-        return self._manager.limits.idle_seconds - idle
+        """Seconds until the session is closed: at its end, or when it has been idle too long.
+
+        A session with an answer in progress is not idle.
+        """
+        now = self._manager.clock()
+        left = self._manager.limits.idle_seconds - (0.0 if self.is_answering else now - self._last_event)
+        return left if self._ends_at is None else min(left, self._ends_at - now)
+
+    def closing_event(self) -> dict[str, Any]:
+        """Return the error event that says why the session is closed."""
+        if self._ends_at is not None and self._manager.clock() >= self._ends_at:
+            return error_event("the session has reached the duration that its token allows", "expired", status=408)
+        idle_seconds = self._manager.limits.idle_seconds
+        return error_event(f"no event for {idle_seconds:g} seconds", "idle", status=408)
 
     async def finished(self) -> None:
         """Return when no answer is in progress."""
@@ -208,15 +265,16 @@ class Session:
                 {"role": "user", "content": text},
                 {"role": "assistant", "content": "".join(contents)},
             ]
+            self._request_bytes += 4 * (len(text) + sum(map(len, contents)))
         self._version += 1
-        self._changed.set()
+        self._mark_changed()
         await self._send({"type": "response.done", "status": "completed", "first_token_seconds": first})
 
     async def _failed(self, event: dict[str, Any], text: str) -> None:
         """The answer failed: restore the text from before the commit, so that it can be edited."""
         with suppress(TextError):
             self._text.replace(0, 0, text)
-        self._changed.set()
+        self._mark_changed()
         await self._send({**event, "type": "response.done", "status": "failed"})
 
     async def close(self) -> None:
@@ -240,26 +298,35 @@ class Session:
         while True:
             await asyncio.sleep(COALESCE_SECONDS)
             self._changed.clear()
+            retry: float | None = None
             if self._configured and not self.is_answering:
                 try:
-                    if await self._prefill_chunk():
+                    retry = await self._prefill_chunk()
+                    if retry == 0:
                         continue
-                    await self._answer_speculatively()
+                    if retry is None:
+                        await self._answer_speculatively()
                 except RequestError:
                     pass  # the commit reports it, unless the text is edited before
                 except Exception:
                     logger.exception("Session %s prefills no further chunks", self.id)
                     return
-            await self._wait_for_more()
+            await self._wait_for_more(retry)
 
-    async def _wait_for_more(self) -> None:
-        """Return at the next change; unpin the KV blocks after the idle time."""
+    async def _wait_for_more(self, retry: float | None) -> None:
+        """Return at the next change or after ``retry`` seconds; unpin the KV blocks after the idle time."""
         limits = self._manager.pin_limits
-        if self._is_pinned and limits is not None and not await self._changes_within(limits.idle_seconds):
-            await self._unpin()
-            # They may be pinned again with new text.
-            self._tried_to_pin = False
-        await self._changed.wait()
+        if self._is_pinned and limits is not None:
+            left = max(0.0, self._last_change + limits.idle_seconds - self._manager.clock())
+            if retry is None or left <= retry:
+                if await self._changes_within(left):
+                    return
+                await self._unpin()
+                self._idled = True
+        if retry is None:
+            await self._changed.wait()
+        else:
+            await self._changes_within(retry)
 
     async def _changes_within(self, seconds: float) -> bool:
         """Wait for a change; returns False after ``seconds`` without one."""
@@ -278,8 +345,11 @@ class Session:
             self._is_pinned = False
             await self._manager.unpin(self.id)
 
-    async def _prefill_chunk(self) -> bool:
-        """Prefill one chunk if it is due; returns whether another may be due immediately."""
+    async def _prefill_chunk(self) -> float | None:
+        """Prefill one chunk if it is due.
+
+        Returns the seconds after which another may be due: 0 for at once, None for not before the next change.
+        """
         await self._render()
         self._cached = self._cached[: common_length(self._cached, self._stable_ids)]
         if self._stable_ids and not self._tried_to_pin:
@@ -288,14 +358,16 @@ class Session:
         block_size = self._manager.engine.block_size
         progress = PrefillProgress(len(self._stable_ids), len(self._cached), block_size, self._is_pinned)
         if self._manager.next_chunk(progress, idle=True) <= progress.cached_tokens:
-            return False
-        # The slot is kept while the engine has no capacity: other sessions could not prefill either.
+            return None
         async with self._manager.prefill_slots:
-            while (length := self._manager.next_chunk(progress)) <= progress.cached_tokens:
-                if await self._changes_within(RETRY_SECONDS):
-                    return True
+            length = self._manager.next_chunk(progress)
+            if length <= progress.cached_tokens:
+                # The slot is given up: what this session may not prefill now, another may.
+                retry, self._retry_seconds = self._retry_seconds, min(2 * self._retry_seconds, MAX_RETRY_SECONDS)
+                return retry
+            self._retry_seconds = RETRY_SECONDS
             if self.is_answering or (self._rendered or (-1, ""))[0] != self._version:
-                return False  # the prompt was committed in the meantime
+                return None  # the prompt was committed in the meantime
             load = self._manager.engine.load()
             began = self._manager.clock()
             prompt = self._prompt
@@ -304,13 +376,13 @@ class Session:
             )
             await asyncio.wait([self._prefilling])
             if self._prefilling.cancelled():
-                return False
+                return None
             self._prefilling.result()
             tokens = length - progress.cached_tokens
             self._manager.observe(PrefillOutcome(tokens, self._manager.clock() - began, load))
             self._cached = prompt.token_ids[:length]
         await self._send({"type": "input_text.prefilled", "tokens": length})
-        return True
+        return 0.0
 
     def _key(self) -> tuple[int, str]:
         return self._version, self._text.text[: stable_prefix_length(self._text.text)]
@@ -329,6 +401,7 @@ class Session:
         engine, text = self._manager.engine, self._text.text
         if self._rendered is None or self._rendered[0] != version:
             self._suffix = await self._suffix_length()
+        await self._manager.may_render(self._number, 2 * (len(text) + self._request_bytes))
         # The common prefix of two prompts with different ends is the template's beginning and the stable text.
         one = await engine.render(self._body(stable))
         other = await engine.render(self._body(text if text else "."))

@@ -19,6 +19,7 @@ from vllm_instant.interfaces.streaming import (
     SessionLimits,
     StreamingPrefill,
 )
+from vllm_instant.streaming.budgets import ByteBudget, RenderingBudget
 from vllm_instant.streaming.engine import StreamingEngine
 from vllm_instant.streaming.metrics import StreamingMetrics
 
@@ -59,6 +60,10 @@ class SessionManager:
         self.prefill_slots = asyncio.Semaphore(self.limits.prefills_in_flight)
         self._plugin = plugin
         self._clients: Counter[str] = Counter()
+        self._client_of: dict[int, str] = {}
+        self._bytes = ByteBudget(self.limits.max_client_bytes, self.limits.max_total_bytes)
+        self._bytes_of: Counter[int] = Counter()
+        self._rendering = RenderingBudget(clock)
         self._number = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._logged_reasons: set[str] = set()
@@ -78,15 +83,30 @@ class SessionManager:
             raise RefusedError(f"this client's limit of {self._clients[client]} open sessions is reached")
         self._clients[client] += 1
         self._number += 1
+        self._client_of[self._number] = client
         self.metrics.sessions.inc()
         return self._number
 
-    def leave(self, client: str) -> None:
-        """A session of the client ended."""
+    def leave(self, number: int) -> None:
+        """A session ended."""
+        self._bytes.resize(self._client_of[number], self._bytes_of.pop(number, 0), 0)
+        client = self._client_of.pop(number)
         self._clients[client] -= 1
         if not self._clients[client]:
             del self._clients[client]
         self.metrics.sessions.dec()
+
+    def resize(self, number: int, num_bytes: int) -> None:
+        """The texts and the request of a session take ``num_bytes`` now; raises ``RefusedError``."""
+        refusal = self._bytes.resize(self._client_of.get(number, ""), self._bytes_of[number], num_bytes)
+        if refusal is not None:
+            self.metrics.refused.labels("bytes").inc()
+            raise RefusedError(refusal)
+        self._bytes_of[number] = num_bytes
+
+    async def may_render(self, number: int, characters: int) -> None:
+        """Wait until a session's client may have this many characters tokenized."""
+        await self._rendering.spend(self._client_of.get(number, ""), characters)
 
     def new_name(self) -> str:
         """Return an unguessable name."""

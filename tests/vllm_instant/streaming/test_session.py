@@ -22,13 +22,14 @@ async def session_on(engine, plugin=None, request=None):
         heard.append(event)
 
     with hosting(engine, plugin, clock=virtual_time.clock) as host:
-        session = Session(host, host.enter("me"), send)
+        number = host.enter("me")
+        session = Session(host, number, send)
         try:
             await session.handle(check({"type": "session.update", "session": request or {"model": "m"}}))
             yield session, heard, host
         finally:
             await session.close()
-            host.leave("me")
+            host.leave(number)
 
 
 async def put(session, start, end, text):
