@@ -30,7 +30,7 @@ class KeyCheck:
 
 
 @contextmanager
-def serving(engine=None, with_key=False, clock=time.monotonic, origins=(), **limits):
+def serving(engine=None, with_key=False, clock=time.monotonic, origins=(), tells_keys=None, **limits):
     """A test client of an application with the routes, and these."""
     tokens = SessionTokens(clock)
     streaming = Streaming(tokens)
@@ -38,7 +38,7 @@ def serving(engine=None, with_key=False, clock=time.monotonic, origins=(), **lim
     @asynccontextmanager
     async def lifespan(app):
         with hosting(engine or FakeEngine(), Eager(**limits)) as host:
-            streaming.start(host, ConnectionPolicy(with_key, origins))
+            streaming.start(host, ConnectionPolicy(with_key if tells_keys is None else tells_keys, origins))
             yield
 
     app = FastAPI(lifespan=lifespan)

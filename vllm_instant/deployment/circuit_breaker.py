@@ -87,9 +87,7 @@ class GuardedPlugin(Generic[Instance]):
             seconds = self.clock() - began
             if seconds > SLOW_SECONDS and self.is_timed:
                 self._count_slow(hook, seconds)
-            elif self.slow_calls.get(hook):
-                self.slow_calls[hook] = 0
-            elif hook not in self.slow_calls:
+            elif self.slow_calls.get(hook) or hook not in self.slow_calls:
                 self.slow_calls[hook] = 0
         except BaseException as error:
             self.current = outer

@@ -59,14 +59,16 @@ def truth(value: Any, name: str = "the answer") -> bool:
 
 
 def json_types(value: Any, depth: int = 0) -> Any:
-    """Return a copy of JSON types; scalars of NumPy become Python's.
+    """Return a copy of JSON types; scalars of NumPy become Python's, and numbers that are not finite None.
 
     Raises:
         ContractError: A value is of another type, an integer has more than 64 bits, or it is nested too deeply.
 
     """
-    if value is None or type(value) in (bool, float, str):
+    if value is None or type(value) in (bool, str):
         return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None  # JSON has no others
     if depth > MAX_DEPTH:
         raise ContractError(f"values are nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
@@ -81,9 +83,25 @@ def json_types(value: Any, depth: int = 0) -> Any:
         if not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
             raise ContractError("an integer has more than 64 bits")
         return int(value)
-    if isinstance(value, float):
-        return float(value)
     raise ContractError(f"expected JSON types, found {_shown(value)}")
+
+
+def decisions_of(decisions: Any, last: int) -> list[dict[str, Any]]:
+    """Return a policy's decisions as JSON types, at most ``last``; raises ContractError."""
+    found = json_types(list(decisions)[-last:])
+    if any(not isinstance(decision, dict) for decision in found):
+        raise ContractError("a decision is a mapping")
+    return list(found)
+
+
+def gauges(metrics: Any) -> dict[str, float]:
+    """Return a plugin's own gauges as floats by name, which may be infinite or NaN; raises ContractError."""
+    if not isinstance(metrics, Mapping):
+        raise ContractError(f"expected a mapping from names to numbers, found {_shown(metrics)}")
+    try:
+        return {str(name): float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ContractError(f"a gauge must be a number: {error}") from None
 
 
 def _shown(value: Any) -> str:

@@ -113,7 +113,7 @@ class PluginManager:
                 sentences.append(f"{implementation.plugin_name} cannot check this deployment: {reason}")
         return sentences
 
-    def announce_failure(self, slot: str, plugin: str, hook: str, error: Exception) -> None:
+    def announce_failure(self, slot: str, plugin: str, hook: str, error: BaseException) -> None:
         """Call every distribution's ``instant_plugin_failed``; exceptions are logged and do not affect the others."""
         for implementation in self._pluggy.hook.instant_plugin_failed.get_hookimpls():
             try:

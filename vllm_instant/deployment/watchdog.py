@@ -27,8 +27,8 @@ HANG_SECONDS = 10.0
 FIRST_HANG_SECONDS = 120.0
 """As ``HANG_SECONDS`` for the first call of a hook, which may compile or load something."""
 POLL_SECONDS = 1.0
-SIGNAL = signal.SIGALRM
-"""Used by no part of vLLM."""
+SIGNAL = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGALRM
+"""A signal that neither vLLM nor timers of test runners use."""
 
 
 class Watchdog:
@@ -59,6 +59,12 @@ class Watchdog:
         if threading.current_thread() is threading.main_thread() and signal.getsignal(SIGNAL) is signal.SIG_DFL:
             signal.signal(SIGNAL, self._on_signal)
             self._has_handler = True
+
+    def release(self) -> None:
+        """Give the signal back."""
+        if self._has_handler:
+            signal.signal(SIGNAL, signal.SIG_DFL)
+            self._has_handler = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         condemned, self._condemned = self._condemned, None

@@ -14,6 +14,7 @@ from vllm._custom_ops import rotary_embedding
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
+from vllm_instant.deployment.plain import truth
 from vllm_instant.deployment.resolved import ATTENTION_ARGUMENTS
 from vllm_instant.interfaces.attention import AttentionLayer, AttentionProvider, AttentionStep, CacheParts, Rotation
 from vllm_instant.patches import attention
@@ -111,9 +112,10 @@ class InstantAttentionImpl(TritonAttentionImpl):
         of_slots = Rotation(rotation.positions[:tokens], rotation.cos_sin, rotation.is_neox)
 
         def write(plugin: AttentionProvider) -> bool:
-            return plugin.rotate_and_write(
+            done = plugin.rotate_and_write(
                 query[:tokens], key[:tokens], value[:tokens], rotated[:tokens], of_slots, parts, slot_mapping
             )
+            return truth(done)
 
         if self.plugin.call("rotate_and_write", write, False):
             return
@@ -169,7 +171,7 @@ class InstantAttentionImpl(TritonAttentionImpl):
                 starts=attn_metadata.query_start_loc,
                 max_query_tokens=attn_metadata.max_query_len,
             )
-            if self.plugin.call("attend", lambda plugin: plugin.attend(self.shape, parts, step), False):
+            if self.plugin.call("attend", lambda plugin: truth(plugin.attend(self.shape, parts, step)), False):
                 return output
         return super().forward(
             layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
+from vllm_instant.deployment.plain import finite, whole_numbers
 from vllm_instant.interfaces.drafter import Draft, Drafter, DraftRequest
 from vllm_instant.patches.compat import HasSignature, References, VllmPatch
 from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE
@@ -89,6 +90,7 @@ class PluginDrafter:
         wanted: list[DraftRequest] = []
         rows: list[int] = []
         capacity = token_ids_cpu.shape[1]
+        tokens_of_all = read_only(token_ids_cpu)
         plan = self._plan
         for row, sampled in enumerate(sampled_token_ids):
             request_id = self._request_ids[row]
@@ -98,7 +100,7 @@ class PluginDrafter:
                 wanted.append(
                     DraftRequest(
                         request_id,
-                        token_ids_cpu[row, :num_tokens],
+                        tokens_of_all[row, :num_tokens],
                         int(self._prompt_lengths[row]),
                         length,
                         plan.cache_salts.get(request_id, ""),
@@ -115,7 +117,7 @@ class PluginDrafter:
 
     def _ask(self, drafter: Drafter, wanted: list[DraftRequest]) -> list[Sequence[int]]:
         """The drafter's answer with everything checked that could harm the engine further down, and cut by price."""
-        answer = drafter.propose(wanted)
+        answer = drafter.propose(tuple(wanted))
         if len(answer) != len(wanted):
             raise ContractError(f"drafts for {len(wanted)} requests were due, {len(answer)} came")
         checked = [
@@ -123,6 +125,13 @@ class PluginDrafter:
             for request, proposal in zip(wanted, answer, strict=True)
         ]
         return trim_drafts(checked, self._plan.draft_cost, [request.is_fixed for request in wanted])
+
+
+def read_only(array: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """A view of an array into which nothing can be written: vLLM's own buffer must not change with it."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def checked_draft(proposal: Sequence[int] | Draft | None, most: int, vocab_size: int) -> list[int] | Draft:
@@ -135,14 +144,16 @@ def checked_draft(proposal: Sequence[int] | Draft | None, most: int, vocab_size:
     tokens = proposal.token_ids if isinstance(proposal, Draft) else proposal
     if tokens is None or len(tokens) > most:
         raise ContractError(f"0 to {most} draft tokens were due, found {'None' if tokens is None else len(tokens)}")
-    plain = tokens.tolist() if isinstance(tokens, np.ndarray) else [int(token) for token in tokens]
+    plain = whole_numbers(tokens, "token ids")
     if plain and not (0 <= min(plain) and max(plain) < vocab_size):
-        raise ContractError(f"token ids must lie in 0..{vocab_size - 1}, found {plain}")
+        # Which ones is not said: they are text of a user, and this goes to the log.
+        outside = sum(not 0 <= token < vocab_size for token in plain)
+        raise ContractError(f"token ids must lie in 0..{vocab_size - 1}, found {outside} others")
     if not isinstance(proposal, Draft):
         return plain
     if len(proposal.confidence) != len(plain):
         raise ContractError(f"{len(plain)} confidences were due, {len(proposal.confidence)} came")
-    return Draft(plain, proposal.confidence)
+    return Draft(plain, [min(1.0, max(0.0, finite(value, "a confidence"))) for value in proposal.confidence])
 
 
 def _forget(drafter: Drafter, request_id: str) -> None:

@@ -43,10 +43,16 @@ async def show_experts(request: Request) -> dict[str, Any]:
 
 
 async def set_experts(request: Request, settings: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
-    """Pass settings to the experts plugin in all workers; returns the first worker's answer, its layers included."""
+    """Pass settings to the experts plugin in all workers; returns the first worker's answer, its layers included.
+
+    Any client may ask for the description (``{}``); everything else changes what all clients get, writes a file or
+    resets numbers, and needs the operator's consent.
+    """
     deployment: Deployment | None = getattr(request.app.state, "instant_deployment", None)
     if deployment is None or installed_plugin(deployment, "experts").plugin.build is None:
         raise HTTPException(404, "this server has no experts plugin")
+    if settings and deployment.slots["experts"].options.get("adjustable") is not True:
+        raise HTTPException(403, "only {} is allowed here unless the deployment file has [experts] adjustable = true")
     workers = await request.app.state.engine_client.collective_rpc(EXPERTS_METHOD, args=(settings,))
     if not workers or workers[0] is None:
         raise HTTPException(404, "no worker of this server runs an experts plugin")

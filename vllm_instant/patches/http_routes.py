@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_instant.deployment import deployment_env
@@ -18,7 +19,7 @@ from vllm_instant.metrics import InstantMetrics
 from vllm_instant.patches import streaming
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.engine_core import METHOD
-from vllm_instant.patches.plugin_factory import uses_drafter_plugin
+from vllm_instant.patches.plugin_factory import PluginStartError, uses_drafter_plugin
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -47,14 +48,17 @@ class InstantEndpoints:
 
         for path, handler, method in ROUTES:
             app.add_api_route(f"/v1/instant/{path}", handler, methods=[method], tags=["vllm-instant"])
+        self._app = app
         if streaming.is_served(deployment_env.get_deployment()):
-            self._app, self._streaming = app, streaming.attach(app)
+            self._streaming = streaming.attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Start to poll the engines; of several API servers only the first does, so that nothing is counted twice."""
         deployment = deployment_env.get_deployment()
         if deployment is None:
             return
+        if self._app is not None:
+            refuse_unguarded(getattr(args, "root_path", None), streaming.checked_keys(self._app))
         if engine_client is not None:
             deployment = as_served(deployment, engine_client.vllm_config.speculative_config)
         state.instant_deployment = deployment
@@ -63,12 +67,32 @@ class InstantEndpoints:
         chosen = ", ".join(f"{slot}={choice.plugin}" for slot, choice in deployment.slots.items())
         logger.info("Serving with vllm-instant: %s (from %s)", chosen, deployment.file or "defaults")
         reader = None
-        if self._app is not None:
+        if self._app is not None and self._streaming is not None:
             reader = streaming.start(self._streaming, self._app, engine_client, state, deployment, args)
         if engine_client.vllm_config.parallel_config._api_process_rank > 0:
             return
         metrics = InstantMetrics(deployment)
         self._polling = asyncio.get_running_loop().create_task(_poll(engine_client, metrics, reader))
+
+
+def refuse_unguarded(root_path: str | None, keys: Sequence[str]) -> None:
+    """Refuse a ``--root-path`` with which vLLM's check of API keys passes over the routes.
+
+    vLLM cuts the root path off the beginning of a path as plain text, the router at slashes only. With ``/`` or ``/v``
+    the check looks at another path than the router.
+
+    Raises:
+        PluginStartError: The routes would answer without a key.
+
+    """
+    if not root_path or not keys:
+        return
+    for prefix in ("/v1", "/v2", "/inference", "/cohere"):
+        if root_path != prefix and (prefix.startswith(root_path) or root_path.startswith(prefix)):
+            raise PluginStartError(
+                f"--root-path {root_path} switches vLLM's check of API keys off for {prefix}: use a path "
+                "that shares no beginning with it, or none"
+            )
 
 
 def as_served(deployment: Deployment, speculative_config: Any) -> Deployment:

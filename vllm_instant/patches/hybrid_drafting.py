@@ -16,12 +16,13 @@ from typing import Any
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
+from vllm_instant.deployment.plain import whole
 from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.interfaces.drafter import Draft, DraftAssignment, DraftRequest, HybridDrafter
 from vllm_instant.interfaces.speculation import UNAFFORDABLE
 from vllm_instant.patches.compat import HasSignature, References, VllmPatch
 from vllm_instant.patches.draft_model_skip import DraftModelCatchUp, can_be_skipped, catch_up_of
-from vllm_instant.patches.drafter import checked_draft
+from vllm_instant.patches.drafter import checked_draft, read_only
 from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE, V2_MODEL_RUNNER
 from vllm_instant.patches.plugin_factory import (
     PluginStartError,
@@ -89,7 +90,7 @@ class HybridDraftRunner:
         self.uncached_tokens = self.draft_model.read_tokens
         rows = batch.req_id_to_index
         if by_model:
-            drafted = {request_id: drafts[rows[request_id]] for request_id in by_model}
+            drafted = {request_id: list(drafts[rows[request_id]]) for request_id in by_model}
             self.drafter.call("on_model_drafts", lambda drafter: drafter.on_model_drafts(drafted), None)
         own = {
             rows[request.request_id]: list(assignment.own)
@@ -114,6 +115,7 @@ class HybridDraftRunner:
         capacity = batch.token_ids_cpu.shape[1]
         discarded = runner.discard_request_mask.np
         missed = self.draft_model.missed(scheduler_output)
+        tokens_of_all = read_only(batch.token_ids_cpu)
         requests = []
         for row, tokens in enumerate(sampled.cpu().numpy()):
             request_id = batch.req_ids[row]
@@ -131,7 +133,7 @@ class HybridDraftRunner:
             requests.append(
                 DraftRequest(
                     request_id,
-                    batch.token_ids_cpu[row, :stop],
+                    tokens_of_all[row, :stop],
                     int(batch.num_prompt_tokens[row]),
                     length,
                     plan.cache_salts.get(request_id, ""),
@@ -147,16 +149,17 @@ class HybridDraftRunner:
         """The plugin's assignments, after a check of everything that could harm the engine."""
         if not requests:
             return []
-        assignments = drafter.assign(requests, plan.draft_cost)
+        assignments = drafter.assign(tuple(requests), plan.draft_cost)
         if len(assignments) != len(requests):
             raise ContractError(f"expected assignments for {len(requests)} requests, found {len(assignments)}")
         checked = []
         for request, assignment in zip(requests, assignments, strict=True):
-            if not 0 <= assignment.num_draft_tokens <= request.max_draft_tokens:
-                raise ContractError(f"num_draft_tokens must lie in 0..{request.max_draft_tokens}, found {assignment}")
+            length = whole(assignment.num_draft_tokens, "num_draft_tokens")
+            if not 0 <= length <= request.max_draft_tokens:
+                raise ContractError(f"num_draft_tokens must lie in 0..{request.max_draft_tokens}, found {length}")
             own = checked_draft(assignment.own, request.max_draft_tokens, self.vocab_size)
             tokens = own.token_ids if isinstance(own, Draft) else own
-            checked.append(DraftAssignment(tokens, assignment.num_draft_tokens))
+            checked.append(DraftAssignment(tokens, length))
         return checked
 
     def _set_one_hot(self, own: Mapping[int, Sequence[int]]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin, failure_counts
+from vllm_instant.deployment.plain import gauges, json_types, whole
 from vllm_instant.interfaces.experts import (
     ExpertLayer,
     ExpertRouter,
@@ -36,6 +37,16 @@ READ_DELAY = 4
 REPORT_EVERY = 32
 
 _FIELDS = ("native_experts", "routed_experts", "native_mass", "routed_mass")
+
+
+def _controlled(plugin: ExpertRouter, settings: dict[str, Any]) -> dict[str, Any]:
+    """The plugin's answer to settings; settings that it refuses are no failure of the plugin."""
+    try:
+        return {"answer": json_types(dict(plugin.control(settings)))}
+    except ContractError:
+        raise
+    except ValueError as error:
+        return {"error": str(error)}
 
 
 class ServedLayer:
@@ -66,11 +77,13 @@ class ServedLayer:
         own = picks.to(torch.int64)
         order = ranking.gather(1, own).argsort(dim=-1, descending=True, stable=True)
         own, own_weights = own.gather(1, order), weights.gather(1, order)
-        step = RouterStep(scores, ranking, own, own_weights, kinds)
+        # On CPUs the plugin gets copies. On GPUs that would be four more kernels in each layer of each step.
+        given = (scores, ranking, own, own_weights, kinds)
+        step = RouterStep(*(given if serving.replays else (tensor.clone() for tensor in given)))
         allowed = None
         if not serving.idle:
             allowed = serving.plugin.call(
-                "allowed", lambda plugin: self._checked(plugin.allowed(self.layer, step)), None
+                "allowed", lambda plugin: self._checked(plugin.allowed(self.layer, step), rows), None
             )
         routed = own
         held = kinds == RowKind.DECODE
@@ -107,16 +120,21 @@ class ServedLayer:
         refused = ~allowed.expand(len(own), -1).gather(1, own).all(-1)
         return bool((refused & held).any())
 
-    def _checked(self, allowed: Any) -> Any:
+    def _checked(self, allowed: Any, rows: int) -> Any:
         import torch
 
-        if allowed is not None and (
-            allowed.dtype != torch.bool or allowed.dim() != 2 or allowed.shape[1] != self.layer.num_experts
-        ):
+        if allowed is None:
+            return None
+        if not isinstance(allowed, torch.Tensor):
+            raise ContractError(f"allowed must be a tensor or None, found {type(allowed).__name__}")
+        shapes = (1, self.layer.num_experts), (rows, self.layer.num_experts)
+        if allowed.dtype != torch.bool or tuple(allowed.shape) not in shapes:
             raise ContractError(
-                f"allowed must be bool of shape [tokens, {self.layer.num_experts}], found {allowed.dtype} "
+                f"allowed must be bool of shape [{rows} or 1, {self.layer.num_experts}], found {allowed.dtype} "
                 f"{tuple(allowed.shape)}"
             )
+        if allowed.device != self._serving.kinds.device:
+            raise ContractError(f"allowed must be on {self._serving.kinds.device}, found {allowed.device}")
         return allowed
 
 
@@ -220,8 +238,12 @@ class MoeWorker:
         self.kinds.copy_(self._pinned, non_blocking=True)
         self._decode_rows = np.flatnonzero(kinds == RowKind.DECODE).tolist()
         self._consume()
+        self._requests = int(rows.is_decode.sum())
+        self._drafts = int(sum(drafts))
         asked = self.plugin.call("begin_step", lambda plugin: plugin.begin_step(rows), False)
-        look = self.plugin.call("measurement", lambda plugin: plugin.measurement(self.number), Measurement.OFF)
+        look = self.plugin.call(
+            "measurement", lambda plugin: Measurement(whole(plugin.measurement(self.number))), Measurement.OFF
+        )
         if look is Measurement.REFERENCE and asked is False:
             look = Measurement.COUNTS  # both passes would be the same
         self._look = look if self._decode_rows else Measurement.OFF
@@ -240,8 +262,6 @@ class MoeWorker:
         if not self.replays:
             self.idle = self.plugin.disabled or asked is False
             self.counting = self._look is not Measurement.OFF
-        self._requests = int(rows.is_decode.sum())
-        self._drafts = int(sum(drafts))
 
     @property
     def wants_shadow(self) -> bool:
@@ -362,7 +382,7 @@ class MoeWorker:
 
     def _own_measures(self) -> dict[str, float]:
         nothing: dict[str, float] = {}
-        return self.plugin.call("measures", lambda plugin: dict(plugin.metrics()), nothing)
+        return self.plugin.call("metrics", lambda plugin: gauges(plugin.metrics()), nothing)
 
     def layers_described(self) -> list[dict[str, Any]]:
         """Means per counted step, by layer."""
@@ -391,8 +411,5 @@ class MoeWorker:
             self.totals = dict.fromkeys(self.totals, 0.0)
             self.by_layer[:] = 0.0
         if settings:
-            try:
-                answer = {"answer": dict(self.plugin.instance.control(settings))}
-            except ValueError as error:
-                answer = {"error": str(error)}
+            answer = self.plugin.call("control", lambda plugin: _controlled(plugin, settings), answer)
         return self.described() | {"layers": self.layers_described()} | answer

@@ -12,6 +12,7 @@ from typing import Any
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.resolved import drafter_arguments, installed_plugin, plugin_options
 from vllm_instant.deployment.slots import SLOTS
+from vllm_instant.deployment.watchdog import watch
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.interfaces.plugins import PluginContext
 from vllm_instant.patches.compat import HasAttribute, VllmPatch
@@ -134,7 +135,15 @@ def build_guarded(slot: str, deployment: Deployment, context: PluginContext) -> 
             f"plugin {plugin.name} of slot {slot} cannot start: its {type(instance).__name__} has no "
             f"{', '.join(missing)}; derive it from vllm_instant.{contract.__name__}"
         )
-    return GuardedPlugin(slot, plugin.name, instance)
+    guarded = GuardedPlugin(slot, plugin.name, instance, is_timed=not _must_agree(slot, context))
+    if guarded.is_timed:
+        watch(guarded)
+    return guarded
+
+
+def _must_agree(slot: str, context: PluginContext) -> bool:
+    """Whether several ranks run the plugin and must go on to do the same: a clock may not disable it on one of them."""
+    return slot not in ("speculation", "batching", "streaming") and context.identity.get("parallel", "1x1") != "1x1"
 
 
 PATCH = VllmPatch(

@@ -18,6 +18,7 @@ drafts were made.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,7 +71,9 @@ def sampler_class(base: Any, constrain: Any) -> Any:
 
             kept = self._verified(metadata, draft_probs, target, sampling_metadata)
             if kept is None:
-                return super().forward(metadata, draft_probs, logits, sampling_metadata)
+                # The plugin may have overwritten the draft distributions. Without them vLLM verifies as if each draft
+                # had been certain, which is exact however the drafts were made.
+                return super().forward(metadata, None, logits, sampling_metadata)
             num_kept, following, seeded = kept
 
             # Seeded requests have drawn from their generators above; they draw once more only for a bonus token.
@@ -104,8 +107,10 @@ def sampler_class(base: Any, constrain: Any) -> Any:
             generators = sampling.generators
             plain = sampling.all_random and not generators
             # The plugin may overwrite its logits, which greedy and seeded requests still need below.
-            step = VerificationBatch(drafts, counts, target if plain else target.clone(), draft_probs)
-            answer = self.instant_plugin.call("verify", lambda plugin: checked(plugin.verify(step), step), None)
+            step = VerificationBatch(drafts.clone(), list(counts), target if plain else target.clone(), draft_probs)
+            answer = self.instant_plugin.call(
+                "verify", lambda plugin: checked(plugin.verify(step), counts, target), None
+            )
             if answer is None or plain:
                 return None if answer is None else (*answer, generators)
             num_kept, following = answer
@@ -138,10 +143,16 @@ def sampler_class(base: Any, constrain: Any) -> Any:
     return InstantRejectionSampler
 
 
-def checked(answer: Any, step: VerificationBatch) -> tuple[Any, Any]:
+def checked(answer: Any, num_draft_tokens: Sequence[int], target_logits: Any) -> tuple[Any, Any]:
     """A plugin's verdict, after a check of everything that could harm the engine.
 
-    Values are checked on a CPU only: on other devices that would synchronise with the device in every step.
+    Values are checked on a CPU only: on other devices that would synchronise with the device in every step, so that
+    they are limited to what is valid.
+
+    Args:
+        answer: of the plugin.
+        num_draft_tokens: of each request.
+        target_logits: float32 ``[tokens, vocabulary]``.
 
     Raises:
         ContractError: when shapes, types or values differ from the interface's.
@@ -150,18 +161,22 @@ def checked(answer: Any, step: VerificationBatch) -> tuple[Any, Any]:
     import torch
 
     num_kept, following = answer
-    batch = len(step.num_draft_tokens)
+    batch, vocabulary = len(num_draft_tokens), target_logits.shape[1]
     for name, tensor in (("num_kept", num_kept), ("replacements", following)):
+        if not isinstance(tensor, torch.Tensor) or tensor.device != target_logits.device:
+            found = tensor.device if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ContractError(f"{name} must be a tensor on {target_logits.device}, found {found}")
         if tuple(tensor.shape) != (batch,) or tensor.dtype != torch.int64:
             raise ContractError(f"{name} must be int64 of shape ({batch},), found {tensor.dtype} {tuple(tensor.shape)}")
     if num_kept.device.type == "cpu":
-        counts = torch.tensor(step.num_draft_tokens)
+        counts = torch.tensor(num_draft_tokens)
         if bool(((num_kept < 0) | (num_kept > counts)).any()):
-            raise ContractError(f"num_kept must lie in 0..{step.num_draft_tokens}, found {num_kept.tolist()}")
+            raise ContractError(f"num_kept must lie in 0..{list(num_draft_tokens)}, found {num_kept.tolist()}")
         tokens = following[num_kept < counts]
-        if bool(((tokens < 0) | (tokens >= step.target_logits.shape[1])).any()):
-            raise ContractError(f"token ids must lie in 0..{step.target_logits.shape[1] - 1}, found {tokens.tolist()}")
-    return num_kept, following
+        if bool(((tokens < 0) | (tokens >= vocabulary)).any()):
+            raise ContractError(f"token ids must lie in 0..{vocabulary - 1}, found others")
+        return num_kept.clone(), following.clone()
+    return num_kept.clamp(min=0), following.clamp(0, vocabulary - 1)
 
 
 def greedy(rows: PaddedDrafts, target_logits: Any) -> tuple[Any, Any]:
@@ -185,6 +200,7 @@ def assembled(rows: PaddedDrafts, num_kept: Any, following: Any, bonus_token_ids
     import torch
 
     batch, max_drafts = rows.index.shape
+    num_kept = torch.minimum(num_kept, rows.number)
     output = torch.full((batch, max_drafts + 1), PADDING, dtype=torch.int32, device=num_kept.device)
     position = torch.arange(max_drafts, device=num_kept.device)
     output[:, :max_drafts] = torch.where(position < num_kept[:, None], rows.token_ids, PADDING)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
+from vllm_instant.deployment.plain import decisions_of, gauges, whole, whole_numbers
 from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.scheduling import Admission, SchedulerSnapshot, SchedulingPolicy
 from vllm_instant.interfaces.speculation import StepOutcome
@@ -57,7 +58,7 @@ class AdmissionController:
         """Return why the newest requests started when they did, as plain data."""
         nothing: list[dict[str, Any]] = []
         return self.policy.call(
-            "decisions", lambda policy: [dict(d) for d in policy.decisions(last, request_id)], nothing
+            "decisions", lambda policy: decisions_of(policy.decisions(last, request_id), last), nothing
         )
 
     def started(self, state: RequestState, oldest_waiting: float) -> None:
@@ -85,32 +86,40 @@ class AdmissionController:
 
         At least one request may start if none is running.
         """
+        num_waiting, num_running = len(snapshot.waiting), len(snapshot.running)
 
         def ask(policy: SchedulingPolicy) -> Admission:
-            admission = policy.admit(snapshot)
-            order = admission.order
-            if order and not (0 <= min(order) and max(order) < len(snapshot.waiting) and len(set(order)) == len(order)):
-                raise ContractError(
-                    f"an order names each of 0..{len(snapshot.waiting) - 1} at most once, found {order}"
-                )
-            if len(set(admission.request_ids)) != len(admission.request_ids):
-                raise ContractError(f"an order names each request at most once, found {admission.request_ids}")
-            if admission.max_num_admitted is not None and admission.max_num_admitted < 0:
-                raise ContractError(f"max_num_admitted must not be negative, found {admission.max_num_admitted}")
-            return admission
+            given = policy.admit(snapshot)
+            if not isinstance(given, Admission):
+                raise ContractError(f"expected an Admission, found {type(given).__name__}")
+            order, request_ids = whole_numbers(given.order, "an order"), list(given.request_ids)
+            limit = None if given.max_num_admitted is None else whole(given.max_num_admitted, "max_num_admitted")
+            if order and not (0 <= min(order) and max(order) < num_waiting and len(set(order)) == len(order)):
+                raise ContractError(f"an order names each of 0..{num_waiting - 1} at most once, found {order}")
+            if not set(map(type, request_ids)) <= {str}:
+                raise ContractError("request_ids must be strings")
+            if len(set(request_ids)) != len(request_ids):
+                raise ContractError(f"an order names each request at most once, found {request_ids}")
+            if limit is not None and limit < 0:
+                raise ContractError(f"max_num_admitted must not be negative, found {limit}")
+            return Admission(order, limit, request_ids)
 
         admission = self.policy.call("admit", ask, Admission())
-        if admission.max_num_admitted == 0 and not snapshot.running:
+        if admission.max_num_admitted == 0 and not num_running:
             return replace(admission, max_num_admitted=1)
         return admission
 
     def preemption_order(self, running: Sequence[RequestState]) -> Sequence[int] | None:
         """Return the indices of ``running``, the request to preempt last first; None for vLLM's choice."""
+        num_running = len(running)
 
         def ask(policy: SchedulingPolicy) -> Sequence[int] | None:
-            order = policy.preemption_order(running)
-            if order is not None and sorted(order) != list(range(len(running))):
-                raise ContractError(f"expected an order of all {len(running)} running requests, found {list(order)}")
+            given = policy.preemption_order(running)
+            if given is None:
+                return None
+            order = whole_numbers(given, "an order")
+            if sorted(order) != list(range(num_running)):
+                raise ContractError(f"expected an order of all {num_running} running requests, found {order}")
             return order
 
         return self.policy.call("preemption_order", ask, None)
@@ -119,8 +128,11 @@ class AdmissionController:
         """Return the maximum number of prompt tokens in the next step; None for no limit."""
 
         def ask(policy: SchedulingPolicy) -> int | None:
-            limit = policy.max_prompt_tokens(snapshot)
-            if limit is not None and limit < 1:
+            given = policy.max_prompt_tokens(snapshot)
+            if given is None:
+                return None
+            limit = whole(given, "max_prompt_tokens")
+            if limit < 1:
                 raise ContractError(f"max_prompt_tokens must be at least 1, found {limit}")
             return limit
 
@@ -138,7 +150,7 @@ class AdmissionController:
         """Return the counters and the policy's own gauges (``measures``) as plain data."""
 
         def ask(policy: SchedulingPolicy) -> dict[str, float]:
-            return {str(name): float(value) for name, value in policy.metrics().items()}
+            return gauges(policy.metrics())
 
         nothing: dict[str, float] = {}
         return asdict(self.counters) | {"measures": self.policy.call("metrics", ask, nothing)}

@@ -77,6 +77,8 @@ class RequestRegistry:
     def __init__(self) -> None:
         self.states: dict[str, RequestState] = {}
         self._free_indices: list[int] = []
+        # Not read from the states, which policies could change: two live requests would share an index.
+        self._indices: dict[str, int] = {}
 
     def admit(self, state: RequestState) -> None:
         """A request entered the engine."""
@@ -85,10 +87,12 @@ class RequestRegistry:
         state.prompt_group = prompt_group(state.prompt_token_ids)
         state.index = self._free_indices.pop() if self._free_indices else len(self.states)
         self.states[state.request_id] = state
+        self._indices[state.request_id] = state.index
 
     def forget(self, request_id: str) -> None:
         """A request left the engine; its index is reused."""
         state = self.states.pop(request_id, None)
         if state is not None:
-            state.prompt_token_ids = ()  # a policy that keeps the state must not keep the prompt alive
-            self._free_indices.append(state.index)
+            # A policy that keeps the state must not keep what a client sent.
+            state.prompt_token_ids, state.extra_args = (), {}
+            self._free_indices.append(self._indices.pop(request_id))

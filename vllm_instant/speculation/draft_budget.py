@@ -12,10 +12,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
+from vllm_instant.deployment.plain import decisions_of, finite, whole, whole_numbers
 from vllm_instant.interfaces.experts import ExpertCount
 from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.speculation import DraftCost, SpeculationPolicy, StepOutcome, UpcomingStep
@@ -29,6 +30,8 @@ _NO_REQUESTS: frozenset[str] = frozenset()
 MAX_HELD_SHARE = 0.25
 """Share of the steps in which a draft model waits for first tokens at most: a busy server reads prompts in each."""
 _HELD_MEMORY = 0.98
+_FREE = DraftCost()
+_COSTS = tuple(field.name for field in fields(DraftCost) if field.name != "verify_cost_curve")
 
 
 def requested_num_draft_tokens(extra_args: Mapping[str, Any] | None) -> int | None:
@@ -46,6 +49,23 @@ def requested_num_draft_tokens(extra_args: Mapping[str, Any] | None) -> int | No
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ValueError(f'vllm_xargs: {CLIENT_KEY} must be "off", "auto" or a whole number from 0, found {value!r}')
+
+
+def checked_cost(cost: DraftCost) -> DraftCost:
+    """Return a cost of drafts whose numbers are plain and finite, with increasing numbers of draft tokens.
+
+    Raises:
+        ContractError: The cost is of another type, or a number is not finite.
+
+    """
+    if not isinstance(cost, DraftCost):
+        raise ContractError(f"expected a DraftCost, found {type(cost).__name__}")
+    curve = tuple((whole(number, "a number of tokens"), finite(value)) for number, value in cost.verify_cost_curve)
+    numbers = [number for number, _ in curve]
+    if any(one >= other for one, other in zip([0, *numbers], numbers, strict=False)):
+        raise ContractError(f"verify_cost_curve must have increasing numbers from 1, found {numbers}")
+    scalars = {name: finite(getattr(cost, name), name) for name in _COSTS}
+    return DraftCost(verify_cost_curve=curve, **scalars)
 
 
 @dataclass
@@ -90,10 +110,12 @@ class DraftBudgetManager:
         self.states = self._requests.states
         """States of all live requests, by request id."""
         self._clock = clock
-        self._num_salted = 0
-        """Number of live requests with a cache salt."""
-        self._num_fixed = 0
-        """Number of live requests with a fixed number of draft tokens."""
+        # Policies receive the states themselves. What the engine depends on is stored here, where none can change it.
+        self._id_of: dict[RequestState, str] = {}
+        self._salts: dict[RequestState, str] = {}
+        """Cache salts of the live requests that have one."""
+        self._fixed: dict[RequestState, int] = {}
+        """Numbers of draft tokens of the live requests whose clients fixed them."""
         self._number = 0
         self._began: dict[int, tuple[float, int]] = {}
         """Start time and number of each running step."""
@@ -109,7 +131,9 @@ class DraftBudgetManager:
         """Requests and draft budgets of the next step, planned while the model ran."""
         self._ids: tuple[Sequence[RequestState], list[str]] = ((), [])
         """Requests of the latest plan and their ids, which are mostly those of the next one."""
-        self._draft_cost = DraftCost()
+        self._draft_cost = _FREE
+        self._given_cost: tuple[DraftCost, DraftCost] = (_FREE, _FREE)
+        """The latest cost of drafts as the policy gave it, and as it was checked."""
         self._held_share = 0.0
         """Share of recent steps in which a draft model waited for first tokens."""
         self._waiting: tuple[int, float] = (0, 0.0)
@@ -127,8 +151,11 @@ class DraftBudgetManager:
             requested = None  # ``patches.request_validation`` refuses it in the API server
         if state.fixed_num_draft_tokens is None and requested is not None:
             state.fixed_num_draft_tokens = min(requested, self.max_draft_tokens)
-        self._num_salted += bool(state.cache_salt)
-        self._num_fixed += state.fixed_num_draft_tokens is not None
+        self._id_of[state] = state.request_id
+        if state.cache_salt:
+            self._salts[state] = state.cache_salt
+        if state.fixed_num_draft_tokens is not None:
+            self._fixed[state] = state.fixed_num_draft_tokens
         self.policy.call("enter", lambda policy: policy.enter(state), None)
 
     def forget(self, request_id: str) -> None:
@@ -136,8 +163,8 @@ class DraftBudgetManager:
         state = self.states.get(request_id)
         if state is not None:
             self._all_alive = False
-            self._num_salted -= bool(state.cache_salt)
-            self._num_fixed -= state.fixed_num_draft_tokens is not None
+            for table in (self._id_of, self._salts, self._fixed):
+                table.pop(state, None)
             self.policy.call("forget", lambda policy: policy.forget(request_id), None)
             if self._is_registrar:
                 self._requests.forget(request_id)
@@ -168,11 +195,8 @@ class DraftBudgetManager:
             self._ahead = None
             self._show_outcomes()
             budgets = self._ask(states, self._number, limit)
-        if self._num_fixed and limit:
-            budgets = [
-                budget if state.fixed_num_draft_tokens is None else state.fixed_num_draft_tokens
-                for state, budget in zip(states, budgets, strict=True)
-            ]
+        if self._fixed and limit:
+            budgets = [self._fixed.get(state, budget) for state, budget in zip(states, budgets, strict=True)]
         self.counters.steps += 1
         total = sum(budgets)
         self.counters.budgeted += total
@@ -186,9 +210,9 @@ class DraftBudgetManager:
         (known, budgets), self._ahead = self._ahead, None
         if states == known:
             return budgets
-        budget_of = {state.request_id: budget for state, budget in zip(known, budgets, strict=True)}
+        budget_of = dict(zip(known, budgets, strict=True))
         try:
-            return [budget_of[state.request_id] for state in states]
+            return [budget_of[state] for state in states]
         except KeyError:
             return None
 
@@ -217,14 +241,14 @@ class DraftBudgetManager:
         self._held_share = _HELD_MEMORY * self._held_share + (1 - _HELD_MEMORY) * held
         budgets = self.plan(states, num_waiting, max_wait, 0 if held and only_model else None)
         if self._ids[0] != states:
-            self._ids = list(states), [state.request_id for state in states]
+            self._ids = list(states), [self._id_of[state] for state in states]
         return DraftPlan(
             dict(zip(self._ids[1], budgets, strict=True)),
             self._draft_cost,
-            frozenset(state.request_id for state in states if state.fixed_num_draft_tokens)
-            if self._num_fixed
+            frozenset(self._id_of[state] for state in states if self._fixed.get(state))
+            if self._fixed
             else _NO_REQUESTS,
-            {state.request_id: state.cache_salt for state in states if state.cache_salt} if self._num_salted else {},
+            {self._id_of[state]: self._salts[state] for state in states if state in self._salts} if self._salts else {},
             not held,
         )
 
@@ -233,7 +257,7 @@ class DraftBudgetManager:
         self._show_outcomes()
         alive = list(self._planned)
         if not self._all_alive:
-            alive = [state for state in alive if state.request_id in self.states]
+            alive = [state for state in alive if state in self._id_of]
         if alive:
             self._ahead = alive, self._ask(alive, self._number + 1)
 
@@ -244,10 +268,11 @@ class DraftBudgetManager:
 
     def _ask(self, states: Sequence[RequestState], number: int, limit: int | None = None) -> list[int]:
         limit = self.max_draft_tokens if limit is None else limit
-        step = UpcomingStep(states, limit, *self._waiting, number)
+        # A list of its own: the engine's must not change with it.
+        step = UpcomingStep(list(states), limit, *self._waiting, number)
 
         def ask(policy: SpeculationPolicy) -> list[int]:
-            budgets = list(policy.get_num_draft_tokens(step))
+            budgets = whole_numbers(policy.get_num_draft_tokens(step), "draft budgets")
             if len(budgets) != len(states):
                 raise ContractError(f"expected {len(states)} draft budgets, found {len(budgets)}")
             distinct = set(budgets)
@@ -258,8 +283,15 @@ class DraftBudgetManager:
         if not states:
             return []
         budgets = self.policy.call("get_num_draft_tokens", ask, [limit] * len(states))
-        self._draft_cost = self.policy.call("draft_cost", lambda policy: policy.draft_cost(), DraftCost())
+        self._draft_cost = self.policy.call("draft_cost", self._checked_cost, _FREE)
         return budgets
+
+    def _checked_cost(self, policy: SpeculationPolicy) -> DraftCost:
+        """The policy's cost of drafts as plain numbers, which travel to the workers."""
+        given = policy.draft_cost()
+        if given is not self._given_cost[0]:
+            self._given_cost = given, checked_cost(given)
+        return self._given_cost[1]
 
     def step_scheduled(self, step: int) -> None:
         """The step that began last is sent to the workers; ``step`` is any number, repeated in ``step_finished``."""
@@ -286,9 +318,9 @@ class DraftBudgetManager:
         self.counters.accepted += sum(accepted)
         self._outcomes.append(
             StepOutcome(
-                states,
-                drafted,
-                accepted,
+                list(states),
+                list(drafted),
+                list(accepted),
                 num_scheduled_tokens,
                 seconds,
                 num_scheduled_requests,
@@ -320,7 +352,7 @@ class DraftBudgetManager:
         self._show_outcomes()
         nothing: list[dict[str, Any]] = []
         return self.policy.call(
-            "decisions", lambda policy: [dict(d) for d in policy.decisions(last, request_id)], nothing
+            "decisions", lambda policy: decisions_of(policy.decisions(last, request_id), last), nothing
         )
 
     def close(self) -> None:

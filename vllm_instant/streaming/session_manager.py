@@ -8,9 +8,11 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from dataclasses import fields
 from typing import Any
 
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
+from vllm_instant.deployment.plain import finite, truth, whole
 from vllm_instant.interfaces.streaming import (
     EngineLoad,
     PinLimits,
@@ -27,6 +29,38 @@ logger = logging.getLogger("vllm.instant")
 
 MIN_PINNED_TOKENS = 2
 """Minimum number of new tokens for which a prompt with pinned blocks is tokenized again."""
+
+
+def checked_limits(limits: Any) -> SessionLimits:
+    """Return a plugin's limits with plain numbers; raises ContractError."""
+    if not isinstance(limits, SessionLimits):
+        raise ContractError(f"expected SessionLimits, found {type(limits).__name__}")
+    values: dict[str, Any] = {}
+    for name in (each.name for each in fields(SessionLimits)):
+        value = getattr(limits, name)
+        if name == "demo_page":
+            values[name] = truth(value, name)
+        elif name.endswith("_seconds"):
+            values[name] = finite(value, name)
+        else:
+            values[name] = whole(value, name)
+        if values[name] <= 0 and name != "demo_page":
+            raise ContractError(f"{name} must be above 0, found {values[name]}")
+    return SessionLimits(**values)
+
+
+def checked_pins(limits: Any) -> PinLimits | None:
+    """Return a plugin's limits of pinned blocks with plain numbers; raises ContractError."""
+    if limits is None:
+        return None
+    if not isinstance(limits, PinLimits):
+        raise ContractError(f"expected PinLimits or None, found {type(limits).__name__}")
+    return PinLimits(
+        max_sessions=whole(limits.max_sessions, "max_sessions"),
+        max_tokens=whole(limits.max_tokens, "max_tokens"),
+        max_cache_share=finite(limits.max_cache_share, "max_cache_share"),
+        idle_seconds=finite(limits.idle_seconds, "idle_seconds"),
+    )
 
 
 class RefusedError(Exception):
@@ -54,8 +88,8 @@ class SessionManager:
         self.engine = engine
         self.metrics = metrics
         self.clock = clock
-        self.limits = plugin.call("session_limits", lambda p: p.session_limits(), SessionLimits())
-        self.pin_limits: PinLimits | None = plugin.call("pin_limits", lambda p: p.pin_limits(), None)
+        self.limits = plugin.call("session_limits", lambda p: checked_limits(p.session_limits()), SessionLimits())
+        self.pin_limits: PinLimits | None = plugin.call("pin_limits", lambda p: checked_pins(p.pin_limits()), None)
         # asyncio.Semaphore is first come, first served.
         self.prefill_slots = asyncio.Semaphore(self.limits.prefills_in_flight)
         self._plugin = plugin
@@ -148,9 +182,9 @@ class SessionManager:
             load = EngineLoad(0, load.max_num_running)
 
         def ask(plugin: StreamingPrefill) -> int:
-            length = plugin.next_chunk(progress, load)
-            if type(length) is not int or length > progress.stable_tokens:
-                raise ContractError(f"expected at most {progress.stable_tokens} tokens, found {length!r}")
+            length = whole(plugin.next_chunk(progress, load), "next_chunk")
+            if length > progress.stable_tokens:
+                raise ContractError(f"expected at most {progress.stable_tokens} tokens, found {length}")
             return length
 
         return self._plugin.call("next_chunk", ask, 0)
@@ -163,19 +197,23 @@ class SessionManager:
 
     def speculative_answer_delay(self) -> float | None:
         """Return the seconds without new text after which a speculative answer may start; None for never."""
-        return self._plugin.call("speculative_answer_delay", lambda p: p.speculative_answer_delay(), None)
+
+        def ask(plugin: StreamingPrefill) -> float | None:
+            seconds = plugin.speculative_answer_delay()
+            return None if seconds is None else max(0.0, finite(seconds, "speculative_answer_delay"))
+
+        return self._plugin.call("speculative_answer_delay", ask, None)
 
     def starts_speculative_answer(self) -> bool:
         """Whether to start a speculative answer now."""
-        return bool(
-            self._plugin.call(
-                "starts_speculative_answer", lambda p: p.starts_speculative_answer(self.engine.load()), False
-            )
-        )
+        load = self.engine.load()
+        return self._plugin.call("starts_speculative_answer", lambda p: truth(p.starts_speculative_answer(load)), False)
 
     def max_speculative_answer_seconds(self) -> float:
         """Return the maximum duration of a speculative answer without a commit, in seconds."""
-        return self._plugin.call("max_speculative_answer_seconds", lambda p: p.max_speculative_answer_seconds(), 0.0)
+        return self._plugin.call(
+            "max_speculative_answer_seconds", lambda p: max(0.0, finite(p.max_speculative_answer_seconds())), 0.0
+        )
 
     def min_new_characters(self, tokens: int, characters_per_token: float, is_pinned: bool = False) -> int:
         """Return the number of new characters for which the prompt is tokenized again.

@@ -16,6 +16,10 @@ CPU_BLOCK_SIZE = 32
 up to 127 tokens of a prompt could not be prefilled before the prompt is committed."""
 
 
+MAX_CHARACTERS_PER_TOKEN = 32
+"""More characters per token than text has on average; the exact check is vLLM's, after tokenization."""
+
+
 class ChunkedOptions(PluginOptions):
     """Options of ``chunked``."""
 
@@ -40,8 +44,15 @@ class ChunkedOptions(PluginOptions):
         16, ge=1, description="Maximum number of open sessions per API key, session token or address."
     )
     idle_seconds: float = Field(300.0, gt=0, description="Seconds without an event after which a session is closed.")
-    max_text_characters: int = Field(
-        1_000_000, ge=1, description="Maximum length of a session's prompt, in characters."
+    max_text_characters: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum length of a session's prompt, in characters; by default 32 per token of the model's "
+        "length, at most 1,000,000.",
+    )
+    max_event_bytes: int = Field(4 << 20, ge=1024, description="Maximum size of one frame or HTTP body, in bytes.")
+    max_client_bytes: int = Field(
+        64 << 20, ge=1024, description="Maximum memory of the texts and requests of one client's sessions, in bytes."
     )
     token_seconds: float = Field(60.0, gt=0, description="Seconds for which a session token can open sessions.")
     demo_page: bool = Field(False, description="Whether a page to try it is served at /v1/instant/demo.")
@@ -71,7 +82,7 @@ class ResumableOptions(ChunkedOptions):
 
 
 def _build(options: ChunkedOptions, context: PluginContext) -> StreamingPrefill:
-    return _policy(options, None)
+    return _policy(options, None, context.max_model_len)
 
 
 def _build_resumable(options: ResumableOptions, context: PluginContext) -> StreamingPrefill:
@@ -85,17 +96,20 @@ def _build_resumable(options: ResumableOptions, context: PluginContext) -> Strea
         max_cache_share=options.held_cache_share,
         idle_seconds=options.held_seconds,
     )
-    return _policy(options, holds)
+    return _policy(options, holds, max_model_len)
 
 
-def _policy(options: ChunkedOptions, holds: PinLimits | None) -> StreamingPrefill:
+def _policy(options: ChunkedOptions, holds: PinLimits | None, max_model_len: int) -> StreamingPrefill:
     from vllm_instant_plugins.chunked.policy import ChunkedPrefill
 
     limits = SessionLimits(
         max_sessions=options.max_sessions,
         max_sessions_per_client=options.max_sessions_per_client,
         idle_seconds=options.idle_seconds,
-        max_text_characters=options.max_text_characters,
+        max_text_characters=options.max_text_characters or min(MAX_CHARACTERS_PER_TOKEN * max_model_len, 1_000_000),
+        max_event_bytes=options.max_event_bytes,
+        max_client_bytes=options.max_client_bytes,
+        max_total_bytes=4 * options.max_client_bytes,
         prefills_in_flight=options.prefills_in_flight,
         token_seconds=options.token_seconds,
         demo_page=options.demo_page,

@@ -55,10 +55,13 @@ class SuffixDrafter(Drafter):
 
     def warm_up(self) -> None:
         """Compile, or load what was compiled, before the first request."""
-        index = TokenIndex(64, growing=True)
-        repeated = np.array([1, 2, 3, 1, 2], np.int32)
-        index.append(repeated)
-        index.propose(repeated[-2:], 1, self._own_calibrator.rates, MIN_SURVIVAL)
+        # The tokens of requests are read-only, which Numba compiles separately; those of ended requests are not.
+        for is_writeable in (False, True):
+            index = TokenIndex(64, growing=True)
+            repeated = np.array([1, 2, 3, 1, 2], np.int32)
+            repeated.flags.writeable = is_writeable
+            index.append(repeated)
+            index.propose(repeated[-2:], 1, self._own_calibrator.rates, MIN_SURVIVAL)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         """One lookup per request."""

@@ -67,6 +67,9 @@ class ObservedOptions(PluginOptions):
     )
     share: float = Field(1.0, gt=0, le=1, description="Fraction of the decoded tokens that is recorded.")
     prefill_share: float = Field(0.1, ge=0, le=1, description="Fraction of the prompt tokens that is recorded.")
+    adjustable: bool = Field(
+        False, description="Whether POST /v1/instant/experts may write the trace or reset numbers while serving."
+    )
 
 
 # The routers are imported when they are built: PyTorch takes a second to load, which listing plugins does not need.

@@ -150,9 +150,8 @@ def test_a_failing_plugin_is_disabled_and_vllm_takes_over(drafts, plugin, caplog
     (torch.tensor([0, 0]), torch.tensor([0, VOCABULARY])),
 ])  # fmt: skip
 def test_what_a_plugin_may_not_answer(answer):
-    step = patch.VerificationBatch(torch.tensor([1, 2]), [1, 1], torch.zeros(2, VOCABULARY), None)
     with pytest.raises(patch.ContractError):
-        patch.checked(answer, step)
+        patch.checked(answer, [1, 1], torch.zeros(2, VOCABULARY))
 
 
 def test_log_probabilities_come_with_every_token(drafts):

@@ -215,11 +215,11 @@ def test_tokens_stand_before_the_key_check_whenever_that_was_put_together(built)
     if built:
         app.middleware_stack = app.build_middleware_stack()
     routes.manager = SimpleNamespace(limits=SimpleNamespace(demo_page=False))
-    streaming._accept_session_tokens(app, routes)
+    streaming._accept_session_tokens(app, routes, streaming.checked_keys(app))
     routes.manager = None
     client = TestClient(app)
     assert client.post("/v1/instant/sessions").status_code == 401
-    token = {"Authorization": f"Bearer {routes.tokens.make(None, 60)}"}
+    token = {"Authorization": f"Bearer {routes.tokens.make(None, 60, 'key')}"}
     assert client.post("/v1/instant/sessions", headers=token).status_code == 503  # let in, but nothing serves here
     assert client.get("/v1/instant/demo").status_code == 401
 

@@ -10,6 +10,7 @@ from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 from streaming_app import APPEND, COMMIT, KEY, UPDATE, hear, serving
 
+from vllm_instant.streaming.connections import ConnectionPolicy
 from vllm_instant.streaming.routes import Streaming
 from vllm_instant.streaming.tokens import SessionTokens
 
@@ -79,7 +80,7 @@ def test_a_closed_connection_releases_everything_at_once():
 
 
 def test_limits_are_reported_and_released():
-    with serving(max_sessions=3, max_sessions_per_client=2, max_text_characters=5) as (client, _):  # noqa: SIM117  too long
+    with serving(tells_keys=True, max_sessions=3, max_sessions_per_client=2, max_text_characters=5) as (client, _):  # noqa: SIM117  too long
         with client.websocket_connect("/v1/instant/session") as first:
             hear(first, "session.created")
             first.send_json(APPEND)
@@ -128,7 +129,7 @@ def test_an_answer_that_takes_long_does_not_make_a_session_idle():
 
 
 def test_the_same_over_plain_http():
-    with serving() as (client, _):
+    with serving() as (client, streaming):
         identity = client.post("/v1/instant/sessions", json={"model": "m"}).json()["id"]
         path = f"/v1/instant/sessions/{identity}"
         answer = client.post(path, json=[APPEND, {"type": "input_text.replace", "start": 4, "end": 6, "text": "was"}])
@@ -142,11 +143,13 @@ def test_the_same_over_plain_http():
             (json.dumps([COMMIT, APPEND]), "only the last event"),
             (json.dumps({"type": "x"}), "no event type"),
         ):
-            refused = client.post(path, content=wrong)
+            refused = client.post(path, content=wrong, headers={"Content-Type": "application/json"})
             assert refused.status_code == 400
             assert told in refused.json()["error"]["message"]
         stranger = {"Authorization": "Bearer another"}
+        streaming.policy = ConnectionPolicy(checks_keys=True)
         assert client.post(path, json=APPEND, headers=stranger).status_code == 404
+        streaming.policy = ConnectionPolicy()
         assert client.delete(path).status_code == 204
         assert client.post(path, json=APPEND).status_code == 404
 
@@ -185,7 +188,8 @@ def test_a_token_opens_sessions_and_nothing_else():
         now[0] += 31
         assert client.post("/v1/instant/sessions", headers=bearer).status_code == 401
         for wrong_body in ("[]", '{"client": 7}', '{"clent": "x"}', "{"):
-            assert client.post("/v1/instant/tokens", headers=key, content=wrong_body).status_code == 400
+            as_json = key | {"Content-Type": "application/json"}
+            assert client.post("/v1/instant/tokens", headers=as_json, content=wrong_body).status_code == 400
 
 
 def test_the_demo_page_is_served_only_if_it_is_enabled():

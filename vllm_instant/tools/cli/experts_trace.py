@@ -86,6 +86,7 @@ def trace(
 def _recording(output: Path, tokens: int) -> list[str]:
     settings = {
         "experts.plugin": "observed",
+        "experts.adjustable": "true",
         "experts.trace": str(output.resolve()),
         "experts.tokens": str(tokens),
         "speculation.plugin": "off",

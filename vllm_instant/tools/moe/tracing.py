@@ -108,7 +108,8 @@ def record(
     """
     if recorded_tokens(url) is None:
         raise TracingError(
-            f'{url} records no experts: it must be served with [experts] plugin = "observed" and a trace'
+            f'{url} records no experts: it must be served with [experts] plugin = "observed", adjustable = true '
+            "and a trace"
         )
     waiting = iter(prompts)
 
@@ -134,6 +135,8 @@ def record(
                 break
         answer = client.post(f"{url}{ROUTE}", json={"write": True})
     if answer.status_code != 200:
-        raise TracingError(f"the trace was not written: {answer.json()['error']['message']}")
+        told = answer.json()
+        message = told["error"]["message"] if "error" in told else told.get("detail", answer.text[:200])
+        raise TracingError(f"the trace was not written: {message}")
     written = answer.json()["answer"]
     return Path(written["trace"]), int(written["tokens"])
