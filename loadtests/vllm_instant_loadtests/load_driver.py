@@ -30,7 +30,7 @@ class SegmentTask:
 
     segment: int
     servers: dict[str, dict[str, Any]]
-    """``url``, ``model`` and ``headers`` by name; every server gets every request."""
+    """``url`` and ``model`` by name; every server gets every request. A key is not sent: each process has its own."""
     epoch: float
     """Second 0 of the run, by ``time.time``."""
     begins: float
@@ -49,6 +49,7 @@ class LoadDriver:
         record: called with every record.
         report: called with every finished request, for Locust's statistics.
         process: number of this process among several load generators.
+        headers: for all requests.
 
     """
 
@@ -57,8 +58,10 @@ class LoadDriver:
         record: Callable[[RecordedRequest | GeneratorSample], None],
         report: Callable[[RecordedRequest], None],
         process: int = 0,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self._record, self._report, self._process = record, report, process
+        self._headers = dict(headers or {})
         self._clients: dict[str, StreamingClient] = {}
         self._group = Group()
         self._stopped = Event()
@@ -92,7 +95,7 @@ class LoadDriver:
 
     def ask(self, server: Mapping[str, Any], due: ScheduledRequest) -> StreamedAnswer:
         """Send one request that is not recorded."""
-        client = StreamingClient(**server)
+        client = StreamingClient(**server, headers=self._headers)
         try:
             return client.ask(due)
         finally:
@@ -122,7 +125,7 @@ class LoadDriver:
     def _clients_of(self, servers: Mapping[str, Mapping[str, Any]]) -> dict[str, StreamingClient]:
         for name, server in servers.items():
             if name not in self._clients:
-                self._clients[name] = StreamingClient(**server)
+                self._clients[name] = StreamingClient(**server, headers=self._headers)
         return {name: self._clients[name] for name in servers}
 
     def _now(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import logging
 import subprocess
@@ -21,7 +22,7 @@ from vllm_instant.tools.measure.servers import SETTLE_SECONDS
 from vllm_instant_loadtests import locust_stats, run_recorder, schedule
 from vllm_instant_loadtests.load_driver import LoadDriver, SegmentTask, split_requests
 from vllm_instant_loadtests.run_description import describe_run
-from vllm_instant_loadtests.run_options import RunOptions
+from vllm_instant_loadtests.run_options import RunOptions, of_page
 from vllm_instant_loadtests.run_recorder import GeneratorSample, RecordedRequest, RunRecorder
 from vllm_instant_loadtests.scenario import Scenario, ScenarioError
 
@@ -49,7 +50,10 @@ class ScenarioRunner:
         self._run_greenlet: gevent.Greenlet | None = None
         self._stopped = self._lost = False
         self._finished: dict[str, Event] = {}
-        self._driver = LoadDriver(self._record, self._report)
+        self._driver = LoadDriver(self._record, self._report, headers=authorization(None))
+        # Copies: Locust's page changes the options in place, and the host.
+        self._given = argparse.Namespace(**vars(environment.parsed_options or argparse.Namespace()))
+        self._host = environment.host
         if isinstance(self._runner, MasterRunner):
             self._runner.register_message(RECORDS, self._receive)
             self._runner.register_message(PLAYED, lambda msg, **_: self._finished[msg.node_id].set())
@@ -74,7 +78,7 @@ class ScenarioRunner:
     def _run(self) -> None:
         code = 0
         try:
-            options = RunOptions.of(self._environment.parsed_options, self._environment.host)
+            options = RunOptions.of(of_page(self._environment.parsed_options, self._given), self._host)
             self._run_scenario(options)
         except (ScenarioError, RefusedError, FileExistsError) as error:
             logger.error("%s", error)
@@ -108,7 +112,7 @@ class ScenarioRunner:
                 f"{scenario.name} sends no request in {scenario.seconds:g} s: raise its rate or duration"
             )
         servers = {name: read_server_info(url, headers) for name, url in options.servers.items()}
-        targets = {name: {"url": found.url, "model": found.name, "headers": headers} for name, found in servers.items()}
+        targets = {name: {"url": found.url, "model": found.name} for name, found in servers.items()}
         self._warm_up(due, targets)
         other = schedule.scheduled_requests(scenario, f"{options.seed}/warm-up", options.trace_speed)
         before = [request for request in other if request.at < scenario.warm_up_seconds]
@@ -241,7 +245,9 @@ class ScenarioWorker:
 
     def _run_task(self, msg: Any, **_: Any) -> None:
         if self._driver is None:
-            self._driver = LoadDriver(self._record, self._report, max(0, self._runner.worker_index))
+            self._driver = LoadDriver(
+                self._record, self._report, max(0, self._runner.worker_index), authorization(None)
+            )
         self._driver.run(SegmentTask(**msg.data))
         self._send()
         self._runner.send_message(PLAYED, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,27 @@ def add_options(parser: Any) -> None:
     group = parser.add_argument_group("vllm-instant load tests")
 
     def add(name: str, variable: str, **more: Any) -> None:
-        group.add_argument(name, env_var=f"LOADTEST_{variable}", **more)
+        # Only arguments outside of groups can be left out of the page.
+        (parser if "include_in_web_ui" in more else group).add_argument(name, env_var=f"LOADTEST_{variable}", **more)
 
     names = ", ".join(built_in())
     add("--scenario", "SCENARIO", default="steady", help=f"A TOML file, or one of: {names}.")
-    add("--servers", "SERVERS", default="", help="NAME=URL of each server, separated by spaces; the host by default.")
-    add("--output", "OUTPUT", default="", help="Folder of the recording; loadtest-DATE-TIME by default.")
+    add(
+        "--servers",
+        "SERVERS",
+        default="",
+        help="NAME=URL of each server, separated by spaces; the host by default.",
+        include_in_web_ui=False,
+    )
+    add(
+        "--output",
+        "OUTPUT",
+        default="",
+        help="Folder of the recording; loadtest-DATE-TIME by default.",
+        include_in_web_ui=False,
+    )
+    # Whoever reaches Locust's page starts runs with the API key of this process.
+    parser.set_defaults(web_host=os.environ.get("LOCUST_WEB_HOST", "127.0.0.1"))
     add("--seed", "SEED", default="0", help="Seed of prompts and arrivals.")
     add("--rate-scale", "RATE_SCALE", type=float, default=1.0, help="Multiplies every rate.")
     add(
@@ -37,6 +53,23 @@ def add_options(parser: Any) -> None:
         action="store_true",
         help="Send to all servers at the same time instead of one after the other.",
     )
+
+
+def of_page(options: argparse.Namespace, given: argparse.Namespace) -> argparse.Namespace:
+    """Return the options of a run that the web page may have changed.
+
+    The page takes any field from anybody who reaches it. The servers, which are sent the API key, and the files that
+    are read and written are those of the command line; a scenario may be another built-in one.
+
+    Args:
+        options: Locust's options now.
+        given: Those of the command line.
+
+    """
+    pinned = {name: getattr(given, name) for name in ("servers", "output")}
+    if options.scenario not in built_in():
+        pinned["scenario"] = given.scenario
+    return argparse.Namespace(**{**vars(options), **pinned})
 
 
 @dataclass(frozen=True)

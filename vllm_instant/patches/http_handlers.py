@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import Body, HTTPException, Query, Request
@@ -12,6 +13,40 @@ from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches.decision_ids import for_clients
 from vllm_instant.patches.engine_core import DECISIONS_METHOD, METHOD
 from vllm_instant.patches.moe_reports import METHOD as EXPERTS_METHOD
+
+SPACING_SECONDS = 0.2
+"""Minimum time between two questions of clients to the engine, which answers them between its steps."""
+MAX_WAITING = 8
+"""Maximum number of questions that wait."""
+
+
+class Questions:
+    """Spaces the questions of all clients, so that the requests do not wait for the answers."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self._waiting = 0
+
+    async def turn(self) -> None:
+        """Wait for the next question's time; raises HTTPException 429 where too many wait."""
+        if self._waiting >= MAX_WAITING:
+            raise HTTPException(429, "too many diagnostic requests; try again in a few seconds", {"Retry-After": "2"})
+        now = asyncio.get_running_loop().time()
+        begin = max(now, self._next)
+        self._next = begin + SPACING_SECONDS
+        self._waiting += 1
+        try:
+            await asyncio.sleep(begin - now)
+        finally:
+            self._waiting -= 1
+
+
+async def _turn(request: Request) -> None:
+    state = request.app.state
+    questions = getattr(state, "instant_questions", None)
+    if questions is None:
+        questions = state.instant_questions = Questions()
+    await questions.turn()
 
 
 async def show_decisions(
@@ -24,6 +59,7 @@ async def show_decisions(
 
     With ``queue``: the decisions about the start of requests. Requests are named by digests of their ids.
     """
+    await _turn(request)
     client = request.app.state.engine_client.engine_core
     engines = await client.call_utility_all_async(DECISIONS_METHOD, last, request_id, queue)
     shown = [for_clients(decisions, request_id) for decisions in engines]
@@ -38,6 +74,7 @@ async def show_deployment(request: Request) -> dict[str, Any]:
 
 async def show_experts(request: Request) -> dict[str, Any]:
     """The numbers of the experts plugin by engine; null without one."""
+    await _turn(request)
     totals = await request.app.state.engine_client.engine_core.call_utility_all_async(METHOD)
     return {"engines": [of_engine.get("experts") for of_engine in totals]}
 
@@ -53,6 +90,7 @@ async def set_experts(request: Request, settings: Annotated[dict[str, Any], Body
         raise HTTPException(404, "this server has no experts plugin")
     if settings and deployment.slots["experts"].options.get("adjustable") is not True:
         raise HTTPException(403, "only {} is allowed here unless the deployment file has [experts] adjustable = true")
+    await _turn(request)
     workers = await request.app.state.engine_client.collective_rpc(EXPERTS_METHOD, args=(settings,))
     if not workers or workers[0] is None:
         raise HTTPException(404, "no worker of this server runs an experts plugin")

@@ -116,6 +116,9 @@ class PinningMixin:
 
 
 def _session_of(request: Request) -> str | None:
+    # Their keys and values depend on pictures or vectors, which the token ids do not show.
+    if request.mm_features or request.prompt_embeds is not None:
+        return None
     sampling = request.sampling_params
     name = (sampling.extra_args or {}).get(HOLD) if sampling is not None else None
     return name if isinstance(name, str) else None
@@ -151,6 +154,7 @@ PATCH = VllmPatch(
         HasSignature(_POOL, "BlockPool.touch", ("self", "blocks"), exact=True),
         HasSignature(_POOL, "BlockPool.free_blocks", ("self", "ordered_blocks")),
         References("v1/request.py", "Request.__init__", ("num_output_placeholders", "skip_reading_prefix_cache")),
+        References("v1/request.py", "Request.__init__", ("mm_features", "prompt_embeds")),
     ),
     slots=("streaming",),
     optional=True,

@@ -58,6 +58,10 @@ FIRST_NOISE = 0.15
 WARM_UP_STEPS = 5
 KEPT_SCALE_DOUBT = 0.5
 KEPT_DOUBT = 0.2
+MAX_RESTORED_SECONDS = 3600.0
+"""Maximum absolute value of a stored coefficient, in seconds."""
+MAX_RESTORED_ROWS = 10**9
+"""Maximum of a stored number of rows."""
 KEPT_NOISE = 0.03
 """Relative standard deviations of stored costs: of all together, of each alone, and the least of a measured step."""
 OUTLIER_SIGMAS = 3.0
@@ -347,12 +351,17 @@ class StepCosts:
             knots, weights = np.array(state["knots"], float), np.array(state["weights"], float)
             covariance, noise = np.array(state["covariance"], float), float(state["noise"])
             observations, largest = int(state["observations"]), int(state["max_measured_rows"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return False
         fits = np.array_equal(knots, self.knots) and weights.shape == self.weights.shape
         if not fits or covariance.shape != self._covariance.shape:
             return False
         if not (np.isfinite(weights).all() and np.isfinite(covariance).all() and noise > 0):
+            return False
+        # What no server measures, as from a damaged file: variances below 0, steps of hours, fewer than no steps.
+        if np.diag(covariance).min() < 0 or np.abs(weights).max() > MAX_RESTORED_SECONDS:
+            return False
+        if not (observations >= 0 and 0 <= largest <= MAX_RESTORED_ROWS):
             return False
         # What was measured then may not hold now: on a busier host all steps take longer, and any curve may have
         # changed. The first steps confirm or correct it within this uncertainty.

@@ -14,6 +14,8 @@ from vllm_instant_plugins.goodput.planner import StepPlan
 from vllm_instant_plugins.goodput.request_table import Batch
 
 CAPACITY = 2048
+MAX_ROWS = 8192
+"""Maximum number of requests' rows that one call returns: the engine waits meanwhile."""
 NOT_ESTIMATED = frozenset(("pinned", "learning", "first token"))
 """Reasons of decisions for which no step time was estimated."""
 EXPLANATIONS = {
@@ -165,9 +167,14 @@ class DecisionLog:
         return None
 
     def newest(self, last: int, request_id: str | None) -> list[dict[str, Any]]:
-        """At most ``last`` decisions, the oldest first."""
+        """At most ``last`` decisions, the oldest first; fewer where they have more than ``MAX_ROWS`` rows."""
         found: list[dict[str, Any]] = []
+        rows = 0
         for decision in reversed(self._ring):
+            # Rows of other requests than the one that is asked for are only compared.
+            rows += len(decision.batch.requests)
+            if rows > (MAX_ROWS if request_id is None else 4 * MAX_ROWS) and decision is not self._ring[-1]:
+                break
             as_dict = decision.to_dict(request_id)
             if as_dict is not None:
                 found.append(as_dict)

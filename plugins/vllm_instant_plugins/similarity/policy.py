@@ -374,7 +374,7 @@ class SimilarityPolicy(SchedulingPolicy):
         try:
             self.length_predictor.restore(state["lengths"])
             self.service_time.coefficients[:] = state["service"]
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever the file holds, the server must start
             logger.warning("Saved output lengths do not fit this release and are ignored: %s", error)
             self.length_predictor = OutputLengthPredictor(max_num_seqs)
         self._num_saved = self.length_predictor.num_observed

@@ -74,3 +74,16 @@ def test_calibration_drafts_at_random_where_the_costs_are_stored():
     assert PLUGIN.calibration_options(GoodputOptions()) == {"calibrating": True}
     with pytest.raises(ValueError, match="would be lost"):
         PLUGIN.calibration_options(GoodputOptions(keep_costs=False))
+
+
+def test_one_call_returns_a_limited_number_of_rows(monkeypatch):
+    from vllm_instant_plugins.goodput import decision_log
+
+    policy = _run(steps=40)
+    assert len(policy.decisions(2048)) > 20
+    monkeypatch.setattr(decision_log, "MAX_ROWS", 10)
+    assert len(policy.decisions(2048)) == 10
+    # To find one request's rows more may be compared than are returned.
+    assert policy.decisions(2048, "nobody") == []
+    monkeypatch.setattr(decision_log, "MAX_ROWS", 0)
+    assert len(policy.decisions(2048)) == 1

@@ -174,3 +174,16 @@ def test_no_more_sessions_than_allowed(make):
     scheduler = make()
     assert scheduler.instant_hold("s", 1, 500, 0.5) is None
     assert scheduler.instant_hold("t", 1, 500, 0.5) == "the limit of sessions with a pinned prefix is reached"
+
+
+def test_a_prefix_with_pictures_or_vectors_is_neither_pinned_nor_used():
+    """The same token ids stand for other pictures."""
+    from types import SimpleNamespace
+
+    from vllm_instant.patches.pinned_prefixes import _session_of
+
+    sampling = SimpleNamespace(extra_args={HOLD: "session"})
+    plain = SimpleNamespace(sampling_params=sampling, mm_features=[], prompt_embeds=None)
+    assert _session_of(plain) == "session"
+    assert _session_of(SimpleNamespace(**{**vars(plain), "mm_features": ["a picture"]})) is None
+    assert _session_of(SimpleNamespace(**{**vars(plain), "prompt_embeds": object()})) is None

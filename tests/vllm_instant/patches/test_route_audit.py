@@ -167,3 +167,34 @@ def test_the_refusal_is_part_of_the_start(app, monkeypatch):
     endpoints.attach_router(app)
     with pytest.raises(PluginStartError):
         asyncio.run(endpoints.init_state(None, SimpleNamespace(), SimpleNamespace(root_path="/")))
+
+
+def test_questions_to_the_engine_are_spaced_and_limited():
+    import asyncio
+    import itertools
+
+    import virtual_time
+    from fastapi import HTTPException
+
+    from vllm_instant.patches import http_handlers
+
+    async def run():
+        questions, times, refused = http_handlers.Questions(), [], []
+
+        async def ask():
+            try:
+                await questions.turn()
+            except HTTPException as error:
+                refused.append(error.status_code)
+            else:
+                times.append(virtual_time.clock())
+
+        await ask()
+        await asyncio.gather(*(ask() for _ in range(20)))
+        assert refused == [429] * (20 - http_handlers.MAX_WAITING)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert min(gaps) == pytest.approx(http_handlers.SPACING_SECONDS)
+        await ask()
+        assert len(times) == http_handlers.MAX_WAITING + 2
+
+    virtual_time.run(run())
