@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,7 +65,15 @@ def test_answers_are_started_early_only_while_no_other_request_runs():
     assert policy().starts_speculative_answer(IDLE)
     assert not policy().starts_speculative_answer(BUSY)
     assert not policy().starts_speculative_answer(EngineLoad(0, 8, num_speculative=1))
-    assert chunked._build(chunked.ChunkedOptions(early_answer_ms=0), None).speculative_answer_delay() is None
+    context = SimpleNamespace(max_model_len=1000)
+    built = chunked._build(chunked.ChunkedOptions(early_answer_ms=0), context)
+    assert built.speculative_answer_delay() is None
+
+
+def test_the_limit_of_characters_follows_the_models_length():
+    for options, length, expected in (({}, 1000, 32_000), ({}, 10**6, 10**6), ({"max_text_characters": 7}, 1000, 7)):
+        built = chunked._build(chunked.ChunkedOptions(**options), SimpleNamespace(max_model_len=length))
+        assert built.session_limits().max_text_characters == expected
 
 
 def test_it_enables_the_prefix_cache_and_small_blocks_on_cpus(write_file):
