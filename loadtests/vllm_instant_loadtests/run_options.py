@@ -36,7 +36,7 @@ def add_options(parser: Any) -> None:
         help="Folder of the recording; loadtest-DATE-TIME by default.",
         include_in_web_ui=False,
     )
-    # Whoever reaches Locust's page starts runs with the API key of this process.
+    # Every client that reaches Locust's page starts runs with the API key of this process.
     parser.set_defaults(web_host=os.environ.get("LOCUST_WEB_HOST", "127.0.0.1"))
     add("--seed", "SEED", default="0", help="Seed of prompts and arrivals.")
     add("--rate-scale", "RATE_SCALE", type=float, default=1.0, help="Multiplies every rate.")
@@ -58,8 +58,8 @@ def add_options(parser: Any) -> None:
 def of_page(options: argparse.Namespace, given: argparse.Namespace) -> argparse.Namespace:
     """Return the options of a run that the web page may have changed.
 
-    The page takes any field from anybody who reaches it. The servers, which are sent the API key, and the files that
-    are read and written are those of the command line; a scenario may be another built-in one.
+    The page takes any field from every client that reaches it. The servers, which are sent the API key, and the files
+    that are read and written are those of the command line; a scenario may be another built-in one.
 
     Args:
         options: Locust's options now.

@@ -1,4 +1,4 @@
-"""What somebody who reaches Locust's page can make a load generator do."""
+"""What a client that reaches Locust's page can make a load generator do."""
 
 import argparse
 from types import SimpleNamespace

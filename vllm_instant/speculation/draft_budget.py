@@ -241,7 +241,7 @@ class DraftBudgetManager:
         self._held_share = _HELD_MEMORY * self._held_share + (1 - _HELD_MEMORY) * held
         budgets = self.plan(states, num_waiting, max_wait, 0 if held and only_model else None)
         if self._ids[0] != states:
-            self._ids = list(states), [self._id_of[state] for state in states]
+            self._ids = list(states), [self._id_of.get(state, state.request_id) for state in states]
         return DraftPlan(
             dict(zip(self._ids[1], budgets, strict=True)),
             self._draft_cost,

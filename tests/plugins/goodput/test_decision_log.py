@@ -84,6 +84,6 @@ def test_one_call_returns_a_limited_number_of_rows(monkeypatch):
     monkeypatch.setattr(decision_log, "MAX_ROWS", 10)
     assert len(policy.decisions(2048)) == 10
     # To find one request's rows more may be compared than are returned.
-    assert policy.decisions(2048, "nobody") == []
+    assert policy.decisions(2048, "another") == []
     monkeypatch.setattr(decision_log, "MAX_ROWS", 0)
     assert len(policy.decisions(2048)) == 1

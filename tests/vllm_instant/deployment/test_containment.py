@@ -1,4 +1,4 @@
-"""Whatever a hook of a plugin does, the engine goes on with valid values: every hook with every kind of fault."""
+"""Whatever a hook of a plugin does, the engine continues with valid values: every hook with every kind of fault."""
 
 import pickle
 import signal
@@ -31,7 +31,7 @@ def test_a_fault_stays_inside(slot, hook, kind):
         if kind in ("raises", "BaseException", "hangs"):
             assert guarded.disabled
             assert guarded.failures == {hook: 1}
-        # With the plugin in whatever state it is now, the engine goes on.
+        # With the plugin in whatever state it is now, the engine continues.
         found = drive(guarded)
         pickle.dumps(found)
         if slot in ("batching", "experts", "streaming"):
