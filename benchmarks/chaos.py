@@ -1,300 +1,283 @@
-"""Servers that are disturbed on purpose, at known times, under open-loop traffic.
+"""Faults beside eight steady streams: the engine must stay alive, all other answers the same, and nothing be left.
 
-Every disturbance works on stock vLLM. What is recorded is what a load test records
-(``vllm_instant_loadtests.run_recorder``), with the disturbances as its events.
+    python benchmarks/chaos.py faults --count 500
+    python benchmarks/chaos.py faults --minutes 120
+    python benchmarks/chaos.py kills
+
+``faults`` injects random faults that must touch nobody else (``chaos_faults``) into one server.
+``kills`` sends signals to each kind of process, at start and while it serves: all clients must get an answer or a clean
+error, nothing may be left after ten seconds, and the next server must answer as before.
+
+Answers are greedy in float32, where they do not depend on what else is in a batch, and are compared with those of the
+same server before the first fault.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
+import socket
+import statistics
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
+import results
+from chaos_faults import FAULTS, HEADERS, KEY, PATIENCE, Target, UnacceptableError
 
 from vllm_instant.tools.demo import assets
-from vllm_instant.tools.measure.open_loop import OpenLoopRequest, OpenLoopResult, follow_all, open_client
+from vllm_instant.tools.measure.http_client import async_client
 from vllm_instant.tools.measure.prompts import snippets
-from vllm_instant.tools.measure.servers import Server
-from vllm_instant_loadtests import causes
-from vllm_instant_loadtests.prompts import creative, long
-from vllm_instant_loadtests.run_recorder import Disturbance, GeneratorSample, RecordedRequest, RecordedRun, RunRecorder
+from vllm_instant.tools.measure.server_metrics import metric_totals
+from vllm_instant.tools.measure.servers import Server, terminable
 
-MODEL = "demo"
-WARM_UP = 12.0
-"""Seconds of undisturbed traffic before the first disturbance."""
-QUIET = (6.5, 9.0)
-"""Seconds between the end of a disturbance and the next."""
-TIMER, READING = 0.05, 0.5
-
-
-@dataclass(frozen=True)
-class Life:
-    """A kind of server, its traffic, and the disturbances that it can show."""
-
-    arguments: tuple[str, ...]
-    rate: float
-    """Requests per second."""
-    tokens: tuple[int, int]
-    causes: tuple[str, ...]
-    drafts: int = 0
-
-
-LIVES = {
-    "drafting": Life(
-        ("--max-num-seqs", "24"),
-        1.0,
-        (90, 130),
-        (causes.ACCEPTANCE, causes.BATCH, causes.PREFILL, causes.STOPPED, causes.CLIENT, causes.DISCONNECTS),
-        drafts=3,
-    ),
-    "few seats": Life(
-        ("--max-num-seqs", "4"),
-        1.2,
-        (40, 64),
-        (causes.QUEUEING, causes.PREFILL, causes.STOPPED, causes.CLIENT),
-    ),
-    "little cache": Life(
-        ("--max-num-seqs", "16", "--num-gpu-blocks-override", "40", "--max-model-len", "1024"),
-        1.2,
-        (40, 64),
-        (causes.MEMORY, causes.STOPPED, causes.CLIENT),
-    ),
-}
+OUTPUT = results.HERE / "results" / "chaos.json"
+STREAMS, TOKENS = 8, 48
+DEPLOYMENT = """
+[drafter]
+plugin = "hybrid"
+model = "{draft}"
+num_speculative_tokens = 4
+[batching]
+plugin = "similarity"
+[streaming]
+plugin = "resumable"
+[speculation]
+plugin = "goodput"
+costs_folder = "{state}"
+"""
+WORDS = ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager"]
+KILLS = [
+    ("engine core", signal.SIGKILL),
+    ("engine core", signal.SIGTERM),
+    ("front end", signal.SIGKILL),
+    ("front end", signal.SIGTERM),
+    ("front end", signal.SIGINT),
+    ("front end", signal.SIGHUP),
+    ("front end", signal.SIGQUIT),
+    ("starting", signal.SIGTERM),
+    ("starting", signal.SIGKILL),
+]
 
 
 @dataclass
-class Plan:
-    """Requests and disturbances of one run, on the run's clock."""
+class Others:
+    """What the steady streams saw."""
 
-    requests: list[OpenLoopRequest]
-    actions: list[Disturbance] = field(default_factory=list)
-    """Disturbances that are not requests: pauses."""
-    events: list[tuple[str, float, float, str]] = field(default_factory=list)
-    """All disturbances: cause, when it begins, when it was meant to end, and the kind of its requests."""
-    seconds: float = 0.0
+    equal: int = 0
+    changed: int = 0
+    failed: int = 0
+    messages: list[str] = field(default_factory=list)
 
 
-def server(name: str, folder: Path) -> Server:
-    """A stock server of the demo's target for one of the lives."""
-    life, pair = LIVES[name], assets.prepare()
-    arguments = [
-        *("--served-model-name", MODEL, "--block-size", "32", "--enforce-eager", "--no-enable-prefix-caching"),
-        *(() if "--max-model-len" in life.arguments else ("--max-model-len", "2048")),
-        *life.arguments,
-    ]
-    if life.drafts:
-        drafting = {"method": "draft_model", "model": str(pair.draft), "num_speculative_tokens": life.drafts}
-        arguments += ["-sc", json.dumps(drafting | {"draft_sample_method": "probabilistic"})]
-    return Server(pair.target, arguments, log=folder / f"{name}.log")
+def start(folder: Path) -> Server:
+    """A server of the demo's target with most slots in use."""
+    pair, file = assets.prepare(), folder / "deploy.toml"
+    file.write_text(DEPLOYMENT.format(draft=pair.draft, state=folder / "state"))
+    words = [*WORDS, "--served-model-name", "demo", "--api-key", KEY]
+    words += ["--plugins", "vllm_instant", "--instant-config", str(file)]
+    return Server(pair.target, words, log=folder / "server.log", environment={"VLLM_SERVER_DEV_MODE": "1"})
 
 
-def undisturbed(name: str, seconds: float, seed: str) -> Plan:
-    """Steady traffic and nothing else: one request in each slot of time, at a random moment of it.
-
-    Poisson's arrivals make bursts by chance, which are spikes in truth and in no list of what was done.
-    """
-    life, choose = LIVES[name], random.Random(seed)
-    prompts = snippets("structured", 0.0, int(life.rate * seconds * 2) + 40, seed)
-    requests = [
-        _due((slot + choose.random()) / life.rate, "steady", prompts[slot].text, choose.randint(*life.tokens), choose)
-        for slot in range(round(life.rate * seconds))
-    ]
-    return Plan(requests, seconds=seconds)
+async def answer(client: httpx.AsyncClient, prompt: str) -> str:
+    """The streamed text of one greedy completion."""
+    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    response = await client.post("/v1/completions", json=body, timeout=PATIENCE)
+    response.raise_for_status()
+    text: str = response.json()["choices"][0]["text"]
+    return text
 
 
-def disturbed(name: str, wanted: Sequence[str], seed: str) -> Plan:
-    """Steady traffic with these disturbances in random order at random times."""
-    choose = random.Random(f"{seed}/disturbed")
-    order = choose.sample(list(wanted), len(wanted))
-    found, at = Plan([]), WARM_UP + choose.uniform(0, 2)
-    for number, cause in enumerate(order):
-        at = _disturb(found, cause, at, f"{seed}/{number}", choose, LIVES[name]) + choose.uniform(*QUIET)
-    plan = undisturbed(name, at, seed)
-    swaps = [(begin, end, kind) for cause, begin, end, kind in found.events if cause == causes.ACCEPTANCE]
-    kept = [due for due in plan.requests if not any(begin <= due.at < end for begin, end, _ in swaps)]
-    found.requests = sorted([*kept, *found.requests], key=lambda due: due.at)
-    found.seconds = at
-    return found
+async def expected_of(client: httpx.AsyncClient, prompts: Sequence[str]) -> dict[str, str]:
+    """The answers without faults."""
+    places = asyncio.Semaphore(STREAMS)
+
+    async def one(prompt: str) -> str:
+        async with places:
+            return await answer(client, prompt)
+
+    return dict(zip(prompts, await asyncio.gather(*map(one, prompts)), strict=True))
 
 
-def _disturb(plan: Plan, cause: str, at: float, seed: str, choose: random.Random, life: Life) -> float:
-    """Add one disturbance; returns when it is meant to be over."""
-    kind = f"{cause} {len(plan.events)}"
-    if cause in (causes.STOPPED, causes.CLIENT):
-        seconds = choose.uniform(1.2, 2.4)
-        whole = choose.random() < 0.5
-        note = "" if cause == causes.CLIENT else "all processes" if whole else "engine core"
-        plan.actions.append(Disturbance(MODEL, cause, at, at + seconds, note))
-        plan.events.append((cause, at, at + seconds, ""))
-        return at + seconds
-    if cause == causes.ACCEPTANCE:
-        seconds = choose.uniform(4.5, 6.0)
-        made, when = creative(60, seed), at
-        while when < at + seconds:
-            plan.requests.append(_due(when, kind, made.pop(), choose.randint(*life.tokens), choose, temperature=1.0))
-            when += choose.uniform(0.5, 1.5) / life.rate
-    elif cause == causes.PREFILL:
-        seconds = choose.uniform(2.0, 3.0)
-        for number, text in enumerate(long(3, seed, 3600)):
-            plan.requests.append(_due(at + number * seconds / 3, kind, text, 4, choose))
-    elif cause == causes.BATCH:
-        seconds = choose.uniform(1.5, 2.5)
-        for prompt in snippets("structured", 0.0, 14, seed):
-            plan.requests.append(_due(at + choose.uniform(0, seconds), kind, prompt.text, 96, choose))
-    elif cause == causes.QUEUEING:
-        seconds = choose.uniform(0.5, 1.0)
-        for prompt in snippets("structured", 0.0, 10, seed):
-            plan.requests.append(_due(at + choose.uniform(0, seconds), kind, prompt.text, 56, choose))
-    elif cause == causes.MEMORY:
-        seconds = choose.uniform(0.5, 1.0)
-        for prompt in snippets("code", 0.0, 9, seed)[:8]:
-            plan.requests.append(_due(at + choose.uniform(0, seconds), kind, prompt.text, 220, choose))
-    else:  # disconnects
-        seconds = choose.uniform(3.0, 4.0)
-        for prompt in snippets("structured", 0.0, 36, seed):
-            due = _due(at + choose.uniform(0, seconds), kind, prompt.text, 96, choose, leave=choose.randint(2, 16))
-            plan.requests.append(due)
-    plan.events.append((cause, at, at + seconds, kind))
-    # What it leaves behind takes time, too.
-    return at + seconds + {causes.MEMORY: 6.0, causes.QUEUEING: 4.0, causes.BATCH: 3.0}.get(cause, 1.5)
-
-
-def play(target: Server, plan: Plan, folder: Path, about: dict[str, Any]) -> RecordedRun:
-    """Send and do all of a plan, record it in ``folder``, and read it again."""
-    clock = time.perf_counter() + 1.5
-    server_about = {"name": MODEL, "url": target.url, "model": MODEL, "deployment": " ".join(target.arguments)}
-    segment = {"server": MODEL, "began": 0.0, "ended": plan.seconds, "from": 0.0, "until": plan.seconds, "number": 0}
-    recorder = RunRecorder(folder, about | {"servers": [server_about], "segments": [segment], "clock": clock})
-    watching = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "vllm_instant_loadtests.metrics_poller", str(folder)),
-            *(f"{MODEL}={target.url}", "--clock", str(clock), "--every", "0.25"),
-        ]
-    )
-    ours = [psutil.Process(), psutil.Process(watching.pid), *_family(target)]
-    before = _busy(ours)
-    try:
-        asyncio.run(_play(target, plan, recorder, clock))
-        used, others = (after - earlier for after, earlier in zip(_busy(ours), before, strict=True))
-    finally:
-        watching.terminate()
-        watching.wait()
-        recorder.close()
-    run = RecordedRun.read(folder)
-    run.about["cores_used"] = {"here": round(used / plan.seconds, 3), "elsewhere": round(others / plan.seconds, 3)}
-    return run
-
-
-def _busy(ours: Sequence[psutil.Process]) -> tuple[float, float]:
-    """Processor seconds of these processes and of all others, so far: whether the machine was otherwise quiet."""
-    times = psutil.cpu_times()
-    used = sum(one.cpu_times().user + one.cpu_times().system for one in ours)
-    return used, times.user + times.nice + times.system - used
-
-
-def _family(target: Server) -> list[psutil.Process]:
-    front = psutil.Process(target.pid)
-    return [front, *front.children(recursive=True)]
-
-
-async def _play(target: Server, plan: Plan, recorder: RunRecorder, clock: float) -> None:
-    ends: dict[str, float] = {}
-
-    def record(followed: OpenLoopResult) -> None:
-        ends[followed.kind] = max(ends.get(followed.kind, 0.0), followed.due + followed.ended)
-        recorder.add(_request(followed))
-
-    watch = asyncio.create_task(_watch_itself(recorder, clock))
-    done = [asyncio.create_task(_act(target, action, clock)) for action in plan.actions]
-    async with open_client(target.url, timeout=60.0) as client:
-        await follow_all(client, plan.requests, clock, record)
-    await asyncio.gather(*done)
-    await asyncio.sleep(max(0.0, clock + plan.seconds - time.perf_counter()))
-    watch.cancel()
-    notes = {action.began: action.note for action in plan.actions}
-    for cause, began, ended, kind in plan.events:
-        event = Disturbance(MODEL, cause, began, max(ended, ends.get(kind, 0.0)), notes.get(began, ""))
-        recorder.add(event)
-
-
-async def _act(target: Server, action: Disturbance, clock: float) -> None:
-    await asyncio.sleep(max(0.0, clock + action.began - time.perf_counter()))
-    seconds = action.ended - action.began
-    if action.cause == causes.CLIENT:
-        time.sleep(seconds)
-        return
-    family = _family(target)
-    if action.note != "all processes":
-        family = [process for process in family if "EngineCore" in process.name()]
-    if not family:
-        raise SystemExit("the engine core has no process of its own that could be paused")
-    try:
-        for process in family:
-            os.kill(process.pid, signal.SIGSTOP)
-        await asyncio.sleep(seconds)
-    finally:
-        for process in family:
-            os.kill(process.pid, signal.SIGCONT)
-
-
-async def _watch_itself(recorder: RunRecorder, clock: float) -> None:
-    worst, read_at, used = 0.0, time.perf_counter(), time.process_time()
+async def steady(client: httpx.AsyncClient, expected: dict[str, str], seed: int, seen: Others) -> None:
+    """One client that asks again and again; only its cancellation ends it."""
+    choose = random.Random(seed)
     while True:
-        due = time.perf_counter() + TIMER
-        await asyncio.sleep(TIMER)
-        now = time.perf_counter()
-        worst = max(worst, now - due)
-        if now - read_at >= READING:
-            cpu = time.process_time()
-            recorder.add(
-                GeneratorSample(round(now - clock, 4), round(worst, 5), round((cpu - used) / (now - read_at), 4))
-            )
-            worst, read_at, used = 0.0, now, cpu
+        prompt = choose.choice(list(expected))
+        try:
+            same = await answer(client, prompt) == expected[prompt]
+        except httpx.HTTPError as error:
+            seen.failed += 1
+            seen.messages.append(f"{type(error).__name__}: {error}"[:200])
+            await asyncio.sleep(0.2)
+        else:
+            seen.equal += same
+            seen.changed += not same
 
 
-def _due(
-    at: float,
-    kind: str,
-    prompt: str,
-    tokens: int,
-    choose: random.Random,
-    temperature: float = 0.0,
-    leave: int | None = None,
-) -> OpenLoopRequest:
-    body = {
-        "model": MODEL,
-        "prompt": prompt,
-        "temperature": temperature,
-        "max_tokens": tokens,
-        "ignore_eos": True,
-        "seed": choose.getrandbits(31),
+async def _metrics(client: httpx.AsyncClient) -> dict[str, float]:
+    return metric_totals((await client.get("/metrics", timeout=PATIENCE)).text)
+
+
+def footprint(target: Target) -> dict[str, float]:
+    """Processes, file descriptors, threads and resident memory (MiB) of the server."""
+    family = target.family
+    return {
+        "processes": len(family),
+        "descriptors": sum(process.num_fds() for process in family),
+        "threads": sum(process.num_threads() for process in family),
+        "memory_mib": round(sum(process.memory_info().rss for process in family) / 2**20),
     }
-    return OpenLoopRequest(at, body, kind, leave)
 
 
-def _request(followed: OpenLoopResult) -> RecordedRequest:
-    due = followed.due
-    return RecordedRequest(
-        id=followed.id,
-        server=MODEL,
-        kind=followed.kind,
-        route="completions",
-        due=round(due, 5),
-        sent=round(due + followed.late, 5),
-        arrivals=[(due + when, tokens) for when, tokens in followed.arrivals],
-        ended=round(due + followed.ended, 5),
-        prompt_tokens=followed.prompt_tokens,
-        error=followed.error,
-        left=followed.left,
-        segment=0,
-    )
+LEFTOVERS = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm_instant:streaming_sessions",
+    "vllm_instant:streaming_held_sessions",
+)
+
+
+async def inject(target: Target, count: int, seconds: float, choose: random.Random) -> dict[str, Any]:
+    """Inject faults until the count or the time is reached."""
+    expected = await expected_of(target.client, target.prompts)
+    before, seen = footprint(target), Others()
+    streams = [asyncio.create_task(steady(target.client, expected, number, seen)) for number in range(STREAMS)]
+    done: Counter[str] = Counter()
+    wrong: list[str] = []
+    memory: list[float] = []
+    began = time.monotonic()
+    while sum(done.values()) < count and time.monotonic() - began < seconds:
+        name = choose.choice(list(FAULTS))
+        try:
+            await asyncio.wait_for(FAULTS[name](target, choose), 2 * PATIENCE)
+        except (UnacceptableError, TimeoutError, OSError, httpx.HTTPError) as error:
+            wrong.append(f"{name}: {type(error).__name__} {error}"[:300])
+        done[name] += 1
+        memory.append(footprint(target)["memory_mib"])
+        if not target.engine:
+            wrong.append(f"the engine died at: {name}")
+            break
+        await asyncio.sleep(choose.uniform(0, 0.3))
+    for stream in streams:
+        stream.cancel()
+    await asyncio.gather(*streams, return_exceptions=True)
+    await asyncio.sleep(10)
+    left = await _metrics(target.client)
+    third = max(1, len(memory) // 3)
+    return {
+        "faults": sum(done.values()),
+        "by_kind": dict(sorted(done.items())),
+        "seconds": round(time.monotonic() - began),
+        "engine_alive": bool(target.engine),
+        "unacceptable": wrong,
+        "others_equal": seen.equal,
+        "others_changed": seen.changed,
+        "others_failed": seen.failed,
+        "messages": seen.messages[:20],
+        "answers_after": await expected_of(target.client, target.prompts) == expected,
+        "left_after_10_s": {name: left.get(name, 0.0) for name in LEFTOVERS},
+        "footprint": {"before": before, "after": footprint(target)},
+        "memory_mib_by_third": [round(statistics.mean(memory[i * third : (i + 1) * third] or [0])) for i in range(3)],
+    }
+
+
+async def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One server and its faults."""
+    server = start(folder)
+    prompts = [prompt.text[:400] for prompt in snippets("structured", 0.0, 16, "chaos")]
+    count, seconds = (10**9, options.minutes * 60) if options.minutes else (options.count, 3600.0)
+    with server:
+        async with async_client(server.url, headers=HEADERS, limits=httpx.Limits(max_connections=100)) as client:
+            target = Target(server.url, client, psutil.Process(server.pid), folder / "state", prompts)
+            return await inject(target, count, seconds, random.Random(options.seed))
+
+
+async def kill(kind: str, number: signal.Signals, folder: Path, expected: dict[str, str] | None) -> dict[str, Any]:
+    """One server that gets a signal; returns what its clients saw and what was left."""
+    server = start(folder)
+    prompts = [prompt.text[:400] for prompt in snippets("structured", 0.0, 8, "chaos")]
+    try:
+        server.launch()
+        front, same = psutil.Process(server.pid), None
+        async with async_client(server.url, headers=HEADERS) as client:
+            seen, streams = Others(), []
+            if kind == "starting":
+                await asyncio.sleep(8)
+            else:
+                await asyncio.to_thread(server.wait)
+                found = await expected_of(client, prompts)
+                same = None if expected is None else found == expected
+                streams = [asyncio.create_task(steady(client, found, i, seen)) for i in range(STREAMS)]
+                await asyncio.sleep(2)
+            family = [front, *front.children(recursive=True)]
+            aimed = [p for p in family if "EngineCore" in p.name()] if kind == "engine core" else [front]
+            for process in aimed:
+                process.send_signal(number)
+            await asyncio.sleep(10)
+            _, alive = psutil.wait_procs(family, timeout=0)
+            hanging = seen.equal + seen.failed
+            await asyncio.sleep(1)
+            # Streams that still wait for an answer from a server that is gone would report nothing any more.
+            hangs = bool(streams) and seen.equal + seen.failed == hanging
+            for stream in streams:
+                stream.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
+        port_free = False
+        with suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
+            port_free = True
+        return {
+            "killed": kind,
+            "signal": number.name,
+            "answers_as_before": same,
+            "others_changed": seen.changed,
+            "clients_hang": hangs,
+            "processes_left_after_10_s": [" ".join(p.cmdline())[:120] for p in alive if p.is_running()],
+            "port_free": port_free,
+            "_expected": None if kind == "starting" else found,
+        }
+    finally:
+        server.stop()
+
+
+async def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All kinds of kills, one server after the other on one folder of learned state."""
+    expected: dict[str, str] | None = None
+    rows = []
+    for kind, number in KILLS:
+        row = await kill(kind, number, folder, expected)
+        expected = row.pop("_expected") or expected
+        print(row, flush=True)
+        rows.append(row)
+    return {"kills": rows}
+
+
+def main() -> None:
+    """Run one part, print it and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["faults", "kills"])
+    parser.add_argument("--count", type=int, default=500, help="number of faults")
+    parser.add_argument("--minutes", type=float, default=0.0, help="a soak of this length instead of a count")
+    parser.add_argument("--seed", default="1")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    with terminable(), tempfile.TemporaryDirectory() as folder:
+        found = asyncio.run((faults if options.part == "faults" else kills)(options, Path(folder)))
+        if options.part == "faults":
+            print(found)
+    results.write(options.output, [found], name=options.part)
+
+
+if __name__ == "__main__":
+    main()

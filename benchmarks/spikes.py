@@ -6,8 +6,8 @@
 ``attribution``: three kinds of stock vLLM server of the demo pair (a draft model with a fixed length; four slots; a KV
 cache of forty blocks) get steady open-loop traffic. In between, at random times and in random order: creative traffic
 that the draft model cannot predict, bursts, long prompts, more long answers than the cache holds, pauses of the
-processes (SIGSTOP, SIGCONT), storms of clients that disconnect, and a load generator that sleeps (``chaos.py``). Each
-run is recorded as a load test is, and analysed without knowing the disturbances.
+processes (SIGSTOP, SIGCONT), storms of clients that disconnect, and a load generator that sleeps
+(``disturbances.py``). Each run is recorded as a load test is, and analysed without knowing the disturbances.
 
 A disturbance counts as found where a spike overlaps it and names its cause. A spike that overlaps a disturbance of its
 cause is right, any other one is wrong: precision is the share of right spikes, recall the share of found disturbances.
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import chaos
+import disturbances
 from results import HERE, command, write
 from rich.console import Console
 from rich.table import Table
@@ -47,7 +47,7 @@ ATTRIBUTION, ALARMS = "attribution", "false alarms"
 
 def wanted(life: str) -> list[str]:
     """The disturbances of one run."""
-    listed = list(chaos.LIVES[life].causes) * TIMES[life]
+    listed = list(disturbances.LIVES[life].causes) * TIMES[life]
     alone = {"drafting": (), "few seats": (), "little cache": (causes.MEMORY,) * 2}[life]
     return [*listed, *alone]
 
@@ -126,14 +126,14 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def attribution(options: argparse.Namespace, folder: Path, console: Console) -> None:
     """Disturb each kind of server, and judge what the analysis says."""
     runs = runs_before(options.output, ATTRIBUTION)
-    for life in (options.lives or ",".join(chaos.LIVES)).split(","):
-        target = chaos.server(life, folder / "logs")
+    for life in (options.lives or ",".join(disturbances.LIVES)).split(","):
+        target = disturbances.server(life, folder / "logs")
         with running(target):
             stem = f"{life.replace(' ', '-')}-{options.seed}"
-            settling = chaos.undisturbed(life, SETTLING, f"{options.seed}/settling")
-            chaos.play(target, settling, folder / f"{stem}-settling", {})
-            plan = chaos.disturbed(life, wanted(life), f"{options.seed}/{life}")
-            run = chaos.play(target, plan, folder / stem, {"scenario": {"name": f"chaos: {life}"}})
+            settling = disturbances.undisturbed(life, SETTLING, f"{options.seed}/settling")
+            disturbances.play(target, settling, folder / f"{stem}-settling", {})
+            plan = disturbances.disturbed(life, wanted(life), f"{options.seed}/{life}")
+            run = disturbances.play(target, plan, folder / stem, {"scenario": {"name": f"disturbances: {life}"}})
         found = judged(life, run, analyse_run(run)) | {"seed": options.seed, "command": command()}
         found["cores_used"] = run.about["cores_used"]
         runs.append(found)
@@ -146,13 +146,15 @@ def attribution(options: argparse.Namespace, folder: Path, console: Console) -> 
 def alarms(options: argparse.Namespace, folder: Path, console: Console) -> None:
     """Count spikes of runs without a disturbance."""
     runs, life = runs_before(options.output, ALARMS), options.lives or "drafting"
-    target = chaos.server(life, folder / "logs")
+    target = disturbances.server(life, folder / "logs")
     with running(target):
         stem = f"{life.replace(' ', '-')}-{options.seed}"
-        chaos.play(target, chaos.undisturbed(life, SETTLING, options.seed), folder / f"{stem}-settling", {})
+        disturbances.play(
+            target, disturbances.undisturbed(life, SETTLING, options.seed), folder / f"{stem}-settling", {}
+        )
         for number in range(options.runs):
-            plan = chaos.undisturbed(life, SECONDS, f"{options.seed}/{number}")
-            run = chaos.play(target, plan, folder / f"{stem}-{number}", {"scenario": {"name": "undisturbed"}})
+            plan = disturbances.undisturbed(life, SECONDS, f"{options.seed}/{number}")
+            run = disturbances.play(target, plan, folder / f"{stem}-{number}", {"scenario": {"name": "undisturbed"}})
             analysis = analyse_run(run)
             [server] = analysis.servers
             runs.append(
@@ -190,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("attribution", "alarms"))
     parser.add_argument("--seed", required=True, help="of prompts, times and order")
-    parser.add_argument("--lives", default=None, help=f"kinds of server, of {', '.join(chaos.LIVES)}")
+    parser.add_argument("--lives", default=None, help=f"kinds of server, of {', '.join(disturbances.LIVES)}")
     parser.add_argument("--runs", type=int, default=10, help="runs without a disturbance")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the recorded runs")
     parser.add_argument("--output", type=Path, default=HERE / "results/spikes.json")

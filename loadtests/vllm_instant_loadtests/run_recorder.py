@@ -3,7 +3,7 @@
 All times are seconds after the beginning of the run, on one clock. Files: ``run.json`` (the description of the run),
 ``requests.jsonl``, ``samples.jsonl`` (the servers' ``/metrics``), ``steps.jsonl`` (the servers' decision traces, where
 they have one), ``client.jsonl`` (delays of the load generator itself), ``events.jsonl`` (injected disturbances: the
-ground truth of a chaos run). A line that was cut off by a kill is skipped when it is read.
+ground truth of a run with disturbances). A line that was cut off by a kill is skipped when it is read.
 
 ``run.json`` has
 
