@@ -39,3 +39,22 @@ def test_every_import_of_a_benchmark_exists(script):
         elif top not in LOCAL | ABSENT_RIVALS and importlib.util.find_spec(top) is None:
             missing.append(module)
     assert missing == []
+
+
+def test_servers_on_a_gpu_are_compared_with_the_best_arm_of_vllm_and_refused_arms_are_left_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/gpu"))
+    servers = importlib.import_module("servers")
+
+    def windows(*speeds):
+        return {4: servers.Windows(list(speeds), [1.0] * 3, [2.0] * 3, [3.0] * 3)}
+
+    found = {
+        servers.OFF: windows(10, 10, 10),
+        "draft model, K=2": windows(20, 20, 20),
+        "adaptive verification": {},
+        servers.OURS: windows(30, 30, 30),
+    }
+    [row] = servers.cells(found, [4])
+    assert row["best_vllm_arm"] == "draft model, K=2"
+    assert row[f"{servers.OURS} / best"]["median"] == 1.5
+    assert "adaptive verification" not in row["arms"]
