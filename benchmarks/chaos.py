@@ -163,6 +163,8 @@ async def inject(target: Target, count: int, seconds: float, choose: random.Rand
         except (UnacceptableError, TimeoutError, OSError, httpx.HTTPError) as error:
             wrong.append(f"{name}: {type(error).__name__} {error}"[:300])
         done[name] += 1
+        others = f"{seen.equal} equal, {seen.changed} changed, {seen.failed} failed"
+        print(f"{time.monotonic() - began:.0f} s {name}; others {others}", flush=True)
         memory.append(footprint(target)["memory_mib"])
         if not target.engine:
             wrong.append(f"the engine died at: {name}")
