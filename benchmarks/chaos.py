@@ -4,7 +4,7 @@
     python benchmarks/chaos.py faults --minutes 120
     python benchmarks/chaos.py kills
 
-``faults`` injects random faults that must touch nobody else (``chaos_faults``) into one server.
+``faults`` injects random faults that must affect no other client (``chaos_faults``) into one server.
 ``kills`` sends signals to each kind of process, at start and while it serves: all clients must get an answer or a clean
 error, nothing may be left after ten seconds, and the next server must answer as before.
 

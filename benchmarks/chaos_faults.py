@@ -1,4 +1,4 @@
-"""Faults for a running server that must touch nobody but the one who causes them.
+"""Faults for a running server that must affect no client but the one that causes them.
 
 Each is a coroutine that gets the target and a random generator, and raises ``UnacceptableError`` where the server's
 own reaction is wrong: a 5xx answer, another client's data, or no answer at all.
