@@ -35,6 +35,15 @@ def needs_no_drafts(sampling: Any) -> bool:
     return sampling is not None and (sampling.min_p > MIN_MIN_P or bool(sampling.logit_bias))
 
 
+def forbids_drafts(sampling: Any) -> bool:
+    """Whether a step with such a request cannot verify drafts of any request; None counts as no.
+
+    vLLM's rejection sampler takes the log probabilities of the whole vocabulary from the ordinary sampler, which
+    returns those of ``logprob_token_ids`` instead, and a budget of thinking that ends within a draft is overrun.
+    """
+    return sampling is not None and (bool(sampling.logprob_token_ids) or sampling.thinking_token_budget is not None)
+
+
 class LiveRequestsMixin:
     """One ``RequestState`` per request for all policies; precedes vLLM's scheduler in the bases of a class."""
 

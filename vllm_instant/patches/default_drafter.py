@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.errors import DeploymentError, Problem
 from vllm_instant.deployment.resolved import drafter_arguments, is_default_drafter
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
@@ -65,7 +66,24 @@ def _create_speculative_config(create: Any, arguments: Any, target_model_config:
         and not target_model_config.is_encoder_decoder
     ):
         arguments.speculative_config = drafter_arguments(deployment)["speculative_config"]
-    return create(target_model_config, *args, **kwargs)
+    try:
+        return create(target_model_config, *args, **kwargs)
+    except (ValueError, OSError) as error:
+        if (
+            deployment is None
+            or is_default_drafter(deployment)
+            or "speculative_config" not in drafter_arguments(deployment)
+        ):
+            raise
+        source = deployment.origins.get("drafter.plugin", deployment.file or "deployment")
+        raise DeploymentError([Problem(source, "[drafter]", _sentence_of(error))]) from error
+
+
+def _sentence_of(error: Exception) -> str:
+    """What vLLM says of a drafter that it refuses, in one line."""
+    details = getattr(error, "errors", None)
+    text = str(details()[0]["msg"]) if callable(details) else str(error)
+    return " ".join(text.removeprefix("Value error, ").split())[:500]
 
 
 _ARGUMENTS = "engine/arg_utils.py"

@@ -239,6 +239,8 @@ def _select(parsed: Any) -> None:
         os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, *_active_platform_plugins()]))
     if not selection.selected:
         return
+    global _from_command_line
+    _from_command_line = True
     try:
         deployment = settings.resolve(selection.config, selection.overrides)
         speculates = _take_scheduler(parsed, deployment)
@@ -288,11 +290,18 @@ def _active_platform_plugins() -> list[str]:
 # --------------------------------------------------------------------------------------------- LLM(...)
 
 _published_offline = False
+_from_command_line = False
+"""Whether a command line has selected the deployment: its errors are sentences, without a traceback."""
 
 
 def _create_engine_config(create: Any, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
     _select_offline(engine_args)
-    return create(*args, **kwargs)
+    try:
+        return create(*args, **kwargs)
+    except DeploymentError as error:
+        if _from_command_line:
+            _fail(error)
+        raise
 
 
 def _select_offline(engine_args: Any) -> None:

@@ -23,7 +23,7 @@ from vllm_instant.deployment.circuit_breaker import failure_counts
 from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.speculation import StepOutcome
-from vllm_instant.patches.admission import BatchingMixin
+from vllm_instant.patches.admission import BatchingMixin, forbids_drafts
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.draft_lengths import UnpaddedLookup, fixed_length_reason, padding_may_block
 from vllm_instant.patches.moe_reports import count_in
@@ -58,6 +58,8 @@ class InstantMixin(BatchingMixin, PinningMixin):
         self.instant_nothing_to_draft = False
         """No request gets drafts after this step, so that there are none to fetch (read by ``patches.engine_core``)."""
         self._latest_output: float | None = None
+        self._instant_undraftable: set[str] = set()
+        """Live requests beside which no request can have drafts verified."""
         self._instant_plan = DraftPlan()
         self._drafts_on_device = self._asynchronous or bool(self.vllm_config.use_v2_model_runner)
         self._instant_drafter_failures: Sequence[Mapping[str, Any]] = ()
@@ -98,12 +100,18 @@ class InstantMixin(BatchingMixin, PinningMixin):
         """Open the request's state before the base class may schedule it."""
         if self.instant_budget is not None and request.request_id not in self.requests:
             self.instant_budget.admit(self.instant_state(request))
+            if not self.vllm_config.use_v2_model_runner and forbids_drafts(request.sampling_params):
+                self._instant_undraftable.add(request.request_id)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Note when the step began, because scheduling is a part of its time."""
         if self.instant_budget is not None:
             self.instant_budget.step_begins()
+        if self._instant_undraftable:
+            # Drafts of the last step, which would be verified beside such a request's first token.
+            for request in self.running:
+                request.spec_token_ids = []
         return super().schedule(*args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -138,6 +146,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
             max_wait,
             hold_model=reads_prompts and self._instant_model_waits,
             only_model=self._instant_only_model,
+            no_drafts=bool(self._instant_undraftable),
         )
         # The drafter makes one number for the whole batch: the maximum.
         maximum = max(plan.num_draft_tokens.values(), default=0)
@@ -249,6 +258,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if self.instant_budget is not None:
             self.instant_budget.forget(request.request_id)
+        self._instant_undraftable.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def instant_close(self) -> None:

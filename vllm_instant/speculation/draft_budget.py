@@ -224,6 +224,7 @@ class DraftBudgetManager:
         *,
         hold_model: bool = False,
         only_model: bool = False,
+        no_drafts: bool = False,
     ) -> DraftPlan:
         """Return the result of ``plan`` with the cost of drafts, for the workers.
 
@@ -235,11 +236,12 @@ class DraftBudgetManager:
                 draft model would read it, too, and draft, before the first token leaves the engine. It runs all the
                 same where that were more than ``MAX_HELD_SHARE`` of the steps.
             only_model: Whether there is no other source of drafts than a draft model.
+            no_drafts: Whether no draft can be verified in the next step.
 
         """
         held = hold_model and self._held_share < MAX_HELD_SHARE
         self._held_share = _HELD_MEMORY * self._held_share + (1 - _HELD_MEMORY) * held
-        budgets = self.plan(states, num_waiting, max_wait, 0 if held and only_model else None)
+        budgets = self.plan(states, num_waiting, max_wait, 0 if no_drafts or (held and only_model) else None)
         if self._ids[0] != states:
             self._ids = list(states), [self._id_of.get(state, state.request_id) for state in states]
         return DraftPlan(

@@ -276,3 +276,26 @@ def test_per_request_metrics_stay_as_the_user_set_them(make, monkeypatch):
     assert make().spec_decode_metrics_level == "none"
     monkeypatch.setenv(deployment_env.REPORT_DRAFTS, "1")
     assert make().spec_decode_metrics_level == "summary"
+
+
+@pytest.mark.parametrize("option", [{"thinking_token_budget": 8}, {"logprob_token_ids": [5, 6], "logprobs": 1}])
+def test_beside_a_request_that_the_rejection_sampler_cannot_serve_no_request_has_drafts(make, asynchronous, option):
+    scheduler = make("speculation.num_draft_tokens=3")
+    for number in range(2):
+        scheduler.add_request(harness.make_request(number))
+    for _ in range(4):
+        output = _step(scheduler, asynchronous)
+    assert all(len(drafts) == 3 for drafts in output.scheduled_spec_decode_tokens.values())
+    special = harness.make_request(9)
+    for name, value in option.items():
+        setattr(special.sampling_params, name, value)
+    scheduler.add_request(special)
+    for _ in range(3):
+        output = _step(scheduler, asynchronous)
+        assert len(output.num_scheduled_tokens) == 3
+        assert not any(output.scheduled_spec_decode_tokens.values())
+        assert not any(getattr(output, PLAN_ATTRIBUTE).num_draft_tokens.values())
+    scheduler.finish_requests(special.request_id, type(special.status).FINISHED_ABORTED)
+    for _ in range(3):
+        output = _step(scheduler, asynchronous)
+    assert sorted(map(len, output.scheduled_spec_decode_tokens.values())) == [3, 3]
