@@ -508,7 +508,7 @@ def watched(guarded: GuardedPlugin[Any], hook: str) -> Iterator[None]:
     def look() -> None:
         while not ended.wait(0.005):
             call = guarded.current
-            if call is not None and call.hook == hook:
+            if call is not None and call[0] == hook:
                 dog.look()
 
     thread = threading.Thread(target=look)

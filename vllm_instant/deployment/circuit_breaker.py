@@ -7,11 +7,11 @@ does not return (``deployment.watchdog``).
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -36,15 +36,11 @@ class HangError(BaseException):
     """Raised by the watchdog inside a call that does not return; a plugin's ``except Exception`` does not catch it."""
 
 
-@dataclass(eq=False)
-class Call:
-    """A call in progress."""
+Call = tuple[str, float, int]
+"""A call in progress: hook, begin on the breaker's clock, and the caller's thread (``get_ident``).
 
-    hook: str
-    began: float
-    """On the breaker's clock."""
-    thread: int
-    """``threading.get_ident`` of the caller."""
+A tuple, since one is made for every call; a call is told from others by identity.
+"""
 
 
 @dataclass(eq=False)
@@ -81,13 +77,13 @@ class GuardedPlugin(Generic[Instance]):
         outer = self.current
         try:
             began = self.clock()
-            self.current = Call(hook, began, threading.get_ident())
+            self.current = (hook, began, get_ident())
             result = run(self.instance)
             self.current = outer
             seconds = self.clock() - began
             if seconds > SLOW_SECONDS and self.is_timed:
                 self._count_slow(hook, seconds)
-            elif self.slow_calls.get(hook) or hook not in self.slow_calls:
+            elif self.slow_calls.get(hook, 1):
                 self.slow_calls[hook] = 0
         except BaseException as error:
             self.current = outer

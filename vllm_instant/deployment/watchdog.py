@@ -84,21 +84,22 @@ class Watchdog:
             call = plugin.current
             if call is None:
                 continue
-            limit = HANG_SECONDS if call.hook in plugin.slow_calls else FIRST_HANG_SECONDS
-            if now - call.began > limit:
+            hook, began, _ = call
+            if now - began > (HANG_SECONDS if hook in plugin.slow_calls else FIRST_HANG_SECONDS):
                 logger.error("Plugin %s in slot %s: %s", plugin.plugin, plugin.slot, _sentence(call))
                 self._end(call)
 
     def _end(self, call: Call) -> None:
-        if call.thread == threading.main_thread().ident and self._has_handler:
+        thread = call[2]
+        if thread == threading.main_thread().ident and self._has_handler:
             self._condemned = call
-            signal.pthread_kill(call.thread, SIGNAL)
+            signal.pthread_kill(thread, SIGNAL)
         else:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(call.thread), ctypes.py_object(HangError))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(HangError))
 
 
 def _sentence(call: Call) -> str:
-    return f"{call.hook} has not returned"
+    return f"{call[0]} has not returned"
 
 
 _WATCHDOG = Watchdog()

@@ -291,7 +291,7 @@ class DraftBudgetManager:
     def _checked_cost(self, policy: SpeculationPolicy) -> DraftCost:
         """The policy's cost of drafts as plain numbers, which travel to the workers."""
         given = policy.draft_cost()
-        if given is not self._given_cost[0]:
+        if given is not self._given_cost[0] and given != self._given_cost[0]:
             self._given_cost = given, checked_cost(given)
         return self._given_cost[1]
 

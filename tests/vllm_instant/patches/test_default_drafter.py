@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_instant.deployment.errors import DeploymentError, Problem
 from vllm_instant.deployment.resolved import PLUGIN_DRAFTER, drafter_arguments, engine_arguments, is_default_drafter
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.patches import default_drafter, plugin_factory
+from vllm_instant.patches import default_drafter, flags, plugin_factory
 from vllm_instant.patches.admission import needs_no_drafts
 from vllm_instant.patches.default_drafter import may_be_used
 from vllm_instant.patches.http_routes import as_served
@@ -114,3 +115,38 @@ def test_a_default_drafter_that_does_not_draft_is_not_shown_as_served():
 def test_what_the_rejection_sampler_cannot_verify(min_p, logit_bias, expected):
     assert needs_no_drafts(SimpleNamespace(min_p=min_p, logit_bias=logit_bias)) is expected
     assert needs_no_drafts(None) is False
+
+
+@pytest.mark.parametrize("error", [ValueError("Target and draft\n differ."), OSError("no file")])
+def test_a_drafter_that_vllm_refuses_is_one_sentence(monkeypatch, error):
+    def create(*_):
+        raise error
+
+    target = SimpleNamespace(runner_type="generate", is_encoder_decoder=False)
+    arguments = _arguments(scheduler_cls=None)
+    chosen = _deployment("drafter.plugin=ngram")
+    monkeypatch.setattr(default_drafter.deployment_env, "get_deployment", lambda: chosen)
+    with pytest.raises(DeploymentError) as caught:
+        default_drafter._create_speculative_config(create, arguments, target)
+    [problem] = caught.value.problems
+    assert problem.key == "[drafter]"
+    assert problem.message == " ".join(str(error).split())
+    # What the user typed is vLLM's to refuse.
+    for deployment in (None, _deployment()):
+        monkeypatch.setattr(default_drafter.deployment_env, "get_deployment", lambda deployment=deployment: deployment)
+        with pytest.raises(type(error)):
+            default_drafter._create_speculative_config(create, arguments, target)
+
+
+def test_errors_of_a_command_line_end_without_a_traceback(monkeypatch, capsys):
+    def create(*_):
+        raise DeploymentError([Problem("deploy.toml", "[drafter]", "the model does not fit")])
+
+    arguments = SimpleNamespace(additional_config=None)
+    monkeypatch.setattr(flags, "_from_command_line", False)
+    with pytest.raises(DeploymentError):
+        flags._create_engine_config(create, arguments)
+    monkeypatch.setattr(flags, "_from_command_line", True)
+    with pytest.raises(SystemExit):
+        flags._create_engine_config(create, arguments)
+    assert capsys.readouterr().err == "vllm-instant: deploy.toml: [drafter]: the model does not fit\n"
