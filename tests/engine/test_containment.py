@@ -1,10 +1,17 @@
 """A plugin that fails while serving is disabled and no request fails; one that cannot start stops the server."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import contained_faults
 import pytest
 from asking import ask_all, metrics_when
 from deployments import RAISING
 
-from vllm_instant.tools.measure.servers import ServerError
+from vllm_instant.tools.measure.servers import ServerError, serving_environment
 
 
 def test_failing_plugins_are_disabled_and_no_request_fails(launch, prompts, expected):
@@ -36,3 +43,20 @@ def test_a_plugin_that_cannot_start_stops_the_server(launch, policy, sentence):
     assert sentence in caught.value.log
     if policy == "incomplete":
         assert "Plugin incomplete in slot speculation is lossy" in caught.value.log
+
+
+def test_faults_of_all_kinds_in_one_engine_change_no_answer(demo_pair):
+    """30 of the cells of tests/vllm_instant/deployment/test_containment.py, where the engine is a real one."""
+    result = subprocess.run(
+        [sys.executable, contained_faults.__file__, str(demo_pair.target), "30"],
+        capture_output=True,
+        text=True,
+        env={**serving_environment(), "PYTHONPATH": os.pathsep.join(sys.path), "PATH": os.environ["PATH"]},
+        cwd=Path(contained_faults.__file__).parent,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])["cells"]
+    assert len(found) == 30
+    assert [cell["cell"] for cell in found if not cell["equal"] or cell["left"]] == []
+    assert sum(cell["disabled"] for cell in found) >= 9

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from vllm_instant.deployment.secrets import masked
 from vllm_instant.interfaces.deployment import Deployment
 
 REPORT_DRAFTS = "VLLM_INSTANT_REPORT_DRAFTS"
@@ -22,7 +23,8 @@ _RAY_LIST = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 def set_deployment(deployment: Deployment) -> None:
     """Make this process and its future children serve ``deployment``."""
-    os.environ[VARIABLE] = deployment.model_dump_json()
+    # Only the command line's process needs keys and passwords of the [vllm] table; each child can read this variable.
+    os.environ[VARIABLE] = deployment.model_copy(update={"vllm": masked(deployment.vllm)}).model_dump_json()
     copied = [name for name in os.environ.get(_RAY_LIST, "").split(",") if name]
     if VARIABLE not in copied:
         os.environ[_RAY_LIST] = ",".join([*copied, VARIABLE])

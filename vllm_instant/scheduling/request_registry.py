@@ -20,6 +20,8 @@ def prompt_group(token_ids: Sequence[int] | npt.NDArray[np.int32]) -> int:
     return hash(tuple(head) if isinstance(head, list) else tuple(int(token) for token in head))
 
 
+MAX_HINT = 1e300
+"""Maximum of a client's hint, in tokens."""
 OUTPUT_TOKENS_KEY = "instant_output_tokens"
 """Key of a client's ``vllm_xargs``: the number of output tokens that it expects."""
 
@@ -34,7 +36,8 @@ def hinted_output_tokens(extra_args: Mapping[str, Any] | None) -> float | None:
     value = (extra_args or {}).get(OUTPUT_TOKENS_KEY)
     if value is None:
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    # Compared before it is converted: a larger whole number has no float.
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_HINT:
         return float(value)
     raise ValueError(f"vllm_xargs: {OUTPUT_TOKENS_KEY} must be a number of tokens from 1, found {value!r}")
 

@@ -364,7 +364,7 @@ def test_a_file_of_another_release_is_ignored_with_a_warning(tmp_path, caplog):
     assert "do not fit this release" in caplog.text
 
 
-@pytest.mark.parametrize("nonsense", ["long", -5, 0, True, None, [3]])
+@pytest.mark.parametrize("nonsense", ["long", -5, 0, True, None, [3], 10**400, float("inf")])
 def test_invalid_hints_count_as_none(nonsense):
     state = RequestState("r", 16, 4096, 0.0, extra_args={"instant_output_tokens": nonsense})
     assert np.isnan(hinted_tokens(state))

@@ -146,3 +146,16 @@ def test_started_servers_get_secrets_by_their_environment(tmp_path):
         "HF_TOKEN": f"{CANARY}-3",
         "INSTANT_VLLM__API_KEY": f"{CANARY}-4",
     }
+
+
+def test_child_processes_get_no_secrets(write_file, monkeypatch):
+    import os
+
+    from vllm_instant.deployment import deployment_env
+
+    monkeypatch.setenv(deployment_env.VARIABLE, "")
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "")
+    file = write_file('[vllm]\napi_key = ["CANARY"]\nhf_token = "CANARY"\nmax_num_seqs = 4\n')
+    deployment_env.set_deployment(resolve(file))
+    assert "CANARY" not in os.environ[deployment_env.VARIABLE]
+    assert deployment_env.get_deployment().vllm["max_num_seqs"] == 4
