@@ -7,7 +7,7 @@ These names are all that the author of a drafter, rejection sampler, speculation
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.interfaces.drafter import Draft, Drafter, DraftRequest
 from vllm_instant.interfaces.hookspecs import hookimpl
-from vllm_instant.interfaces.plugins import DrafterOptions, Plugin, PluginContext, PluginOptions
+from vllm_instant.interfaces.plugins import DrafterOptions, FullGraphs, Plugin, PluginContext, PluginOptions
 from vllm_instant.interfaces.rejection_sampler import RejectionSampler, VerificationBatch
 from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.scheduling import Admission, SchedulerSnapshot, SchedulingPolicy
@@ -23,6 +23,7 @@ __all__ = [
     "DraftRequest",
     "Drafter",
     "DrafterOptions",
+    "FullGraphs",
     "Plugin",
     "PluginContext",
     "PluginOptions",

@@ -21,6 +21,8 @@ _SPECULATION = {
     "accepted": ("draft_tokens_accepted", "Draft tokens that were accepted."),
     "steps": ("planned_steps", "Engine steps with draft budgets of the speculation policy."),
     "steps_without_drafting": ("planned_steps_without_drafting", "Planned steps in which all draft budgets were 0."),
+    "full_graph_steps": ("full_graph_steps", "Decoding steps that ran as one CUDA graph."),
+    "piecewise_steps": ("piecewise_steps", "Decoding steps outside of such graphs, on devices that have them."),
 }
 
 _ADMISSION = {

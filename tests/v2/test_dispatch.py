@@ -7,6 +7,9 @@ import pytest
 
 RECORDED = Path(__file__).parent / "dispatch.json"
 FULL_SHARE = 0.95
+MAX_REGRET = 0.03
+NEAR_BREAK_EVEN = "1 request, acceptance 0.2"
+"""One request's estimate is too noisy for this load: with graphs or without, drafts are on half of the time."""
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +21,11 @@ def test_steps_are_dispatched_as_recorded(dispatched):
     assert dispatched["steps"] == json.loads(RECORDED.read_text()), json.dumps(dispatched["steps"], indent=1)
 
 
-def test_where_every_length_is_named_the_policys_plans_run_in_full_graphs(dispatched):
-    assert min(dispatched["full_share"]["V2, every length named"].values()) >= FULL_SHARE
+def test_the_policys_plans_run_in_full_graphs(dispatched):
+    assert min(dispatched["full_share"]["V2"].values()) >= FULL_SHARE, dispatched["full_share"]
 
 
-@pytest.mark.xfail(reason="deployments name no lengths, so that fewer drafts than K lose FULL graphs", strict=True)
-def test_as_served_the_policys_plans_run_in_full_graphs(dispatched):
-    assert min(dispatched["full_share"]["V2"].values()) >= FULL_SHARE
+def test_the_policy_is_nearly_as_fast_as_the_best_fixed_length_where_pieces_take_longer(dispatched):
+    regret = dispatched["regret"]
+    assert regret.pop(NEAR_BREAK_EVEN) <= 0.05
+    assert max(regret.values()) <= MAX_REGRET, regret

@@ -8,6 +8,7 @@ from vllm_instant.metrics import InstantMetrics
 
 def _totals(proposed, failures=()):
     speculation = {"budgeted": 9, "proposed": proposed, "accepted": 1, "steps": 3, "steps_without_drafting": 0}
+    speculation |= {"full_graph_steps": 2, "piecewise_steps": 1}
     return {"speculation": speculation, "failures": list(failures)}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -23,6 +25,26 @@ class DrafterOptions(PluginOptions):
     )
 
 
+@dataclass(frozen=True)
+class FullGraphs:
+    """The decoding steps that the device runs as one CUDA graph (vLLM's mode ``FULL``).
+
+    All other steps run in pieces (``PIECEWISE``) or without graphs, and the launches between the pieces take time.
+    """
+
+    lengths: tuple[int, ...]
+    """Numbers of draft tokens, the same for all requests of the step, that have a graph; rising."""
+    max_rows: int
+    """Maximum number of tokens of such a step: one per request and its draft tokens."""
+
+    def cover(self, num_draft_tokens: Sequence[int] | npt.NDArray[np.intp]) -> bool:
+        """Whether a step that verifies these draft tokens, one number per request, runs in a graph."""
+        numbers = num_draft_tokens.tolist() if isinstance(num_draft_tokens, np.ndarray) else list(num_draft_tokens)
+        length, count = numbers[0], len(numbers)
+        within = length in self.lengths and count * (1 + length) <= self.max_rows
+        return within and numbers.count(length) == count
+
+
 @dataclass(frozen=True, kw_only=True)
 class PluginContext:
     """Properties of the engine for which a plugin is built."""
@@ -38,6 +60,8 @@ class PluginContext:
     """Device type: ``cpu``, ``cuda``, …"""
     confident_drafts: bool = False
     """Whether the drafter reports a confidence for each token, so that ``DraftCost`` trims its drafts."""
+    full_graphs: FullGraphs | None = None
+    """The decoding steps that run as one CUDA graph; None where the device has no such graphs."""
     itl_slo_ms: float | None = None
     """SLO for the inter-token latency in milliseconds, if the deployment's speculation policy has one."""
     identity: Mapping[str, str] = field(default_factory=dict)

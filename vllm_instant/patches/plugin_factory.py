@@ -16,6 +16,7 @@ from vllm_instant.deployment.watchdog import watch
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.interfaces.plugins import PluginContext
 from vllm_instant.patches.compat import HasAttribute, VllmPatch
+from vllm_instant.patches.full_graphs import full_graphs_of
 
 
 class PluginStartError(Exception):
@@ -36,6 +37,7 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
         confident_drafts=own_drafter
         and deployment is not None
         and installed_plugin(deployment, "drafter").plugin.confident,
+        full_graphs=full_graphs_of(vllm_config),
         itl_slo_ms=deployment.slots["speculation"].options.get("itl_slo_ms") if deployment is not None else None,
         identity=_identity(vllm_config, deployment if own_drafter else None),
     )

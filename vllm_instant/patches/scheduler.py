@@ -79,9 +79,12 @@ class InstantMixin(BatchingMixin, PinningMixin):
             and installed_plugin(deployment, "drafter").plugin.build is not None
         )
         if deployment is not None and self.num_spec_tokens:
-            policy = build_guarded("speculation", deployment, context_of(self.vllm_config, deployment))
+            context = context_of(self.vllm_config, deployment)
+            policy = build_guarded("speculation", deployment, context)
             if policy is not None:
-                self.instant_budget = DraftBudgetManager(policy, self.num_spec_tokens, requests=self.instant_requests)
+                self.instant_budget = DraftBudgetManager(
+                    policy, self.num_spec_tokens, requests=self.instant_requests, graphs=context.full_graphs
+                )
                 reason = fixed_length_reason(self.vllm_config)
                 if reason is not None:
                     self._instant_fixed_length = True

@@ -13,6 +13,7 @@ from vllm_instant.patches import (
     engine_core,
     feed_forward,
     flags,
+    full_graphs,
     fused_rope,
     hybrid_drafting,
     min_p_logit_bias,
@@ -42,7 +43,7 @@ _LOADER = f"{names.MODEL_LOADER}:BaseModelLoader"
 
 METHODS: dict[str, tuple[VllmPatch, ...]] = {
     # The V1 model runner. MoE plugins may refuse an engine before it is built; samplers are exchanged afterwards.
-    f"{_V1}.__init__": (moe.PATCH, rejection_sampler.PATCH),
+    f"{_V1}.__init__": (moe.PATCH, rejection_sampler.PATCH, full_graphs.PATCH),
     f"{_V1}.load_model": (moe.PATCH,),
     f"{_V1}.initialize_kv_cache": (moe.PATCH, hybrid_drafting.PATCH),
     f"{_V1}._update_states": (hybrid_drafting.PATCH, draft_model_skip.PATCH, drafter.PATCH),
@@ -81,6 +82,7 @@ METHODS: dict[str, tuple[VllmPatch, ...]] = {
     f"{_ARGUMENTS}.add_cli_args": (flags.PATCH,),
     f"{_ARGUMENTS}.create_engine_config": (flags.PATCH,),
     f"{_ARGUMENTS}.create_speculative_config": (default_drafter.PATCH,),
+    f"{names.CONFIG}:VllmConfig._maybe_disable_dynamic_sd_for_data_parallel": (full_graphs.PATCH,),
     f"{_PARSER}.load_config_file": (flags.PATCH,),
     f"{_PARSER}._pull_args_from_config": (flags.PATCH,),
     f"{_PARSER}.parse_args": (flags.PATCH,),

@@ -18,6 +18,7 @@ from typing import Any
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.deployment.plain import decisions_of, finite, whole, whole_numbers
 from vllm_instant.interfaces.experts import ExpertCount
+from vllm_instant.interfaces.plugins import FullGraphs
 from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.speculation import DraftCost, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant.scheduling.request_registry import RequestRegistry
@@ -80,6 +81,10 @@ class SpeculationCounters:
     """Draft tokens that were accepted."""
     steps: int = 0
     """Number of planned engine steps."""
+    full_graph_steps: int = 0
+    """Number of decoding steps that ran as one CUDA graph."""
+    piecewise_steps: int = 0
+    """Number of decoding steps outside of such graphs, on devices that have them."""
     steps_without_drafting: int = 0
     """Number of planned steps in which all draft budgets were 0."""
 
@@ -92,6 +97,7 @@ class DraftBudgetManager:
         max_draft_tokens: Maximum number of draft tokens per request and step (vLLM's ``num_speculative_tokens``).
         clock: Monotonic time in seconds.
         requests: The registry of live requests, if another owner admits and forgets them; by default an own one.
+        graphs: The decoding steps that run as one CUDA graph; None where the device has no such graphs.
 
     """
 
@@ -101,10 +107,12 @@ class DraftBudgetManager:
         max_draft_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
         requests: RequestRegistry | None = None,
+        graphs: FullGraphs | None = None,
     ) -> None:
         self.policy = policy
         self.max_draft_tokens = max_draft_tokens
         self.counters = SpeculationCounters()
+        self._graphs = graphs
         self._requests = RequestRegistry() if requests is None else requests
         self._is_registrar = requests is None
         self.states = self._requests.states
@@ -316,7 +324,12 @@ class DraftBudgetManager:
         began, number = self._began.pop(step, (now, 0))
         seconds = now - (began if self._busy_since is None else self._busy_since)
         self._busy_since = now
-        self.counters.proposed += sum(drafted)
+        total = sum(drafted)
+        self.counters.proposed += total
+        if self._graphs is not None and states and num_scheduled_tokens == len(states) + total:
+            in_graph = self._graphs.cover(drafted)
+            self.counters.full_graph_steps += in_graph
+            self.counters.piecewise_steps += not in_graph
         self.counters.accepted += sum(accepted)
         self._outcomes.append(
             StepOutcome(

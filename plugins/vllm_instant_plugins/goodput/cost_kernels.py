@@ -18,6 +18,7 @@ def describe_step(
     draft_steps: float,
     requests: float,
     uncached_tokens: float,
+    piecewise: float,
     experts: float,
     x: Any,
 ) -> None:
@@ -35,7 +36,8 @@ def describe_step(
     x[count + 4], x[count + 5] = draft_steps, draft_steps * requests
     x[count + 6] = 1.0 if uncached_tokens > 0.0 else 0.0
     x[count + 7] = uncached_tokens
-    x[count + 8] = experts
+    x[count + 8] = piecewise
+    x[count + 9] = experts
 
 
 @compiled
@@ -156,6 +158,8 @@ def reference_deviation(
     drafts: float,
     draft_steps: float,
     requests: float,
+    piecewise: float,
+    baseline_piecewise: float,
     experts: float,
     baseline_experts: float,
     weights: Any,
@@ -168,8 +172,8 @@ def reference_deviation(
     times, with the noise ``R`` of one measurement. What all steps share is not part of the contrast.
     """
     plan, baseline = np.zeros(len(weights)), np.zeros(len(weights))
-    describe_step(knots, rows + drafts, context, drafts, draft_steps, requests, 0.0, experts, plan)
-    describe_step(knots, rows, context, 0.0, 0.0, requests, 0.0, baseline_experts, baseline)
+    describe_step(knots, rows + drafts, context, drafts, draft_steps, requests, 0.0, piecewise, experts, plan)
+    describe_step(knots, rows, context, 0.0, 0.0, requests, 0.0, baseline_piecewise, baseline_experts, baseline)
     seconds = baseline_seconds = 0.0
     for i in range(len(weights)):
         seconds += weights[i] * plan[i]

@@ -46,6 +46,7 @@ _EXTRA = (
     "pass requests",
     "resuming",
     "uncached_tokens",
+    "piecewise",
     "experts",
 )
 
@@ -75,8 +76,10 @@ _COMMON_DRIFT = 0.01
 _OWN_DRIFT = 0.004
 _PRIOR_POWER = 0.2
 _PRIOR_STEP = 0.15
-_PRIOR_EXTRA = (0.02, 0.05, 0.05, 0.001, 0.05, 0.005, 0.01, 0.02, 0.5)
+_PRIOR_EXTRA = (0.02, 0.05, 0.05, 0.001, 0.05, 0.005, 0.01, 0.02, 0.05, 0.5)
 """Standard deviations of the further weights, relative to a step."""
+_PRIOR_PIECEWISE = 0.1
+"""Time that a step outside of FULL CUDA graphs is assumed to take more, relative to a step."""
 
 
 class StepCosts:
@@ -125,6 +128,7 @@ class StepCosts:
         draft_steps: float,
         requests: float,
         uncached_tokens: float = 0.0,
+        piecewise: bool = False,
     ) -> Array:
         """The feature vector of one step, shape ``[weights]``.
 
@@ -135,6 +139,7 @@ class StepCosts:
             draft_steps: draft tokens that the drafter makes one after the other for the next step.
             requests: requests that decode.
             uncached_tokens: tokens that the drafter must read first, because it was off when they came.
+            piecewise: the step runs outside of the FULL CUDA graphs that the device has for others.
 
         """
         x = np.zeros(len(self.weights))
@@ -147,6 +152,7 @@ class StepCosts:
             float(draft_steps),
             float(requests),
             uncached_tokens / UNCACHED_UNIT,
+            float(piecewise),
             float(experts),
             x,
         )
@@ -204,7 +210,14 @@ class StepCosts:
         return float(np.interp(rows, self.knots, self._recent))
 
     def reference_deviation(
-        self, rows: float, context: float, drafts: float, draft_steps: float, requests: float
+        self,
+        rows: float,
+        context: float,
+        drafts: float,
+        draft_steps: float,
+        requests: float,
+        piecewise: bool = False,
+        baseline_piecewise: bool = False,
     ) -> float:
         """By how much one measured step without drafts is expected to change its ratio to a step with drafts.
 
@@ -214,6 +227,8 @@ class StepCosts:
             drafts: draft tokens beside ``rows``.
             draft_steps: draft tokens that the drafter makes one after the other.
             requests: requests that decode.
+            piecewise: the step with drafts runs outside of FULL CUDA graphs.
+            baseline_piecewise: the step without drafts does.
 
         """
         experts = self.experts
@@ -225,6 +240,8 @@ class StepCosts:
                 float(drafts),
                 float(draft_steps),
                 float(requests),
+                float(piecewise),
+                float(baseline_piecewise),
                 float(experts.share(requests, drafts)) if experts.counted else 0.0,
                 float(experts.share(requests, 0.0)) if experts.counted else 0.0,
                 self.weights,
@@ -247,6 +264,10 @@ class StepCosts:
     def verify_seconds(self) -> float:
         """Seconds of verifying any drafts at all, besides those of their rows."""
         return max(0.0, float(self.weights[len(self.knots) + 1]))
+
+    def piecewise_seconds(self) -> float:
+        """Seconds that a step takes more where it runs outside of FULL CUDA graphs."""
+        return max(0.0, float(self.weights[len(self.knots) + 8]))
 
     def draft_seconds(self, draft_steps: Array, rows: Array, requests: int) -> Array:
         """Seconds of the drafter, broadcast over ``draft_steps`` (0 is no drafting) and the target's ``rows``."""
@@ -331,6 +352,7 @@ class StepCosts:
         self._covariance[:count, :count] = walk + (seconds * 0.2) ** 2
         for index, share in zip(range(count, len(self.weights)), _PRIOR_EXTRA, strict=True):
             self._covariance[index, index] = (seconds * share) ** 2
+        self.weights[count + 8] = seconds * _PRIOR_PIECEWISE
 
     # ------------------------------------------------------------------------------------------- storing
 

@@ -49,6 +49,7 @@ class DraftCostEstimator:
         max_draft_tokens: int,
         max_rows: float,
         max_seconds: float = np.inf,
+        piecewise: bool = False,
     ) -> DraftCost:
         """Cost of drafts in the next step.
 
@@ -59,16 +60,18 @@ class DraftCostEstimator:
             max_draft_tokens: limit for all requests together.
             max_rows: drafts that would make a step with more rows than this are unaffordable,
             max_seconds: and drafts that would make the target model take longer than this.
+            piecewise: drafts of confidences differ in number, so that they cost the step its FULL CUDA graph.
 
         """
         costs = self._costs
         num_requests, rows = plan.num_requests, plan.num_requests + more_rows
         tokens_per_second = max(plan.tokens / plan.seconds, num_requests / plan.baseline_seconds)
+        verify_seconds = costs.verify_seconds() + piecewise * costs.piecewise_seconds()
         counts, listed = self._counts_up_to(max_draft_tokens)
         of_experts = (
             costs.expert_seconds(rows + counts, num_requests) if costs.experts.counted else np.zeros(len(counts))
         )
-        seconds = costs.target_seconds(rows + counts, context, requests=num_requests) + costs.verify_seconds()
+        seconds = costs.target_seconds(rows + counts, context, requests=num_requests) + verify_seconds
         if seconds[-1] > max_seconds:
             max_rows = min(max_rows, rows + float(np.interp(max_seconds, np.maximum.accumulate(seconds), counts)))
         at_knots = costs.at_knots()
@@ -77,7 +80,7 @@ class DraftCostEstimator:
             at_knots,
             at_knots,
             costs.context_seconds(context),
-            costs.verify_seconds(),
+            verify_seconds,
             costs.draft_weights(),
         )
         verify_costs = np.empty(len(counts) - 1)
@@ -96,7 +99,7 @@ class DraftCostEstimator:
         return DraftCost(
             verify_cost_curve=tuple(zip(listed, verify_costs.tolist(), strict=True)),
             per_token=max(0.0, per_token),
-            verify_fixed=tokens_per_second * costs.verify_seconds(),
+            verify_fixed=tokens_per_second * verify_seconds,
             draft_fixed=tokens_per_second * max(fixed + per_row * rows, 0.0),
             per_draft_step=tokens_per_second * max(per_step + per_step_request * num_requests, 0.0),
             catch_up_fixed=tokens_per_second * catch_up_fixed,

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from vllm_instant import FullGraphs
 from vllm_instant_plugins.goodput.costs import StepCosts
-from vllm_instant_plugins.goodput.planner import StepPlan, plan_step
+from vllm_instant_plugins.goodput.planner import StepPlan, covers, plan_step
 from vllm_instant_plugins.goodput.request_table import Batch, RequestTable
 
 Indices = npt.NDArray[np.intp]
@@ -134,6 +135,8 @@ class StepContext:
     """Rows that the step has in any case, beside one per request."""
     drafting_counts: bool = True
     """Whether the drafter's time is part of the costs; False where it weighs that itself."""
+    graphs: FullGraphs | None = None
+    """Steps that run as one CUDA graph; None: there is no such difference."""
     plan: StepPlan = field(init=False)
     """The best plan, once it was found."""
 
@@ -151,7 +154,19 @@ class StepContext:
             more_rows=self.more_rows,
             sigmas=sigmas,
             drafting_counts=self.drafting_counts,
+            graphs=self.graphs,
         )
+
+    @property
+    def even_lengths(self) -> list[int]:
+        """Numbers of draft tokens with which a step of these requests runs as one CUDA graph, without 0."""
+        if self.graphs is None or not self.batch.all_adaptive:
+            return []
+        return [n for n in self.graphs.lengths if n and covers(self.graphs, len(self.batch.requests), n)]
+
+    def piecewise(self, num_draft_tokens: Indices) -> bool:
+        """Whether a step that verifies these drafts runs outside of the FULL CUDA graphs that others have."""
+        return self.graphs is not None and not self.graphs.cover(num_draft_tokens)
 
 
 class Explorer:
@@ -188,6 +203,7 @@ class Explorer:
             return None
         rows = np.array(plan.num_requests + now.more_rows + hopeful.total_draft_tokens)
         seconds = float(self._seconds(np.array(float(hopeful.draft_steps)), rows, now))
+        seconds += now.piecewise(hopeful.num_draft_tokens) * self._costs.piecewise_seconds()
         hopeful = replace(hopeful, seconds=seconds)
         loss = max(0.0, 1.0 - hopeful.gain / plan.gain)
         return hopeful if self.budget.try_spend("costs", loss) else None
@@ -239,7 +255,8 @@ class Explorer:
         count, rows = plan.num_requests, plan.num_requests + now.more_rows
         drafts = plan.total_draft_tokens
         steps = plan.draft_steps if now.drafting_counts else 0
-        deviation = plan.gain * costs.reference_deviation(rows, now.context, drafts, steps, count)
+        piecewise = now.piecewise(plan.num_draft_tokens), now.piecewise(np.zeros_like(plan.num_draft_tokens))
+        deviation = plan.gain * costs.reference_deviation(rows, now.context, drafts, steps, count, *piecewise)
         if deviation < 1e-6:
             return 0.0
         z = (plan.gain - 1.0) / deviation
@@ -263,10 +280,11 @@ class Explorer:
         plan = replace(hopeful, tokens=hopeful.num_requests + float(now.survival[drafted].sum()))
         catch_up = self._catch_up_seconds(now.batch, np.flatnonzero(drafting))
         loss = max(0.0, 1.0 - plan.gain + catch_up / plan.baseline_seconds)
-        probe_seconds = float(self._seconds(np.array(1.0), np.array(plan.num_requests + 1.0), now))
+        probed = len(now.batch.adaptive) if now.even_lengths else 1
+        probe_seconds = float(self._seconds(np.array(1.0), np.array(float(plan.num_requests + probed)), now))
         loss_of_probe = probe_seconds / plan.baseline_seconds - 1.0
         shown = int(drafting.sum())
-        self._saving = shown > 1 and loss <= MAX_TRIAL_LOSS and loss < shown * loss_of_probe
+        self._saving = shown > 1 and loss <= MAX_TRIAL_LOSS and loss < shown / probed * loss_of_probe
         if not self._saving:
             self.budget.postpone("trial")
             return None
@@ -278,20 +296,29 @@ class Explorer:
         return plan
 
     def while_off(self, now: StepContext) -> tuple[Indices, str]:
-        """No drafts, or a few for one request, to see whether the drafter has become better; and the reason."""
+        """No drafts, or a few for one request, to see whether the drafter has become better; and the reason.
+
+        Where even steps run as one CUDA graph, all requests get the smallest number that has one: a single request's
+        drafts would cost the whole step its graph, and all together show more.
+        """
         plan, adaptive = now.plan, now.batch.adaptive
         num_draft_tokens = np.zeros(plan.num_requests, np.intp)
         follow_up, self.follow_up = self.follow_up, 0
         if not follow_up and not self.budget.may_explore("drafter", self._saving):
             return num_draft_tokens, "off"
-        num_probed = min(max(1, follow_up), len(adaptive))
+        even_lengths = now.even_lengths
+        num_probed = len(adaptive) if even_lengths else min(max(1, follow_up), len(adaptive))
         hopeless = bool(now.survival[adaptive, 0].max() < HOPELESS)
         max_probed = MAX_HOPELESS_TOKENS if hopeless else MAX_PROBED_TOKENS
-        lengths = np.arange(1, min(max_probed, now.max_draft_tokens) + 1)
+        lengths = (
+            np.array(even_lengths[:1]) if even_lengths else np.arange(1, min(max_probed, now.max_draft_tokens) + 1)
+        )
         draft_steps: Array = lengths.astype(np.float64)
         rows = np.array([0.0, *draft_steps * num_probed]) + plan.num_requests
         seconds = self._seconds(np.array([0.0, *draft_steps]), rows, now, as_measured=True)
         baseline_seconds, seconds = float(seconds[0]), seconds[1:]
+        if not even_lengths and now.graphs is not None:
+            seconds = seconds + self._costs.piecewise_seconds()
         # The longest among the cheapest, since a second token that costs nothing shows more; where the first one will
         # be rejected, the shortest.
         margin, choice = (1.05, 0) if hopeless else (1.02, -1)

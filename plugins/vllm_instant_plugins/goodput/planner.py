@@ -5,6 +5,9 @@ verification; it takes the time that ``StepCosts`` estimates. The best draft tok
 so that a plan is two numbers: how many tokens the drafter makes one after the other (``draft_steps``), and the survival
 probability from which a token is worth its row (``threshold``). All pairs of these are compared, with the survival
 probabilities sorted into a histogram, because the cost curve has steps and a hill climb would stop at the first one.
+
+On devices with CUDA graphs a step in which all requests verify the same number of drafts runs as one graph, and other
+steps take longer. Plans of one number for all requests are compared with the best uneven plan, each at its own price.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vllm_instant import FullGraphs
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.jit import compiled
 
@@ -106,6 +110,7 @@ def plan_step(
     more_rows: float = 0.0,
     sigmas: float = 0.0,
     drafting_counts: bool = True,
+    graphs: FullGraphs | None = None,
 ) -> StepPlan:
     """The plan with the most expected tokens per second, which may be to draft nothing.
 
@@ -122,9 +127,13 @@ def plan_step(
         more_rows: rows that the step has in any case, beside one per request.
         sigmas: standard deviations that steps with drafts are assumed to cost less than estimated.
         drafting_counts: False where the drafter itself weighs its own cost.
+        graphs: steps that run as one CUDA graph; all others take longer. None: there is no such difference.
 
     """
     num_requests = len(survival)
+    if more_rows:
+        graphs = None  # requests with numbers of their own: no plan for the others makes the step a graph
+    piecewise = 0.0 if graphs is None else costs.piecewise_seconds()
     baseline_at_knots = costs.at_knots()
     at_knots = costs.at_knots(sigmas, num_requests + more_rows) if sigmas else baseline_at_knots
     if costs.experts.counted:
@@ -138,6 +147,8 @@ def plan_step(
         costs.context_seconds(context),
         costs.verify_seconds(),
         costs.draft_weights() if drafting_counts else _FREE_DRAFTER,
+        piecewise,
+        0.0 if graphs is None or covers(graphs, num_requests, 0) else piecewise,
     )
     num_draft_tokens = np.empty(num_requests, np.intp)
     draft_steps, lowest, tokens, seconds, baseline_seconds = search_plans(
@@ -151,9 +162,26 @@ def plan_step(
         must_draft,
         num_draft_tokens,
     )
+    threshold = (lowest / LEVELS) ** 2 if draft_steps else 1.0
+    lengths = [] if graphs is None else [n for n in graphs.lengths if n and covers(graphs, num_requests, n)]
+    if lengths:
+        base = num_requests if weights is None else float(weights.sum())
+        length, even_tokens, even_seconds = search_even_plans(
+            survival,
+            _EVEN if weights is None else weights,
+            _EVEN if delivery_rate is None else delivery_rate,
+            curve,
+            np.array(lengths),
+            float(max_rows),
+            max(max_seconds, baseline_seconds),
+            -1.0 if must_draft and not draft_steps else (base + tokens) / seconds,
+        )
+        if length:
+            draft_steps, tokens, seconds = length, even_tokens, even_seconds
+            num_draft_tokens[:] = length
+            threshold = float(survival[:, min(length, survival.shape[1]) - 1].min())
     if weights is not None:
         tokens = float(survival[np.arange(survival.shape[1]) < num_draft_tokens[:, None]].sum())
-    threshold = (lowest / LEVELS) ** 2 if draft_steps else 1.0
     return StepPlan(
         num_draft_tokens, draft_steps, num_requests + tokens, seconds, baseline_seconds, num_requests, threshold
     )
@@ -176,6 +204,15 @@ class StepCurve(NamedTuple):
     """Verification of any drafts at all."""
     drafter: Any
     """Seconds of the drafter: fixed, per row of the target, per draft step, per draft step and request."""
+    piecewise_seconds: float = 0.0
+    """Seconds more of a step with drafts outside of FULL CUDA graphs,"""
+    baseline_piecewise_seconds: float = 0.0
+    """and of a step without drafts, if it is outside of them, too."""
+
+
+def covers(graphs: FullGraphs, num_requests: int, length: int) -> bool:
+    """Whether a step of ``num_requests`` with ``length`` draft tokens each runs as one CUDA graph."""
+    return length in graphs.lengths and num_requests * (1 + length) <= graphs.max_rows
 
 
 @compiled
@@ -242,7 +279,7 @@ def search_plans(
     # Without drafts each request brings one token: rate = sum(weights) / baseline_seconds.
     right = first_not_below(num_requests + more_rows, curve.knots, 0)
     baseline = between(num_requests + more_rows, right, curve.knots, curve.baseline_at_knots)
-    baseline_seconds = max(baseline + curve.context_seconds, 1e-6)
+    baseline_seconds = max(baseline + curve.context_seconds, 1e-6) + curve.baseline_piecewise_seconds
     allowed = max(max_seconds, baseline_seconds)
     best_rate = -1.0 if must_draft else base / baseline_seconds
     best_steps, best_level, best_tokens, best_seconds = 0, 0, 0.0, baseline_seconds
@@ -270,7 +307,7 @@ def search_plans(
             # sometimes delivered, so that verification is only sometimes paid for: min(extra, 1).
             right = first_not_below(all_rows, curve.knots, right)
             seconds = max(between(all_rows, right, curve.knots, curve.at_knots) + curve.context_seconds, 1e-6)
-            seconds += min(extra, 1.0) * curve.verify_seconds
+            seconds += min(extra, 1.0) * (curve.verify_seconds + curve.piecewise_seconds)
             drafting = drafter[0] + drafter[1] * all_rows + draft_steps * (drafter[2] + drafter[3] * num_requests)
             seconds += max(drafting, 0.0)
             rate = (base + above_tokens[level]) / seconds
@@ -283,3 +320,46 @@ def search_plans(
         for j in range(best_steps):
             num_draft_tokens[i] += levels[i, j] >= best_level
     return best_steps, best_level, best_tokens, best_seconds, baseline_seconds
+
+
+@compiled
+def search_even_plans(
+    survival: Any,
+    weights: Any,
+    delivery_rate: Any,
+    curve: Any,
+    lengths: Any,
+    max_rows: float,
+    max_seconds: float,
+    min_rate: float,
+) -> tuple[int, float, float]:
+    """The best of ``lengths``, draft tokens of every request, if it yields more tokens per second than ``min_rate``.
+
+    Arguments as for ``search_plans``. Returns the length (0: none), its expected accepted tokens, and its seconds.
+    """
+    num_requests, positions = survival.shape
+    has_weights, has_rates = len(weights) > 0, len(delivery_rate) > 0
+    at_position = np.zeros(positions)
+    base, delivering = 0.0, 0.0
+    for i in range(num_requests):
+        weight, delivered = weights[i] if has_weights else 1.0, delivery_rate[i] if has_rates else 1.0
+        base += weight
+        delivering += delivered
+        for j in range(positions):
+            at_position[j] += survival[i, j] * weight * delivered
+    best, best_tokens, best_seconds, best_rate, right = 0, 0.0, 0.0, min_rate, 0
+    drafter = curve.drafter
+    for length in lengths:
+        rows = num_requests + length * delivering
+        if length > positions or rows > max_rows:
+            continue
+        right = first_not_below(rows, curve.knots, right)
+        seconds = max(between(rows, right, curve.knots, curve.at_knots) + curve.context_seconds, 1e-6)
+        seconds += min(length * delivering, 1.0) * curve.verify_seconds
+        drafting = drafter[0] + drafter[1] * rows + length * (drafter[2] + drafter[3] * num_requests)
+        seconds += max(drafting, 0.0)
+        tokens = at_position[:length].sum()
+        rate = (base + tokens) / seconds
+        if seconds <= max_seconds and rate > best_rate:
+            best, best_tokens, best_seconds, best_rate = length, tokens, seconds, rate
+    return best, best_tokens, best_seconds

@@ -68,6 +68,7 @@ def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:
         log_changes=options.log_decisions,
         confident_drafts=context.confident_drafts,
         slowest_request=options.slowest_request,
+        graphs=context.full_graphs,
     )
 
 

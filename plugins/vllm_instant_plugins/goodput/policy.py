@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant import DraftCost, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
+from vllm_instant import DraftCost, FullGraphs, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant_plugins.acceptance import AcceptanceModel
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.decision_log import Decision, DecisionLog
@@ -61,6 +61,7 @@ class GoodputPolicy(SpeculationPolicy):
         confident_drafts: the drafter states confidences, and its drafts are trimmed by ``draft_cost``: then it is asked
             for as much as it can deliver as soon as that earns its cost, however rarely it delivers anything.
         slowest_request: lower bound on the speed of each request, relative to no drafts.
+        graphs: decoding steps that run as one CUDA graph; all others take longer. None: there is no such difference.
         clock: seconds, monotonic.
 
     """
@@ -76,6 +77,7 @@ class GoodputPolicy(SpeculationPolicy):
         clock: Callable[[], float] = time.monotonic,
         confident_drafts: bool = False,
         slowest_request: float = 0.0,
+        graphs: FullGraphs | None = None,
     ) -> None:
         self.acceptance = AcceptanceModel(max(1, max_draft_tokens))
         self.costs = StepCosts(max_requests * (max_draft_tokens + 1))
@@ -93,6 +95,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._log_changes = log_changes
         self._confident = confident_drafts
         self._slowest_request = slowest_request
+        self._graphs = graphs
         self._draft_cost = FREE
         self._draft_costs = DraftCostEstimator(self.costs)
         self._random = np.random.default_rng(0)
@@ -191,6 +194,7 @@ class GoodputPolicy(SpeculationPolicy):
             slo.weights(batch.indices) if slo is not None else None,
             more_rows,
             drafting_counts=not self._confident,
+            graphs=self._graphs,
         )
 
     def _plan(self, now: StepContext) -> float:
@@ -255,9 +259,9 @@ class GoodputPolicy(SpeculationPolicy):
         """Set the cost by which a drafter with confidences trims its drafts, and ask it for all that it can deliver."""
         max_draft_tokens = len(now.batch.adaptive) * now.max_draft_tokens
         self._draft_cost = self._draft_costs.draft_cost(
-            now.plan, now.context, now.more_rows, max_draft_tokens, now.max_rows, max_seconds
+            now.plan, now.context, now.more_rows, max_draft_tokens, now.max_rows, max_seconds, self._graphs is not None
         )
-        if self._slo is not None:
+        if self._slo is not None or now.even_lengths:
             return num_draft_tokens
         earns_cost = (num_draft_tokens > 0) & (now.survival[:, 0] >= self._draft_cost.per_token)
         return np.where(earns_cost, now.max_draft_tokens, num_draft_tokens)
@@ -355,7 +359,8 @@ class GoodputPolicy(SpeculationPolicy):
         # A hybrid drafter may have left its model out, or read more than was assumed, or less.
         assumed = planned.uncached_tokens if planned is not None and outcome.draft_steps else 0.0
         uncached_tokens = assumed if outcome.uncached_tokens is None else outcome.uncached_tokens
-        features = self.costs.features(rows, context, total, outcome.draft_steps, count, uncached_tokens)
+        piecewise = self._graphs is not None and not self._graphs.cover(outcome.drafted)
+        features = self.costs.features(rows, context, total, outcome.draft_steps, count, uncached_tokens, piecewise)
         self.costs.observe(features, outcome.seconds)
         self._save_sometimes()
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_instant import RequestState
+from vllm_instant import FullGraphs, RequestState
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.exploration import (
     BUDGET_PER_STEP,
@@ -215,3 +215,27 @@ class TestExplorer:
         assert _rich(cheap).while_drafting(now)[1] == "reference"
         cheap._covariance[:] = 0.0
         assert _rich(cheap).while_drafting(now)[1] == "draft"
+
+
+class TestWithGraphs:
+    GRAPHS = FullGraphs((0, 2, 4), 64)
+
+    def _off(self, graphs, requests=4):
+        costs = _costs(row=0.001)
+        costs.weights[len(costs.knots) + 8] = 0.002
+        now = replace(_context(costs, 0.0, requests), graphs=graphs)
+        now.plan = now.best(now.survival)
+        return _rich(costs).while_off(now)
+
+    def test_a_probe_is_a_step_of_the_smallest_number_that_has_a_graph(self):
+        probe, reason = self._off(self.GRAPHS)
+        assert (probe.tolist(), reason) == ([2, 2, 2, 2], "probe")
+
+    def test_without_graphs_one_request_is_probed(self):
+        probe, _ = self._off(None)
+        assert np.count_nonzero(probe) == 1
+
+    def test_where_no_step_with_drafts_has_a_graph_one_request_is_probed(self):
+        for graphs in (FullGraphs((0,), 64), FullGraphs((0, 2, 4), 8)):
+            probe, _ = self._off(graphs)
+            assert np.count_nonzero(probe) == 1

@@ -7,16 +7,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from vllm_instant import FullGraphs
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.planner import max_step_seconds, plan_step
 
 
-def _costs(base=20.0, row=0.0, start=0.0, each=0.0, each_request=0.0, verifying=0.0, knee=None):
+def _costs(base=20.0, row=0.0, start=0.0, each=0.0, each_request=0.0, verifying=0.0, knee=None, piecewise=0.0):
     """Costs in milliseconds, linear in rows or flat up to a knee."""
     costs = StepCosts(512)
     extra = np.maximum(costs.knots - knee, 0) if knee is not None else costs.knots
     costs.weights[: len(costs.knots)] = (base + row * extra) / 1e3
-    costs.weights[len(costs.knots) :] = np.array([0, verifying, start, 0, each, each_request, 0, 0, 0]) / 1e3
+    costs.weights[len(costs.knots) :] = np.array([0, verifying, start, 0, each, each_request, 0, 0, piecewise, 0]) / 1e3
     return costs
 
 
@@ -170,3 +171,61 @@ def test_a_step_is_too_long_when_a_request_is_slower_for_others_drafts():
     assert max_step_seconds(both, helped, None, 0.5) == pytest.approx(2 * both.baseline_seconds * (1 + helped[1].sum()))
     rarely = max_step_seconds(both, helped, np.array([1.0, 0.5]), 0.5)
     assert rarely == pytest.approx(2 * both.baseline_seconds * (1 + 0.5 * helped[1].sum()))
+
+
+# ------------------------------------------------------------------------------------------------ CUDA graphs
+
+GRAPHS = FullGraphs((0, 1, 2, 4), 64)
+
+
+def _rate(plan):
+    return plan.tokens / plan.seconds
+
+
+@given(chances, shapes, st.floats(0.0, 5.0))
+@settings(max_examples=60, deadline=None)
+def test_with_graphs_no_even_plan_is_better_and_an_uneven_one_pays_for_its_pieces(chances, costs, piecewise):
+    costs.weights[len(costs.knots) + 8] = piecewise / 1e3
+    survival, count = _reach(*chances), len(chances)
+    plan = plan_step(survival, costs, 0.0, max_rows=1e9, graphs=GRAPHS)
+    free = plan_step(survival, costs, 0.0, max_rows=1e9)
+    for length in GRAPHS.lengths:
+        rows, steps = np.array([float(count * (1 + length))]), np.array([float(length)])
+        seconds = costs.target_seconds(rows, 0.0)[0] + costs.verify_seconds() * (length > 0)
+        seconds += costs.draft_seconds(steps, rows, count)[0]
+        even = (count + survival[:, :length].sum()) / seconds
+        assert _rate(plan) >= even * (1 - 1e-9)
+    # An uneven plan is taken where it wins at its price, so that the loss is limited by the price.
+    assert _rate(plan) >= _rate(free) * free.seconds / (free.seconds + piecewise / 1e3) * (1 - 1e-9)
+    if not GRAPHS.cover(plan.num_draft_tokens):
+        assert plan.seconds > piecewise / 1e3
+
+
+def test_with_graphs_an_uneven_plan_is_taken_only_where_it_wins_at_its_own_price():
+    survival = _reach(1.0, 0.0, 0.0, 0.0)
+    cheap, dear = _costs(row=2.0, piecewise=0.5), _costs(row=2.0, piecewise=40.0)
+    assert plan_step(survival, cheap, 0.0, max_rows=1e9, graphs=GRAPHS).num_draft_tokens.tolist() == [4, 0, 0, 0]
+    assert not plan_step(survival, dear, 0.0, max_rows=1e9, graphs=GRAPHS).total_draft_tokens
+
+
+def test_lengths_without_a_graph_cost_their_pieces():
+    """Three drafts would be best, and four have a graph."""
+    survival = np.array([[0.9, 0.8, 0.7, 0.0]] * 2)
+    costs = _costs(each=0.5, piecewise=2.0)
+    assert plan_step(survival, costs, 0.0, max_rows=1e9).num_draft_tokens.tolist() == [3, 3]
+    assert plan_step(survival, costs, 0.0, max_rows=1e9, graphs=GRAPHS).num_draft_tokens.tolist() == [4, 4]
+
+
+def test_steps_with_more_rows_than_any_graph_are_all_uneven():
+    survival, costs = _reach(0.9, 0.9), _costs(piecewise=2.0)
+    few = FullGraphs((0, 4), 8)
+    within = plan_step(survival, costs, 0.0, max_rows=1e9, graphs=GRAPHS)
+    beyond = plan_step(survival, costs, 0.0, max_rows=1e9, graphs=few)
+    assert beyond.seconds == pytest.approx(within.seconds + 2e-3)
+
+
+def test_where_steps_without_drafts_have_no_graph_they_cost_their_pieces():
+    """As on the V1 model runner with a draft model, which captures the maximum only."""
+    plan = plan_step(_reach(0.0, 0.0), _costs(row=1.0, piecewise=2.0), 0.0, max_rows=1e9, graphs=FullGraphs((4,), 64))
+    assert plan.total_draft_tokens == 0
+    assert plan.baseline_seconds == pytest.approx(24e-3)

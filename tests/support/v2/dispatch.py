@@ -7,17 +7,21 @@ Dispatch is plain Python in vLLM. Only the capture of graphs needs a device, and
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 NUM_SPECULATIVE_TOKENS = 4
 MAX_NUM_SEQS = 64
 CAPTURE_SIZES = sorted({1, 2, 4, *range(8, 513, 8)})
-# A table that names every length makes vLLM's V2 runner capture a FULL graph for each; only its values matter here.
-EVERY_LENGTH = [(1, MAX_NUM_SEQS - 4, 4)] + [(MAX_NUM_SEQS - k, MAX_NUM_SEQS - k, k) for k in (3, 2, 1, 0)]
+PIECEWISE = 0.1
+"""Share by which steps outside of FULL graphs take longer: 0.066 to 0.216 measured in vLLM's issues 49548 and 49986."""
+CONCURRENCY = (1, 8, 32)
+ACCEPTANCE = (0.2, 0.8)
 
 STEPS = {
     "8 requests without drafts": [0] * 8,
@@ -75,12 +79,11 @@ def v2_dispatcher(lengths: list[tuple[int, int, int]] | None) -> Dispatch:
     return dispatch
 
 
-def v1_dispatcher(num_speculative_tokens: int) -> Dispatch:
-    """The dispatcher of the V1 runner."""
+def v1_dispatcher(query: int) -> Dispatch:
+    """The dispatcher of the V1 runner that captures decoding steps of ``query`` tokens per request."""
     from vllm.config.compilation import CompilationConfig, CUDAGraphMode
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
-    query = num_speculative_tokens + 1
     config = CompilationConfig(
         cudagraph_capture_sizes=list(CAPTURE_SIZES), max_cudagraph_capture_size=CAPTURE_SIZES[-1]
     )
@@ -92,7 +95,7 @@ def v1_dispatcher(num_speculative_tokens: int) -> Dispatch:
     dispatcher.vllm_config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_NUM_SEQS),
         lora_config=None,
-        num_speculative_tokens=num_speculative_tokens,
+        num_speculative_tokens=NUM_SPECULATIVE_TOKENS,
     )
     dispatcher.compilation_config = config
     dispatcher.uniform_decode_query_len = query
@@ -110,27 +113,71 @@ def v1_dispatcher(num_speculative_tokens: int) -> Dispatch:
     return dispatch
 
 
-def plans_of_goodput(concurrency: int, acceptance: float) -> list[tuple[int, ...]]:
-    """The draft lengths that ``goodput`` plans for every decoding step of a simulated GPU server."""
+def served(
+    make_policy: Callable[[Callable[[], float]], Any], concurrency: int, acceptance: float
+) -> tuple[float, list[tuple[int, ...]]]:
+    """Tokens per second of a simulated GPU server with graphs, and the draft lengths of its steps."""
     from vllm_instant.tools.measure.simulator import RequestClass, roofline, simulate, steady
-    from vllm_instant_plugins.goodput.policy import GoodputPolicy
 
     plans: list[tuple[int, ...]] = []
 
-    class Recording(GoodputPolicy):
-        def get_num_draft_tokens(self, step: Any) -> Any:
-            lengths = super().get_num_draft_tokens(step)
+    def recording(clock: Callable[[], float]) -> Any:
+        policy = make_policy(clock)
+        plan = policy.get_num_draft_tokens
+
+        def get_num_draft_tokens(step: Any) -> Any:
+            lengths = plan(step)
             plans.append(tuple(map(int, lengths)))
             return lengths
 
-    simulate(
-        lambda clock: Recording(NUM_SPECULATIVE_TOKENS, MAX_NUM_SEQS, clock=clock),
+        policy.get_num_draft_tokens = get_num_draft_tokens
+        return policy
+
+    report = simulate(
+        recording,
         [RequestClass(steady(acceptance))],
-        roofline(8e9),
+        replace(roofline(8e9), graphs=graphs(), piecewise=PIECEWISE),
         concurrency=concurrency,
-        requests=concurrency * 12,
+        requests=max(24, concurrency * 12),
+        max_draft_tokens=NUM_SPECULATIVE_TOKENS,
     )
-    return [plan for plan in plans if plan]
+    return report.tokens / report.noiseless_seconds, [plan for plan in plans if plan]
+
+
+def graphs() -> Any:
+    """The steps that the V2 runner captures for a deployment."""
+    from vllm_instant import FullGraphs
+    from vllm_instant.patches.full_graphs import tiers
+
+    return FullGraphs(tiers(NUM_SPECULATIVE_TOKENS), CAPTURE_SIZES[-1])
+
+
+def simulated(dispatchers: dict[str, Dispatch]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """By dispatcher and load the share of planned steps in FULL graphs; by load the regret.
+
+    The regret is the share by which ``goodput`` is slower than the best fixed length, from a server's first step on.
+    """
+    from vllm_instant_plugins.goodput.policy import GoodputPolicy
+    from vllm_instant_plugins.speculation import Fixed
+
+    shares: dict[str, dict[str, float]] = {name: {} for name in dispatchers}
+    regret = {}
+    for concurrency, acceptance in itertools.product(CONCURRENCY, ACCEPTANCE):
+        load = f"{concurrency} request{'s' * (concurrency > 1)}, acceptance {acceptance}"
+        fixed = [
+            served(lambda _, k=length: Fixed(k, None), concurrency, acceptance)[0]  # type: ignore[misc]
+            for length in range(NUM_SPECULATIVE_TOKENS + 1)
+        ]
+        speed, plans = served(
+            lambda clock: GoodputPolicy(NUM_SPECULATIVE_TOKENS, MAX_NUM_SEQS, clock=clock, graphs=graphs()),
+            concurrency,
+            acceptance,
+        )
+        regret[load] = round(1 - speed / max(fixed), 4)
+        for name, dispatch in dispatchers.items():
+            full = sum(dispatch(plan)[0] == "FULL" for plan in plans)
+            shares[name][load] = round(full / len(plans), 3)
+    return shares, regret
 
 
 def main() -> None:
@@ -139,23 +186,20 @@ def main() -> None:
     from v2 import interpreter
 
     interpreter.offer()
+    from vllm_instant.patches.full_graphs import table_of
+
     dispatchers = {
-        "V2": v2_dispatcher(None),
-        "V2, every length named": v2_dispatcher(EVERY_LENGTH),
-        "V1": v1_dispatcher(NUM_SPECULATIVE_TOKENS),
+        "V2": v2_dispatcher(table_of(NUM_SPECULATIVE_TOKENS, MAX_NUM_SEQS)),
+        "V2, vLLM alone": v2_dispatcher(None),
+        "V1": v1_dispatcher(1 + NUM_SPECULATIVE_TOKENS),
+        "V1, drafter on the host": v1_dispatcher(1),
     }
     steps = {
         name: {step: "{}, {} tokens".format(*dispatch(drafts)) for step, drafts in STEPS.items()}
         for name, dispatch in dispatchers.items()
     }
-    shares: dict[str, dict[str, float]] = {name: {} for name in dispatchers}
-    for concurrency in (1, 8, 32):
-        for acceptance in (0.2, 0.8):
-            plans = plans_of_goodput(concurrency, acceptance)
-            for name, dispatch in dispatchers.items():
-                full = sum(dispatch(plan)[0] == "FULL" for plan in plans)
-                shares[name][f"{concurrency} requests, acceptance {acceptance}"] = round(full / len(plans), 3)
-    print(json.dumps({"steps": steps, "full_share": shares}))
+    shares, regret = simulated(dispatchers)
+    print(json.dumps({"steps": steps, "full_share": shares, "regret": regret}))
 
 
 if __name__ == "__main__":

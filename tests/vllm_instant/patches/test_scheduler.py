@@ -101,6 +101,8 @@ def test_counts_are_exact(make, asynchronous):
         "accepted": 3 * 2 * 3,
         "steps": 4,
         "steps_without_drafting": 0,
+        "full_graph_steps": 0,
+        "piecewise_steps": 0,
     }
     state = scheduler.instant_budget.states["request-0"]
     assert state.num_output_tokens == 1 + 3 * 4

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_instant import RequestState, SpeculationPolicy
+from vllm_instant import FullGraphs, RequestState, SpeculationPolicy
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.speculation.draft_budget import MAX_HELD_SHARE, DraftBudgetManager, requested_num_draft_tokens
 from vllm_instant.speculation.draft_plan import DraftReport
@@ -309,3 +309,22 @@ def test_a_draft_model_waits_in_a_bounded_share_of_the_steps():
     held = [not budget.plan_drafts(_states(1), hold_model=True, only_model=True).draft_model_runs for _ in range(600)]
     assert held[0]
     assert sum(held[200:]) / 400 == pytest.approx(MAX_HELD_SHARE, abs=0.03)
+
+
+def test_decoding_steps_are_counted_by_whether_they_ran_as_one_cuda_graph():
+    policy = GuardedPlugin("speculation", "scripted", Scripted(lambda n: [0] * n))
+    budget = DraftBudgetManager(policy, 4, graphs=FullGraphs((0, 2, 4), 12))
+    states = _states(3)
+    for drafted, prompts in (
+        ([0, 0, 0], 0),
+        ([2, 2, 2], 0),
+        ([1, 1, 1], 0),
+        ([2, 2, 0], 0),
+        ([4, 4, 4], 0),
+        ([2, 2, 2], 7),
+    ):
+        rows = 3 + sum(drafted) + prompts
+        budget.step_finished(0, states, drafted, [0, 0, 0], num_scheduled_tokens=rows)
+    assert budget.counters.full_graph_steps == 2
+    # Numbers without a graph, numbers that differ, and more rows than any graph; a step with prompts is neither.
+    assert budget.counters.piecewise_steps == 3

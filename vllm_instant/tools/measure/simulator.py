@@ -19,6 +19,7 @@ import numpy.typing as npt
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.interfaces.drafter import Draft
 from vllm_instant.interfaces.experts import ExpertCount
+from vllm_instant.interfaces.plugins import FullGraphs
 from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.speculation import SpeculationPolicy
 from vllm_instant.speculation.draft_budget import DraftBudgetManager
@@ -76,6 +77,8 @@ class StepCost:
         top_k: experts that a token picks.
         draft_share: new experts of a draft token relative to an independent token; 0 where it uses those of the
             token before it.
+        graphs: steps that run as one CUDA graph; None: there is no difference.
+        piecewise: share by which all others take longer.
 
     """
 
@@ -89,6 +92,8 @@ class StepCost:
     num_experts: int = 64
     top_k: int = 8
     draft_share: float = 1.0
+    graphs: FullGraphs | None = None
+    piecewise: float = 0.0
 
     def experts(self, requests: int, drafts: int) -> ExpertCount | None:
         """Distinct experts of a step in each layer; None for a model without."""
@@ -97,6 +102,10 @@ class StepCost:
         tokens = requests + self.draft_share * drafts
         used = self.num_experts * (1.0 - (1.0 - self.top_k / self.num_experts) ** tokens)
         return ExpertCount(requests, drafts, used, self.num_experts, self.top_k)
+
+    def launches(self, drafted: Sequence[int]) -> float:
+        """The factor of the time of a step that verifies these drafts."""
+        return 1.0 if self.graphs is None or self.graphs.cover(drafted) else 1.0 + self.piecewise
 
     def seconds(self, rows: int, context: int, passes: int, requests: int, missed: int = 0) -> float:
         """Time of one step, without noise."""
@@ -284,7 +293,7 @@ def simulate(
         for request, length in zip(running, lengths, strict=True):
             if length:
                 missed, request.missed = missed + request.missed, 0
-        noiseless = cost.seconds(rows, context, passes, len(running), missed)
+        noiseless = cost.seconds(rows, context, passes, len(running), missed) * cost.launches(drafted)
         seconds = noiseless * next(factors)
         clock.now += seconds
         counted = finished >= warm_up_requests
