@@ -33,7 +33,7 @@ class Life:
     accepted: int = 0
     preempted: int = 0
     added: int = 0
-    padded: int = 0
+    cached: int = 0
 
     def add(self, prompts: int) -> None:
         """A request with one of a few prompts, so that later ones are found in the prefix cache."""
@@ -56,17 +56,16 @@ class Life:
         if not output.total_num_scheduled_tokens:
             return
         self.scheduler.get_grammar_bitmask(output)
-        # A request that starts or resumes has no drafts yet; where all but one of its tokens are cached, vLLM pads it.
+        # A request that starts or resumes has no drafts yet.
         starting = {request.req_id for request in output.scheduled_new_reqs}
         starting |= output.scheduled_cached_reqs.resumed_req_ids
         self.preempted += len(output.preempted_req_ids or ())
+        self.cached += sum(output.num_scheduled_tokens[request_id] == 1 for request_id in starting)
         for request_id, drafts in output.scheduled_spec_decode_tokens.items():
-            if request_id in starting:
-                self.padded += len(drafts)
-            else:
-                assert len(drafts) <= self.plan[request_id], "more drafts than were planned a step before"
+            assert request_id not in starting
+            assert len(drafts) <= self.plan[request_id], "more drafts than were planned a step before"
         self.plan = dict(getattr(output, PLAN_ATTRIBUTE).num_draft_tokens)
-        self.in_flight.append((output, self._prefilling(output), starting))
+        self.in_flight.append((output, self._prefilling(output)))
 
     def _prefilling(self, output: Any) -> set[str]:
         """Requests that sample nothing in this step, since some of their tokens are left to compute."""
@@ -81,12 +80,11 @@ class Life:
 
     def finish(self) -> None:
         """The oldest step in flight ends; a random number of its drafts is accepted."""
-        output, prefilling, starting = self.in_flight.popleft()
+        output, prefilling = self.in_flight.popleft()
         accepted = {}
         for request_id, drafts in output.scheduled_spec_decode_tokens.items():
-            padding = request_id in starting
-            accepted[request_id] = 0 if padding else self.random.randint(0, len(drafts))
-            if request_id in self.scheduler.requests and request_id not in prefilling and not padding:
+            accepted[request_id] = self.random.randint(0, len(drafts))
+            if request_id in self.scheduler.requests and request_id not in prefilling:
                 self.proposed += len(drafts)
                 self.accepted += accepted[request_id]
         self.scheduler.update_from_output(output, harness.answer(output, accepted, prefilling))
@@ -162,9 +160,9 @@ def test_counts_are_the_truth_and_nothing_is_left_over(live, deployment, blocks,
 @pytest.mark.usefixtures("with_test_plugins")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("blocks", [SMALL_CACHE, LARGE_CACHE], ids=["preemptions", "no preemptions"])
-def test_placeholders_of_fully_cached_prompts_are_not_counted_as_drafts(live, seed, blocks):
+def test_fully_cached_prompts_start_without_placeholders(live, seed, blocks):
     life = live(seed, "speculation.plugin=cycling", blocks=blocks, prefix_caching=True)
     life.run(prompts=2)
-    assert life.padded, "no request was found in the prefix cache as a whole"
+    assert life.cached, "no request was found in the prefix cache as a whole"
     totals = life.scheduler.instant_totals()["speculation"]
     assert (totals["proposed"], totals["accepted"]) == (life.proposed, life.accepted)

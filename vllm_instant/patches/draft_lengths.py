@@ -36,9 +36,10 @@ def _has_experts(vllm_config: Any) -> bool:
 class UnpaddedLookup:
     """In the place of ``Scheduler.dynamic_sd_lookup``: the same number for every batch size, without padding.
 
-    vLLM pads a request with one token left to compute to ``1 + num_speculative_tokens`` rows when it starts, to keep
-    the batch uniform for CUDA graphs. If the token budget of a step is smaller the request never starts, and if
-    ``long_prefill_token_threshold`` is smaller an assertion ends the engine. With a lookup vLLM does not pad.
+    vLLM pads a request with one token left to compute to ``1 + num_speculative_tokens`` rows when it starts, for the
+    CUDA graph of steps in which all requests verify that many drafts. With a draft budget other numbers are as likely.
+    And a padded request starts only in a step with room for all of its rows: never, where running requests or the
+    limits of a step leave less. With a lookup vLLM does not pad.
     """
 
     def __init__(self, num_spec_tokens: int) -> None:
@@ -46,9 +47,3 @@ class UnpaddedLookup:
 
     def __getitem__(self, batch_size: int) -> int:
         return self.num_spec_tokens
-
-
-def padding_may_block(num_spec_tokens: int, max_num_scheduled_tokens: int, long_prefill_token_threshold: int) -> bool:
-    """Whether a padded request may exceed what one step can schedule."""
-    padded = 1 + num_spec_tokens
-    return padded > max_num_scheduled_tokens or 0 < long_prefill_token_threshold < padded

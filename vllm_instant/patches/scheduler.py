@@ -25,7 +25,7 @@ from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.speculation import StepOutcome
 from vllm_instant.patches.admission import BatchingMixin, forbids_drafts
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
-from vllm_instant.patches.draft_lengths import UnpaddedLookup, fixed_length_reason, padding_may_block
+from vllm_instant.patches.draft_lengths import UnpaddedLookup, fixed_length_reason
 from vllm_instant.patches.moe_reports import count_in
 from vllm_instant.patches.names import PLACEHOLDER, PLAN_ATTRIBUTE, REPORT_ATTRIBUTE
 from vllm_instant.patches.pinned_prefixes import PinningMixin
@@ -65,7 +65,8 @@ class InstantMixin(BatchingMixin, PinningMixin):
         self._instant_drafter_failures: Sequence[Mapping[str, Any]] = ()
         self._instant_fixed_length = False
         """Whether the drafter drafts ``num_spec_tokens`` in every step; then only verification follows the plan."""
-        self._instant_avoid_padding()
+        if self.num_spec_tokens and self.dynamic_sd_lookup is None:
+            self.dynamic_sd_lookup = UnpaddedLookup(self.num_spec_tokens)
         deployment = deployment_env.get_deployment()
         speculative = self.vllm_config.speculative_config
         self._instant_model_waits = (
@@ -91,13 +92,6 @@ class InstantMixin(BatchingMixin, PinningMixin):
                     logger.info("Only verification follows the draft budget: %s", reason)
                 if self.spec_decode_metrics_level == "none" and os.environ.get(deployment_env.REPORT_DRAFTS):
                     self.spec_decode_metrics_level = "summary"
-
-    def _instant_avoid_padding(self) -> None:
-        """Keep vLLM from padding requests beyond what a step can schedule."""
-        threshold = self.scheduler_config.long_prefill_token_threshold
-        may_block = padding_may_block(self.num_spec_tokens, self.max_num_scheduled_tokens, threshold)
-        if self.num_spec_tokens and self.dynamic_sd_lookup is None and may_block:
-            self.dynamic_sd_lookup = UnpaddedLookup(self.num_spec_tokens)
 
     def add_request(self, request: Request) -> None:
         """Open the request's state before the base class may schedule it."""
@@ -208,9 +202,6 @@ class InstantMixin(BatchingMixin, PinningMixin):
         invalid = scheduler_output.num_invalid_spec_tokens or {}
         state_of = self.instant_requests.states.get
         on_device = self._drafts_on_device
-        # vLLM pads a request with one token left to compute to the full draft length when it starts or resumes.
-        starting = {request.req_id for request in scheduler_output.scheduled_new_reqs}
-        starting |= scheduler_output.scheduled_cached_reqs.resumed_req_ids
         states: list[RequestState] = []
         drafted: list[int] = []
         accepted: list[int] = []
@@ -223,7 +214,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
             state.num_output_tokens += produced
             drafts = drafts_of.get(request_id)
             count = 0
-            if drafts and request_id not in starting:
+            if drafts:
                 # Placeholders stand for real drafts where these stay on the device, and are padding otherwise.
                 count = len(drafts) if on_device else len(drafts) - drafts.count(PLACEHOLDER)
                 if invalid:
@@ -342,11 +333,9 @@ PATCH = VllmPatch(
         References("v1/request.py", "Request.__init__", ("cache_salt",)),
         HasAttribute(_OUTPUT, "SchedulerOutput.num_spec_tokens_to_schedule"),
         HasAttribute(_OUTPUT, "SchedulerOutput.scheduled_spec_decode_tokens"),
-        HasAttribute(_OUTPUT, "SchedulerOutput.scheduled_new_reqs"),
-        HasAttribute(_OUTPUT, "CachedRequestData.resumed_req_ids"),
         HasAttribute(_OUTPUT, "SchedulerOutput.num_scheduled_tokens"),
         HasAttribute(_OUTPUT, "SchedulerOutput.num_invalid_spec_tokens"),
-        References(_SCHEDULER, "Scheduler.__init__", ("dynamic_sd_lookup", "max_num_scheduled_tokens")),
+        References(_SCHEDULER, "Scheduler.__init__", ("dynamic_sd_lookup",)),
         References(_SCHEDULER, "Scheduler.schedule", ("dynamic_sd_lookup", "num_spec_tokens")),
         HasAttribute("config/speculative.py", "SpeculativeConfig.parallel_drafting"),
         HasAttribute("config/speculative.py", "SpeculativeConfig.draft_model_config"),

@@ -9,7 +9,7 @@ import scheduler_harness as harness
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.settings import resolve
-from vllm_instant.patches.draft_lengths import fixed_length_reason, padding_may_block
+from vllm_instant.patches.draft_lengths import fixed_length_reason
 from vllm_instant.patches.names import PLAN_ATTRIBUTE
 from vllm_instant.patches.scheduler import create_scheduler
 
@@ -50,14 +50,6 @@ def test_other_drafters_make_a_fixed_number(config, words):
 def test_dense_models_with_data_parallelism_may_vary():
     assert fixed_length_reason(_config(ranks=2, draft_experts=False)) is None
     assert fixed_length_reason(_config(target_experts=True)) is None
-
-
-@pytest.mark.parametrize(
-    ("budget", "threshold", "blocks"),
-    [(17, 0, False), (16, 0, True), (8192, 17, False), (8192, 16, True), (8192, 0, False)],
-)
-def test_when_a_padded_request_does_not_fit_into_a_step(budget, threshold, blocks):
-    assert padding_may_block(16, budget, threshold) == blocks
 
 
 @pytest.fixture
@@ -132,3 +124,36 @@ def test_a_cached_prompt_starts_where_its_padding_exceeds_the_threshold(make, as
             if request.is_finished():
                 break
         assert request.is_finished()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_cached_prompt_starts_beside_a_request_that_takes_most_of_a_small_step(
+    make, asynchronous, runner, monkeypatch
+):
+    """Steps of 16 tokens, of which the running request takes 9: nine more for a padded request are never left."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(runner == "V2")))
+
+    def small(config):
+        config.scheduler_config.max_num_batched_tokens = 16
+
+    scheduler = make(small, asynchronous, drafts=8, length=8, caching=True)
+    scheduler.add_request(harness.make_request(1, prompt_tokens=33, request_id="running"))
+    for step in range(12):
+        if step == 6:
+            scheduler.add_request(harness.make_request(1, prompt_tokens=33, request_id="cached"))
+        output = scheduler.schedule()
+        reading = {
+            request_id
+            for request_id in output.num_scheduled_tokens
+            if scheduler.requests[request_id].num_computed_tokens < scheduler.requests[request_id].num_prompt_tokens
+        }
+        scheduler.update_from_output(output, harness.answer(output, {}, reading))
+        if not asynchronous:
+            scheduler.update_draft_token_ids(harness.drafts_for(output, 8))
+        if step >= 6:
+            assert output.num_scheduled_tokens["running"] == 9
+            break
+    assert output.num_scheduled_tokens["cached"] == 1
+    assert "cached" not in output.scheduled_spec_decode_tokens
