@@ -5,6 +5,7 @@ Names begin with ``vllm_instant:``, because vLLM unregisters all metrics with ``
 
 from __future__ import annotations
 
+from collections import Counter as Counted
 from collections import defaultdict
 from typing import Any
 
@@ -95,6 +96,13 @@ class InstantMetrics:
             ["engine", "slot", "plugin", "hook"],
             registry=registry,
         )
+        self._findings = Gauge(
+            f"{PREFIX}deployment_findings",
+            "Number of limits of a slot in this deployment; the log states them at start.",
+            ["engine", "slot", "verdict"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
         self._seen: dict[tuple[str, ...], float] = defaultdict(float)
 
     def update(self, engine: str, totals: dict[str, Any]) -> None:
@@ -111,6 +119,9 @@ class InstantMetrics:
                 counter.labels(engine).inc(self._increase((engine, f"experts {field}"), experts["totals"][field]))
             for measure, value in experts["measures"].items():
                 self._expert_measures.labels(engine, measure).set(value)
+        findings = Counted((found["slot"], found["verdict"]) for found in totals.get("findings", ()))
+        for (slot, verdict), count in findings.items():
+            self._findings.labels(engine, slot, verdict).set(count)
         for failure in totals.get("failures", ()):
             labels = (engine, failure["slot"], failure["plugin"], failure["hook"])
             self._failures.labels(*labels).inc(self._increase(labels, failure["count"]))

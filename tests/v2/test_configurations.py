@@ -37,7 +37,27 @@ def test_a_draft_model_keeps_vllms_runner_and_scheduling(chosen):
     assert found["model, 1 GPU"].startswith("V2, async, FULL_AND_PIECEWISE")
 
 
-@pytest.mark.xfail(reason="hybrid wraps the V1 runner only, yet its method makes vLLM choose V2", strict=True)
-def test_hybrid_is_served_by_a_runner_that_it_wraps(chosen):
+def test_a_draft_model_gets_graphs_of_every_tier_but_with_data_parallelism(chosen):
+    """VLLM withdraws the table there."""
     _, found = chosen
-    assert found["hybrid, 1 GPU"].startswith("V1")
+    for parallel in ("1 GPU", "TP 2", "PP 2"):
+        assert "graphs of 0 1 2 4 drafts" in found[f"model, {parallel}"]
+    assert "graphs of 4 drafts; speculation limited" in found["model, DP 2"]
+
+
+def test_what_will_not_start_is_refused_beforehand(chosen):
+    _, found = chosen
+    assert "drafter refused" in found["hybrid, 1 GPU"]
+    assert "rejection_sampler refused" in found["model, relaxed sampler, 1 GPU"]
+
+
+def test_the_default_drafter_by_architecture(program):
+    """Recurrent layers must be told how many drafts were accepted; a default must not depend on whether they are."""
+    assert program("architectures") == {
+        "LlamaForCausalLM": "custom_class",
+        "Qwen3MoeForCausalLM": "custom_class",
+        "Lfm2ForCausalLM": "no drafter",
+        "GraniteMoeHybridForCausalLM": "no drafter",
+        "Qwen3NextForCausalLM": "no drafter",
+        "Mamba2ForCausalLM": "no drafter",
+    }

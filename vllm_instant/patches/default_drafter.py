@@ -47,6 +47,23 @@ def unsupported_feature(arguments: Any) -> str | None:
     return None
 
 
+def unsupported_model(model_config: Any) -> str | None:
+    """Return what a model has that rejected drafts could harm, or why it takes none; None for nothing.
+
+    State of recurrent layers after rejected tokens must be restored by their number, which only some of vLLM's
+    layers do on some devices. Such models are drafted for where a drafter is named.
+    """
+    if model_config.runner_type != "generate":
+        return "no text generation"
+    if model_config.is_encoder_decoder:
+        return "an encoder"
+    if model_config.is_diffusion:
+        return "a canvas of a diffusion language model"
+    if model_config.is_hybrid or model_config.is_attention_free:
+        return "recurrent layers"
+    return None
+
+
 def chooses_drafter(arguments: Any) -> bool:
     """Whether parsed options (or EngineArgs) name a speculative method."""
     options = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
@@ -58,14 +75,12 @@ def _create_speculative_config(create: Any, arguments: Any, target_model_config:
     feature = unsupported_feature(arguments)
     if feature is not None and deployment is not None and is_default_drafter(deployment):
         logger.info("The default drafter is left out because of %s; [drafter] plugin chooses one regardless", feature)
-    if (
-        deployment is not None
-        and arguments.scheduler_cls == QUALIFIED_NAME
-        and may_be_used(arguments, deployment)
-        and target_model_config.runner_type == "generate"
-        and not target_model_config.is_encoder_decoder
-    ):
-        arguments.speculative_config = drafter_arguments(deployment)["speculative_config"]
+    if deployment is not None and arguments.scheduler_cls == QUALIFIED_NAME and may_be_used(arguments, deployment):
+        reason = unsupported_model(target_model_config)
+        if reason is None:
+            arguments.speculative_config = drafter_arguments(deployment)["speculative_config"]
+        else:
+            logger.info("The default drafter is left out: the model has %s", reason)
     try:
         return create(target_model_config, *args, **kwargs)
     except (ValueError, OSError) as error:
@@ -100,6 +115,9 @@ PATCH = VllmPatch(
         HasAttribute(_ARGUMENTS, "EngineArgs.scheduler_cls"),
         References("config/model.py", "ModelConfig.__post_init__", ("runner_type",)),
         HasAttribute("config/model.py", "ModelConfig.is_encoder_decoder"),
+        HasAttribute("config/model.py", "ModelConfig.is_diffusion"),
+        HasAttribute("config/model.py", "ModelConfig.is_hybrid"),
+        HasAttribute("config/model.py", "ModelConfig.is_attention_free"),
     ),
     slots=("drafter",),
     optional=True,

@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm_instant.deployment import deployment_env
@@ -25,6 +26,7 @@ from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.speculation import StepOutcome
 from vllm_instant.patches.admission import BatchingMixin, forbids_drafts
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
+from vllm_instant.patches.deployment_check import Finding, findings_of, summary_of
 from vllm_instant.patches.draft_lengths import UnpaddedLookup, fixed_length_reason
 from vllm_instant.patches.moe_reports import count_in
 from vllm_instant.patches.names import PLACEHOLDER, PLAN_ATTRIBUTE, REPORT_ATTRIBUTE
@@ -65,8 +67,6 @@ class InstantMixin(BatchingMixin, PinningMixin):
         self._instant_drafter_failures: Sequence[Mapping[str, Any]] = ()
         self._instant_fixed_length = False
         """Whether the drafter drafts ``num_spec_tokens`` in every step; then only verification follows the plan."""
-        if self.num_spec_tokens and self.dynamic_sd_lookup is None:
-            self.dynamic_sd_lookup = UnpaddedLookup(self.num_spec_tokens)
         deployment = deployment_env.get_deployment()
         speculative = self.vllm_config.speculative_config
         self._instant_model_waits = (
@@ -79,17 +79,24 @@ class InstantMixin(BatchingMixin, PinningMixin):
             and uses_drafter_plugin(deployment, speculative)
             and installed_plugin(deployment, "drafter").plugin.build is not None
         )
-        if deployment is not None and self.num_spec_tokens:
+        self.instant_findings: list[Finding] = []
+        if deployment is not None:
+            self.instant_findings = findings_of(self.vllm_config, deployment)
+            logger.info("This engine: %s", summary_of(self.vllm_config))
+            for finding in self.instant_findings:
+                logger.info("[%s] %s: %s", finding.slot, finding.verdict, finding.text)
+        # Diffusion language models keep their canvas in the place of draft tokens, without a speculative config.
+        speculates = speculative is not None and self.num_spec_tokens > 0
+        if speculates and self.dynamic_sd_lookup is None:
+            self.dynamic_sd_lookup = UnpaddedLookup(self.num_spec_tokens)
+        if deployment is not None and speculates:
             context = context_of(self.vllm_config, deployment)
             policy = build_guarded("speculation", deployment, context)
             if policy is not None:
                 self.instant_budget = DraftBudgetManager(
                     policy, self.num_spec_tokens, requests=self.instant_requests, graphs=context.full_graphs
                 )
-                reason = fixed_length_reason(self.vllm_config)
-                if reason is not None:
-                    self._instant_fixed_length = True
-                    logger.info("Only verification follows the draft budget: %s", reason)
+                self._instant_fixed_length = fixed_length_reason(self.vllm_config) is not None
                 if self.spec_decode_metrics_level == "none" and os.environ.get(deployment_env.REPORT_DRAFTS):
                     self.spec_decode_metrics_level = "summary"
 
@@ -273,6 +280,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
         return {
             "speculation": None if budget is None else budget.totals(),
             "batching": None if batching is None else batching.totals(),
+            "findings": [asdict(finding) for finding in self.instant_findings],
             "failures": [*failure_counts(*served), *map(dict, self._instant_drafter_failures)],
         }
 
@@ -280,16 +288,29 @@ class InstantMixin(BatchingMixin, PinningMixin):
 def create_scheduler(*args: Any, **kwargs: Any) -> Any:
     """The instant scheduler over the base class that this engine's scheduling mode needs."""
     vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
-    if vllm_config.scheduler_config.async_scheduling:
-        from vllm.v1.core.sched.async_scheduler import AsyncScheduler as Base
-    else:
-        from vllm.v1.core.sched.scheduler import Scheduler as Base
+    base = _base_of(vllm_config)
     cls = type(
-        f"Instant{Base.__name__}",
-        (InstantMixin, Base),
+        f"Instant{base.__name__}",
+        (InstantMixin, base),
         {"__module__": __name__, "_asynchronous": bool(vllm_config.scheduler_config.async_scheduling)},
     )
     return cls(*args, **kwargs)
+
+
+def _base_of(vllm_config: Any) -> Any:
+    """The scheduler that vLLM would take for this engine."""
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    if vllm_config.diffusion_config is not None:
+        from vllm.v1.core.sched import diffusion_scheduler
+
+        return diffusion_scheduler.DiffusionAsyncScheduler if asynchronous else diffusion_scheduler.DiffusionScheduler
+    if asynchronous:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+        return AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return Scheduler
 
 
 _SCHEDULER = "v1/core/sched/scheduler.py"
@@ -346,6 +367,15 @@ PATCH = VllmPatch(
         HasAttribute("v1/outputs.py", "ModelRunnerOutput.req_id_to_index"),
         References("v1/engine/core.py", "EngineCore.post_step", ("take_draft_token_ids", "update_draft_token_ids")),
         HasSignature("config/scheduler.py", "SchedulerConfig.get_scheduler_cls", ("self",)),
+        HasAttribute("config/vllm.py", "VllmConfig.diffusion_config"),
+        References(
+            "config/vllm.py", "VllmConfig.__post_init__", ("diffusion_config", "scheduler_cls", "async_scheduling")
+        ),
+        HasSignature(
+            "v1/core/sched/diffusion_scheduler.py",
+            "DiffusionScheduler.update_draft_token_ids",
+            ("self", "draft_token_ids"),
+        ),
     ),
     slots=("speculation",),
 )

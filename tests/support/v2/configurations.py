@@ -29,6 +29,13 @@ DEPLOYMENTS = {
         '[drafter]\nplugin = "model"\nmodel = "DRAFT"\nnum_speculative_tokens = 4\n'
         '[rejection_sampler]\nplugin = "token"\n'
     ),
+    "model, fixed length": (
+        '[speculation]\nplugin = "fixed"\n[drafter]\nplugin = "model"\nmodel = "DRAFT"\nnum_speculative_tokens = 4\n'
+    ),
+    "model, relaxed sampler": (
+        '[drafter]\nplugin = "model"\nmodel = "DRAFT"\nnum_speculative_tokens = 4\n'
+        '[rejection_sampler]\nplugin = "relaxed"\nmax_relative_loss = 0.2\n'
+    ),
     "hybrid": '[drafter]\nplugin = "hybrid"\nmodel = "DRAFT"\nnum_speculative_tokens = 4\n',
 }
 VLLM_ALONE: dict[str, dict[str, Any]] = {
@@ -52,8 +59,12 @@ PARALLEL: dict[str, dict[str, int]] = {
 
 
 def chosen(model: str, **arguments: Any) -> str:
-    """Runner, scheduling, CUDA graphs and speculation method of a server, or the first line of vLLM's refusal."""
+    """Runner, scheduling, CUDA graphs, speculation method and limits of a server, or vLLM's refusal."""
     from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_instant.deployment import deployment_env
+    from vllm_instant.patches.deployment_check import findings_of
+    from vllm_instant.patches.full_graphs import full_graphs_of
 
     try:
         config = EngineArgs(model=model, max_model_len=512, dtype="bfloat16", **arguments).create_engine_config()
@@ -68,7 +79,11 @@ def chosen(model: str, **arguments: Any) -> str:
     ]
     if speculative and speculative.uses_dynamic_speculative_decoding():
         parts.append("scheduled lengths")
-    return ", ".join(parts)
+    graphs, deployment = full_graphs_of(config), deployment_env.get_deployment()
+    if graphs is not None:
+        parts.append(f"graphs of {' '.join(map(str, graphs.lengths))} drafts")
+    findings = [] if deployment is None else findings_of(config, deployment)
+    return "; ".join([", ".join(parts), *(f"{found.slot} {found.verdict}" for found in findings)])
 
 
 def rows_of_vllm(model: str, draft: str) -> dict[str, str]:
@@ -96,9 +111,8 @@ def rows_of_deployment(model: str, draft: str, name: str) -> dict[str, str]:
 def main() -> None:
     """Print all rows. Each deployment is forked from this process, which has imported vLLM once."""
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": ""}
-    from v2 import interpreter, pretended_device
+    from vllm_instant.patches import pretended_device
 
-    interpreter.offer()
     pretended_device.pretend()
     model, draft = sys.argv[1:]
     rows = rows_of_vllm(model, draft)

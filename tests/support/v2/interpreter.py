@@ -16,26 +16,10 @@ def offer() -> None:
     if "triton" in sys.modules or "vllm" in sys.modules:
         raise RuntimeError("the interpreter must be offered before Triton or vLLM is imported")
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.backends
+    from vllm_instant.patches.pretended_device import offer_driver
 
-    triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=_Driver)
+    offer_driver()
     _accept_integer_masks()
-
-
-class _Driver:
-    """As much of a Triton driver as vLLM asks for."""
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cpu", "", 0)
-
-    def get_current_device(self) -> int:
-        return 0
 
 
 def _accept_integer_masks() -> None:

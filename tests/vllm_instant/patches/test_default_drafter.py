@@ -150,3 +150,34 @@ def test_errors_of_a_command_line_end_without_a_traceback(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         flags._create_engine_config(create, arguments)
     assert capsys.readouterr().err == "vllm-instant: deploy.toml: [drafter]: the model does not fit\n"
+
+
+def _model(**given):
+    plain = {
+        "runner_type": "generate",
+        "is_encoder_decoder": False,
+        "is_diffusion": False,
+        "is_hybrid": False,
+        "is_attention_free": False,
+    }
+    return SimpleNamespace(**(plain | given))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (_model(), None),
+        (_model(runner_type="pooling"), "text generation"),
+        (_model(is_encoder_decoder=True), "encoder"),
+        (_model(is_diffusion=True), "canvas"),
+        (_model(is_hybrid=True), "recurrent layers"),
+        (_model(is_attention_free=True), "recurrent layers"),
+    ],
+)
+def test_models_that_rejected_drafts_could_harm_get_none(model, words, monkeypatch, caplog):
+    monkeypatch.setattr(default_drafter.deployment_env, "get_deployment", _deployment)
+    arguments = _arguments(scheduler_cls=default_drafter.QUALIFIED_NAME)
+    with caplog.at_level("INFO", "vllm.instant"):
+        default_drafter._create_speculative_config(lambda *_: None, arguments, model)
+    assert (arguments.speculative_config is None) == (words is not None)
+    assert (words or "") in caplog.text

@@ -157,3 +157,20 @@ def test_a_cached_prompt_starts_beside_a_request_that_takes_most_of_a_small_step
             break
     assert output.num_scheduled_tokens["cached"] == 1
     assert "cached" not in output.scheduled_spec_decode_tokens
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_diffusion_language_model_keeps_its_scheduler_and_its_canvas(make, asynchronous):
+    """Its canvas is in the place of draft tokens, and no policy may cut it."""
+
+    def diffusion(config):
+        config.speculative_config = None
+        config.diffusion_config = SimpleNamespace(canvas_length=8)
+
+    scheduler = make(diffusion, asynchronous, length=0)
+    [base] = [cls for cls in type(scheduler).__mro__ if cls.__name__.startswith("Diffusion")][:1]
+    assert base.__name__ == ("DiffusionAsyncScheduler" if asynchronous else "DiffusionScheduler")
+    assert scheduler.num_spec_tokens == 8
+    assert scheduler.instant_budget is None
+    assert scheduler.dynamic_sd_lookup is None

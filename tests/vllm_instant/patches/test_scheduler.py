@@ -172,7 +172,10 @@ def test_drafts_that_are_only_padding_are_not_counted(make, asynchronous):
 def test_without_a_drafter_there_is_no_budget(make):
     scheduler = make(drafts=0)
     assert scheduler.instant_budget is None
-    assert scheduler.instant_totals() == {"speculation": None, "batching": None, "failures": []}
+    totals = scheduler.instant_totals()
+    [finding] = totals.pop("findings")
+    assert (finding["slot"], finding["verdict"]) == ("drafter", "limited")
+    assert totals == {"speculation": None, "batching": None, "failures": []}
 
 
 @pytest.mark.usefixtures("with_test_plugins")

@@ -1,8 +1,11 @@
-"""``vllm-instant doctor``: whether this package fits the installed vLLM."""
+"""``vllm-instant doctor``: whether this package fits the installed vLLM, and what it can do for a model."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_instant.deployment.settings import resolve
+from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.tools.cli.common import (
     ConfigOption,
     Overrides,
@@ -28,14 +32,83 @@ VllmSource = Annotated[
     Path | None,
     typer.Option("--vllm", help="Unpacked vllm package folder to check against; the installed one by default."),
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Judge a server of this model: model runner, scheduling, CUDA graphs, and what each slot can do there.",
+    ),
+]
 
 
-def doctor(config: ConfigOption = None, overrides: Overrides = None, vllm: VllmSource = None) -> None:
-    """Check every patch of this package against vLLM's sources; exit code 1 if a chosen plugin cannot work."""
+class Device(StrEnum):
+    """Devices whose configuration can be resolved where they are not."""
+
+    H100 = "h100"
+
+
+PretendedDevice = Annotated[
+    Device | None,
+    typer.Option("--pretend-device", help="With --model: the server's device, if it is not this machine's."),
+]
+
+
+def doctor(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    vllm: VllmSource = None,
+    model: Model = None,
+    pretend_device: PretendedDevice = None,
+) -> None:
+    """Check every patch of this package against vLLM's sources, or with --model a deployment of that model.
+
+    Exit code 1 if a chosen plugin cannot work.
+    """
     with problems_reported():
         deployment = resolve(config, overrides or ())
     if vllm is None:
         require_vllm("doctor")
+    if model is not None:
+        _judge(model, config, overrides or (), pretend_device)
+        return
+    if pretend_device is not None:
+        fail("--pretend-device needs --model")
+    _check_patches(vllm, deployment)
+
+
+def _judge(model: str, config: Path | None, overrides: Sequence[str], device: Device | None) -> None:
+    """Print what each slot can do in a server of ``model``."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if device is not None:
+        from vllm_instant.patches.pretended_device import pretend
+
+        pretend()
+    from vllm_instant.patches.deployment_check import REFUSED, findings_of, resolve_config, summary_of
+
+    words = [model, "--plugins=vllm_instant", *(f"--instant-set={pair}" for pair in overrides)]
+    if config is not None:
+        words.append(f"--instant-config={config}")
+    with quiet_logging(), working("Resolving vLLM's configuration …"):
+        try:
+            vllm_config, deployment = resolve_config(words)
+        except ValueError as error:  # vLLM's own refusals; pydantic's errors are ValueErrors, too
+            fail(f"vLLM refuses this server: {' '.join(str(error).split())}", 1)
+        findings = findings_of(vllm_config, deployment)
+    print(summary_of(vllm_config))
+    print_columns(
+        ("slot", "plugin", "verdict", "why"),
+        (
+            (slot, choice.plugin, verdict, text)
+            for slot, choice in deployment.slots.items()
+            for verdict, text in [(f.verdict, f.text) for f in findings if f.slot == slot] or [("serves", "-")]
+        ),
+    )
+    if any(finding.verdict == REFUSED for finding in findings):
+        raise typer.Exit(1)
+
+
+def _check_patches(vllm: Path | None, deployment: Deployment) -> None:
     from vllm_instant.patches import registry
     from vllm_instant.patches.compat import installed_vllm
 
