@@ -34,7 +34,7 @@ DEPLOYMENTS = {
     ),
     "model, relaxed sampler": (
         '[drafter]\nplugin = "model"\nmodel = "DRAFT"\nnum_speculative_tokens = 4\n'
-        '[rejection_sampler]\nplugin = "relaxed"\nmax_relative_loss = 0.2\n'
+        '[rejection_sampler]\nplugin = "relaxed"\nepsilon = 0.2\n'
     ),
     "hybrid": '[drafter]\nplugin = "hybrid"\nmodel = "DRAFT"\nnum_speculative_tokens = 4\n',
 }
