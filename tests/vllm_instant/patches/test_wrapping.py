@@ -40,7 +40,7 @@ def _order(method):
 @pytest.mark.parametrize(
     ("method", "order"),
     [
-        ("gpu_model_runner:GPUModelRunner.__init__", ("experts", "rejection_sampler")),
+        ("gpu_model_runner:GPUModelRunner.__init__", ("experts", "rejection_sampler", "full_graphs")),
         ("gpu.model_runner:GPUModelRunner.__init__", ("experts", "hybrid_drafting")),
         ("GPUModelRunner.initialize_kv_cache", ("experts", "hybrid_drafting")),
         ("GPUModelRunner._update_states", ("hybrid_drafting", "draft_model_skip", "drafter")),
