@@ -49,15 +49,3 @@ def test_what_will_not_start_is_refused_beforehand(chosen):
     _, found = chosen
     assert "drafter refused" in found["hybrid, 1 GPU"]
     assert "rejection_sampler refused" in found["model, relaxed sampler, 1 GPU"]
-
-
-def test_the_default_drafter_by_architecture(program):
-    """Recurrent layers must be told how many drafts were accepted; a default must not depend on whether they are."""
-    assert program("architectures") == {
-        "LlamaForCausalLM": "custom_class",
-        "Qwen3MoeForCausalLM": "custom_class",
-        "Lfm2ForCausalLM": "no drafter",
-        "GraniteMoeHybridForCausalLM": "no drafter",
-        "Qwen3NextForCausalLM": "no drafter",
-        "Mamba2ForCausalLM": "no drafter",
-    }

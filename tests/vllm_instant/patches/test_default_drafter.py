@@ -181,3 +181,24 @@ def test_models_that_rejected_drafts_could_harm_get_none(model, words, monkeypat
         default_drafter._create_speculative_config(lambda *_: None, arguments, model)
     assert (arguments.speculative_config is None) == (words is not None)
     assert (words or "") in caplog.text
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("architecture", "supported"),
+    [
+        ("LlamaForCausalLM", True),
+        ("Qwen3MoeForCausalLM", True),
+        ("Lfm2ForCausalLM", False),
+        ("GraniteMoeHybridForCausalLM", False),
+        ("Qwen3NextForCausalLM", False),
+        ("Mamba2ForCausalLM", False),
+    ],
+)
+def test_the_default_drafter_by_architecture_as_vllm_describes_it(architecture, supported):
+    """Recurrent layers must be told how many drafts were accepted; a default must not depend on whether they are."""
+    from vllm.model_executor.models.registry import ModelRegistry, _ModelInfo
+
+    info = _ModelInfo.from_model_cls(ModelRegistry.models[architecture].load_model_cls())
+    model = _model(is_hybrid=info.is_hybrid, is_attention_free=info.is_attention_free)
+    assert (default_drafter.unsupported_model(model) is None) == supported
