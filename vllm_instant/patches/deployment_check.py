@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.resolved import installed_plugin, is_default_drafter
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches import moe
@@ -169,6 +170,8 @@ RULES: dict[str, Sequence[Rule]] = {
 def resolve_config(words: Sequence[str]) -> tuple[Any, Deployment]:
     """Return vLLM's configuration of a ``vllm serve`` command line, and its deployment; no engine is started.
 
+    The package's options must be on vLLM's command line already (``register.register``).
+
     Args:
         words: MODEL and options, without ``vllm serve``; they must select this package.
 
@@ -177,10 +180,6 @@ def resolve_config(words: Sequence[str]) -> tuple[Any, Deployment]:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_instant.deployment import deployment_env
-    from vllm_instant.register import register
-
-    register()
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(list(words))
     if getattr(parsed, "model_tag", None) is not None:
         parsed.model = parsed.model_tag

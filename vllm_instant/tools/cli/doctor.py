@@ -85,6 +85,9 @@ def _judge(model: str, config: Path | None, overrides: Sequence[str], device: De
 
         pretend()
     from vllm_instant.patches.deployment_check import REFUSED, findings_of, resolve_config, summary_of
+    from vllm_instant.register import register
+
+    register()
 
     words = [model, "--plugins=vllm_instant", *(f"--instant-set={pair}" for pair in overrides)]
     if config is not None:
