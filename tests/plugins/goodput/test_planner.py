@@ -203,9 +203,9 @@ def test_with_graphs_no_even_plan_is_better_and_an_uneven_one_pays_for_its_piece
 
 def test_with_graphs_an_uneven_plan_is_taken_only_where_it_wins_at_its_own_price():
     survival = _reach(1.0, 0.0, 0.0, 0.0)
-    cheap, dear = _costs(row=2.0, piecewise=0.5), _costs(row=2.0, piecewise=40.0)
+    cheap, costly = _costs(row=2.0, piecewise=0.5), _costs(row=2.0, piecewise=40.0)
     assert plan_step(survival, cheap, 0.0, max_rows=1e9, graphs=GRAPHS).num_draft_tokens.tolist() == [4, 0, 0, 0]
-    assert not plan_step(survival, dear, 0.0, max_rows=1e9, graphs=GRAPHS).total_draft_tokens
+    assert not plan_step(survival, costly, 0.0, max_rows=1e9, graphs=GRAPHS).total_draft_tokens
 
 
 def test_lengths_without_a_graph_cost_their_pieces():
