@@ -191,7 +191,7 @@ def test_only_a_deployment_that_reads_ahead_has_the_routes(write_file, monkeypat
 )
 def test_a_server_that_cannot_read_ahead_says_why(write_file, monkeypatch, engine_client, state, told):
     deployment = resolve(write_file('[streaming]\nplugin = "chunked"\n'))
-    monkeypatch.setattr(streaming, "context_of", lambda *_: None)
+    monkeypatch.setattr(streaming, "context_of", lambda *_: SimpleNamespace(max_model_len=1000))
     with pytest.raises(PluginStartError, match=told):
         streaming.start(None, FastAPI(), engine_client, state, deployment)
 
