@@ -12,7 +12,7 @@ import pytest
 from vllm_releases import OLDEST, own_tests
 from vllms_schedulers import write_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.perf]  # minutes
 
 SUPPORT = Path(__file__).parents[2] / "support"
 FILES = (
