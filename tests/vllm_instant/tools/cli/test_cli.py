@@ -135,6 +135,11 @@ class TestDoctor:
         assert result.exit_code == 2
         assert "is not a vllm package folder" in result.stderr
 
+    def test_a_pretended_device_needs_a_model(self, run):
+        result = run("doctor", "--pretend-device", "h100")
+        assert result.exit_code == 2
+        assert "--pretend-device needs --model" in result.stderr
+
     def test_a_server_refuses_what_the_doctor_would(self, write_file, other_vllm, monkeypatch):
         from vllm_instant.deployment.errors import DeploymentError
         from vllm_instant.patches import activation
