@@ -28,7 +28,7 @@ class BenchModel:
     name: str
     target: Path
     draft: Callable[[], Path]
-    """Its folder; raises FileNotFoundError where it must be made first."""
+    """Its folder; ends the benchmark with the command that makes it where it is missing."""
     prompts: Mapping[str, Prompts]
 
     def of_classes(self, names: Sequence[str], count: int, seed: int) -> dict[str, list[PromptSpec]]:
@@ -61,8 +61,15 @@ def smollm2() -> BenchModel:
     """SmolLM2-135M-Instruct, with chat prompts that its draft model was not trained on."""
     sets: dict[str, Prompts] = {name: functools.partial(_asked, name) for name in prompt_sets.PROMPT_SETS}
     return BenchModel(
-        real_model.NAME, real_model.prepare(), draft_recipe.made, {**sets, "mixed": functools.partial(_mixed, MIXED)}
+        real_model.NAME, real_model.prepare(), _draft, {**sets, "mixed": functools.partial(_mixed, MIXED)}
     )
+
+
+def _draft() -> Path:
+    try:
+        return draft_recipe.made()
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
 
 
 def _structured_and_free(count: int, seed: int) -> list[PromptSpec]:

@@ -1,6 +1,6 @@
 """vLLM's own client, ``vllm bench serve``, against vLLM alone and against ours, in turn.
 
-    .venv/bin/python benchmarks/bench_serve.py [--pairs 5] [--prompts mixed] [--users 4]
+    .venv/bin/python benchmarks/bench_serve.py [--pairs 5] [--prompts mixed] [--users 4]        # 5 minutes
 
 Two servers of one model, ours with the default deployment. In each pair the client sends the same chat prompts to both,
 the first server alternating; the prompts of a pair occur in no other one. Figures are those of the client's own file.
@@ -92,8 +92,8 @@ def main() -> None:
     parser.add_argument("--prompts", default="mixed", help="class of prompts")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--users", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=24, help="requests of a run of the client")
-    parser.add_argument("--tokens", type=int, default=64, help="largest length of an answer")
+    parser.add_argument("--requests", type=int, default=12, help="requests of a run of the client")
+    parser.add_argument("--tokens", type=int, default=48, help="largest length of an answer")
     parser.add_argument("--name", default="", help="the conditions of this run, where they are not the usual ones")
     parser.add_argument("--output", type=Path, default=HERE / "results/bench_serve.json")
     options = parser.parse_args()

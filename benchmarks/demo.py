@@ -73,7 +73,7 @@ def main() -> None:
         console.save_svg(str(options.screenshot), title="vllm-instant demo")
     console.print(f"{time.monotonic() - began:.0f} s in all")
     measured = [cell(result, setup.name, options.dtype or "bfloat16") for result in results]
-    write(options.output, measured, options.name, ("model", "dtype", "prompt"))
+    write(options.output, measured, options.name, ("model", "dtype", "prompt"), any_name=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Whether ours is ever later than the best of no speculation and fixed draft lengths, on a real chat model.
 
-    .venv/bin/python benchmarks/promise.py --part warm        # repeat it: rounds are added to earlier ones
-    .venv/bin/python benchmarks/promise.py --part cold
+    .venv/bin/python benchmarks/promise.py --part warm        # 12 minutes; repeated, it adds rounds to earlier ones
+    .venv/bin/python benchmarks/promise.py --part cold        # 8 minutes
 
-Arms: a vLLM server without this package; one with a fixed number of ``suffix`` drafts and one with a fixed number of
-drafts of the draft model, each at several lengths; and ours, the default deployment (``goodput``, ``suffix``). In a
-round every arm gets the same new prompts, one burst per arm in random order: as many requests as users (two in turn for
-a single user), which end where the model ends them, at most ``--tokens`` tokens.
+Arms: a vLLM server without this package; one with a fixed number of ``suffix`` drafts, at several lengths (``--fixed
+'suffix,draft model'``: one with the drafts of ``vllm-instant demo draft`` as well); and ours, the default deployment
+(``goodput``, ``suffix``). In a round every arm gets the same new prompts, one burst per arm in random order: as many
+requests as users (two or three in turn for a single user), which end where the model ends them, at most ``--tokens``
+tokens.
 
 ``warm`` uses servers that have served a burst before, ours with the costs that it learned then (``--costs``). ``cold``
 starts a new server for each burst of ours and of vLLM without speculation, ours with an empty folder of learned costs;
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_models import SMOLLM2, BenchModel, add_model_option, chosen
+from bench_models import MIXED, SMOLLM2, BenchModel, add_model_option, chosen
 from results import HERE, write
 from rich.console import Console
 
@@ -44,8 +45,9 @@ from vllm_instant.tools.measure.statistics import median_interval, ratio_interva
 OFF, SUFFIX, DRAFT, OURS = "off", "suffix", "draft model", "ours"
 LENGTHS = {SUFFIX: (2, 8), DRAFT: (1, 3)}
 SERVED = "demo"
-PER_USER = {1: 2}
-"""Requests of each user in a burst, one by default."""
+CLASSES = ("edit", "extract", "story", "mixed")
+SECONDS = {"warm": 660.0, "cold": 410.0}
+"""Time after which no round begins."""
 KEYS = ("part", "prompts", "users")
 OUTPUT = HERE / "results/promise.json"
 
@@ -59,8 +61,8 @@ class Cell:
 
     @property
     def requests(self) -> int:
-        """Number of requests in a burst."""
-        return self.users * PER_USER.get(self.users, 1)
+        """Number of requests in a burst: one per user, of a single user two in turn, or one of each mixed class."""
+        return max(self.users, len(MIXED) if self.prompts == "mixed" else 2)
 
 
 class Arms:
@@ -184,18 +186,20 @@ def main() -> None:
     add_model_option(parser)
     parser.set_defaults(model=SMOLLM2)
     parser.add_argument("--part", choices=["warm", "cold"], required=True)
-    parser.add_argument("--prompts", default="edit,extract,story,mixed")
+    parser.add_argument("--prompts", help="classes of prompts; all four, or mixed for new servers")
     parser.add_argument("--loads", default="1,4,8,16")
-    parser.add_argument("--fixed", default="suffix,draft model", help="drafters that have an arm with a fixed length")
+    parser.add_argument("--fixed", default=SUFFIX, help="drafters that have an arm with a fixed length")
     parser.add_argument("--costs", type=Path, help="folder in which ours keeps learned costs between warm runs")
-    parser.add_argument("--tokens", type=int, default=48, help="largest length of an answer")
-    parser.add_argument("--seconds", type=float, default=440, help="no burst begins later than this")
+    parser.add_argument("--tokens", type=int, default=40, help="largest length of an answer")
+    parser.add_argument("--seconds", type=float, help="no round begins later than this")
     parser.add_argument("--rounds", type=int, default=3, help="cells that have as many rounds get no more")
     parser.add_argument("--name", default="", help="the conditions of this run, where they are not the usual ones")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     model = chosen(options)
-    cells = [Cell(kind, int(users)) for users in options.loads.split(",") for kind in options.prompts.split(",")]
+    options.seconds = SECONDS[options.part] if options.seconds is None else options.seconds
+    kinds = (options.prompts or ("mixed" if options.part == "cold" else ",".join(CLASSES))).split(",")
+    cells = [Cell(kind, int(users)) for users in options.loads.split(",") for kind in kinds]
     with terminable(), tempfile.TemporaryDirectory(prefix="promise-") as name:
         learned = options.costs if options.costs and options.part == "warm" else Path(name) / "costs"
         arms = Arms(model, Path(name), learned)

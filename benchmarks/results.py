@@ -23,7 +23,7 @@ SUPPORT = [str(ROOT / path) for path in ("tests/support", "tests/support/plugins
 sys.path[:0] = [path for path in SUPPORT if path not in sys.path]
 
 
-def write(path: Path, measured: Any, name: str = "", keys: Sequence[str] = ()) -> None:
+def write(path: Path, measured: Any, name: str = "", keys: Sequence[str] = (), any_name: bool = False) -> None:
     """Put a run into a result file.
 
     Args:
@@ -32,10 +32,11 @@ def write(path: Path, measured: Any, name: str = "", keys: Sequence[str] = ()) -
         name: the conditions of the run. The file's earlier run of this name is replaced.
         keys: names of fields that identify a cell of ``measured``, a list of mappings. With them, earlier runs of the
             same name keep the cells that this run did not measure again.
+        any_name: whether earlier runs of other names lose the cells that were measured again, too.
 
     """
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    kept = [remaining(run, measured, keys) if run["name"] == name else run for run in runs]
+    kept = [remaining(run, measured, keys) if any_name or run["name"] == name else run for run in runs]
     run = {"name": name, **environment_info(command()), "commit": commit(), "measured": measured}
     record = {"benchmark": path.stem, "runs": [*filter(None, kept), run]}
     path.parent.mkdir(parents=True, exist_ok=True)

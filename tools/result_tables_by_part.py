@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import result_tables
-from result_tables import Run, Show, cells_of, interval, table
+from result_tables import Cell, Run, Show, cells_of, interval, table
+
+from vllm_instant.tools.measure.statistics import ratio_interval
 
 
 def streaming(runs: Sequence[Run]) -> str:
@@ -190,9 +193,82 @@ def demo_answers(runs: Sequence[Run]) -> str:
     return "\n\n".join(parts)
 
 
+ARMS = ("off", "suffix", "draft model", "ours")
+
+
+def promise(runs: Sequence[Run], part: str) -> str:
+    """Bursts of the public model's prompts: every arm's speed, and ours beside the best other one."""
+    order = ["edit", "extract", "story", "mixed"]
+    found = [cell for cell in cells_of(runs) if cell["part"] == part]
+    rows = []
+    for cell in sorted(found, key=lambda cell: (cell["users"], order.index(cell["prompts"]))):
+        best, ours = cell["arms"][cell["best"]], cell["arms"]["ours"]
+        pairs = [
+            " → ".join(f"{arm[key]['median']:.0f}" for arm in (best, ours))
+            for key in ("p50_itl_ms", "p99_itl_ms", "ttft_ms")
+        ]
+        ratios = [interval(cell[key]) for key in ("ours_to_best", "ours_to_off", "latency_best_to_ours")]
+        speeds = [_fastest(cell, name) for name in ARMS]
+        rows.append([cell["prompts"], str(cell["users"]), str(len(cell["rounds"]["ours"])), *speeds, *ratios, *pairs])
+    headings = ["prompts", "users", "rounds", "off, tokens/s", "fixed `suffix`", "fixed draft model", "ours"]
+    ratios = ["ours / best*", "ours / off", "latency, best / ours"]
+    return table([*headings, *ratios, "p50 between tokens, ms, best → ours", "p99", "first token"], rows)
+
+
+def _fastest(cell: Cell, name: str) -> str:
+    """Speed and length of the fastest arm of a drafter, marked where no other arm but ours is faster."""
+    speeds = {arm: found["tokens_per_second"]["median"] for arm, found in cell["arms"].items()}
+    same = [arm for arm in speeds if arm.partition(",")[0] == name]
+    if not same:
+        return ""
+    fastest = max(same, key=speeds.__getitem__)
+    length = fastest.partition(", ")[2]
+    return f"{speeds[fastest]:.0f}{f' ({length})' if length else ''}{'*' if fastest == cell['best'] else ''}"
+
+
+def promise_by_users(runs: Sequence[Run], part: str) -> str:
+    """Ours beside the best other arm, over all rounds of all classes of prompts."""
+    rows = []
+    cells = [cell for cell in cells_of(runs) if cell["part"] == part]
+    for users in sorted({cell["users"] for cell in cells}):
+        pairs = [
+            (ours["tokens_per_second"], theirs["tokens_per_second"], off["tokens_per_second"])
+            for cell in cells
+            if cell["users"] == users
+            for ours, theirs, off in zip(*(cell["rounds"][arm] for arm in ("ours", cell["best"], "off")), strict=True)
+        ]
+        ours, best, off = zip(*pairs, strict=True)
+        ratios = [interval(vars(ratio_interval(ours, other))) for other in (best, off)]
+        rows.append([str(users), str(len(pairs)), *ratios])
+    return table(["users", "rounds of all prompts", "ours / best*", "ours / off"], rows)
+
+
+def bench_serve(runs: Sequence[Run]) -> str:
+    """What vLLM's own client measures of vLLM alone and of ours."""
+    names = {
+        "output_throughput": "output tokens per second",
+        "median_ttft_ms": "median time to first token, ms",
+        "p99_ttft_ms": "p99 time to first token, ms",
+        "mean_tpot_ms": "mean time per output token, ms",
+        "median_itl_ms": "median time between messages, ms",
+        "p99_itl_ms": "p99 time between messages, ms",
+    }
+    rows = []
+    for cell in cells_of(runs):
+        case = [cell["model"], cell["prompts"], str(cell["users"]), str(cell["pairs"])]
+        for key, name in names.items():
+            arms = [f"{cell['arms'][arm][key]['median']:.1f}" for arm in ("vllm", "ours")]
+            rows.append([*case, name, *arms, interval(cell["ratio"][key])])
+    return table(["model", "prompts", "users", "pairs", "", "vLLM", "ours", "ours / vLLM"], rows)
+
+
 TABLES: dict[str, tuple[str, Show]] = {
     "demo": ("demo", demo),
     "demo_answers": ("demo", demo_answers),
+    "promise_warm": ("promise", functools.partial(promise, part="warm")),
+    "promise_by_users": ("promise", functools.partial(promise_by_users, part="warm")),
+    "promise_cold": ("promise", functools.partial(promise, part="cold")),
+    "bench_serve": ("bench_serve", bench_serve),
     "streaming": ("streaming", streaming),
     "experts": ("experts", experts),
     "expert_gate": ("experts", expert_gate),

@@ -31,13 +31,16 @@ def updated(page: str, results: Path = RESULTS) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
-        if name.startswith("runs of "):
-            made = runs_table(runs_of(results, name.removeprefix("runs of ")))
+        file = ALL_TABLES[name][0] if name in ALL_TABLES else name.removeprefix("runs of ")
+        named = name in ALL_TABLES or name.startswith("runs of ")
+        if named and not (results / f"{file}.json").exists():
+            made = "Not measured yet."
+        elif name.startswith("runs of "):
+            made = runs_table(runs_of(results, file))
         elif name == "summary":
             made = summary(results)
         elif name in ALL_TABLES:
-            file, show = ALL_TABLES[name]
-            made = show(runs_of(results, file))
+            made = ALL_TABLES[name][1](runs_of(results, file))
         else:
             raise SystemExit(f"no table is called {name}; there are {', '.join(sorted(ALL_TABLES))}")
         return f"<!-- table: {name} -->\n{made}\n<!-- end of table -->"

@@ -18,7 +18,7 @@ SETS = ("edit", "extract", "story", "explain")
 PROMPTS_PER_SET = 64
 PROMPT_SEED = "draft"
 ANSWER_TOKENS = 96
-OPTIONS = ("--take-layers", "2", "--share", "0.3", "--steps", "500", "--context", "256", "--batch", "4")
+OPTIONS = ("--take-layers", "2", "--share", "0.3", "--steps", "400", "--context", "128", "--batch", "2")
 ABOUT = "two of the target's 30 layers, trained on its answers to prompts of the demo's classes"
 
 

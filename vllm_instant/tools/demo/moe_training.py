@@ -41,7 +41,7 @@ def loss_of(windows: TaughtWindows, teacher: Teacher, plan: Training) -> Loss:
         output = model.base_model(input_ids=tokens, output_router_logits=True)
         hidden = output.last_hidden_state.flatten(0, 1).to(torch.bfloat16)
         head = model.get_output_embeddings().weight
-        distance = head_distance(hidden, head, states.flatten(0, 1), teacher.probabilities, FORWARD_KL)
+        distance = head_distance(hidden, head, states.flatten(0, 1), teacher.logits, FORWARD_KL)
         chosen = model.config.num_experts_per_tok
         balance = torch.stack([load_imbalance(logits, chosen) for logits in output.router_logits]).mean()
         return distance + BALANCE * (balance - chosen)

@@ -80,7 +80,7 @@ def loss_of(windows: TaughtWindows, teacher: Teacher, plan: Training, objective:
             hidden.to(torch.bfloat16),
             model.get_output_embeddings().weight,
             states.flatten(0, 1),
-            teacher.probabilities,
+            teacher.logits,
             objective_at(objective, progress),
         )
 

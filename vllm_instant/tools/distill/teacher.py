@@ -40,10 +40,9 @@ class Teacher:
             logits: torch.Tensor = self.model(input_ids=tokens).logits
             return logits
 
-    def probabilities(self, states: torch.Tensor) -> torch.Tensor:
-        """Float32 probabilities over the vocabulary, from ``states`` of any leading shape."""
-        logits = states if self._head is None else states @ self._head.T
-        return logits.float().softmax(-1)
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits over the vocabulary, from ``states`` of any leading shape."""
+        return states if self._head is None else states @ self._head.T
 
 
 class TaughtWindows:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-CHECKPOINT_EVERY = 200
+CHECKPOINT_EVERY = 100
 _STEP_FILE = "step.json"
 
 
