@@ -138,6 +138,8 @@ class Arms:
 def figures(burst: ArmRound) -> dict[str, Any]:
     """What is kept of a burst; times in milliseconds."""
     between = 1e3 * np.concatenate([answer.inter_token_latencies() for answer in burst.answers])
+    if not len(between):  # every answer arrived at once
+        between = np.zeros(1)
     return {
         "tokens_per_second": round(burst.tokens / burst.seconds, 3),
         "tokens": burst.tokens,
