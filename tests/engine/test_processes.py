@@ -85,3 +85,62 @@ def test_a_server_without_the_plugin_selected_is_plain_vllm(baseline):
     metrics = httpx.get(f"{baseline.url}/metrics").text
     assert "vllm_instant" not in metrics
     assert httpx.get(f"{baseline.url}/v1/instant/deployment").status_code == 404
+
+
+COMPILED_LATE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def main():
+    import torch
+    from numba.core.dispatcher import Dispatcher
+
+    def versions():
+        found = {}
+        for name, module in list(sys.modules.items()):
+            if name.startswith("vllm_instant"):
+                for key, item in vars(module).items():
+                    if isinstance(item, Dispatcher):
+                        found[name + "." + key] = len(item.signatures)
+        found["torch"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return found
+
+    llm = LLM(sys.argv[1], max_num_seqs=8, enforce_eager=True, additional_config={"vllm_instant": sys.argv[2]})
+    before = versions()
+    text = "def add(self, other):\\n    self.total += other.total\\n    return self\\n" * 4
+    for options in (
+        {"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 0.8, "seed": 3},
+    ):
+        sampling = SamplingParams(max_tokens=32, ignore_eos=True, **options)
+        llm.generate([text + str(number) for number in range(3)], sampling, use_tqdm=False)
+    core = llm.llm_engine.engine_core.engine_core
+    after = versions()
+    late = sorted(name for name in after if after[name] > before.get(name, 0))
+    print(json.dumps({"late": late, "all": len(after), "totals": core.instant_totals()}))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_nothing_is_compiled_for_the_first_requests(demo_pair, tmp_path):
+    """A compiled function whose first call were a request's would stop all requests for a second or more."""
+    script, file = tmp_path / "offline.py", tmp_path / "deploy.toml"
+    script.write_text(COMPILED_LATE)
+    # Lookups, a draft model, and verification with the distributions of its drafts.
+    file.write_text(
+        "[speculation]\nkeep_costs = false\n[vllm]\nmax_model_len = 1024\n"
+        f'[drafter]\nplugin = "hybrid"\nmodel = "{demo_pair.draft}"\ndraft_sample_method = "probabilistic"\n'
+    )
+    result = subprocess.run(
+        [sys.executable, str(script), str(demo_pair.target), str(file)],
+        capture_output=True,
+        text=True,
+        env={**serving_environment(), "PATH": os.environ["PATH"], "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads([line for line in result.stdout.splitlines() if line.startswith('{"late"')][-1])
+    assert found["late"] == []
+    assert found["all"] > 15
+    assert found["totals"]["speculation"]["proposed"] > 0
