@@ -1,7 +1,9 @@
 """The first 200 tokens of each user on a server that has learned nothing yet.
 
+    .venv/bin/python benchmarks/cold_start.py all
     .venv/bin/python benchmarks/cold_start.py DRAFTER [--users 1,4,8,16] [--starts 8] [--planted]
 
+``all`` runs the parts in ``PARTS`` one after the other, each in a process of its own, within about eight minutes.
 ``DRAFTER`` is ``suffix`` (the default deployment), ``hopeless`` (random tokens), ``trained`` (the demo's draft
 model), ``oracle`` (recorded answers) or ``stock`` (vLLM alone). There is one engine, in this process; a start gives
 it a policy, a draft budget and a lookup history as a new server has them. Arms, in another order in each start:
@@ -24,6 +26,8 @@ import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -50,8 +54,17 @@ MAX_USERS = 16
 SLOWEST_REQUEST = 0.95
 DECIDED, OFF, AGAIN = "decided", "off", "off again"
 FIXED_LENGTHS = (1, 2, 4, 8)
-CALIBRATION_ROUNDS = 3
+CALIBRATION_ROUNDS = 2
 DRAFTERS = ("suffix", "hopeless", "trained", "oracle", "stock")
+PARTS = (
+    "suffix --users 1 --starts 5",
+    "suffix --users 8 --starts 3",
+    "hopeless --users 1 --starts 5",
+    "hopeless --users 8 --starts 2",
+    "hopeless --users 1 --starts 2 --planted",
+    "oracle --users 1 --starts 3",
+    "trained --users 1 --starts 3 --seeded",
+)
 
 
 @dataclass
@@ -213,11 +226,11 @@ class Engine:
         return counters.proposed, counters.accepted
 
     def calibrated(self, prompts: Sequence[PromptSpec]) -> dict[str, Any]:
-        """Costs of this engine's steps, with random numbers of drafts and one to eight users."""
+        """Costs of this engine's steps, with random numbers of drafts and one or four users."""
         policy = self.policy(calibrating=True)
         self.start(policy)
         for _ in range(CALIBRATION_ROUNDS):
-            for users in (1, 4, 8):
+            for users in (1, 4):
                 self.serve(prompts[:users], "auto", None)
         return policy.costs.state()
 
@@ -244,12 +257,13 @@ def run_cell(
 ) -> Cell:
     """All starts under the same conditions."""
     users, cell = conditions["users"], Cell(conditions)
-    arms: dict[str, str | int] = {OFF: "off", AGAIN: "off"}
+    arms: dict[str, str | int] = {OFF: "off"}
     if engine.speculates:
         arms[DECIDED] = "auto"
     if prompts is not None:
-        del arms[AGAIN]
         arms |= {f"K={length}": length for length in FIXED_LENGTHS}
+    elif costs is None:
+        arms[AGAIN] = "off"
     texts = prompts or free(starts * users, f"cold {users}")
     code = snippets("code", 0.0, starts, "cold code")
     for number in range(starts):
@@ -275,7 +289,7 @@ def report(cell: dict[str, Any]) -> None:
 def main() -> None:
     """Measure one drafter, print, add to ``benchmarks/results/cold_start.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("drafter", choices=DRAFTERS)
+    parser.add_argument("drafter", choices=("all", *DRAFTERS))
     parser.add_argument("--users", default="1,4,8,16")
     parser.add_argument("--starts", type=int, default=8)
     parser.add_argument("--planted", action="store_true", help="with stored costs, right and wrong ones")
@@ -283,12 +297,21 @@ def main() -> None:
     parser.add_argument("--seeded", action="store_true", help="requests with seeds")
     parser.add_argument("--output", type=Path, default=HERE / "results/cold_start.json")
     options = parser.parse_args()
+    if options.drafter == "all":
+        for part in PARTS:
+            subprocess.run([sys.executable, __file__, *part.split(), "--output", str(options.output)], check=True)
+        return
+    measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All cells of one drafter."""
     cells = []
     with tempfile.TemporaryDirectory(prefix="cold-start-") as name:
         engine = Engine(options.drafter, Path(name))
-        prompts = None
+        prompts, loads = None, [int(count) for count in options.users.split(",")]
         if options.drafter == "oracle":
-            prompts = snippets("code", 0.0, max(16, options.starts), "cold oracle")
+            prompts = snippets("code", 0.0, max([options.starts, *loads]), "cold oracle")
             engine.record(prompts, Path(name) / "answers.json")
         elif engine.speculates:  # the first steps of a process are slow in every arm
             engine.serve(free(MAX_USERS, "warm"), "off", None)
@@ -300,7 +323,7 @@ def main() -> None:
             planted = {change: copy.deepcopy(measured) for change in PLANTED}
             for change, state in planted.items():
                 PLANTED[change](state)  # type: ignore[arg-type]
-        for users in (int(count) for count in options.users.split(",")):
+        for users in loads:
             for stored, costs in planted.items():
                 conditions = {
                     "drafter": options.drafter,

@@ -309,7 +309,9 @@ def search_plans(
             seconds = max(between(all_rows, right, curve.knots, curve.at_knots) + curve.context_seconds, 1e-6)
             seconds += min(extra, 1.0) * (curve.verify_seconds + curve.piecewise_seconds)
             drafting = drafter[0] + drafter[1] * all_rows + draft_steps * (drafter[2] + drafter[3] * num_requests)
-            seconds += max(drafting, 0.0)
+            # Where the curve falls with the rows, a plan would gain although no draft is accepted, and a wrong time of
+            # a step without drafts would not be measured again: the gain must come from tokens.
+            seconds = max(seconds + max(drafting, 0.0), baseline_seconds)
             rate = (base + above_tokens[level]) / seconds
             if seconds <= allowed and rate > best_rate:
                 best_rate, best_steps, best_level = rate, draft_steps, level

@@ -37,10 +37,10 @@ STEADY_STEPS = 48
 STEADY_GAIN = 0.05
 """this much of a difference is needed to change it back."""
 BACKOFF_STEPS = 4
-INITIAL_DRAFT_TOKENS = 3
+INITIAL_DRAFT_TOKENS = 2
 """Limit of a request's draft tokens on a new server;"""
-BEYOND_ACCEPTED = 2
-"""it grows to twice the longest accepted draft and this many more."""
+GROWTH = 4
+"""it grows to this many times the longest accepted draft."""
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
 FIRST_OBSERVATIONS = 20
@@ -335,7 +335,7 @@ class GoodputPolicy(SpeculationPolicy):
         if self._slo is not None:
             self._slo.observe(batch.indices, accepted + 1)
         self._draft_costs.observe(total)
-        self._max_length = max(self._max_length, 2 * int(accepted.max()) + BEYOND_ACCEPTED)
+        self._max_length = max(self._max_length, GROWTH * int(accepted.max()))
         decision = self.log.of_step(outcome.number - 1)
         if decision is not None:
             decision.set_outcome(outcome, total, num_accepted)

@@ -36,8 +36,7 @@ def test_a_fresh_server_with_hopeless_drafts_is_as_fast_as_without_drafts(curve,
 @pytest.mark.parametrize("curve", LOOKUPS)
 def test_a_fresh_server_with_overconfident_lookups_is_as_fast_as_without_drafts(curve, users):
     speeds, _ = relative_speeds(_confident, curve, "hopeless", users, range(STARTS[users]), stated=0.5)
-    assert np.median(speeds) >= 0.97, np.median(speeds)
-    assert speeds.min() >= 0.92, speeds.min()
+    assert _is_as_fast_as_without_drafts(speeds), (np.median(speeds), speeds.min())
 
 
 @pytest.mark.parametrize("users", STARTS)
@@ -50,13 +49,9 @@ def test_a_fresh_server_with_perfect_drafts_is_nearly_as_fast_as_the_best_fixed_
 @pytest.mark.parametrize("curve", ["amx", "avx", "gpu"])
 def test_few_drafts_show_a_fresh_server_that_nothing_is_accepted(curve):
     starts = [start(_policy, curve, "hopeless", seed=seed) for seed in range(40)]
-    rejected = [found.drafted for found in starts if found.accepted == 0]
-    assert len(rejected) >= 5
-    assert max(rejected) <= 40
-    # A lucky token is a reason to try more.
     few_accepted = [found.drafted for found in starts if found.accepted <= 0.05 * found.drafted]
-    assert np.quantile(few_accepted, 0.9) <= 40
-    assert max(few_accepted) <= 60
+    assert len(few_accepted) >= 20
+    assert max(few_accepted) <= 40
 
 
 @pytest.mark.perf
@@ -99,8 +94,7 @@ def test_wrong_stored_costs_do_not_hurt(stored, curve, planted, users):
         return _policy(clock, store=Store(state))
 
     speeds, _ = relative_speeds(policy, curve, "hopeless", users, range(20 if users == 1 else 5))
-    assert np.median(speeds) >= 0.96, np.median(speeds)
-    assert speeds.min() >= 0.92, speeds.min()
+    assert _is_as_fast_as_without_drafts(speeds), (np.median(speeds), speeds.min())
     speeds, _ = relative_speeds(policy, curve, "oracle", users, range(4))
     assert speeds.min() >= 0.9, speeds.min()
 

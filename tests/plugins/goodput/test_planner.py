@@ -94,6 +94,16 @@ def test_the_unit_of_time_does_not_matter(chances, costs, factor):
     assert after.tokens / after.seconds * factor == pytest.approx(before.tokens / before.seconds, rel=1e-9)
 
 
+def test_the_gain_comes_from_tokens_even_where_more_rows_take_less_time():
+    costs = _costs()
+    costs.weights[: len(costs.knots)] = 0.05 * 0.9 ** np.arange(len(costs.knots))
+    costs._recent[:] = 100.0  # all of it was measured, often and recently
+    assert costs.at_knots()[-1] < 0.6 * costs.at_knots()[0]
+    plan = plan_step(_reach(0.05), costs, 0.0, max_rows=1e9, must_draft=True)
+    assert plan.total_draft_tokens > 0
+    assert plan.gain == pytest.approx(plan.tokens / plan.num_requests)
+
+
 def test_free_rows_are_all_taken_and_costly_ones_only_when_likely():
     survival = _reach(0.9, 0.5, 0.1)
     assert plan_step(survival, _costs(row=0.0), 0.0, max_rows=1e9).num_draft_tokens.tolist() == [4, 4, 4]
