@@ -192,7 +192,7 @@ class TestExplorer:
 
     def test_reading_uncached_tokens_counts_as_loss(self):
         costs = _costs(row=0.002)
-        costs.weights[-2] = 0.1  # seconds for each 128 tokens
+        costs.weights[-3] = 0.1  # seconds for each 128 tokens
         table, now = RequestTable(), _context(costs, 0.05)
         explorer = _rich(costs, table)
         explorer.budget.balance = 0.5
