@@ -57,11 +57,9 @@ FIXED_LENGTHS = (1, 2, 4, 8)
 CALIBRATION_ROUNDS = 2
 DRAFTERS = ("suffix", "hopeless", "trained", "oracle", "stock")
 PARTS = (
-    "suffix --users 1 --starts 5",
-    "suffix --users 8 --starts 3",
-    "hopeless --users 1 --starts 5",
-    "hopeless --users 8 --starts 2",
-    "hopeless --users 1 --starts 2 --planted",
+    "suffix --users 1,8 --starts 4",
+    "hopeless --users 1,8 --starts 4",
+    "hopeless --users 1 --starts 1 --planted",
     "oracle --users 1 --starts 3",
     "trained --users 1 --starts 3 --seeded",
 )
