@@ -277,7 +277,8 @@ class DraftBudgetManager:
             self.policy.call("observe", lambda policy, outcome=outcome: policy.observe(outcome), None)  # type: ignore[misc]
 
     def _ask(self, states: Sequence[RequestState], number: int, limit: int | None = None) -> list[int]:
-        limit = self.max_draft_tokens if limit is None else limit
+        maximum = self.max_draft_tokens
+        limit = maximum if limit is None else limit
         # A list of its own: the engine's must not change with it.
         step = UpcomingStep(list(states), limit, *self._waiting, number)
 
@@ -286,9 +287,10 @@ class DraftBudgetManager:
             if len(budgets) != len(states):
                 raise ContractError(f"expected {len(states)} draft budgets, found {len(budgets)}")
             distinct = set(budgets)
-            if not (0 <= min(distinct) and max(distinct) <= limit):
-                raise ContractError(f"draft budgets must lie in 0..{limit}, found {min(distinct)}..{max(distinct)}")
-            return budgets
+            if not (0 <= min(distinct) and max(distinct) <= maximum):
+                raise ContractError(f"draft budgets must lie in 0..{maximum}, found {min(distinct)}..{max(distinct)}")
+            # A policy need not know that some steps allow fewer.
+            return budgets if limit == maximum else [min(budget, limit) for budget in budgets]
 
         if not states:
             return []

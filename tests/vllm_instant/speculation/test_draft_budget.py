@@ -297,6 +297,12 @@ def test_a_draft_model_waits_for_first_tokens_and_the_policy_knows():
     assert not budget.policy.disabled
 
 
+def test_a_policy_that_ignores_the_limit_of_such_a_step_is_not_disabled():
+    budget, _ = _budget(lambda n: [2] * n)
+    assert budget.plan_drafts(_states(2), hold_model=True, only_model=True).num_draft_tokens == {"r0": 0, "r1": 0}
+    assert not budget.policy.disabled
+
+
 def test_other_sources_draft_while_the_draft_model_waits():
     budget, _ = _granting()
     plan = budget.plan_drafts(_states(1), hold_model=True)
