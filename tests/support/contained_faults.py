@@ -62,7 +62,7 @@ def main() -> None:
             additional_config={"vllm_instant": str(file)},
         )
     core = llm.llm_engine.engine_core.engine_core
-    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
     def ask() -> list[list[int]]:
         return [list(answer.outputs[0].token_ids) for answer in llm.generate(list(PROMPTS), greedy, use_tqdm=False)]
@@ -84,6 +84,7 @@ def main() -> None:
                 "left": len(core.scheduler.requests),
             }
         )
+        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     print(json.dumps({"cells": found, "free": core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()}))
 
 
