@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +20,14 @@ from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.tools.cli.common import Overrides, fail, print_columns, problems_reported, require_vllm, working
-from vllm_instant.tools.measure import quality, verify
+from vllm_instant.tools.measure import quality, tasks, verify
+from vllm_instant.tools.measure.human_eval import SandboxError
 from vllm_instant.tools.measure.prompts import held_out_texts
 from vllm_instant.tools.measure.sampling import PROMPTS, RefusedError, ServerClient
 from vllm_instant.tools.measure.server_info import authorization, read_server_info
 from vllm_instant.tools.measure.servers import Server, ServerError, terminable
 
+TASK_TEMPERATURES = (0.0, 0.7)
 STYLES = {"pass": "green", "fail": "bold red", "not tested": "yellow", "lossy": "cyan"}
 
 
@@ -63,6 +65,14 @@ def verify_deployments(
     with_quality: Annotated[
         bool, typer.Option("--quality", help="Add the quality report, which lossy deployments always get.")
     ] = False,
+    with_tasks: Annotated[
+        bool,
+        typer.Option(
+            "--tasks",
+            help="Add a chat model's answers that can be judged: HumanEval (its programs run in a sandbox), facts and "
+            "tool calls as JSON, equality of whole answers.",
+        ),
+    ] = False,
     output: Annotated[Path | None, typer.Option("--json", help="File for the results as JSON.")] = None,
 ) -> None:
     """Check deployments against vLLM alone with the same model.
@@ -82,10 +92,11 @@ def verify_deployments(
     reports: list[dict[str, Any]] = []
     try:
         if stock_url is not None and our_url is not None:
-            reports = [_running(stock_url, our_url, api_key, plan, draft_length, with_quality)]
+            reports = [_running(stock_url, our_url, api_key, plan, draft_length, with_quality, with_tasks)]
         elif model is not None:
-            reports = _started(model, configs or [], overrides or [], context.args, plan, draft_length, with_quality)
-    except (ServerError, RefusedError) as error:
+            extras = with_quality, with_tasks
+            reports = _started(model, configs or [], overrides or [], context.args, plan, draft_length, *extras)
+    except (ServerError, RefusedError, SandboxError, FileNotFoundError) as error:
         print(f"vllm-instant: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     if output is not None:
@@ -107,7 +118,13 @@ def _prompts(file: Path | None) -> list[str]:
 
 
 def _running(
-    stock: str, ours: str, api_key: str | None, plan: verify.VerifyPlan, length: int | None, with_quality: bool
+    stock: str,
+    ours: str,
+    api_key: str | None,
+    plan: verify.VerifyPlan,
+    length: int | None,
+    with_quality: bool,
+    with_tasks: bool,
 ) -> dict[str, Any]:
     """Check one running server against another."""
     headers = authorization(api_key)
@@ -129,7 +146,8 @@ def _running(
             if with_quality or lossy
             else None
         )
-    return _printed(ours, plan, checks, measured)
+        judged = _judged(arms[1], arms[0], status.update) if with_tasks else []
+    return _printed(ours, plan, checks, measured, judged)
 
 
 def _started(
@@ -140,6 +158,7 @@ def _started(
     plan: verify.VerifyPlan,
     length: int | None,
     with_quality: bool,
+    with_tasks: bool,
 ) -> list[dict[str, Any]]:
     """Start vLLM alone and each deployment, and check them one after the other."""
     with problems_reported():
@@ -167,10 +186,22 @@ def _started(
                 if with_quality or lossy:
                     status.update("Quality")
                     measured = quality.quality_report(ours, stock, held_out_texts(40), [*plan.prompts] * 8)
+                judged = _judged(ours, stock, status.update) if with_tasks else []
             status.stop()
-            reports.append(_printed(_described(config, deployment), plan, checks, measured))
+            reports.append(_printed(_described(config, deployment), plan, checks, measured, judged))
             status.start()
     return reports
+
+
+def _judged(ours: ServerClient, stock: ServerClient, tick: Callable[[str], None]) -> list[tasks.TaskReport]:
+    """Both servers' answers to the tasks; greedy ones, and sampled ones, which a lossy rejection sampler changes."""
+    asked = tasks.tasks()
+    found = []
+    for temperature in TASK_TEMPERATURES:
+        tick(f"Tasks at temperature {temperature:g}")
+        own, other = ([tasks.ask(arm, task, temperature) for task in asked] for arm in (ours, stock))
+        found.append(tasks.report(asked, own, other, temperature))
+    return found
 
 
 def _described(config: Path | None, deployment: Deployment) -> str:
@@ -189,7 +220,11 @@ def _length(drafter: Mapping[str, Any], asked: int | None, tokens: int) -> int:
 
 
 def _printed(
-    title: str, plan: verify.VerifyPlan, checks: list[verify.VerifyCheck], measured: quality.QualityReport | None
+    title: str,
+    plan: verify.VerifyPlan,
+    checks: list[verify.VerifyCheck],
+    measured: quality.QualityReport | None,
+    judged: list[tasks.TaskReport],
 ) -> dict[str, Any]:
     """Print one deployment's report; returns it as plain data."""
     console = Console(soft_wrap=True)
@@ -210,9 +245,28 @@ def _printed(
             f"{measured.divergence:.5f} nats per token; vLLM finds a token of our answers likelier than one of its own "
             f"by {measured.answer_gap:.3f} nats ({measured.answers} answers).\n"
         )
+    if judged:
+        print_columns(
+            ("task", "temperature", "vLLM", "ours", "difference [95 %]"),
+            [row for report in judged for row in _task_rows(report)],
+        )
     return {
         "deployment": title,
         "samples": draws,
         "checks": [asdict(check) for check in checks],
         "quality": None if measured is None else measured.plain(),
+        "tasks": [report.plain() for report in judged],
     }
+
+
+def _task_rows(report: tasks.TaskReport) -> list[tuple[str, ...]]:
+    """The shares of right answers of both servers, and of equal whole answers."""
+    temperature = f"{report.temperature:g}"
+    rows: list[tuple[str, ...]] = []
+    for row in report.marks:
+        change = row.difference
+        shown = f"{change.mean:+.1%} [{change.low:+.1%}, {change.high:+.1%}]"
+        rows.append((f"{row.task}: {row.mark}", temperature, f"{row.baseline:.1%}", f"{row.ours:.1%}", shown))
+    for equality in report.equality:
+        rows.append((f"{equality.task}: equal answers", temperature, "", f"{equality.equal.mean:.1%}", ""))
+    return rows

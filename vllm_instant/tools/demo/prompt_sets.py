@@ -148,6 +148,20 @@ def extraction_request(meeting: Meeting) -> str:
     return f"Extract the facts as a JSON object with keys {', '.join(meeting.facts)}: {meeting.mail}"
 
 
+def extraction_conversation(meeting: Meeting) -> list[Message]:
+    """The same after an example: small models do not know otherwise which form is wanted."""
+    example = next(meetings(random.Random("example")))
+    return [*_example(extraction_request(example), dict(example.facts)), _user(extraction_request(meeting))]
+
+
+def _example(question: str, answer: Mapping[str, Any]) -> list[Message]:
+    return [_user(question), {"role": "assistant", "content": json.dumps(answer)}]
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
 def meetings(choose: random.Random) -> Iterator[Meeting]:
     """Mails with their facts."""
     while True:
@@ -188,17 +202,17 @@ def tool_calls(choose: random.Random) -> Iterator[list[Message]]:
 
 
 def tool_conversation(request: ToolRequest) -> list[Message]:
-    """The tools as JSON in a system message, an example, and the question."""
+    """The tools as JSON in a system message, an example for each, and the question."""
     tools = [
         {"name": name, "description": f"Returns {what}.", "parameters": list(TOOL_PARAMETERS[name])}
         for name, what in TOOLS.items()
     ]
-    example = {"name": "get_weather", "arguments": {"city": "Rome", "day": "Sunday"}}
-    system = (
-        f"You answer with one JSON object that calls a tool, and nothing else. The tools are:\n{json.dumps(tools)}\n"
-        f"To the question `Will it rain in Rome on Sunday?` you answer:\n{json.dumps(example)}"
-    )
-    return [{"role": "system", "content": system}, {"role": "user", "content": request.question}]
+    system = f"You answer with one JSON object that calls a tool, and nothing else. The tools are:\n{json.dumps(tools)}"
+    examples = {example.name: example for example in itertools.islice(tool_requests(random.Random("example")), 30)}
+    shown = [
+        turn for e in examples.values() for turn in _example(e.question, {"name": e.name, "arguments": e.arguments})
+    ]
+    return [{"role": "system", "content": system}, *shown, _user(request.question)]
 
 
 def tool_requests(choose: random.Random) -> Iterator[ToolRequest]:

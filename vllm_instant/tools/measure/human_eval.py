@@ -24,8 +24,8 @@ from vllm_instant.tools.measure._sandbox import NO_NAMESPACES
 
 TIMEOUT_SECONDS = 3.0
 """The package's own limit for one program."""
-STOP_WORDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where an answer ends (Chen et al. 2021, section 2)."""
+STOP_WORDS = ("\n```", "\ndef", "\nclass", "\nif", "\nprint", "\n#")
+"""Where an answer ends (Chen et al. 2021, section 2), or the code block that it is in."""
 MAX_SERVER_STOPS = 4
 """Number of stop words that OpenAI's API, and vLLM's of it, accepts per request."""
 _SANDBOX = Path(__file__).with_name("_sandbox.py")
@@ -54,6 +54,16 @@ def results(
     _require_harness(_SANDBOX)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(_result, problems, completions, itertools.repeat(timeout)))
+
+
+def messages(problem: Mapping[str, str]) -> list[dict[str, str]]:
+    """A conversation whose last message, the model's own, ends in the function that it is to continue.
+
+    Chat models answer a bare function with prose; a code block that they have begun they continue.
+    """
+    code = problem["prompt"].rstrip()
+    asked = f"Complete this Python function:\n```python\n{code}\n```"
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": f"```python\n{code}"}]
 
 
 def cut(text: str) -> str:

@@ -23,7 +23,7 @@ from vllm_instant.tools.measure import human_eval
 from vllm_instant.tools.measure.sampling import ServerClient, complete
 from vllm_instant.tools.measure.statistics import Estimate
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+ROUTE = "/v1/chat/completions"
 VALID, KEYS, RIGHT, PASSED = "valid JSON", "the keys asked for", "right values", "pass@1"
 Marks = Mapping[str, bool]
 
@@ -34,15 +34,13 @@ class Task:
 
     Attributes:
         name: as in reports.
-        route: of the server.
-        bodies: of the requests, without model and temperature.
+        bodies: of the requests to the chat route, without model and temperature.
         judge: the marks of each answer; a mark that is missing has failed.
         marks: the names of the marks, in the order of reports.
 
     """
 
     name: str
-    route: str
     bodies: Sequence[Mapping[str, Any]]
     judge: Callable[[Sequence[str]], list[Marks]]
     marks: tuple[str, ...] = ()
@@ -97,7 +95,7 @@ class TaskReport:
         return asdict(self)
 
 
-def tasks(count: int = 60, problems: int = 164, seed: int | str = 0) -> list[Task]:
+def tasks(count: int = 40, problems: int = 164, seed: int | str = 0) -> list[Task]:
     """The tasks: ``count`` mails, tool questions and texts each, and ``problems`` of HumanEval.
 
     Raises:
@@ -106,7 +104,7 @@ def tasks(count: int = 60, problems: int = 164, seed: int | str = 0) -> list[Tas
     """
     meetings = _drawn(prompt_sets.meetings, count, f"tasks/{seed}")
     calls = _drawn(prompt_sets.tool_requests, count, f"tasks/{seed}")
-    facts = [[{"role": "user", "content": prompt_sets.extraction_request(meeting)}] for meeting in meetings]
+    facts = [prompt_sets.extraction_conversation(meeting) for meeting in meetings]
     tools = [prompt_sets.tool_conversation(call) for call in calls]
     texts = [
         messages
@@ -114,21 +112,22 @@ def tasks(count: int = 60, problems: int = 164, seed: int | str = 0) -> list[Tas
         for messages in prompt_sets.PROMPT_SETS[name].conversations(-(-count // 3), f"tasks/{seed}")
     ]
     found = [
-        Task("facts", CHAT, _chats(facts, 96), lambda given: list(map(_facts, given, meetings)), (VALID, KEYS, RIGHT)),
-        Task("tools", CHAT, _chats(tools, 64), lambda given: list(map(_call, given, calls)), (VALID, KEYS, RIGHT)),
-        Task("text", CHAT, _chats(texts, 128), lambda given: [{} for _ in given]),
+        Task("facts", _chats(facts, 96), lambda given: list(map(_facts, given, meetings)), (VALID, KEYS, RIGHT)),
+        Task("tools", _chats(tools, 64), lambda given: list(map(_call, given, calls)), (VALID, KEYS, RIGHT)),
+        Task("text", _chats(texts, 80), lambda given: [{} for _ in given]),
     ]
     if problems:
         chosen = prompt_sets.human_eval_problems()[:problems]
         stops = list(human_eval.STOP_WORDS[: human_eval.MAX_SERVER_STOPS])
-        bodies = [{"prompt": p["prompt"], "max_tokens": 200, "stop": stops} for p in chosen]
+        form = {"max_tokens": 200, "stop": stops, "add_generation_prompt": False, "continue_final_message": True}
+        bodies = [{"messages": human_eval.messages(problem), **form} for problem in chosen]
 
         def judge(given: Sequence[str]) -> list[Marks]:
             return [
                 {PASSED: result == "passed"} for result in human_eval.results(chosen, list(map(human_eval.cut, given)))
             ]
 
-        found.append(Task("HumanEval", COMPLETIONS, bodies, judge, (PASSED,)))
+        found.append(Task("HumanEval", bodies, judge, (PASSED,)))
     return found
 
 
@@ -148,23 +147,12 @@ def ask(
     tick: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """The judged answers of a server, ``in_flight`` requests at a time; raises RefusedError and SandboxError."""
-    bodies = [
-        {
-            key: value
-            for key, value in arm.body("", temperature=temperature, ignore_eos=False, **body).items()
-            if key != "prompt"
-        }
-        if task.route == CHAT
-        else arm.body(
-            body["prompt"],
-            temperature=temperature,
-            ignore_eos=False,
-            **{k: v for k, v in body.items() if k != "prompt"},
-        )
-        for body in task.bodies
-    ]
-    choices = [found[0] for found in complete(arm, bodies, tick, route=task.route, in_flight=in_flight)]
-    texts = [str(choice["message"]["content"] if task.route == CHAT else choice["text"]) for choice in choices]
+    bodies = []
+    for body in task.bodies:
+        bodies.append(arm.body("", temperature=temperature, **(dict(body) | {"ignore_eos": False})))
+        del bodies[-1]["prompt"]
+    choices = [found[0] for found in complete(arm, bodies, tick, route=ROUTE, in_flight=in_flight)]
+    texts = [str(choice["message"]["content"]) for choice in choices]
     marks = task.judge(texts)
     return [
         Answer(text, tuple(choice["token_ids"]), mark) for text, choice, mark in zip(texts, choices, marks, strict=True)

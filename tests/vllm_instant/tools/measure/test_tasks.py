@@ -99,7 +99,7 @@ def test_sampled_answers_are_not_compared_token_by_token():
     assert (first.equal.mean, first.shared_prefix) == (1.0, 1.0)
 
 
-def test_human_eval_is_asked_for_completions_and_judged_by_its_tests(monkeypatch):
+def test_human_eval_continues_the_models_own_code_block_and_is_judged_by_its_tests(monkeypatch):
     problems = [{"prompt": "def f():\n", "test": "", "entry_point": "f"}] * 2
     monkeypatch.setattr(prompt_sets, "human_eval_problems", lambda: problems)
     judged = []
@@ -108,7 +108,9 @@ def test_human_eval_is_asked_for_completions_and_judged_by_its_tests(monkeypatch
     with serving(fake) as url:
         answers = tasks.ask(ServerClient(url, "fake"), tasks.tasks(count=3, problems=2)[-1], 0.0)
     assert [answer.marks[tasks.PASSED] for answer in answers] == [True, False]
-    assert all(request["prompt"] == "def f():\n" and len(request["stop"]) == 4 for request in fake.requests)
+    last = {request["messages"][-1]["content"] for request in fake.requests}
+    assert last == {"```python\ndef f():"}
+    assert all(request["continue_final_message"] and len(request["stop"]) == 4 for request in fake.requests)
     assert judged == ["    return 1"] * 2  # the fifth stop word is cut here
 
 
