@@ -271,8 +271,9 @@ def main() -> None:
     cells = []
     with tempfile.TemporaryDirectory() as folder:
         servers = Servers(Path(folder), options.slots, Path(target))
-        with running(servers.stock, servers.ours):
-            for arm in (STOCK, FCFS):
+        needs_stock = bool({STOCK, PRIORITY} & set(arms))
+        with running(*[servers.stock] * needs_stock, servers.ours):
+            for arm in (STOCK, FCFS) if needs_stock else (FCFS,):
                 servers.run(arm, requests_of(ASSISTANT if True in real else DOCUMENTS, None, 12, Speed(), seed=7))
             speeds: dict[Mix, Speed] = {}
             for traffic in options.traffic.split(","):
