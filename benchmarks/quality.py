@@ -13,9 +13,11 @@ get none). The arm "vLLM again" asks vLLM twice: what batches of another composi
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import tempfile
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,11 @@ from vllm_instant.tools.demo import prompt_sets, real_model
 from vllm_instant.tools.measure import quality, tasks
 from vllm_instant.tools.measure.prompts import held_out_texts
 from vllm_instant.tools.measure.sampling import ServerClient
-from vllm_instant.tools.measure.servers import Server, ServerError, running
+from vllm_instant.tools.measure.servers import Server, ServerError, terminable
 
 SAMPLED = 0.7
-AGAIN = "vLLM again"
-TEXTS, SCORED_ANSWERS, SCORED_TOKENS = 24, 48, 48
+AGAIN, BASELINE = "vLLM again", "vLLM"
+TEXTS, SCORED_ANSWERS, SCORED_TOKENS = 16, 24, 32
 DRAFTS = ("speculation.plugin=fixed", "drafter.plugin=suffix", "drafter.num_speculative_tokens=4")
 PLAIN = ("speculation.plugin=off",)
 
@@ -81,69 +83,87 @@ def prompts_of(asked: Sequence[tasks.Task]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Answered:
+    """The answers to one task, and the draft tokens that were verified and accepted meanwhile."""
+
+    answers: list[tasks.Answer]
+    drafted: float
+    accepted: float
+
+
 class Session:
-    """vLLM alone on one model, with its answers, and deployments beside it."""
+    """vLLM alone on one model, and deployments beside it; servers start when something is asked of them.
 
-    def __init__(self, model: Path, folder: Path, asked: Sequence[tasks.Task], in_flight: int) -> None:
-        self.model, self.folder, self.asked, self.in_flight = model, folder, asked, in_flight
-        self.shared = [
-            *("--max-model-len", "2048", "--max-num-seqs", str(in_flight)),
-            *("--enforce-eager", "--no-enable-prefix-caching"),
-        ]
-        self.baseline = Server(model, self.shared, log=folder / "vllm.log", environment={"VLLM_PLUGINS": ""})
-        self._answers: dict[float, list[list[tasks.Answer]]] = {}
+    Args:
+        model: of all servers.
+        folder: for logs and answers; answers that it has are not asked for again.
+        asked: the tasks.
+        in_flight: number of concurrent requests.
+        stack: of the servers that are started.
 
-    def client(self, server: Server) -> ServerClient:
-        """For requests to a server."""
-        return ServerClient(server.url, server.served_model())
+    """
 
-    def ask(self, client: ServerClient, temperature: float) -> list[list[tasks.Answer]]:
-        """The answers to all tasks."""
-        return [tasks.ask(client, task, temperature, self.in_flight) for task in self.asked]
+    def __init__(
+        self, model: Path, folder: Path, asked: Sequence[tasks.Task], in_flight: int, stack: ExitStack
+    ) -> None:
+        self.model, self.folder, self.asked, self.in_flight, self.stack = model, folder, asked, in_flight, stack
+        self._clients: dict[str, ServerClient] = {}
 
-    def expected(self, temperature: float) -> list[list[tasks.Answer]]:
-        """The baseline's answers, asked for once."""
-        if temperature not in self._answers:
-            self._answers[temperature] = self.ask(self.client(self.baseline), temperature)
-        return self._answers[temperature]
+    def client(self, arm: Arm) -> ServerClient:
+        """For requests to an arm's server; raises ServerError where it does not start."""
+        name = arm.name if arm.settings else BASELINE
+        if name not in self._clients:
+            words = [word for setting in arm.settings for word in ("--instant-set", setting)]
+            shared = ["--max-model-len", "2048", "--max-num-seqs", str(self.in_flight)]
+            shared += ["--enforce-eager", "--no-enable-prefix-caching"]
+            shared += ["--plugins", "vllm_instant", *words] if arm.settings else []
+            environment = None if arm.settings else {"VLLM_PLUGINS": ""}
+            server = Server(self.model, shared, log=self.folder / f"{name}.log", environment=environment)
+            self.stack.enter_context(server)
+            self._clients[name] = ServerClient(server.url, server.served_model())
+        return self._clients[name]
 
-    def measure(self, arm: Arm) -> dict[str, Any]:
-        """One arm's figures, or why its server does not start."""
-        began = time.monotonic()
-        cell: dict[str, Any] = {"arm": arm.name, "settings": list(arm.settings)}
-        cell |= {"temperature": arm.temperature, "in_flight": self.in_flight}
-        expected = self.expected(arm.temperature)
-        if not arm.settings:
-            return cell | self._compared(self.client(self.baseline), arm, expected) | {"seconds": _since(began)}
-        words = [word for setting in arm.settings for word in ("--instant-set", setting)]
-        server = Server(
-            self.model, [*self.shared, "--plugins", "vllm_instant", *words], log=self.folder / f"{arm.name}.log"
-        )
-        try:
-            with server:
-                return cell | self._compared(self.client(server), arm, expected) | {"seconds": _since(began)}
-        except ServerError as error:
-            return cell | {"refused": _reason(error)}
+    def ask(self, name: str, arm: Arm) -> list[Answered]:
+        """The answers of an arm's server to the tasks; at temperatures above 0, texts can only differ."""
+        return [self._ask(name, arm, task) for task in self.at(arm.temperature)]
 
-    def _compared(self, ours: ServerClient, arm: Arm, expected: list[list[tasks.Answer]]) -> dict[str, Any]:
-        drafted, accepted = ours.totals()
-        report = tasks.report(self.asked, self.ask(ours, arm.temperature), expected, arm.temperature)
-        drafted_then, accepted_then = ours.totals()
-        explanations = prompt_sets.PROMPT_SETS["explain"].prompts(SCORED_ANSWERS, "scored")
-        scored = [prompt["prompt"] for prompt in explanations]
-        measured = quality.quality_report(
-            ours, self.client(self.baseline), held_out_texts(TEXTS), scored, SCORED_TOKENS, 1.0, self.in_flight
-        )
+    def at(self, temperature: float) -> list[tasks.Task]:
+        """The tasks whose answers say something at a temperature."""
+        return [task for task in self.asked if task.marks or temperature == 0]
+
+    def _ask(self, name: str, arm: Arm, task: tasks.Task) -> Answered:
+        asked = json.dumps([str(self.model), name, arm.temperature, task.name, [*task.bodies]])
+        file = self.folder / f"answers-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.json"
+        if not file.exists():
+            client = self.client(arm)
+            before = client.totals()
+            given = tasks.ask(client, task, arm.temperature, self.in_flight)
+            drafts = [then - now for then, now in zip(client.totals(), before, strict=True)]
+            file.write_text(json.dumps({"answers": [vars(answer) for answer in given], "drafts": drafts}))
+        kept = json.loads(file.read_text())
+        answers = [tasks.Answer(a["text"], tuple(a["tokens"]), a["marks"]) for a in kept["answers"]]
+        return Answered(answers, *kept["drafts"])
+
+    def answers(self, arm: Arm) -> dict[str, Any]:
+        """An arm's answers beside the baseline's."""
+        expected = self.ask("baseline", Arm(BASELINE, (), arm.temperature))
+        given = self.ask(str(arm), arm)
+        own, other = ([one.answers for one in answered] for answered in (given, expected))
         return {
-            "drafted": drafted_then - drafted,
-            "accepted": accepted_then - accepted,
-            "tasks": report.plain(),
-            "quality": measured.plain(),
+            "drafted": sum(one.drafted for one in given),
+            "accepted": sum(one.accepted for one in given),
+            "tasks": tasks.report(self.at(arm.temperature), own, other, arm.temperature).plain(),
         }
 
-
-def _since(began: float) -> int:
-    return round(time.monotonic() - began)
+    def distributions(self, arm: Arm) -> dict[str, Any]:
+        """Perplexity and KL divergence on held-out text, and vLLM's log-probability of sampled answers."""
+        explanations = prompt_sets.PROMPT_SETS["explain"].prompts(SCORED_ANSWERS, "scored")
+        scored = [prompt["prompt"] for prompt in explanations]
+        pair = self.client(arm), self.client(Arm(BASELINE, ()))
+        texts = held_out_texts(TEXTS)
+        report = quality.quality_report(*pair, texts, scored, SCORED_TOKENS, 1.0, self.in_flight)
+        return {"quality": report.plain()}
 
 
 def _reason(error: ServerError) -> str:
@@ -158,9 +178,13 @@ def main() -> None:
     parser.add_argument("--model", choices=list(ARMS), default="smollm2")
     parser.add_argument("--mixture", type=Path, help="folder of the mixture of experts")
     parser.add_argument("--arms", help="names of arms, separated by semicolons; all by default")
-    parser.add_argument("--count", type=int, default=60, help="mails, tool questions and texts, of each")
+    parser.add_argument("--count", type=int, default=40, help="mails, tool questions and texts, of each")
     parser.add_argument("--problems", type=int, default=164, help="problems of HumanEval")
-    parser.add_argument("--in-flight", type=int, default=32, help="requests at a time")
+    parser.add_argument("--in-flight", type=int, default=64, help="requests at a time")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for logs and answers, so that an interrupted call can be resumed"
+    )
+    parser.add_argument("--answers-only", action="store_true", help="no perplexity, which needs both servers at once")
     parser.add_argument("--output", type=Path, default=HERE / "results/quality.json")
     options = parser.parse_args()
     if options.model == "mixture" and options.mixture is None:
@@ -169,18 +193,27 @@ def main() -> None:
     name = real_model.NAME if options.model == "smollm2" else f"mixture of experts from {real_model.NAME}"
     chosen = options.arms.split(";") if options.arms else [arm.name for arm in ARMS[options.model]]
     asked = tasks.tasks(options.count, options.problems)
-    with tempfile.TemporaryDirectory(prefix="quality-") as folder:
-        session = Session(model, Path(folder), asked, options.in_flight)
-        with running(session.baseline):
-            for arm in (arm for arm in ARMS[options.model] if arm.name in chosen):
-                cell = {"model": name, "prompts": prompts_of(asked)} | session.measure(arm)
-                show(cell)
-                write(options.output, [cell], keys=("model", "arm"))
+    with tempfile.TemporaryDirectory(prefix="quality-") as folder, terminable():
+        kept = options.keep or Path(folder)
+        kept.mkdir(parents=True, exist_ok=True)
+        for arm in (arm for arm in ARMS[options.model] if arm.name in chosen):
+            with ExitStack() as stack:
+                session = Session(model, kept, asked, options.in_flight, stack)
+                cell: dict[str, Any] = {"model": name, "prompts": prompts_of(asked), "arm": arm.name}
+                cell |= {"settings": list(arm.settings), "temperature": arm.temperature, "in_flight": options.in_flight}
+                try:
+                    cell |= session.answers(arm)
+                    if not options.answers_only:
+                        cell |= session.distributions(arm)
+                except ServerError as error:
+                    cell["refused"] = _reason(error)
+            show(cell)
+            write(options.output, [cell], keys=("model", "arm"))
 
 
 def show(cell: dict[str, Any]) -> None:
     """Print one arm."""
-    print(f"{cell['model']}, {cell['arm']}: {cell.get('refused') or str(cell['seconds']) + ' s'}", flush=True)
+    print(f"{cell['model']}, {cell['arm']}: {cell.get('refused', '')}", flush=True)
     if "refused" in cell:
         return
     for row in cell["tasks"]["marks"]:
@@ -191,9 +224,8 @@ def show(cell: dict[str, Any]) -> None:
         )
     for row in cell["tasks"]["equality"]:
         print(f"  {row['task']}: equal {row['equal']['mean']:.3f}, shared prefix {row['shared_prefix']:.3f}")
-    measured = cell["quality"]
-    for key in ("perplexity_ratio", "divergence", "answer_gap"):
-        value = measured[key]
+    for key in ("perplexity_ratio", "divergence", "answer_gap") if "quality" in cell else ():
+        value = cell["quality"][key]
         print(f"  {key} {value['mean']:.5f} [{value['low']:.5f}, {value['high']:.5f}]", flush=True)
 
 

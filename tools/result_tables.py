@@ -141,11 +141,23 @@ def scheduling(runs: Sequence[Run]) -> str:
         over = max(cell["max_seconds_over_the_bound"]["similarity"])
         seconds = [cell["arms"][arm]["mean_latency"]["median"] for arm in ("fcfs", "similarity")]
         held = "held" if over <= 0 else f"{over:.2f} s over"
-        sizes = [cell["traffic"], str(cell["requests"]), str(cell["rounds"]), device]
+        # Earlier runs do not say it: their model was the demo target.
+        model = cell.get("model", "demo target")
+        sizes = [cell["traffic"], model, str(cell["requests"]), str(cell["rounds"]), device]
         latency = f"{seconds[0]:.1f} → {seconds[1]:.1f} s"
         rows.append([*sizes, latency, *(interval(ratios[key]) for key in keys), held])
-    headings = ["traffic", "requests", "rounds", "processor", "mean latency", "ratio", "mean time to first token"]
-    return table([*headings, "p99 latency", "p99 time between tokens", "throughput", "bound on waiting"], rows)
+    headings = ["traffic", "model", "requests", "rounds", "processor", "mean latency", "ratio"]
+    return table(
+        [
+            *headings,
+            "mean time to first token",
+            "p99 latency",
+            "p99 time between tokens",
+            "throughput",
+            "bound on waiting",
+        ],
+        rows,
+    )
 
 
 def simulated_load(runs: Sequence[Run]) -> str:

@@ -169,6 +169,61 @@ def distill(runs: Sequence[Run]) -> str:
     return table(["draft", "parameters", "training", "code", "structured text"], rows)
 
 
+def quality(runs: Sequence[Run]) -> str:
+    """What lossy deployments change in the model's numbers and in whole answers."""
+    rows = []
+    for cell in cells_of(runs):
+        start = [cell["model"], f"{cell['arm']}", f"{cell['temperature']:g}"]
+        if "refused" in cell:
+            rows.append([*start, f"does not start: {cell['refused']}", "", "", "", ""])
+            continue
+        measured, equality = cell.get("quality"), cell["tasks"]["equality"]
+        counted = sum(row["answers"] for row in equality)
+        equal = sum(row["answers"] * row["equal"]["mean"] for row in equality)
+        rows.append(
+            [
+                *start,
+                *(_distributions(measured) if measured else ["not measured"] * 3),
+                f"{equal:.0f} of {counted}" if equality else "by chance",
+                f"{cell['accepted']:.0f} of {cell['drafted']:.0f}" if cell["drafted"] else "",
+            ]
+        )
+    headings = ["model", "deployment", "temperature", "perplexity", "KL divergence, nats"]
+    headings += ["vLLM's log-probability of its answers, nats per token", "answers equal to vLLM's", "accepted drafts"]
+    return table(headings, rows)
+
+
+def _distributions(measured: Cell) -> list[str]:
+    loss = [f"{100 * (measured['perplexity_ratio'][key] - 1):+.2f}" for key in ("mean", "low", "high")]
+    gap = interval(measured["answer_gap"], 3)
+    return [f"{loss[0]} % [{loss[1]}, {loss[2]}]", interval(measured["divergence"], 4), gap]
+
+
+def quality_tasks(runs: Sequence[Run]) -> str:
+    """How often answers are right, vLLM → ours, and the difference in points."""
+    marks = [("facts", "valid JSON"), ("facts", "the keys asked for"), ("facts", "right values")]
+    marks += [("tools", "valid JSON"), ("tools", "right values"), ("HumanEval", "pass@1")]
+    rows = []
+    for cell in cells_of(runs):
+        if "refused" in cell:
+            continue
+        found = {(row["task"], row["mark"]): row for row in cell["tasks"]["marks"]}
+        name = cell["arm"] if cell["model"].startswith("SmolLM2") else f"{cell['arm']} (mixture)"
+        counts = ", ".join(str(found[mark]["answers"]) for mark in (marks[0], marks[3], marks[5]) if mark in found)
+        rows.append([name, f"{cell['temperature']:g}", counts, *(_judged(found.get(mark)) for mark in marks)])
+    return table(
+        ["deployment", "temperature", "mails, tool questions, problems", *(f"{task}: {mark}" for task, mark in marks)],
+        rows,
+    )
+
+
+def _judged(row: Cell | None) -> str:
+    if row is None:
+        return ""
+    change = [f"{100 * row['difference'][key]:+.1f}" for key in ("mean", "low", "high")]
+    return f"{100 * row['baseline']:.1f} → {100 * row['ours']:.1f} % ({change[0]} [{change[1]}, {change[2]}])"
+
+
 def demo(runs: Sequence[Run]) -> str:
     """The demo's prompts: speed of vLLM alone and of ours, and drafts."""
     rows = []
@@ -264,6 +319,8 @@ def bench_serve(runs: Sequence[Run]) -> str:
 
 TABLES: dict[str, tuple[str, Show]] = {
     "demo": ("demo", demo),
+    "quality": ("quality", quality),
+    "quality_tasks": ("quality", quality_tasks),
     "demo_answers": ("demo", demo_answers),
     "promise_warm": ("promise", functools.partial(promise, part="warm")),
     "promise_by_users": ("promise", functools.partial(promise_by_users, part="warm")),
