@@ -73,7 +73,7 @@ def prompts(
     count: Annotated[int, typer.Option(help="Prompts of each set.", min=1)] = 40,
     seed: Annotated[int, typer.Option(help="Another seed draws other prompts.")] = 0,
 ) -> None:
-    """Write chat prompts for the demo's public model: edits, extractions, stories, explanations, human-eval."""
+    """Write prompts for the demo's public model: edits, extractions, conversations, tool calls, human-eval, others."""
     from vllm_instant.tools.demo import prompt_sets
 
     names = [name.strip() for name in sets.split(",")]
@@ -135,7 +135,7 @@ def train_moe(
         bool, typer.Option("--smollm2", help="Make one from SmolLM2 instead: a branch per kind of text, mixed.")
     ] = False,
 ) -> None:
-    """Make the mixture of experts from the demo's base model again (a quarter of an hour on two cores)."""
+    """Make the mixture of experts again from the demo's base model (a quarter of an hour on two cores), or another."""
     packages = TRAINING | ({"sklearn": "scikit-learn"} if smollm2 else {})
     require("demo train-moe", packages, extra="distill,experts" if smollm2 else "distill")
     from vllm_instant.tools.demo import expert_mixing, moe_recipe, training_run

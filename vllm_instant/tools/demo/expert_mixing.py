@@ -15,7 +15,6 @@ import ast
 import json
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,12 +41,12 @@ class MixPlan:
 
     experts: int = 8
     chosen: int = 2
-    steps: int = 12
+    steps: int = 4
     batch: int = 1
-    context: int = 512
-    rate: float = 3e-4
+    context: int = 256
+    rate: float = 5e-4
     seed: int = 0
-    pieces: int = 2000
+    pieces: int = 600
     """Maximum number of pieces of each kind of text."""
 
 
@@ -68,33 +67,22 @@ def run(output: Path, report: Report, plan: MixPlan = PLAN, base_folder: Path | 
     """
     import transformers
 
-    began = time.monotonic()
     source = base_folder or real_model.prepare()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    base = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
-    pieces, held_out = _text(plan)
-    labels = cluster(pieces + held_out, plan.experts, plan.seed)
-    streams = [
-        _encode(tokenizer, [piece for piece, label in zip(pieces, labels, strict=False) if label == number])
-        for number in range(plan.experts)
-    ]
-    for number, stream in enumerate(streams):
+    text = _clustered(tokenizer, plan, work)
+    for number, stream in enumerate(text["training"]):
         _branch(source, stream, plan, number, work, report)
-    windows = [_windows(stream, plan.context, 8, plan.seed) for stream in streams]
+    base = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    windows = [_windows(stream, plan.context, 8, plan.seed) for stream in text["training"]]
     mixture = mix(base, [work / f"branch{number}.pt" for number in range(plan.experts)], windows, plan)
     folder = output / FOLDER
-    held = [
-        _encode(tokenizer, [piece for piece, label in zip(held_out, labels[len(pieces) :], strict=True) if label == n])
-        for n in range(plan.experts)
-    ]
     card = {
         "plan": asdict(plan) | {"parameters": mixture.num_parameters()},
-        "pieces": np.bincount(labels[: len(pieces)], minlength=plan.experts).tolist(),
-        "words": _words_of(pieces, labels[: len(pieces)], plan.experts),
-        "held_out": evaluate(base, mixture, held, plan.context),
-        "seconds": round(time.monotonic() - began),
+        "pieces": text["pieces"],
+        "words": text["words"],
+        "held_out": evaluate(base, mixture, text["held_out"], plan.context),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -103,6 +91,26 @@ def run(output: Path, report: Report, plan: MixPlan = PLAN, base_folder: Path | 
     (folder / "recipe.json").write_text(json.dumps(card, indent=1) + "\n")
     shutil.rmtree(work)
     return card
+
+
+def _clustered(tokenizer: Any, plan: MixPlan, work: Path) -> dict[str, Any]:
+    """Token streams of each cluster, to train on and held out, with what the card says of them; kept in ``work``."""
+    file = work / "text.pt"
+    if not file.exists():
+        pieces, held_out = _text(plan)
+        first, second = cluster(pieces, held_out, plan.experts, plan.seed)
+        found = {
+            "training": [_encode(tokenizer, _of(pieces, first, n)) for n in range(plan.experts)],
+            "held_out": [_encode(tokenizer, _of(held_out, second, n)) for n in range(plan.experts)],
+            "pieces": np.bincount(first, minlength=plan.experts).tolist(),
+            "words": _words_of(pieces, first, plan.experts),
+        }
+        torch.save(found, file)
+    return dict(torch.load(file, weights_only=True))
+
+
+def _of(pieces: Sequence[str], labels: np.ndarray, number: int) -> list[str]:
+    return [piece for piece, label in zip(pieces, labels, strict=True) if label == number]
 
 
 def _text(plan: MixPlan) -> tuple[list[str], list[str]]:
@@ -142,24 +150,29 @@ def _docstrings(source: str) -> Iterator[str]:
             yield from filter(None, [ast.get_docstring(node)])
 
 
-def cluster(pieces: Sequence[str], count: int, seed: int) -> np.ndarray:
-    """The cluster of each piece by its words, int ``[pieces]``: k-means on reduced tf-idf vectors, as in c-BTM."""
+def cluster(pieces: Sequence[str], others: Sequence[str], count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The cluster of each piece by its words, int ``[pieces]``, and of others, which have no part in finding clusters.
+
+    K-means on reduced tf-idf vectors, as in c-BTM.
+    """
     from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
 
-    vectors = TfidfVectorizer(sublinear_tf=True, min_df=min(5, len(pieces) // 8), max_df=0.5).fit_transform(pieces)
-    size = min(64, vectors.shape[1] - 1)
-    reduced = normalize(TruncatedSVD(size, random_state=seed).fit_transform(vectors))
-    return np.asarray(KMeans(count, n_init=4, random_state=seed).fit_predict(reduced))
+    words = TfidfVectorizer(sublinear_tf=True, min_df=min(5, len(pieces) // 8), max_df=0.5)
+    vectors = words.fit_transform(pieces)
+    reduction = TruncatedSVD(min(64, vectors.shape[1] - 1), random_state=seed)
+    means = KMeans(count, n_init=4, random_state=seed)
+    found = means.fit_predict(normalize(reduction.fit_transform(vectors)))
+    return np.asarray(found), np.asarray(means.predict(normalize(reduction.transform(words.transform(others)))))
 
 
 def _words_of(pieces: Sequence[str], labels: np.ndarray, count: int) -> list[str]:
     """The words that are most particular to each cluster, for people who read the card."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    joined = [" ".join(p for p, label in zip(pieces, labels, strict=True) if label == n) for n in range(count)]
+    joined = [" ".join(_of(pieces, labels, number)) for number in range(count)]
     fitted = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\b[a-zA-Z]{3,}\b")  # noqa: S106 - a pattern
     weights = fitted.fit_transform(joined).toarray()
     names = fitted.get_feature_names_out()
@@ -197,7 +210,7 @@ def _branch(source: Path, stream: torch.Tensor, plan: MixPlan, number: int, work
     for value in trained.values():
         value.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained.values(), lr=plan.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, total_steps=plan.steps + 1, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / plan.steps)
     windows = _windows(stream, plan.context, plan.steps * plan.batch, plan.seed + number)
     for step, tokens in enumerate(windows.split(plan.batch), 1):
         with torch.autocast("cpu", torch.bfloat16):
@@ -248,10 +261,16 @@ def mix(
     return new.eval()
 
 
-def evaluate(base: Any, mixture: Any, streams: Sequence[torch.Tensor], context: int) -> list[dict[str, float]]:
-    """On held-out text per cluster: losses of base and mixture in nats per token, and the share of the top expert."""
-    found = []
+def evaluate(base: Any, mixture: Any, streams: Sequence[torch.Tensor], context: int) -> list[dict[str, float] | None]:
+    """On held-out text per cluster: losses of base and mixture in nats per token, and the share of the top expert.
+
+    None for a cluster without held-out text.
+    """
+    found: list[dict[str, float] | None] = []
     for stream in streams:
+        if not len(stream):
+            found.append(None)
+            continue
         tokens = _windows(stream, context, 2, 1)
         with torch.inference_mode():
             own = mixture(input_ids=tokens, labels=tokens, output_router_logits=True)
