@@ -174,6 +174,7 @@ def plan_step(
             np.array(lengths),
             float(max_rows),
             max(max_seconds, baseline_seconds),
+            baseline_seconds,
             -1.0 if must_draft and not draft_steps else (base + tokens) / seconds,
         )
         if length:
@@ -333,11 +334,13 @@ def search_even_plans(
     lengths: Any,
     max_rows: float,
     max_seconds: float,
+    baseline_seconds: float,
     min_rate: float,
 ) -> tuple[int, float, float]:
     """The best of ``lengths``, draft tokens of every request, if it yields more tokens per second than ``min_rate``.
 
-    Arguments as for ``search_plans``. Returns the length (0: none), its expected accepted tokens, and its seconds.
+    Arguments as for ``search_plans``, which says why no plan is shorter than ``baseline_seconds``. Returns the length
+    (0: none), its expected accepted tokens, and its seconds.
     """
     num_requests, positions = survival.shape
     has_weights, has_rates = len(weights) > 0, len(delivery_rate) > 0
@@ -359,7 +362,7 @@ def search_even_plans(
         seconds = max(between(rows, right, curve.knots, curve.at_knots) + curve.context_seconds, 1e-6)
         seconds += min(length * delivering, 1.0) * curve.verify_seconds
         drafting = drafter[0] + drafter[1] * rows + length * (drafter[2] + drafter[3] * num_requests)
-        seconds += max(drafting, 0.0)
+        seconds = max(seconds + max(drafting, 0.0), baseline_seconds)
         tokens = at_position[:length].sum()
         rate = (base + tokens) / seconds
         if seconds <= max_seconds and rate > best_rate:

@@ -239,3 +239,13 @@ def test_where_steps_without_drafts_have_no_graph_they_cost_their_pieces():
     plan = plan_step(_reach(0.0, 0.0), _costs(row=1.0, piecewise=2.0), 0.0, max_rows=1e9, graphs=FullGraphs((4,), 64))
     assert plan.total_draft_tokens == 0
     assert plan.baseline_seconds == pytest.approx(24e-3)
+
+
+def test_the_gain_of_an_even_plan_comes_from_tokens_too():
+    costs = _costs()
+    costs.weights[: len(costs.knots)] = 0.05 * 0.9 ** np.arange(len(costs.knots))
+    costs._recent[:] = 100.0  # all of it was measured, often and recently
+    plan = plan_step(_reach(0.05, 0.05), costs, 0.0, max_rows=1e9, must_draft=True, graphs=GRAPHS)
+    assert GRAPHS.cover(plan.num_draft_tokens)
+    assert plan.total_draft_tokens > 0
+    assert plan.gain == pytest.approx(plan.tokens / plan.num_requests)
