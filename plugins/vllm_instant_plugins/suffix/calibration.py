@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+from vllm_instant_plugins.jit import compiled
 from vllm_instant_plugins.suffix.index import MAX_MATCH, Match, Tokens
 
 PRIOR_MATCH = 2.0
@@ -19,10 +22,13 @@ REQUEST_MEMORY = 0.95
 
 def count_accepted(draft: Tokens, sampled: Tokens) -> tuple[int, int]:
     """The numbers of draft tokens that were compared with sampled ones, and that were right before any error."""
-    length = min(len(draft), len(sampled))
-    same = draft[:length] == sampled[:length]
-    accepted = length if same.all() else int(same.argmin())
-    return accepted + (accepted < length), accepted
+    proposed, came = draft.tolist(), sampled.tolist()
+    accepted = 0
+    for token, expected in zip(proposed, came, strict=False):
+        if token != expected:
+            return accepted + 1, accepted
+        accepted += 1
+    return accepted, accepted
 
 
 class ConfidenceCalibrator:
@@ -37,11 +43,17 @@ class ConfidenceCalibrator:
 
     def observe(self, matched: npt.NDArray[np.int64], num_accepted: int) -> None:
         """Learn from compared tokens that followed matches of these lengths; the first ``num_accepted`` were right."""
-        at = np.minimum(matched, LEARNED_LENGTHS - 1)
-        self._trials[at] = self._trials[at] * MEMORY + 1
-        self._hits[at] *= MEMORY
-        self._hits[at[:num_accepted]] += 1
-        self.rates[at] = (self._hits[at] + PRIOR_WEIGHT * self._prior[at]) / (self._trials[at] + PRIOR_WEIGHT)
+        learn_rates(matched, num_accepted, self._prior, self._hits, self._trials, self.rates)
+
+
+@compiled
+def learn_rates(matched: Any, num_accepted: int, prior: Any, hits: Any, trials: Any, rates: Any) -> None:
+    """``ConfidenceCalibrator.observe``: beta-Bernoulli rates with exponential forgetting, by length of the match."""
+    for position in range(len(matched)):
+        at = min(matched[position], len(rates) - 1)
+        trials[at] = trials[at] * MEMORY + 1.0
+        hits[at] = hits[at] * MEMORY + (1.0 if position < num_accepted else 0.0)
+        rates[at] = (hits[at] + PRIOR_WEIGHT * prior[at]) / (trials[at] + PRIOR_WEIGHT)
 
 
 class RequestCalibration:

@@ -61,7 +61,8 @@ class SuffixDrafter(Drafter):
             repeated = np.array([1, 2, 3, 1, 2], np.int32)
             repeated.flags.writeable = is_writeable
             index.append(repeated)
-            index.propose(repeated[-2:], 1, self._own_calibrator.rates, MIN_SURVIVAL)
+            match = index.propose(repeated[-2:], 1, self._own_calibrator.rates, MIN_SURVIVAL)
+            ConfidenceCalibrator().observe(match.matched, 1)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         """One lookup per request."""
@@ -82,10 +83,13 @@ class SuffixDrafter(Drafter):
         live.from_history = False
         if self._history is not None and self._history.stop and live.group is not None:
             match = self._history.propose(newest, limit, self._history_calibrator.rates, MIN_SURVIVAL, live.group)
-            if _expected_tokens(match) > _expected_tokens(live.match):
+            if match.expected > live.match.expected:
                 live.match, live.from_history = match, True
-        confidence = np.minimum(live.match.confidence * live.calibration.factor, 1.0)
-        return Draft(live.match.tokens.tolist(), confidence.tolist())
+        if live.match is NO_MATCH:
+            return Draft([], [])
+        factor = live.calibration.factor
+        confidence = [min(value * factor, 1.0) for value in live.match.confidence.tolist()]
+        return Draft(live.match.tokens.tolist(), confidence)
 
     def _learn(self, live: _LiveRequest, new_tokens: Tokens) -> None:
         num_compared, num_accepted = count_accepted(live.match.tokens, new_tokens)
@@ -121,8 +125,3 @@ class SuffixDrafter(Drafter):
             if len(output):
                 self._history.append(output, live.group)
                 self._history.end_sequence(live.group)
-
-
-def _expected_tokens(match: Match) -> float:
-    """Expected accepted tokens of a draft."""
-    return float(match.confidence.cumprod().sum()) if len(match.tokens) else 0.0

@@ -67,31 +67,29 @@ def _candidates(
     capacity, mask, wanted = len(tokens), len(heads) - 1, len(newest)
     if wanted < ORDER:
         return 0
-    oldest = max(0, stop - capacity)
-    place = heads[_slot(newest, wanted, group, mask)]
+    oldest, last = max(0, stop - capacity), wanted - 1
+    wanted = min(wanted, MAX_MATCH)
+    place = heads[_slot(newest, last + 1, group, mask)]
     found = 0
     for _ in range(MAX_CANDIDATES):
         # An occurrence is valid while its n-gram and one token behind it are still in the ring.
         if place - ORDER < oldest:
             break
-        if place < stop and groups[place % capacity] == group:
+        at = place % capacity
+        if place < stop and groups[at] == group:
             # Hashes can collide, so that the tokens themselves are compared, backwards from the occurrence.
-            length = 0
-            while (
-                length < wanted
-                and length < MAX_MATCH
-                and place - 1 - length >= oldest
-                and groups[(place - 1 - length) % capacity] == group
-                and tokens[(place - 1 - length) % capacity] == newest[wanted - 1 - length]
-            ):
+            length, limit = 0, min(wanted, place - oldest)
+            back = at - 1 if at > 0 else capacity - 1
+            while length < limit and groups[back] == group and tokens[back] == newest[last - length]:
                 length += 1
+                back = back - 1 if back > 0 else capacity - 1
             if length >= ORDER:
                 places[found] = place
                 lengths[found] = length
                 found += 1
                 if found == len(places):
                     break
-        before = previous[place % capacity]
+        before = previous[at]
         if before >= place:
             break  # the ring has overwritten this link: older occurrences have lower positions
         place = before
@@ -112,57 +110,87 @@ def _continue(
     draft: Any,
     confidence: Any,
     matched: Any,
-) -> int:
+) -> tuple[int, float]:
     """Continue the candidates by a weighted vote: at each position the token with the highest weight.
 
     With ``n_a`` the length of candidate ``a``'s match, earlier positions of this draft included, its weight is
     ``n_a ** 2``. A token's confidence is its share of the weight of all candidates, times ``rates[n]``, the rate at
-    which tokens after matches of that length were right. Returns the number of draft tokens.
+    which tokens after matches of that length were right. Returns the number of draft tokens and of expected accepted
+    ones. ``places`` and ``lengths`` are overwritten.
     """
     capacity = len(tokens)
-    active = np.ones(found, np.bool_)
-    survival = 1.0
+    at, next_tokens, weights = np.empty(found, np.int64), np.empty(found, np.int64), np.empty(found)
+    for a in range(found):
+        at[a] = places[a] % capacity
+    survival, expected, active = 1.0, 0.0, found
     for position in range(len(draft)):
-        # Drop candidates whose sequence ends here, and sum the weights of the others.
-        total = best_weight = 0.0
-        best = -1
-        longest = 0
-        for a in range(found):
-            place = places[a] + position
-            ended = place >= stop or groups[place % capacity] != group or tokens[place % capacity] == END
-            if not active[a] or ended:
-                active[a] = False
-                continue
-            weight = float((lengths[a] + position) ** 2)
-            total += weight
+        # Drop candidates whose sequence ends here; the others stay in their order, the newest first.
+        going, total, agree = 0, 0.0, True
+        for a in range(active):
+            ring = at[a]
+            if places[a] + position < stop and groups[ring] == group and tokens[ring] != END:
+                places[going], lengths[going], at[going] = places[a], lengths[a], ring
+                next_tokens[going] = tokens[ring]
+                weights[going] = float((lengths[a] + position) ** 2)
+                total += weights[going]
+                agree = agree and next_tokens[going] == next_tokens[0]
+                going += 1
+        if going == 0:
+            return position, expected
         # The token with the highest weight. At most MAX_CANDIDATES candidates: comparing all pairs beats a table.
-        for a in range(found):
-            if not active[a]:
-                continue
-            token = tokens[(places[a] + position) % capacity]
-            weight = 0.0
-            for b in range(found):
-                if active[b] and tokens[(places[b] + position) % capacity] == token:
-                    weight += float((lengths[b] + position) ** 2)
-            if weight > best_weight:
-                best_weight, best = weight, token
-        if best < 0:
-            return position
+        best, best_weight = next_tokens[0], total
+        if not agree:
+            best_weight = 0.0
+            for a in range(going):
+                weight = 0.0
+                for b in range(going):
+                    if next_tokens[b] == next_tokens[a]:
+                        weight += weights[b]
+                if weight > best_weight:
+                    best_weight, best = weight, next_tokens[a]
         # Candidates that disagree with the chosen token say nothing about the tokens behind it.
-        for a in range(found):
-            if active[a]:
-                if tokens[(places[a] + position) % capacity] == best:
-                    longest = max(longest, lengths[a] + position)
-                else:
-                    active[a] = False
+        active = longest = 0
+        for a in range(going):
+            if next_tokens[a] == best:
+                places[active], lengths[active] = places[a], lengths[a]
+                at[active] = at[a] + 1 if at[a] + 1 < capacity else 0
+                longest = max(longest, lengths[a] + position)
+                active += 1
         confident = best_weight / total * rates[min(longest, len(rates) - 1)]
         survival *= confident
         if survival < min_survival:
-            return position
+            return position, expected
+        expected += survival
         draft[position] = best
         confidence[position] = confident
         matched[position] = longest
-    return len(draft)
+    return len(draft), expected
+
+
+@compiled
+def _propose(
+    tokens: Any,
+    groups: Any,
+    previous: Any,
+    heads: Any,
+    stop: int,
+    newest: Any,
+    group: int,
+    rates: Any,
+    min_survival: float,
+    draft: Any,
+    confidence: Any,
+    matched: Any,
+) -> tuple[int, float]:
+    """Find and continue; returns the number of draft tokens and of expected accepted ones."""
+    places, lengths = np.empty(MAX_CANDIDATES, np.int64), np.empty(MAX_CANDIDATES, np.int64)
+    found = _candidates(tokens, groups, previous, heads, stop, newest, group, places, lengths)
+    if found == 0:
+        return 0, 0.0
+    count, expected = _continue(
+        tokens, groups, stop, group, places, lengths, found, rates, min_survival, draft, confidence, matched
+    )
+    return count, expected
 
 
 class Match(NamedTuple):
@@ -173,9 +201,11 @@ class Match(NamedTuple):
     """Of each token, given that those before it are right."""
     matched: npt.NDArray[np.int64]
     """Length of the longest match that each token follows, earlier proposed tokens included."""
+    expected: float
+    """Expected accepted tokens."""
 
 
-NO_MATCH = Match(np.empty(0, np.int32), np.empty(0), np.empty(0, np.int64))
+NO_MATCH = Match(np.empty(0, np.int32), np.empty(0), np.empty(0, np.int64), 0.0)
 
 
 class TokenIndex:
@@ -235,29 +265,21 @@ class TokenIndex:
             group: only occurrences in this group count.
 
         """
-        places, lengths = np.empty(MAX_CANDIDATES, np.int64), np.empty(MAX_CANDIDATES, np.int64)
-        found = _candidates(
-            self._tokens, self._groups, self._previous, self._heads, self.stop, newest, group, places, lengths
-        )
-        if not found:
-            return NO_MATCH
-        tokens, confidence, matched = (
-            np.empty(max_draft_tokens, np.int32),
-            np.empty(max_draft_tokens),
-            np.empty(max_draft_tokens, np.int64),
-        )
-        count = _continue(
+        tokens = np.empty(max_draft_tokens, np.int32)
+        confidence = np.empty(max_draft_tokens)
+        matched = np.empty(max_draft_tokens, np.int64)
+        count, expected = _propose(
             self._tokens,
             self._groups,
+            self._previous,
+            self._heads,
             self.stop,
+            newest,
             group,
-            places,
-            lengths,
-            found,
             rates,
             min_survival,
             tokens,
             confidence,
             matched,
         )
-        return Match(tokens[:count], confidence[:count], matched[:count]) if count else NO_MATCH
+        return Match(tokens[:count], confidence[:count], matched[:count], expected) if count else NO_MATCH

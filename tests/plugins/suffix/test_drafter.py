@@ -125,7 +125,7 @@ def test_rates_are_learned_by_length_of_the_match():
 
 
 def test_an_unpredictable_request_has_lower_confidence():
-    found = Match(np.array([1, 2], np.int32), np.array([0.8, 0.8]), np.array([4, 5]))
+    found = Match(np.array([1, 2], np.int32), np.array([0.8, 0.8]), np.array([4, 5]), 1.44)
     one, other = RequestCalibration(), RequestCalibration()
     assert one.factor == 1.0
     for _ in range(20):
