@@ -75,6 +75,35 @@ def regret(runs: Sequence[Run]) -> str:
     return table(["model", "prompts", "drafts", "users", "best vLLM arm", *columns.values()], rows)
 
 
+def cold_start(runs: Sequence[Run]) -> str:
+    """The first 200 tokens of each user on servers that have learned nothing, relative to no drafts."""
+    names = {"suffix": "`suffix`", "hopeless": "random tokens", "trained": "draft model", "oracle": "recorded answers"}
+    rows = []
+    for cell in sorted(cells_of(runs), key=lambda cell: (list(names).index(cell["drafter"]), cell["users"])):
+        text = "code" if cell["drafter"] == "oracle" else "free text" + (" after code" if cell["after_code"] else "")
+        compared = ("to_off", "noise_floor", "to_best_fixed")
+        relative = [f"{cell[key]['median']:.2f}, {cell[key]['worst']:.2f}" if key in cell else "" for key in compared]
+        rows.append(
+            [
+                names[cell["drafter"]],
+                text + (", seeded" if cell["seeded"] else ""),
+                cell["stored_costs"],
+                str(cell["users"]),
+                str(cell["starts"]),
+                *relative,
+                f"{cell['first_token_to_off']['median']:.2f}",
+                f"{max(cell['drafted_per_user']):.0f} ({max(cell['accepted_per_user']):.0f})",
+            ]
+        )
+    headings = ["drafts", "text", "stored costs", "users", "starts", "decided / off: median, worst", "off again / off"]
+    headings += [
+        "decided / best fixed number",
+        "first token, decided / off",
+        "most drafts per user (accepted)",
+    ]
+    return table(headings, rows)
+
+
 SOURCES = ("suffix", "model", "hybrid")
 
 
@@ -252,6 +281,7 @@ def bench(runs: Sequence[Run]) -> str:
 
 TABLES: dict[str, tuple[str, Show]] = {
     "regret": ("regret", regret),
+    "cold_start": ("cold_start", cold_start),
     "drafters": ("drafters", drafters),
     "samplers_acceptance": ("samplers", samplers_acceptance),
     "samplers_time": ("samplers", samplers_time),
