@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from vllm_instant import Plugin, PluginContext, PluginOptions, RequestState, StepOutcome, UpcomingStep
+from vllm_instant import FullGraphs, Plugin, PluginContext, PluginOptions, RequestState, StepOutcome, UpcomingStep
 from vllm_instant_plugins.goodput.latency_slo import LatencySlo
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 from vllm_instant_plugins.state_store import PersistentState, default_folder
@@ -41,13 +41,14 @@ class GoodputOptions(PluginOptions):
 
 def warm_up() -> None:
     """Compile the inner loops, or load what was compiled, before the first request."""
-    policy = GoodputPolicy(2, 2, LatencySlo(1.0, 1.0), confident_drafts=True)
-    state = RequestState("warm-up", 1, 8, 0.0)
-    policy.enter(state)
-    for number in (1, 2, 3):
-        [num_draft_tokens] = policy.get_num_draft_tokens(UpcomingStep([state], 2, number=number))
-        policy.observe(StepOutcome([state], [1], [1], 2, 1e-3, 1, number, num_draft_tokens))
-    policy.costs.estimate(policy.costs.features(1, 8, 0, 0, 1))
+    for graphs in (None, FullGraphs((2,), 4)):
+        policy = GoodputPolicy(2, 2, LatencySlo(1.0, 1.0), confident_drafts=True, graphs=graphs)
+        state = RequestState("warm-up", 1, 8, 0.0)
+        policy.enter(state)
+        for number in (1, 2, 3):
+            [num_draft_tokens] = policy.get_num_draft_tokens(UpcomingStep([state], 2, number=number))
+            policy.observe(StepOutcome([state], [1], [1], 2, 1e-3, 1, number, num_draft_tokens))
+        policy.costs.estimate(policy.costs.features(1, 8, 0, 0, 1))
 
 
 def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:

@@ -22,8 +22,10 @@ from vllm_instant.tools.measure.simulator import (
     steady,
     switching,
 )
+from vllm_instant_plugins.goodput import planner
 from vllm_instant_plugins.goodput.costs import UNCACHED_UNIT
 from vllm_instant_plugins.goodput.exploration import MIN_INTERVAL
+from vllm_instant_plugins.goodput.plugin import warm_up
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 from vllm_instant_plugins.speculation import Fixed
 
@@ -515,3 +517,11 @@ def test_a_step_without_a_drafter_is_planned_without_drafts_and_its_prompts_are_
     assert policy.decisions(1)[0]["reason"] == "first token"
     policy.observe(StepOutcome(states, [0, 0], [0, 0], 305, 0.05, 2, 1, 0))
     assert policy.table.uncached_tokens[:2].tolist() == [301, 6]
+
+
+def test_the_plans_of_a_device_with_graphs_are_compiled_before_the_first_request(monkeypatch):
+    asked = []
+    compiled = planner.search_even_plans
+    monkeypatch.setattr(planner, "search_even_plans", lambda *args: asked.append(args) or compiled(*args))
+    warm_up()
+    assert asked
