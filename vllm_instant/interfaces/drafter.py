@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_instant.interfaces.speculation import DraftCost
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +84,62 @@ class HybridDrafter(Drafter, Protocol):
     def on_model_drafts(self, drafts: Mapping[str, Sequence[int]]) -> None:
         """Receive the draft model's tokens by request id; the next ``token_ids`` show which were accepted."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDraftBatch:
+    """The requests of a step whose newest tokens are on the device only; tensors are views of vLLM's own buffers.
+
+    Reading a tensor's values on the host would wait for the device in each step.
+    """
+
+    request_ids: Sequence[str]
+    """By index in the batch."""
+    cache_salts: Mapping[str, str]
+    """Cache salt by request id, without the requests that have none."""
+    num_draft_tokens: int
+    """Number of tokens that are verified per request, at least 1."""
+    token_ids: torch.Tensor
+    """int32 ``[max_num_seqs, max_model_len]``: prompts and outputs, by row; this step's tokens are the last ones."""
+    num_tokens: torch.Tensor
+    """int32 ``[max_num_seqs]``: number of tokens in each row."""
+    rows: torch.Tensor
+    """int64 ``[requests]``: row of each request of the batch."""
+    num_sampled: torch.Tensor
+    """int32 ``[requests]``: number of tokens that each request sampled in this step; 0 while it reads its prompt."""
+    max_num_tokens: int
+    """Upper bound of ``num_tokens`` of these requests, known on the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRequest:
+    """A request that has ended, whose row is still in place."""
+
+    request_id: str
+    row: int
+    num_prompt_tokens: int
+    max_num_tokens: int
+    """Upper bound of its number of tokens."""
+    token_ids: torch.Tensor
+    """int32 ``[max_num_seqs, max_model_len]``, as in ``DeviceDraftBatch``."""
+    num_tokens: torch.Tensor
+    """int32 ``[max_num_seqs]``."""
+
+
+@runtime_checkable
+class DeviceDrafter(Protocol):
+    """Proposes draft tokens on the device, under asynchronous scheduling: for vLLM's V2 model runner.
+
+    Its plugin has ``build_on_device``. All workers must propose the same tokens.
+    """
+
+    def propose_on_device(self, batch: DeviceDraftBatch) -> torch.Tensor:
+        """Return draft token ids, int64 ``[requests, num_speculative_tokens]`` on the device.
+
+        The first ``num_draft_tokens`` columns are verified. vLLM may overwrite the tensor before the next call.
+        """
+        ...
+
+    def forget_on_device(self, request: DeviceRequest) -> None:
+        """Drop the state of a request that ended or was aborted. Optional."""
+        return None

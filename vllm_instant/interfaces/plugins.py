@@ -83,6 +83,9 @@ class Plugin:
     build: Callable[[Any, PluginContext], Any] | None = None
     """Function of the options and the context that returns the object with the slot's protocol; None for vLLM's own
     behavior. Raises ValueError, with one sentence, where the engine is not supported."""
+    build_on_device: Callable[[Any, PluginContext], Any] | None = None
+    """For drafters: like ``build``, but returns a ``DeviceDrafter``, which serves vLLM's V2 model runner. A drafter
+    without it makes vLLM use the V1 model runner and synchronous scheduling."""
     engine_arguments: Callable[[Any], Mapping[str, Any]] | None = None
     """Function of the options that returns the engine arguments that the plugin needs, by vLLM's field names; the
     command line and the ``[vllm]`` table override them."""

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_instant.deployment.resolved import PLUGIN_DRAFTER
+
 VARIABLE_METHODS = frozenset({"ngram", "eagle", "eagle3", "mtp", "draft_model", "dflash", "custom_class"})
 """Methods whose drafters take a number of draft tokens per step, as in vLLM's ``_maybe_disable_dynamic_sd_for_v1``.
 
-The others assert the configured number. Drafter plugins (``custom_class``) get their numbers with the plan.
+The others assert the configured number. Drafter plugins on the host (``custom_class``) get their numbers with the plan.
 """
+
+
+DEVICE_METHOD = "ngram_gpu"
+"""The method of a drafter plugin on the device: the one without a model that vLLM schedules asynchronously."""
+
+
+def drafts_on_device(speculative_config: Any) -> bool:
+    """Whether a drafter plugin drafts on the device (``patches.v2_drafter``)."""
+    return (
+        speculative_config is not None
+        and speculative_config.method == DEVICE_METHOD
+        and getattr(speculative_config, "model", None) == PLUGIN_DRAFTER
+    )
 
 
 def fixed_length_reason(vllm_config: Any) -> str | None:
@@ -17,7 +32,7 @@ def fixed_length_reason(vllm_config: Any) -> str | None:
     Verification may use fewer of them in any case.
     """
     speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
-    if speculative.method not in VARIABLE_METHODS:
+    if speculative.method not in VARIABLE_METHODS and not drafts_on_device(speculative):
         return f"drafters of method {speculative.method} draft a fixed number of tokens"
     if speculative.parallel_drafting:
         # The rows of its one forward pass are laid out for num_speculative_tokens per request.

@@ -14,8 +14,10 @@ from vllm_instant.deployment.resolved import drafter_arguments, installed_plugin
 from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.deployment.watchdog import watch
 from vllm_instant.interfaces.deployment import Deployment
+from vllm_instant.interfaces.drafter import DeviceDrafter
 from vllm_instant.interfaces.plugins import PluginContext
 from vllm_instant.patches.compat import HasAttribute, VllmPatch
+from vllm_instant.patches.draft_lengths import drafts_on_device
 from vllm_instant.patches.full_graphs import full_graphs_of
 
 
@@ -36,7 +38,9 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
         device=str(vllm_config.device_config.device_type),
         confident_drafts=own_drafter
         and deployment is not None
-        and installed_plugin(deployment, "drafter").plugin.confident,
+        and installed_plugin(deployment, "drafter").plugin.confident
+        # The number of tokens to verify is fixed before a drafter on the device has proposed any.
+        and not drafts_on_device(speculative),
         full_graphs=full_graphs_of(vllm_config),
         itl_slo_ms=deployment.slots["speculation"].options.get("itl_slo_ms") if deployment is not None else None,
         identity=_identity(vllm_config, deployment if own_drafter else None),
@@ -46,7 +50,7 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
 def uses_drafter_plugin(deployment: Deployment, speculative_config: Any) -> bool:
     """Whether the server uses its drafter plugin's method; the command line may have chosen another one."""
     chosen = drafter_arguments(deployment).get("speculative_config", {})
-    if speculative_config.method == "custom_class":
+    if speculative_config.method == "custom_class" or drafts_on_device(speculative_config):
         return bool(speculative_config.model == chosen.get("model"))
     return bool(speculative_config.method == chosen.get("method"))
 
@@ -110,23 +114,28 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def build_guarded(slot: str, deployment: Deployment, context: PluginContext) -> GuardedPlugin[Any] | None:
+def build_guarded(
+    slot: str, deployment: Deployment, context: PluginContext, on_device: bool = False
+) -> GuardedPlugin[Any] | None:
     """Build the plugin of a slot behind its breaker; None when the slot keeps vLLM's own behaviour.
+
+    With ``on_device`` a drafter's ``build_on_device`` is used.
 
     Raises:
         PluginStartError: when the plugin's ``build`` fails or returns something that its slot cannot use.
 
     """
     plugin = installed_plugin(deployment, slot).plugin
-    if plugin.build is None:
+    build = plugin.build_on_device if on_device else plugin.build
+    if build is None:
         return None
     try:
-        instance = plugin.build(plugin_options(deployment, slot), context)
+        instance = build(plugin_options(deployment, slot), context)
     except Exception as error:
         raise PluginStartError(
             f"plugin {plugin.name} of slot {slot} cannot start: {type(error).__name__}: {error}"
         ) from error
-    contract = SLOTS[slot].protocol
+    contract = DeviceDrafter if on_device else SLOTS[slot].protocol
     if not isinstance(instance, contract):
         missing = [
             name

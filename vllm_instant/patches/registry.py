@@ -38,6 +38,8 @@ from vllm_instant.patches import (
     shared_noise,
     skip_rejection_sampler,
     streaming,
+    v2_draft_model,
+    v2_drafter,
     worker_reports,
 )
 from vllm_instant.patches.compat import VllmPatch, forget_sources, installed_vllm
@@ -57,6 +59,8 @@ PATCHES: tuple[VllmPatch, ...] = tuple(
         pinned_prefixes,
         drafter,
         draft_model_skip,
+        v2_draft_model,
+        v2_drafter,
         hybrid_drafting,
         full_graphs,
         worker_reports,

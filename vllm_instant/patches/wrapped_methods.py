@@ -25,6 +25,8 @@ from vllm_instant.patches import (
     shared_noise,
     skip_rejection_sampler,
     streaming,
+    v2_draft_model,
+    v2_drafter,
     worker_reports,
 )
 from vllm_instant.patches.compat import VllmPatch
@@ -43,7 +45,7 @@ _LOADER = f"{names.MODEL_LOADER}:BaseModelLoader"
 
 METHODS: dict[str, tuple[VllmPatch, ...]] = {
     # The V1 model runner. MoE plugins may refuse an engine before it is built; samplers are exchanged afterwards.
-    f"{_V1}.__init__": (moe.PATCH, rejection_sampler.PATCH, full_graphs.PATCH),
+    f"{_V1}.__init__": (moe.PATCH, v2_drafter.PATCH, rejection_sampler.PATCH, full_graphs.PATCH),
     f"{_V1}.load_model": (moe.PATCH,),
     f"{_V1}.initialize_kv_cache": (moe.PATCH, hybrid_drafting.PATCH),
     f"{_V1}._update_states": (hybrid_drafting.PATCH, draft_model_skip.PATCH, drafter.PATCH),
@@ -67,7 +69,11 @@ METHODS: dict[str, tuple[VllmPatch, ...]] = {
     f"{_CPU}.sample_tokens": (single_rpc.PATCH,),
     # The V2 model runner.
     f"{_V2}.__init__": (moe.PATCH, hybrid_drafting.PATCH),
+    f"{_V2}.finish_requests": (v2_drafter.PATCH,),
+    f"{names.V2_MODEL_RUNNER}:init_speculator": (v2_drafter.PATCH,),
     f"{names.V2_REJECTION_SAMPLER}:RejectionSampler.__init__": (rejection_sampler.PATCH,),
+    f"{names.V2_DRAFT_MODEL}:StandaloneARSpeculator.propose": (v2_draft_model.PATCH,),
+    f"{names.V2_NGRAM}:NgramGPUSpeculator.propose": (v2_draft_model.PATCH,),
     # The engine core: drafts that came with the tokens are used before the engine core decides whether to fetch any.
     f"{_CORE}.post_step": (single_rpc.PATCH, engine_core.PATCH),
     f"{_CORE}.shutdown": (engine_core.PATCH,),
@@ -81,7 +87,7 @@ METHODS: dict[str, tuple[VllmPatch, ...]] = {
     f"{_OUTPUT}._update_stats_from_finished": (streaming.PATCH,),
     f"{_ARGUMENTS}.add_cli_args": (flags.PATCH,),
     f"{_ARGUMENTS}.create_engine_config": (flags.PATCH,),
-    f"{_ARGUMENTS}.create_speculative_config": (default_drafter.PATCH,),
+    f"{_ARGUMENTS}.create_speculative_config": (default_drafter.PATCH, v2_drafter.PATCH),
     f"{names.CONFIG}:VllmConfig._maybe_disable_dynamic_sd_for_data_parallel": (full_graphs.PATCH,),
     f"{_PARSER}.load_config_file": (flags.PATCH,),
     f"{_PARSER}._pull_args_from_config": (flags.PATCH,),

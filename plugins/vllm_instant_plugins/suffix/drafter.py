@@ -7,20 +7,18 @@ expected accepted tokens is used. Drafts and their confidence follow SuffixDecod
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from vllm_instant import Draft, Drafter, DraftRequest
+from vllm_instant_plugins.suffix.cache_salt_groups import CacheSaltGroups
 from vllm_instant_plugins.suffix.calibration import ConfidenceCalibrator, RequestCalibration, count_accepted
 from vllm_instant_plugins.suffix.index import MAX_MATCH, NO_MATCH, Match, TokenIndex, Tokens
 
 MIN_SURVIVAL = 0.05
 """A draft ends before the probability that all of it is accepted falls below this."""
-MAX_GROUPS = 4096
-"""Limit of the cache salts whose histories are kept apart; one that returns after this many others starts anew."""
 
 
 @dataclass
@@ -48,9 +46,7 @@ class SuffixDrafter(Drafter):
         self._max_model_len = max_model_len
         self._live: dict[str, _LiveRequest] = {}
         self._history = TokenIndex(history_tokens) if history_tokens else None
-        self._share_across_cache_salts = share_across_cache_salts
-        self._groups: OrderedDict[str, int] = OrderedDict()
-        self._next_group = 0
+        self._groups = CacheSaltGroups(share_across_cache_salts)
         self._own_calibrator, self._history_calibrator = ConfidenceCalibrator(), ConfidenceCalibrator()
 
     def warm_up(self) -> None:
@@ -72,7 +68,7 @@ class SuffixDrafter(Drafter):
         live = self._live.get(request.request_id)
         if live is None or live.index.stop > len(request.token_ids):
             index = TokenIndex(self._max_model_len, growing=True)
-            live = _LiveRequest(index, request.num_prompt_tokens, self._group(request.cache_salt))
+            live = _LiveRequest(index, request.num_prompt_tokens, self._groups.group(request.cache_salt))
             self._live[request.request_id] = live
         new_tokens = request.token_ids[live.index.stop :]
         if len(live.match.tokens):
@@ -97,25 +93,6 @@ class SuffixDrafter(Drafter):
             calibrator = self._history_calibrator if live.from_history else self._own_calibrator
             calibrator.observe(live.match.matched[:num_compared], num_accepted)
             live.calibration.observe(live.match, num_compared, num_accepted)
-
-    def _group(self, cache_salt: str) -> int | None:
-        """The number of the history that requests with this cache salt share; None without one.
-
-        Clients that send no salt may be strangers: counts of accepted drafts would tell one what another was answered.
-        """
-        if self._share_across_cache_salts:
-            return 0
-        if not cache_salt:
-            return None
-        group = self._groups.get(cache_salt)
-        if group is None:
-            group = self._groups[cache_salt] = self._next_group
-            self._next_group += 1
-            if len(self._groups) > MAX_GROUPS:
-                self._groups.popitem(last=False)
-        else:
-            self._groups.move_to_end(cache_salt)
-        return group
 
     def forget(self, request_id: str) -> None:
         """Move the output of a request that has ended into the history."""

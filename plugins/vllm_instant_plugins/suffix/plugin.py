@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import AliasChoices, Field
 
 from vllm_instant import DrafterOptions, Plugin, PluginContext
+from vllm_instant_plugins.suffix.cache_salt_groups import CacheSaltGroups
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
+
+if TYPE_CHECKING:
+    from vllm_instant_plugins.suffix.device_drafter import SuffixDeviceDrafter
 
 
 class SuffixOptions(DrafterOptions):
@@ -32,11 +38,29 @@ def build(options: SuffixOptions, context: PluginContext) -> SuffixDrafter:
     return drafter
 
 
+def build_on_device(options: SuffixOptions, context: PluginContext) -> SuffixDeviceDrafter:
+    """The drafter on the device, with its kernels compiled."""
+    from vllm_instant_kernels.suffix_lookup import SuffixLookup
+    from vllm_instant_plugins.suffix.device_drafter import SuffixDeviceDrafter
+
+    lookup = SuffixLookup(
+        context.max_num_seqs,
+        context.max_model_len,
+        context.num_speculative_tokens,
+        options.history_tokens,
+        context.device,
+    )
+    drafter = SuffixDeviceDrafter(lookup, CacheSaltGroups(options.share_across_cache_salts), context.device)
+    drafter.warm_up()
+    return drafter
+
+
 PLUGIN = Plugin(
     slot="drafter",
     name="suffix",
     summary="tokens that followed the newest ones earlier, in the request or in other outputs; needs no draft model",
     options=SuffixOptions,
     build=build,
+    build_on_device=build_on_device,
     confident=True,
 )

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from vllm_instant import DraftRequest
+from vllm_instant_plugins.suffix.cache_salt_groups import MAX_GROUPS
 from vllm_instant_plugins.suffix.calibration import ConfidenceCalibrator, RequestCalibration, count_accepted
-from vllm_instant_plugins.suffix.drafter import MAX_GROUPS, SuffixDrafter
+from vllm_instant_plugins.suffix.drafter import SuffixDrafter
 from vllm_instant_plugins.suffix.index import Match
 from vllm_instant_plugins.suffix.plugin import SuffixOptions
 

@@ -40,8 +40,9 @@ def _order(method):
 @pytest.mark.parametrize(
     ("method", "order"),
     [
-        ("gpu_model_runner:GPUModelRunner.__init__", ("experts", "rejection_sampler", "full_graphs")),
+        ("gpu_model_runner:GPUModelRunner.__init__", ("experts", "v2_drafter", "rejection_sampler", "full_graphs")),
         ("gpu.model_runner:GPUModelRunner.__init__", ("experts", "hybrid_drafting")),
+        ("EngineArgs.create_speculative_config", ("default_drafter", "v2_drafter")),
         ("GPUModelRunner.initialize_kv_cache", ("experts", "hybrid_drafting")),
         ("GPUModelRunner._update_states", ("hybrid_drafting", "draft_model_skip", "drafter")),
         ("GPUModelRunner.propose_draft_token_ids", ("hybrid_drafting", "draft_model_skip", "drafter")),
