@@ -39,9 +39,9 @@ def forbids_drafts(sampling: Any) -> bool:
     """Whether a step with such a request cannot verify drafts of any request; None counts as no.
 
     vLLM's rejection sampler takes the log probabilities of the whole vocabulary from the ordinary sampler, which
-    returns those of ``logprob_token_ids`` instead, and a budget of thinking that ends within a draft is overrun.
+    returns those of ``logprob_token_ids`` instead.
     """
-    return sampling is not None and (bool(sampling.logprob_token_ids) or sampling.thinking_token_budget is not None)
+    return sampling is not None and bool(sampling.logprob_token_ids)
 
 
 class LiveRequestsMixin:

@@ -283,7 +283,7 @@ def test_per_request_metrics_stay_as_the_user_set_them(make, monkeypatch):
     assert make().spec_decode_metrics_level == "summary"
 
 
-@pytest.mark.parametrize("option", [{"thinking_token_budget": 8}, {"logprob_token_ids": [5, 6], "logprobs": 1}])
+@pytest.mark.parametrize("option", [{"logprob_token_ids": [5, 6], "logprobs": 2}])
 def test_beside_a_request_that_the_rejection_sampler_cannot_serve_no_request_has_drafts(make, asynchronous, option):
     scheduler = make("speculation.num_draft_tokens=3")
     for number in range(2):
