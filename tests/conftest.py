@@ -34,6 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skipif(not _has_gpu(), reason="no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """Refuse test modules that import Locust as it is: it patches threads, which deadlocks pytest-xdist."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        raise pytest.UsageError("a test module imports locust without LOCUST_SKIP_MONKEY_PATCH")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where several processes run the tests: files stay whole, and all that start servers stay in one process.

@@ -3,11 +3,16 @@
 import argparse
 from types import SimpleNamespace
 
-from locust.argument_parser import get_empty_argument_parser
+import pytest
 
 from vllm_instant_loadtests import load_driver, run_options
 from vllm_instant_loadtests.load_driver import LoadDriver
 from vllm_instant_loadtests.run_options import of_page
+
+with pytest.MonkeyPatch.context() as patch:
+    # Locust would replace the threads, locks and sockets of the process that runs the tests.
+    patch.setenv("LOCUST_SKIP_MONKEY_PATCH", "1")
+    from locust.argument_parser import get_empty_argument_parser
 
 
 def options(**changed):
