@@ -41,6 +41,9 @@ def unsupported_feature(arguments: Any) -> str | None:
         return "an installed package with logits processors"
     if getattr(arguments, "enable_lora", None):
         return "--enable-lora"
+    # vLLM counts thinking_token_budget wrongly where speculation is configured, in steps without drafts as well.
+    if getattr(arguments, "reasoning_parser", None) or getattr(arguments, "reasoning_config", None):
+        return "--reasoning-parser or --reasoning-config"
     # By default, None, vLLM decides itself, and schedules synchronously with a drafter.
     if getattr(arguments, "async_scheduling", None):
         return "--async-scheduling"

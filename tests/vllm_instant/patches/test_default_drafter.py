@@ -41,6 +41,8 @@ def test_without_any_choice_it_is_used():
         {"logits_processors": ["a.B"]},
         {"enable_lora": True},
         {"async_scheduling": True},
+        {"reasoning_parser": "deepseek_r1"},
+        {"reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}},
     ],
     ids=lambda given: next(iter(given)),
 )
@@ -48,7 +50,9 @@ def test_not_against_what_was_typed(given):
     assert not may_be_used(_arguments(**given), _deployment())
 
 
-@pytest.mark.parametrize("given", [{"async_scheduling": None}, {"async_scheduling": False}, {"enable_lora": False}])
+@pytest.mark.parametrize(
+    "given", [{"async_scheduling": None}, {"async_scheduling": False}, {"enable_lora": False}, {"reasoning_parser": ""}]
+)
 def test_it_is_used_where_these_features_are_off(given):
     assert may_be_used(_arguments(**given), _deployment())
 
