@@ -5,6 +5,7 @@ A ``Slot`` drives a guarded plugin through all of its hooks as the engine does a
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from vllm_instant import Drafter, SchedulingPolicy, SpeculationPolicy
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.deployment.watchdog import Watchdog
+from vllm_instant.deployment.watchdog import SIGNAL, Watchdog
 from vllm_instant.interfaces.drafter import DraftAssignment, DraftRequest, HybridDrafter
 from vllm_instant.interfaces.experts import ExpertLayer, ExpertRouter, Measurement, StepRows
 from vllm_instant.interfaces.requests import RequestState
@@ -502,7 +503,10 @@ def watched(guarded: GuardedPlugin[Any], hook: str) -> Iterator[None]:
     """The watchdog, for which a call of this hook has taken far too long already."""
     dog = Watchdog(clock=lambda: time.perf_counter() + 1000.0)
     dog._plugins.add(guarded)
+    # The watchdog of this process may have the signal, if an earlier test built a plugin.
+    previous = signal.signal(SIGNAL, signal.SIG_DFL)
     dog._install_handler()
+    assert dog._has_handler
     ended = threading.Event()
 
     def look() -> None:
@@ -519,6 +523,7 @@ def watched(guarded: GuardedPlugin[Any], hook: str) -> Iterator[None]:
         ended.set()
         thread.join()
         dog.release()
+        signal.signal(SIGNAL, previous)
 
 
 def sendable(value: Any) -> bool:
