@@ -107,9 +107,10 @@ def _plausible_float(text: str) -> float:
 
 
 def _plausible_int(text: str) -> int:
-    if len(text) > 20:
+    # Hashes of contexts are whole numbers of 64 bits.
+    if len(text) > 20 or not abs(int(text)) < 2**64:
         raise ValueError("a number with too many digits")
-    return int(_plausible(int(text)))
+    return int(text)
 
 
 def _plausible(number: float) -> float:

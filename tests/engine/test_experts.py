@@ -51,6 +51,7 @@ plugin = "observed"
 trace = "TRACE"
 tokens = 6000
 prefill_share = 0.2
+adjustable = true
 """
 
 

@@ -1,18 +1,16 @@
 """What a client that reaches Locust's page can make a load generator do."""
 
 import argparse
-from types import SimpleNamespace
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
-from vllm_instant_loadtests import load_driver, run_options
+from vllm_instant_loadtests import load_driver
 from vllm_instant_loadtests.load_driver import LoadDriver
 from vllm_instant_loadtests.run_options import of_page
-
-with pytest.MonkeyPatch.context() as patch:
-    # Locust would replace the threads, locks and sockets of the process that runs the tests.
-    patch.setenv("LOCUST_SKIP_MONKEY_PATCH", "1")
-    from locust.argument_parser import get_empty_argument_parser
 
 
 def options(**changed):
@@ -32,16 +30,33 @@ def test_the_page_chooses_among_built_in_scenarios():
     assert of_page(options(), options(scenario="my.toml")).scenario == "steady"
 
 
-def test_the_page_listens_on_loopback_unless_told_otherwise(monkeypatch):
-    for variable, host in (("", "127.0.0.1"), ("10.0.0.2", "10.0.0.2")):
-        monkeypatch.delenv("LOCUST_WEB_HOST", raising=False)
-        if variable:
-            monkeypatch.setenv("LOCUST_WEB_HOST", variable)
+def _elsewhere(code, **environment):
+    """Run code in a process of its own: Locust replaces threads and locks, and loads Flask, whose proxies raise when
+    vLLM looks through all modules."""
+    inherited = {name: value for name, value in os.environ.items() if name != "LOCUST_WEB_HOST"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(("environment", "host"), [({}, "127.0.0.1"), ({"LOCUST_WEB_HOST": "10.0.0.2"}, "10.0.0.2")])
+def test_the_page_listens_on_loopback_unless_told_otherwise(environment, host):
+    code = """
+        from locust.argument_parser import get_empty_argument_parser
+        from vllm_instant_loadtests import run_options
+
         parser = get_empty_argument_parser(add_help=False)
         parser.add_argument("--web-host", default="")
         run_options.add_options(parser)
-        assert parser.parse_args([]).web_host == host
-        assert parser.parse_args(["--web-host", "10.0.0.1"]).web_host == "10.0.0.1"
+        print(parser.parse_args([]).web_host, parser.parse_args(["--web-host", "10.0.0.1"]).web_host)
+    """
+    assert _elsewhere(code, **environment) == [host, "10.0.0.1"]
 
 
 def test_a_key_is_not_part_of_what_a_master_sends(monkeypatch):
@@ -58,19 +73,21 @@ def test_a_key_is_not_part_of_what_a_master_sends(monkeypatch):
     assert "headers" not in str(load_driver.SegmentTask.__dataclass_fields__)
 
 
-def test_a_run_from_the_page_goes_to_the_servers_of_the_command_line(monkeypatch):
-    from vllm_instant_loadtests import locust_runner
+def test_a_run_from_the_page_goes_to_the_servers_of_the_command_line():
+    code = """
+        from argparse import Namespace
+        from types import SimpleNamespace
+        from vllm_instant_loadtests import locust_runner
 
-    asked = []
-    monkeypatch.setattr(
-        locust_runner.RunOptions, "of", classmethod(lambda cls, found, host: asked.append((found, host)))
-    )
-    environment = SimpleNamespace(runner=None, host="http://10.0.0.1:8000", parsed_options=options(servers=""))
-    runner = locust_runner.ScenarioRunner(environment)
-    monkeypatch.setattr(runner, "_run_scenario", lambda _: None)
-    monkeypatch.setattr(runner, "_end", lambda _: None)
-    # What the page's form does.
-    environment.parsed_options.servers, environment.host = "x=http://attacker", "http://attacker"
-    runner._run()
-    [(found, host)] = asked
-    assert (found.servers, host) == ("", "http://10.0.0.1:8000")
+        asked = []
+        locust_runner.RunOptions.of = classmethod(lambda cls, found, host: asked.append((found.servers, host)))
+        given = Namespace(scenario="steady", servers="", output="mine", rate_scale=1.0)
+        environment = SimpleNamespace(runner=None, host="http://10.0.0.1:8000", parsed_options=given)
+        runner = locust_runner.ScenarioRunner(environment)
+        runner._run_scenario = runner._end = lambda _: None
+        # What the page's form does.
+        given.servers, environment.host = "x=http://attacker", "http://attacker"
+        runner._run()
+        print(*asked)
+    """
+    assert _elsewhere(code) == ["('',", "'http://10.0.0.1:8000')"]

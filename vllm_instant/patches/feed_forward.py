@@ -70,7 +70,8 @@ def _part(text: str) -> GuardedPlugin[FeedForwardProvider] | None:
             f"plugin {whole.plugin} of slot attention cannot start: its feed_forward() returned a "
             f"{type(part).__name__}; return None, or derive it from vllm_instant.FeedForwardProvider"
         )
-    return GuardedPlugin("attention", f"{whole.plugin}.feed_forward", part)
+    # Its kernels compile when a new shape comes.
+    return GuardedPlugin("attention", f"{whole.plugin}.feed_forward", part, is_timed=False)
 
 
 def unsupported_reason(vllm_config: Any) -> str | None:

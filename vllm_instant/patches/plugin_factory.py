@@ -146,15 +146,18 @@ def build_guarded(
             f"plugin {plugin.name} of slot {slot} cannot start: its {type(instance).__name__} has no "
             f"{', '.join(missing)}; derive it from vllm_instant.{contract.__name__}"
         )
-    guarded = GuardedPlugin(slot, plugin.name, instance, is_timed=not _must_agree(slot, context))
-    if guarded.is_timed:
+    must_agree = _must_agree(slot, context)
+    # Kernels compile when a new shape comes, which may be several times in a row.
+    guarded = GuardedPlugin(slot, plugin.name, instance, is_timed=not must_agree and slot != "attention")
+    if not must_agree:
         watch(guarded)
     return guarded
 
 
 def _must_agree(slot: str, context: PluginContext) -> bool:
     """Whether several ranks run the plugin and must go on to do the same: a clock may not disable it on one of them."""
-    return slot not in ("speculation", "batching", "streaming") and context.identity.get("parallel", "1x1") != "1x1"
+    ranks = set(context.identity.get("parallel", "1").split("x"))
+    return slot not in ("speculation", "batching", "streaming") and ranks != {"1"}
 
 
 PATCH = VllmPatch(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from patch_harness import wrap
+from vllm.config.compilation import CUDAGraphMode
 
 from vllm_instant import Plugin, PluginContext
 from vllm_instant.deployment.settings import resolve
@@ -119,7 +120,7 @@ def _vllm_config(**changed):
         "device_config": {"device_type": "cpu"},
         "cache_config": {"cache_dtype": "auto"},
         "attention_config": {"backend": None},
-        "compilation_config": {"cudagraph_mode": SimpleNamespace(name="NONE")},
+        "compilation_config": {"cudagraph_mode": CUDAGraphMode.NONE, "max_cudagraph_capture_size": 0},
     }
     top = {"use_v2_model_runner": changed.pop("use_v2_model_runner", False)}
     for name, value in changed.items():
@@ -133,7 +134,7 @@ def _vllm_config(**changed):
     [
         {"use_v2_model_runner": True},
         {"scheduler_config__async_scheduling": True},
-        {"compilation_config__cudagraph_mode": SimpleNamespace(name="FULL")},
+        {"compilation_config__cudagraph_mode": CUDAGraphMode.FULL},
         {"attention_config__backend": SimpleNamespace(name="FLASHINFER")},
         {"parallel_config__data_parallel_size": 2},
         {"parallel_config__tensor_parallel_size": 2},
@@ -151,6 +152,13 @@ def test_costs_of_steps_are_kept_apart_by_whatever_they_depend_on(changed):
     usual, other = (plugin_factory.context_of(config).identity for config in (_vllm_config(), _vllm_config(**changed)))
     assert usual == plugin_factory.context_of(_vllm_config()).identity
     assert usual != other
+
+
+@pytest.mark.parametrize(("changed", "expected"), [({}, False), ({"parallel_config__data_parallel_size": 2}, True)])
+def test_a_clock_disables_no_plugin_of_several_ranks(changed, expected):
+    context = plugin_factory.context_of(_vllm_config(**changed))
+    assert plugin_factory._must_agree("rejection_sampler", context) is expected
+    assert plugin_factory._must_agree("speculation", context) is False
 
 
 class TestCpuSampling:

@@ -49,7 +49,7 @@ def test_the_built_in_scenarios_are_listed():
     ("words", "message"),
     [
         ([], "give a SCENARIO: a file or one of --list"),
-        (["stedy"], "stedy is neither a file nor a scenario: there are burst"),
+        (["stedy"], "stedy is neither a file nor a scenario: there are assistant, burst"),
         (["steady", "--url", "127.0.0.1:8000"], "127.0.0.1:8000 should be addresses, each with a name of its own"),
         (["steady", "--url", "http://a:1", "--url", "http://b:1"], "should be addresses, each with a name of its own"),
         (["steady", "--url", "a=http://a:1", "--set", "x.y=1"], "are for servers started here, not for --url"),
@@ -134,7 +134,8 @@ def test_the_public_chat_model_has_its_own_deployment(tmp_path, monkeypatch):
     servers, deployments = scenario_servers(load("assistant"), "smollm2", None, [], tmp_path)
     assert {server.model for server in servers.values()} == {str(tmp_path / "smollm2")}
     assert str(setups.REAL_DEPLOYMENT) in servers["ours"].arguments
-    assert deployments["ours"]["slots"]["drafter"]["plugin"] == "suffix"
+    assert deployments["ours"]["instant"] is True
+    assert str(tmp_path) not in deployments["ours"]["deployment"]
 
 
 @pytest.mark.usefixtures("small_demo")
