@@ -156,8 +156,9 @@ def build_guarded(
 
 def _must_agree(slot: str, context: PluginContext) -> bool:
     """Whether several ranks run the plugin and must go on to do the same: a clock may not disable it on one of them."""
-    ranks = set(context.identity.get("parallel", "1").split("x"))
-    return slot not in ("speculation", "batching", "streaming") and ranks != {"1"}
+    if slot in ("speculation", "batching", "streaming"):
+        return False
+    return set(context.identity.get("parallel", "1").split("x")) != {"1"}
 
 
 PATCH = VllmPatch(
