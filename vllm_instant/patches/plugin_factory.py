@@ -146,12 +146,15 @@ def build_guarded(
             f"plugin {plugin.name} of slot {slot} cannot start: its {type(instance).__name__} has no "
             f"{', '.join(missing)}; derive it from vllm_instant.{contract.__name__}"
         )
-    must_agree = _must_agree(slot, context)
-    # Kernels compile when a new shape comes, which may be several times in a row.
-    guarded = GuardedPlugin(slot, plugin.name, instance, is_timed=not must_agree and slot != "attention")
-    if not must_agree:
+    guarded = GuardedPlugin(slot, plugin.name, instance, is_timed=_is_timed(slot, context))
+    if not _must_agree(slot, context):
         watch(guarded)
     return guarded
+
+
+def _is_timed(slot: str, context: PluginContext) -> bool:
+    """Whether slow calls disable the plugin; kernels compile when new shapes come, several times in a row."""
+    return slot != "attention" and not _must_agree(slot, context)
 
 
 def _must_agree(slot: str, context: PluginContext) -> bool:

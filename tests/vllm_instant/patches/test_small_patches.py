@@ -159,6 +159,12 @@ def test_a_clock_disables_no_plugin_of_several_ranks(changed, expected):
     context = plugin_factory.context_of(_vllm_config(**changed))
     assert plugin_factory._must_agree("rejection_sampler", context) is expected
     assert plugin_factory._must_agree("speculation", context) is False
+    assert plugin_factory._is_timed("rejection_sampler", context) is not expected
+
+
+def test_kernels_that_compile_are_no_slow_plugin():
+    context = plugin_factory.context_of(_vllm_config())
+    assert [plugin_factory._is_timed(slot, context) for slot in ("attention", "drafter")] == [False, True]
 
 
 class TestCpuSampling:
