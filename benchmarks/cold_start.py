@@ -14,8 +14,8 @@ arms with fixed numbers of drafts in place of ``off again``.
 Free text at temperature 1, without and with seeds; ``--after-code`` first serves a code request, whose repetitions a
 lookup serves well. ``--planted`` starts with stored costs: as measured by a calibration at the beginning of the run,
 and changed (three times too short or too long, without order, falling with the rows, with free drafts, of another
-limit). Every time includes prompts. Results: tokens per second relative to ``off`` by start, and draft tokens per
-user.
+limit). Every time includes prompts. Results: tokens per second relative to ``off`` by start, draft tokens per user, and
+the longest of the first hundred steps.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ SLOWEST_REQUEST = 0.95
 DECIDED, OFF, AGAIN = "decided", "off", "off again"
 FIXED_LENGTHS = (1, 2, 4, 8)
 CALIBRATION_ROUNDS = 2
+FIRST_STEPS = 100
 DRAFTERS = ("suffix", "hopeless", "trained", "oracle", "stock")
 PARTS = (
     "suffix --users 1,8 --starts 4",
@@ -74,6 +75,8 @@ class Turn:
     """Mean seconds to the first token."""
     drafted: int
     accepted: int
+    slowest_step: float
+    """The longest of the first ``FIRST_STEPS`` steps after the prompts', in medians of all steps."""
 
 
 @dataclass
@@ -111,6 +114,7 @@ class Cell:
             plain["best_fixed"] = best
         first = [start[DECIDED].first_token / start[OFF].first_token for start in self.starts]
         plain["first_token_to_off"] = {"median": statistics.median(first), "worst": max(first)}
+        plain["slowest_step"] = {arm: max(start[arm].slowest_step for start in self.starts) for arm in arms}
         plain["drafted_per_user"] = [round(start[DECIDED].drafted / users, 1) for start in self.starts]
         plain["accepted_per_user"] = [round(start[DECIDED].accepted / users, 1) for start in self.starts]
         return plain
@@ -158,6 +162,16 @@ class Engine:
         self.core: Any = self.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
         self.scheduler = self.core.scheduler
         self.speculates = drafter != "stock"
+        self.step_times: list[float] = []
+        step = self.llm.llm_engine.step
+
+        def timed_step() -> Any:
+            began = time.perf_counter()
+            outputs = step()
+            self.step_times.append(time.perf_counter() - began)
+            return outputs
+
+        self.llm.llm_engine.step = timed_step
 
     def draft_like(self, control: dict[str, Any]) -> None:
         """Tell the switchable drafter what to propose."""
@@ -209,12 +223,15 @@ class Engine:
             for number, prompt in enumerate(prompts)
         ]
         before = self.counts()
+        self.step_times.clear()
         began = time.perf_counter()
         answers = self.llm.generate([prompt.text for prompt in prompts], parameters, use_tqdm=False)
         seconds = time.perf_counter() - began
         first_tokens = [answer.metrics.first_token_latency for answer in answers if answer.metrics is not None]
         drafted, accepted = (after - earlier for after, earlier in zip(self.counts(), before, strict=True))
-        return Turn(seconds, statistics.fmean(first_tokens), drafted, accepted)
+        after_prompts = self.step_times[1:]
+        slowest_step = max(after_prompts[:FIRST_STEPS]) / statistics.median(after_prompts)
+        return Turn(seconds, statistics.fmean(first_tokens), drafted, accepted, slowest_step)
 
     def counts(self) -> tuple[int, int]:
         """Verified and accepted draft tokens so far."""
