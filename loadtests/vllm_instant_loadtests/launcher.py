@@ -24,6 +24,7 @@ from vllm_instant.deployment.secrets import masked_words
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.tools.measure.guarded_process import start_guarded, stop_group
 from vllm_instant.tools.measure.servers import START_TIMEOUT, Server, words_of
+from vllm_instant_loadtests.capacity import CapacityPlan
 from vllm_instant_loadtests.scenario import Scenario, ServerSetup
 
 DEMO, SMOLLM2 = "demo", "smollm2"
@@ -52,6 +53,8 @@ class LocustCommand:
     processes: int = 1
     web_port: int | None = None
     api_key: str | None = None
+    capacity: CapacityPlan | None = None
+    max_seconds: float = 0.0
 
     def words(self) -> list[str]:
         """The words of the command line."""
@@ -61,6 +64,8 @@ class LocustCommand:
         words += ["--rate-scale", str(self.rate_scale), "--duration", str(self.seconds or 0)]
         words += ["--together"] if self.together else []
         words += ["--processes", str(self.processes)] if self.processes > 1 else []
+        if self.capacity is not None:
+            words += ["--capacity", self.capacity.text(), "--max-seconds", str(self.max_seconds)]
         page = ["--headless"]
         if self.web_port is not None:
             page = ["--autostart", "--autoquit", "0", "--web-host", "127.0.0.1", "--web-port", str(self.web_port)]
@@ -134,7 +139,7 @@ def run_locust(load: LocustCommand, command: str) -> None:
 
     """
     load.output.mkdir(parents=True, exist_ok=True)
-    if (load.output / "run.json").exists():
+    if load.capacity is None and (load.output / "run.json").exists():
         raise LoadTestError(f"--output {load.output} has a run already: choose another folder, or --analyse it")
     # Settings of other Locust runs (CI jobs, Kubernetes services) must not change this one.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gevent
@@ -17,7 +17,8 @@ from gevent.pool import Group
 
 from vllm_instant.tools.measure.token_stream import StreamedAnswer
 from vllm_instant_loadtests.run_recorder import GeneratorSample, RecordedRequest
-from vllm_instant_loadtests.schedule import ScheduledRequest
+from vllm_instant_loadtests.scheduled_request import ScheduledRequest
+from vllm_instant_loadtests.session_progress import SessionProgress
 from vllm_instant_loadtests.streams import CutOffError, StreamingClient
 
 TIMER_SECONDS = 0.05
@@ -66,19 +67,25 @@ class LoadDriver:
         self._group = Group()
         self._stopped = Event()
         self._clock = 0.0
+        self._open: dict[int, tuple[float, StreamedAnswer]] = {}
 
     def run(self, task: SegmentTask) -> None:
         """Send all requests of a task and wait until they are answered or cut off, or the driver is stopped."""
         self._stopped.clear()
         self._clock = _second_zero(task.epoch)
         clients = self._clients_of(task.servers)
+        requests = [ScheduledRequest(**plain) for plain in task.requests]
+        sessions = {server: SessionProgress(requests) for server in clients}
         watch = gevent.spawn(self._watch_itself)
         try:
-            for due in (ScheduledRequest(**plain) for plain in task.requests):
+            for due in requests:
+                if due.after:
+                    continue  # sent when the answers that it waits for are there
                 if self._wait_until(task.begins + due.at - task.offset):
                     return
-                for server, client in clients.items():
-                    self._group.spawn(self._follow, server, client, due, task)
+                when = task.begins + due.at - task.offset + due.typing_seconds
+                for server in clients:
+                    self._group.spawn(self._follow, server, due, when, task, sessions[server])
             if self._wait_until(task.begins + task.seconds):
                 return
             self._group.join(timeout=task.drain_seconds)
@@ -101,10 +108,44 @@ class LoadDriver:
         finally:
             client.close()
 
-    def _follow(self, server: str, client: StreamingClient, due: ScheduledRequest, task: SegmentTask) -> None:
-        when = task.begins + due.at - task.offset + due.typing_seconds
-        answer = client.ask(due, wait=lambda: self._sleep_until(when))
-        request = RecordedRequest(
+    def late_first_tokens(self, limit: float) -> int:
+        """Number of requests in progress that have waited longer than ``limit`` seconds for their first token."""
+        now = self._now()
+        return sum(not answer.arrivals and now - when > limit for when, answer in self._open.values())
+
+    def _follow(
+        self, server: str, due: ScheduledRequest, when: float, task: SegmentTask, sessions: SessionProgress
+    ) -> None:
+        """Send a request that is due at second ``when``, record its answer, and begin the turns that wait for it."""
+        client, answer = self._clients[server], StreamedAnswer()
+        self._open[id(answer)] = when, answer
+        try:
+            client.ask(
+                replace(due, body=sessions.body(due)),
+                wait=lambda: self._sleep_until(when),
+                answer=answer,
+                keep_text=sessions.keeps_text(due.number),
+            )
+        finally:
+            del self._open[id(answer)]
+        request = self._recorded(server, due, when, answer, task.segment)
+        self._record(request)
+        self._report(request)
+        if request.error is None and not request.left:
+            for turn, second in sessions.complete(due.number, request.ended, answer.text):
+                if second < task.begins + task.seconds:  # later ones are not sent: their segment has ended
+                    self._group.spawn(self._follow_later, server, turn, second, task, sessions)
+
+    def _follow_later(
+        self, server: str, turn: ScheduledRequest, second: float, task: SegmentTask, sessions: SessionProgress
+    ) -> None:
+        if not self._wait_until(second):
+            self._follow(server, turn, second + turn.typing_seconds, task, sessions)
+
+    def _recorded(
+        self, server: str, due: ScheduledRequest, when: float, answer: StreamedAnswer, segment: int
+    ) -> RecordedRequest:
+        return RecordedRequest(
             id=answer.id,
             server=server,
             kind=due.kind,
@@ -116,11 +157,14 @@ class LoadDriver:
             prompt_tokens=answer.prompt_tokens,
             error=answer.error,
             left=answer.left,
-            segment=task.segment,
+            segment=segment,
             number=due.number,
+            session=due.session,
+            turn=due.turn,
+            accepted=answer.accepted,
+            answer_at=None if answer.answer_at is None else round(answer.answer_at - self._clock, 6),
+            thinking_tokens=answer.thinking_tokens,
         )
-        self._record(request)
-        self._report(request)
 
     def _clients_of(self, servers: Mapping[str, Mapping[str, Any]]) -> dict[str, StreamingClient]:
         for name, server in servers.items():
@@ -156,8 +200,21 @@ class LoadDriver:
 
 
 def split_requests(requests: Sequence[ScheduledRequest], processes: int) -> list[list[dict[str, Any]]]:
-    """The requests of each process, round-robin, so that all processes are equally loaded at all times."""
-    return [[due.plain() for due in requests[number::processes]] for number in range(processes)]
+    """The requests of each process, round-robin, so that all processes are equally loaded at all times.
+
+    The turns of a session stay together: a turn waits for answers, which its own process has.
+    """
+    shares: list[list[dict[str, Any]]] = [[] for _ in range(processes)]
+    owners: dict[int, int] = {}
+    turn = 0
+    for due in requests:
+        owner = owners.get(due.session, -1) if due.session is not None else -1
+        if owner < 0:
+            owner, turn = turn % processes, turn + 1
+            if due.session is not None:
+                owners[due.session] = owner
+        shares[owner].append(due.plain())
+    return shares
 
 
 def _second_zero(epoch: float) -> float:

@@ -8,8 +8,9 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import gevent
@@ -20,11 +21,14 @@ from vllm_instant.tools.measure.sampling import RefusedError
 from vllm_instant.tools.measure.server_info import authorization, read_server_info
 from vllm_instant.tools.measure.servers import SETTLE_SECONDS
 from vllm_instant_loadtests import locust_stats, run_recorder, schedule
+from vllm_instant_loadtests.capacity import offered_rate
+from vllm_instant_loadtests.capacity_runner import CapacityRunner, unfinished_run
 from vllm_instant_loadtests.load_driver import LoadDriver, SegmentTask, split_requests
 from vllm_instant_loadtests.run_description import describe_run
 from vllm_instant_loadtests.run_options import RunOptions, of_page
-from vllm_instant_loadtests.run_recorder import GeneratorSample, RecordedRequest, RunRecorder
+from vllm_instant_loadtests.run_recorder import GeneratorSample, RecordedRequest, RecordedRun, RunRecorder
 from vllm_instant_loadtests.scenario import Scenario, ScenarioError
+from vllm_instant_loadtests.scheduled_request import ScheduledRequest
 
 logger = logging.getLogger("loadtest")
 LEAD_SECONDS = 0.5
@@ -47,6 +51,7 @@ class ScenarioRunner:
         self._environment = environment
         self._runner = environment.runner
         self._recorder: RunRecorder | None = None
+        self._capacity: CapacityRunner | None = None
         self._run_greenlet: gevent.Greenlet | None = None
         self._stopped = self._lost = False
         self._finished: dict[str, Event] = {}
@@ -122,20 +127,20 @@ class ScenarioRunner:
             if self._stopped:
                 return
         gevent.sleep(SETTLE_SECONDS)
-        epoch, clock = time.time(), time.perf_counter()
-        about = describe_run(options, servers, headers, clock)
-        self._recorder = RunRecorder(options.output, about)
+        known = unfinished_run(options, options.capacity) if options.capacity is not None else None
+        # The clock of an interrupted search continues some seconds after its last probe.
+        passed = max((one["ended"] + 5.0 for one in known.about["segments"]), default=0.0) if known else 0.0
+        epoch, clock = time.time() - passed, time.perf_counter() - passed
+        about = known.about if known is not None else describe_run(options, servers, headers, clock)
+        self._recorder = RunRecorder(options.output, None if known is not None else about)
         poller = _start_poller(options, clock)
+        send = partial(self._run_segment, targets=targets, epoch=epoch, scenario=scenario)
         try:
-            logger.info("%s: %d requests over %.0f s", scenario.title, len(due), scenario.seconds)
-            for segment in schedule.segments(scenario, list(targets), options.seed):
-                if about["segments"] and not self._stopped:
-                    gevent.sleep(SETTLE_SECONDS)  # see measure.servers.settle
-                if self._stopped:
-                    break
-                about["segments"] += self._run_segment(segment, due, targets, epoch, scenario)
-                self._recorder.update(about)
-            about["finished"] = not self._stopped and not self._lost
+            if options.capacity is not None:
+                self._search_capacity(options, about, known, targets, send)
+            else:
+                logger.info("%s: %d requests over %.0f s", scenario.title, len(due), scenario.seconds)
+                self._run_segments(options, about, list(targets), partial(send, due=due))
         finally:
             poller.terminate()
             poller.wait()
@@ -144,10 +149,58 @@ class ScenarioRunner:
             self._recorder = None
             logger.info("recorded in %s; analyse it with vllm-instant loadtest --analyse %s", *[options.output] * 2)
 
+    def _run_segments(
+        self,
+        options: RunOptions,
+        about: dict[str, Any],
+        servers: list[str],
+        send: Callable[[schedule.Segment], list[dict[str, Any]]],
+    ) -> None:
+        for segment in schedule.segments(options.scenario, servers, options.seed):
+            if about["segments"] and not self._stopped:
+                gevent.sleep(SETTLE_SECONDS)  # see measure.servers.settle
+            if self._stopped:
+                break
+            about["segments"] += send(segment)
+            if self._recorder is not None:
+                self._recorder.update(about)
+        about["finished"] = not self._stopped and not self._lost
+
+    def _search_capacity(
+        self,
+        options: RunOptions,
+        about: dict[str, Any],
+        before: RecordedRun | None,
+        targets: Mapping[str, dict[str, Any]],
+        send: Callable[..., list[dict[str, Any]]],
+    ) -> None:
+        if options.capacity is None or self._recorder is None:
+            return
+        about |= {"capacity": asdict(options.capacity), "start_rate": offered_rate(options.scenario)}
+
+        def stop() -> None:
+            self._tell(STOP, {})
+            self._driver.stop()
+
+        self._capacity = CapacityRunner(
+            options.capacity,
+            options,
+            about,
+            targets,
+            run_segment=lambda segment, due: send(segment, due=due),
+            stop_segment=stop,
+            late_first_tokens=self._driver.late_first_tokens,
+            stopped=lambda: self._stopped or self._lost,
+        )
+        try:
+            about["finished"] = self._capacity.run(before, self._recorder)
+        finally:
+            self._capacity = None
+
     def _run_segment(
         self,
         segment: schedule.Segment,
-        due: list[schedule.ScheduledRequest],
+        due: list[ScheduledRequest],
         targets: Mapping[str, dict[str, Any]],
         epoch: float,
         scenario: Scenario,
@@ -179,7 +232,7 @@ class ScenarioRunner:
             for server in segment.servers
         ]
 
-    def _distribute(self, task: SegmentTask, due: list[schedule.ScheduledRequest]) -> None:
+    def _distribute(self, task: SegmentTask, due: list[ScheduledRequest]) -> None:
         """Send every worker its share of a task and wait until all have sent their last records."""
         workers = [client.id for client in self._runner.clients.all]
         self._finished = {worker: Event() for worker in workers}
@@ -193,7 +246,7 @@ class ScenarioRunner:
                     self._lost = True
                     break
 
-    def _warm_up(self, due: list[schedule.ScheduledRequest], targets: Mapping[str, dict[str, Any]]) -> None:
+    def _warm_up(self, due: list[ScheduledRequest], targets: Mapping[str, dict[str, Any]]) -> None:
         """Send one request of each kind to every server, so that first-time costs are not measured."""
         first = {one.kind: one for one in reversed(due)}.values()
         for name, target in targets.items():
@@ -216,6 +269,8 @@ class ScenarioRunner:
     def _record(self, record: RecordedRequest | GeneratorSample) -> None:
         if self._recorder is not None:
             self._recorder.add(record)
+            if self._capacity is not None and isinstance(record, RecordedRequest):
+                self._capacity.hear(record)
 
     def _report(self, request: RecordedRequest) -> None:
         if self._recorder is not None:  # not while warming up

@@ -58,7 +58,7 @@ def write_html(analysis: RunAnalysis, run: RecordedRun, path: Path) -> None:
 
 def write_json(analysis: RunAnalysis, path: Path) -> None:
     """Write ``RunAnalysis.plain``; NaN and infinity become null."""
-    path.write_text(json.dumps(_finite(analysis.plain()), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(analysis.plain()), indent=1) + "\n", encoding="utf-8")
 
 
 def write_junit(analysis: RunAnalysis, path: Path) -> None:
@@ -189,11 +189,12 @@ def _speed(server: ServerAnalysis, run: RecordedRun) -> PlotCurve:
     return PlotCurve("tokens", series.at, (cumulated[ended] - cumulated[began]) / (2 * series.half))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value as JSON types; NaN and infinity become None."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_instant_loadtests.capacity import CapacityPlan
+from vllm_instant_loadtests.capacity_goals import GoalError
 from vllm_instant_loadtests.scenario import Scenario, ScenarioError, built_in, load, named_servers
 
 
@@ -53,6 +55,21 @@ def add_options(parser: Any) -> None:
         action="store_true",
         help="Send to all servers at the same time instead of one after the other.",
     )
+    add(
+        "--capacity",
+        "CAPACITY",
+        default="",
+        help="Plan of a capacity search in JSON, as `vllm-instant loadtest capacity` writes it.",
+        include_in_web_ui=False,
+    )
+    add(
+        "--max-seconds",
+        "MAX_SECONDS",
+        type=float,
+        default=0.0,
+        help="Time after which a capacity search makes no further probe.",
+        include_in_web_ui=False,
+    )
 
 
 def of_page(options: argparse.Namespace, given: argparse.Namespace) -> argparse.Namespace:
@@ -66,7 +83,7 @@ def of_page(options: argparse.Namespace, given: argparse.Namespace) -> argparse.
         given: Those of the command line.
 
     """
-    pinned = {name: getattr(given, name) for name in ("servers", "output")}
+    pinned = {name: getattr(given, name) for name in ("servers", "output", "capacity", "max_seconds")}
     if options.scenario not in built_in():
         pinned["scenario"] = given.scenario
     return argparse.Namespace(**{**vars(options), **pinned})
@@ -82,6 +99,9 @@ class RunOptions:
     seed: str
     trace_speed: float
     output: Path
+    capacity: CapacityPlan | None = None
+    max_seconds: float = 0.0
+    """Time limit of a capacity search; 0 is none."""
 
     @classmethod
     def of(cls, options: argparse.Namespace, host: str | None) -> RunOptions:
@@ -99,7 +119,13 @@ class RunOptions:
         if not all(servers.values()):
             raise ScenarioError("no server is given: use --host URL, or --servers NAME=URL for several")
         output = Path(options.output) if options.output else Path(f"loadtest-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            plan = CapacityPlan.read(options.capacity) if getattr(options, "capacity", "") else None
+        except GoalError as error:
+            raise ScenarioError(str(error)) from None
         number, free = 2, output
-        while (free / "run.json").exists():  # a further run from the web page
+        while plan is None and (free / "run.json").exists():  # a further run from the web page
             free, number = output.with_name(f"{output.name}-{number}"), number + 1
-        return cls(scenario, servers, str(options.seed), float(options.rate_scale), free)
+        return cls(
+            scenario, servers, str(options.seed), float(options.rate_scale), free, plan, float(options.max_seconds)
+        )

@@ -59,6 +59,23 @@ class RecordedRequest:
     """Number of its segment."""
     number: int | None = None
     """Its number in the scenario: every server gets the same prompt under the same number."""
+    session: int | None = None
+    """Number of its session; None for a request of its own."""
+    turn: int = 0
+    """Its place in the session, from 0; parallel calls have places of their own."""
+    accepted: int | None = None
+    """Accepted draft tokens, where the server reports them."""
+    answer_at: float | None = None
+    """When the first token after the thinking ones arrived; None where the server reports no thinking."""
+    thinking_tokens: int = 0
+    """Number of tokens before that one."""
+
+    @property
+    def answer_ttft(self) -> float:
+        """Seconds from when it was due to the first token of the answer itself; infinite where it only thought."""
+        if self.answer_at is not None:
+            return self.answer_at - self.due
+        return float("inf") if self.thinking_tokens else self.ttft
 
     @property
     def ttft(self) -> float:

@@ -12,10 +12,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_instant_loadtests.goals import LoadTestGoals
+from vllm_instant_loadtests.traces import MOONCAKE_BLOCK
 
 Rate = float | list[tuple[float, float]]
 _SERVER = re.compile(r"(?:^|\s)(?:([^\s=/]+)=)?(https?://[^\s/]\S*)")
 Positive = Annotated[float, Field(gt=0)]
+Bounds = float | tuple[float, float]
+"""A value, or two bounds between which it is drawn uniformly."""
 
 
 class ScenarioError(ValueError):
@@ -26,17 +29,60 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class SessionShape(_Table):
+    """A conversation: turns with pauses, each with all earlier messages and answers."""
+
+    turns: Annotated[int, Field(gt=0)] | tuple[int, int] = (2, 6)
+    """Number of turns, or the bounds between which it is drawn."""
+    think_seconds: Bounds = (1.0, 5.0)
+    """Seconds between an answer and the next message, or their bounds."""
+
+
+class Step(_Table):
+    """One request of an agent."""
+
+    name: str
+    after: list[str] = []
+    """Steps whose answers it waits for; of those that took place, at least one must."""
+    chance: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Probability that it takes place: branches."""
+    parallel: Annotated[int, Field(gt=0)] | tuple[int, int] = 1
+    """Number of such requests at the same time, or its bounds."""
+    pause_seconds: Bounds = 0.0
+    """Time that the tool takes between the call and its result, or its bounds."""
+    result_characters: Annotated[int, Field(ge=0)] | tuple[int, int] = 0
+    """Length of the tool's result, which this step's prompt ends with, or its bounds."""
+    text: str = ""
+    """Further message of the user."""
+    max_tokens: Annotated[int, Field(gt=0)] | tuple[int, int] | None = None
+    """Instead of the traffic's."""
+
+
 class Traffic(_Table):
     """One kind of request and its arrivals."""
 
     kind: str
     """Its name in the results."""
-    prompts: str
-    """A built-in class of prompts (``prompts.BUILT_IN``), or a file relative to the scenario's folder."""
+    prompts: str = ""
+    """A built-in class of prompts (``prompts.BUILT_IN``), or a file relative to the scenario's folder; not for a trace
+    with lengths."""
     rate: Rate | None = None
-    """Requests per second, or points ``[second, rate]`` with linear interpolation."""
+    """Requests (or sessions) per second, or points ``[second, rate]`` with linear interpolation."""
     trace: Path | None = None
-    """Instead of ``rate``: a file with one arrival time in seconds per line; ``--rate-scale`` divides the times."""
+    """Instead of ``rate``: a file with one arrival time in seconds per line, or a recorded trace (``traces``);
+    ``--rate-scale`` divides the times."""
+    session: SessionShape | None = None
+    """Makes every arrival a conversation."""
+    step: list[Step] = []
+    """Makes every arrival an agent with these steps."""
+    length_scale: Positive = 1.0
+    """Factor on the lengths of a trace's prompts, blocks and answers."""
+    block_tokens: Annotated[int, Field(gt=0)] = MOONCAKE_BLOCK
+    """Prompt tokens per hash of a trace."""
+    token_ids: tuple[int, int] = (256, 1000)
+    """Bounds of the token ids that a trace's prompts are made of; all models have these as ordinary tokens."""
+    max_requests: Annotated[int, Field(gt=0)] | None = None
+    """Number of a trace's requests that are sent, from its beginning."""
     arrivals: Literal["poisson", "gamma", "even"] = "poisson"
     cv: Positive = 2.0
     """Coefficient of variation of the gaps of ``gamma``: 1 is Poisson, more is burstier."""
@@ -61,6 +107,7 @@ class Traffic(_Table):
     def _one_source_of_arrivals(self) -> Self:
         if (self.rate is None) == (self.trace is None):
             raise ValueError(f"the traffic {self.kind!r} should have either a rate or a trace")
+        self._check_sessions()
         if isinstance(self.rate, list):
             times = [when for when, _ in self.rate]
             if not times or times != sorted(times) or min(times) < 0 or min(rate for _, rate in self.rate) < 0:
@@ -74,6 +121,23 @@ class Traffic(_Table):
             if isinstance(bounds, tuple) and not 0 < bounds[0] <= bounds[1]:
                 raise ValueError(f"{name} of {self.kind!r} should be two bounds above 0, not {list(bounds)}")
         return self
+
+    def _check_sessions(self) -> None:
+        if not self.prompts and self.trace is None:
+            raise ValueError(f"the traffic {self.kind!r} has no prompts: give a class or a file")
+        if not self.session and not self.step:
+            return
+        if (self.session is None) == (not self.step):
+            raise ValueError(f"the traffic {self.kind!r} should have either a session or steps")
+        if self.route != "chat":
+            raise ValueError(f"the sessions of {self.kind!r} need the route chat, not {self.route!r}")
+        names: list[str] = []
+        for step in self.step:
+            unknown = [name for name in step.after if name not in names]
+            if unknown or step.name in names:
+                what = f"comes after {unknown[0]!r}, which is no earlier step" if unknown else "is there twice"
+                raise ValueError(f"the step {step.name!r} of {self.kind!r} {what}")
+            names.append(step.name)
 
 
 class ServerSetup(_Table):

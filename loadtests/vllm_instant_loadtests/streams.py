@@ -22,7 +22,7 @@ from geventhttpclient.connectionpool import ConnectionPool, SSLConnectionPool
 from geventhttpclient.response import HTTPParseError, HTTPResponse
 
 from vllm_instant.tools.measure.token_stream import StreamedAnswer, StreamError, TokenStream
-from vllm_instant_loadtests.schedule import ScheduledRequest
+from vllm_instant_loadtests.scheduled_request import ScheduledRequest
 
 TIMEOUT_SECONDS = 600.0
 """Time without data after which an answer counts as failed."""
@@ -72,22 +72,30 @@ class StreamingClient:
         given = {"Host": parts.netloc, "Content-Type": "application/json", "Accept": "*/*", **(headers or {})}
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in given.items())
 
-    def ask(self, due: ScheduledRequest, wait: Callable[[], None] = lambda: None) -> StreamedAnswer:
+    def ask(
+        self,
+        due: ScheduledRequest,
+        wait: Callable[[], None] = lambda: None,
+        answer: StreamedAnswer | None = None,
+        keep_text: bool = False,
+    ) -> StreamedAnswer:
         """Send a request and follow its answer to the end; failures are noted in the answer, not raised.
 
         Args:
             due: the request.
             wait: for typists: called when everything is typed, returns when the prompt is to be committed.
+            answer: is filled meanwhile; a new one by default.
+            keep_text: whether the answer's text is kept, for a later turn of its session; its events are then parsed.
 
         """
-        answer = StreamedAnswer()
+        answer = StreamedAnswer() if answer is None else answer
         body = {"model": self._model, **due.body}
         try:
             if due.route == "typist":
-                self._typed(body, due, answer, wait)
+                self._typed(body, due, answer, wait, keep_text)
             else:
                 path = "/v1/completions" if due.route == "completions" else "/v1/chat/completions"
-                self._follow(path, body, answer, due.leave_after)
+                self._follow(path, body, answer, due.leave_after, keep_text)
         except gevent.GreenletExit:
             answer.left = True
         except (StreamError, CutOffError, HTTPParseError, OSError) as error:
@@ -104,7 +112,12 @@ class StreamingClient:
         self._pool.close()
 
     def _typed(
-        self, body: dict[str, Any], due: ScheduledRequest, answer: StreamedAnswer, wait: Callable[[], None]
+        self,
+        body: dict[str, Any],
+        due: ScheduledRequest,
+        answer: StreamedAnswer,
+        wait: Callable[[], None],
+        keep_text: bool,
     ) -> None:
         """Type the last message's text, then commit it and follow the answer."""
         *before, last = body["messages"]
@@ -121,7 +134,7 @@ class StreamingClient:
                 self._exchange("POST", path, {"type": "input_text.append", "text": text[start : start + piece]})
                 gevent.sleep(max(0.0, began + min(start + piece, len(text)) / speed - time.perf_counter()))
             wait()
-            self._follow(path, {"type": "input_text.commit"}, answer, due.leave_after)
+            self._follow(path, {"type": "input_text.commit"}, answer, due.leave_after, keep_text)
             answer.ended = time.perf_counter()
         finally:
             with gevent.Timeout(CLOSING_SECONDS, False), suppress(StreamError, HTTPParseError, OSError):
@@ -141,10 +154,12 @@ class StreamingClient:
         except ValueError:
             return None
 
-    def _follow(self, path: str, body: Any, answer: StreamedAnswer, leave_after: int | None) -> None:
+    def _follow(
+        self, path: str, body: Any, answer: StreamedAnswer, leave_after: int | None, keep_text: bool = False
+    ) -> None:
         answer.sent = time.perf_counter()
         sock, response = self._send("POST", path, body)
-        stream = TokenStream(answer)
+        stream = TokenStream(answer, (lambda text: None) if keep_text else None)
         try:
             while True:
                 tokens = self._take(response, stream)

@@ -14,7 +14,7 @@ from locust import User, constant, task
 from vllm_instant.tools.measure.token_stream import STREAM_OPTIONS
 from vllm_instant_loadtests import locust_stats
 from vllm_instant_loadtests.run_recorder import RecordedRequest
-from vllm_instant_loadtests.schedule import ScheduledRequest
+from vllm_instant_loadtests.scheduled_request import ScheduledRequest
 from vllm_instant_loadtests.streams import StreamingClient
 
 

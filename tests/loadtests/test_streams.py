@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_instant_loadtests import streams
-from vllm_instant_loadtests.schedule import ScheduledRequest
+from vllm_instant_loadtests.scheduled_request import ScheduledRequest
 from vllm_instant_loadtests.streams import StreamingClient
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -15,14 +15,17 @@ from vllm_instant_loadtests.run_options import of_page
 
 def options(**changed):
     given = {"scenario": "steady", "servers": "ours=http://10.0.0.1:8000", "output": "mine", "rate_scale": 1.0}
-    return argparse.Namespace(**{**given, **changed})
+    searched = {"capacity": "", "max_seconds": 0.0}
+    return argparse.Namespace(**{**given, **searched, **changed})
 
 
 def test_the_page_changes_neither_servers_nor_files():
-    asked = options(servers="x=http://attacker", output="/etc/cron.d", scenario="/etc/passwd", rate_scale=2.0)
+    asked = options(
+        servers="x=http://attacker", output="/etc/cron.d", scenario="/etc/passwd", rate_scale=2.0, capacity="{}"
+    )
     found = of_page(asked, options())
     assert (found.servers, found.output, found.scenario) == ("ours=http://10.0.0.1:8000", "mine", "steady")
-    assert found.rate_scale == 2.0
+    assert (found.rate_scale, found.capacity) == (2.0, "")
 
 
 def test_the_page_chooses_among_built_in_scenarios():
@@ -81,7 +84,7 @@ def test_a_run_from_the_page_goes_to_the_servers_of_the_command_line():
 
         asked = []
         locust_runner.RunOptions.of = classmethod(lambda cls, found, host: asked.append((found.servers, host)))
-        given = Namespace(scenario="steady", servers="", output="mine", rate_scale=1.0)
+        given = Namespace(scenario="steady", servers="", output="mine", capacity="", max_seconds=0, rate_scale=1.0)
         environment = SimpleNamespace(runner=None, host="http://10.0.0.1:8000", parsed_options=given)
         runner = locust_runner.ScenarioRunner(environment)
         runner._run_scenario = runner._end = lambda _: None

@@ -29,6 +29,7 @@ app = typer.Typer(
 app.add_typer(config.app, name="config")
 app.add_typer(demo.app, name="demo")
 app.add_typer(experts.app, name="experts")
+app.add_typer(loadtest.app, name="loadtest")
 app.command(name="plugins")(plugins.list_plugins)
 app.command(name="new-plugin")(new_plugin.new_plugin)
 app.command(name="try-drafter")(try_drafter.try_drafter)
@@ -42,4 +43,3 @@ app.command(name="verify", context_settings={"allow_extra_args": True, "ignore_u
     verify.verify_deployments
 )
 app.command(name="bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.bench)
-app.command(name="loadtest")(loadtest.loadtest)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,21 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_instant.deployment.secrets import masked_words
-from vllm_instant.tools.cli.common import (
-    Overrides,
-    fail,
-    print_columns,
-    problems_reported,
-    require,
-    require_vllm,
-    working,
-)
-from vllm_instant.tools.measure.servers import START_TIMEOUT, ServerError, running, terminable
+from vllm_instant.tools.cli.common import Overrides, fail, print_columns, require, working
+from vllm_instant.tools.cli.default_command import DefaultCommandGroup
+from vllm_instant.tools.cli.loadtest_capacity import capacity, judge_capacity
+from vllm_instant.tools.cli.loadtest_servers import PACKAGES, scenario_addresses
+from vllm_instant.tools.measure.servers import START_TIMEOUT, ServerError, terminable
 
 if TYPE_CHECKING:
     from vllm_instant_loadtests.scenario import Scenario
 
 
+app = typer.Typer(cls=DefaultCommandGroup)
+app.command(name="capacity")(capacity)
+
+
+@app.command(name=DefaultCommandGroup.default, epilog="`vllm-instant loadtest capacity` finds how much servers carry.")
 def loadtest(
     scenario: Annotated[
         str | None, typer.Argument(help="Scenario to send: a TOML file, or the name of a built-in one (see --list).")
@@ -77,8 +76,7 @@ def loadtest(
     Several servers play the scenario in turn, a part at a time, with the same prompts. Writes report.html, report.json
     and junit.xml; the exit code is 1 where a goal of the scenario is missed.
     """
-    packages = {"locust": "Locust", "aiohttp": "aiohttp", "geventhttpclient": "geventhttpclient"}
-    require("loadtest", packages, extra="loadtest")
+    require("loadtest", PACKAGES, extra="loadtest")
     from vllm_instant_loadtests import scenario as scenarios
     from vllm_instant_loadtests.launcher import LoadTestError, LocustCommand, run_locust
 
@@ -94,7 +92,7 @@ def loadtest(
             analyse = output or Path(f"loadtest-{played.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             with ExitStack() as stack:
                 stack.enter_context(terminable())
-                servers, deployments = _servers(
+                servers, deployments = scenario_addresses(
                     stack, played, urls or [], model, config, overrides or [], analyse, start_timeout
                 )
                 load = LocustCommand(
@@ -123,32 +121,6 @@ def loadtest(
         raise typer.Exit(130) from None
 
 
-def _servers(
-    stack: ExitStack,
-    scenario: Scenario,
-    urls: Sequence[str],
-    model: str,
-    config: Path | None,
-    overrides: list[str],
-    output: Path,
-    start_timeout: float,
-) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Addresses by name, of running servers or of servers that the scenario names, which run until the stack ends."""
-    from vllm_instant_loadtests.launcher import LoadTestError, scenario_servers
-    from vllm_instant_loadtests.scenario import named_servers
-
-    if urls:
-        if config is not None or overrides:
-            raise LoadTestError("--instant-config and --instant-set are for servers started here, not for --url")
-        return named_servers(" ".join(urls)), {}
-    require_vllm("loadtest without --url")
-    with problems_reported():
-        servers, deployments = scenario_servers(scenario, model, config, overrides, output / "logs", start_timeout)
-    with working(f"starting {' and '.join(servers)}") as status:
-        stack.enter_context(running(*servers.values(), say=status.update))
-    return {name: server.url for name, server in servers.items()}, deployments
-
-
 def _judge(folder: Path) -> int:
     """Print and write the analysis of a recorded run; returns the exit code."""
     from vllm_instant_loadtests import report
@@ -159,6 +131,8 @@ def _judge(folder: Path) -> int:
         run = RecordedRun.read(folder)
     except FileNotFoundError:
         fail(f"{folder} has no recorded run: there is no run.json in it")
+    if "capacity" in run.about:
+        return judge_capacity(folder)
     if not run.requests:
         fail(f"{folder} has a run without a single request: {folder / 'locust.log'} may say why")
     with working("looking for spikes"):

@@ -43,6 +43,8 @@ class PlotLine:
     y: Sequence[float] | npt.NDArray[np.float64]
     color: int = 0
     """Index into ``ARM_COLORS``."""
+    dots: bool = False
+    """Whether only its points are drawn, without a line."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class LinePlot:
             for line in self.lines:
                 color = ARM_COLORS[line.color % len(ARM_COLORS)]
                 style = "--" if line.color % len(ARM_COLORS) == 1 else "-"
-                marker = "o" if self.dots else ""
+                marker = "o" if self.dots or line.dots else ""
+                style = "" if line.dots else style
                 axes.plot(line.x, line.y, style, color=color, marker=marker, markersize=4, linewidth=1.5)
             if self.log_x:
                 axes.set_xscale("log")

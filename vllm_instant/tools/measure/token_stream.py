@@ -29,6 +29,7 @@ _PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 _ACCEPTED = re.compile(rb'"num_accepted_draft_tokens":\s*(\d+)')
 _ID = re.compile(rb'"id":\s*"([^"]+)"')
 _TEXT = re.compile(rb'"(?:content|text)":\s*"(?!")')
+_THINKING = re.compile(rb'"(?:reasoning_content|reasoning)":\s*"(?!")')
 _ERROR = re.compile(rb'data: \{"error":\s*(.*)')
 
 
@@ -56,6 +57,10 @@ class StreamedAnswer:
     """Whether the client hung up on purpose."""
     text: str = ""
     """Only where the client asked for it."""
+    answer_at: float | None = None
+    """When the first text after thinking arrived; None where the server reported no thinking."""
+    thinking_tokens: int = 0
+    """Tokens before that text."""
 
     @property
     def tokens(self) -> int:
@@ -88,7 +93,8 @@ class StreamedAnswer:
     def since(self, start: float) -> Self:
         """The same answer on a clock whose second 0 is ``start``."""
         arrivals = [(when - start, tokens) for when, tokens in self.arrivals]
-        return replace(self, arrivals=arrivals, sent=self.sent - start, ended=self.ended - start)
+        answer_at = None if self.answer_at is None else self.answer_at - start
+        return replace(self, arrivals=arrivals, sent=self.sent - start, ended=self.ended - start, answer_at=answer_at)
 
 
 class TokenStream:
@@ -104,7 +110,7 @@ class TokenStream:
         self.answer = answer
         self._on_text = on_text
         self._rest = b""
-        self._reports_usage = False
+        self._reports_usage = self._thinks = False
         self._finished = False
 
     def feed(self, data: bytes | bytearray, now: float) -> int:
@@ -137,10 +143,24 @@ class TokenStream:
             answer.prompt_tokens = int(found[1])
         if found := _ACCEPTED.search(events):
             answer.accepted = int(found[1])
+        before = answer.tokens
         self._count(events, now)
+        if answer.answer_at is None:
+            self._find_answer(events, now, before)
         self._finished = self._finished or b"[DONE]" in events
         if self._on_text is not None:
             self._read_text(events)
+
+    def _find_answer(self, events: bytes, now: float, before: int) -> None:
+        """Note when the thinking of a reasoning model ends, which vLLM streams in a field of its own."""
+        self._thinks = self._thinks or _THINKING.search(events) is not None
+        if not self._thinks:
+            return
+        if _TEXT.search(events):
+            self.answer.answer_at = now
+            self.answer.thinking_tokens = before
+        else:
+            self.answer.thinking_tokens = self.answer.tokens
 
     def _count(self, events: bytes, now: float) -> None:
         arrivals, tokens = self.answer.arrivals, self.answer.tokens
@@ -150,7 +170,8 @@ class TokenStream:
             total = max(map(int, counts))
         else:
             # Where a server does not report usage, an event with text counts as one token.
-            total = tokens + (0 if self._reports_usage else len(_TEXT.findall(events)))
+            texts = len(_TEXT.findall(events)) + len(_THINKING.findall(events))
+            total = tokens + (0 if self._reports_usage else texts)
         if total <= tokens:
             return
         if arrivals and now - arrivals[-1][0] < MERGE_SECONDS:
