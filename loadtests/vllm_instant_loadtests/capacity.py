@@ -262,11 +262,11 @@ def _server(name: str, search: CapacitySearch) -> ServerCapacity:
     rate = search.estimate()
     rates = np.geomspace(*_plotted(search.probes), 60)
     shares = search.curve(np.append(rates, rate.mean))
-    users = [_users(search.probes, at) for at in (rate.mean, rate.low, rate.high)]
+    users = _users(search.probes, rate.mean)
     return ServerCapacity(
         name,
         rate,
-        Estimate(*users),
+        Estimate(users, users * rate.low / rate.mean, users * rate.high / rate.mean),
         rate.mean * float(shares[ATTAIN][-1]),
         search.deciding_goal(),
         search.finished,
@@ -282,11 +282,7 @@ def _plotted(probes: Sequence[ProbeResult]) -> tuple[float, float]:
 
 
 def _users(probes: Sequence[ProbeResult], rate: float) -> float:
-    """Mean number in progress at a rate: ``log(in progress)`` is linear in ``log(rate)`` close to the capacity."""
+    """Mean number in progress at a rate: the rate times the mean time in the system (Little 1961) of probes near it."""
     known = [p for p in probes if p.in_progress > 0 and not p.stopped and p.requests]
-    near = [p for p in known if abs(math.log(p.rate / rate)) <= USERS_NEAR]
-    chosen = near if len({p.rate for p in near}) > 2 else known
-    if len({p.rate for p in chosen}) < 2:
-        return math.nan
-    fitted = np.polyfit(np.log([p.rate for p in chosen]), np.log([p.in_progress for p in chosen]), 1)
-    return float(np.exp(np.polyval(fitted, math.log(rate))))
+    near = [p for p in known if abs(math.log(p.rate / rate)) <= USERS_NEAR] or known
+    return rate * float(np.median([p.in_progress / p.rate for p in near])) if near else math.nan

@@ -43,7 +43,7 @@ class Step(_Table):
 
     name: str
     after: list[str] = []
-    """Steps whose answers it waits for; of those that took place, at least one must."""
+    """Steps whose answers it waits for; without any of them it does not take place either."""
     chance: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Probability that it takes place: branches."""
     parallel: Annotated[int, Field(gt=0)] | tuple[int, int] = 1
