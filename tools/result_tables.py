@@ -92,6 +92,7 @@ def cold_start(runs: Sequence[Run]) -> str:
                 str(cell["starts"]),
                 *relative,
                 f"{cell['first_token_to_off']['median']:.2f}",
+                " → ".join(f"{cell['slowest_step'][arm]:.1f}" for arm in ("off", "decided")),
                 f"{max(cell['drafted_per_user']):.0f} ({max(cell['accepted_per_user']):.0f})",
             ]
         )
@@ -99,9 +100,28 @@ def cold_start(runs: Sequence[Run]) -> str:
     headings += [
         "decided / best fixed number",
         "first token, decided / off",
+        "longest of the first 100 steps / median step, off → decided",
         "most drafts per user (accepted)",
     ]
     return table(headings, rows)
+
+
+def pace_bound(runs: Sequence[Run]) -> str:
+    """Total speed, pace by class and time between tokens at several bounds, relative to no drafts."""
+    columns = {
+        "total": "total speed",
+        "pace, free": "pace of free text",
+        "pace, code": "of code",
+        "pace, structured": "of structured text",
+        "pace, slowest request": "of the slowest request",
+        "p95 between pieces": "p95 between pieces",
+        "p99 between pieces": "p99",
+    }
+    rows = [
+        [cell["bound"], str(cell["users"]), str(cell["rounds"]), *(interval(cell[key]) for key in columns)]
+        for cell in cells_of(runs)
+    ]
+    return table(["bound", "users", "rounds", *columns.values()], rows)
 
 
 SOURCES = ("suffix", "model", "hybrid")
@@ -282,6 +302,7 @@ def bench(runs: Sequence[Run]) -> str:
 TABLES: dict[str, tuple[str, Show]] = {
     "regret": ("regret", regret),
     "cold_start": ("cold_start", cold_start),
+    "pace_bound": ("pace_bound", pace_bound),
     "drafters": ("drafters", drafters),
     "samplers_acceptance": ("samplers", samplers_acceptance),
     "samplers_time": ("samplers", samplers_time),
