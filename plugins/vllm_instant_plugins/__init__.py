@@ -9,6 +9,7 @@ from vllm_instant_plugins import baseline, drafters, speculation
 from vllm_instant_plugins.attention.plugin import PLUGINS as ATTENTION
 from vllm_instant_plugins.chunked import plugin as chunked
 from vllm_instant_plugins.goodput.plugin import PLUGIN as GOODPUT
+from vllm_instant_plugins.guard import plugin as guard
 from vllm_instant_plugins.hybrid import plugin as hybrid
 from vllm_instant_plugins.samplers.plugin import PLUGINS as SAMPLERS
 from vllm_instant_plugins.similarity.plugin import PLUGIN as SIMILARITY
@@ -30,6 +31,7 @@ def instant_plugins() -> Iterable[Plugin]:
         *ATTENTION,
         *EXPERTS,
         *chunked.PLUGINS,
+        *guard.PLUGINS,
         *baseline.PLUGINS,
     ]
 
@@ -42,4 +44,5 @@ def instant_check(deployment: Deployment) -> Iterable[str]:
         *drafters.validate(deployment),
         *hybrid.validate(deployment),
         *chunked.validate(deployment),
+        *guard.validate(deployment),
     ]

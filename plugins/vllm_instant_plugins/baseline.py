@@ -8,4 +8,5 @@ PLUGINS = (
     Plugin(slot="experts", name="native", summary="the model's own routing"),
     Plugin(slot="attention", name="native", summary="the attention backend and KV cache that vLLM chooses"),
     Plugin(slot="streaming", name="off", summary="prompts are read when they are complete"),
+    Plugin(slot="guard", name="off", summary="answers are not judged"),
 )

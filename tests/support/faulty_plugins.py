@@ -23,8 +23,12 @@ from prometheus_client import CollectorRegistry
 from vllm_instant import Drafter, SchedulingPolicy, SpeculationPolicy
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.watchdog import SIGNAL, Watchdog
+from vllm_instant.guard.metrics import GuardMetrics
+from vllm_instant.guard.service import GuardService
+from vllm_instant.guard.window import Limits, Window
 from vllm_instant.interfaces.drafter import DraftAssignment, DraftRequest, HybridDrafter
 from vllm_instant.interfaces.experts import ExpertLayer, ExpertRouter, Measurement, StepRows
+from vllm_instant.interfaces.guard import Guard, GuardOptions, Late, TextJudge, Verdict
 from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.scheduling import Admission, SchedulerSnapshot
 from vllm_instant.interfaces.speculation import DraftCost, StepOutcome
@@ -222,6 +226,25 @@ def streaming(guarded: GuardedPlugin[Any]) -> Any:
     return length, delay
 
 
+def guard(guarded: GuardedPlugin[Any]) -> Any:
+    judging = GuardService(guarded, GuardOptions(), GuardMetrics("tested", CollectorRegistry()))
+    judging.update_measures()
+    judgment = judging.begin("answer", "a", {}, lambda: None)
+    judgment.add("some text", (1, 2), is_finished=True)
+    assert not judgment.step()
+    verdict = judgment.verdict
+    assert type(verdict.upto) is int
+    assert 0 <= verdict.upto <= 9
+    window = Window(Limits(Late.WAIT, 1, 1.0, 1.0))
+    window.extend("some text", [4, 9], 0.0)
+    window.apply(verdict)
+    if judgment.has_failed:
+        window.fail()
+    window.take(0.0)
+    judgment.close()
+    return str(verdict.upto)
+
+
 # ------------------------------------------------------------------------------------------------ good answers
 
 
@@ -293,6 +316,16 @@ class GoodStreaming(StreamingPrefill):
         return progress.stable_tokens
 
 
+class GoodGuard(Guard):
+    def begin(self, request):
+        return GoodJudge()
+
+
+class GoodJudge(TextJudge):
+    def judge(self, text, token_ids, is_finished):
+        return Verdict(len(text))
+
+
 Drive = Callable[[GuardedPlugin[Any]], Any]
 
 SLOTS: Mapping[str, tuple[type, Drive, tuple[str, ...]]] = {
@@ -327,6 +360,7 @@ SLOTS: Mapping[str, tuple[type, Drive, tuple[str, ...]]] = {
         experts,
         ("begin_step", "allowed", "measurement", "observe", "reference_pass", "metrics", "control", "fused_route"),
     ),
+    "guard": (GoodGuard, guard, ("begin", "metrics")),
     "streaming": (
         GoodStreaming,
         streaming,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vllm_instant.interfaces.attention import AttentionProvider
 from vllm_instant.interfaces.drafter import Drafter
 from vllm_instant.interfaces.experts import ExpertRouter
+from vllm_instant.interfaces.guard import Guard
 from vllm_instant.interfaces.rejection_sampler import RejectionSampler
 from vllm_instant.interfaces.scheduling import SchedulingPolicy
 from vllm_instant.interfaces.speculation import SpeculationPolicy
@@ -70,6 +71,7 @@ SLOTS: dict[str, Slot] = {
             "off",
             StreamingPrefill,
         ),
+        Slot("guard", "which text may reach the client", "API server", "off", Guard),
     )
 }
 """By name, in the order in which tables are written and printed."""

@@ -9,6 +9,7 @@ from vllm_instant.deployment.errors import DeploymentError, Problem
 from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches import flags, registry
+from vllm_instant.patches.compat import VllmPatch
 from vllm_instant.patches.wrapped_methods import METHODS
 from vllm_instant.patches.wrapping import Wrapping
 
@@ -75,3 +76,8 @@ def activate() -> None:
     _wrapping.activate(
         patch for patch in registry.PATCHES if patch.name in fitting and (patch.is_wanted is None or patch.is_wanted())
     )
+
+
+def activate_for_replay(patch: VllmPatch) -> None:
+    """Activate one patch without a deployment, to run its part of vLLM outside of a server."""
+    _wrapping.activate((patch,))

@@ -9,6 +9,7 @@ from fastapi import Body, HTTPException, Query, Request
 
 from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.deployment.secrets import masked_deployment
+from vllm_instant.guard.service import GuardService
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches.decision_ids import for_clients
 from vllm_instant.patches.engine_core import DECISIONS_METHOD, METHOD
@@ -99,7 +100,24 @@ async def set_experts(request: Request, settings: Annotated[dict[str, Any], Body
     return dict(workers[0])
 
 
+async def show_guard(
+    request: Request,
+    last: Annotated[int, Query(ge=1, le=2048)] = 20,
+    request_id: Annotated[str | None, Query()] = None,
+) -> dict[str, Any]:
+    """The newest texts that the guard of this API server has stopped or replaced, oldest first.
+
+    Requests are named by digests of their ids; texts are shown only with ``[guard] log_text = true``.
+    """
+    await _turn(request)
+    judging: GuardService | None = getattr(request.app.state, "instant_guard", None)
+    if judging is None:
+        raise HTTPException(404, "this server has no guard")
+    return {"engines": [{"engine": 0, "decisions": for_clients(judging.decisions(last), request_id)}]}
+
+
 ROUTES = (
+    ("guard", show_guard, "GET"),
     ("deployment", show_deployment, "GET"),
     ("decisions", show_decisions, "GET"),
     ("experts", show_experts, "GET"),

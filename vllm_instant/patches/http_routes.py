@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin, failure_counts
 from vllm_instant.deployment.resolved import is_default_drafter
+from vllm_instant.guard.service import GuardService
 from vllm_instant.interfaces.deployment import Deployment, SlotChoice
 from vllm_instant.metrics import InstantMetrics
-from vllm_instant.patches import streaming
+from vllm_instant.patches import guard, streaming
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.engine_core import METHOD
 from vllm_instant.patches.plugin_factory import PluginStartError, uses_drafter_plugin
@@ -69,10 +70,12 @@ class InstantEndpoints:
         reader = None
         if self._app is not None and self._streaming is not None:
             reader = streaming.start(self._streaming, self._app, engine_client, state, deployment, args)
+        judging = guard.service_of(engine_client)
+        state.instant_guard = judging
         if engine_client.vllm_config.parallel_config._api_process_rank > 0:
             return
         metrics = InstantMetrics(deployment)
-        self._polling = asyncio.get_running_loop().create_task(_poll(engine_client, metrics, reader))
+        self._polling = asyncio.get_running_loop().create_task(_poll(engine_client, metrics, reader, judging))
 
 
 def refuse_unguarded(root_path: str | None, keys: Sequence[str]) -> None:
@@ -103,7 +106,12 @@ def as_served(deployment: Deployment, speculative_config: Any) -> Deployment:
     return deployment.model_copy(update={"slots": deployment.slots | {"drafter": SlotChoice(plugin="native")}})
 
 
-async def _poll(engine_client: Any, metrics: InstantMetrics, reader: GuardedPlugin[Any] | None = None) -> None:
+async def _poll(
+    engine_client: Any,
+    metrics: InstantMetrics,
+    reader: GuardedPlugin[Any] | None = None,
+    judging: GuardService | None = None,
+) -> None:
     client = engine_client.engine_core
     failures = 0
     while failures < 3:
@@ -111,7 +119,10 @@ async def _poll(engine_client: Any, metrics: InstantMetrics, reader: GuardedPlug
             totals = await client.call_utility_all_async(METHOD)
             for engine, of_engine in enumerate(totals):
                 metrics.update(str(engine), of_engine)
-            metrics.update(API_SERVER, {"failures": failure_counts(reader)})
+            if judging is not None:
+                judging.update_measures()
+            in_this_process = (reader, judging.guarded if judging is not None else None)
+            metrics.update(API_SERVER, {"failures": failure_counts(*in_this_process)})
             failures = 0
         except asyncio.CancelledError:
             raise

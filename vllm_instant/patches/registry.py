@@ -24,6 +24,8 @@ from vllm_instant.patches import (
     flags,
     full_graphs,
     fused_rope,
+    guard,
+    guard_whole,
     http_routes,
     hybrid_drafting,
     min_p_logit_bias,
@@ -83,6 +85,8 @@ PATCHES: tuple[VllmPatch, ...] = tuple(
         single_rpc,
         http_routes,
         streaming,
+        guard,
+        guard_whole,
     )
 )
 

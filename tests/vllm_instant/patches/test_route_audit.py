@@ -75,7 +75,17 @@ def ours(app):
 def test_the_audit_sees_all_routes(app):
     assert {path for _, path in ours(app)} == {
         f"/v1/instant/{name}"
-        for name in ("deployment", "decisions", "experts", "session", "sessions", "sessions/sess_1_x", "tokens", "demo")
+        for name in (
+            "deployment",
+            "decisions",
+            "experts",
+            "guard",
+            "session",
+            "sessions",
+            "sessions/sess_1_x",
+            "tokens",
+            "demo",
+        )
     }
 
 

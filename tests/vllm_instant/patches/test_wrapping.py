@@ -52,7 +52,7 @@ def _order(method):
         ("EngineCore.post_step", ("cpu_single_rpc", "engine_core")),
         ("Scheduler.update_from_output", ("cpu_single_rpc", "moe_reports")),
         ("InputProcessor.__init__", ("min_p_logit_bias",)),
-        ("InputProcessor.process_inputs", ("request_validation",)),
+        ("InputProcessor.process_inputs", ("request_validation", "guard")),
         ("BaseModelLoader.load_model", ("feed_forward", "fused_rope")),
     ],
 )

@@ -120,13 +120,16 @@ def _number(label: str | None) -> float | None:
         return None
 
 
-def read_decisions(url: str, parameters: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What ``/v1/instant/decisions`` answers.
+def read_decisions(
+    url: str, parameters: Mapping[str, Any], headers: Mapping[str, str] | None = None, route: str = "decisions"
+) -> dict[str, Any]:
+    """What ``/v1/instant/decisions``, or another route of this kind, answers.
 
     Args:
         url: of the server, with or without ``/v1``.
         parameters: of the query.
         headers: of the request.
+        route: ``decisions``, or ``guard`` for those of the guard.
 
     Raises:
         RefusedError: when there is no such answer; the message says what is there instead.
@@ -134,7 +137,7 @@ def read_decisions(url: str, parameters: Mapping[str, Any], headers: Mapping[str
     """
     try:
         answer = get(
-            base_url(url), "/v1/instant/decisions", timeout=30, params=dict(parameters), headers=dict(headers or {})
+            base_url(url), f"/v1/instant/{route}", timeout=30, params=dict(parameters), headers=dict(headers or {})
         )
     except httpx.InvalidURL as error:
         raise RefusedError(f"{url} is no address: {error}") from None
@@ -143,6 +146,8 @@ def read_decisions(url: str, parameters: Mapping[str, Any], headers: Mapping[str
     if answer.status_code == 401:
         raise RefusedError(f"{url} wants an API key: give --api-key or set VLLM_API_KEY")
     if answer.status_code == 404:
+        if route == "guard" and "no guard" in answer.text:
+            raise RefusedError(f"{url} has no guard: choose a plugin in [guard] of its deployment file")
         raise RefusedError(f"{url} runs without vllm-instant: start it with --plugins vllm_instant")
     if answer.status_code != 200:
         raise RefusedError(f"{url} answers HTTP {answer.status_code}: {answer.text[:200]}")
