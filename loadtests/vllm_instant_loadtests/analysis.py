@@ -13,6 +13,7 @@ import numpy as np
 from vllm_instant_loadtests import causes, compare, goals, spikes, windows
 from vllm_instant_loadtests.goals import GoalResult, LoadTestGoals
 from vllm_instant_loadtests.metric_series import MetricSeries, TimeSpan
+from vllm_instant_loadtests.request_tables import RequestTables, request_tables
 from vllm_instant_loadtests.run_recorder import Disturbance, RecordedRequest, RecordedRun
 from vllm_instant_loadtests.spike_context import SpikeContext
 from vllm_instant_loadtests.spikes import MetricRise
@@ -117,6 +118,14 @@ class ServerAnalysis:
     """The baseline: the parts of the run without spikes."""
     events: list[Disturbance] = field(default_factory=list)
     """Injected disturbances."""
+    tables: RequestTables | None = None
+    """By kind, turn, session and accepted drafts."""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether some answers begin after thinking tokens."""
+        groups = self.tables.kinds if self.tables is not None else []
+        return any(group.answer_p50 > group.ttft_p50 for group in groups)
 
     @property
     def tokens_per_second(self) -> float:
@@ -151,6 +160,7 @@ class ServerAnalysis:
             "spikes": [spike.plain() for spike in self.spikes],
             "baseline": [[round(began, 2), round(ended, 2)] for began, ended in self.quiet],
             "events": [asdict(event) for event in self.events],
+            "tables": self.tables.plain() if self.tables is not None else None,
         }
 
 
@@ -183,6 +193,10 @@ class RunAnalysis:
             "comparisons": [comparison.plain() for comparison in self.comparisons],
         }
 
+    def _trace_sentence(self) -> list[str]:
+        share = self.about.get("trace_prefix_share")
+        return [] if share is None else [f"the trace's prompts: {share:.1%} of their tokens have a prefix sent before"]
+
     def summary(self) -> str:
         """Text for a terminal: spikes with their evidence, verdicts and goals, one per line."""
         lines: list[str] = []
@@ -194,6 +208,8 @@ class RunAnalysis:
                 looked = f"no spike in {', '.join(searched)}" if searched else "not searched for spikes"
                 lines.append(f"{server.server}: {looked}")
             lines += [f"    {NAMES[metric]} was not searched: {why}" for metric, why in server.too_little.items()]
+            lines += [f"    {line}" for line in (server.tables.sentences() if server.tables is not None else ())]
+        lines += self._trace_sentence()
         lines += [comparison.verdict for comparison in self.comparisons]
         lines += [f"{'met' if checked.met else 'MISSED'}: {checked.sentence}" for checked in self.goals]
         return "\n".join(lines)
@@ -249,6 +265,7 @@ def analyse_server(run: RecordedRun, name: str) -> ServerAnalysis:
         series=series,
         quiet=quiet,
         events=run.events,
+        tables=request_tables(requests, metrics, parts),
     )
 
 

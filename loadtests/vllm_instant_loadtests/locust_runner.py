@@ -24,19 +24,19 @@ from vllm_instant_loadtests import locust_stats, run_recorder, schedule
 from vllm_instant_loadtests.capacity import offered_rate
 from vllm_instant_loadtests.capacity_runner import CapacityRunner, unfinished_run
 from vllm_instant_loadtests.load_driver import LoadDriver, SegmentTask, split_requests
+from vllm_instant_loadtests.locust_worker import PART, PLAYED, RECORDS, SENDING_SECONDS, STOP, ScenarioWorker
 from vllm_instant_loadtests.run_description import describe_run
-from vllm_instant_loadtests.run_options import RunOptions, of_page
+from vllm_instant_loadtests.run_options import DEFAULT_HOST, RunOptions, of_page
 from vllm_instant_loadtests.run_recorder import GeneratorSample, RecordedRequest, RecordedRun, RunRecorder
-from vllm_instant_loadtests.scenario import Scenario, ScenarioError
+from vllm_instant_loadtests.scenario import Scenario, ScenarioError, named_servers
 from vllm_instant_loadtests.scheduled_request import ScheduledRequest
+from vllm_instant_loadtests.user_recorder import USERS, UserRecorder, moved
 
 logger = logging.getLogger("loadtest")
 LEAD_SECONDS = 0.5
 """Time between sending a task and its beginning."""
 WORKER_TIMEOUT_SECONDS = 15.0
 """Delay of a worker's last records after which the worker counts as lost."""
-SENDING_SECONDS = 1.0
-PART, RECORDS, PLAYED, STOP = "loadtest_part", "loadtest_records", "loadtest_played", "loadtest_stop"
 
 
 class ScenarioRunner:
@@ -52,6 +52,8 @@ class ScenarioRunner:
         self._runner = environment.runner
         self._recorder: RunRecorder | None = None
         self._capacity: CapacityRunner | None = None
+        self._users_of: tuple[str, float] | None = None
+        environment.events.request.add_listener(UserRecorder(self._record).hear)
         self._run_greenlet: gevent.Greenlet | None = None
         self._stopped = self._lost = False
         self._finished: dict[str, Event] = {}
@@ -64,8 +66,11 @@ class ScenarioRunner:
             self._runner.register_message(PLAYED, lambda msg, **_: self._finished[msg.node_id].set())
 
     def start(self, **_: Any) -> None:
-        """Start a run; called when Locust starts a test."""
+        """Start a run; called when Locust starts a test, before users are spawned."""
         self._stopped = self._lost = False
+        options = self._environment.parsed_options
+        if options is not None:
+            options.loadtest_url = next(iter(_addresses(self._given, self._host).values()), "")
         self._run_greenlet = gevent.spawn(self._run)
 
     def stop(self, **_: Any) -> None:
@@ -110,6 +115,9 @@ class ScenarioRunner:
             self._environment.web_ui.stop()
 
     def _run_scenario(self, options: RunOptions) -> None:
+        if options.closed_loop:
+            self._record_users(options)
+            return
         scenario, headers = options.scenario, authorization(None)
         due = schedule.scheduled_requests(scenario, options.seed, options.trace_speed)
         if not due:
@@ -165,6 +173,29 @@ class ScenarioRunner:
             if self._recorder is not None:
                 self._recorder.update(about)
         about["finished"] = not self._stopped and not self._lost
+
+    def _record_users(self, options: RunOptions) -> None:
+        """Record what Locust's users do until the test is stopped, or for the duration that was asked for."""
+        headers = authorization(None)
+        servers = {name: read_server_info(url, headers) for name, url in options.servers.items()}
+        (name,) = servers
+        epoch, clock = time.time(), time.perf_counter()
+        about = describe_run(options, servers, headers, clock)
+        self._recorder = RunRecorder(options.output, about)
+        self._users_of = name, epoch
+        poller = _start_poller(options, clock)
+        try:
+            while not self._stopped and not (options.seconds and time.time() - epoch >= options.seconds):
+                gevent.sleep(LEAD_SECONDS)
+        finally:
+            gevent.sleep(2 * SENDING_SECONDS if isinstance(self._runner, MasterRunner) else 0)  # the last records
+            poller.terminate()
+            poller.wait()
+            ended = round(time.time() - epoch, 4)
+            segment = {"server": name, "number": 0, "began": 0.0, "ended": ended, "from": 0.0, "until": ended}
+            self._recorder.update(about | {"segments": [segment], "finished": not self._lost})
+            self._recorder.close()
+            self._recorder = self._users_of = None
 
     def _search_capacity(
         self,
@@ -267,6 +298,10 @@ class ScenarioRunner:
             self._record(run_recorder.request(values) if name == "request" else GeneratorSample(**values))
 
     def _record(self, record: RecordedRequest | GeneratorSample) -> None:
+        if isinstance(record, RecordedRequest) and record.server == USERS:
+            if self._users_of is None:
+                return
+            record = moved(record, -self._users_of[1], self._users_of[0])
         if self._recorder is not None:
             self._recorder.add(record)
             if self._capacity is not None and isinstance(record, RecordedRequest):
@@ -279,56 +314,6 @@ class ScenarioRunner:
     def _tell(self, message: str, data: dict[str, Any]) -> None:
         if isinstance(self._runner, MasterRunner):
             self._runner.send_message(message, data)
-
-
-class ScenarioWorker:
-    """Runs the tasks that a master sends, and sends it all records.
-
-    Args:
-        environment: Locust's.
-
-    """
-
-    def __init__(self, environment: Any) -> None:
-        self._environment = environment
-        self._runner = environment.runner
-        self._records: list[tuple[str, dict[str, Any]]] = []
-        self._driver: LoadDriver | None = None
-        self._runner.register_message(PART, self._run_task, concurrent=True)
-        self._runner.register_message(STOP, self._stop, concurrent=True)
-        gevent.spawn(self._send_repeatedly)
-
-    def _run_task(self, msg: Any, **_: Any) -> None:
-        if self._driver is None:
-            self._driver = LoadDriver(
-                self._record, self._report, max(0, self._runner.worker_index), authorization(None)
-            )
-        self._driver.run(SegmentTask(**msg.data))
-        self._send()
-        self._runner.send_message(PLAYED, {})
-
-    def _stop(self, **_: Any) -> None:
-        if self._driver is not None:
-            self._driver.stop()
-
-    def _report(self, request: RecordedRequest) -> None:
-        if (request.segment or 0) >= 0:  # not while warming up
-            locust_stats.report(self._environment, request)
-
-    def _record(self, record: RecordedRequest | GeneratorSample) -> None:
-        self._records.append(
-            ("request" if isinstance(record, RecordedRequest) else "client", run_recorder.plain(record))
-        )
-
-    def _send_repeatedly(self) -> None:
-        while True:
-            gevent.sleep(SENDING_SECONDS)
-            self._send()
-
-    def _send(self) -> None:
-        if self._records:
-            records, self._records = self._records, []
-            self._runner.send_message(RECORDS, {"records": records})
 
 
 def install(environment: Any, **_: Any) -> None:
@@ -347,9 +332,21 @@ def install(environment: Any, **_: Any) -> None:
         environment.events.test_start.add_listener(conductor.start)
         environment.events.test_stopping.add_listener(conductor.stop)
         options = environment.parsed_options
+        closed = options is not None and options.closed_loop
+        environment.user_classes = [
+            user for user in environment.user_classes if (user.__name__ == "SessionUser") == closed
+        ]
         if options is not None and options.num_users is None:
             # One user per process; the scenario decides what is sent.
             options.num_users = max(1, options.expect_workers if isinstance(runner, MasterRunner) else 1)
+
+
+def _addresses(options: argparse.Namespace, host: str | None) -> dict[str, str]:
+    """The servers of the command line; none where it has a mistake, which the run reports."""
+    try:
+        return named_servers(getattr(options, "servers", "") or host or DEFAULT_HOST)
+    except ScenarioError:
+        return {}
 
 
 def _start_poller(options: RunOptions, clock: float) -> subprocess.Popen[bytes]:

@@ -33,8 +33,16 @@ class MockPace:
     tokens_per_step: int = 1
     slots: int = 10_000
     """Maximum number of running requests; others wait."""
+    thinking_tokens: int = 0
+    """Tokens at the beginning of each answer that are sent as reasoning."""
+    accepted_share: float = 0.0
+    """Share of the tokens that are reported as accepted drafts."""
     refuse: bool = False
     """Answer HTTP 503."""
+
+
+PREFIX_BLOCK = 16
+"""Prompt tokens (token ids, or characters of messages) per block of the mock's endless prefix cache."""
 
 
 class MockServer:
@@ -53,6 +61,8 @@ class MockServer:
         self.model = model
         self.running = self.waiting = self.generated = self.aborted = self.steps = 0
         self.asked: list[dict[str, Any]] = []
+        self.prefix_queries = self.prefix_hits = 0
+        self._prefixes: set[int] = set()
         self._truth: IO[str] | None = truth.open("w", buffering=1) if truth is not None else None
         self._numbers = itertools.count()
         self._sessions: dict[str, dict[str, Any]] = {}
@@ -112,6 +122,8 @@ class MockServer:
             m.KV_USAGE: min(1.0, self.running / self.pace.slots),
             m.PREEMPTIONS: 0,
             m.STEPS: self.steps,
+            m.PREFIX_QUERIES: self.prefix_queries,
+            m.PREFIX_HITS: self.prefix_hits,
         }
         return web.Response(text="".join(f'{name}{{engine="0"}} {float(value)}\n' for name, value in values.items()))
 
@@ -146,6 +158,7 @@ class MockServer:
         if self.pace.refuse:
             return web.json_response({"error": "the engine is dead"}, status=503)
         self.asked.append(body)
+        self._look_up(body)
         name = f"mock-{next(self._numbers)}"
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         response.enable_chunked_encoding()
@@ -172,6 +185,15 @@ class MockServer:
                 self._truth.write(json.dumps({"id": name, "sent": sent}) + "\n")
         return response
 
+    def _look_up(self, body: dict[str, Any]) -> None:
+        """Count the known prefix of a prompt."""
+        prompt = body.get("prompt") or "".join(str(message["content"]) for message in body.get("messages", ()))
+        blocks = [hash(tuple(prompt[: end + PREFIX_BLOCK])) for end in range(0, len(prompt), PREFIX_BLOCK)]
+        known = next((place for place, block in enumerate(blocks) if block not in self._prefixes), len(blocks))
+        self.prefix_queries += len(prompt)
+        self.prefix_hits += min(known * PREFIX_BLOCK, len(prompt))
+        self._prefixes.update(blocks[: len(prompt) // PREFIX_BLOCK])
+
     async def _write(
         self, response: web.StreamResponse, name: str, body: dict[str, Any], sent: list[tuple[float, int]]
     ) -> None:
@@ -183,10 +205,14 @@ class MockServer:
                 await self._tick.wait()
             tokens = min(max_tokens, tokens + self.pace.tokens_per_step)
             usage = f'"usage": {{"prompt_tokens": 7, "total_tokens": {7 + tokens}, "completion_tokens": {tokens}}}'
-            event = f'data: {head}, "choices": [{{"index": 0, "delta": {{"content": " word"}}}}], {usage}}}\n\n'
+            field_name = "reasoning" if tokens <= self.pace.thinking_tokens else "content"
+            event = f'data: {head}, "choices": [{{"index": 0, "delta": {{"{field_name}": " word"}}}}], {usage}}}\n\n'
             sent.append((time.perf_counter(), tokens))
             await response.write(event.encode())
             self.generated += sent[-1][1] - (sent[-2][1] if len(sent) > 1 else 0)
+        if self.pace.accepted_share:
+            accepted = f'"num_accepted_draft_tokens": {round(tokens * self.pace.accepted_share)}'
+            await response.write(f'data: {head}, "metrics": {{"speculative_decoding": {{{accepted}}}}}}}\n\n'.encode())
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
 

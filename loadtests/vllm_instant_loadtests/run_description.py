@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,9 @@ from vllm_instant.tools.measure.environment_info import environment_info
 from vllm_instant.tools.measure.http_client import get
 from vllm_instant.tools.measure.server_info import ServerInfo
 from vllm_instant_loadtests.run_options import RunOptions
+from vllm_instant_loadtests.scenario import Scenario
+from vllm_instant_loadtests.schedule import trace_of
+from vllm_instant_loadtests.traces import prefix_share
 
 DEPLOYMENTS = "LOADTEST_DEPLOYMENTS"
 """Environment variable with ``deployment`` and ``instant`` of each server, as JSON by name."""
@@ -45,6 +49,7 @@ def describe_run(
             }
             for name, found in servers.items()
         ],
+        **_trace(scenario),
         "segments": [],
         "together": scenario.alternation.together and len(servers) > 1,
         "seed": options.seed,
@@ -55,6 +60,16 @@ def describe_run(
             os.environ.get("LOADTEST_COMMAND") or " ".join(["locust", *masked_words(sys.argv[1:])])
         ),
     }
+
+
+def _trace(scenario: Scenario) -> dict[str, float]:
+    """The share of prompt tokens that an endless prefix cache would have, where the scenario replays a trace."""
+    for traffic in scenario.traffic:
+        recorded = trace_of(scenario, traffic)
+        share = prefix_share(recorded, traffic.block_tokens) if recorded is not None else math.nan
+        if math.isfinite(share):
+            return {"trace_prefix_share": round(share, 6)}
+    return {}
 
 
 def _deployment(name: str, url: str, headers: Mapping[str, str]) -> dict[str, Any]:

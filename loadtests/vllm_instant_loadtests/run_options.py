@@ -13,6 +13,9 @@ from vllm_instant_loadtests.capacity import CapacityPlan
 from vllm_instant_loadtests.capacity_goals import GoalError
 from vllm_instant_loadtests.scenario import Scenario, ScenarioError, built_in, load, named_servers
 
+DEFAULT_HOST = "http://127.0.0.1:8000"
+"""Where `vllm serve` listens by default."""
+
 
 def add_options(parser: Any) -> None:
     """Add the options of load tests to Locust's command line, environment variables and web page."""
@@ -56,6 +59,13 @@ def add_options(parser: Any) -> None:
         help="Send to all servers at the same time instead of one after the other.",
     )
     add(
+        "--closed-loop",
+        "CLOSED_LOOP",
+        action="store_true",
+        help="Locust's users hold the scenario's sessions one after the other, instead of its arrivals.",
+        include_in_web_ui=False,
+    )
+    add(
         "--capacity",
         "CAPACITY",
         default="",
@@ -83,7 +93,7 @@ def of_page(options: argparse.Namespace, given: argparse.Namespace) -> argparse.
         given: Those of the command line.
 
     """
-    pinned = {name: getattr(given, name) for name in ("servers", "output", "capacity", "max_seconds")}
+    pinned = {name: getattr(given, name) for name in ("servers", "output", "closed_loop", "capacity", "max_seconds")}
     if options.scenario not in built_in():
         pinned["scenario"] = given.scenario
     return argparse.Namespace(**{**vars(options), **pinned})
@@ -102,6 +112,9 @@ class RunOptions:
     capacity: CapacityPlan | None = None
     max_seconds: float = 0.0
     """Time limit of a capacity search; 0 is none."""
+    closed_loop: bool = False
+    seconds: float = 0.0
+    """Duration that was asked for; 0 is the scenario's own, or until the test is stopped in a closed loop."""
 
     @classmethod
     def of(cls, options: argparse.Namespace, host: str | None) -> RunOptions:
@@ -115,9 +128,9 @@ class RunOptions:
             scenario = scenario.model_copy(
                 update={"alternation": scenario.alternation.model_copy(update={"together": True})}
             )
-        servers = named_servers(options.servers) if options.servers else {"server": host or ""}
-        if not all(servers.values()):
-            raise ScenarioError("no server is given: use --host URL, or --servers NAME=URL for several")
+        servers = named_servers(options.servers or host or DEFAULT_HOST)
+        if options.closed_loop and len(servers) > 1:
+            raise ScenarioError("--closed-loop is for one server: the users of several would share the machine's load")
         output = Path(options.output) if options.output else Path(f"loadtest-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             plan = CapacityPlan.read(options.capacity) if getattr(options, "capacity", "") else None

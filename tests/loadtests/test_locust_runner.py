@@ -13,6 +13,8 @@ import pytest
 from mock_servers import RunningMock, serving
 
 from vllm_instant_loadtests import schedule
+from vllm_instant_loadtests.analysis import analyse_server
+from vllm_instant_loadtests.capacity import CapacityPlan, analyse_capacity
 from vllm_instant_loadtests.mock import MockPace
 from vllm_instant_loadtests.run_recorder import RecordedRun
 from vllm_instant_loadtests.scenario import load
@@ -162,21 +164,38 @@ def test_locust_shows_each_metric_in_a_row_of_its_own(played: Played) -> None:
     assert int(total.split()[1]) == len(kept)
 
 
-def test_workers_lose_no_record(locust: Locust, tmp_path: Path) -> None:
+def test_workers_lose_no_record_and_keep_sessions_together(locust: Locust, tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text(
         'title = "t"\nseconds = 3\n[[traffic]]\nkind = "a"\nprompts = "code"\nrate = 12.0\nmax_tokens = 20\n'
+        '[[traffic]]\nkind = "talk"\nprompts = "creative"\nrate = [[0, 4], [1, 4], [1, 0]]\nmax_tokens = 20\n'
+        "[traffic.session]\nturns = 3\nthink_seconds = [0.1, 0.2]\n"
     )
-    with serving(MockPace(first_ms=20, step_ms=10)) as server:
+    pace = MockPace(first_ms=20, step_ms=10, thinking_tokens=8, accepted_share=0.5)
+    with serving(pace) as server:
         words = ["--scenario", str(tmp_path / "s.toml"), "--output", str(tmp_path / "run"), "--processes", "2"]
         done = locust("--host", server.url, *words)
         assert done.returncode == 0, done.stderr
-        answered = len(server.mock.asked)
+        asked, known_prefixes = server.mock.asked, server.mock.prefix_hits / server.mock.prefix_queries
     run = RecordedRun.read(tmp_path / "run")
     assert run.about["finished"]
-    assert len(run.requests) == answered - 1  # the warm-up is not recorded
+    assert len(run.requests) == len(asked) - 2  # the warm-up is not recorded
     assert sorted(r.number or 0 for r in run.requests) == list(range(len(run.requests)))
-    assert all(r.error is None and r.tokens == 20 for r in run.requests)
+    assert all(r.error is None and r.tokens == 20 and r.accepted == 10 for r in run.requests)
+    assert all(r.thinking_tokens == 8 and r.answer_ttft >= r.ttft for r in run.requests)
     assert {reading.process for reading in run.client} == {0, 1}
+    by_number = {r.number: r for r in run.requests}
+    later = [r for r in run.requests if r.turn]
+    assert len(later) >= 2
+    for request in later:
+        assert 0.0999 <= request.due - by_number[(request.number or 0) - 1].ended <= 0.2001
+    talks = [body["messages"] for body in asked if len(body.get("messages", ())) == 5]
+    assert talks
+    assert all(messages[1] == {"role": "assistant", "content": " word" * 12} for messages in talks)
+    tables = analyse_server(run, "server").tables
+    assert tables is not None
+    assert tables.sessions is not None
+    assert (tables.sessions.turns, [group.name for group in tables.turns]) == (3, ["1", "2", "3"])
+    assert known_prefixes > 0.2
 
 
 def test_a_run_that_cannot_be_made_says_why(locust: Locust, tmp_path: Path) -> None:
@@ -184,3 +203,51 @@ def test_a_run_that_cannot_be_made_says_why(locust: Locust, tmp_path: Path) -> N
     assert done.returncode == 2
     assert "http://127.0.0.1:9 is no running vLLM server" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_capacity_search_records_its_probes_and_continues(locust: Locust, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        'title = "t"\nseconds = 3\n[[traffic]]\nkind = "a"\nprompts = "creative"\nrate = 10.0\nmax_tokens = 10\n'
+    )
+    plan = CapacityPlan(["ttft_p95_ms=300"], probe_seconds=1.2, rates=[5.0, 400.0])
+    words = ["--scenario", str(tmp_path / "s.toml"), "--output", str(tmp_path / "run"), "--capacity", plan.text()]
+    with serving(MockPace(first_ms=10, step_ms=10, slots=2)) as slow, serving(MockPace(first_ms=10)) as fast:
+        servers = ["--servers", f"slow={slow.url} fast={fast.url}"]
+        done = locust(*servers, *words, "--max-seconds", "0.5")
+        assert done.returncode == 0, done.stderr
+        run = RecordedRun.read(tmp_path / "run")
+        assert (len(run.about["segments"]), run.about["finished"]) == (2, False)
+        done = locust(*servers, *words)
+        assert done.returncode == 0, done.stderr
+    run = RecordedRun.read(tmp_path / "run")
+    assert run.about["finished"]
+    found = {server.server: server for server in analyse_capacity(run).servers}
+    assert [probe.rate for probe in found["slow"].probes] == [5.0, 400.0]
+    held, missed = found["slow"].probes
+    assert held.counts["ttft_p95_ms"][0] == held.requests > 0
+    assert missed.stopped
+    assert missed.counts["attain"][0] < 0.5 * missed.requests
+    times = [(segment["began"], segment["ended"]) for segment in run.about["segments"]]
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(times))
+
+
+def test_users_of_a_closed_loop_hold_sessions_one_after_the_other(locust: Locust, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        'title = "t"\nseconds = 20\n[[traffic]]\nkind = "talk"\nprompts = "creative"\nrate = 2.0\nmax_tokens = 10\n'
+        "[traffic.session]\nturns = 2\nthink_seconds = 0.1\n"
+    )
+    with serving(MockPace(first_ms=20, step_ms=10)) as server:
+        words = ["--scenario", str(tmp_path / "s.toml"), "--output", str(tmp_path / "run"), "--closed-loop"]
+        users = ["--users", "3", "--spawn-rate", "10", "--duration", "2.5", "--processes", "2"]
+        done = locust("--host", server.url, *words, *users)
+        assert done.returncode == 0, done.stderr
+    run = RecordedRun.read(tmp_path / "run")
+    assert run.about["finished"]
+    assert len(run.requests) > 6
+    assert {(r.server, r.error, r.tokens) for r in run.requests} == {("server", None, 10)}
+    assert {r.turn for r in run.requests} == {0, 1}
+    end = run.about["segments"][0]["ended"]
+    assert all(0 <= r.due <= r.sent + 0.001 <= r.arrivals[0][0] <= r.ended <= end for r in run.requests)
+    at_once = max(sum(o.due <= r.due < o.ended - 0.02 for o in run.requests) for r in run.requests)
+    assert at_once <= 3
+    assert any(line.startswith("E2E") and "talk" in line for line in (done.stdout + done.stderr).splitlines())

@@ -15,7 +15,7 @@ from vllm_instant_loadtests.run_options import of_page
 
 def options(**changed):
     given = {"scenario": "steady", "servers": "ours=http://10.0.0.1:8000", "output": "mine", "rate_scale": 1.0}
-    searched = {"capacity": "", "max_seconds": 0.0}
+    searched = {"closed_loop": False, "capacity": "", "max_seconds": 0.0}
     return argparse.Namespace(**{**given, **searched, **changed})
 
 
@@ -84,8 +84,11 @@ def test_a_run_from_the_page_goes_to_the_servers_of_the_command_line():
 
         asked = []
         locust_runner.RunOptions.of = classmethod(lambda cls, found, host: asked.append((found.servers, host)))
-        given = Namespace(scenario="steady", servers="", output="mine", capacity="", max_seconds=0, rate_scale=1.0)
-        environment = SimpleNamespace(runner=None, host="http://10.0.0.1:8000", parsed_options=given)
+        given = Namespace(scenario="steady", servers="", output="mine", capacity="", max_seconds=0)
+        given.closed_loop, given.rate_scale = False, 1.0
+
+        events = SimpleNamespace(request=SimpleNamespace(add_listener=lambda listener: None))
+        environment = SimpleNamespace(runner=None, host="http://10.0.0.1:8000", parsed_options=given, events=events)
         runner = locust_runner.ScenarioRunner(environment)
         runner._run_scenario = runner._end = lambda _: None
         # What the page's form does.

@@ -12,6 +12,7 @@ DRAFTS = "vllm:spec_decode_num_drafts_total"
 DRAFTED, ACCEPTED = "vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"
 STEPS, STEP_TOKENS = "vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum"
 QUEUE_SECONDS, QUEUED = "vllm:request_queue_time_seconds_sum", "vllm:request_queue_time_seconds_count"
+PREFIX_HITS, PREFIX_QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 CACHE_CONFIG = "vllm:cache_config_info"
 SPECULATION_PREFIX = "vllm:spec_decode"
 

@@ -156,9 +156,10 @@ class TokenStream:
         self._thinks = self._thinks or _THINKING.search(events) is not None
         if not self._thinks:
             return
-        if _TEXT.search(events):
+        if text := _TEXT.search(events):
             self.answer.answer_at = now
-            self.answer.thinking_tokens = before
+            # An event's count comes behind its text: those before the first text belong to thinking.
+            self.answer.thinking_tokens = max([before, *map(int, _TOKENS.findall(events[: text.start()]))])
         else:
             self.answer.thinking_tokens = self.answer.tokens
 

@@ -108,3 +108,37 @@ def test_a_refused_completion_is_an_error():
         pytest.raises(StreamError, match="HTTP 503"),
     ):
         stream_completion(client, "fake", "p", max_tokens=3)
+
+
+def thought(field: str, tokens: int) -> bytes:
+    delta = json.dumps({"choices": [{"delta": {field: "x"}}], "usage": {"completion_tokens": tokens}})
+    return f"data: {delta}\n\n".encode()
+
+
+def test_the_answer_begins_after_thinking():
+    answer = StreamedAnswer()
+    stream = TokenStream(answer)
+    for now, event in enumerate([thought("reasoning", 3), thought("reasoning_content", 5), thought("content", 6)]):
+        stream.feed(event, float(now))
+    assert (answer.ttft, answer.answer_at, answer.thinking_tokens) == (0.0, 2.0, 5)
+    assert answer.since(1.0).answer_at == 1.0
+
+
+def test_the_end_of_thinking_is_found_among_events_that_arrive_together():
+    answer = StreamedAnswer()
+    stream = TokenStream(answer)
+    stream.feed(thought("reasoning", 3), 0.0)
+    stream.feed(thought("reasoning", 5) + thought("content", 6) + thought("content", 8), 1.0)
+    assert (answer.answer_at, answer.thinking_tokens, answer.tokens) == (1.0, 5, 8)
+
+
+def test_an_answer_without_thinking_has_no_second_first_token():
+    answer = StreamedAnswer()
+    TokenStream(answer).feed(thought("content", 1) + thought("content", 2), 0.0)
+    assert (answer.answer_at, answer.thinking_tokens) == (None, 0)
+
+
+def test_an_answer_that_only_thinks_never_begins():
+    answer = StreamedAnswer()
+    TokenStream(answer).feed(thought("reasoning", 4), 0.0)
+    assert (answer.answer_at, answer.thinking_tokens) == (None, 4)

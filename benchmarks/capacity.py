@@ -1,0 +1,190 @@
+"""How much vLLM and vllm-instant carry on this machine, and whether the search that says so can be trusted.
+
+    .venv/bin/python benchmarks/capacity.py search SCENARIO [--minutes 3.5] [--folder FOLDER]
+    .venv/bin/python benchmarks/capacity.py sweep SCENARIO --rates R1,R2,… [--minutes 3.5] [--folder FOLDER]
+    .venv/bin/python benchmarks/capacity.py simulated [--runs 100]
+
+``search``: `vllm-instant loadtest capacity` on the demo's models with three servers in turn: vLLM, vLLM again (A/A),
+and the demo's deployment. A call ends after some minutes; the next one continues with new server processes in the same
+folder. ``sweep``: the check, a plain sweep over fixed rates; its capacity is where the measured shares cross the goals
+(linear between rates). ``simulated``: queues with a known capacity (M/M/1): how often the interval contains it, and how
+often two equal servers are called different.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results import HERE, write  # also makes the tests' support modules importable
+
+# isort: split
+from queue_servers import exact_capacity, probe
+
+from vllm_instant_loadtests.capacity import CapacityPlan, search_capacity
+from vllm_instant_loadtests.capacity_search import CapacitySearch, compare_capacity
+
+RESULT = HERE / "results/capacity.json"
+SERVERS = """
+[[servers]]
+name = "vllm"
+
+[[servers]]
+name = "vllm again"
+
+[[servers]]
+name = "ours"
+instant = true
+
+[vllm]
+max_num_seqs = 32
+"""
+SCENARIOS = {
+    "short answers": ("structured", 4.0, "max_tokens = [12, 24]", ["ttft_p95_ms=500", "itl_p99_ms=80"]),
+    "chat": ("code", 1.5, "max_tokens = [48, 80]", ["ttft_p95_ms=500", "itl_p99_ms=80"]),
+    "conversations": (
+        "free",
+        1.0,
+        "max_tokens = [12, 24]\n[traffic.session]\nturns = [2, 4]\nthink_seconds = [0.5, 1.5]",
+        ["ttft_p95_ms=500", "itl_p99_ms=80"],
+    ),
+}
+"""By name: prompts, rate of the first probe, further keys of the traffic, goals."""
+PROBE_SECONDS = 10
+
+
+def scenario_file(name: str, folder: Path) -> Path:
+    """The scenario as a file."""
+    prompts, rate, more, _ = SCENARIOS[name]
+    file = folder / f"{name.replace(' ', '-')}.toml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    head = f'title = "{name.capitalize()}"\nseconds = 60\nwarm_up_seconds = 8\n\n[[traffic]]\nkind = "{name}"\n'
+    file.write_text(f'{head}prompts = "{prompts}"\nrate = {rate}\n{more}\n{SERVERS}')
+    return file
+
+
+def run(name: str, folder: Path, minutes: float, rates: str | None) -> dict[str, Any]:
+    """One call of the command; returns what it wrote."""
+    output = folder / (f"{name}-sweep" if rates else name).replace(" ", "-")
+    words = [f"--goal={goal}" for goal in SCENARIOS[name][3]]
+    words += ["--probe-seconds", str(PROBE_SECONDS), "--max-minutes", str(minutes), "--output", str(output)]
+    words += ["--sweep", rates] if rates else []
+    began = time.monotonic()
+    cli = [sys.executable, "-m", "vllm_instant.tools.cli", "loadtest", "capacity"]
+    done = subprocess.run([*cli, str(scenario_file(name, folder)), *words], check=False)
+    if done.returncode not in (0, 1):
+        raise SystemExit(done.returncode)
+    timing = output / "minutes.json"
+    spent = json.loads(timing.read_text()) if timing.exists() else []
+    timing.write_text(json.dumps([*spent, round((time.monotonic() - began) / 60, 2)]))
+    found = json.loads((output / "capacity.json").read_text())
+    return found | {"minutes": json.loads(timing.read_text())}
+
+
+def crossing(server: dict[str, Any]) -> float | None:
+    """The rate at which the worst goal of a sweep is crossed, linear between neighbouring rates."""
+    targets = {"ttft_p95_ms": 0.95, "itl_p99_ms": 0.99, "attain": 0.95}
+    probes = sorted(server["probes"], key=lambda one: one["rate"])
+    margins = [min(good / total - targets[goal] for goal, (good, total) in one["counts"].items()) for one in probes]
+    for place in range(1, len(probes)):
+        low, high = margins[place - 1], margins[place]
+        if low >= 0 > high:
+            share = low / (low - high)
+            return float(probes[place - 1]["rate"] + share * (probes[place]["rate"] - probes[place - 1]["rate"]))
+    return None
+
+
+def cell(name: str, found: dict[str, Any], way: str) -> dict[str, Any]:
+    """A row of the result file."""
+    return {
+        "scenario": name,
+        "way": way,
+        "goals": found["plan"]["goals"],
+        "minutes": found["minutes"],
+        "servers": [
+            {
+                **{key: one[key] for key in ("server", "rate", "users", "deciding_goal", "finished", "bounded")},
+                "probes": [
+                    {key: one_probe[key] for key in ("rate", "requests", "goodput", "counts", "stopped")}
+                    for one_probe in one["probes"]
+                ],
+                **({"crossing": crossing(one)} if way == "sweep" else {}),
+            }
+            for one in found["servers"]
+        ],
+        "comparisons": [
+            {key: one[key] for key in ("ours", "theirs", "sentence", "effect", "verdict")}
+            for one in found["comparisons"]
+        ],
+    }
+
+
+def simulated(runs: int) -> dict[str, Any]:
+    """Coverage of the interval, and verdicts of equal and of different servers."""
+    plan = CapacityPlan(["e2e_p95_ms=500"], precision=0.10, max_probes=40)
+    goals = plan.share_goals
+    cells = []
+    for faster in (1.0, 1.3):
+        truth = exact_capacity(30.0, goals[0])
+        rates = {"a": 30.0, "b": 30.0 + (faster - 1) * truth}
+        inside = counted = probes = 0
+        verdicts, ratios = [], 0
+        for seed in range(runs):
+            random = np.random.default_rng(seed)
+            searches = {server: CapacitySearch(goals, 5.0, plan.limits) for server in rates}
+            search_capacity(
+                plan,
+                searches,
+                lambda server, rate, _, random=random, rates=rates: probe(
+                    server, rate, rates[server], goals, random, 20.0
+                ),
+                seed=str(seed),
+            )
+            for server, search in searches.items():
+                found, exact = search.estimate(), exact_capacity(rates[server], goals[0])
+                inside += found.low <= exact <= found.high
+                counted, probes = counted + 1, probes + len(search.probes)
+            contrast = compare_capacity(searches)["b", "a"]
+            verdicts.append(contrast.verdict)
+            ratios += contrast.effect.low <= faster <= contrast.effect.high
+        cells.append(
+            {
+                "true_ratio": faster,
+                "runs": runs,
+                "intervals_with_the_truth": inside / counted,
+                "ratio_intervals_with_the_truth": ratios / runs,
+                "probes": probes / counted,
+                "verdicts": {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))},
+            }
+        )
+        print(cells[-1])
+    return {"cells": cells}
+
+
+def main() -> None:
+    """Run, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("search", "sweep", "simulated"))
+    parser.add_argument("scenario", nargs="?", choices=list(SCENARIOS))
+    parser.add_argument("--minutes", type=float, default=3.5)
+    parser.add_argument("--rates")
+    parser.add_argument("--folder", type=Path, default=Path("loadtest-capacity"))
+    parser.add_argument("--runs", type=int, default=100)
+    options = parser.parse_args()
+    if options.what == "simulated":
+        write(RESULT, simulated(options.runs), "simulated queues")
+        return
+    if options.scenario is None or (options.what == "sweep") != bool(options.rates):
+        parser.error("search and sweep need a SCENARIO, sweep also --rates")
+    found = run(options.scenario, options.folder, options.minutes, options.rates)
+    write(RESULT, [cell(options.scenario, found, options.what)], "servers", keys=("scenario", "way"))
+
+
+if __name__ == "__main__":
+    main()
