@@ -1,12 +1,13 @@
 """Faults beside eight steady streams: the engine must stay alive, all other answers the same, and nothing be left.
 
     python benchmarks/chaos.py faults --count 500
-    python benchmarks/chaos.py faults --minutes 120
     python benchmarks/chaos.py kills
+    python benchmarks/chaos.py soak --minutes 120
 
 ``faults`` injects random faults that must affect no other client (``chaos_faults``) into one server.
 ``kills`` sends signals to each kind of process, at start and while it serves: all clients must get an answer or a clean
 error, nothing may be left after ten seconds, and the next server must answer as before.
+``soak`` serves mixed traffic at a low rate (``chaos_soak``): memory, descriptors, threads and tasks must not grow.
 
 Answers are greedy in float32, where they do not depend on what else is in a batch, and are compared with those of the
 same server before the first fault.
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import chaos_soak
 import httpx
 import psutil
 import results
@@ -40,7 +42,7 @@ from vllm_instant.tools.measure.prompts import snippets
 from vllm_instant.tools.measure.server_metrics import metric_totals
 from vllm_instant.tools.measure.servers import Server, terminable
 
-OUTPUT = results.HERE / "results" / "chaos.json"
+RESULTS = results.HERE / "results"
 STREAMS, TOKENS = 8, 48
 DEPLOYMENT = """
 [drafter]
@@ -147,8 +149,8 @@ LEFTOVERS = (
 )
 
 
-async def inject(target: Target, count: int, seconds: float, choose: random.Random) -> dict[str, Any]:
-    """Inject faults until the count or the time is reached."""
+async def inject(target: Target, count: int, choose: random.Random) -> dict[str, Any]:
+    """Inject faults until the count is reached."""
     expected = await expected_of(target.client, target.prompts)
     before, seen = footprint(target), Others()
     streams = [asyncio.create_task(steady(target.client, expected, number, seen)) for number in range(STREAMS)]
@@ -156,7 +158,7 @@ async def inject(target: Target, count: int, seconds: float, choose: random.Rand
     wrong: list[str] = []
     memory: list[float] = []
     began = time.monotonic()
-    while sum(done.values()) < count and time.monotonic() - began < seconds:
+    while sum(done.values()) < count:
         name = choose.choice(list(FAULTS))
         try:
             await asyncio.wait_for(FAULTS[name](target, choose), 2 * PATIENCE)
@@ -197,11 +199,10 @@ async def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One server and its faults."""
     server = start(folder)
     prompts = [prompt.text[:400] for prompt in snippets("structured", 0.0, 16, "chaos")]
-    count, seconds = (10**9, options.minutes * 60) if options.minutes else (options.count, 3600.0)
     with server:
         async with async_client(server.url, headers=HEADERS, limits=httpx.Limits(max_connections=100)) as client:
             target = Target(server.url, client, psutil.Process(server.pid), folder / "state", prompts)
-            return await inject(target, count, seconds, random.Random(options.seed))
+            return await inject(target, options.count, random.Random(options.seed))
 
 
 async def kill(kind: str, number: signal.Signals, folder: Path, expected: dict[str, str] | None) -> dict[str, Any]:
@@ -265,20 +266,32 @@ async def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"kills": rows}
 
 
+async def soak(options: argparse.Namespace, folder: Path) -> None:
+    """Write the result file after each reading."""
+
+    def save(record: dict[str, Any]) -> None:
+        results.write(options.output or RESULTS / "soak.json", [{"part": "soak", **record}])
+
+    await chaos_soak.soak(options.minutes, folder, save)
+
+
 def main() -> None:
     """Run one part, print it and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["faults", "kills"])
+    parser.add_argument("part", choices=["faults", "kills", "soak"])
     parser.add_argument("--count", type=int, default=500, help="number of faults")
-    parser.add_argument("--minutes", type=float, default=0.0, help="a soak of this length instead of a count")
+    parser.add_argument("--minutes", type=float, default=120.0, help="length of the soak")
     parser.add_argument("--seed", default="1")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, help="by default chaos.json or soak.json in benchmarks/results")
     options = parser.parse_args()
     with terminable(), tempfile.TemporaryDirectory() as folder:
+        if options.part == "soak":
+            asyncio.run(soak(options, Path(folder)))
+            return
         found = asyncio.run((faults if options.part == "faults" else kills)(options, Path(folder)))
-        if options.part == "faults":
-            print(found)
-    results.write(options.output, [found], name=options.part)
+    if options.part == "faults":
+        print(found)
+    results.write(options.output or RESULTS / "chaos.json", [found], name=options.part)
 
 
 if __name__ == "__main__":
