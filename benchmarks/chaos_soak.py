@@ -12,7 +12,6 @@ memory per hour, and half a descriptor, thread or task per hour.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import re
 import statistics
@@ -25,6 +24,7 @@ from typing import Any
 
 import httpx
 import psutil
+import results
 import task_count
 from chaos_faults import FAULTS, HEADERS, KEY, PATIENCE, Target, UnacceptableError
 from scipy import stats
@@ -281,8 +281,7 @@ async def soak(minutes: float, folder: Path, save: Callable[[dict[str, Any]], No
     file.write_text(DEPLOYMENT.format(draft=model, state=folder / "state"))
     words = [*WORDS, "--served-model-name", "demo", "--api-key", KEY, "--middleware", "task_count.TaskCount"]
     words += ["--plugins", "vllm_instant", "--instant-config", str(file)]
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": results.python_path(str(results.HERE))}
     prompts = [prompt.text[:300] for prompt in snippets("structured", 0.0, 16, "soak")]
     with Server(model, words, log=folder / "server.log", environment=environment) as server:
         async with async_client(server.url, headers=HEADERS, limits=httpx.Limits(max_connections=100)) as client:

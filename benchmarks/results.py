@@ -6,6 +6,7 @@ Importing this module also makes the tests' support modules importable, which so
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -56,6 +57,11 @@ def remaining(run: Mapping[str, Any], measured: Any, keys: Sequence[str]) -> dic
 def read(path: Path) -> list[dict[str, Any]]:
     """The cells of all runs of a file, oldest run first, each with the run's name."""
     return [{"run": run["name"], **cell} for run in json.loads(path.read_text())["runs"] for cell in run["measured"]]
+
+
+def python_path(*folders: str) -> str:
+    """PYTHONPATH of a process that also finds modules in ``folders``."""
+    return os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def command() -> str:

@@ -1,0 +1,187 @@
+"""Whether the answers are those of vLLM, with any flag of ``vllm serve`` and any option of a request.
+
+    python benchmarks/same_answers.py pairs --seconds 3600
+    python benchmarks/same_answers.py single --seconds 3600
+
+Each row of the table is a pair of servers, vLLM alone and ours, with the same flags: in ``single`` one flag or one
+choice of our slots (``tests/support/server_flags.py``), in ``pairs`` many at once, so that any two of them occur
+together. Both get the same requests: each option of a request alone, and completions in which any two options occur
+together (``tests/support/request_features.py``). Ours gets them twice, the second time with eight pinned draft tokens.
+The model is the demo's draft model in float32, where rounding does not choose tokens.
+
+Rows that the result file has already are skipped; ``--again`` measures those again whose answers differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import results
+from request_features import Feature, difference, joined, pairs_of_features, plain, single_features
+from server_flags import Row, pair_rows, prepare, single_rows, with_paths
+
+from vllm_instant.tools.demo import assets
+from vllm_instant.tools.measure.http_client import sync_client
+from vllm_instant.tools.measure.servers import Server, ServerError, terminable
+
+OUTPUT = results.HERE / "results" / "same_answers.json"
+WORDS = ["--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
+DRAFTS, CLIENTS, TIMEOUT = 8, 4, 120.0
+
+Answers = dict[str, Any]
+
+
+def answer(client: httpx.Client, feature: Feature, drafts: int | None) -> Any:
+    """Status and content of one answer, as they are to be compared."""
+    body = feature.request("demo", drafts)
+    if feature.path == "/inference/v1/generate":
+        body.pop("model")
+    try:
+        if not body.get("stream"):
+            response = client.post(feature.path, json=body)
+            found = plain(response.json()) if response.status_code == 200 else _error(response)
+            return {"status": response.status_code, "answer": found}
+        events = []
+        with client.stream("POST", feature.path, json=body) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    events.append(json.loads(line.removeprefix("data: ")))
+        return {"status": response.status_code, "answer": joined(events)}
+    except httpx.HTTPError as error:
+        return {"status": 0, "answer": f"{type(error).__name__}: {error}"}
+
+
+def _error(response: httpx.Response) -> str:
+    """The message of an error without ids."""
+    return re.sub(r"[0-9a-f]{16,}", "ID", response.text)[:300]
+
+
+def answers(server: Server, features: Sequence[Feature], drafts: int | None = None) -> Answers:
+    """All answers of a server, by feature."""
+    with sync_client(server.url, timeout=TIMEOUT) as client, ThreadPoolExecutor(CLIENTS) as pool:
+        found = pool.map(lambda feature: answer(client, feature, drafts), features)
+        return {feature.name: one for feature, one in zip(features, found, strict=True)}
+
+
+def refusal(error: ServerError) -> dict[str, Any]:
+    """Why a server did not start: its last words, and whether they are a sentence instead of a traceback."""
+    lines = [re.sub(r"^\([^)]*\)\s*", "", line).strip() for line in error.log.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b|vllm: error|.*: error: ", line)]
+    return {"said": (named or lines or ["nothing"])[-1][:400], "sentence": "Traceback" not in error.log}
+
+
+def serve(row: Row, ours: bool, paths: Mapping[str, str], folder: Path) -> Server:
+    """A server of the row, not started yet."""
+    words = [*WORDS, *with_paths(row.words, paths)]
+    words += [] if "--max-num-seqs" in row.words else ["--max-num-seqs", "8"]
+    if ours:
+        words += ["--plugins", "vllm_instant", *with_paths(row.ours, paths)]
+    environment = {"PYTHONPATH": results.python_path(str(folder)), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    return Server(paths["MODEL"], words, log=folder / "server.log", environment=environment, start_timeout=200)
+
+
+class Table:
+    """Measures rows.
+
+    Args:
+        folder: for files of the servers.
+
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._paths = prepare(folder, assets.prepare().draft)
+        self._features = [*single_features(), *pairs_of_features()]
+        self._vllm: dict[tuple[str, ...], Answers | dict[str, Any]] = {}
+        """What vLLM alone answers, by its flags."""
+
+    def _theirs(self, row: Row) -> Any:
+        if row.words not in self._vllm:
+            try:
+                with serve(row, False, self._paths, self._folder) as server:
+                    self._vllm[row.words] = answers(server, self._features)
+            except ServerError as error:
+                self._vllm[row.words] = {"refused": refusal(error)}
+        return self._vllm[row.words]
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        """One row of the table."""
+        cell: dict[str, Any] = {"row": row.name, "words": [*row.words], "ours": [*row.ours]}
+        theirs = self._theirs(row)
+        if "refused" in theirs:
+            return cell | {"vllm_refused": theirs["refused"]}
+        try:
+            with serve(row, True, self._paths, self._folder) as server:
+                found = [answers(server, self._features, drafts) for drafts in (None, DRAFTS)]
+                alive = server.healthy()
+                metrics = server.metrics()
+        except ServerError as error:
+            return cell | {"refused": refusal(error)}
+        different = []
+        for pinned, mine in zip((False, True), found, strict=True):
+            for name, one in mine.items():
+                where = difference(one, theirs[name])
+                if where is not None:
+                    different.append({"feature": name, "pinned": pinned, "where": where})
+        return cell | {
+            "requests": 2 * len(self._features),
+            "equal": 2 * len(self._features) - len(different),
+            "different": different,
+            "refused_by_both": sum(one["status"] != 200 for one in theirs.values()),
+            "drafts": metrics.get("vllm_instant:draft_tokens_proposed_total", 0.0),
+            "switched_off": metrics.get("vllm_instant:plugin_failures_total", 0.0),
+            "alive": alive,
+        }
+
+
+def wanted(rows: Sequence[Row], before: Mapping[str, Mapping[str, Any]], again: bool) -> list[Row]:
+    """The rows that remain to be measured."""
+
+    def bad(cell: Mapping[str, Any]) -> bool:
+        return bool(cell.get("different")) or not cell.get("refused", {}).get("sentence", True)
+
+    return [row for row in rows if row.name not in before or (again and bad(before[row.name]))]
+
+
+def main() -> None:
+    """Measure rows until the time is over."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["single", "pairs"])
+    parser.add_argument(
+        "--seconds", type=float, default=36_000.0, help="no row is begun that would not end before this"
+    )
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    runs = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
+    before = {cell["row"]: cell for run in runs if run["name"] == options.part for cell in run["measured"]}
+    rows = [row for row in (single_rows if options.part == "single" else pair_rows)() if options.only in row.name]
+    began, longest = time.monotonic(), 60.0
+    with terminable(), tempfile.TemporaryDirectory() as folder:
+        table = Table(Path(folder))
+        for row in wanted(rows, before, options.again):
+            row_began = time.monotonic()
+            if row_began - began + longest > options.seconds:
+                break
+            cell = table.measure(row)
+            longest = max(longest, time.monotonic() - row_began)
+            shown = cell.get("vllm_refused") or cell.get("refused") or f"{cell['equal']} of {cell['requests']} equal"
+            print(f"{time.monotonic() - began:.0f} s {row.name}: {shown}", flush=True)
+            for one in cell.get("different", [])[:12]:
+                print("   ", one, flush=True)
+            before[row.name] = cell
+            results.write(options.output, list(before.values()), name=options.part)
+
+
+if __name__ == "__main__":
+    main()
