@@ -18,7 +18,8 @@ from starlette.requests import HTTPConnection
 from vllm_instant.streaming.connections import ConnectionPolicy, grant_of, read_json, size_of
 from vllm_instant.streaming.events import ClientEvent, Commit, EventError, check, parse
 from vllm_instant.streaming.http_session import HttpSession, failed, scope_of
-from vllm_instant.streaming.session import Send, Session, error_event
+from vllm_instant.streaming.prefill_ahead import Send
+from vllm_instant.streaming.session import Session, error_event
 from vllm_instant.streaming.session_manager import RefusedError, SessionManager
 from vllm_instant.streaming.tokens import Grant, SessionTokens, TooManyTokensError, bearer_of
 

@@ -10,7 +10,7 @@ from starlette.websockets import WebSocketDisconnect
 from streaming_app import APPEND, COMMIT, KEY, UPDATE, hear, serving
 
 from vllm_instant.interfaces.streaming import PinLimits
-from vllm_instant.streaming import budgets, routes, session, tokens
+from vllm_instant.streaming import budgets, prefill_ahead, routes, session, tokens
 from vllm_instant.streaming.budgets import RenderingBudget
 from vllm_instant.streaming.events import EventError, check, loads
 from vllm_instant.streaming.session import Session
@@ -362,7 +362,7 @@ def test_edits_at_the_beginning_of_a_long_text_wait_for_the_clients_budget(monke
             await tested.handle(check({"type": "input_text.append", "text": "word " * 50}))
             for _ in range(30):
                 await tested.handle(check({"type": "input_text.replace", "start": 0, "end": 0, "text": "y "}))
-                await asyncio.sleep(2 * session.COALESCE_SECONDS)
+                await asyncio.sleep(2 * prefill_ahead.COALESCE_SECONDS)
             await tested.close()
 
     asyncio.run(run())
@@ -509,11 +509,11 @@ def test_a_pause_in_typing_keeps_neither_the_slot_nor_the_blocks_while_others_ru
                 await tested.handle(check({"type": "input_text.append", "text": "word " * words}))
             while not engine.prefilled or len(engine.prefilled[-1]) < 1000:
                 await asyncio.sleep(0.01)
-            while pausing._is_pinned or not pausing._idled:
+            while pausing._ahead._is_pinned or not pausing._ahead._idled:
                 await asyncio.sleep(0.01)
             # New text pins them again.
             await pausing.handle(check({"type": "input_text.append", "text": "word " * 2000}))
-            while not pausing._is_pinned:
+            while not pausing._ahead._is_pinned:
                 await asyncio.sleep(0.01)
             await pausing.close()
             await other.close()
