@@ -68,7 +68,6 @@ ABUSES = (
     "no HTTP",
     "slow writer",
     "flood of edits",
-    "too many sessions",
 )
 
 
@@ -186,6 +185,9 @@ async def one_round(soak: Soak) -> None:
         *(soak.attempt(activity.__name__, activity(soak)) for activity in ACTIVITIES),
         *(soak.attempt(name, FAULTS[name](soak.target, soak.choose)) for name in abuses),
     )
+    if soak.choose.random() < 0.2:
+        # Alone: it uses up the client's limit of sessions.
+        await soak.attempt("too many sessions", FAULTS["too many sessions"](soak.target, soak.choose))
 
 
 async def reading(soak: Soak, seconds: float) -> dict[str, float]:
