@@ -48,6 +48,8 @@ class Received:
     num_steps: int = 0
     """Number of steps until the answer ended for the client."""
     chunks: list[str] = field(default_factory=list)
+    arrivals: list[int] = field(default_factory=list)
+    """The step after which each part with text came, counted from 0."""
 
 
 class ForcedEngine:
@@ -193,4 +195,6 @@ async def _read(queue: Any, received: list[Received], is_delta: bool) -> None:
             else:
                 got.text, got.token_ids, got.logprob_token_ids = part.text, list(part.token_ids), logprobs
             got.chunks.append(part.text)
+            if part.text:
+                got.arrivals.append(got.num_steps)
             got.finish_reason = part.finish_reason or got.finish_reason

@@ -20,6 +20,7 @@ from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.tools.cli.common import Overrides, fail, print_columns, problems_reported, require_vllm, working
+from vllm_instant.tools.cli.verify_guard import verify_guard
 from vllm_instant.tools.measure import quality, tasks, verify
 from vllm_instant.tools.measure.human_eval import SandboxError
 from vllm_instant.tools.measure.prompts import held_out_texts
@@ -73,6 +74,21 @@ def verify_deployments(
             "tool calls as JSON, equality of whole answers.",
         ),
     ] = False,
+    guard: Annotated[
+        Path | None,
+        typer.Option(
+            "--guard",
+            metavar="FILE",
+            help="Check the guard of this deployment file instead: planted violations on every path to a client, clean "
+            "texts, and the time per token. MODEL is a folder with a tokenizer, by default the demo's.",
+        ),
+    ] = None,
+    violations: Annotated[
+        Path | None,
+        typer.Option(help="With --guard: file with one text per line to plant; by default the words of `rules`."),
+    ] = None,
+    planted: Annotated[int, typer.Option(min=10, help="With --guard: number of planted violations.")] = 1000,
+    clean: Annotated[int, typer.Option(min=10, help="With --guard: number of clean passages.")] = 10_000,
     output: Annotated[Path | None, typer.Option("--json", help="File for the results as JSON.")] = None,
 ) -> None:
     """Check deployments against vLLM alone with the same model.
@@ -82,6 +98,9 @@ def verify_deployments(
     top-k and penalties, while drafts are kept and refused. Lossy deployments are measured instead of judged. Further
     words are passed to both `vllm serve`. The exit code is 1 when something fails.
     """
+    if guard is not None:
+        verify_guard(guard, model, violations, planted, clean, output)
+        return
     plan = verify.VerifyPlan(_prompts(prompts), draws=draws, tokens=tokens, false_alarms=false_alarms)
     if (stock_url is None) != (our_url is None):
         fail("--baseline and --ours belong together")
