@@ -172,11 +172,18 @@ class RunAnalysis:
     servers: list[ServerAnalysis]
     comparisons: list[compare.ServerComparison]
     goals: list[GoalResult]
+    since: list[compare.ServerComparison] = field(default_factory=list)
+    """Each server compared with itself in an earlier run."""
 
     @property
     def met(self) -> bool:
-        """Whether every server reached every goal; decides the exit code."""
-        return all(checked.met for checked in self.goals)
+        """Whether every server reached every goal and none got worse; decides the exit code."""
+        return all(checked.met for checked in self.goals) and not any(map(got_worse, self.since))
+
+    @property
+    def all_comparisons(self) -> list[compare.ServerComparison]:
+        """Of servers, and of runs."""
+        return [*self.comparisons, *self.since]
 
     @property
     def spikes(self) -> list[Spike]:
@@ -190,7 +197,7 @@ class RunAnalysis:
             "met": self.met,
             "goals": [asdict(checked) for checked in self.goals],
             "servers": [server.plain() for server in self.servers],
-            "comparisons": [comparison.plain() for comparison in self.comparisons],
+            "comparisons": [comparison.plain() for comparison in self.all_comparisons],
         }
 
     def _trace_sentence(self) -> list[str]:
@@ -210,17 +217,28 @@ class RunAnalysis:
             lines += [f"    {NAMES[metric]} was not searched: {why}" for metric, why in server.too_little.items()]
             lines += [f"    {line}" for line in (server.tables.sentences() if server.tables is not None else ())]
         lines += self._trace_sentence()
-        lines += [comparison.verdict for comparison in self.comparisons]
+        lines += [comparison.verdict for comparison in self.all_comparisons]
         lines += [f"{'met' if checked.met else 'MISSED'}: {checked.sentence}" for checked in self.goals]
         return "\n".join(lines)
 
 
-def analyse_run(run: RecordedRun, goals: LoadTestGoals | None = None) -> RunAnalysis:
+def got_worse(comparison: compare.ServerComparison) -> bool:
+    """Whether some metric of a server is worse than before, or requests fail that did not."""
+    return any(row.verdict == "worse" for row in comparison.rows) or comparison.failed[0] > comparison.failed[1]
+
+
+def analyse_run(
+    run: RecordedRun, goals: LoadTestGoals | None = None, baseline: RecordedRun | None = None
+) -> RunAnalysis:
     """Analyse a run.
 
     Args:
         run: the recording.
         goals: of the analysis; those of the scenario (``run.about["goals"]``) by default.
+        baseline: an earlier run of the same scenario and seed, which every server is compared with.
+
+    Raises:
+        BaselineError: where the earlier run cannot be compared.
 
     """
     wanted = goals if goals is not None else LoadTestGoals(**run.about.get("goals", {}))
@@ -233,6 +251,7 @@ def analyse_run(run: RecordedRun, goals: LoadTestGoals | None = None) -> RunAnal
         # The later server compared with the earlier one: scenarios name the baseline first.
         [compare.compare_servers(run, ours, theirs) for theirs, ours in itertools.combinations(names, 2)],
         [checked for server in servers for checked in _checked(wanted, server)],
+        compare.compare_runs(run, baseline) if baseline is not None else [],
     )
 
 

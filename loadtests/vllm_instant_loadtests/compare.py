@@ -7,7 +7,7 @@ machine cancels. The verdicts are those of ``vllm_instant.tools.measure.signific
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -162,6 +162,32 @@ def compare_servers(run: RecordedRun, ours: str, theirs: str) -> ServerCompariso
         for name, samples, share in _ROWS
     ]
     return ServerComparison(ours, theirs, len(good), len(rounds), rows, failed)
+
+
+class BaselineError(ValueError):
+    """Two runs cannot be compared; the message is one sentence."""
+
+
+def compare_runs(now: RecordedRun, before: RecordedRun) -> list[ServerComparison]:
+    """Each server compared with the one of its name in an earlier run, request by request.
+
+    Raises:
+        BaselineError: where the runs have other scenarios or seeds, whose requests are not the same, or no server of
+            the same name.
+
+    """
+    for what in ("scenario", "seed"):
+        this, that = now.about.get(what), before.about.get(what)
+        if this != that:
+            shown = [one.get("name") if isinstance(one, dict) else one for one in (this, that)]
+            different = f"{what} {shown[1]!r}, not {shown[0]!r}" if shown[0] != shown[1] else f"another {what}"
+            raise BaselineError(f"the run of --baseline has {different}: its requests are not the same")
+    names = [str(server["name"]) for server in now.about.get("servers", [])]
+    known = {request.server for request in before.requests}
+    if not known.intersection(names):
+        raise BaselineError(f"the run of --baseline has no server called {' or '.join(names)}")
+    both = RecordedRun(now.about, [*now.requests, *(replace(r, server=f"{r.server} before") for r in before.requests)])
+    return [compare_servers(both, name, f"{name} before") for name in names if name in known]
 
 
 def _row(

@@ -15,7 +15,7 @@ import numpy as np
 from vllm_instant.tools.html import template
 from vllm_instant.tools.html.plots import LinePlot, PlotBand, PlotLine, plots_available
 from vllm_instant.tools.measure import server_metrics as m
-from vllm_instant_loadtests.analysis import NAMES, RunAnalysis, ServerAnalysis, Spike
+from vllm_instant_loadtests.analysis import NAMES, RunAnalysis, ServerAnalysis, Spike, got_worse
 from vllm_instant_loadtests.metric_series import MetricSeries
 from vllm_instant_loadtests.run_recorder import RecordedRun
 from vllm_instant_loadtests.windows import HOP, ITL, METRICS, PACE, STALL, TTFT, WARM_UP, Array
@@ -91,6 +91,16 @@ def write_junit(analysis: RunAnalysis, path: Path) -> None:
         suite.set("tests", str(cases))
         suite.set("failures", str(failures))
         suite.set("time", f"{server.seconds:.3f}")
+    if analysis.since:
+        suite = ElementTree.SubElement(suites, "testsuite", name=f"{scenario}: since the baseline")
+        for comparison in analysis.since:
+            case = ElementTree.SubElement(suite, "testcase", classname="baseline", name=comparison.ours)
+            if got_worse(comparison):
+                ElementTree.SubElement(case, "failure", message=comparison.verdict)
+            else:
+                ElementTree.SubElement(case, "system-out").text = comparison.verdict
+        suite.set("tests", str(len(analysis.since)))
+        suite.set("failures", str(sum(map(got_worse, analysis.since))))
     ElementTree.indent(suites)
     ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)
 

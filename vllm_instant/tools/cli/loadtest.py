@@ -19,6 +19,7 @@ from vllm_instant.tools.cli.loadtest_servers import PACKAGES, scenario_addresses
 from vllm_instant.tools.measure.servers import START_TIMEOUT, ServerError, terminable
 
 if TYPE_CHECKING:
+    from vllm_instant_loadtests.run_recorder import RecordedRun
     from vllm_instant_loadtests.scenario import Scenario
 
 
@@ -68,6 +69,13 @@ def loadtest(
     analyse: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Analyse this recorded run again; nothing is sent.")
     ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Earlier run of the same scenario and seed; exit code 1 if it was better."),
+    ] = None,
+    otlp: Annotated[
+        str | None, typer.Option(metavar="URL", help="Send the results to this OpenTelemetry collector (OTLP, HTTP).")
+    ] = None,
     list_them: Annotated[bool, typer.Option("--list", help="Show the built-in scenarios.")] = False,
 ) -> None:
     """Send a scenario's requests when they are due, find windows with latency spikes, and name their causes.
@@ -78,7 +86,9 @@ def loadtest(
     """
     require("loadtest", PACKAGES, extra="loadtest")
     from vllm_instant_loadtests import scenario as scenarios
+    from vllm_instant_loadtests.compare import BaselineError
     from vllm_instant_loadtests.launcher import LoadTestError, LocustCommand, run_locust
+    from vllm_instant_loadtests.otlp import ExportError
 
     if list_them:
         names = scenarios.built_in()
@@ -113,30 +123,26 @@ def loadtest(
                     run_locust(load, shlex.join(["vllm-instant", *masked_words(sys.argv[1:])]))
         elif scenario is not None:
             raise LoadTestError(f"--analyse {analyse} judges a recorded run and takes no scenario ({scenario})")
-        raise typer.Exit(_judge(analyse))
-    except (scenarios.ScenarioError, LoadTestError, ServerError) as error:
+        raise typer.Exit(_judge(analyse, baseline, otlp))
+    except (scenarios.ScenarioError, LoadTestError, ServerError, BaselineError, ExportError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("vllm-instant: interrupted; what was recorded is kept", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-def _judge(folder: Path) -> int:
-    """Print and write the analysis of a recorded run; returns the exit code."""
-    from vllm_instant_loadtests import report
+def _judge(folder: Path, baseline: Path | None, collector: str | None) -> int:
+    """Print, write and send the analysis of a recorded run; returns the exit code."""
+    from vllm_instant_loadtests import otlp, report
     from vllm_instant_loadtests.analysis import analyse_run
-    from vllm_instant_loadtests.run_recorder import RecordedRun
 
-    try:
-        run = RecordedRun.read(folder)
-    except FileNotFoundError:
-        fail(f"{folder} has no recorded run: there is no run.json in it")
+    run, before = _recorded(folder), _recorded(baseline) if baseline is not None else None
     if "capacity" in run.about:
-        return judge_capacity(folder)
+        return judge_capacity(folder, collector)
     if not run.requests:
         fail(f"{folder} has a run without a single request: {folder / 'locust.log'} may say why")
     with working("looking for spikes"):
-        analysis = analyse_run(run)
+        analysis = analyse_run(run, baseline=before)
     plain = analysis.plain()
     print_columns(_PERCENTILES, [_percentiles(server) for server in plain["servers"]])
     for comparison in plain["comparisons"]:
@@ -151,7 +157,19 @@ def _judge(folder: Path) -> int:
     report.write_json(analysis, folder / "report.json")
     report.write_junit(analysis, folder / "junit.xml")
     print(f"wrote {folder / 'report.html'}, report.json and junit.xml")
+    if collector is not None:
+        count = otlp.send(otlp.run_measurements(analysis), collector, str(run.about["scenario"]["name"]))
+        print(f"sent {count} values to {collector}")
     return 0 if analysis.met else 1
+
+
+def _recorded(folder: Path) -> RecordedRun:
+    from vllm_instant_loadtests.run_recorder import RecordedRun
+
+    try:
+        return RecordedRun.read(folder)
+    except FileNotFoundError:
+        fail(f"{folder} has no recorded run: there is no run.json in it")
 
 
 _PERCENTILES = ("ms, p50 / p99", "requests", "failed", "TTFT", "ITL", "longest stall", "E2E", "tokens/s")

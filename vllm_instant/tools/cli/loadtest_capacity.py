@@ -59,6 +59,9 @@ def capacity(
     sweep: Annotated[
         str | None, typer.Option(metavar="RATE,RATE,…", help="Probe these rates, once each, instead of searching.")
     ] = None,
+    otlp: Annotated[
+        str | None, typer.Option(metavar="URL", help="Send the results to this OpenTelemetry collector (OTLP, HTTP).")
+    ] = None,
     seed: Annotated[str, typer.Option(help="Seed of prompts and arrivals.")] = "0",
     processes: Annotated[int, typer.Option(min=1, help="Number of processes that send the load.")] = 1,
     web_port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1 for Locust's page during the search.")] = None,
@@ -80,6 +83,7 @@ def capacity(
     from vllm_instant_loadtests.capacity import CapacityPlan, offered_rate
     from vllm_instant_loadtests.capacity_goals import GoalError
     from vllm_instant_loadtests.launcher import LoadTestError, LocustCommand, run_locust
+    from vllm_instant_loadtests.otlp import ExportError
 
     try:
         plan = CapacityPlan(goals or [], attain, precision, probe_seconds, max_probes, _rates(sweep))
@@ -96,17 +100,17 @@ def capacity(
             load = replace(load, capacity=plan, max_seconds=60 * (max_minutes or 0))
             with working(f"{played.title}: probing {' and '.join(servers)}"):
                 run_locust(load, shlex.join(["vllm-instant", *masked_words(sys.argv[1:])]))
-        raise typer.Exit(judge_capacity(output))
-    except (scenarios.ScenarioError, GoalError, LoadTestError, ServerError) as error:
+        raise typer.Exit(judge_capacity(output, otlp))
+    except (scenarios.ScenarioError, GoalError, LoadTestError, ServerError, ExportError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("vllm-instant: interrupted; the same command continues the search", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-def judge_capacity(folder: Path) -> int:
-    """Print and write the analysis of a recorded search; returns the exit code."""
-    from vllm_instant_loadtests import capacity_report
+def judge_capacity(folder: Path, collector: str | None = None) -> int:
+    """Print, write and send the analysis of a recorded search; returns the exit code."""
+    from vllm_instant_loadtests import capacity_report, otlp
     from vllm_instant_loadtests.capacity import analyse_capacity
     from vllm_instant_loadtests.run_recorder import RecordedRun
 
@@ -116,6 +120,9 @@ def judge_capacity(folder: Path) -> int:
     show_capacity(analysis)
     capacity_report.write(analysis, folder)
     print(f"wrote {folder / 'capacity.html'}, capacity.json and junit.xml")
+    if collector is not None:
+        scenario = str((analysis.about.get("scenario") or {}).get("name", ""))
+        print(f"sent {otlp.send(otlp.capacity_measurements(analysis), collector, scenario)} values to {collector}")
     return 0 if analysis.met else 1
 
 
