@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from vllm_instant.patches import (
     default_drafter,
+    delta_parsing,
     draft_model_skip,
     drafter,
     engine_core,
@@ -85,6 +86,7 @@ METHODS: dict[str, tuple[VllmPatch, ...]] = {
     f"{_INPUT}.__init__": (min_p_logit_bias.PATCH,),
     f"{_INPUT}.process_inputs": (request_validation.PATCH, guard.PATCH),
     f"{names.INPUT_PROCESSOR}:SamplingParams._validate_spec_decode": (min_p_logit_bias.PATCH,),
+    f"{names.OUTPUT_PARSER}:DelegatingParser.parse_delta": (delta_parsing.PATCH,),
     f"{_OUTPUT}._update_stats_from_output": (streaming.PATCH,),
     f"{_OUTPUT}._update_stats_from_finished": (streaming.PATCH,),
     f"{names.ASYNC_LLM}:AsyncLLM.__init__": (guard.PATCH,),
