@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from vllm_instant import Deployment, Plugin, PluginContext
 from vllm_instant.interfaces.guard import Action, Guard, GuardOptions
@@ -64,14 +64,109 @@ def build_rules(options: RulesOptions, context: PluginContext | None = None) -> 
     return Rules(rules, Action(options.action), options.replacement)
 
 
+class ClassifierOptions(GuardOptions):
+    """Options of ``classifier``."""
+
+    model: str = Field(description="A Hugging Face model for sequence classification: a name or a folder.")
+    device: str = Field("cpu", description="Device of the model, as torch names it.")
+    unsafe_labels: tuple[str, ...] = Field(
+        (), description="Names of the labels that count as unsafe; by default the model's last one."
+    )
+    threshold: float = Field(0.5, gt=0, le=1, description="Probability from which a text is stopped.")
+    escalate_from: float | None = Field(
+        None, ge=0, le=1, description="Probability from which the next tier decides; by default none does."
+    )
+    context_characters: int = Field(
+        400, ge=16, le=20_000, description="Number of characters, up to the newest, that are scored at once."
+    )
+    max_tokens: int = Field(256, ge=8, le=8192, description="Maximum number of the classifier's tokens per text.")
+    restart_seconds: float = Field(
+        2.0, gt=0, description="Seconds without an answer after which the classifier's process is started again."
+    )
+
+
+def build_classifier(options: ClassifierOptions, context: PluginContext | None = None) -> Guard:
+    """Build ``classifier``; raises ValueError, with one sentence, where its model cannot be loaded."""
+    from vllm_instant_plugins.guard.classifier import ClassifierGuard
+    from vllm_instant_plugins.guard.classifier_process import ClassifierProcess
+
+    arguments = {
+        "model": options.model,
+        "device": options.device,
+        "unsafe": list(options.unsafe_labels),
+        "max_tokens": options.max_tokens,
+    }
+    process = ClassifierProcess(arguments, options.restart_seconds)
+    process.wait_until_ready()
+    return ClassifierGuard(process, options.threshold, options.escalate_from, options.context_characters)
+
+
+class TiersOptions(GuardOptions):
+    """Options of ``tiers``."""
+
+    tiers: tuple[dict[str, Any], ...] = Field(
+        description="The tiers, first to last: each a table with plugin, the plugin's own options, and optionally name "
+        'and asked = "always" or "escalated" (only from the first escalation of an earlier tier on).'
+    )
+
+
+_TIERS: dict[str, tuple[type[GuardOptions], Callable[[Any, PluginContext | None], Guard]]] = {
+    "rules": (RulesOptions, build_rules),
+    "classifier": (ClassifierOptions, build_classifier),
+}
+
+
+def tier_options(table: Mapping[str, Any]) -> tuple[str, str, bool, GuardOptions]:
+    """Return the plugin, the name, whether it is always asked, and the options of one tier.
+
+    Raises:
+        ValueError: With one sentence, if the table is not valid.
+
+    """
+    given = dict(table)
+    plugin = given.pop("plugin", None)
+    if plugin not in _TIERS:
+        raise ValueError(f"a tier's plugin must be one of {', '.join(_TIERS)}, not {plugin!r}")
+    name, asked = str(given.pop("name", plugin)), given.pop("asked", "always")
+    if asked not in ("always", "escalated"):
+        raise ValueError(f'tier {name}: asked must be "always" or "escalated", not {asked!r}')
+    if common := sorted(given.keys() & GuardOptions.model_fields.keys()):
+        raise ValueError(f"tier {name}: {common[0]} belongs into [guard], it holds for all tiers")
+    try:
+        return plugin, name, asked == "always", _TIERS[plugin][0].model_validate(given)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise ValueError(f"tier {name}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
+
+
+def build_tiers(options: TiersOptions, context: PluginContext | None = None) -> Guard:
+    """Build ``tiers``; raises ValueError, with one sentence, where a tier cannot be built."""
+    from vllm_instant_plugins.guard.tiers import Tier, Tiers
+
+    tiers = []
+    for plugin, name, is_asked_always, own in map(tier_options, options.tiers):
+        tiers.append(Tier(name, _TIERS[plugin][1](own, context), is_asked_always))
+    if not tiers or not tiers[0].is_asked_always:
+        raise ValueError("the first tier must always be asked")
+    return Tiers(tiers)
+
+
 def validate(deployment: Deployment) -> Iterator[str]:
-    """Rules that cannot be compiled."""
+    """Rules that cannot be compiled, and tiers that are not valid."""
     choice = deployment.slots["guard"]
-    if choice.plugin == "rules":
+    tables = {"rules": [{"plugin": "rules", **_own(choice.options)}], "tiers": choice.options.get("tiers", ())}
+    for table in tables.get(choice.plugin, ()):
         try:
-            build_rules(RulesOptions.model_validate(choice.options))
+            plugin, _, _, options = tier_options(table)
+            if plugin == "rules":
+                build_rules(RulesOptions.model_validate(options.model_dump()))
         except ValueError as error:
             yield f"[guard] {error}"
+
+
+def _own(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a plugin without those of every guard."""
+    return {key: value for key, value in options.items() if key not in GuardOptions.model_fields}
 
 
 PLUGINS = (
@@ -81,5 +176,19 @@ PLUGINS = (
         summary="stops or replaces words, phrases and regular expressions, however they are written",
         options=RulesOptions,
         build=build_rules,
+    ),
+    Plugin(
+        slot="guard",
+        name="classifier",
+        summary="stops what a sequence-classification model finds unsafe, in a process of its own",
+        options=ClassifierOptions,
+        build=build_classifier,
+    ),
+    Plugin(
+        slot="guard",
+        name="tiers",
+        summary="several guards over one text, some asked only where an earlier one is uncertain",
+        options=TiersOptions,
+        build=build_tiers,
     ),
 )
