@@ -36,7 +36,7 @@ SERVERS = """
 name = "vllm"
 
 [[servers]]
-name = "vllm again"
+name = "vllm-again"
 
 [[servers]]
 name = "ours"
@@ -44,6 +44,8 @@ instant = true
 
 [vllm]
 max_num_seqs = 32
+max_model_len = 1024
+enforce_eager = true
 """
 SCENARIOS = {
     "short answers": ("structured", 4.0, "max_tokens = [12, 24]", ["ttft_p95_ms=500", "itl_p99_ms=80"]),

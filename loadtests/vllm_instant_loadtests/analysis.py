@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vllm_instant_loadtests import causes, compare, goals, spikes, windows
+from vllm_instant_loadtests.cause_finding import CauseFinding
 from vllm_instant_loadtests.goals import GoalResult, LoadTestGoals
 from vllm_instant_loadtests.metric_series import MetricSeries, TimeSpan
 from vllm_instant_loadtests.request_tables import RequestTables, request_tables
@@ -33,7 +34,7 @@ class Spike:
     ended: float
     rises: list[MetricRise]
     """By metric, the most significant first."""
-    findings: list[causes.CauseFinding]
+    findings: list[CauseFinding]
     """Causes with scores, the likeliest first."""
 
     @property
@@ -52,7 +53,7 @@ class Spike:
         return self.findings[0].evidence
 
     @property
-    def alternatives(self) -> list[causes.CauseFinding]:
+    def alternatives(self) -> list[CauseFinding]:
         """Other causes with evidence."""
         return [finding for finding in self.findings[1:] if finding.score > 0]
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from vllm_instant.tools.measure import server_metrics as m
+from vllm_instant_loadtests import host_causes
+from vllm_instant_loadtests.cause_finding import CauseFinding
+from vllm_instant_loadtests.host_causes import HOST_CAUSES, NEIGHBOUR, PAGING, QUOTA, STEAL
 from vllm_instant_loadtests.metric_series import TimeSpan
 from vllm_instant_loadtests.spike_context import AROUND, SpikeContext, explained, reached
 from vllm_instant_loadtests.windows import STALL, TTFT
@@ -29,7 +32,7 @@ CLIENT = "client side"
 STOPPED = "server stopped"
 DISCONNECTS = "disconnects"
 UNKNOWN = "unknown"
-CAUSES = (ACCEPTANCE, BATCH, PREFILL, MEMORY, COMPILE, QUEUEING, CLIENT, STOPPED, DISCONNECTS)
+CAUSES = (ACCEPTANCE, BATCH, PREFILL, MEMORY, COMPILE, QUEUEING, CLIENT, STOPPED, DISCONNECTS, *HOST_CAUSES)
 
 MIN_SCORE = 0.25
 """Where no cause has this score, the cause is unknown."""
@@ -47,15 +50,6 @@ BURST_SECONDS = 2.0
 """Requests within this time count as one burst."""
 MIN_STANDSTILL = 0.3
 """Minimum time without any arrival that can be a stop, seconds."""
-
-
-@dataclass(frozen=True)
-class CauseFinding:
-    """One cause with its score and its evidence."""
-
-    cause: str
-    score: float
-    evidence: list[str]
 
 
 def attribute(context: SpikeContext) -> list[CauseFinding]:
@@ -352,8 +346,19 @@ _JUDGES: tuple[Callable[[SpikeContext], CauseFinding], ...] = (
     queueing,
     batch,
     disconnects,
+    host_causes.quota,
+    host_causes.steal,
+    host_causes.paging,
+    host_causes.neighbour,
+    host_causes.gpu,
 )
 _EXPLAINS = (
+    # A slow machine delays everything on it, the load generator included, and requests pile up behind it.
+    *((cause, CLIENT, 0.8) for cause in (QUOTA, STEAL, PAGING, NEIGHBOUR)),
+    *((cause, sign, 0.8) for cause in HOST_CAUSES for sign in (QUEUEING, BATCH, STOPPED, COMPILE)),
+    # Time that the hypervisor or a quota takes is missing from what other processes could have used.
+    (STEAL, NEIGHBOUR, 0.5),
+    (PAGING, NEIGHBOUR, 0.5),
     (CLIENT, STOPPED, 1.0),
     (CLIENT, COMPILE, 1.0),
     (CLIENT, QUEUEING, 0.9),

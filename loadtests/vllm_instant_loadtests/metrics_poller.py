@@ -20,6 +20,7 @@ import httpx
 from vllm_instant.tools.measure.http_client import async_client
 from vllm_instant.tools.measure.server_info import authorization
 from vllm_instant.tools.measure.server_metrics import GENERATED, metric_totals
+from vllm_instant_loadtests.host_evidence import HostReader, host_reader
 from vllm_instant_loadtests.run_recorder import DecisionSample, MetricsSample, RunRecorder
 
 SECONDS = 0.5
@@ -77,11 +78,19 @@ async def poll(recorder: RunRecorder, servers: Mapping[str, str], clock: float, 
 
 
 async def _poll(recorder: RunRecorder, name: str, url: str, clock: float, every: float) -> None:
+    host = host_reader(url, os.getppid())
     async with async_client(url, headers=authorization(None), timeout=30) as client:
-        await _poll_with(client, recorder, name, clock, every)
+        await _poll_with(client, recorder, name, clock, every, host)
 
 
-async def _poll_with(client: httpx.AsyncClient, recorder: RunRecorder, name: str, clock: float, every: float) -> None:
+async def _poll_with(
+    client: httpx.AsyncClient,
+    recorder: RunRecorder,
+    name: str,
+    clock: float,
+    every: float,
+    host: HostReader | None = None,
+) -> None:
     placing, explains, asked = DecisionPlacement(), True, 0.0
     tokens, busy = -1.0, False
     while True:
@@ -91,7 +100,8 @@ async def _poll_with(client: httpx.AsyncClient, recorder: RunRecorder, name: str
             now = time.perf_counter()
             if answer.status_code == 200:
                 found = metric_totals(answer.text, PREFIXES)
-                recorder.add(MetricsSample(name, round(now - clock, 4), round(now - began, 5), found))
+                evidence = host.reading() if host is not None else {}
+                recorder.add(MetricsSample(name, round(now - clock, 4), round(now - began, 5), found | evidence))
                 busy = busy or found.get(GENERATED) != tokens
                 tokens = found.get(GENERATED, -1.0)
             # An idle engine is not asked: answering would wake it.

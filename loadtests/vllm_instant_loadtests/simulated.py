@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_instant.tools.measure import server_metrics as m
-from vllm_instant_loadtests import causes
+from vllm_instant_loadtests import causes, host_causes
+from vllm_instant_loadtests import host_evidence as host
 from vllm_instant_loadtests.run_recorder import (
     Disturbance,
     GeneratorSample,
@@ -28,6 +29,7 @@ from vllm_instant_loadtests.run_recorder import (
 )
 
 SERVER = "simulated"
+CORES = 2.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def simulate_run(
     Args:
         seconds: length of the traffic.
         events: disturbances; ``cause`` decides what happens between ``began`` and ``ended``. ``causes.UNKNOWN``
-            multiplies every step time by ``slower`` and does nothing else.
+            multiplies every step time by ``slower`` and does nothing else; the causes of the machine do so, and its
+            counters show them.
         engine: step times and limits.
         load: the undisturbed traffic.
         slower: see ``events``.
@@ -124,6 +127,8 @@ class _Simulation:
         if engine.draft_tokens:
             self.totals |= dict.fromkeys((m.DRAFTS, m.DRAFTED, m.ACCEPTED), 0.0)
         self.compiled = False
+        counters = (host.THROTTLED_SECONDS, host.STEAL_SECONDS, host.MEMORY_STALL_SECONDS, host.MAJOR_FAULTS)
+        self.host = dict.fromkeys((*counters, host.OWN_CPU_SECONDS, host.OTHER_CPU_SECONDS), 0.0)
 
     def run(self, seconds: float) -> RecordedRun:
         coming = deque(sorted(self._traffic(seconds), key=lambda live: live.due))
@@ -235,15 +240,33 @@ class _Simulation:
         engine = self.engine
         took = engine.step + engine.per_request * decoding * (1 + engine.draft_tokens / 2)
         took = (took + engine.per_prompt_token * prompt_tokens) * self._luck()
-        if self._in(causes.UNKNOWN, self.now):
+        if self._in(causes.UNKNOWN, self.now) or any(self._in(cause, self.now) for cause in host_causes.HOST_CAUSES):
             took *= self.slower
         if self._in(causes.COMPILE, self.now) and not self.compiled:
             self.compiled = True
             took += next(e.ended - e.began for e in self.events if e.cause == causes.COMPILE)
+        self._count_host(took)
         for event in self.events:
             if event.cause == causes.STOPPED and self.now < event.began < self.now + took:
                 took += event.ended - event.began
         return took
+
+    def _count_host(self, took: float) -> None:
+        """What the machine's counters grow by in a step; where it is slowed down, the lost share of its time."""
+        lost = took * (1 - 1 / self.slower)
+        slowed = {cause: lost if self._in(cause, self.now) else 0.0 for cause in host_causes.HOST_CAUSES}
+        wanted = CORES * (self.slower - 1) + 0.1  # cores beyond the free ones, which slow the server by the factor
+        growth = {
+            host.THROTTLED_SECONDS: slowed[host_causes.QUOTA],
+            host.STEAL_SECONDS: CORES * slowed[host_causes.STEAL],
+            host.MEMORY_STALL_SECONDS: slowed[host_causes.PAGING],
+            host.MAJOR_FAULTS: 400 * slowed[host_causes.PAGING],
+            host.OWN_CPU_SECONDS: took * (CORES - 0.2) - sum(slowed.values()),
+            # Processes that want as much more than the free cores as slows the server down by the factor.
+            host.OTHER_CPU_SECONDS: took * (0.1 + (wanted if slowed[host_causes.NEIGHBOUR] else 0.0)),
+        }
+        for name, value in growth.items():
+            self.host[name] += value * float(self.random.uniform(0.9, 1.1))
 
     def _accepted(self) -> int:
         k = self.engine.draft_tokens
@@ -304,7 +327,9 @@ class _Simulation:
     def _sample(self, at: float) -> MetricsSample:
         used = sum(live.kv for live in self.running) / self.engine.kv_tokens
         gauges = {m.RUNNING: float(len(self.running)), m.WAITING: float(len(self.waiting)), m.KV_USAGE: min(1.0, used)}
-        return MetricsSample(SERVER, at, 0.004, {**gauges, **self.totals})
+        hot = self._in(host_causes.GPU, at)
+        device = {host.CORES: CORES, host.GPU_CLOCK: 1800 / (self.slower if hot else 1), host.GPU_SLOWED: float(hot)}
+        return MetricsSample(SERVER, at, 0.004, {**gauges, **self.totals, **self.host, **device})
 
     def _client(self, at: float) -> GeneratorSample:
         late = max(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from vllm_instant.tools.measure import server_metrics as m
-from vllm_instant_loadtests import causes
+from vllm_instant_loadtests import causes, host_causes
 from vllm_instant_loadtests.analysis import analyse_run
 from vllm_instant_loadtests.metric_series import MetricSeries
 from vllm_instant_loadtests.run_recorder import DecisionSample, Disturbance, MetricsSample, RecordedRun
@@ -48,6 +48,34 @@ def test_named_in_at_least_four_of_five_runs(cause):
         for spike in right:
             assert CASES[cause][2] in " ".join(spike.evidence)
     assert named >= 4
+
+
+MACHINE = {
+    host_causes.QUOTA: "the server's control group was throttled for",
+    host_causes.STEAL: "the hypervisor took",
+    host_causes.PAGING: "major page faults per second",
+    host_causes.NEIGHBOUR: "other processes used",
+    host_causes.GPU: "MHz before",
+}
+
+
+@pytest.mark.parametrize("slower", [1.6, 2.5])
+def test_causes_of_the_machine_are_told_apart(slower):
+    right = found = 0
+    for number, (cause, evidence) in enumerate(MACHINE.items()):
+        event = Disturbance(SERVER, cause, 30.0, 36.0)
+        run = simulate_run(50, [event], slower=slower, seed=100 + number)
+        spikes = [spike for spike in analyse_run(run).spikes if spike.began < 40 and spike.ended > 30]
+        named = [spike for spike in spikes if spike.cause == cause]
+        assert all(evidence in " ".join(spike.evidence) for spike in named)
+        found, right = found + len(spikes), right + len(named)
+    assert right == found >= 4
+
+
+def test_a_slow_server_on_a_quiet_machine_is_not_blamed_on_the_machine():
+    for seed in range(2):
+        run = simulate_run(50, [Disturbance(SERVER, causes.UNKNOWN, 30.0, 36.0)], slower=2.0, seed=seed)
+        assert not {spike.cause for spike in analyse_run(run).spikes} & set(host_causes.HOST_CAUSES)
 
 
 def test_attribution_works_without_any_metrics():
