@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from guard_harness import service
+from scripted_guard import service
 
 from vllm_instant.interfaces.guard import Action, GuardOptions, GuardRequest
 from vllm_instant.patches.guard_replay import ForcedAnswer, ForcedEngine

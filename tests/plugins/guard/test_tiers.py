@@ -1,7 +1,7 @@
 """All tiers must pass a text; some are asked only where an earlier one is uncertain."""
 
 import pytest
-from guard_harness import ByHand
+from scripted_guard import ByHand
 
 from vllm_instant.deployment.errors import DeploymentError
 from vllm_instant.deployment.settings import resolve

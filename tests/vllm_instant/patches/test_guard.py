@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from guard_harness import ByHand, rules, service
+from scripted_guard import ByHand, rules, service
 
 from vllm_instant.interfaces.guard import Action, GuardOptions, Verdict
 from vllm_instant.patches import guard, registry

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from guard_harness import ByHand, rules, service
+from scripted_guard import ByHand, rules, service
 from typer.testing import CliRunner
 
 from vllm_instant.interfaces.guard import Action, Guard, GuardOptions, TextJudge, Verdict

@@ -1,0 +1,238 @@
+"""What the guard lets through, what it stops by mistake, and what it costs.
+
+.venv/bin/python benchmarks/guard.py
+
+Parts, each a cell of the result file:
+
+* ``planted``: violations at random places of given answers, through vLLM's output processor on every path to a client:
+  ``rules`` with ``late = "wait"``, and the same rules 30 ms later with ``late = "release"`` and a window of 4 tokens.
+* ``clean``: passages of the demo corpus that ``rules`` stops, which must be none.
+* ``patterns``: 5,000 words and 200 expressions over a line of 10 MB, and token by token.
+* ``delay``: 16 streams on servers without a guard, with ``rules`` and with the demo's ``classifier``, in turns.
+* ``classifier``: clean and unsafe texts that training did not see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results import write
+from scripted_guard import service
+
+from vllm_instant.interfaces.guard import GuardOptions, GuardRequest
+from vllm_instant.tools.demo import assets, guard_classifier, widen_model
+from vllm_instant.tools.measure.closed_loop import ClosedLoopResult, PromptSpec, run_closed_loop
+from vllm_instant.tools.measure.guard_check import FalseStops, GuardCheck, passages
+from vllm_instant.tools.measure.prompts import held_out_texts
+from vllm_instant.tools.measure.servers import Server
+from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
+from vllm_instant_plugins.guard.plugin import ClassifierOptions, RulesOptions, build_classifier, build_rules
+
+HERE = Path(__file__).resolve().parent
+TOKENIZER = assets.ASSETS / assets.BASE_IN_ASSETS
+WORDS = ("project bluebird", "wire transfer code", "Zürich accord", "nightshade", "blackmail", "kill switch seven")
+PATTERNS = (r"\b\d{4}[ -]?\d{4}[ -]?\d{4}[ -]?\d{4}\b", r"sk-[a-z0-9]{20,40}")
+SECONDS_LATER = 0.03
+STREAMS = 16
+COMMON = ["--served-model-name", "demo", "--max-model-len", "1024", "--max-num-seqs", str(STREAMS), "--enforce-eager"]
+
+
+class LaterGuard:
+    """Rules whose verdicts come ``SECONDS_LATER``, as those of a slow guard do."""
+
+    def __init__(self) -> None:
+        self._rules = build_rules(RulesOptions(words=WORDS))
+
+    def begin(self, request: GuardRequest) -> Any:
+        judge = self._rules.begin(request)
+        loop = asyncio.get_running_loop()
+
+        class Later:
+            found, shown = None, None
+
+            def judge(self, text: str, token_ids: Any, is_finished: bool) -> Any:
+                self.found = judge.judge(text, token_ids, is_finished)
+                self.shown = self.shown or type(self.found)(0)
+                if text or is_finished:
+                    loop.call_later(SECONDS_LATER, self.show, self.found)
+                return self.shown
+
+            def show(self, verdict: Any) -> None:
+                self.shown = verdict
+                request.wake()
+
+        return Later()
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+def planted_part(count: int) -> dict[str, Any]:
+    """Planted violations, of which a tenth with late verdicts."""
+    options = RulesOptions(words=WORDS, patterns=PATTERNS)
+    waiting = service(build_rules(options), options)
+    late = GuardOptions(late="release", hold_tokens=4, hold_ms=10, side="answer")
+    found = {}
+    for name, judging, number in (("wait", waiting, count), ("release", service(LaterGuard(), late), count // 10)):
+        check = GuardCheck(judging, TOKENIZER, WORDS)
+        report = asyncio.run(check.leaks(number))
+        found[name] = {**asdict(report), "by_path": dict(report.by_path), "window": check.window}
+        print(name, found[name])
+    return {"part": "planted", **found}
+
+
+def clean_part(count: int) -> dict[str, Any]:
+    """Clean passages."""
+    options = RulesOptions(words=WORDS, patterns=PATTERNS)
+    found = asyncio.run(GuardCheck(service(build_rules(options), options), TOKENIZER, WORDS).false_stops(count))
+    return {"part": "clean", "count": found.count, "stopped": found.stopped, "interval": found.interval()}
+
+
+def patterns_part() -> dict[str, Any]:
+    """Time per call of ``rules``: one long line in slices, and streams token by token."""
+    draw = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(draw.choices(letters, k=draw.randrange(6, 14))) for _ in range(5000)]
+    options = RulesOptions(words=tuple(words), patterns=tuple(f"key{n}-[0-9]{{8,16}}z" for n in range(200)))
+    guard = build_rules(options)
+    found: dict[str, Any] = {"part": "patterns", "words": 5000, "patterns": 200}
+    lines = {"ASCII": "".join(draw.choices(letters + " ", k=8192)), "other scripts": "é\u200bДx" * 2048}
+    for name, line in lines.items():
+        judge = guard.begin(GuardRequest(request_id="r", side="prompt"))
+        seconds = [_timed(judge, line) for _ in range(10_000_000 // 8192)]
+        found[f"slice of 8,192 characters, {name}, ms"] = _quantiles([1000 * value for value in seconds])
+    judge = guard.begin(GuardRequest(request_id="r", side="answer"))
+    tokens = [token for text in passages(500) for token in _pieces(text)]
+    found["token, µs"] = _quantiles([1e6 * _timed(judge, token) for token in tokens])
+    return found
+
+
+def _timed(judge: Any, text: str) -> float:
+    began = time.perf_counter()
+    judge.judge(text, (), False)
+    return time.perf_counter() - began
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[start : start + 4] for start in range(0, len(text), 4)]
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    return {name: float(np.quantile(values, q)) for name, q in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
+
+
+def delay_part(rounds: int, seconds: float) -> dict[str, Any]:
+    """Arms in turns: each round measures every server, in an order that changes."""
+    classifier = guard_classifier.prepare()
+    files = {
+        "off": "",
+        "rules": f'[guard]\nplugin = "rules"\nwords = {list(WORDS)}\n'.replace("'", '"'),
+        "classifier": f'[guard]\nplugin = "classifier"\nmodel = "{classifier}"\nmax_tokens = 96\nthreshold = 1.0\n',
+    }
+    model = assets.prepare(size=widen_model.MEDIUM).target
+    prompts = [PromptSpec(text[:200]) for text in held_out_texts(48)]
+    arms: dict[str, list[ClosedLoopResult]] = {name: [] for name in files}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        servers = {}
+        for name, text in files.items():
+            (folder / f"{name}.toml").write_text('[speculation]\nplugin = "off"\n' + text)
+            words = ["--plugins", "vllm_instant", "--instant-config", str(folder / f"{name}.toml")]
+            servers[name] = stack.enter_context(Server(model, [*COMMON, *words], log=folder / f"{name}.log"))
+        for number in range(rounds):
+            for name in random.Random(number).sample(list(files), len(files)):
+                arms[name].append(
+                    run_closed_loop(
+                        servers[name].url, "demo", prompts, concurrency=STREAMS, seconds=seconds, first_prompt=number
+                    )
+                )
+    return {"part": "delay", "streams": STREAMS, "rounds": rounds, "arms": _delays(arms)}
+
+
+def _delays(arms: dict[str, list[ClosedLoopResult]]) -> dict[str, Any]:
+    shown = {}
+    base = _by_round(arms["off"])
+    for name, results in arms.items():
+        cell = {}
+        for key, values in _by_round(results).items():
+            cell[key] = vars(median_interval(values))
+            if name != "off":
+                cell[f"{key} to off"] = vars(ratio_interval(values, base[key]))
+                cell[f"{key} added"] = float(np.median(np.array(values) - np.array(base[key])))
+        shown[name] = cell
+        print(name, cell)
+    return shown
+
+
+def _by_round(results: list[ClosedLoopResult]) -> dict[str, list[float]]:
+    gaps = [[1000 * gap for gap, _ in result.gaps] for result in results]
+    return {
+        "p50 gap, ms": [float(np.quantile(values, 0.5)) for values in gaps],
+        "p99 gap, ms": [float(np.quantile(values, 0.99)) for values in gaps],
+        "median TTFT, ms": [1000 * float(np.median(result.ttft)) for result in results if result.ttft],
+        "tokens/s": [result.tokens_per_second for result in results],
+    }
+
+
+def classifier_part(count: int) -> dict[str, Any]:
+    """Rates of the demo's classifier, on texts from documents that training did not see."""
+    options = ClassifierOptions(model=str(guard_classifier.prepare()), max_tokens=96, threshold=0.9, restart_seconds=60)
+    guard: Any = build_classifier(options)
+    texts, labels = guard_classifier.examples(count, seed=99, held_out=True)
+    scores, done = [0.0] * count, threading.Semaphore(0)
+
+    def keep(number: int) -> Any:
+        def on_score(score: float, seconds: float) -> None:
+            scores[number] = score
+            done.release()
+
+        return on_score
+
+    for number, text in enumerate(texts):
+        guard.process.submit(text[-options.context_characters :], keep(number))
+    for _ in texts:
+        done.acquire()
+    guard.process.close()
+    cell: dict[str, Any] = {"part": "classifier", "threshold": options.threshold}
+    for name, label in (("clean", 0), ("unsafe", 1)):
+        kept = [score for score, of in zip(scores, labels, strict=True) if of == label]
+        found = FalseStops(len(kept), sum(score >= options.threshold for score in kept))
+        cell[name] = {"count": found.count, "stopped": found.stopped, "interval": found.interval()}
+    return cell
+
+
+def main() -> None:
+    """Run the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="planted,clean,patterns,delay,classifier")
+    parser.add_argument("--planted", type=int, default=10_000)
+    parser.add_argument("--clean", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--output", type=Path, default=HERE / "results/guard.json")
+    given = parser.parse_args()
+    parts = {
+        "planted": lambda: planted_part(given.planted),
+        "clean": lambda: clean_part(given.clean),
+        "patterns": patterns_part,
+        "delay": lambda: delay_part(given.rounds, given.seconds),
+        "classifier": lambda: classifier_part(given.clean // 10),
+    }
+    for name in given.parts.split(","):
+        cell = parts[name]()
+        print(cell)
+        write(given.output, [cell], keys=("part",))
+
+
+if __name__ == "__main__":
+    main()
