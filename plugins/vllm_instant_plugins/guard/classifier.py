@@ -1,15 +1,26 @@
-"""A classifier beside the stream: every part of a text is scored together with the text before it."""
+"""A model beside the stream, a classifier or a guard model: every part is scored together with the text before it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from vllm_instant.interfaces.guard import Action, Guard, GuardRequest, TextJudge, Verdict
-from vllm_instant_plugins.guard.classifier_process import ClassifierProcess
+
+
+class Scorer(Protocol):
+    """Scores texts elsewhere."""
+
+    has_failed: bool
+    num_restarts: int
+
+    def submit(self, text: str, on_score: Callable[[float, float], None]) -> None:
+        """Score a text, and call ``on_score`` from any thread with the score and the seconds that it took."""
+        ...
 
 
 class ClassifierGuard(Guard):
-    """The guard ``classifier``.
+    """The guards ``classifier`` and ``model``.
 
     Args:
         process: Scores texts.
@@ -19,9 +30,7 @@ class ClassifierGuard(Guard):
 
     """
 
-    def __init__(
-        self, process: ClassifierProcess, threshold: float, escalate_from: float | None, context_characters: int
-    ) -> None:
+    def __init__(self, process: Scorer, threshold: float, escalate_from: float | None, context_characters: int) -> None:
         self.process = process
         self.threshold = threshold
         self.escalate_from = escalate_from
@@ -34,9 +43,9 @@ class ClassifierGuard(Guard):
 
     def metrics(self) -> Mapping[str, float]:
         return {
-            "classifier_restarts": float(self.process.num_restarts),
-            "classifier_texts": float(self.num_scored),
-            "classifier_seconds": self.seconds,
+            "restarts": float(self.process.num_restarts),
+            "scored_texts": float(self.num_scored),
+            "score_seconds": self.seconds,
         }
 
 

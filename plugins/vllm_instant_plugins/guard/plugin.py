@@ -101,6 +101,38 @@ def build_classifier(options: ClassifierOptions, context: PluginContext | None =
     return ClassifierGuard(process, options.threshold, options.escalate_from, options.context_characters)
 
 
+class ModelOptions(GuardOptions):
+    """Options of ``model``."""
+
+    url: str = Field(description="Address of an OpenAI-compatible server with a guard model, not this server.")
+    model: str = Field(description="Name of the guard model at that server.")
+    unsafe_pattern: str = Field(
+        r"^\s*unsafe", description="Regular expression that finds the model's answer to an unsafe text."
+    )
+    api_key: str | None = Field(None, description="API key of that server.")
+    timeout_seconds: float = Field(5.0, gt=0, description="Seconds after which a request is sent again.")
+    max_requests: int = Field(8, ge=1, le=256, description="Maximum number of requests at once.")
+    context_characters: int = Field(
+        4000, ge=16, le=200_000, description="Number of characters, up to the newest, that are sent."
+    )
+
+
+def build_model(options: ModelOptions, context: PluginContext | None = None) -> Guard:
+    """Build ``model``; raises ValueError, with one sentence, where its pattern is not valid."""
+    from vllm_instant_plugins.guard.classifier import ClassifierGuard
+    from vllm_instant_plugins.guard.model_client import ModelClient
+
+    client = ModelClient(
+        options.url,
+        options.model,
+        options.unsafe_pattern,
+        options.api_key,
+        options.timeout_seconds,
+        options.max_requests,
+    )
+    return ClassifierGuard(client, 0.5, None, options.context_characters)
+
+
 class TiersOptions(GuardOptions):
     """Options of ``tiers``."""
 
@@ -113,6 +145,7 @@ class TiersOptions(GuardOptions):
 _TIERS: dict[str, tuple[type[GuardOptions], Callable[[Any, PluginContext | None], Guard]]] = {
     "rules": (RulesOptions, build_rules),
     "classifier": (ClassifierOptions, build_classifier),
+    "model": (ModelOptions, build_model),
 }
 
 
@@ -183,6 +216,13 @@ PLUGINS = (
         summary="stops what a sequence-classification model finds unsafe, in a process of its own",
         options=ClassifierOptions,
         build=build_classifier,
+    ),
+    Plugin(
+        slot="guard",
+        name="model",
+        summary="asks a guard model at an OpenAI-compatible URL; best as a tier behind a cheaper one",
+        options=ModelOptions,
+        build=build_model,
     ),
     Plugin(
         slot="guard",

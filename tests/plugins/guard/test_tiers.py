@@ -80,7 +80,7 @@ def test_text_that_a_tier_suspects_is_not_late_there():
 @pytest.mark.parametrize(
     ("tiers", "message"),
     [
-        ('[{plugin = "magic"}]', "must be one of rules, classifier"),
+        ('[{plugin = "magic"}]', "must be one of rules, classifier, model"),
         ('[{plugin = "rules", words = ["a"], asked = "never"}]', '"always" or "escalated"'),
         ('[{plugin = "rules", words = ["a"], late = "wait"}]', "belongs into"),
         ('[{plugin = "rules", word = ["a"]}]', "Extra inputs"),
