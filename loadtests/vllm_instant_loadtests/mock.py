@@ -197,7 +197,7 @@ class MockServer:
     async def _write(
         self, response: web.StreamResponse, name: str, body: dict[str, Any], sent: list[tuple[float, int]]
     ) -> None:
-        max_tokens, tokens = int(body["max_tokens"]), 0
+        max_tokens, tokens = int(body.get("max_tokens") or body["max_completion_tokens"]), 0
         # The shape and about the length of vLLM's events, without the fields that clients ignore.
         head = json.dumps({"id": name, "object": "chat.completion.chunk", "created": 1, "model": self.model})[:-1]
         while tokens < max_tokens:

@@ -49,7 +49,7 @@ def test_the_built_in_scenarios_are_listed():
     ("words", "message"),
     [
         ([], "give a SCENARIO: a file or one of --list"),
-        (["stedy"], "stedy is neither a file nor a scenario: there are assistant, burst"),
+        (["stedy"], "stedy is neither a file nor a scenario: there are agent, assistant"),
         (["steady", "--url", "127.0.0.1:8000"], "127.0.0.1:8000 should be addresses, each with a name of its own"),
         (["steady", "--url", "http://a:1", "--url", "http://b:1"], "should be addresses, each with a name of its own"),
         (["steady", "--url", "a=http://a:1", "--set", "x.y=1"], "are for servers started here, not for --url"),
