@@ -34,30 +34,16 @@ import chaos_soak
 import httpx
 import psutil
 import results
-from chaos_faults import FAULTS, HEADERS, KEY, PATIENCE, Target, UnacceptableError
+from chaos_faults import FAULTS, PATIENCE, UnacceptableError
+from chaos_server import HEADERS, Target, server_of
 
-from vllm_instant.tools.demo import assets
 from vllm_instant.tools.measure.http_client import async_client
 from vllm_instant.tools.measure.prompts import snippets
 from vllm_instant.tools.measure.server_metrics import metric_totals
-from vllm_instant.tools.measure.servers import Server, terminable
+from vllm_instant.tools.measure.servers import terminable
 
 RESULTS = results.HERE / "results"
 STREAMS, TOKENS = 8, 48
-DEPLOYMENT = """
-[drafter]
-plugin = "hybrid"
-model = "{draft}"
-num_speculative_tokens = 4
-[batching]
-plugin = "similarity"
-[streaming]
-plugin = "resumable"
-[speculation]
-plugin = "goodput"
-costs_folder = "{state}"
-"""
-WORDS = ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager"]
 KILLS = [
     ("engine core", signal.SIGKILL),
     ("engine core", signal.SIGTERM),
@@ -79,15 +65,6 @@ class Others:
     changed: int = 0
     failed: int = 0
     messages: list[str] = field(default_factory=list)
-
-
-def start(folder: Path) -> Server:
-    """A server of the demo's target with most slots in use."""
-    pair, file = assets.prepare(), folder / "deploy.toml"
-    file.write_text(DEPLOYMENT.format(draft=pair.draft, state=folder / "state"))
-    words = [*WORDS, "--served-model-name", "demo", "--api-key", KEY]
-    words += ["--plugins", "vllm_instant", "--instant-config", str(file)]
-    return Server(pair.target, words, log=folder / "server.log", environment={"VLLM_SERVER_DEV_MODE": "1"})
 
 
 async def answer(client: httpx.AsyncClient, prompt: str) -> str:
@@ -197,7 +174,7 @@ async def inject(target: Target, count: int, choose: random.Random) -> dict[str,
 
 async def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One server and its faults."""
-    server = start(folder)
+    server = server_of(folder)
     prompts = [prompt.text[:400] for prompt in snippets("structured", 0.0, 16, "chaos")]
     with server:
         async with async_client(server.url, headers=HEADERS, limits=httpx.Limits(max_connections=100)) as client:
@@ -207,7 +184,7 @@ async def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 async def kill(kind: str, number: signal.Signals, folder: Path, expected: dict[str, str] | None) -> dict[str, Any]:
     """One server that gets a signal; returns what its clients saw and what was left."""
-    server = start(folder)
+    server = server_of(folder)
     prompts = [prompt.text[:400] for prompt in snippets("structured", 0.0, 8, "chaos")]
     try:
         server.launch()

@@ -14,17 +14,12 @@ import signal
 import socket
 import struct
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
-import psutil
 import websockets
+from chaos_server import HEADERS, KEY, Target
 
-KEY = "chaos"
-HEADERS = {"Authorization": f"Bearer {KEY}"}
 SESSIONS = "/v1/instant/sessions"
 PATIENCE = 60.0
 """Seconds after which a request that has no answer counts as lost."""
@@ -32,40 +27,6 @@ PATIENCE = 60.0
 
 class UnacceptableError(Exception):
     """The server reacted to a fault in a way that harms its users."""
-
-
-@dataclass
-class Target:
-    """What faults are aimed at."""
-
-    url: str
-    client: httpx.AsyncClient
-    """Has the URL and the key."""
-    front: psutil.Process
-    state: Path
-    """Folder of the learned state."""
-    prompts: list[str]
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port."""
-        parts = urlsplit(self.url)
-        return str(parts.hostname), int(parts.port or 80)
-
-    @property
-    def family(self) -> list[psutil.Process]:
-        """The front end and all its descendants."""
-        return [self.front, *self.front.children(recursive=True)]
-
-    @property
-    def engine(self) -> list[psutil.Process]:
-        """The processes of the engine core."""
-        return [process for process in self.family if "EngineCore" in process.name()]
-
-    def body(self, choose: random.Random, **parameters: Any) -> dict[str, Any]:
-        """A completion request."""
-        prompt = choose.choice(self.prompts)
-        return {"model": "demo", "prompt": prompt, "max_tokens": 24, "ignore_eos": True, **parameters}
 
 
 Fault = Callable[[Target, random.Random], Awaitable[None]]

@@ -24,38 +24,20 @@ from typing import Any
 
 import httpx
 import psutil
-import results
 import task_count
-from chaos_faults import FAULTS, HEADERS, KEY, PATIENCE, Target, UnacceptableError
+from chaos_faults import FAULTS, PATIENCE, UnacceptableError
+from chaos_server import HEADERS, KEY, Target, server_of
 from scipy import stats
 
 from vllm_instant.streaming.client import StreamingError, StreamingSession
-from vllm_instant.tools.demo import assets
 from vllm_instant.tools.measure.http_client import async_client
 from vllm_instant.tools.measure.prompts import snippets
 from vllm_instant.tools.measure.server_metrics import metric_totals
-from vllm_instant.tools.measure.servers import Server
 
 ROUND_SECONDS, READING_SECONDS, WARM_UP_SECONDS, REST_SECONDS = 30.0, 300.0, 1200.0, 15.0
 MEMORY_LIMIT, COUNT_LIMIT = 0.01, 0.5
 """Per hour: share of the memory, and number."""
 TOKENS = 24
-DEPLOYMENT = """
-[drafter]
-plugin = "hybrid"
-model = "{draft}"
-num_speculative_tokens = 4
-history_tokens = 20_000
-[batching]
-plugin = "similarity"
-[streaming]
-plugin = "resumable"
-[speculation]
-plugin = "goodput"
-costs_folder = "{state}"
-"""
-WORDS = ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager"]
-WORDS += ["--num-gpu-blocks-override", "600"]  # a cache that is used whole, and evicts, within the warm-up
 PATTERNS = ["[a-z]{3,6}[0-9]", "(yes|no|maybe)", "[A-Z][a-z]{2,8} [0-9]{2}", '\\{"a": [0-9]{1,4}\\}']
 ROLES = {"vllm": "API server", "VLLM::EngineCore": "engine core", "VLLM::Worker": "worker", "python": "process guard"}
 ABUSES = (
@@ -278,13 +260,8 @@ async def run(target: Target, minutes: float, save: Callable[[dict[str, Any]], N
 
 
 async def soak(minutes: float, folder: Path, save: Callable[[dict[str, Any]], None]) -> None:
-    """One server of the demo's small draft model, which drafts for itself, with most slots in use."""
-    model, file = assets.prepare().draft, folder / "deploy.toml"
-    file.write_text(DEPLOYMENT.format(draft=model, state=folder / "state"))
-    words = [*WORDS, "--served-model-name", "demo", "--api-key", KEY, "--middleware", "task_count.TaskCount"]
-    words += ["--plugins", "vllm_instant", "--instant-config", str(file)]
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": results.python_path(str(results.HERE))}
+    """One server, whose API server also counts its tasks."""
     prompts = [prompt.text[:300] for prompt in snippets("structured", 0.0, 16, "soak")]
-    with Server(model, words, log=folder / "server.log", environment=environment) as server:
+    with server_of(folder, "--middleware", "task_count.TaskCount") as server:
         async with async_client(server.url, headers=HEADERS, limits=httpx.Limits(max_connections=100)) as client:
             await run(Target(server.url, client, psutil.Process(server.pid), folder / "state", prompts), minutes, save)
