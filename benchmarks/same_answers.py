@@ -20,56 +20,19 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import results
-from request_features import Feature, difference, joined, pairs_of_features, plain, single_features
-from server_flags import Row, pair_rows, prepare, single_rows, with_paths
+from feature_answers import Answers, answers, difference
+from request_features import pairs_of_features, single_features
+from server_flags import Row, pair_rows, prepare, serve, single_rows
 
 from vllm_instant.tools.demo import assets
-from vllm_instant.tools.measure.http_client import sync_client
-from vllm_instant.tools.measure.servers import Server, ServerError, terminable
+from vllm_instant.tools.measure.servers import ServerError, terminable
 
 OUTPUT = results.HERE / "results" / "same_answers.json"
-WORDS = ["--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
-DRAFTS, CLIENTS, TIMEOUT = 8, 4, 120.0
-
-Answers = dict[str, Any]
-
-
-def answer(client: httpx.Client, feature: Feature, drafts: int | None) -> Any:
-    """Status and content of one answer, as they are to be compared."""
-    body = feature.request("demo", drafts)
-    if feature.path == "/inference/v1/generate":
-        body.pop("model")
-    try:
-        if not body.get("stream"):
-            response = client.post(feature.path, json=body)
-            found = plain(response.json()) if response.status_code == 200 else _error(response)
-            return {"status": response.status_code, "answer": found}
-        events = []
-        with client.stream("POST", feature.path, json=body) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    events.append(json.loads(line.removeprefix("data: ")))
-        return {"status": response.status_code, "answer": joined(events)}
-    except httpx.HTTPError as error:
-        return {"status": 0, "answer": f"{type(error).__name__}: {error}"}
-
-
-def _error(response: httpx.Response) -> str:
-    """The message of an error without ids."""
-    return re.sub(r"[0-9a-f]{16,}", "ID", response.text)[:300]
-
-
-def answers(server: Server, features: Sequence[Feature], drafts: int | None = None) -> Answers:
-    """All answers of a server, by feature."""
-    with sync_client(server.url, timeout=TIMEOUT) as client, ThreadPoolExecutor(CLIENTS) as pool:
-        found = pool.map(lambda feature: answer(client, feature, drafts), features)
-        return {feature.name: one for feature, one in zip(features, found, strict=True)}
+DRAFTS = 8
 
 
 def refusal(error: ServerError) -> dict[str, Any]:
@@ -77,16 +40,6 @@ def refusal(error: ServerError) -> dict[str, Any]:
     lines = [re.sub(r"^\([^)]*\)\s*", "", line).strip() for line in error.log.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b|vllm: error|.*: error: ", line)]
     return {"said": (named or lines or ["nothing"])[-1][:400], "sentence": "Traceback" not in error.log}
-
-
-def serve(row: Row, ours: bool, paths: Mapping[str, str], folder: Path) -> Server:
-    """A server of the row, not started yet."""
-    words = [*WORDS, *with_paths(row.words, paths)]
-    words += [] if "--max-num-seqs" in row.words else ["--max-num-seqs", "8"]
-    if ours:
-        words += ["--plugins", "vllm_instant", *with_paths(row.ours, paths)]
-    environment = {"PYTHONPATH": results.python_path(str(folder)), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    return Server(paths["MODEL"], words, log=folder / "server.log", environment=environment, start_timeout=200)
 
 
 class Table:
@@ -98,7 +51,6 @@ class Table:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
         self._paths = prepare(folder, assets.prepare().draft)
         self._features = [*single_features(), *pairs_of_features()]
         self._vllm: dict[tuple[str, ...], Answers | dict[str, Any]] = {}
@@ -107,8 +59,8 @@ class Table:
     def _theirs(self, row: Row) -> Any:
         if row.words not in self._vllm:
             try:
-                with serve(row, False, self._paths, self._folder) as server:
-                    self._vllm[row.words] = answers(server, self._features)
+                with serve(row, False, self._paths) as server:
+                    self._vllm[row.words] = answers(server.url, self._features)
             except ServerError as error:
                 self._vllm[row.words] = {"refused": refusal(error)}
         return self._vllm[row.words]
@@ -120,8 +72,8 @@ class Table:
         if "refused" in theirs:
             return cell | {"vllm_refused": theirs["refused"]}
         try:
-            with serve(row, True, self._paths, self._folder) as server:
-                found = [answers(server, self._features, drafts) for drafts in (None, DRAFTS)]
+            with serve(row, True, self._paths) as server:
+                found = [answers(server.url, self._features, drafts) for drafts in (None, DRAFTS)]
                 alive = server.healthy()
                 metrics = server.metrics()
         except ServerError as error:

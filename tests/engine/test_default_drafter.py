@@ -7,6 +7,8 @@ import httpx
 import psutil
 import pytest
 from asking import ask, ask_all, settled_metrics
+from feature_answers import answers, difference
+from request_features import single_features
 
 REPEATED = "alpha = 1\nbeta = 2\ngamma = 3\ndelta = 4\n" * 6
 
@@ -86,3 +88,11 @@ def test_such_a_request_gets_no_drafts(server):
     pinned = body | {"logit_bias": {"5": 0.5}, "vllm_xargs": {"instant_speculation": 4}}
     reply = httpx.post(f"{server.url}/v1/completions", json=pinned, timeout=300).json()
     assert reply["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
+
+
+def test_every_request_option_is_answered_as_by_the_baseline_with_and_without_drafts(server, baseline):
+    features = single_features()
+    theirs = answers(baseline.url, features)
+    for drafts in (None, 8):
+        ours = answers(server.url, features, drafts)
+        assert {name: found for name in ours if (found := difference(ours[name], theirs[name]))} == {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,53 +181,3 @@ def pairs_of_features() -> list[Feature]:
     """Completions in which any two options of different factors occur together at least once."""
     rows = covertable.make({factor: list(levels) for factor, levels in FACTORS.items()})
     return [_completion(row) for row in rows]
-
-
-# ------------------------------------------------------------------------------------------------ comparison
-
-VOLATILE = {"id", "created", "created_at", "metrics", "system_fingerprint", "request_id", "prompt_tokens_details"}
-VOLATILE |= {"input_tokens_details", "completed_at", "item_id", "call_id", "kv_transfer_params"}
-
-
-def plain(answer: Any) -> Any:
-    """An answer without what differs between two equal requests."""
-    if isinstance(answer, Mapping):
-        return {key: plain(value) for key, value in answer.items() if key not in VOLATILE}
-    return [plain(item) for item in answer] if isinstance(answer, list) else answer
-
-
-def joined(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """A streamed answer as one: the texts, tool arguments and logprobs of each choice, and the last usage."""
-    choices: dict[int, dict[str, Any]] = {}
-    usage = None
-    for event in events:
-        usage = event.get("usage") or usage
-        for choice in event.get("choices") or []:
-            found = choices.setdefault(choice["index"], {"text": "", "tools": {}, "logprobs": [], "token_ids": []})
-            delta = choice.get("delta") or {}
-            found["text"] += choice.get("text") or delta.get("content") or ""
-            found["reasoning"] = found.get("reasoning", "") + (delta.get("reasoning") or "")
-            for call in delta.get("tool_calls") or []:
-                function = call.get("function") or {}
-                tool = found["tools"].setdefault(call["index"], {"name": "", "arguments": ""})
-                tool["name"] += function.get("name") or ""
-                tool["arguments"] += function.get("arguments") or ""
-            logprobs = choice.get("logprobs") or {}
-            found["logprobs"] += logprobs.get("tokens") or [one["token"] for one in logprobs.get("content") or []]
-            found["token_ids"] += choice.get("token_ids") or []
-            found |= {key: choice[key] for key in ("finish_reason", "stop_reason") if choice.get(key) is not None}
-    return {"choices": choices, "usage": plain(usage)}
-
-
-def difference(ours: Any, theirs: Any, path: str = "") -> str | None:
-    """Where two answers differ first; None where they are the same. Floats may differ by rounding (2e-3)."""
-    if isinstance(ours, float) and isinstance(theirs, float | int):
-        same = math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=2e-3)
-        return None if same else f"{path}: {ours} instead of {theirs}"
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping) and ours.keys() == theirs.keys():
-        pairs: Iterator[tuple[Any, Any, Any]] = ((key, ours[key], theirs[key]) for key in ours)
-        return next(filter(None, (difference(mine, other, f"{path}.{key}") for key, mine, other in pairs)), None)
-    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        each = (difference(*pair, f"{path}[{i}]") for i, pair in enumerate(zip(ours, theirs, strict=True)))
-        return next(filter(None, each), None)
-    return None if ours == theirs else f"{path}: {str(ours)[:200]!r} instead of {str(theirs)[:200]!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ import covertable
 import numpy as np
 from safetensors.numpy import save_file
 
+from vllm_instant.tools.measure.servers import Server
+
+WORDS = ["--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}answer:"
 PROCESSOR = '''"""Allows even tokens only."""
 from vllm.v1.sample.logits_processor import LogitsProcessor
@@ -199,12 +203,8 @@ class Row:
 
 def single_rows() -> list[Row]:
     """Each flag alone, and each choice of a slot alone."""
-    rows = [Row("no flag", ())]
-    for factor, levels in FLAGS.items():
-        rows += [Row(f"{factor}: {name}", tuple(words)) for name, words in list(levels.items())[1:]]
-    for factor, levels in OURS.items():
-        rows += [Row(f"{factor}: {name}", (), tuple(words)) for name, words in list(levels.items())[1:]]
-    return rows
+    named = [f"{factor}: {level}" for factor, levels in (FLAGS | OURS).items() for level in list(levels)[1:]]
+    return [Row("no flag", ()), *map(row_of, named)]
 
 
 def pair_rows() -> list[Row]:
@@ -216,10 +216,16 @@ def pair_rows() -> list[Row]:
     rows = []
     for chosen in covertable.make({factor: list(levels) for factor, levels in factors.items()}):
         named = [f"{factor}: {level}" for factor, level in chosen.items() if level != next(iter(factors[factor]))]
-        words = [word for factor in FLAGS for word in FLAGS[factor][chosen[factor]]]
-        ours = [word for factor in OURS for word in OURS[factor][chosen[factor]]]
-        rows.append(Row(", ".join(named), tuple(words), tuple(ours)))
+        rows.append(row_of(*sorted(named)))
     return rows
+
+
+def row_of(*names: str) -> Row:
+    """The row of flags and choices by their names, ``factor: level``."""
+    chosen = [name.split(": ") for name in names]
+    words = [word for factor, level in chosen if factor in FLAGS for word in FLAGS[factor][level]]
+    ours = [word for factor, level in chosen if factor in OURS for word in OURS[factor][level]]
+    return Row(", ".join(names), tuple(words), tuple(ours))
 
 
 def prepare(folder: Path, model: Path) -> Mapping[str, str]:
@@ -239,6 +245,18 @@ def with_paths(words: Sequence[str], paths: Mapping[str, str]) -> list[str]:
             word = word.replace(name, path)
         found.append(word)
     return found
+
+
+def serve(row: Row, ours: bool, paths: Mapping[str, str]) -> Server:
+    """A server of the row that is not started yet, with ``prepare``'s files."""
+    folder = Path(paths["FOLDER"])
+    words = [*WORDS, *with_paths(row.words, paths)]
+    words += [] if "--max-num-seqs" in row.words else ["--max-num-seqs", "8"]
+    if ours:
+        words += ["--plugins", "vllm_instant", *with_paths(row.ours, paths)]
+    python_path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    log = folder / ("ours.log" if ours else "vllm.log")
+    return Server(paths["MODEL"], words, log=log, environment={"PYTHONPATH": python_path}, start_timeout=200)
 
 
 def _adapter(folder: Path, config: Mapping[str, Any]) -> None:
