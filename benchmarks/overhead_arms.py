@@ -6,8 +6,10 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import results  # noqa: F401  makes scheduler_harness importable
@@ -17,6 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_instant import RequestState, StepOutcome, UpcomingStep
 from vllm_instant.deployment import deployment_env
+from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.patches.scheduler import create_scheduler
 from vllm_instant.tools.demo import assets, widen_model
@@ -130,6 +133,24 @@ def decoding_arms(running: int, drafts: int, asynchronous: bool) -> list[Decodin
         DecodingArm(factory, config, running, drafts, asynchronous)
         for factory in (_stock(asynchronous), create_scheduler)
     ]
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    """Calls of plugins are plain calls, without the circuit breaker."""
+
+    def plain(self: GuardedPlugin[Any], hook: str, run: Any, otherwise: Any) -> Any:
+        return run(self.instance)
+
+    with patch.object(GuardedPlugin, "call", plain):
+        yield
+
+
+def guarded_calls_per_step(arm: DecodingArm) -> float:
+    """The mean number of calls of plugins in one step."""
+    with patch.object(GuardedPlugin, "call", autospec=True, side_effect=GuardedPlugin.call) as called:
+        arm.round()
+    return called.call_count / DECODING_STEPS_PER_ROUND
 
 
 class QueueArm:

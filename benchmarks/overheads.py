@@ -1,7 +1,8 @@
-"""What this package's own code costs per step: the ``goodput`` policy, the draft budgets, the ``similarity`` queue.
+"""What this package's own code costs per step: policy, draft budgets, the ``similarity`` queue, the circuit breaker.
 
     .venv/bin/python benchmarks/overheads.py policy [--steps 1800]
     .venv/bin/python benchmarks/overheads.py scheduler [--running 256] [--drafts 4] [--rounds 40]
+    .venv/bin/python benchmarks/overheads.py breaker [--rounds 40]
     .venv/bin/python benchmarks/overheads.py queue [--running 256] [--waiting 1000] [--rounds 30] [--collector]
 
 ``policy``: microseconds of planning a step and of learning from one, by number of requests. Half of the requests have
@@ -12,6 +13,9 @@ happen while the model runs; the scheduler waits for a plan only when a new requ
 model's configuration and no model. A step is everything between two model executions: ``schedule``,
 ``update_from_output``, and in ``scheduler`` also ``update_draft_token_ids`` (not with asynchronous scheduling), in
 ``queue`` also adding requests in the place of ended ones.
+
+``breaker``: steps of our scheduler with drafts as they are, the same while every guarded call is a plain call of the
+plugin, and as they are once more, whose ratio to the first is the noise floor; one scheduler, in turn.
 
 ``queue``: running the model evicts the scheduler's memory from the caches of a core. ``between: model`` stands for
 that: both schedulers find their caches emptied after ``schedule``, by a walk through more memory than they hold.
@@ -30,6 +34,7 @@ import argparse
 import itertools
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +85,30 @@ def scheduler(options: argparse.Namespace) -> list[Cell]:
     return cells
 
 
+def breaker(options: argparse.Namespace) -> list[Cell]:
+    """The circuit breaker's share of a step: clock, watchdog entry and handler of each call of a plugin."""
+    cells = []
+    for running in (1, 16, options.running):
+        arm = overhead_arms.decoding_arms(running, options.drafts, False)[1]
+        arm.round()
+        times: dict[str, list[float]] = {"guarded": [], "plain": [], "again": []}
+        for number in range(options.rounds):
+            for name in [*times][number % 3 :] + [*times][: number % 3]:
+                with overhead_arms.unguarded() if name == "plain" else nullcontext():
+                    times[name].append(arm.round())
+        cells.append(
+            {
+                "running": running,
+                "calls_per_step": overhead_arms.guarded_calls_per_step(arm),
+                "guarded_us": vars(median_interval(times["guarded"])),
+                "plain_us": vars(median_interval(times["plain"])),
+                "ratio": vars(ratio_interval(times["guarded"], times["plain"])),
+                "floor": vars(ratio_interval(times["again"], times["guarded"])),
+            }
+        )
+    return cells
+
+
 def queue(options: argparse.Namespace) -> list[Cell]:
     """The queue's policy in the scheduler, synchronous and asynchronous, under all conditions that were asked for."""
     conditions = itertools.product(options.between.split(","), options.lengths.split(","), (False, True))
@@ -116,7 +145,7 @@ def _mode(asynchronous: bool) -> dict[str, str]:
     return {"scheduling": "asynchronous" if asynchronous else "synchronous"}
 
 
-PARTS = {"policy": policy, "scheduler": scheduler, "queue": queue}
+PARTS = {"policy": policy, "scheduler": scheduler, "breaker": breaker, "queue": queue}
 
 
 def main() -> None:

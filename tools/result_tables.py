@@ -255,6 +255,17 @@ def schedulers(runs: Sequence[Run]) -> str:
     return table(["case", "scheduling", "vLLM, per step", "ours", "ratio"], rows)
 
 
+def breaker(runs: Sequence[Run]) -> str:
+    """Microseconds per step with the circuit breaker and with plain calls in its place."""
+    rows = []
+    for cell in cells_of(runs, "breaker"):
+        times = [f"{interval(cell[key], 0)} µs" for key in ("plain_us", "guarded_us")]
+        ratios = [interval(cell[key], 3) for key in ("ratio", "floor")]
+        rows.append([str(cell["running"]), f"{cell['calls_per_step']:.1f}", *times, *ratios])
+    headings = ["running requests", "calls of plugins per step", "step with plain calls", "with the circuit breaker"]
+    return table([*headings, "ratio", "the same again / the first time"], rows)
+
+
 def startup(runs: Sequence[Run]) -> str:
     """Seconds from launch to health, and of our own code."""
     names = {
@@ -311,6 +322,7 @@ TABLES: dict[str, tuple[str, Show]] = {
     "scheduling_bound": ("scheduling_simulated", simulated_bound),
     "policy": ("overheads", policy),
     "schedulers": ("overheads", schedulers),
+    "breaker": ("overheads", breaker),
     "startup": ("startup", startup),
     "capacity": ("startup", capacity),
     "bench": ("bench_demo", bench),
