@@ -15,6 +15,7 @@ Rows that the result file has already are skipped; ``--again`` measures those ag
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import tempfile
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from feature_answers import Answers, answers, difference
+from feature_answers import answers, difference
 from request_features import pairs_of_features, single_features
 from server_flags import Row, pair_rows, prepare, serve, single_rows
 
@@ -47,30 +48,46 @@ class Table:
 
     Args:
         folder: for files of the servers.
+        kept: folder in which vLLM's answers stay, by flags, for later rows and later runs.
 
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kept: Path) -> None:
         self._paths = prepare(folder, assets.prepare().draft)
         self._features = [*single_features(), *pairs_of_features()]
-        self._vllm: dict[tuple[str, ...], Answers | dict[str, Any]] = {}
-        """What vLLM alone answers, by its flags."""
+        self._kept = kept
+        kept.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, row: Row) -> Path:
+        asked = json.dumps([row.words, [[feature.path, feature.body] for feature in self._features]])
+        return self._kept / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
 
     def _theirs(self, row: Row) -> Any:
-        if row.words not in self._vllm:
+        file = self._file(row)
+        if not file.exists():
+            found: Any
             try:
                 with serve(row, False, self._paths) as server:
-                    self._vllm[row.words] = answers(server.url, self._features)
+                    found = answers(server.url, self._features)
             except ServerError as error:
-                self._vllm[row.words] = {"refused": refusal(error)}
-        return self._vllm[row.words]
+                found = {"refused": refusal(error)}
+            file.write_text(json.dumps(found))
+        return json.loads(file.read_text())
 
-    def measure(self, row: Row) -> dict[str, Any]:
-        """One row of the table."""
+    def measure(self, row: Row, until: float) -> dict[str, Any] | None:
+        """One row of the table; None where there is time for vLLM's answers only, which are kept.
+
+        Args:
+            row: the row.
+            until: time after which our server is not started any more, monotonic.
+
+        """
         cell: dict[str, Any] = {"row": row.name, "words": [*row.words], "ours": [*row.ours]}
         theirs = self._theirs(row)
         if "refused" in theirs:
             return cell | {"vllm_refused": theirs["refused"]}
+        if time.monotonic() > until:
+            return None
         try:
             with serve(row, True, self._paths) as server:
                 found = [answers(server.url, self._features, drafts) for drafts in (None, DRAFTS)]
@@ -118,15 +135,15 @@ def main() -> None:
     runs = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
     before = {cell["row"]: cell for run in runs if run["name"] == options.part for cell in run["measured"]}
     rows = [row for row in (single_rows if options.part == "single" else pair_rows)() if options.only in row.name]
-    began, longest = time.monotonic(), 60.0
+    began = time.monotonic()
     with terminable(), tempfile.TemporaryDirectory() as folder:
-        table = Table(Path(folder))
+        table = Table(Path(folder), options.answers)
         for row in wanted(rows, before, options.again):
-            row_began = time.monotonic()
-            if row_began - began + longest > options.seconds:
+            if time.monotonic() - began > options.seconds:
                 break
-            cell = table.measure(row)
-            longest = max(longest, time.monotonic() - row_began)
+            cell = table.measure(row, began + options.seconds)
+            if cell is None:
+                break
             shown = cell.get("vllm_refused") or cell.get("refused") or f"{cell['equal']} of {cell['requests']} equal"
             print(f"{time.monotonic() - began:.0f} s {row.name}: {shown}", flush=True)
             for one in cell.get("different", [])[:12]:

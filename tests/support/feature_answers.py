@@ -63,18 +63,18 @@ def plain(answer: Any) -> Any:
 
 def joined(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """A streamed answer as one: the texts, tool arguments and logprobs of each choice, and the last usage."""
-    choices: dict[int, dict[str, Any]] = {}
+    choices: dict[str, dict[str, Any]] = {}
     usage = None
     for event in events:
         usage = event.get("usage") or usage
         for choice in event.get("choices") or []:
-            found = choices.setdefault(choice["index"], {"text": "", "tools": {}, "logprobs": [], "token_ids": []})
+            found = choices.setdefault(str(choice["index"]), {"text": "", "tools": {}, "logprobs": [], "token_ids": []})
             delta = choice.get("delta") or {}
             found["text"] += choice.get("text") or delta.get("content") or ""
             found["reasoning"] = found.get("reasoning", "") + (delta.get("reasoning") or "")
             for call in delta.get("tool_calls") or []:
                 function = call.get("function") or {}
-                tool = found["tools"].setdefault(call["index"], {"name": "", "arguments": ""})
+                tool = found["tools"].setdefault(str(call["index"]), {"name": "", "arguments": ""})
                 tool["name"] += function.get("name") or ""
                 tool["arguments"] += function.get("arguments") or ""
             logprobs = choice.get("logprobs") or {}
