@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import platformdirs
+from vllm_instant.deployment.user_cache import user_cache
 
 logger = logging.getLogger("vllm.instant")
 
@@ -31,7 +31,7 @@ MAX_NUMBER = 1e15
 
 def default_folder(name: str) -> Path:
     """The folder of one kind of state unless the deployment names another one."""
-    return Path(platformdirs.user_cache_dir("vllm-instant")) / name
+    return user_cache(name)
 
 
 class PersistentState:

@@ -13,21 +13,21 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-import platformdirs
-
+from vllm_instant.deployment.user_cache import user_cache
 from vllm_instant.patches.compat import VllmPatch, forget_sources
 
-CACHE = Path(platformdirs.user_cache_dir("vllm-instant")) / "patches.json"
+CACHE = user_cache("patches.json")
 
 
 def unsupported_reason(patches: Sequence[VllmPatch], vllm: Path, cache: Path = CACHE) -> dict[str, str | None]:
     """By patch name, None where it fits the package folder ``vllm``, else what is different."""
     key = _fingerprint(patches, vllm)
-    with suppress(OSError, ValueError, AttributeError):
-        stored = json.loads(cache.read_text())
-        if stored.get("key") == key:
-            verdicts: dict[str, str | None] = stored["unsupported_reason"]
-            return verdicts
+    # Whatever the file holds, the server must start: JSON that is nested too deeply raises RecursionError.
+    with suppress(Exception):
+        stored = json.loads(cache.read_text()) if cache.is_file() else {}
+        found = stored["unsupported_reason"] if stored.get("key") == key else {}
+        if found.keys() == {patch.name for patch in patches}:
+            return {name: None if reason is None else str(reason) for name, reason in found.items()}
     verdicts = {patch.name: patch.unsupported_reason(vllm) for patch in patches}
     forget_sources()
     with suppress(OSError):

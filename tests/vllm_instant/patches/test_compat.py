@@ -1,5 +1,7 @@
 """The signature checks against made-up sources, and the patches against really supported versions."""
 
+import json
+
 import pytest
 from vllm_releases import NEWEST
 
@@ -118,10 +120,17 @@ class TestVerdicts:
         other = (VllmPatch("bad", "p", (HasAttribute("engine.py", "B"),)),)
         assert compat_cache.unsupported_reason(other, folder, cache) == {"bad": "engine.py has no B"}
 
-    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 3}'])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *("", "[]", "{}", '{"key": 3}', "null", "[" * 100_000, '{"key": "KEY"}'),
+            *('{"key": "KEY", "unsupported_reason": 3}', '{"key": "KEY", "unsupported_reason": {"bad": "x"}}'),
+        ],
+    )
     def test_a_damaged_cache_is_as_good_as_none(self, folder, tmp_path, content):
         cache = tmp_path / "cache.json"
-        cache.write_text(content)
+        compat_cache.unsupported_reason(self.PATCHES, folder, cache)
+        cache.write_text(content.replace("KEY", json.loads(cache.read_text())["key"]))
         assert compat_cache.unsupported_reason(self.PATCHES, folder, cache)["good"] is None
 
     def test_a_folder_that_cannot_be_written_does_no_harm(self, folder, tmp_path):

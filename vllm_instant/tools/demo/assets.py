@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
+from vllm_instant.deployment.user_cache import user_cache
 from vllm_instant.tools.demo import widen_model
 
 ASSETS = Path(__file__).resolve().parents[3] / "examples/demo_models"
@@ -76,7 +75,7 @@ def stored(weights: Path) -> Path:
 
 def cache_folder(name: str) -> Path:
     """A folder of this name in the user's cache."""
-    return Path(platformdirs.user_cache_dir("vllm-instant")) / name
+    return user_cache(name)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
