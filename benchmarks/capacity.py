@@ -1,13 +1,13 @@
 """How much vLLM and vllm-instant carry on this machine, and whether the search that says so can be trusted.
 
-    .venv/bin/python benchmarks/capacity.py search SCENARIO [--minutes 3.5] [--folder FOLDER]
-    .venv/bin/python benchmarks/capacity.py sweep SCENARIO --rates R1,R2,… [--minutes 3.5] [--folder FOLDER]
+    .venv/bin/python benchmarks/capacity.py search SCENARIO [--servers vllm,ours] [--minutes 3] [--folder FOLDER]
+    .venv/bin/python benchmarks/capacity.py sweep SCENARIO --rates R1,R2,… [--servers vllm,ours] [--folder FOLDER]
     .venv/bin/python benchmarks/capacity.py simulated [--runs 100]
 
-``search``: `vllm-instant loadtest capacity` on the demo's models with three servers in turn: vLLM, vLLM again (A/A),
-and the demo's deployment. A call ends after some minutes; the next one continues with new server processes in the same
-folder. ``sweep``: the check, a plain sweep over fixed rates; its capacity is where the measured shares cross the goals
-(linear between rates). ``simulated``: queues with a known capacity (M/M/1): how often the interval contains it, and how
+``search``: `vllm-instant loadtest capacity` on the demo's models with servers in turn: vLLM, vLLM again (A/A), the
+demo's deployment. A call ends after some minutes; the next one continues with new server processes in the same folder.
+``sweep``: the check, a plain sweep over fixed rates; its capacity is where the measured shares cross the goals (linear
+between rates). ``simulated``: queues with a known capacity (M/M/1): how often the interval contains it, and how
 often two equal servers are called different.
 """
 
@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,19 @@ from results import HERE, write  # also makes the tests' support modules importa
 # isort: split
 from queue_servers import exact_capacity, probe
 
+from vllm_instant.tools.measure.servers import stop_all
 from vllm_instant_loadtests.capacity import CapacityPlan, search_capacity
 from vllm_instant_loadtests.capacity_search import CapacitySearch, compare_capacity
+from vllm_instant_loadtests.launcher import scenario_servers
+from vllm_instant_loadtests.scenario import load
 
 RESULT = HERE / "results/capacity.json"
-SERVERS = """
-[[servers]]
-name = "vllm"
-
-[[servers]]
-name = "vllm-again"
-
-[[servers]]
-name = "ours"
-instant = true
-
-[vllm]
-max_num_seqs = 32
-max_model_len = 1024
-enforce_eager = true
-"""
+SERVERS = {
+    "vllm": '[[servers]]\nname = "vllm"\n',
+    "vllm-again": '[[servers]]\nname = "vllm-again"\n',
+    "ours": '[[servers]]\nname = "ours"\ninstant = true\n',
+}
+ENGINE = "[vllm]\nmax_num_seqs = 32\nmax_model_len = 1024\nenforce_eager = true\n"
 SCENARIOS = {
     "short answers": ("structured", 4.0, "max_tokens = [12, 24]", ["ttft_p95_ms=500", "itl_p99_ms=80"]),
     "chat": ("code", 1.5, "max_tokens = [48, 80]", ["ttft_p95_ms=500", "itl_p99_ms=80"]),
@@ -58,28 +52,39 @@ SCENARIOS = {
     ),
 }
 """By name: prompts, rate of the first probe, further keys of the traffic, goals."""
-PROBE_SECONDS = 10
+PROBE_SECONDS = 8
 
 
-def scenario_file(name: str, folder: Path) -> Path:
+def scenario_file(name: str, names: Sequence[str], folder: Path) -> Path:
     """The scenario as a file."""
     prompts, rate, more, _ = SCENARIOS[name]
     file = folder / f"{name.replace(' ', '-')}.toml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    head = f'title = "{name.capitalize()}"\nseconds = 60\nwarm_up_seconds = 8\n\n[[traffic]]\nkind = "{name}"\n'
-    file.write_text(f'{head}prompts = "{prompts}"\nrate = {rate}\n{more}\n{SERVERS}')
+    head = f'title = "{name.capitalize()}"\nseconds = 60\nwarm_up_seconds = 4\n\n[[traffic]]\nkind = "{name}"\n'
+    servers = "".join(SERVERS[server] for server in names)
+    file.write_text(f'{head}prompts = "{prompts}"\nrate = {rate}\n{more}\n\n{servers}{ENGINE}')
     return file
 
 
-def run(name: str, folder: Path, minutes: float, rates: str | None) -> dict[str, Any]:
-    """One call of the command; returns what it wrote."""
-    output = folder / (f"{name}-sweep" if rates else name).replace(" ", "-")
-    words = [f"--goal={goal}" for goal in SCENARIOS[name][3]]
-    words += ["--probe-seconds", str(PROBE_SECONDS), "--max-minutes", str(minutes), "--output", str(output)]
-    words += ["--sweep", rates] if rates else []
+def run(name: str, names: Sequence[str], folder: Path, minutes: float, rates: str | None) -> dict[str, Any]:
+    """One call of the command; returns what it wrote. The servers start at once, which is faster on two cores."""
+    output = folder / "-".join([*name.split(), *names, *(["sweep"] if rates else [])])
+    file = scenario_file(name, names, folder)
     began = time.monotonic()
-    cli = [sys.executable, "-m", "vllm_instant.tools.cli", "loadtest", "capacity"]
-    done = subprocess.run([*cli, str(scenario_file(name, folder)), *words], check=False)
+    servers, _ = scenario_servers(load(file), "demo", None, [], output / "logs")
+    try:
+        for server in servers.values():
+            server.launch()
+        for server in servers.values():
+            server.wait()
+        words = [f"--goal={goal}" for goal in SCENARIOS[name][3]]
+        words += [word for server in names for word in ("--url", f"{server}={servers[server].url}")]
+        words += ["--probe-seconds", str(PROBE_SECONDS), "--max-minutes", str(minutes), "--output", str(output)]
+        words += ["--sweep", rates] if rates else []
+        cli = [sys.executable, "-m", "vllm_instant.tools.cli", "loadtest", "capacity"]
+        done = subprocess.run([*cli, str(file), *words], check=False)
+    finally:
+        stop_all(*servers.values())
     if done.returncode not in (0, 1):
         raise SystemExit(done.returncode)
     timing = output / "minutes.json"
@@ -107,6 +112,7 @@ def cell(name: str, found: dict[str, Any], way: str) -> dict[str, Any]:
     return {
         "scenario": name,
         "way": way,
+        "pair": ",".join(server["server"] for server in found["servers"]),
         "goals": found["plan"]["goals"],
         "minutes": found["minutes"],
         "servers": [
@@ -174,7 +180,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("search", "sweep", "simulated"))
     parser.add_argument("scenario", nargs="?", choices=list(SCENARIOS))
-    parser.add_argument("--minutes", type=float, default=3.5)
+    parser.add_argument("--servers", default="vllm,ours")
+    parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--rates")
     parser.add_argument("--folder", type=Path, default=Path("loadtest-capacity"))
     parser.add_argument("--runs", type=int, default=100)
@@ -184,8 +191,9 @@ def main() -> None:
         return
     if options.scenario is None or (options.what == "sweep") != bool(options.rates):
         parser.error("search and sweep need a SCENARIO, sweep also --rates")
-    found = run(options.scenario, options.folder, options.minutes, options.rates)
-    write(RESULT, [cell(options.scenario, found, options.what)], "servers", keys=("scenario", "way"))
+    names = options.servers.split(",")
+    found = run(options.scenario, names, options.folder, options.minutes, options.rates)
+    write(RESULT, [cell(options.scenario, found, options.what)], "servers", keys=("scenario", "way", "pair"))
 
 
 if __name__ == "__main__":

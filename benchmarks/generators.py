@@ -70,11 +70,16 @@ def guidellm(streams: int, tokens: int, seconds: int, folder: Path) -> list[str]
 
 
 def aiperf(streams: int, tokens: int, seconds: int, folder: Path) -> list[str]:
-    """``profile`` with a fixed concurrency."""
+    """``profile`` with a fixed concurrency. It finds tokenizers in a cache of Hugging Face's layout only."""
+    repository = folder / "hf/hub/models--demo--chat"
+    for name in ("refs", "snapshots"):
+        (repository / name).mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).symlink_to(real_model.prepare())
     return [
         *(sys.executable, "-m", "aiperf", "profile", "--model", "mock", "--url", f"http://127.0.0.1:{PORT}"),
         *("--endpoint-type", "chat", "--streaming", "--concurrency", str(streams)),
-        *("--benchmark-duration", str(seconds), "--tokenizer", str(real_model.prepare())),
+        *("--benchmark-duration", str(seconds), "--tokenizer", "demo/chat"),
         *("--synthetic-input-tokens-mean", "16", "--output-tokens-mean", str(tokens), "--ui", "none"),
         *("--output-artifact-dir", str(folder / "aiperf")),
     ]
@@ -124,7 +129,8 @@ def run(generator: str, streams: int, events: int, seconds: int, path: Path | No
             psutil.Process(mock.pid).cpu_affinity([cores[0]])
             time.sleep(3)
             words = GENERATORS[generator](streams, tokens, seconds, folder)
-            environment = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+            offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+            environment = dict(os.environ) | offline
             if path is not None:
                 environment["PYTHONPATH"] = f"{path}:{environment.get('PYTHONPATH', '')}"
             process = subprocess.Popen(["taskset", "-c", str(cores[-1]), *words], env=environment)

@@ -29,13 +29,13 @@ def searched(rates: dict[str, float], seed: int, plan: CapacityPlan = PLAN, star
 
 @pytest.fixture(scope="module")
 def found():
-    return [searched({"a": 30.0, "b": 30.0}, seed) for seed in range(10)]
+    return [searched({"a": 30.0, "b": 30.0}, seed) for seed in range(6)]
 
 
 def test_the_interval_contains_the_true_capacity(found):
     truth = exact_capacity(30.0, GOALS[0])
     estimates = [search.estimate() for searches in found for search in searches.values()]
-    assert sum(estimate.low <= truth <= estimate.high for estimate in estimates) >= 17  # of 20, at 95 %
+    assert sum(estimate.low <= truth <= estimate.high for estimate in estimates) >= 10  # of 12, at 95 %
     assert np.median([estimate.mean for estimate in estimates]) == pytest.approx(truth, rel=0.05)
 
 

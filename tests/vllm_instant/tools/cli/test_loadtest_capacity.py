@@ -52,6 +52,7 @@ def test_a_sweep_of_two_servers_ends_with_a_comparison(tmp_path: Path):
         urls = ["--url", f"slow={slow.url}", "--url", f"fast={fast.url}"]
         words = [scenario, *GOAL, *urls, "--sweep", "5,80", "--probe-seconds", "1", "--output", tmp_path / "run"]
         done = capacity(*words)
+        refused = capacity(scenario, "--goal", "ttft_p95_ms=400", *urls, "--output", tmp_path / "run")
     assert done.exit_code in (0, 1), done.output
     found = json.loads((tmp_path / "run/capacity.json").read_text())
     shares = {
@@ -64,5 +65,4 @@ def test_a_sweep_of_two_servers_ends_with_a_comparison(tmp_path: Path):
     assert "ended early" in done.output
     again = CliRunner().invoke(app, ["loadtest", "--analyse", str(tmp_path / "run")])
     assert again.output.splitlines()[-2:] == done.output.splitlines()[-2:]
-    refused = capacity(scenario, "--goal", "ttft_p95_ms=400", *urls, "--output", tmp_path / "run")
     assert "has a run with another setup" in refused.output
