@@ -172,3 +172,23 @@ def test_answers_wait_for_their_scores(running):
     found = replay("first something unsafe then")
     assert found.finish_reason == "content_filter"
     assert "unsafe" not in found.text
+
+
+@pytest.mark.parametrize(
+    ("late", "text", "reason"), [("release", "please hang", "length"), ("stop", "", "content_filter")]
+)
+def test_a_process_that_hangs_does_what_late_says_and_other_texts_pass(tmp_path, late, text, reason):
+    tested = process(str(tmp_path / "hung"), max_seconds=30)
+    tested.wait_until_ready(30)
+    try:
+        options = GuardOptions(side="answer", late=late, hold_ms=20)
+        judging = service(ClassifierGuard(tested, 0.5, None, 100), options)
+        engine = ForcedEngine(ASSETS / "base", judging)
+        answer = ForcedAnswer(token_ids=engine.tokenizer.encode("please hang"), kind="FINAL_ONLY")
+        began = time.monotonic()
+        found = asyncio.run(engine.replay(answer))
+        assert (found.text, found.finish_reason) == (text, reason)
+        assert time.monotonic() - began < 25  # not the 30 s until the process is replaced
+        assert not judging.guarded.disabled
+    finally:
+        tested.close()
