@@ -174,10 +174,8 @@ def test_answers_wait_for_their_scores(running):
     assert "unsafe" not in found.text
 
 
-@pytest.mark.parametrize(
-    ("late", "text", "reason"), [("release", "please hang", "length"), ("stop", "", "content_filter")]
-)
-def test_a_process_that_hangs_does_what_late_says_and_other_texts_pass(tmp_path, late, text, reason):
+@pytest.mark.parametrize(("late", "reason"), [("release", "length"), ("stop", "content_filter")])
+def test_while_a_process_hangs_late_decides(tmp_path, late, reason):
     tested = process(str(tmp_path / "hung"), max_seconds=30)
     tested.wait_until_ready(30)
     try:
@@ -187,7 +185,8 @@ def test_a_process_that_hangs_does_what_late_says_and_other_texts_pass(tmp_path,
         answer = ForcedAnswer(token_ids=engine.tokenizer.encode("please hang"), kind="FINAL_ONLY")
         began = time.monotonic()
         found = asyncio.run(engine.replay(answer))
-        assert (found.text, found.finish_reason) == (text, reason)
+        assert found.finish_reason == reason
+        assert ("hang" in found.text) is (late == "release")
         assert time.monotonic() - began < 25  # not the 30 s until the process is replaced
         assert not judging.guarded.disabled
     finally:
