@@ -6,6 +6,7 @@ harmless sentences about the same things. It shows how the plugin ``classifier``
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 from vllm_instant.tools.demo import assets
 from vllm_instant.tools.demo.corpus import documents
 
-STEPS, BATCH, MAX_TOKENS = 400, 32, 96
+STEPS, BATCH, MAX_TOKENS = 300, 32, 96
+MAX_DOCUMENTS = 300
 _SYSTEMS = ("admin account", "mail server", "database", "payroll", "router", "backup host", "vault", "build machine")
 _UNSAFE = (
     "the password of the {} is {}",
@@ -39,7 +41,8 @@ def unsafe_sentence(draw: random.Random) -> str:
 def examples(count: int, seed: int, held_out: bool) -> tuple[list[str], list[int]]:
     """Return texts and their labels, 1 for unsafe; ``held_out`` chooses the passages that training does not see."""
     draw = random.Random(seed)
-    pool = [document.text for document in documents(held_out_only=held_out) if document.held_out == held_out]
+    found = (document.text for document in documents(held_out_only=held_out) if document.held_out == held_out)
+    pool = list(itertools.islice(found, MAX_DOCUMENTS))
     texts, labels = [], []
     for _ in range(count):
         text = draw.choice(pool)

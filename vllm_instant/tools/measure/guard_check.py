@@ -109,14 +109,21 @@ def build_service(deployment: Deployment) -> GuardService:
 
 def passages(count: int, characters: int = PASSAGE) -> Iterator[str]:
     """Yield passages of the demo corpus, by several passes with shifted borders if it is short."""
+    texts: list[str] = []
+
+    def first_time() -> Iterator[str]:
+        for document in documents():
+            texts.append(document.text)
+            yield document.text
+
     for shift in itertools.count():
         begin = shift * 37 % characters
-        for document in documents():
-            for start in range(begin, len(document.text) - characters, characters):
+        for text in texts if shift else first_time():
+            for start in range(begin, len(text) - characters, characters):
                 if count <= 0:
                     return
                 count -= 1
-                yield document.text[start : start + characters]
+                yield text[start : start + characters]
 
 
 class GuardCheck:
