@@ -12,6 +12,7 @@ from vllm_instant.interfaces.guard import GuardOptions, Late, Side
 LATE = "instant_guard_late"
 HOLD_TOKENS = "instant_guard_hold_tokens"
 SIDE = "instant_guard_side"
+KEYS = frozenset({LATE, HOLD_TOKENS, SIDE})
 _ORDER = tuple(Late)
 _SIDES = ("prompt", "answer", "both")
 

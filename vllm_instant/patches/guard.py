@@ -22,7 +22,7 @@ from vllm_instant.guard.answer import GuardedAnswer
 from vllm_instant.guard.judgment import PromptJudgment
 from vllm_instant.guard.metrics import GuardMetrics
 from vllm_instant.guard.service import GuardService
-from vllm_instant.guard.strictness import Strictness, strictness_of
+from vllm_instant.guard.strictness import KEYS, Strictness, strictness_of
 from vllm_instant.guard.window import Window
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.interfaces.guard import GuardOptions
@@ -225,6 +225,12 @@ def _build(vllm_config: Any) -> GuardService | None:
     return GuardService(guarded, options, GuardMetrics(guarded.plugin))
 
 
+def _options() -> GuardOptions | None:
+    deployment = deployment_env.get_deployment()
+    options = plugin_options(deployment, "guard") if deployment is not None else None
+    return options if isinstance(options, GuardOptions) else None
+
+
 def _init_async(init: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     service = _build(vllm_config)  # before the model is loaded
     init(vllm_config, *args, **kwargs)
@@ -246,17 +252,14 @@ def _process_inputs(
 ) -> Any:
     from vllm.exceptions import VLLMValidationError
 
-    deployment = deployment_env.get_deployment()
-    if deployment is not None and is_served(deployment):
-        options = plugin_options(deployment, "guard")
-        extra_args = getattr(params, "extra_args", None)
-        if extra_args and isinstance(options, GuardOptions):
-            try:
-                strictness_of(options, extra_args)
-            except ValueError as error:
-                raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
-        if kwargs.get("resumable"):
-            raise VLLMValidationError("requests whose prompt is streamed into the engine are not served with a guard")
+    extra_args = getattr(params, "extra_args", None)
+    if extra_args and not KEYS.isdisjoint(extra_args) and (options := _options()) is not None:
+        try:
+            strictness_of(options, extra_args)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    if kwargs.get("resumable"):
+        raise VLLMValidationError("requests whose prompt is streamed into the engine are not served with a guard")
     return process(request_id, prompt, params, *args, **kwargs)
 
 

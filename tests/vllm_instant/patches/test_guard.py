@@ -1,6 +1,7 @@
 """Everything that vLLM's own output processor would send passes the guard; the tokens are forced."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from scripted_guard import ByHand, rules, service
@@ -274,3 +275,62 @@ def test_a_stop_is_counted_recorded_and_written_to_the_log(caplog):
 def test_the_patch_fits_the_installed_vllm():
     (found,) = [report for report in registry.check(registry.installed_vllm(), "x") if report.patch is guard.PATCH]
     assert found.unsupported_reason is None
+
+
+def test_a_request_that_cannot_be_served_is_refused(monkeypatch):
+    from patch_harness import wrap
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_instant.deployment import deployment_env
+    from vllm_instant.deployment.settings import resolve
+    from vllm_instant.patches.names import INPUT_PROCESSOR
+
+    class InputProcessor:
+        def process_inputs(self, request_id, prompt, params, resumable=False):
+            return "processed"
+
+    wrap(guard.PATCH, INPUT_PROCESSOR, InputProcessor=InputProcessor)
+    deployment_env.set_deployment(resolve(None, ["guard.plugin=rules", 'guard.words=["bomb"]']))
+    try:
+        process = InputProcessor().process_inputs
+        assert process("r", "p", SimpleNamespace(extra_args=None)) == "processed"
+        assert process("r", "p", SimpleNamespace(extra_args={"instant_guard_late": "stop"})) == "processed"
+        with pytest.raises(VLLMValidationError, match="less strict"):
+            process("r", "p", SimpleNamespace(extra_args={"instant_guard_late": "release"}))
+        with pytest.raises(VLLMValidationError, match="not served with a guard"):
+            process("r", "p", SimpleNamespace(extra_args=None), resumable=True)
+    finally:
+        deployment_env.clear_deployment()
+
+
+def test_engines_get_the_deployments_guard(monkeypatch):
+    from patch_harness import wrap
+
+    from vllm_instant.patches.names import ASYNC_LLM, LLM_ENGINE
+
+    judging = rules()
+    monkeypatch.setattr(guard, "_build", lambda config: judging if config == "guarded" else None)
+
+    class Engine:
+        def __init__(self, vllm_config, log_stats):
+            self.output_processor = SimpleNamespace()
+            self.engine_core = SimpleNamespace(abort_requests_async=None)
+
+    for module, name in ((ASYNC_LLM, "AsyncLLM"), (LLM_ENGINE, "LLMEngine")):
+        kind = type(name, (Engine,), {"__init__": Engine.__init__})
+        wrap(guard.PATCH, module, **{name: kind})
+        assert guard.service_of(kind(vllm_config="guarded", log_stats=False)) is judging
+        assert guard.service_of(kind("plain", log_stats=False)) is None
+
+
+def test_a_guard_without_a_tokenizer_is_refused():
+    from vllm_instant.deployment import deployment_env
+    from vllm_instant.deployment.settings import resolve
+
+    deployment_env.set_deployment(resolve(None, ["guard.plugin=rules", 'guard.words=["bomb"]']))
+    try:
+        config = SimpleNamespace(model_config=SimpleNamespace(skip_tokenizer_init=True))
+        with pytest.raises(ValueError, match="skip-tokenizer-init"):
+            guard._build(config)
+    finally:
+        deployment_env.clear_deployment()
