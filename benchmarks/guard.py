@@ -9,6 +9,7 @@ Parts, each a cell of the result file:
 * ``clean``: passages of the demo corpus that ``rules`` stops, which must be none.
 * ``patterns``: 5,000 words and 200 expressions over a line of 10 MB, and token by token.
 * ``delay``: 16 streams on servers without a guard, with ``rules`` and with the demo's ``classifier``, in turns.
+* ``planner``: time from the last key of a wish to the first field of the event planner's plan, typed and whole.
 * ``classifier``: clean and unsafe texts that training did not see.
 """
 
@@ -16,8 +17,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
+import importlib
 import logging
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -45,6 +49,7 @@ WORDS = ("project bluebird", "wire transfer code", "Zürich accord", "nightshade
 PATTERNS = (r"\b\d{4}[ -]?\d{4}[ -]?\d{4}[ -]?\d{4}\b", r"sk-[a-z0-9]{20,40}")
 SECONDS_LATER = 0.03
 STREAMS = 16
+WISH_CHARACTERS, KEYS_PER_SECOND = 900, 300
 COMMON = ["--served-model-name", "demo", "--max-model-len", "1024", "--max-num-seqs", str(STREAMS), "--enforce-eager"]
 
 
@@ -188,6 +193,51 @@ def _by_round(results: list[ClosedLoopResult]) -> dict[str, list[float]]:
     }
 
 
+async def _wishes(app: Any, url: str, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds from the last key of a wish to the first field of its plan, typed and whole in turns."""
+    found: dict[str, list[float]] = {"typed": [], "whole": []}
+    texts = iter(held_out_texts(48))
+    for number in range(rounds):
+        for kind in random.Random(number).sample(list(found), len(found)):
+            text = next(texts)[:WISH_CHARACTERS]
+            wish = (app.Typed if kind == "typed" else app.Whole)(url, "demo")
+            events: list[dict[str, Any]] = []
+
+            async def send(event: dict[str, Any], events: list[dict[str, Any]] = events) -> None:
+                events.append(event)
+
+            await wish.open()
+            for end in range(10, WISH_CHARACTERS, 10):
+                await wish.update(text[:end])
+                await asyncio.sleep(10 / KEYS_PER_SECOND)
+            await app.plan(wish, text, send)
+            await wish.close()
+            if events[-1]["first_field_ms"] is not None:
+                found[kind].append(events[-1]["first_field_ms"])
+    return found
+
+
+def planner_part(rounds: int) -> dict[str, Any]:
+    """The event planner with its own deployment file."""
+    folder = HERE.parent / "examples/event_planner"
+    sys.path.insert(0, str(folder))
+    app = importlib.import_module("app")
+    app.request_for = functools.partial(_short, app.request_for)
+    with app.demo_server() as url:
+        found = asyncio.run(_wishes(app, url, rounds))
+    return {
+        "part": "planner",
+        "characters": WISH_CHARACTERS,
+        "first field, ms": {kind: vars(median_interval(values)) for kind, values in found.items()},
+        "ratio": vars(ratio_interval(found["typed"], found["whole"])),
+    }
+
+
+def _short(request_for: Any, model: str) -> dict[str, Any]:
+    """A request whose plan ends soon behind its first field."""
+    return {**request_for(model), "max_tokens": 48}
+
+
 def classifier_part(count: int) -> dict[str, Any]:
     """Rates of the demo's classifier, on texts from documents that training did not see."""
     options = ClassifierOptions(model=str(guard_classifier.prepare()), max_tokens=96, threshold=0.9, restart_seconds=60)
@@ -218,7 +268,7 @@ def classifier_part(count: int) -> dict[str, Any]:
 def main() -> None:
     """Run the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="planted,clean,patterns,delay,classifier")
+    parser.add_argument("--parts", default="planted,clean,patterns,delay,planner,classifier")
     parser.add_argument("--planted", type=int, default=10_000)
     parser.add_argument("--clean", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=8)
@@ -230,6 +280,7 @@ def main() -> None:
         "clean": lambda: clean_part(given.clean),
         "patterns": patterns_part,
         "delay": lambda: delay_part(given.rounds, given.seconds),
+        "planner": lambda: planner_part(given.rounds),
         "classifier": lambda: classifier_part(given.clean // 10),
     }
     for name in given.parts.split(","):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import result_tables
 import result_tables_of_faults
+import result_tables_of_guard
 from result_tables import Cell, Run, Show, cells_of, interval, table
 
 from vllm_instant.tools.measure.statistics import ratio_interval
@@ -336,4 +337,4 @@ TABLES: dict[str, tuple[str, Show]] = {
     "verdicts": ("bench_verdicts", verdicts),
     "distill": ("distill", distill),
 }
-ALL_TABLES = result_tables.TABLES | TABLES | result_tables_of_faults.TABLES
+ALL_TABLES = result_tables.TABLES | TABLES | result_tables_of_faults.TABLES | result_tables_of_guard.TABLES
