@@ -49,6 +49,7 @@ def bench_record(
     local: bool,
     deployments: Mapping[str, str],
     rounds: int | None = None,
+    further: Sequence[BenchRow] = (),
 ) -> dict[str, Any]:
     """The complete result of a run.
 
@@ -61,6 +62,7 @@ def bench_record(
         local: whether the servers run on this machine.
         deployments: each arm's command line, or the text of its deployment file.
         rounds: number of rounds so far; None for those of the plan's first stage.
+        further: rows that were measured elsewhere.
 
     """
     stated = margin_for(plan.starts) if margin is None else margin
@@ -75,7 +77,7 @@ def bench_record(
         "setup": plan.setup() | {"salt": state.salt, "rounds": done},
         "margin": stated,
         "arms": {arm: state.served[arm] | {"deployment": deployments.get(arm, "")} for arm in state.arms},
-        "rows": [row.plain() for row in bench_rows(plan, state, price, margin, done)],
+        "rows": [row.plain() for row in [*bench_rows(plan, state, price, margin, done), *further]],
         "tokens_per_second_by_round": {
             str(users): {
                 arm: [round(by_arm[arm].tokens / by_arm[arm].seconds, 2) for by_arm in taken] for arm in state.arms

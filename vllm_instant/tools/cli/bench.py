@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_instant.deployment.secrets import masked, masked_words
 from vllm_instant.tools.bench import compare, html_report, report
 from vllm_instant.tools.bench.arms import arm_commands
+from vllm_instant.tools.bench.capacity_row import capacity_row
 from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
 from vllm_instant.tools.bench.plan import BadInputError, BenchPlan, HourlyPrice
-from vllm_instant.tools.bench.rows import bench_rows, rounds_to_decide
+from vllm_instant.tools.bench.rows import BenchRow, bench_rows, rounds_to_decide
 from vllm_instant.tools.bench.session import ExternalServers, ServerProvider, StartedServers, run_bench
 from vllm_instant.tools.cli import bench_tables
 from vllm_instant.tools.cli.bench_options import BenchOptions
@@ -46,6 +47,7 @@ def bench(options: BenchOptions, words: list[str]) -> None:
             _compare(*options.compare)
             return
         plan, price, named = options.plan(), options.price(), options.named_arms()
+        further = [capacity_row(options.capacity)] if options.capacity is not None else []
         urls = options.running_urls(words)
         with ExitStack() as stack:
             stack.enter_context(terminable())
@@ -62,7 +64,7 @@ def bench(options: BenchOptions, words: list[str]) -> None:
                     commands.model, commands.words, folder, commands.headers, options.start_timeout
                 )
                 deployments, setup = commands.deployments, commands.setup()
-            _measure(plan, servers, deployments, setup, price, options.margin, options.output, options.fresh)
+            _measure(plan, servers, deployments, setup, price, options.margin, options.output, options.fresh, further)
     except (BadInputError, RefusedError, ServerError) as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -79,6 +81,7 @@ def _measure(
     margin: float | None,
     output: Path,
     fresh: bool,
+    further: Sequence[BenchRow] = (),
 ) -> None:
     """Measure what is missing, print the result and save it."""
     unfinished = output.with_name(f"{output.name}.state.jsonl")
@@ -100,6 +103,7 @@ def _measure(
         local=servers.local,
         deployments=deployments,
         rounds=done,
+        further=further,
     )
     bench_tables.show(found)
     for suffix, text in ((".json", json.dumps(found, indent=1) + "\n"), (".html", html_report.render(found))):

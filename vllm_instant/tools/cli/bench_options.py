@@ -72,6 +72,10 @@ class BenchOptions(CommandOptions):
         float | None,
         typer.Option(min=0, max=1, help="Allowed difference of two equal servers; 0.1 / √starts by default."),
     ] = None
+    capacity: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A capacity.json of `loadtest capacity`, vLLM's server first: adds its row."),
+    ] = None
     until_decided: Annotated[
         bool, typer.Option("--until-decided", help="Add rounds while a row is undecided that rounds can decide.")
     ] = False
