@@ -9,7 +9,8 @@ together. Both get the same requests: each option of a request alone, and comple
 together (``tests/support/request_features.py``). Ours gets them twice, the second time with eight pinned draft tokens.
 The model is the demo's draft model in float32, where rounding does not choose tokens.
 
-Rows that the result file has already are skipped; ``--again`` measures those again whose answers differ.
+Rows that the result file has already are skipped; ``--again`` measures those again whose answers differ. The exit code
+is 1 where an answer differs, or where ours refuses to start without a sentence.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import argparse
 import hashlib
 import json
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +114,9 @@ class Table:
         }
 
 
-def wanted(rows: Sequence[Row], before: Mapping[str, Mapping[str, Any]], again: bool) -> list[Row]:
-    """The rows that remain to be measured."""
-
-    def bad(cell: Mapping[str, Any]) -> bool:
-        return bool(cell.get("different")) or not cell.get("refused", {}).get("sentence", True)
-
-    return [row for row in rows if row.name not in before or (again and bad(before[row.name]))]
+def is_fault(cell: Mapping[str, Any]) -> bool:
+    """Whether a row found an answer that differs, or a start that failed without a sentence."""
+    return bool(cell.get("different")) or not cell.get("refused", {}).get("sentence", True)
 
 
 def main() -> None:
@@ -138,7 +136,9 @@ def main() -> None:
     began = time.monotonic()
     with terminable(), tempfile.TemporaryDirectory() as folder:
         table = Table(Path(folder), options.answers)
-        for row in wanted(rows, before, options.again):
+        for row in rows:
+            if row.name in before and not (options.again and is_fault(before[row.name])):
+                continue
             if time.monotonic() - began > options.seconds:
                 break
             cell = table.measure(row, began + options.seconds)
@@ -150,6 +150,7 @@ def main() -> None:
                 print("   ", one, flush=True)
             before[row.name] = cell
             results.write(options.output, list(before.values()), name=options.part)
+    sys.exit(any(map(is_fault, before.values())))
 
 
 if __name__ == "__main__":
