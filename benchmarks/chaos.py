@@ -126,8 +126,8 @@ LEFTOVERS = (
 )
 
 
-async def inject(target: Target, count: int, choose: random.Random) -> dict[str, Any]:
-    """Inject faults until the count is reached."""
+async def inject(target: Target, count: int, seconds: float, choose: random.Random) -> dict[str, Any]:
+    """Inject faults until the count or the time is reached."""
     expected = await expected_of(target.client, target.prompts)
     before, seen = footprint(target), Others()
     streams = [asyncio.create_task(steady(target.client, expected, number, seen)) for number in range(STREAMS)]
@@ -135,7 +135,7 @@ async def inject(target: Target, count: int, choose: random.Random) -> dict[str,
     wrong: list[str] = []
     memory: list[float] = []
     began = time.monotonic()
-    while sum(done.values()) < count:
+    while sum(done.values()) < count and time.monotonic() - began < seconds:
         name = choose.choice(list(FAULTS))
         try:
             await asyncio.wait_for(FAULTS[name](target, choose), 2 * PATIENCE)
@@ -179,7 +179,7 @@ async def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with server:
         async with async_client(server.url, headers=HEADERS, limits=httpx.Limits(max_connections=100)) as client:
             target = Target(server.url, client, psutil.Process(server.pid), folder / "state", prompts)
-            return await inject(target, options.count, random.Random(options.seed))
+            return await inject(target, options.count, options.seconds, random.Random(options.seed))
 
 
 async def kill(kind: str, number: signal.Signals, folder: Path, expected: dict[str, str] | None) -> dict[str, Any]:
@@ -257,8 +257,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["faults", "kills", "soak"])
     parser.add_argument("--count", type=int, default=500, help="number of faults")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="maximum duration of the faults")
     parser.add_argument("--minutes", type=float, default=120.0, help="length of the soak")
-    parser.add_argument("--seed", default="1")
+    parser.add_argument("--seed", default="1", help="of the faults; runs with other seeds stay in the result file")
     parser.add_argument("--output", type=Path, help="by default chaos.json or soak.json in benchmarks/results")
     options = parser.parse_args()
     with terminable(), tempfile.TemporaryDirectory() as folder:
@@ -268,7 +269,8 @@ def main() -> None:
         found = asyncio.run((faults if options.part == "faults" else kills)(options, Path(folder)))
     if options.part == "faults":
         print(found)
-    results.write(options.output or RESULTS / "chaos.json", [found], name=options.part)
+    name = f"faults, seed {options.seed}" if options.part == "faults" else options.part
+    results.write(options.output or RESULTS / "chaos.json", [found], name=name)
 
 
 if __name__ == "__main__":

@@ -43,14 +43,17 @@ def same_answers_differences(runs: Sequence[Run]) -> str:
 
 
 def faults(runs: Sequence[Run]) -> str:
-    """Faults of each kind, and what the steady streams beside them saw."""
-    rows = []
-    for cell in (cell for cell in cells_of(runs, "faults")):
-        rows += [[kind, str(count), "", "", "", ""] for kind, count in cell["by_kind"].items()]
-        seen = [str(cell[f"others_{what}"]) for what in ("equal", "changed", "failed")]
-        alive = "alive" if cell["engine_alive"] else "dead"
-        wrong = str(len(cell["unacceptable"]))
-        rows.append([f"all, engine {alive}", str(cell["faults"]), wrong, *seen])
+    """Faults of each kind, and what the steady streams beside them saw, over all runs."""
+    cells = [cell for cell in cells_of(runs) if "by_kind" in cell]
+    kinds: Counter[str] = Counter()
+    for cell in cells:
+        kinds.update(cell["by_kind"])
+    rows = [[kind, str(count), "", "", "", ""] for kind, count in sorted(kinds.items())]
+    keys = ("others_equal", "others_changed", "others_failed")
+    seen = [f"{sum(cell[key] for cell in cells):,}" for key in keys]
+    wrong = str(sum(len(cell["unacceptable"]) for cell in cells))
+    alive = f"all; {sum(cell['engine_alive'] for cell in cells)} of {len(cells)} engines alive"
+    rows.append([alive, str(sum(kinds.values())), wrong, *seen])
     headings = ["fault", "number", "unacceptable reactions", "answers to others: equal", "changed"]
     return table([*headings, "failed"], rows)
 
