@@ -133,6 +133,8 @@ OTHERS: dict[str, tuple[str, Options]] = {
         "/inference/v1/generate",
         {"token_ids": [17, 300, 301, 302] * 8, "sampling_params": {"max_tokens": TOKENS, "temperature": 0}},
     ),
+    "adapter": (COMPLETIONS, {"model": "adapter", "prompt": CODE, "max_tokens": TOKENS, "temperature": 0}),
+    "adapter, streamed": (CHAT, {"model": "adapter", "messages": _SAID, "max_tokens": TOKENS, "stream": True}),
     "tokenize": ("/tokenize", {"prompt": CODE}),
     "mistake": (COMPLETIONS, {"prompt": CODE, "top_p": 7}),
     "too long": (COMPLETIONS, {"prompt": CODE * 60, "max_tokens": 4}),
