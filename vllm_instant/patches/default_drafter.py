@@ -85,7 +85,10 @@ def _create_speculative_config(create: Any, arguments: Any, target_model_config:
         else:
             logger.info("The default drafter is left out: the model has %s", reason)
     try:
-        return create(target_model_config, *args, **kwargs)
+        created = create(target_model_config, *args, **kwargs)
+        if deployment is not None and getattr(created, "method", None) == "draft_model":
+            extend_positions(created.draft_model_config.hf_text_config, target_model_config.max_model_len)
+        return created
     except (ValueError, OSError) as error:
         if (
             deployment is None
@@ -95,6 +98,36 @@ def _create_speculative_config(create: Any, arguments: Any, target_model_config:
             raise
         source = deployment.origins.get("drafter.plugin", deployment.file or "deployment")
         raise DeploymentError([Problem(source, "[drafter]", _sentence_of(error))]) from error
+
+
+def extend_positions(draft: Any, max_model_len: int) -> None:
+    """Let a draft model read as many positions as the target: vLLM gives it all of them, whatever it was made for.
+
+    A rotation can be computed for any position, as vLLM does for EAGLE drafts; drafts beyond the positions of the
+    training are accepted less often. A table of learned positions has an end.
+
+    Args:
+        draft: Configuration of the draft model; changed in place.
+        max_model_len: Maximum number of tokens of a request.
+
+    Raises:
+        ValueError: the draft model has a table of positions that is too short.
+
+    """
+    positions = getattr(draft, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions >= max_model_len:
+        return
+    if not getattr(draft, "rope_parameters", None):
+        raise ValueError(
+            f"the draft model has {positions} positions, requests may have {max_model_len} tokens: "
+            f"set [vllm] max_model_len = {positions} or choose another draft model"
+        )
+    logger.info(
+        "The draft model was made for %d positions, requests may have %d tokens: later drafts may be accepted less",
+        positions,
+        max_model_len,
+    )
+    draft.max_position_embeddings = max_model_len
 
 
 def _sentence_of(error: Exception) -> str:
@@ -116,7 +149,8 @@ PATCH = VllmPatch(
         HasAttribute(_ARGUMENTS, "EngineArgs.enable_lora"),
         HasAttribute(_ARGUMENTS, "EngineArgs.async_scheduling"),
         HasAttribute(_ARGUMENTS, "EngineArgs.scheduler_cls"),
-        References("config/model.py", "ModelConfig.__post_init__", ("runner_type",)),
+        References("config/model.py", "ModelConfig.__post_init__", ("runner_type", "hf_text_config", "max_model_len")),
+        HasAttribute("config/speculative.py", "SpeculativeConfig.draft_model_config"),
         HasAttribute("config/model.py", "ModelConfig.is_encoder_decoder"),
         HasAttribute("config/model.py", "ModelConfig.is_diffusion"),
         HasAttribute("config/model.py", "ModelConfig.is_hybrid"),

@@ -206,3 +206,33 @@ def test_the_default_drafter_by_architecture_as_vllm_describes_it(architecture, 
     info = _ModelInfo.from_model_cls(ModelRegistry.models[architecture].load_model_cls())
     model = _model(is_hybrid=info.is_hybrid, is_attention_free=info.is_attention_free)
     assert (default_drafter.unsupported_model(model) is None) == supported
+
+
+ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def _drafted(positions, rope, max_model_len=1024):
+    """The configuration of a draft model with this number of positions after a deployment that names it."""
+    draft = SimpleNamespace(max_position_embeddings=positions, rope_parameters=rope)
+    created = SimpleNamespace(method="draft_model", draft_model_config=SimpleNamespace(hf_text_config=draft))
+    target = SimpleNamespace(max_model_len=max_model_len)
+    default_drafter._create_speculative_config(lambda *_: created, _arguments(scheduler_cls=None), target)
+    return draft.max_position_embeddings
+
+
+def test_a_draft_model_of_fewer_positions_gets_those_of_the_target(monkeypatch):
+    monkeypatch.setattr(default_drafter.deployment_env, "get_deployment", lambda: _deployment("drafter.plugin=ngram"))
+    assert _drafted(128, ROTATION) == 1024
+    assert _drafted(2048, ROTATION) == 2048
+    assert _drafted(None, ROTATION) is None
+
+
+def test_a_table_of_positions_that_is_too_short_is_refused_with_both_numbers(monkeypatch):
+    monkeypatch.setattr(default_drafter.deployment_env, "get_deployment", lambda: _deployment("drafter.plugin=ngram"))
+    with pytest.raises(DeploymentError, match="128 positions, requests may have 1024 tokens"):
+        _drafted(128, None)
+
+
+def test_a_server_without_a_deployment_keeps_its_draft_model_as_it_is(monkeypatch):
+    monkeypatch.setattr(default_drafter.deployment_env, "get_deployment", lambda: None)
+    assert _drafted(128, ROTATION) == 128
