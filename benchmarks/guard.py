@@ -86,25 +86,26 @@ class LaterGuard:
 logging.getLogger("vllm.instant.guard").setLevel(logging.ERROR)  # thousands of audit lines
 
 
-def planted_part(count: int) -> dict[str, Any]:
+def planted_part(count: int, seed: int) -> dict[str, Any]:
     """Planted violations, of which a tenth with late verdicts."""
     options = RulesOptions(words=WORDS, patterns=PATTERNS)
     waiting = service(build_rules(options), options)
     late = GuardOptions(late="release", hold_tokens=4, hold_ms=10, side="answer")
     found = {}
     for name, judging, number in (("wait", waiting, count), ("release", service(LaterGuard(), late), count // 10)):
-        check = GuardCheck(judging, TOKENIZER, WORDS)
+        check = GuardCheck(judging, TOKENIZER, WORDS, seed)
         report = asyncio.run(check.leaks(number))
         found[name] = {**asdict(report), "by_path": dict(report.by_path), "window": check.window}
         print(name, found[name])
-    return {"part": "planted", **found}
+    return {"part": "planted", "seed": seed, **found}
 
 
-def clean_part(count: int) -> dict[str, Any]:
+def clean_part(count: int, seed: int) -> dict[str, Any]:
     """Clean passages."""
     options = RulesOptions(words=WORDS, patterns=PATTERNS)
-    found = asyncio.run(GuardCheck(service(build_rules(options), options), TOKENIZER, WORDS).false_stops(count))
-    return {"part": "clean", "count": found.count, "stopped": found.stopped, "interval": found.interval()}
+    check = GuardCheck(service(build_rules(options), options), TOKENIZER, WORDS, seed)
+    found = asyncio.run(check.false_stops(count))
+    return {"part": "clean", "seed": seed, "count": found.count, "stopped": found.stopped}
 
 
 def patterns_part() -> dict[str, Any]:
@@ -271,13 +272,14 @@ def main() -> None:
     parser.add_argument("--parts", default="planted,clean,patterns,delay,planner,classifier")
     parser.add_argument("--planted", type=int, default=10_000)
     parser.add_argument("--clean", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0, help="of planted and clean: runs of several seeds add up")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--output", type=Path, default=HERE / "results/guard.json")
     given = parser.parse_args()
     parts = {
-        "planted": lambda: planted_part(given.planted),
-        "clean": lambda: clean_part(given.clean),
+        "planted": lambda: planted_part(given.planted, given.seed),
+        "clean": lambda: clean_part(given.clean, given.seed),
         "patterns": patterns_part,
         "delay": lambda: delay_part(given.rounds, given.seconds),
         "planner": lambda: planner_part(given.rounds),
@@ -286,7 +288,7 @@ def main() -> None:
     for name in given.parts.split(","):
         cell = parts[name]()
         print(cell)
-        write(given.output, [cell], keys=("part",))
+        write(given.output, [cell], keys=("part", "seed"))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from result_tables import Cell, Run, Show, cells_of, interval, table
+
+from vllm_instant.tools.measure.guard_check import FalseStops
 
 
 def guard(runs: Sequence[Run]) -> str:
     """All parts that were measured."""
-    parts = {cell["part"]: cell for cell in cells_of(runs)}
+    cells = cells_of(runs)
+    parts = {cell["part"]: cell for cell in cells}
+    for name, added in (("planted", _added_leaks), ("clean", _added_stops)):
+        if name in parts:
+            parts[name] = added([cell for cell in cells if cell["part"] == name])
     rows: list[list[str]] = []
     for name, show in (("planted", _planted), ("clean", _clean), ("patterns", _patterns), ("classifier", _classifier)):
         if name in parts:
@@ -23,6 +30,21 @@ def guard(runs: Sequence[Run]) -> str:
     if "delay" in parts:
         rows.extend(_delay(parts["delay"]))
     return table(["measured", "case", "found"], rows)
+
+
+def _added_leaks(cells: Sequence[Cell]) -> Cell:
+    """The runs of several seeds as one."""
+    whole: dict[str, Any] = {}
+    for late in ("wait", "release"):
+        found = [cell[late] for cell in cells]
+        sums = {key: sum(each[key] for each in found) for key in ("count", "stopped", "leaked", "missed")}
+        whole[late] = {**sums, "max_leak": max(each["max_leak"] for each in found), "window": found[0]["window"]}
+    return whole
+
+
+def _added_stops(cells: Sequence[Cell]) -> Cell:
+    found = FalseStops(sum(cell["count"] for cell in cells), sum(cell["stopped"] for cell in cells))
+    return {"count": found.count, "stopped": found.stopped, "interval": found.interval()}
 
 
 def _planted(cell: Cell) -> Iterator[list[str]]:

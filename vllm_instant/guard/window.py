@@ -1,7 +1,7 @@
 """What of one answer may be released: a state machine without clock, plugin or engine.
 
-Positions are characters of the answer's text. A token belongs to a release if all its text does, so that texts, token
-ids and log probabilities are cut at the same place.
+Positions are characters of the answer's text. A token belongs to a release if all its text does, and only a stop
+cuts inside of a token, so that texts, token ids and log probabilities end at the same place.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ class Window:
         if self._finished_at is not None and limit >= self._length and not self._blocks_end(now):
             self.has_ended = True
             return self._cut(self._length, now)
+        limit = self._end_of_a_token(limit)
         if limit <= self._released:
             return None
         return self._cut(limit, now)
@@ -283,6 +284,15 @@ class Window:
         return Release(
             text, tokens, unjudged, max(0.0, now - oldest), self.has_ended, is_stopped, self._rule if is_stopped else ""
         )
+
+    def _end_of_a_token(self, limit: int) -> int:
+        """The last end of a token up to ``limit``: parsers of tool calls and reasoning want texts with their tokens."""
+        found = 0
+        for token in self._tokens:
+            if token.end > limit:
+                break
+            found = token.end
+        return found
 
     def _num_complete(self, limit: int, is_last: bool) -> int:
         """The number of leading tokens whose text ends at or before ``limit``.

@@ -258,6 +258,11 @@ def _process_inputs(
             strictness_of(options, extra_args)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    is_embedded = isinstance(prompt, dict) and prompt.get("type") == "embeds"
+    if is_embedded and (options := _options()) is not None and options.side != "answer":
+        raise VLLMValidationError(
+            "prompts of embeddings cannot be judged: they are not served with a guard over prompts"
+        )
     if kwargs.get("resumable"):
         raise VLLMValidationError("requests whose prompt is streamed into the engine are not served with a guard")
     return process(request_id, prompt, params, *args, **kwargs)

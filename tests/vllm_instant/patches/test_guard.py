@@ -299,6 +299,8 @@ def test_a_request_that_cannot_be_served_is_refused(monkeypatch):
             process("r", "p", SimpleNamespace(extra_args={"instant_guard_late": "release"}))
         with pytest.raises(VLLMValidationError, match="not served with a guard"):
             process("r", "p", SimpleNamespace(extra_args=None), resumable=True)
+        with pytest.raises(VLLMValidationError, match="cannot be judged"):
+            process("r", {"type": "embeds"}, SimpleNamespace(extra_args=None))
     finally:
         deployment_env.clear_deployment()
 

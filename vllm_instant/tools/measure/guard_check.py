@@ -133,7 +133,7 @@ class GuardCheck:
         service: The guard.
         tokenizer: A folder with a tokenizer.
         violations: Texts that the guard must stop.
-        seed: Of everything that is drawn.
+        seed: Of everything that is drawn; each number has passages of its own, too.
 
     """
 
@@ -142,14 +142,18 @@ class GuardCheck:
         self._engine = ForcedEngine(tokenizer, service)
         self._baseline = ForcedEngine(tokenizer, None)
         self._violations = violations
+        self._seed = seed
         self._random = random.Random(seed)
         options = service.options
         self.window = options.hold_tokens if options.late is Late.RELEASE else 0
 
+    def _passages(self, count: int) -> Iterator[str]:
+        return itertools.islice(passages((self._seed + 1) * count), self._seed * count, None)
+
     def plant(self, count: int) -> Iterator[Planted]:
         """Yield answers with violations at random places, over all paths."""
         draw, tokenizer = self._random, self._engine.tokenizer
-        for number, passage in enumerate(passages(count)):
+        for number, passage in enumerate(self._passages(count)):
             before = passage[: draw.randrange(0, 120)] + draw.choice(FILLERS)
             before = f"{before.rstrip()} " if before.strip() else ""
             violation = draw.choice(self._violations)
@@ -200,7 +204,7 @@ class GuardCheck:
     async def false_stops(self, count: int, tick: Callable[[int], None] = lambda done: None) -> FalseStops:
         """Judge clean passages as whole answers."""
         stopped = done = 0
-        texts = passages(count)
+        texts = self._passages(count)
         while batch := list(itertools.islice(texts, AT_ONCE)):
             found = await asyncio.gather(*(self._is_changed(text) for text in batch))
             stopped += sum(found)
