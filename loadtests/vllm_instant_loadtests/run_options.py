@@ -140,5 +140,13 @@ class RunOptions:
         while plan is None and (free / "run.json").exists():  # a further run from the web page
             free, number = output.with_name(f"{output.name}-{number}"), number + 1
         return cls(
-            scenario, servers, str(options.seed), float(options.rate_scale), free, plan, float(options.max_seconds)
+            scenario,
+            servers,
+            str(options.seed),
+            float(options.rate_scale),
+            free,
+            plan,
+            float(options.max_seconds),
+            bool(options.closed_loop),
+            seconds,
         )
