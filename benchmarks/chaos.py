@@ -179,7 +179,8 @@ async def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with server:
         async with async_client(server.url, headers=HEADERS, limits=httpx.Limits(max_connections=100)) as client:
             target = Target(server.url, client, psutil.Process(server.pid), folder / "state", prompts)
-            return await inject(target, options.count, options.seconds, random.Random(options.seed))
+            seconds = options.began + options.seconds - time.monotonic()
+            return await inject(target, options.count, seconds, random.Random(options.seed))
 
 
 async def kill(kind: str, number: signal.Signals, folder: Path, expected: dict[str, str] | None) -> dict[str, Any]:
@@ -257,11 +258,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["faults", "kills", "soak"])
     parser.add_argument("--count", type=int, default=500, help="number of faults")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="maximum duration of the faults")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="limit for the last fault, the start included")
     parser.add_argument("--minutes", type=float, default=120.0, help="length of the soak")
     parser.add_argument("--seed", default="1", help="of the faults; runs with other seeds stay in the result file")
     parser.add_argument("--output", type=Path, help="by default chaos.json or soak.json in benchmarks/results")
     options = parser.parse_args()
+    options.began = time.monotonic()
     with terminable(), tempfile.TemporaryDirectory() as folder:
         if options.part == "soak":
             asyncio.run(soak(options, Path(folder)))
