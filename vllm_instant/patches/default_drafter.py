@@ -44,6 +44,10 @@ def unsupported_feature(arguments: Any) -> str | None:
     # vLLM counts thinking_token_budget wrongly where speculation is configured, in steps without drafts as well.
     if getattr(arguments, "reasoning_parser", None) or getattr(arguments, "reasoning_config", None):
         return "--reasoning-parser or --reasoning-config"
+    # vLLM refuses each of these beside speculation: at the start, or the requests that use it.
+    for option in ("watermark_config", "enable_trace_replay", "enable_dbo"):
+        if getattr(arguments, option, None):
+            return f"--{option.replace('_', '-')}"
     # By default, None, vLLM decides itself, and schedules synchronously with a drafter.
     if getattr(arguments, "async_scheduling", None):
         return "--async-scheduling"
