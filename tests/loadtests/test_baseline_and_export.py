@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from queue_servers import probe
 
+from vllm_instant.tools.html.plots import LinePlot, PlotLine
 from vllm_instant_loadtests import capacity_report, otlp
 from vllm_instant_loadtests.analysis import analyse_run
 from vllm_instant_loadtests.capacity import CapacityAnalysis, CapacityPlan, _server
@@ -158,3 +159,11 @@ def test_the_capacity_page_shows_every_probe_and_the_knee(found_capacity, tmp_pa
 
 def test_a_capacity_reaches_a_collector(found_capacity, collector):
     assert otlp.send(otlp.capacity_measurements(found_capacity), collector.url, "s") == 6
+
+
+def test_dots_are_not_connected():
+    drawn = [
+        str(LinePlot("t", "x", [PlotLine("", [1, 2, 3], [1, 3, 2], dots=dots)]).svg()).count("fill: none")
+        for dots in (False, True)
+    ]
+    assert drawn[0] == drawn[1] + 1

@@ -94,8 +94,8 @@ class LinePlot:
                 color = ARM_COLORS[line.color % len(ARM_COLORS)]
                 style = "--" if line.color % len(ARM_COLORS) == 1 else "-"
                 marker = "o" if self.dots or line.dots else ""
-                style = "" if line.dots else style
-                axes.plot(line.x, line.y, style, color=color, marker=marker, markersize=4, linewidth=1.5)
+                style = "none" if line.dots else style
+                axes.plot(line.x, line.y, linestyle=style, color=color, marker=marker, markersize=4, linewidth=1.5)
             if self.log_x:
                 axes.set_xscale("log")
             axes.set_ylim(0, self.max_y)
