@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/spikes.py attribution --seed SEED [--lives "drafting,few seats,little cache"]
     .venv/bin/python benchmarks/spikes.py alarms --seed SEED [--runs 10] [--lives drafting]
+    .venv/bin/python benchmarks/spikes.py machine --seed SEED [--runs 10]
 
 ``attribution``: three kinds of stock vLLM server of the demo pair (a draft model with a fixed length; four slots; a KV
 cache of forty blocks) get steady open-loop traffic. In between, at random times and in random order: creative traffic
@@ -15,6 +16,10 @@ cause is right, any other one is wrong: precision is the share of right spikes, 
 ``alarms``: runs of 45 seconds of the same steady traffic without a disturbance; no run should have a spike. One server
 lives through all runs of a call.
 
+``machine``: causes outside of the server cannot all be planted on every machine (a hypervisor that takes time, a GPU
+that is hot). Simulated runs (``vllm_instant_loadtests.simulated``) have each of them at a random time with a random
+strength, as many times as ``--runs`` says, and as many runs have no disturbance.
+
 Runs are added to those of earlier calls; ``--keep FOLDER`` keeps what was recorded.
 """
 
@@ -22,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,15 +40,16 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from vllm_instant.tools.measure.servers import running, terminable
-from vllm_instant_loadtests import causes
+from vllm_instant_loadtests import causes, host_causes
 from vllm_instant_loadtests.analysis import RunAnalysis, analyse_run
 from vllm_instant_loadtests.run_recorder import Disturbance, RecordedRun
+from vllm_instant_loadtests.simulated import SERVER, simulate_run
 
 TIMES = {"drafting": 2, "few seats": 2, "little cache": 1}
 """How often a call provokes each cause, by kind of server; what only one kind can show is provoked once more."""
 SETTLING = 6.0
 SECONDS = 45.0
-ATTRIBUTION, ALARMS = "attribution", "false alarms"
+ATTRIBUTION, ALARMS, MACHINE = "attribution", "false alarms", "the machine, simulated"
 
 
 def wanted(life: str) -> list[str]:
@@ -174,6 +181,26 @@ def alarms(options: argparse.Namespace, folder: Path, console: Console) -> None:
     console.print(", ".join(f"{key} {value}" for key, value in summary(runs).items() if key != "runs"))
 
 
+def machine(options: argparse.Namespace, folder: Path, console: Console) -> None:
+    """Simulate causes of the machine, and runs without any."""
+    choose = random.Random(options.seed)
+    runs, alarms_found = [], 0
+    for cause in [None, *host_causes.HOST_CAUSES]:
+        for _ in range(options.runs):
+            began = choose.uniform(20.0, 40.0)
+            events = [Disturbance(SERVER, cause, began, began + choose.uniform(4.0, 8.0))] if cause else []
+            run = simulate_run(60, events, slower=choose.uniform(1.6, 3.0), seed=choose.getrandbits(32))
+            analysis = analyse_run(run)
+            if cause is None:
+                alarms_found += bool(analysis.spikes)
+            else:
+                runs.append(judged("simulated", run, analysis))
+        console.print(f"{cause}: {len(runs)} runs, {alarms_found} false alarms")
+    made = {"by_cause": rates(runs), "undisturbed": options.runs, "undisturbed_with_spikes": alarms_found}
+    write(options.output, [made], MACHINE)
+    console.print(table(rates(runs)), width=140)
+
+
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """How many runs had a spike, with the 95 % interval of that share (Clopper & Pearson 1934)."""
     count, false = len(runs), sum(bool(run["spikes"]) for run in runs)
@@ -190,14 +217,14 @@ def runs_before(path: Path, part: str) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure one part, print, write ``benchmarks/results/spikes.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("attribution", "alarms"))
+    parser.add_argument("part", choices=("attribution", "alarms", "machine"))
     parser.add_argument("--seed", required=True, help="of prompts, times and order")
     parser.add_argument("--lives", default=None, help=f"kinds of server, of {', '.join(disturbances.LIVES)}")
-    parser.add_argument("--runs", type=int, default=10, help="runs without a disturbance")
+    parser.add_argument("--runs", type=int, default=10, help="runs without a disturbance; of machine, per cause")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the recorded runs")
     parser.add_argument("--output", type=Path, default=HERE / "results/spikes.json")
     options = parser.parse_args()
-    part = attribution if options.part == "attribution" else alarms
+    part = {"attribution": attribution, "alarms": alarms, "machine": machine}[options.part]
     with terminable(), tempfile.TemporaryDirectory(prefix="spikes-") as name:
         part(options, options.keep or Path(name), Console())
 

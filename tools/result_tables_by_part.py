@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 
 import result_tables
+import result_tables_of_capacity
 import result_tables_of_faults
 import result_tables_of_guard
 from result_tables import Cell, Run, Show, cells_of, interval, table
@@ -337,4 +338,10 @@ TABLES: dict[str, tuple[str, Show]] = {
     "verdicts": ("bench_verdicts", verdicts),
     "distill": ("distill", distill),
 }
-ALL_TABLES = result_tables.TABLES | TABLES | result_tables_of_faults.TABLES | result_tables_of_guard.TABLES
+ALL_TABLES = (
+    result_tables.TABLES
+    | TABLES
+    | result_tables_of_capacity.TABLES
+    | result_tables_of_faults.TABLES
+    | result_tables_of_guard.TABLES
+)
