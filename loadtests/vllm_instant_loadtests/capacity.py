@@ -32,6 +32,9 @@ from vllm_instant_loadtests.scenario import Scenario, ScenarioError
 
 WARM_UP_SHARE = 0.25
 """Part of a probe, in addition to its seconds, in which the load builds up; its requests do not count."""
+MIN_REQUESTS = 20
+MAX_LENGTHENING = 3.0
+"""Probes at low rates last longer, up to this factor, so that ``MIN_REQUESTS`` count: fewer show next to nothing."""
 USERS_NEAR = 0.3
 """Probes within this difference of logarithms of the capacity tell how many requests are in progress there."""
 
@@ -58,6 +61,10 @@ class CapacityPlan:
     def share_goals(self) -> list[ShareGoal]:
         """The goals with the one on all limits at once."""
         return parse_goals(self.goals, self.attain)
+
+    def seconds_at(self, rate: float) -> float:
+        """Seconds of a probe at a rate that count."""
+        return min(max(self.probe_seconds, MIN_REQUESTS / rate), MAX_LENGTHENING * self.probe_seconds)
 
     @property
     def limits(self) -> SearchLimits:
@@ -160,12 +167,14 @@ class ServerCapacity:
     probes: list[ProbeResult]
     curve: dict[str, Any]
     """``rate``, and the expected share within each goal."""
+    targets: dict[str, float] = field(default_factory=dict)
+    """The share that each goal asks for."""
 
     @property
     def sentence(self) -> str:
         """A description for terminals and reports."""
         if not self.bounded:
-            held = [probe.rate for probe in self.probes if probe.requests and probe.goodput > 0]
+            held = [probe.rate for probe in self.probes if self._held(probe)]
             return f"{self.server}: no capacity found in {len(self.probes)} probes" + (
                 f"; the goals held up to {max(held):.3g} per second" if held else "; the goals held at no rate"
             )
@@ -174,6 +183,10 @@ class ServerCapacity:
             f"{self.server} carries {self.rate:.3g} requests per second, {self.users:.3g} at a time; "
             f"{self.deciding_goal} is missed first; {len(self.probes)} probes{unfinished}"
         )
+
+    def _held(self, probe: ProbeResult) -> bool:
+        shares = {name: good / total for name, (good, total) in probe.counts.items()}
+        return bool(shares) and all(shares[name] >= target for name, target in self.targets.items() if name in shares)
 
     def plain(self) -> dict[str, Any]:
         """As JSON types."""
@@ -273,6 +286,7 @@ def _server(name: str, search: CapacitySearch) -> ServerCapacity:
         search.bounded,
         search.probes,
         {"rate": rates.tolist(), **{goal: share[:-1].tolist() for goal, share in shares.items()}},
+        {goal.name: goal.target for goal in search.goals},
     )
 
 

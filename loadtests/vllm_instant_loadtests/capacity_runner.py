@@ -119,7 +119,8 @@ class CapacityRunner:
         self._drain(str(self._targets[server]["url"]))
         if self._stopped():
             return None
-        seconds = self._plan.probe_seconds * (1 + WARM_UP_SHARE)
+        counting = self._plan.seconds_at(rate)
+        seconds = counting * (1 + WARM_UP_SHARE)
         scale = rate / float(self._about["start_rate"])
         scenario = self._options.scenario.scaled(scale, seconds)
         due = schedule.scheduled_requests(scenario, f"{self._options.seed}/probe {number}")
@@ -134,7 +135,7 @@ class CapacityRunner:
             return None
         begins = described["began"]
         end = described["ended"] if stopped else begins + seconds
-        measured = (begins + seconds - self._plan.probe_seconds, max(end, begins))
+        measured = (begins + seconds - counting, max(end, begins))
         described |= {"rate": rate, "measured": [round(at, 4) for at in measured], "stopped": stopped}
         self._about["segments"].append(described)
         found = count_probe(self._goals, self._heard, server=server, rate=rate, span=measured, stopped=stopped)

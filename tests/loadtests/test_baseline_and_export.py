@@ -17,6 +17,7 @@ from vllm_instant.tools.html.plots import LinePlot, PlotLine
 from vllm_instant_loadtests import capacity_report, otlp
 from vllm_instant_loadtests.analysis import analyse_run
 from vllm_instant_loadtests.capacity import CapacityAnalysis, CapacityPlan, _server
+from vllm_instant_loadtests.capacity_goals import ProbeResult
 from vllm_instant_loadtests.capacity_search import CapacitySearch, compare_capacity
 from vllm_instant_loadtests.compare import BaselineError, compare_runs
 from vllm_instant_loadtests.report import write_junit
@@ -167,3 +168,17 @@ def test_dots_are_not_connected():
         for dots in (False, True)
     ]
     assert drawn[0] == drawn[1] + 1
+
+
+def test_goals_that_held_nowhere_and_everywhere_are_said():
+    plan = CapacityPlan(["ttft_p95_ms=500"])
+    sentences = []
+    for good in (10.0, 100.0):
+        search = CapacitySearch(plan.share_goals, 1.0, plan.limits)
+        for _ in range(4):
+            rate = search.next_rate()
+            counts = {goal.name: (good, 100.0) for goal in plan.share_goals}
+            search.observe(ProbeResult("s", rate, 20.0, 100, counts, good / 20, 1.0))
+        sentences.append((_server("s", search).sentence, rate))
+    assert sentences[0][0].endswith("no capacity found in 4 probes; the goals held at no rate")
+    assert sentences[1][0].endswith(f"the goals held up to {max(p.rate for p in search.probes):.3g} per second")

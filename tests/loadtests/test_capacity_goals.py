@@ -112,3 +112,8 @@ def test_the_offered_rate_is_the_mean_of_all_traffic():
     assert offered_rate(scenario(steady, rising)) == pytest.approx(4.0)
     with pytest.raises(ScenarioError, match="a capacity search needs a rate"):
         offered_rate(scenario({"kind": "c", "prompts": "code", "trace": "t.txt"}))
+
+
+def test_probes_at_low_rates_last_longer():
+    plan = CapacityPlan(["ttft_p95_ms=500"], probe_seconds=10.0)
+    assert [plan.seconds_at(rate) for rate in (5.0, 1.0, 0.1)] == [10.0, 20.0, 30.0]
