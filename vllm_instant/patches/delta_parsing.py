@@ -78,8 +78,12 @@ def _parse_delta(
     context: list[int] = getattr(parser, _CONTEXT, [])
     setattr(parser, _CONTEXT, [*context, *delta_token_ids][-CONTEXT_TOKENS:])
     if len(delta_token_ids) > 1:
-        skip = bool(getattr(request, "skip_special_tokens", True))
-        pieces = divided(parser.model_tokenizer, context, delta_token_ids, delta_text, skip)
+        # A parser may have changed what the detokenizer was asked for.
+        asked = bool(getattr(request, "skip_special_tokens", True))
+        tried = (
+            divided(parser.model_tokenizer, context, delta_token_ids, delta_text, skip) for skip in (asked, not asked)
+        )
+        pieces = next((found for found in tried if found is not None), None)
         if pieces is not None:
             last = len(pieces) - 1
             return merged(

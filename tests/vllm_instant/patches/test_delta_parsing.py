@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -44,7 +45,8 @@ class Tokenizer:
         return {piece.decode(errors="replace"): number for number, piece in enumerate(self._pieces)}
 
     def decode(self, ids, skip_special_tokens=True):
-        return b"".join(self._pieces[i] for i in ids).decode(errors="replace")
+        shown = [i for i in ids if not (skip_special_tokens and i in self.all_special_ids)]
+        return b"".join(self._pieces[i] for i in shown).decode(errors="replace")
 
     def encode(self, text, add_special_tokens=False):
         return []
@@ -115,6 +117,21 @@ def test_characters_of_several_tokens_are_not_torn():
     pieces = [b"a", b"\xe2\x82", b"\xac", b"b"]
     tokenizer = Tokenizer(pieces)
     assert delta_parsing.divided(tokenizer, [0], [1, 2, 3], "€b", True) == ["", "€", "b"]
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_special_tokens_are_shown_or_not_as_in_the_text(skipped):
+    tokenizer = Tokenizer(["a", "<end>", "b"])
+    tokenizer.all_special_ids = [1]
+    text = "ab" if skipped else "a<end>b"
+    request = ChatCompletionRequest(messages=[], skip_special_tokens=True)
+    parser, seen = SimpleNamespace(model_tokenizer=tokenizer), []
+
+    def parse(piece, ids, *_, **__):
+        seen.append((piece, ids))
+
+    delta_parsing._parse_delta(parse, parser, text, [0, 1, 2], request, finished=True)
+    assert seen == [("a", [0]), ("" if skipped else "<end>", [1]), ("b", [2])]
 
 
 def test_a_text_that_the_tokens_do_not_decode_to_is_left_whole():
