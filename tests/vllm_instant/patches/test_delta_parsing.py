@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -111,6 +112,24 @@ def test_reasoning_is_divided_as_token_by_token(seed):
     one_by_one = parsed(GRANITE, [1] * len(GRANITE), reasoning="granite", wrapped=False)
     assert one_by_one[:2] == (" Sun.", " it is sunny. ")
     assert parsed(GRANITE, cuts(len(GRANITE), seed), reasoning="granite") == one_by_one
+
+
+ARGUMENTS = '{"city": "Paris"}'
+CALLS = {
+    "xlam": f'[{{"name": "get_weather", "arguments": {ARGUMENTS}}}]',
+    "hunyuan_a13b": f'<tool_calls>[{{"name": "get_weather", "arguments": {ARGUMENTS}}}]</tool_calls>',
+    "apertus": f'<|tools_prefix|>[{{"get_weather": {ARGUMENTS}}}]<|tools_suffix|>',
+}
+"""Further formats whose parsers say something else where several tokens arrive at once."""
+
+
+@pytest.mark.parametrize("parser", CALLS)
+def test_calls_of_other_formats_are_those_of_token_by_token(parser):
+    pieces = re.findall(r"<[^>]*>|\w+|\W", CALLS[parser])
+    one_by_one = parsed(pieces, [1] * len(pieces), tool=parser, wrapped=False)
+    assert one_by_one[2][0] == {"name": "get_weather", "arguments": ARGUMENTS}
+    for seed in range(12):
+        assert parsed(pieces, cuts(len(pieces), seed), tool=parser) == one_by_one
 
 
 def test_characters_of_several_tokens_are_not_torn():
