@@ -78,23 +78,28 @@ def no_drafts(num_requests: int, num_draft_tokens: npt.NDArray[np.intp] | None =
     return StepPlan(num_draft_tokens, int(num_draft_tokens.max()), num_requests, 1.0, 1.0, num_requests, 1.0)
 
 
-def max_step_seconds(plan: StepPlan, survival: Array, delivery_rate: Array | None, min_speed: float) -> float:
+def max_step_seconds(
+    plan: StepPlan, survival: Array, delivery_rate: Array | None, min_speed: float, saved: Array
+) -> float:
     """Seconds of a step beyond which its drafts slow some request down to less than ``min_speed`` of its baseline.
 
-    A request's speed relative to no drafts is ``(1 + accepted) / seconds * baseline_seconds``; the bound is where the
-    request with the fewest expected accepted tokens reaches ``min_speed``.
+    A request's speed relative to no drafts is ``(1 + accepted) / seconds * baseline_seconds``. A request whose accepted
+    drafts have saved it time may be slowed down further by as much: the drafts that save it time come in some steps,
+    those of the others in other ones.
 
     Args:
         plan: the plan.
         survival: as for ``plan_step``.
         delivery_rate: as for ``plan_step``.
         min_speed: in 0..1, above 0.
+        saved: seconds that each request has saved, ``[requests]``.
 
     """
     drafted = np.arange(survival.shape[1]) < plan.num_draft_tokens[:, None]
     accepted = np.where(drafted, survival, 0.0).sum(1)
-    fewest = 1.0 + float((accepted if delivery_rate is None else accepted * delivery_rate).min())
-    return fewest * plan.baseline_seconds / min_speed
+    if delivery_rate is not None:
+        accepted *= delivery_rate
+    return float(((1.0 + accepted) * plan.baseline_seconds / min_speed + saved).min())
 
 
 def plan_step(

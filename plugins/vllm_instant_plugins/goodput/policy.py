@@ -17,7 +17,7 @@ import numpy.typing as npt
 from vllm_instant import DraftCost, FullGraphs, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant_plugins.acceptance import AcceptanceModel
 from vllm_instant_plugins.goodput.costs import StepCosts
-from vllm_instant_plugins.goodput.decision_log import Decision, DecisionLog
+from vllm_instant_plugins.goodput.decision_log import NOT_ESTIMATED, Decision, DecisionLog
 from vllm_instant_plugins.goodput.draft_cost import FREE, DraftCostEstimator
 from vllm_instant_plugins.goodput.exploration import Explorer, StepContext
 from vllm_instant_plugins.goodput.latency_slo import LatencySlo
@@ -41,6 +41,13 @@ INITIAL_DRAFT_TOKENS = 2
 """Limit of a request's draft tokens on a new server;"""
 GROWTH = 4
 """it grows to this many times the longest accepted draft."""
+MAX_UNDELIVERED_STEPS = 128
+"""After this many steps whose drafts were all trimmed or not found, the next ones are trimmed by their cost alone.
+
+The limit on a step with several requests follows from what each of them gets on average. A drafter that is rarely sure
+gives little on average, and if that were all, its best drafts would never be verified and their value never be learned.
+A request alone slows nobody down: its drafts are worth their time or not. So rare a step is not seen in a p99.
+"""
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
 FIRST_OBSERVATIONS = 20
@@ -108,6 +115,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._backoff_until = 0
         """While off with the same requests, the same decision holds for some steps without being computed again."""
         self._newest_step = 0
+        self._undelivered = 0
+        """Steps since a granted draft was last delivered."""
         self._max_length = INITIAL_DRAFT_TOKENS
         if store is not None:
             saved = store.load()
@@ -203,7 +212,8 @@ class GoodputPolicy(SpeculationPolicy):
         max_seconds = np.inf
         floor = self._slowest_request
         if floor and (self._confident or plan.seconds * floor > plan.baseline_seconds):
-            max_seconds = max_step_seconds(plan, now.survival, now.delivery_rate, floor)
+            saved = self.table.saved[now.batch.indices]
+            max_seconds = max_step_seconds(plan, now.survival, now.delivery_rate, floor, saved)
         if plan.seconds > max_seconds:
             now.max_seconds = min(max_seconds, now.max_seconds)
             plan = now.best(now.survival)
@@ -257,6 +267,8 @@ class GoodputPolicy(SpeculationPolicy):
 
     def _price(self, now: StepContext, num_draft_tokens: Indices, max_seconds: float) -> Indices:
         """Set the cost by which a drafter with confidences trims its drafts, and ask it for all that it can deliver."""
+        if len(now.batch.requests) == 1 or self._undelivered >= MAX_UNDELIVERED_STEPS:
+            max_seconds = np.inf
         max_draft_tokens = len(now.batch.adaptive) * now.max_draft_tokens
         self._draft_cost = self._draft_costs.draft_cost(
             now.plan, now.context, now.more_rows, max_draft_tokens, now.max_rows, max_seconds, self._graphs is not None
@@ -339,7 +351,10 @@ class GoodputPolicy(SpeculationPolicy):
         decision = self.log.of_step(outcome.number - 1)
         if decision is not None:
             decision.set_outcome(outcome, total, num_accepted)
+            if total and not decision.prompt_tokens and decision.reason not in NOT_ESTIMATED:
+                self.table.save(batch, accepted, outcome.seconds, decision.plan.baseline_seconds)
             if total or decision.granted:
+                self._undelivered = 0 if total else self._undelivered + 1
                 self._compare(decision, batch, drafted, accepted)
         self.acceptance.observe(batch.indices, drafted, accepted)
         planned = self.log.of_step(outcome.number)

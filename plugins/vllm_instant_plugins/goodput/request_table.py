@@ -23,6 +23,8 @@ Array = npt.NDArray[np.float64]
 _REMEMBERED_BATCHES = 2
 """The requests of the newest plan, and those of the outcomes that arrive in the meantime."""
 _RATE_MEMORY = 0.9
+MAX_SAVED_STEPS = 8.0
+"""Limit of ``RequestTable.saved``, in steps without drafts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +61,8 @@ class RequestTable:
         """Tokens that a draft model must read before it drafts again: it was off when they came."""
         self._reading: Array = np.zeros(64)
         """Tokens that it had to read for the drafts that were granted last."""
+        self.saved: Array = np.zeros(64)
+        """Seconds that accepted drafts have saved the request, net of those that drafts have made steps longer."""
         self._batches: deque[Batch] = deque(maxlen=_REMEMBERED_BATCHES)
 
     def enter(self, request: RequestState, newest_step: int, uncached_tokens: float = 0.0) -> None:
@@ -73,6 +77,7 @@ class RequestTable:
         self._last_drafted[index] = 0.0
         self.uncached_tokens[index] = uncached_tokens
         self._reading[index] = 0.0
+        self.saved[index] = 0.0
 
     def _grow(self, more: int) -> None:
         self.context = np.pad(self.context, (0, more))
@@ -83,6 +88,7 @@ class RequestTable:
         self._last_drafted = np.pad(self._last_drafted, (0, more))
         self.uncached_tokens = np.pad(self.uncached_tokens, (0, more))
         self._reading = np.pad(self._reading, (0, more))
+        self.saved = np.pad(self.saved, (0, more))
 
     def batch(self, requests: Sequence[RequestState]) -> Batch:
         """The batch of this list of requests."""
@@ -122,6 +128,11 @@ class RequestTable:
         """Add a step's tokens; returns the tokens of context that it read, and its drafted and accepted tokens."""
         context, total, num_accepted = advance(batch.indices, drafted, accepted, self.context)
         return context, total, num_accepted
+
+    def save(self, batch: Batch, accepted: Indices, seconds: float, baseline_seconds: float) -> None:
+        """Book a step with drafts: what it took, and what the same tokens would have taken without."""
+        saved = self.saved[batch.indices] + (1 + accepted) * baseline_seconds - max(seconds, baseline_seconds)
+        self.saved[batch.indices] = np.clip(saved, 0.0, MAX_SAVED_STEPS * baseline_seconds)
 
     def without_recent_drafts(self, batch: Batch, positions: Indices, count: int) -> Indices:
         """The ``count`` of ``positions`` whose requests have gone without drafts for longest."""

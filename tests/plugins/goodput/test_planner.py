@@ -172,14 +172,20 @@ def test_must_draft_gives_the_best_plan_that_drafts():
 def test_a_step_is_too_long_when_a_request_is_slower_for_others_drafts():
     survival = _reach(0.9, 0.0)
     plan = plan_step(survival, _costs(base=20.0, row=1.0), 0.0, max_rows=1e9)
+    nothing = np.zeros(2)
     assert plan.num_draft_tokens.tolist() == [4, 0]
-    assert max_step_seconds(plan, survival, None, 0.5) == pytest.approx(2 * plan.baseline_seconds)
-    assert max_step_seconds(plan, survival, None, 1.0) == pytest.approx(plan.baseline_seconds)
+    assert max_step_seconds(plan, survival, None, 0.5, nothing) == pytest.approx(2 * plan.baseline_seconds)
+    assert max_step_seconds(plan, survival, None, 1.0, nothing) == pytest.approx(plan.baseline_seconds)
     # Requests that drafts help may take part in longer steps.
     helped = _reach(0.9, 0.8)
     both = plan_step(helped, _costs(base=20.0, row=1.0), 0.0, max_rows=1e9)
-    assert max_step_seconds(both, helped, None, 0.5) == pytest.approx(2 * both.baseline_seconds * (1 + helped[1].sum()))
-    rarely = max_step_seconds(both, helped, np.array([1.0, 0.5]), 0.5)
+    longest = max_step_seconds(both, helped, None, 0.5, nothing)
+    assert longest == pytest.approx(2 * both.baseline_seconds * (1 + helped[1].sum()))
+    # One that they have helped before may lose as much of it again.
+    assert max_step_seconds(plan, survival, None, 1.0, np.array([0.0, 0.003])) == pytest.approx(
+        plan.baseline_seconds + 0.003
+    )
+    rarely = max_step_seconds(both, helped, np.array([1.0, 0.5]), 0.5, nothing)
     assert rarely == pytest.approx(2 * both.baseline_seconds * (1 + 0.5 * helped[1].sum()))
 
 

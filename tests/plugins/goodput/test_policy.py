@@ -4,6 +4,7 @@ import functools
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -445,6 +446,40 @@ def test_a_lookup_that_rarely_finds_something_is_used_when_it_does(users):
     off = _serve(lookup, TWO_CORES, users, lambda clock: Fixed(0, None))
     assert ours.drafted > 0.5 * 0.03 * ours.steps * users
     assert ours.tokens_per_second > 1.01 * off.tokens_per_second
+
+
+STEEP = replace(TWO_CORES, rows=[(1, 0.02), (2, 0.029), (9, 0.037), (17, 0.046), (200, 0.4)], draft_pass=0.0)
+"""A second row costs nearly half a step, and further ones little: the verification of any draft at all is dear."""
+
+
+def _bounded(clock):
+    return GoodputPolicy(16, 128, clock=clock, confident_drafts=True, slowest_request=0.95)
+
+
+@pytest.mark.parametrize("finds", [0.03, 0.1])
+def test_the_bound_on_the_pace_of_others_does_not_keep_a_single_request_from_its_drafts(finds):
+    lookup = _lookup(finds, 0.9, 0.95)
+    ours = _serve(lookup, STEEP, 1, _bounded, max_draft_tokens=16)
+    off = _serve(lookup, STEEP, 1, lambda clock: Fixed(0, None))
+    assert ours.drafted > 8 * finds * ours.steps
+    assert ours.tokens_per_second > (1.0 + 3 * finds) * off.tokens_per_second
+
+
+@pytest.mark.parametrize(("users", "share"), [(2, 0.85), (4, 0.5)])
+def test_requests_that_drafts_help_in_different_steps_let_each_other_draft(users, share):
+    """Each is slowed down in the others' steps, and saves more in its own."""
+    lookup = _lookup(0.1, 0.9, 0.95)
+    ours, off, best = (
+        _serve(lookup, STEEP, users, policy, requests=60 * users, max_draft_tokens=16).tokens_per_second
+        for policy in (_bounded, lambda clock: Fixed(0, None), lambda clock: Fixed(8, None))
+    )
+    assert ours / off - 1.0 > share * (best / off - 1.0)
+
+
+def test_a_lookup_that_is_rarely_sure_is_tried_again_beside_another_request():
+    """On average it gives so little that the other request could not be slowed down for it."""
+    lookup = _lookup(0.01, 0.9, 0.95)
+    assert _serve(lookup, STEEP, 2, _bounded, requests=120, max_draft_tokens=16).drafted > 100
 
 
 @pytest.mark.parametrize("users", [1, 4, 16, 64])
