@@ -46,7 +46,7 @@ MAX_UNDELIVERED_STEPS = 128
 
 The limit on a step with several requests follows from what each of them gets on average. A drafter that is rarely sure
 gives little on average, and if that were all, its best drafts would never be verified and their value never be learned.
-A request alone slows nobody down: its drafts are worth their time or not. So rare a step is not seen in a p99.
+A request alone delays no other: its drafts are worth their time or not. So rare a step is not seen in a p99.
 """
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200

@@ -62,7 +62,7 @@ class RequestTable:
         self._reading: Array = np.zeros(64)
         """Tokens that it had to read for the drafts that were granted last."""
         self.saved: Array = np.zeros(64)
-        """Seconds that accepted drafts have saved the request, net of those that drafts have made steps longer."""
+        """Seconds that accepted drafts have saved the request, net of what drafts have made its steps longer."""
         self._batches: deque[Batch] = deque(maxlen=_REMEMBERED_BATCHES)
 
     def enter(self, request: RequestState, newest_step: int, uncached_tokens: float = 0.0) -> None:

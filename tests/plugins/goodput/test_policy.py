@@ -449,7 +449,7 @@ def test_a_lookup_that_rarely_finds_something_is_used_when_it_does(users):
 
 
 STEEP = replace(TWO_CORES, rows=[(1, 0.02), (2, 0.029), (9, 0.037), (17, 0.046), (200, 0.4)], draft_pass=0.0)
-"""A second row costs nearly half a step, and further ones little: the verification of any draft at all is dear."""
+"""A second row costs nearly half a step, and further ones little: the verification of any draft at all is expensive."""
 
 
 def _bounded(clock):
