@@ -34,7 +34,7 @@ from vllm_instant_loadtests.capacity_search import CapacitySearch, compare_capac
 from vllm_instant_loadtests.launcher import scenario_servers
 from vllm_instant_loadtests.scenario import load
 
-RESULT = HERE / "results/capacity.json"
+SIMULATED, MEASURED = HERE / "results/capacity.json", HERE / "results/capacity_servers.json"
 SERVERS = {
     "vllm": '[[servers]]\nname = "vllm"\n',
     "vllm-again": '[[servers]]\nname = "vllm-again"\n',
@@ -187,13 +187,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100)
     options = parser.parse_args()
     if options.what == "simulated":
-        write(RESULT, simulated(options.runs), "simulated queues")
+        write(SIMULATED, simulated(options.runs), "simulated queues")
         return
     if options.scenario is None or (options.what == "sweep") != bool(options.rates):
         parser.error("search and sweep need a SCENARIO, sweep also --rates")
     names = options.servers.split(",")
     found = run(options.scenario, names, options.folder, options.minutes, options.rates)
-    write(RESULT, [cell(options.scenario, found, options.what)], "servers", keys=("scenario", "way", "pair"))
+    write(MEASURED, [cell(options.scenario, found, options.what)], "servers", keys=("scenario", "way", "pair"))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def servers(runs: Sequence[Run]) -> str:
                 ]
             )
     head = ["scenario", "server", "requests per second", "in progress", "missed first", "probes", "minutes", ""]
-    return table(head, rows) if rows else "Not measured yet."
+    return table(head, rows)
 
 
 def machine(runs: Sequence[Run]) -> str:
@@ -63,5 +63,5 @@ def machine(runs: Sequence[Run]) -> str:
 TABLES: dict[str, tuple[str, Show]] = {
     "capacity_simulated": ("capacity", simulated),
     "spikes_machine": ("spikes", machine),
-    "capacity_servers": ("capacity", servers),
+    "capacity_servers": ("capacity_servers", servers),
 }
