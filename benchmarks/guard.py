@@ -21,6 +21,7 @@ import functools
 import importlib
 import logging
 import random
+import re
 import sys
 import tempfile
 import threading
@@ -93,17 +94,24 @@ def planted_part(count: int, seed: int) -> dict[str, Any]:
     late = GuardOptions(late="release", hold_tokens=4, hold_ms=10, side="answer")
     found = {}
     for name, judging, number in (("wait", waiting, count), ("release", service(LaterGuard(), late), count // 10)):
-        check = GuardCheck(judging, TOKENIZER, WORDS, seed)
+        check = GuardCheck(judging, TOKENIZER, WORDS, seed=seed)
         report = asyncio.run(check.leaks(number))
         found[name] = {**asdict(report), "by_path": dict(report.by_path), "window": check.window}
         print(name, found[name])
     return {"part": "planted", "seed": seed, **found}
 
 
+def _is_clean(text: str) -> bool:
+    """Whether Python's own search finds none of the rules: the standard library has numbers of 16 digits."""
+    return not any(word in text.casefold() for word in map(str.casefold, WORDS)) and not any(
+        re.search(pattern, text, re.IGNORECASE) for pattern in PATTERNS
+    )
+
+
 def clean_part(count: int, seed: int) -> dict[str, Any]:
     """Clean passages."""
     options = RulesOptions(words=WORDS, patterns=PATTERNS)
-    check = GuardCheck(service(build_rules(options), options), TOKENIZER, WORDS, seed)
+    check = GuardCheck(service(build_rules(options), options), TOKENIZER, WORDS, _is_clean, seed)
     found = asyncio.run(check.false_stops(count))
     return {"part": "clean", "seed": seed, "count": found.count, "stopped": found.stopped}
 

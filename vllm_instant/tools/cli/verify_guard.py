@@ -35,7 +35,8 @@ def verify_guard(
     except ValueError as error:
         fail(str(error))
     folder = Path(tokenizer) if tokenizer else ASSETS / BASE_IN_ASSETS
-    check = GuardCheck(service, folder, planted)
+    folded = [text.casefold() for text in planted]
+    check = GuardCheck(service, folder, planted, lambda text: not any(each in text.casefold() for each in folded))
 
     async def run(say: Any) -> tuple[Any, Any, Any]:
         leaks = await check.leaks(count, lambda done: say(f"{done} of {count} planted violations"))

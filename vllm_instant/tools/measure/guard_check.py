@@ -133,15 +133,24 @@ class GuardCheck:
         service: The guard.
         tokenizer: A folder with a tokenizer.
         violations: Texts that the guard must stop.
+        is_clean: Says of a passage, by other means than the guard's, whether it has no violation.
         seed: Of everything that is drawn; each number has passages of its own, too.
 
     """
 
-    def __init__(self, service: GuardService, tokenizer: Path, violations: Sequence[str], seed: int = 0) -> None:
+    def __init__(
+        self,
+        service: GuardService,
+        tokenizer: Path,
+        violations: Sequence[str],
+        is_clean: Callable[[str], bool] = lambda text: True,
+        seed: int = 0,
+    ) -> None:
         self._service = service
         self._engine = ForcedEngine(tokenizer, service)
         self._baseline = ForcedEngine(tokenizer, None)
         self._violations = violations
+        self._is_clean = is_clean
         self._seed = seed
         self._random = random.Random(seed)
         options = service.options
@@ -202,9 +211,9 @@ class GuardCheck:
         report.leaked += leak > self.window
 
     async def false_stops(self, count: int, tick: Callable[[int], None] = lambda done: None) -> FalseStops:
-        """Judge clean passages as whole answers."""
+        """Judge the clean passages, of ``count``, as whole answers."""
         stopped = done = 0
-        texts = self._passages(count)
+        texts = filter(self._is_clean, self._passages(count))
         while batch := list(itertools.islice(texts, AT_ONCE)):
             found = await asyncio.gather(*(self._is_changed(text) for text in batch))
             stopped += sum(found)

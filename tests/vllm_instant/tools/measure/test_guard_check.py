@@ -82,3 +82,10 @@ def test_the_command_reports_and_fails_on_what_was_missed(tmp_path):
     violations.write_text("something else\n")
     result = CliRunner().invoke(app, [*words, "--violations", str(violations)])
     assert result.exit_code == 1
+
+
+def test_passages_with_a_violation_are_no_false_stops():
+    check = GuardCheck(rules(words=("import",)), TOKENIZER, ["import"], lambda text: "import" not in text.casefold())
+    found = asyncio.run(check.false_stops(300))
+    assert 0 < found.count < 300
+    assert found.stopped == 0
