@@ -8,7 +8,8 @@ Parts, each a cell of the result file:
   ``rules`` with ``late = "wait"``, and the same rules 30 ms later with ``late = "release"`` and a window of 4 tokens.
 * ``clean``: passages of the demo corpus that ``rules`` stops, which must be none.
 * ``patterns``: 5,000 words and 200 expressions over a line of 10 MB, and token by token.
-* ``delay``: 16 streams on servers without a guard, with ``rules`` and with the demo's ``classifier``, in turns.
+* ``delay``: 16 streams of a token per 50 ms through vLLM's output processor, without a guard, with ``rules`` and with
+  the demo's ``classifier``, in turns.
 * ``planner``: time from the last key of a wish to the first field of the event planner's plan, typed and whole.
 * ``classifier``: clean and unsafe texts that training did not see.
 """
@@ -19,14 +20,13 @@ import argparse
 import asyncio
 import functools
 import importlib
+import itertools
 import logging
 import random
 import re
 import sys
-import tempfile
 import threading
 import time
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,10 @@ from results import write
 from scripted_guard import service
 
 from vllm_instant.interfaces.guard import GuardOptions, GuardRequest
-from vllm_instant.tools.demo import assets, guard_classifier, widen_model
-from vllm_instant.tools.measure.closed_loop import ClosedLoopResult, PromptSpec, run_closed_loop
+from vllm_instant.patches.guard_replay import ForcedAnswer, ForcedEngine, Received
+from vllm_instant.tools.demo import assets, guard_classifier
 from vllm_instant.tools.measure.guard_check import FalseStops, GuardCheck, passages
 from vllm_instant.tools.measure.prompts import held_out_texts
-from vllm_instant.tools.measure.servers import Server
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 from vllm_instant_plugins.guard.plugin import ClassifierOptions, RulesOptions, build_classifier, build_rules
 
@@ -51,7 +50,7 @@ PATTERNS = (r"\b\d{4}[ -]?\d{4}[ -]?\d{4}[ -]?\d{4}\b", r"sk-[a-z0-9]{20,40}")
 SECONDS_LATER = 0.03
 STREAMS = 16
 WISH_CHARACTERS, KEYS_PER_SECOND = 900, 300
-COMMON = ["--served-model-name", "demo", "--max-model-len", "1024", "--max-num-seqs", str(STREAMS), "--enforce-eager"]
+STEP_SECONDS, TOKENS = 0.05, 60
 
 
 class LaterGuard:
@@ -149,35 +148,45 @@ def _quantiles(values: list[float]) -> dict[str, float]:
     return {name: float(np.quantile(values, q)) for name, q in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
 
 
-def delay_part(rounds: int, seconds: float) -> dict[str, Any]:
-    """Arms in turns: each round measures every server, in an order that changes."""
-    classifier = guard_classifier.prepare()
-    files = {
-        "off": "",
-        "rules": f'[guard]\nplugin = "rules"\nwords = {list(WORDS)}\n'.replace("'", '"'),
-        "classifier": f'[guard]\nplugin = "classifier"\nmodel = "{classifier}"\nmax_tokens = 96\nthreshold = 1.0\n',
+async def _streams(engine: ForcedEngine, texts: list[str]) -> list[Received]:
+    """Sixteen streams with a token per ``STEP_SECONDS``, which begin one after the other."""
+
+    async def one(number: int, text: str) -> Received:
+        await asyncio.sleep(STEP_SECONDS * number / STREAMS)
+        token_ids = engine.tokenizer.encode(text, add_special_tokens=False)[:TOKENS]
+        return await engine.replay(ForcedAnswer(token_ids=token_ids, step_seconds=STEP_SECONDS))
+
+    return await asyncio.gather(*(one(number, text) for number, text in enumerate(texts)))
+
+
+def delay_part(rounds: int) -> dict[str, Any]:
+    """Arms in turns, in an order that changes; the engine's steps are given, all behind them is vLLM's."""
+    rules = RulesOptions(words=WORDS, patterns=PATTERNS)
+    lenient = RulesOptions(words=WORDS, patterns=PATTERNS, min_beginning=4)
+    scored = ClassifierOptions(
+        model=str(guard_classifier.prepare()), max_tokens=96, threshold=0.9, restart_seconds=60, side="answer"
+    )
+    classifier: Any = build_classifier(scored)
+    engines = {
+        "off": ForcedEngine(TOKENIZER, None),
+        "rules": ForcedEngine(TOKENIZER, service(build_rules(rules), rules)),
+        "rules, min_beginning = 4": ForcedEngine(TOKENIZER, service(build_rules(lenient), lenient)),
+        "classifier": ForcedEngine(TOKENIZER, service(classifier, scored)),
     }
-    model = assets.prepare(size=widen_model.MEDIUM).target
-    prompts = [PromptSpec(text[:200]) for text in held_out_texts(48)]
-    arms: dict[str, list[ClosedLoopResult]] = {name: [] for name in files}
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        servers = {}
-        for name, text in files.items():
-            (folder / f"{name}.toml").write_text('[speculation]\nplugin = "off"\n' + text)
-            words = ["--plugins", "vllm_instant", "--instant-config", str(folder / f"{name}.toml")]
-            servers[name] = stack.enter_context(Server(model, [*COMMON, *words], log=folder / f"{name}.log"))
-        for number in range(rounds):
-            for name in random.Random(number).sample(list(files), len(files)):
-                arms[name].append(
-                    run_closed_loop(
-                        servers[name].url, "demo", prompts, concurrency=STREAMS, seconds=seconds, first_prompt=number
-                    )
-                )
-    return {"part": "delay", "streams": STREAMS, "rounds": rounds, "arms": _delays(arms)}
+    found: dict[str, list[list[Received]]] = {name: [] for name in engines}
+    texts = iter(passages(STREAMS * (rounds + 1), 6 * TOKENS))
+    for number in range(rounds + 1):
+        chosen = list(itertools.islice(texts, STREAMS))
+        for name in random.Random(number).sample(list(engines), len(engines)):
+            received = asyncio.run(_streams(engines[name], chosen))
+            if number:  # the first round warms up
+                found[name].append(received)
+    classifier.process.close()
+    shown = _delays(found)
+    return {"part": "delay", "streams": STREAMS, "step_ms": 1000 * STEP_SECONDS, "rounds": rounds, "arms": shown}
 
 
-def _delays(arms: dict[str, list[ClosedLoopResult]]) -> dict[str, Any]:
+def _delays(arms: dict[str, list[list[Received]]]) -> dict[str, Any]:
     shown = {}
     base = _by_round(arms["off"])
     for name, results in arms.items():
@@ -192,13 +201,15 @@ def _delays(arms: dict[str, list[ClosedLoopResult]]) -> dict[str, Any]:
     return shown
 
 
-def _by_round(results: list[ClosedLoopResult]) -> dict[str, list[float]]:
-    gaps = [[1000 * gap for gap, _ in result.gaps] for result in results]
+def _by_round(rounds: list[list[Received]]) -> dict[str, list[float]]:
+    complete = [[each for each in received if each.finish_reason == "length"] for received in rounds]
+    gaps = [[1000 * gap for each in received for gap in np.diff(each.times[1:])] for received in complete]
+    first = [[1000 * (each.times[1] - each.times[0]) for each in received] for received in complete]
     return {
         "p50 gap, ms": [float(np.quantile(values, 0.5)) for values in gaps],
         "p99 gap, ms": [float(np.quantile(values, 0.99)) for values in gaps],
-        "median TTFT, ms": [1000 * float(np.median(result.ttft)) for result in results if result.ttft],
-        "tokens/s": [result.tokens_per_second for result in results],
+        "median time to first text, ms": [float(np.median(values)) for values in first],
+        "99th percentile of it, ms": [float(np.quantile(values, 0.99)) for values in first],
     }
 
 
@@ -282,14 +293,13 @@ def main() -> None:
     parser.add_argument("--clean", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0, help="of planted and clean: runs of several seeds add up")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--output", type=Path, default=HERE / "results/guard.json")
     given = parser.parse_args()
     parts = {
         "planted": lambda: planted_part(given.planted, given.seed),
         "clean": lambda: clean_part(given.clean, given.seed),
         "patterns": patterns_part,
-        "delay": lambda: delay_part(given.rounds, given.seconds),
+        "delay": lambda: delay_part(given.rounds),
         "planner": lambda: planner_part(given.rounds),
         "classifier": lambda: classifier_part(given.clean // 10),
     }

@@ -7,6 +7,7 @@ detokenization, stop strings, log probabilities, parallel sampling, aborts and t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,8 @@ class Received:
     chunks: list[str] = field(default_factory=list)
     arrivals: list[int] = field(default_factory=list)
     """The step after which each part with text came, counted from 0."""
+    times: list[float] = field(default_factory=list)
+    """When the first step began, and when each part with text came, by ``time.perf_counter``."""
 
 
 class ForcedEngine:
@@ -87,7 +90,7 @@ class ForcedEngine:
         name = f"forced-{self._count}"
         params = self._params(first, len(answers))
         queue = RequestOutputCollector(params.output_kind, name)
-        received = [Received() for _ in answers]
+        received = [Received(times=[time.perf_counter()]) for _ in answers]
         client = asyncio.get_running_loop().create_task(_read(queue, received, first.kind == "DELTA"))
         ids = self._add(name, first, params, queue, len(answers))
         sent = [0] * len(answers)
@@ -197,4 +200,5 @@ async def _read(queue: Any, received: list[Received], is_delta: bool) -> None:
             got.chunks.append(part.text)
             if part.text:
                 got.arrivals.append(got.num_steps)
+                got.times.append(time.perf_counter())
             got.finish_reason = part.finish_reason or got.finish_reason

@@ -33,6 +33,13 @@ class RulesOptions(GuardOptions):
     homoglyphs: bool = Field(
         True, description="Whether letters of other scripts count as the ASCII letters that they look like."
     )
+    min_beginning: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Number of characters from which the beginning of a possible match is withheld. With more than 1 "
+        "shorter beginnings of violations are released, and less clean text is delayed.",
+    )
     max_match_characters: int = Field(
         128, ge=1, le=4096, description="Maximum length of a match of a regular expression; a longer one is not found."
     )
@@ -61,7 +68,7 @@ def build_rules(options: RulesOptions, context: PluginContext | None = None) -> 
         homoglyphs=options.homoglyphs,
         max_match_characters=options.max_match_characters,
     )
-    return Rules(rules, Action(options.action), options.replacement)
+    return Rules(rules, Action(options.action), options.replacement, options.min_beginning)
 
 
 class ClassifierOptions(GuardOptions):

@@ -142,13 +142,17 @@ class Rules(Guard):
         rules: What is looked for.
         action: What is done with a match: ``STOP``, ``REPLACE`` or ``ESCALATE``.
         replacement: The text in the place of a match that is replaced.
+        min_beginning: Number of characters from which the beginning of a possible match is withheld.
 
     """
 
-    def __init__(self, rules: RuleSet, action: Action = Action.STOP, replacement: str = "***") -> None:
+    def __init__(
+        self, rules: RuleSet, action: Action = Action.STOP, replacement: str = "***", min_beginning: int = 1
+    ) -> None:
         self.rules = rules
         self.action = action
         self.replacement = replacement
+        self.min_beginning = min_beginning
 
     def begin(self, request: GuardRequest) -> TextJudge:
         is_replaced = self.action is Action.REPLACE and request.side == "prompt"
@@ -195,7 +199,8 @@ class RuleJudge(TextJudge):
             self._upto = end
             self._begin = match.end
         suspect = len(self._text) if is_finished else self._rules.suspect_from(self._text, self._begin)
-        position = self._length if suspect == len(self._text) else self._origins[suspect]
+        is_held = len(self._text) - suspect >= self._guard.min_beginning
+        position = self._origins[suspect] if is_held else self._length
         self._upto = max(self._upto, position)
         self._forget(suspect)
         if self._action is Action.ESCALATE and replacements:

@@ -137,6 +137,14 @@ def test_only_what_may_become_a_match_is_withheld():
     assert judge.judge(" 123", (), False).suspect_from == 10
 
 
+def test_short_beginnings_may_be_released():
+    rules = Rules(RuleSet(["bomb"]), min_beginning=3)
+    judge = rules.begin(GuardRequest(request_id="r", side="answer"))
+    assert [judge.judge(letter, (), False).upto for letter in "a bomb"] == [1, 2, 3, 4, 4, 4]
+    verdict = judge.judge(" ", (), False)
+    assert (verdict.action, verdict.upto) == (Action.STOP, 4)
+
+
 def test_prompts_are_stopped_where_answers_are_replaced():
     assert judged(begin(action=Action.REPLACE, side="prompt"), ["a bomb"])[-1].action is Action.STOP
 
