@@ -12,7 +12,7 @@ from vllm_instant.tools.measure.guard_check import FalseStops
 
 def guard(runs: Sequence[Run]) -> str:
     """All parts that were measured."""
-    cells = cells_of(runs)
+    cells = list(cells_of(runs))
     parts = {cell["part"]: cell for cell in cells}
     for name, added in (("planted", _added_leaks), ("clean", _added_stops)):
         if name in parts:
