@@ -34,10 +34,10 @@ from vllm_instant.tools.measure.http_client import async_client
 from vllm_instant.tools.measure.prompts import snippets
 from vllm_instant.tools.measure.server_metrics import metric_totals
 
-ROUND_SECONDS, READING_SECONDS, WARM_UP_SECONDS, REST_SECONDS = 30.0, 300.0, 1200.0, 15.0
+ROUND_SECONDS, READING_SECONDS, WARM_UP_SECONDS, REST_SECONDS = 30.0, 300.0, 900.0, 15.0
 MEMORY_LIMIT, COUNT_LIMIT = 0.01, 0.5
 """Per hour: share of the memory, and number."""
-TOKENS = 24
+TOKENS, SHAPES = 24, 200
 PATTERNS = ["[a-z]{3,6}[0-9]", "(yes|no|maybe)", "[A-Z][a-z]{2,8} [0-9]{2}", '\\{"a": [0-9]{1,4}\\}']
 ROLES = {"vllm": "API server", "VLLM::EngineCore": "engine core", "VLLM::Worker": "worker", "python": "process guard"}
 ABUSES = (
@@ -148,6 +148,16 @@ async def weights_loaded_again(soak: Soak) -> None:
     await soak.post("/collective_rpc", {"method": "reload_weights"})
 
 
+async def every_shape(soak: Soak) -> None:
+    """Prompts of each length once: oneDNN keeps a kernel for each of up to 128 numbers of tokens per layer.
+
+    Chance would meet these lengths over hours, and the worker's memory would grow as long.
+    """
+    for tokens in range(1, SHAPES + 1):
+        prompt = [soak.choose.randrange(100, 4000) for _ in range(tokens)]
+        await soak.post("/v1/completions", {"model": "demo", "prompt": prompt, "max_tokens": 1})
+
+
 ACTIVITIES = (
     known_answer,
     known_answer,
@@ -243,6 +253,7 @@ async def run(target: Target, minutes: float, save: Callable[[dict[str, Any]], N
     soak = Soak(target, random.Random("soak"))
     for prompt in target.prompts:
         soak.expected[prompt] = await soak.complete(prompt)
+    await every_shape(soak)
     readings: list[dict[str, float]] = []
     began, used = time.monotonic(), _cpu_seconds(target)
     while True:

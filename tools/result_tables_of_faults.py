@@ -89,7 +89,7 @@ def soak(runs: Sequence[Run]) -> str:
             rows.append([row["quantity"], *values, slope, limit, "yes" if row.get("flat") else "no"])
         done = f"{sum(cell['activities'].values()):,} activities in {cell['minutes']:.0f} minutes"
         rows.append([done, "", "", "", f"{len(cell['unacceptable'])} wrong", "", "", "yes" if cell["passed"] else "no"])
-    headings = ["", "start", "after 20 minutes", "highest after that", "end", "slope per hour", "limit", "passed"]
+    headings = ["", "start", "after the warm-up", "highest after that", "end", "slope per hour", "limit", "passed"]
     return table(headings, rows)
 
 
