@@ -169,6 +169,8 @@ class ServerCapacity:
     """``rate``, and the expected share within each goal."""
     targets: dict[str, float] = field(default_factory=dict)
     """The share that each goal asks for."""
+    unit: str = "requests"
+    """What the rate counts: requests, or sessions."""
 
     @property
     def sentence(self) -> str:
@@ -180,7 +182,7 @@ class ServerCapacity:
             )
         unfinished = "" if self.finished else " (the interval is wider than asked for: run the same command again)"
         return (
-            f"{self.server} carries {self.rate:.3g} requests per second, {self.users:.3g} at a time; "
+            f"{self.server} carries {self.rate:.3g} {self.unit} per second, {self.users:.3g} at a time; "
             f"{self.deciding_goal} is missed first; {len(self.probes)} probes{unfinished}"
         )
 
@@ -266,12 +268,13 @@ def analyse_capacity(run: RecordedRun) -> CapacityAnalysis:
     plan = CapacityPlan(**run.about["capacity"])
     searches = searches_of(run, plan, float(run.about["start_rate"]))
     known = {name: search for name, search in searches.items() if search.probes}
-    servers = [_server(name, search) for name, search in known.items()]
+    unit = "sessions" if any(request.session is not None for request in run.requests) else "requests"
+    servers = [_server(name, search, unit) for name, search in known.items()]
     comparable = {server.server: known[server.server] for server in servers if server.bounded}
     return CapacityAnalysis(run.about, plan, servers, compare_capacity(comparable))
 
 
-def _server(name: str, search: CapacitySearch) -> ServerCapacity:
+def _server(name: str, search: CapacitySearch, unit: str = "requests") -> ServerCapacity:
     rate = search.estimate()
     rates = np.geomspace(*_plotted(search.probes), 60)
     shares = search.curve(np.append(rates, rate.mean))
@@ -287,6 +290,7 @@ def _server(name: str, search: CapacitySearch) -> ServerCapacity:
         search.probes,
         {"rate": rates.tolist(), **{goal: share[:-1].tolist() for goal, share in shares.items()}},
         {goal.name: goal.target for goal in search.goals},
+        unit,
     )
 
 

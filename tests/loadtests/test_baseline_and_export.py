@@ -16,12 +16,12 @@ from queue_servers import probe
 from vllm_instant.tools.html.plots import LinePlot, PlotLine
 from vllm_instant_loadtests import capacity_report, otlp
 from vllm_instant_loadtests.analysis import analyse_run
-from vllm_instant_loadtests.capacity import CapacityAnalysis, CapacityPlan, _server
+from vllm_instant_loadtests.capacity import CapacityAnalysis, CapacityPlan, _server, analyse_capacity
 from vllm_instant_loadtests.capacity_goals import ProbeResult
 from vllm_instant_loadtests.capacity_search import CapacitySearch, compare_capacity
 from vllm_instant_loadtests.compare import BaselineError, compare_runs
 from vllm_instant_loadtests.report import write_junit
-from vllm_instant_loadtests.run_recorder import RecordedRun
+from vllm_instant_loadtests.run_recorder import RecordedRequest, RecordedRun
 from vllm_instant_loadtests.simulated import SimulatedEngine, SimulatedTraffic, simulate_run
 
 
@@ -182,3 +182,13 @@ def test_goals_that_held_nowhere_and_everywhere_are_said():
         sentences.append((_server("s", search).sentence, rate))
     assert sentences[0][0].endswith("no capacity found in 4 probes; the goals held at no rate")
     assert sentences[1][0].endswith(f"the goals held up to {max(p.rate for p in search.probes):.3g} per second")
+
+
+def test_a_capacity_of_sessions_counts_sessions():
+    goals = CapacityPlan(["ttft_p95_ms=500"], rates=[1.0]).goals
+    segment = {"server": "s", "number": 0, "rate": 1.0, "measured": [0.0, 10.0], "stopped": False}
+    about = {"servers": [{"name": "s"}], "segments": [segment], "capacity": {"goals": goals}, "start_rate": 1.0}
+    request = RecordedRequest("", "s", "a", "chat", 1.0, 1.0, [(1.1, 1), (1.2, 2)], 1.2, segment=0, session=0)
+    for session, unit in ((0, "sessions"), (None, "requests")):
+        (found,) = analyse_capacity(RecordedRun(about, [replace(request, session=session)])).servers
+        assert (found.unit, found.probes[0].requests) == (unit, 1)
