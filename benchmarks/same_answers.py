@@ -123,9 +123,8 @@ def main() -> None:
     """Measure rows until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["single", "pairs"])
-    parser.add_argument(
-        "--seconds", type=float, default=36_000.0, help="no row is begun that would not end before this"
-    )
+    parser.add_argument("--seconds", type=float, default=36_000.0, help="no server is started later than this")
+    parser.add_argument("--answers", type=Path, default=assets.cache_folder("same-answers"), help="vLLM's answers")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--output", type=Path, default=OUTPUT)

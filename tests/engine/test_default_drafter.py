@@ -90,6 +90,7 @@ def test_such_a_request_gets_no_drafts(server):
     assert reply["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
 
 
+@pytest.mark.perf
 def test_every_request_option_is_answered_as_by_the_baseline_with_and_without_drafts(server, baseline):
     features = single_features()
     theirs = answers(baseline.url, features)

@@ -36,6 +36,7 @@ def paths(demo_pair, tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("flags"), demo_pair.draft)
 
 
+@pytest.mark.perf
 def test_a_server_with_many_flags_answers_as_vllm_does_with_them(paths):
     features = [*single_features(), *pairs_of_features()[::6]]
     with serve(ROW, False, paths) as server:

@@ -26,7 +26,7 @@ def answer(client: httpx.Client, feature: Feature, drafts: int | None) -> Any:
     try:
         if not body.get("stream"):
             response = client.post(feature.path, json=body)
-            found = plain(response.json()) if response.status_code == 200 else _error(response)
+            found = _content(response) if response.status_code == 200 else _error(response)
             return {"status": response.status_code, "answer": found}
         events = []
         with client.stream("POST", feature.path, json=body) as response:
@@ -36,6 +36,13 @@ def answer(client: httpx.Client, feature: Feature, drafts: int | None) -> Any:
         return {"status": response.status_code, "answer": joined(events)}
     except httpx.HTTPError as error:
         return {"status": 0, "answer": f"{type(error).__name__}: {error}"}
+
+
+def _content(response: httpx.Response) -> Any:
+    try:
+        return plain(response.json())
+    except ValueError:
+        return response.text[:300]
 
 
 def _error(response: httpx.Response) -> str:
