@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from cold_start import AGAIN, CLIENT_KEY, MAX_USERS, OFF, Engine
+from cold_start import AGAIN, CLIENT_KEY, MAX_USERS, OFF, Engine, in_serving_environment
 from results import HERE, write
 
 from vllm_instant.speculation.draft_budget import DraftBudgetManager
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--output", type=Path, default=HERE / "results/pace_bound.json")
     options = parser.parse_args()
+    in_serving_environment()
     found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="pace-bound-") as name:
         engine = Engine("trained", Path(name))
