@@ -76,12 +76,12 @@ def main() -> None:
                 console.print(f"Start {number + 1}: both servers are ready after {time.monotonic() - began:.0f} s.")
                 starts.append(session.converse(console, setup.tasks, baseline, ours, options.rounds))
         console.print(session._table(starts[-1]))
+        measured = [cell(by_start, setup.name, options.dtype or "bfloat16") for by_start in zip(*starts, strict=True)]
+        write(options.output, measured, options.name, ("model", "dtype", "prompt"), any_name=True)
     console.print(session.conditions(setup, options.rounds))
     if options.screenshot:
         console.save_svg(str(options.screenshot), title="vllm-instant demo")
     console.print(f"{time.monotonic() - began:.0f} s in all")
-    measured = [cell(by_start, setup.name, options.dtype or "bfloat16") for by_start in zip(*starts, strict=True)]
-    write(options.output, measured, options.name, ("model", "dtype", "prompt"), any_name=True)
 
 
 if __name__ == "__main__":
