@@ -13,7 +13,7 @@ import typer
 
 from vllm_instant.deployment.secrets import masked_words
 from vllm_instant.tools.cli.common import Overrides, fail, print_columns, require, working
-from vllm_instant.tools.cli.default_command import DefaultCommandGroup
+from vllm_instant.tools.cli.default_command import DefaultCommand, DefaultCommandGroup
 from vllm_instant.tools.cli.loadtest_capacity import capacity, judge_capacity
 from vllm_instant.tools.cli.loadtest_servers import PACKAGES, scenario_addresses
 from vllm_instant.tools.measure.servers import START_TIMEOUT, ServerError, terminable
@@ -23,11 +23,18 @@ if TYPE_CHECKING:
     from vllm_instant_loadtests.scenario import Scenario
 
 
-app = typer.Typer(cls=DefaultCommandGroup)
+app = typer.Typer(
+    cls=DefaultCommandGroup,
+    help="Find latency spikes under load and their causes, or (capacity) the load that goals allow.",
+)
 app.command(name="capacity")(capacity)
 
 
-@app.command(name=DefaultCommandGroup.default, epilog="`vllm-instant loadtest capacity` finds how much servers carry.")
+@app.command(
+    name=DefaultCommandGroup.default,
+    cls=DefaultCommand,
+    epilog="`vllm-instant loadtest capacity` finds how much servers carry.",
+)
 def loadtest(
     scenario: Annotated[
         str | None, typer.Argument(help="Scenario to send: a TOML file, or the name of a built-in one (see --list).")
