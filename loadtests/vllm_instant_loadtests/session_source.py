@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vllm_instant.tools.measure.server_info import ServerInfo, authorization, read_server_info
 from vllm_instant_loadtests.scenario import Scenario, ScenarioError, load
 from vllm_instant_loadtests.schedule import scheduled_requests
 from vllm_instant_loadtests.scheduled_request import ScheduledRequest
@@ -25,6 +27,11 @@ class SessionSource:
     def __init__(self, scenario: Scenario, seed: str, url: str) -> None:
         self.url = url
         self._sessions = _sessions(scenario, seed)
+
+    @cached_property
+    def server(self) -> ServerInfo:
+        """The server; asked once per process, not by every user."""
+        return read_server_info(self.url, authorization(None))
 
     def take(self) -> list[ScheduledRequest]:
         """The requests of the next session; raises ScenarioError where the scenario has none."""

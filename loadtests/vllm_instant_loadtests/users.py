@@ -14,7 +14,7 @@ from gevent.event import Event
 from gevent.pool import Group
 from locust import User, constant, task
 
-from vllm_instant.tools.measure.server_info import authorization, read_server_info
+from vllm_instant.tools.measure.server_info import authorization
 from vllm_instant.tools.measure.token_stream import STREAM_OPTIONS
 from vllm_instant_loadtests import locust_stats
 from vllm_instant_loadtests.run_recorder import RecordedRequest
@@ -118,7 +118,7 @@ class SessionUser(StreamingUser):
         super().__init__(environment)
         self._source = source_of(environment)
         # Not the page's host: requests carry the API key of this process.
-        found = read_server_info(self._source.url, authorization(None))
+        found = self._source.server
         self.client = StreamingClient(found.url, found.name, authorization(None))
 
     @task  # type: ignore[untyped-decorator]
