@@ -71,6 +71,8 @@ class Table:
             try:
                 with serve(row, False, self._paths) as server:
                     found = answers(server.url, self._features)
+                    if not server.healthy():
+                        raise ServerError("vLLM's own engine died while it answered", server)
             except ServerError as error:
                 found = {"refused": refusal(error)}
             file.write_text(json.dumps(found))
