@@ -57,7 +57,9 @@ class Client:
         # Tokens come in order, once, and none whose text is still withheld.
         assert self.tokens == list(range(len(self.tokens)))
         assert all(self.ends[index] <= len(self.got) for index in self.tokens)
-        ahead = [index for index in self.tokens if self.ends[index] > self.judged]
+        # Tokens without text at the very end of an answer come with it.
+        starts = [0, *self.ends]
+        ahead = [index for index in self.tokens if self.ends[index] > max(self.judged, starts[index])]
         if self.limits.late is Late.RELEASE:
             assert len(ahead) <= self.limits.hold_tokens
             assert len(self.got) <= max([self.judged, *(self.ends[index] for index in ahead)])
