@@ -221,7 +221,8 @@ def slopes(readings: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
         row |= {"end": values[-1], "highest": max(values), "limit_per_hour": limit}
         if len(values) > 2:
             line = stats.linregress(hours, values)
-            half = float(line.stderr * stats.t.ppf(0.975, len(values) - 2))
+            # The error of a constant is no number.
+            half = float(line.stderr * stats.t.ppf(0.975, len(values) - 2)) if min(values) < max(values) else 0.0
             row |= {"per_hour": float(line.slope), "low": line.slope - half, "high": line.slope + half}
             row["flat"] = bool(row["high"] < limit)
         rows.append(row)
