@@ -58,3 +58,13 @@ def test_servers_on_a_gpu_are_compared_with_the_best_arm_of_vllm_and_refused_arm
     assert row["best_vllm_arm"] == "draft model, K=2"
     assert row[f"{servers.OURS} / best"]["median"] == 1.5
     assert "adaptive verification" not in row["arms"]
+
+
+def test_a_soak_tells_what_grows_from_what_is_constant(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    soak = importlib.import_module("chaos_soak")
+    readings = [{"seconds": 300 * i, "tasks": 11, "threads": 10 + i, "memory, MiB": 500 + (i % 2)} for i in range(20)]
+    found = {row["quantity"]: row for row in soak.slopes(readings)}
+    assert (found["tasks"]["per_hour"], found["tasks"]["low"], found["tasks"]["high"]) == (0, 0, 0)
+    assert found["threads"]["per_hour"] == pytest.approx(12)
+    assert {name: row["flat"] for name, row in found.items()} == {"tasks": True, "threads": False, "memory, MiB": True}
