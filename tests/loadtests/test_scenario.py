@@ -27,7 +27,7 @@ def test_every_built_in_scenario_sends_something(name):
 
 def test_the_documented_scenarios_exist():
     promised = "assistant steady burst ramp mix draft-collapse long-prompt-intrusion kv-squeeze disconnects typists"
-    assert set(built_in()) == {*promised.split(), "conversation", "agent"}
+    assert set(built_in()) == {*promised.split(), "conversation", "agent", "planner"}
 
 
 def test_in_the_draft_collapse_creative_traffic_replaces_structured_at_the_same_rate():

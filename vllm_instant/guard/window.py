@@ -6,6 +6,7 @@ cuts inside of a token, so that texts, token ids and log probabilities end at th
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -233,8 +234,10 @@ class Window:
         return self._limits.late is not Late.RELEASE or now < self._finished_at + self._limits.hold_seconds
 
     def _arrival(self, token: _Token) -> float:
-        """When a token could have reached the client, were there no guard."""
-        return token.arrived if self._is_streamed else max(token.arrived, self._finished_at or token.arrived)
+        """When a token could have reached the client, were there no guard; infinite before a whole answer's end."""
+        if self._is_streamed:
+            return token.arrived
+        return math.inf if self._finished_at is None else max(token.arrived, self._finished_at)
 
     def _oldest(self) -> float | None:
         """Since when the oldest text without a verdict is withheld; None while none is."""

@@ -1,6 +1,7 @@
 """Nothing leaves a window that was not judged, beyond what its limits allow; and nothing is lost."""
 
 import itertools
+import weakref
 
 import pytest
 from hypothesis import given
@@ -17,13 +18,13 @@ def limits(late="wait", hold_tokens=3, hold_seconds=1.0, max_wait_seconds=10.0):
 def filled(window, *tokens, at=0.0):
     """Add tokens of these texts, one after the other."""
     for token in tokens:
-        end = filled.ends.setdefault(id(window), 0) + len(token)
-        filled.ends[id(window)] = end
+        end = filled.ends.setdefault(window, 0) + len(token)
+        filled.ends[window] = end
         window.extend(token, [end], at)
     return window
 
 
-filled.ends = {}
+filled.ends = weakref.WeakKeyDictionary()
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +241,14 @@ def test_an_answer_that_is_not_streamed_is_late_after_its_end_only():
     window.finish(50.0)
     assert window.deadline() == 51.0
     assert window.take(51.0).is_stopped
+
+
+def test_an_answer_that_is_not_streamed_and_stopped_has_not_waited():
+    window = filled(Window(limits(), is_streamed=False), "a", "b")
+    window.apply(Verdict(1, Action.STOP, rule="b"))
+    release = window.take(9.0)
+    assert release.text == "a"
+    assert release.delay == 0.0
 
 
 def test_the_bytes_of_a_withheld_character_are_withheld():
