@@ -10,6 +10,8 @@ from asking import ask, ask_all, settled_metrics
 from feature_answers import answers, difference
 from request_features import single_features
 
+from vllm_instant.deployment.slots import SLOTS
+
 REPEATED = "alpha = 1\nbeta = 2\ngamma = 3\ndelta = 4\n" * 6
 
 
@@ -21,7 +23,7 @@ def server(launch):
 
 def test_repetition_is_drafted_without_any_configuration(server):
     before = server.metrics()
-    assert before.get("vllm_instant:plugin_info") == 7
+    assert before.get("vllm_instant:plugin_info") == len(SLOTS)
     for _ in range(3):
         ask(server, REPEATED, max_tokens=96)
     assert server.metrics()["vllm:spec_decode_num_accepted_tokens_total"] > 60

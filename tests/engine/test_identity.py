@@ -11,6 +11,8 @@ import pytest
 from asking import ask, ask_all, metrics_when
 from deployments import DRAFT_MODEL, EXAMPLE, HYBRID, NGRAM, SUFFIX
 
+from vllm_instant.deployment.slots import SLOTS
+
 DEPLOYMENTS = {
     "draft_model": DRAFT_MODEL,
     "ngram": NGRAM,
@@ -70,7 +72,7 @@ def test_fifty_prompts_and_their_metrics(server, prompts, expected):
     assert _padding(totals) in range(0, 4 * length, length)
     assert totals[ACCEPTED] == totals[VLLM_ACCEPTED] > 10
     assert totals["vllm_instant:draft_tokens_budgeted_total"] >= proposed
-    assert totals["vllm_instant:plugin_info"] == 7
+    assert totals["vllm_instant:plugin_info"] == len(SLOTS)
     assert "vllm_instant:plugin_failures_total" not in totals
     if httpx.get(f"{server.url}/v1/instant/deployment").json()["slots"]["batching"]["plugin"] != "fcfs":
         # Every request started once, whatever the order and the chunk size.

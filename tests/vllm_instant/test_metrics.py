@@ -3,6 +3,7 @@
 from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_instant.deployment.settings import resolve
+from vllm_instant.deployment.slots import SLOTS
 from vllm_instant.metrics import InstantMetrics
 
 
@@ -71,4 +72,4 @@ def test_every_plugin_of_the_deployment_is_listed():
     InstantMetrics(resolve(), registry)
     text = generate_latest(registry).decode()
     assert 'vllm_instant:plugin_info{distribution="vllm-instant",lossy="no",plugin="goodput",slot="speculation"' in text
-    assert text.count("vllm_instant:plugin_info{") == 7
+    assert text.count("vllm_instant:plugin_info{") == len(SLOTS)

@@ -56,7 +56,11 @@ class Tokenizer:
 def parsed(pieces, sizes, tool=None, reasoning=None, wrapped=True):
     """Content, reasoning and calls of all deltas of these sizes."""
 
+    plain = vars(DelegatingParser)["parse_delta"]
+
     class Made(DelegatingParser):
+        # Other tests of this process may have activated the patch.
+        parse_delta = getattr(plain, "__wrapped__", plain)
         tool_parser_cls = tool and ToolParserManager.get_tool_parser(tool)
         reasoning_parser_cls = reasoning and ReasoningParserManager.get_reasoning_parser(reasoning)
 
