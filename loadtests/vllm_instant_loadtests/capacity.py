@@ -215,10 +215,6 @@ class CapacityAnalysis:
         contrast = self.comparisons[ours, theirs]
         effect = contrast.effect
         said = f"{ours} carries {effect.mean:.2f}× [{effect.low:.2f}, {effect.high:.2f}] of {theirs}"
-        if contrast.verdict == "same":
-            return f"{said}: no difference"
-        if contrast.verdict == "undecided":
-            return f"{said}: no difference shown"
         return f"{said}: {contrast.verdict}"
 
     def summary(self) -> str:

@@ -42,11 +42,11 @@ INITIAL_DRAFT_TOKENS = 2
 GROWTH = 4
 """it grows to this many times the longest accepted draft."""
 MAX_UNDELIVERED_STEPS = 128
-"""After this many steps whose drafts were all trimmed or not found, the next ones are trimmed by their cost alone.
+"""After this many steps whose drafts were all trimmed or not found, the next drafts have no limit for others' pace.
 
-The limit on a step with several requests follows from what each of them gets on average. A drafter that is rarely sure
-gives little on average, and if that were all, its best drafts would never be verified and their value never be learned.
-A request alone delays no other: its drafts are worth their time or not. So rare a step is not seen in a p99.
+The limit follows from what each request gets on average. A drafter that is rarely sure gives little on average, and if
+that were all, its best drafts would never be verified and their value never be learned. So rare a step is outside of a
+p99. A request alone delays no other, and never has the limit.
 """
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
@@ -211,7 +211,8 @@ class GoodputPolicy(SpeculationPolicy):
         plan = now.best(now.survival)
         max_seconds = np.inf
         floor = self._slowest_request
-        if floor and (self._confident or plan.seconds * floor > plan.baseline_seconds):
+        is_limited = len(now.batch.requests) > 1 and self._undelivered < MAX_UNDELIVERED_STEPS
+        if floor and is_limited and (self._confident or plan.seconds * floor > plan.baseline_seconds):
             saved = self.table.saved[now.batch.indices]
             max_seconds = max_step_seconds(plan, now.survival, now.delivery_rate, floor, saved)
         if plan.seconds > max_seconds:
@@ -267,8 +268,6 @@ class GoodputPolicy(SpeculationPolicy):
 
     def _price(self, now: StepContext, num_draft_tokens: Indices, max_seconds: float) -> Indices:
         """Set the cost by which a drafter with confidences trims its drafts, and ask it for all that it can deliver."""
-        if len(now.batch.requests) == 1 or self._undelivered >= MAX_UNDELIVERED_STEPS:
-            max_seconds = np.inf
         max_draft_tokens = len(now.batch.adaptive) * now.max_draft_tokens
         self._draft_cost = self._draft_costs.draft_cost(
             now.plan, now.context, now.more_rows, max_draft_tokens, now.max_rows, max_seconds, self._graphs is not None
