@@ -34,6 +34,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skipif(not _has_gpu(), reason="no CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_beside_other_processes() -> None:
+    """One thread for torch where pytest-xdist runs tests in several processes: they have the cores already.
+
+    OpenMP's threads wait for each other by spinning; with twice as many as cores a training step takes many times as
+    long. vLLM's workers set their own number.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+
+
 def pytest_collection_finish() -> None:
     """Refuse test modules that import Locust.
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -25,20 +27,58 @@ def test_two_tensor_parallel_workers(launch, prompts, expected):
     assert totals["vllm_instant:draft_tokens_accepted_total"] > 0
 
 
-def test_two_api_servers_and_a_key(launch, prompts, expected):
-    """Requests of both API servers are counted once, and our routes are behind the API key."""
-    with launch(DRAFT_MODEL, "--api-server-count", "2", "--api-key", "secret") as server:
+def test_two_api_servers_with_a_key_and_a_guard(launch, prompts, expected):
+    """Requests of both API servers are counted once, our routes are behind the API key, and each server has the guard.
+
+    A forbidden word of one answer ends that answer before the word, streamed and whole; all others are vLLM's.
+    """
+    asked = list(zip(prompts, expected, strict=True))[:12]
+    number, word = _word_of_one_answer([answer for _, answer in asked])
+    guard = f'\n[guard]\nplugin = "rules"\nside = "answer"\nwords = ["{word}"]\n'
+    with launch(DRAFT_MODEL + guard, "--api-server-count", "2", "--api-key", "secret") as server:
         key = {"Authorization": "Bearer secret"}
         route = f"{server.url}/v1/instant/deployment"
         assert httpx.get(route).status_code == 401
         deployment = httpx.get(route, headers=key).json()
-        for prompt, answer in list(zip(prompts, expected, strict=True))[:12]:
+
+        def ask(prompt):
             body = {"model": "demo", "prompt": prompt, "max_tokens": 48, "temperature": 0, "ignore_eos": True}
             response = httpx.post(f"{server.url}/v1/completions", json=body, headers=key, timeout=300)
-            assert response.json()["choices"][0]["text"] == answer
+            (choice,) = response.json()["choices"]
+            return choice["text"], choice["finish_reason"]
+
+        # Four times the one that is stopped: a new connection each, so that both API servers get some.
+        wanted = [prompt for prompt, _ in asked] + [prompts[number]] * 3
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(ask, wanted))
+        streamed = _streamed(server, key, prompts[number])
         totals = metrics_when(server, lambda now: 0 < now.get(PROPOSED, 0) == now[VLLM_PROPOSED])
+    stopped = expected[number][: expected[number].lower().index(word)]
+    for place, (answer, (_, whole)) in enumerate(zip(answers, [*asked, *[asked[number]] * 3], strict=True)):
+        is_stopped = place == number or place >= len(asked)
+        assert answer == ((stopped, "content_filter") if is_stopped else (whole, "length"))
+    assert streamed == (stopped, "content_filter")
     assert deployment["slots"]["drafter"]["plugin"] == "model"
     assert totals[PROPOSED] == totals[VLLM_PROPOSED] > 0
+
+
+def _word_of_one_answer(answers):
+    """A word of ASCII letters that occurs in one of the answers, not at its beginning: its number, and the word."""
+    texts = [answer.lower() for answer in answers]
+    for number, text in enumerate(texts):
+        for word in re.findall(r"(?<=[^a-z_])[a-z]{5,}(?=[^a-z_])", text[8:]):
+            if sum(text.count(word) for text in texts) == 1:
+                return number, word
+    raise AssertionError("every word occurs twice")
+
+
+def _streamed(server, headers, prompt):
+    """Text and finish reason of a streamed completion."""
+    body = {"model": "demo", "prompt": prompt, "max_tokens": 48, "temperature": 0, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=300) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
+    parts = [json.loads(line)["choices"][0] for line in lines]
+    return "".join(part["text"] for part in parts), parts[-1]["finish_reason"]
 
 
 OFFLINE = """
