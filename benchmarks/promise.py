@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/promise.py --part warm        # 12 minutes; repeated, it adds rounds to earlier ones
     .venv/bin/python benchmarks/promise.py --part cold        # 8 minutes
+    .venv/bin/python benchmarks/promise.py --part first --loads 1,8 --rounds 40        # 6 minutes
 
 Arms: a vLLM server without this package; one with a fixed number of ``suffix`` drafts, at several lengths (``--fixed
 'suffix,draft model'``: one with the drafts of ``vllm-instant demo draft`` as well); and ours, the default deployment
@@ -11,10 +12,12 @@ tokens.
 
 ``warm`` uses servers that have served a burst before, ours with the costs that it learned then (``--costs``). ``cold``
 starts a new server for each burst of ours and of vLLM without speculation, ours with an empty folder of learned costs;
-the fixed lengths learn nothing and stay.
+the fixed lengths learn nothing and stay. ``first`` asks for one token, of ours and of two vLLM servers without
+speculation, and compares the time to it.
 
 Speed is output tokens per second of the burst, until its last token. Ratios are medians over rounds, each of the two
-arms of one round.
+arms of one round. Which arm is the best for a cell is decided for each round by the *other* rounds (of new servers also
+by those of the warm ones): the fastest of several equal arms of one round would be fast by luck.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,11 +45,11 @@ from vllm_instant.tools.measure.sampling import ServerClient
 from vllm_instant.tools.measure.servers import Server, settle, stop_all, terminable
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
-OFF, SUFFIX, DRAFT, OURS = "off", "suffix", "draft model", "ours"
+OFF, AGAIN, SUFFIX, DRAFT, OURS = "off", "off again", "suffix", "draft model", "ours"
 LENGTHS = {SUFFIX: (2, 8), DRAFT: (1, 3)}
 SERVED = "demo"
 CLASSES = ("edit", "extract", "story", "mixed")
-SECONDS = {"warm": 660.0, "cold": 410.0}
+SECONDS = {"warm": 660.0, "cold": 410.0, "first": 360.0}
 """Time after which no round begins."""
 KEYS = ("part", "prompts", "users")
 OUTPUT = HERE / "results/promise.json"
@@ -91,7 +94,7 @@ class Arms:
 
     def _deployment(self, name: str) -> str:
         """The deployment file of an arm; none for vLLM alone."""
-        if name == OFF:
+        if name in (OFF, AGAIN):
             return ""
         if name == OURS:
             costs = json.dumps(str(self._costs))
@@ -104,7 +107,7 @@ class Arms:
             f'plugin = "model"\nmodel = {draft}\nnum_speculative_tokens = 8\ndraft_sample_method = "probabilistic"\n'
         )
 
-    def start(self, names: Sequence[str]) -> None:
+    def start(self, names: Iterable[str]) -> None:
         """Start the servers that do not run yet, at the same time."""
         new = {name: self._server(name) for name in names if name not in self._servers}
         self._servers |= new
@@ -150,20 +153,48 @@ def figures(burst: ArmRound) -> dict[str, Any]:
     }
 
 
-def summary(part: str, cell: Cell, model: str, rounds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """A cell of the result file."""
+Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
+"""The bursts of a cell by arm, in the same order for every arm."""
+
+
+def best_by_round(rounds: Rounds, warm: Rounds) -> list[str]:
+    """For each round, the fastest arm but ours in all others and in ``warm``; in itself where there is no other."""
+    count = len(rounds[OURS])
+    found = []
+    for now in range(count):
+        judged = [number for number in range(count) if number != now] or ([] if warm else [now])
+        speeds = {
+            arm: [bursts[number]["tokens_per_second"] for number in judged]
+            + [burst["tokens_per_second"] for burst in warm.get(arm, ())]
+            for arm, bursts in rounds.items()
+            if arm != OURS
+        }
+        found.append(max(speeds, key=lambda arm: float(np.median(speeds[arm] or [0.0]))))
+    return found
+
+
+def summary(part: str, cell: Cell, model: str, rounds: Rounds, warm: Rounds) -> dict[str, Any]:
+    """A cell of the result file; ``warm`` are the rounds of the same cell on servers that have served before."""
 
     def values(arm: str, key: str) -> list[float]:
         return [burst[key] for burst in rounds[arm]]
 
-    speeds = {arm: values(arm, "tokens_per_second") for arm in rounds}
     others = [arm for arm in rounds if arm != OURS]
-    best = max(others, key=lambda arm: float(np.median(speeds[arm])))
+    best = max(others, key=lambda arm: float(np.median(values(arm, "tokens_per_second"))))
+    by_round = best_by_round(rounds, warm)
+
+    def best_values(key: str) -> list[float]:
+        return [rounds[arm][number][key] for number, arm in enumerate(by_round)]
+
     found: dict[str, Any] = {"part": part, "model": model, "prompts": cell.prompts, "users": cell.users, "best": best}
-    found["ours_to_best"] = vars(ratio_interval(speeds[OURS], speeds[best]))
-    found["ours_to_off"] = vars(ratio_interval(speeds[OURS], speeds[OFF]))
+    found["best_by_round"] = by_round
+    ours = values(OURS, "tokens_per_second")
+    found["ours_to_best"] = vars(ratio_interval(ours, best_values("tokens_per_second")))
+    found["ours_to_off"] = vars(ratio_interval(ours, values(OFF, "tokens_per_second")))
     # Latency the other way round: above 1, ours is sooner.
-    found["latency_best_to_ours"] = vars(ratio_interval(values(best, "latency_ms"), values(OURS, "latency_ms")))
+    found["latency_best_to_ours"] = vars(ratio_interval(best_values("latency_ms"), values(OURS, "latency_ms")))
+    first = {arm: values(arm, "ttft_ms") for arm in rounds}
+    found["ttft_to_off"] = {arm: vars(ratio_interval(first[arm], first[OFF])) for arm in rounds if arm != OFF}
     keys = ("tokens_per_second", "ttft_ms", "p50_itl_ms", "p99_itl_ms", "latency_ms")
     found["arms"] = {arm: {key: vars(median_interval(values(arm, key))) for key in keys} for arm in rounds}
     found["rounds"] = dict(rounds)
@@ -177,8 +208,10 @@ def earlier(path: Path, part: str) -> dict[Cell, dict[str, list[dict[str, Any]]]
     return {Cell(cell["prompts"], cell["users"]): cell["rounds"] for cell in cells}
 
 
-def arms_of(fixed: Sequence[str]) -> list[str]:
-    """All arms, those of a fixed length by drafter."""
+def arms_of(part: str, fixed: Sequence[str]) -> list[str]:
+    """All arms of a part, those of a fixed length by drafter."""
+    if part == "first":
+        return [OFF, AGAIN, OURS]
     return [OFF, *(f"{name}, K={length}" for name in fixed for length in LENGTHS[name]), OURS]
 
 
@@ -187,8 +220,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_option(parser)
     parser.set_defaults(model=SMOLLM2)
-    parser.add_argument("--part", choices=["warm", "cold"], required=True)
-    parser.add_argument("--prompts", help="classes of prompts; all four, or mixed for new servers")
+    parser.add_argument("--part", choices=list(SECONDS), required=True)
+    parser.add_argument("--prompts", help="classes of prompts; by default all four in the warm part, else mixed")
     parser.add_argument("--loads", default="1,4,8,16")
     parser.add_argument("--fixed", default=SUFFIX, help="drafters that have an arm with a fixed length")
     parser.add_argument("--costs", type=Path, help="folder in which ours keeps learned costs between warm runs")
@@ -200,10 +233,10 @@ def main() -> None:
     options = parser.parse_args()
     model = chosen(options)
     options.seconds = SECONDS[options.part] if options.seconds is None else options.seconds
-    kinds = (options.prompts or ("mixed" if options.part == "cold" else ",".join(CLASSES))).split(",")
+    kinds = (options.prompts or (",".join(CLASSES) if options.part == "warm" else "mixed")).split(",")
     cells = [Cell(kind, int(users)) for users in options.loads.split(",") for kind in kinds]
     with terminable(), tempfile.TemporaryDirectory(prefix="promise-") as name:
-        learned = options.costs if options.costs and options.part == "warm" else Path(name) / "costs"
+        learned = options.costs if options.costs and options.part != "cold" else Path(name) / "costs"
         arms = Arms(model, Path(name), learned)
         try:
             measure(arms, model, cells, options, Console())
@@ -218,14 +251,16 @@ def measure(
     began = time.monotonic()
     part = options.part
     rounds = earlier(options.output, part)
-    fixed = [name for name in options.fixed.split(",") if name]
-    names = arms_of(fixed)
+    warm = earlier(options.output, "warm") if part == "cold" else {}
+    fixed = [name for name in options.fixed.split(",") if name and part != "first"]
+    names = arms_of(part, fixed)
+    tokens = 1 if part == "first" else options.tokens
 
     def made(cell: Cell) -> int:
         return min((len(bursts) for bursts in rounds.get(cell, {}).values()), default=0)
 
     if part != "cold":
-        arms.start([OFF, *fixed, OURS])
+        arms.start(dict.fromkeys(arm.partition(",")[0] for arm in names))
         for arm in names:
             arms.burst(arm, model.of_classes(["mixed"], 4, 99)["mixed"], 4, 32, 0)
     while open_cells := [cell for cell in cells if made(cell) < options.rounds]:
@@ -239,15 +274,16 @@ def measure(
             arms.restart([OFF, OURS])
             arms.start(fixed)
         order = random.Random(seed).sample(names, len(names))
-        found = {arm: arms.burst(arm, prompts, cell.users, options.tokens, seed) for arm in order}
+        found = {arm: arms.burst(arm, prompts, cell.users, tokens, seed) for arm in order}
         kept = rounds.setdefault(cell, {})
         for arm, burst in found.items():
             kept[arm] = [*kept.get(arm, [])[:number], burst]
-        line = ", ".join(f"{arm} {burst['tokens_per_second']:.1f}" for arm, burst in sorted(found.items()))
+        unit = "ttft_ms" if part == "first" else "tokens_per_second"
+        line = ", ".join(f"{arm} {burst[unit]:.1f}" for arm, burst in sorted(found.items()))
         console.print(
             f"[{time.monotonic() - began:.0f} s] {part}, {cell.prompts}, {cell.users} users: {line}", soft_wrap=True
         )
-        measured = [summary(part, of, model.name, by_arm) for of, by_arm in rounds.items()]
+        measured = [summary(part, of, model.name, by_arm, warm.get(of, {})) for of, by_arm in rounds.items()]
         write(options.output, measured, options.name, KEYS)
 
 

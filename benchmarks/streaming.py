@@ -4,19 +4,20 @@
 
 Parts, each a cell of the result file:
 
-* ``typed``: time to first token of prompts of about 700 tokens typed over ten seconds, committed at once and after a
+* ``typed``: time to first token of prompts of some 700 tokens typed over ten seconds, committed at once and after a
   short pause, against such prompts sent whole.
 * ``short``: queries of at most 50 tokens: the server's time from commit to first token, against the decode steps of
   the same answers.
 * ``neighbour``: the cost of a speculative answer, begun early and discarded, for another client's request.
-* ``background``: four decoders while four typists write prompts of about 700 tokens over ten seconds, over and over:
+* ``background``: four decoders while four typists write such long prompts over ten seconds, over and over:
   sent whole, or streamed, or not at all.
 * ``identity``: 50 prompts with emoji, combining characters and scripts from right to left, typed with mistakes and
   edits, in float32 and greedy: is the answer that to the whole prompt?
 * ``abuse``: 200 sessions that go away at random moments under load, eight idle typists on a server with eight slots,
   and one who types beyond the model's length.
 
-The arms of a part take turns in one server; every prompt is used once.
+The model is SmolLM2; of the last two parts, which need float32 and many requests, the demo's smallest target. The arms
+of a part take turns in one server; every prompt is used once.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ import numpy as np
 from results import write
 from streaming_checks import abuse_part, identity_part
 from streaming_harness import MODEL, Answer, keystrokes, pieces, summary, typed, whole
+from transformers import AutoTokenizer
 
 from vllm_instant.streaming.client import StreamingSession
-from vllm_instant.tools.demo import assets, widen_model
+from vllm_instant.tools.demo import assets, real_model, widen_model
 from vllm_instant.tools.measure.closed_loop import ClosedLoopResult, PromptSpec, run_closed_loop
 from vllm_instant.tools.measure.servers import Server, running
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
 HERE = Path(__file__).resolve().parent
 LONG, SHORT = 2250, 90
-"""Characters: about 700 tokens, and at most 50."""
+"""Characters: some 700 tokens, and at most 50."""
 TYPING_SECONDS = 10.0
 PAUSE = 0.15
 """Seconds between the last character and Enter."""
@@ -65,6 +67,7 @@ max_model_len = 1024
 max_num_seqs = 8
 enforce_eager = true
 """
+EMBEDDED = "the demo's own"
 
 
 class Prompts:
@@ -78,15 +81,17 @@ class Prompts:
         return pieces(characters, 1, next(self._seed))[0]
 
 
-async def typed_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
-    """Long prompts."""
+async def typed_part(url: str, prompts: Prompts, rounds: int, count: Callable[[str], int]) -> dict[str, Any]:
+    """Long prompts; ``count`` says how many tokens a text has."""
     request = {"model": MODEL, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     arms: dict[str, list[Answer]] = {"whole": [], "typed, committed at once": [], "typed, committed after a pause": []}
     pauses = {"typed, committed at once": 0.0, "typed, committed after a pause": PAUSE}
+    tokens: list[int] = []
     async with httpx.AsyncClient() as client:
         for number in range(rounds):
             for arm in random.Random(number).sample(list(arms), len(arms)):
                 text = prompts.new(LONG)
+                tokens.append(count(text))
                 if arm == "whole":
                     answer = await whole(client, url, text, **request)
                 else:
@@ -96,6 +101,7 @@ async def typed_part(url: str, prompts: Prompts, rounds: int) -> dict[str, Any]:
     return {
         "part": "typed",
         "rounds": rounds,
+        "tokens": int(np.median(tokens)),
         "ms_after_commit": {arm: summary([a.after_commit for a in found]) for arm, found in arms.items()},
         "ms_after_last_key": {arm: summary([a.after_last_key for a in found]) for arm, found in arms.items()},
         "after_commit_to_whole": {
@@ -236,11 +242,11 @@ async def _with_typists(url: str, prompts: Prompts, arm: str, seconds: float) ->
 
 def serve(folder: Path, plugin: str, dtype: str | None = None) -> Server:
     """The server; in ``dtype`` with the demo's smallest target."""
-    pair = assets.prepare() if dtype is None else assets.prepare(size=widen_model.SMALL, dtype=dtype)
+    target = assets.prepare(size=widen_model.SMALL, dtype=dtype).target if dtype else real_model.prepare()
     file = folder / f"{dtype}.toml"
     file.write_text(DEPLOYMENT.replace("PLUGIN", plugin))
     words = ["--plugins", "vllm_instant", "--instant-config", str(file), *(["--dtype", dtype] if dtype else [])]
-    return Server(pair.target, words, log=folder / f"{dtype}.log", environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
+    return Server(target, words, log=folder / f"{dtype}.log", environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
 
 
 def main() -> None:
@@ -261,7 +267,8 @@ def main() -> None:
     def run(part: str, work: Callable[[], Coroutine[Any, Any, dict[str, Any]]]) -> None:
         if part in parts:
             began = time.monotonic()
-            measured.append({"plugin": options.plugin} | asyncio.run(work()))
+            model = real_model.NAME if part in timed else EMBEDDED
+            measured.append({"model": model, "plugin": options.plugin} | asyncio.run(work()))
             print(f"{part} ({time.monotonic() - began:.0f} s): {measured[-1]}")
             write(options.output, measured, keys=("plugin", "part"))
 
@@ -271,7 +278,8 @@ def main() -> None:
             with running(server := serve(Path(name), options.plugin)):
                 asyncio.run(short_part(server, Prompts(), 1))  # first requests are slower
                 url = server.url
-                run("typed", lambda: typed_part(url, prompts, rounds))
+                tokenizer = AutoTokenizer.from_pretrained(real_model.prepare())
+                run("typed", lambda: typed_part(url, prompts, rounds, lambda text: len(tokenizer(text)["input_ids"])))
                 run("short", lambda: short_part(server, prompts, 3 * rounds))
                 run("neighbour", lambda: neighbour_part(url, prompts, 3 * rounds))
                 run("background", lambda: background_part(url, prompts, rounds))

@@ -57,8 +57,7 @@ def _measure(tmp_path, part, cells, rounds):
         promise.measure(arms, model, cells, options, Console(quiet=True))
     finally:
         arms.stop()
-    [run] = json.loads(options.output.read_text())["runs"]
-    return run["measured"]
+    return [found for run in json.loads(options.output.read_text())["runs"] for found in run["measured"]]
 
 
 def _prompts(server, skip=0):
@@ -94,3 +93,35 @@ def test_cold_bursts_are_the_first_work_of_new_servers(started, tmp_path):
     assert {len(server.fake.requests) for server in started if server.name != "suffix"} == {4}
     assert not (tmp_path / "costs").exists()
     assert len(found["rounds"]["ours"]) == 2
+
+
+def _speeds(*values):
+    return [{"tokens_per_second": value} for value in values]
+
+
+def test_the_best_arm_of_a_round_is_chosen_by_the_other_rounds():
+    lucky = {"off": _speeds(10, 30, 10), "suffix, K=2": _speeds(11, 11, 11), "ours": _speeds(99, 99, 99)}
+    # In the second round "off" was fast by luck: in the other rounds that speaks for it, there it does not.
+    assert promise.best_by_round(lucky, {}) == ["off", "suffix, K=2", "off"]
+    one = {arm: bursts[1:2] for arm, bursts in lucky.items()}
+    assert promise.best_by_round(one, {}) == ["off"]
+    assert promise.best_by_round(one, {arm: bursts[::2] for arm, bursts in lucky.items()}) == ["suffix, K=2"]
+
+
+def test_new_servers_are_compared_with_the_best_arm_of_warm_ones(started, tmp_path):
+    cell = promise.Cell("mixed", 4)
+    _measure(tmp_path, "warm", [cell], 1)
+    record = json.loads((tmp_path / "promise.json").read_text())
+    for burst in record["runs"][0]["measured"][0]["rounds"]["suffix, K=8"]:
+        burst["tokens_per_second"] = 1e9
+    (tmp_path / "promise.json").write_text(json.dumps(record))
+    found = {found["part"]: found for found in _measure(tmp_path, "cold", [cell], 1)}
+    assert found["cold"]["best_by_round"] == ["suffix, K=8"]
+    assert found["warm"]["rounds"]["suffix, K=8"][0]["tokens_per_second"] == 1e9
+
+
+def test_first_tokens_are_compared_with_those_of_two_servers_of_vllm(started, tmp_path):
+    [found] = _measure(tmp_path, "first", [promise.Cell("mixed", 1)], 3)
+    assert [server.name for server in started] == ["off", "off again", "ours"]
+    assert {request["max_tokens"] for server in started for request in server.fake.requests[4:]} == {1}
+    assert set(found["ttft_to_off"]) == {"off again", "ours"}

@@ -21,7 +21,8 @@ def streaming(runs: Sequence[Run]) -> str:
     typed = parts["chunked", "typed"]
     for arm, found in typed["ms_after_commit"].items():
         ratio = interval(typed["after_commit_to_whole"].get(arm), 3)
-        rows.append(["700 tokens typed over 10 s: commit to first token", arm, f"{interval(found, 0)} ms", ratio])
+        case = f"{typed['tokens']} tokens typed over 10 s: commit to first token"
+        rows.append([case, arm, f"{interval(found, 0)} ms", ratio])
     for plugin in ("chunked", "resumable"):
         for arm, found in parts[plugin, "short"]["ms_in_server"].items():
             rows.append([f"at most 50 tokens, `{plugin}`: commit to first token", arm, f"{interval(found, 1)} ms", ""])
@@ -290,15 +291,28 @@ def promise_by_users(runs: Sequence[Run], part: str) -> str:
     cells = [cell for cell in cells_of(runs) if cell["part"] == part]
     for users in sorted({cell["users"] for cell in cells}):
         pairs = [
-            (ours["tokens_per_second"], theirs["tokens_per_second"], off["tokens_per_second"])
+            [cell["rounds"][arm][number]["tokens_per_second"] for arm in ("ours", best, "off")]
             for cell in cells
             if cell["users"] == users
-            for ours, theirs, off in zip(*(cell["rounds"][arm] for arm in ("ours", cell["best"], "off")), strict=True)
+            for number, best in enumerate(cell["best_by_round"])
         ]
         ours, best, off = zip(*pairs, strict=True)
         ratios = [interval(vars(ratio_interval(ours, other))) for other in (best, off)]
         rows.append([str(users), str(len(pairs)), *ratios])
     return table(["users", "rounds of all prompts", "ours / best*", "ours / off"], rows)
+
+
+def promise_first(runs: Sequence[Run]) -> str:
+    """Time to the first token beside vLLM without speculation, and of a second such server."""
+    rows = []
+    for cell in cells_of(runs):
+        if cell["part"] == "first":
+            times = [f"{interval(cell['arms'][arm]['ttft_ms'], 0)} ms" for arm in ("off", "ours")]
+            ratios = [interval(cell["ttft_to_off"][arm], 3) for arm in ("ours", "off again")]
+            rows.append([cell["prompts"], str(cell["users"]), str(len(cell["rounds"]["ours"])), *times, *ratios])
+    return table(
+        ["prompts", "users", "rounds", "vLLM", "ours", "ours / vLLM", "a second vLLM server / the first"], rows
+    )
 
 
 def bench_serve(runs: Sequence[Run]) -> str:
@@ -328,6 +342,8 @@ TABLES: dict[str, tuple[str, Show]] = {
     "promise_warm": ("promise", functools.partial(promise, part="warm")),
     "promise_by_users": ("promise", functools.partial(promise_by_users, part="warm")),
     "promise_cold": ("promise", functools.partial(promise, part="cold")),
+    "promise_cold_by_users": ("promise", functools.partial(promise_by_users, part="cold")),
+    "promise_first": ("promise", promise_first),
     "bench_serve": ("bench_serve", bench_serve),
     "streaming": ("streaming", streaming),
     "experts": ("experts", experts),
