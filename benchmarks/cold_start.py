@@ -16,6 +16,10 @@ lookup serves well. ``--planted`` starts with stored costs: as measured by a cal
 and changed (three times too short or too long, without order, falling with the rows, with free drafts, of another
 limit). Every time includes prompts. Results: tokens per second relative to ``off`` by start, draft tokens per user, and
 the longest of the first hundred steps.
+
+On a machine that others share, one arm of one start can be slower by a fifth for no reason of its own. ``usual`` is the
+same comparison with every step at the median time of all steps of its shape in the cell (requests, rows, draft tokens
+that its drafter made): what the decisions cost, without what the machine did meanwhile.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +78,10 @@ def in_serving_environment() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], serving_environment())  # noqa: S606
 
 
+Shape = tuple[int, int, int]
+"""Of a step: requests, rows of the model, and draft tokens that were made for the next step."""
+
+
 @dataclass
 class Turn:
     """One arm of one start."""
@@ -84,6 +93,8 @@ class Turn:
     accepted: int
     slowest_step: float
     """The longest of the first ``FIRST_STEPS`` steps after the prompts', in medians of all steps."""
+    steps: list[tuple[Shape, float]] = field(default_factory=list)
+    """Shape and seconds of every step."""
 
 
 @dataclass
@@ -96,6 +107,17 @@ class Cell:
     def relative(self, arm: str, to: str) -> list[float]:
         """Speed of an arm relative to another one's, by start."""
         return [start[to].seconds / start[arm].seconds for start in self.starts]
+
+    def usual(self, arm: str, to: str) -> list[float]:
+        """The same, with every step at the median time of its shape in this cell."""
+        times = defaultdict(list)
+        for start in self.starts:
+            for turn in start.values():
+                for shape, seconds in turn.steps:
+                    times[shape].append(seconds)
+        medians = {shape: statistics.median(found) for shape, found in times.items()}
+        sums = [{name: sum(medians[shape] for shape, _ in turn.steps) for name, turn in s.items()} for s in self.starts]
+        return [start[to] / start[arm] for start in sums]
 
     def plain(self) -> dict[str, Any]:
         """The cell as JSON types."""
@@ -117,6 +139,8 @@ class Cell:
                 found = self.relative(arm, other)
                 plain[name] = {"median": statistics.median(found), "worst": min(found)}
                 plain[f"{name}_by_start"] = [round(value, 4) for value in found]
+                usual = self.usual(arm, other)
+                plain[f"{name}_usual"] = {"median": statistics.median(usual), "worst": min(usual)}
         if fixed:
             plain["best_fixed"] = best
         first = [start[DECIDED].first_token / start[OFF].first_token for start in self.starts]
@@ -169,15 +193,25 @@ class Engine:
         self.core: Any = self.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
         self.scheduler = self.core.scheduler
         self.speculates = drafter != "stock"
-        self.step_times: list[float] = []
-        step = self.llm.llm_engine.step
+        self.steps: list[tuple[Shape, float]] = []
+        step, schedule = self.llm.llm_engine.step, self.scheduler.schedule
+        scheduled: dict[str, int] = {}
+
+        def seen_schedule(*args: Any, **options: Any) -> Any:
+            nonlocal scheduled
+            output = schedule(*args, **options)
+            scheduled = output.num_scheduled_tokens
+            return output
 
         def timed_step() -> Any:
             began = time.perf_counter()
             outputs = step()
-            self.step_times.append(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            drafts = sum(len(request.spec_token_ids) for request in self.scheduler.running)
+            self.steps.append(((len(scheduled), sum(scheduled.values()), drafts), seconds))
             return outputs
 
+        self.scheduler.schedule = seen_schedule
         self.llm.llm_engine.step = timed_step
 
     def draft_like(self, control: dict[str, Any]) -> None:
@@ -230,15 +264,15 @@ class Engine:
             for number, prompt in enumerate(prompts)
         ]
         before = self.counts()
-        self.step_times.clear()
+        self.steps = []
         began = time.perf_counter()
         answers = self.llm.generate([prompt.text for prompt in prompts], parameters, use_tqdm=False)
         seconds = time.perf_counter() - began
         first_tokens = [answer.metrics.first_token_latency for answer in answers if answer.metrics is not None]
         drafted, accepted = (after - earlier for after, earlier in zip(self.counts(), before, strict=True))
-        after_prompts = self.step_times[1:]
+        after_prompts = [taken for _, taken in self.steps[1:]]
         slowest_step = max(after_prompts[:FIRST_STEPS]) / statistics.median(after_prompts)
-        return Turn(seconds, statistics.fmean(first_tokens), drafted, accepted, slowest_step)
+        return Turn(seconds, statistics.fmean(first_tokens), drafted, accepted, slowest_step, self.steps)
 
     def counts(self) -> tuple[int, int]:
         """Verified and accepted draft tokens so far."""

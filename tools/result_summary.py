@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from result_tables import Cell, cells_of, interval, runs_of, table
+from result_tables_by_part import speeds_by_users
 
-from vllm_instant.tools.bench.plan import BASELINE, OURS
-from vllm_instant.tools.bench.report import current_format, format_effect, format_number
-from vllm_instant.tools.bench.rows import BenchRow
+from vllm_instant.tools.measure.statistics import ratio_interval
 
 
 def summary(folder: Path) -> str:
     """What a plugin brings, in vLLM's figure and ours, with model, device and date."""
     rows = [
-        *_bench(folder),
+        *_promise(folder),
         _regret(folder),
         _queue(folder),
         *_streaming(folder),
@@ -42,19 +42,15 @@ def _one(folder: Path, file: str, **wanted: Any) -> tuple[Mapping[str, Any], Cel
     return found[-1]
 
 
-def _bench(folder: Path) -> list[list[str]]:
-    [run] = runs_of(folder, "bench_demo")
+def _promise(folder: Path) -> list[list[str]]:
+    runs = runs_of(folder, "promise")
     rows = []
-    for users in ("1", "8"):
-        [row] = [
-            row
-            for row in map(BenchRow.read, current_format(dict(run))["rows"])
-            if row.group == f"concurrency {users}" and row.name == "output tokens/s"
-        ]
-        figures = [format_number(row.values[arm].mean, row.unit) for arm in (BASELINE, OURS)]
-        name = f"output of {users} user{'s' if users != '1' else ''}, four kinds of prompts"
-        effect = format_effect(row.contrasts[OURS])
-        rows.append([name, *figures, effect, _conditions(run, "demo models, `goodput` and draft model")])
+    for users, speeds in speeds_by_users(runs, "warm").items():
+        figures = [f"{statistics.median(speeds[arm]):.0f} tokens/s" for arm in ("off", "ours")]
+        to_off, to_best = (interval(vars(ratio_interval(speeds["ours"], speeds[arm]))) for arm in ("off", "best"))
+        name = f"output of {users} user{'s' if users > 1 else ''}: edits, facts as JSON, stories, mixed"
+        case = f"SmolLM2-135M-Instruct, default deployment; {to_best} of the best fixed length"
+        rows.append([name, *figures, to_off.replace(" [", "× ["), _conditions(runs[-1], case)])
     return rows
 
 

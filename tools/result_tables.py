@@ -81,7 +81,7 @@ def cold_start(runs: Sequence[Run]) -> str:
     rows = []
     for cell in sorted(cells_of(runs), key=lambda cell: (list(names).index(cell["drafter"]), cell["users"])):
         text = "code" if cell["drafter"] == "oracle" else "free text" + (" after code" if cell["after_code"] else "")
-        compared = ("to_off", "noise_floor", "to_best_fixed")
+        compared = ("to_off_usual", "to_off", "noise_floor", "to_best_fixed")
         relative = [f"{cell[key]['median']:.2f}, {cell[key]['worst']:.2f}" if key in cell else "" for key in compared]
         rows.append(
             [
@@ -96,8 +96,10 @@ def cold_start(runs: Sequence[Run]) -> str:
                 f"{max(cell['drafted_per_user']):.0f} ({max(cell['accepted_per_user']):.0f})",
             ]
         )
-    headings = ["drafts", "text", "stored costs", "users", "starts", "decided / off: median, worst", "off again / off"]
+    headings = ["drafts", "text", "stored costs", "users", "starts", "decided / off at usual step times: median, worst"]
     headings += [
+        "decided / off as measured",
+        "off again / off",
         "decided / best fixed number",
         "first token, decided / off",
         "longest of the first 100 steps / median step, off → decided",

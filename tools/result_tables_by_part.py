@@ -285,20 +285,23 @@ def _fastest(cell: Cell, name: str) -> str:
     return f"{speeds[fastest]:.0f}{f' ({length})' if length else ''}{'*' if fastest == cell['best'] else ''}"
 
 
+def speeds_by_users(runs: Sequence[Run], part: str) -> dict[int, dict[str, list[float]]]:
+    """Tokens per second of ``ours``, the ``best`` other arm and ``off`` by users, a value per round."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for cell in sorted((cell for cell in cells_of(runs) if cell["part"] == part), key=lambda cell: cell["users"]):
+        speeds = found.setdefault(cell["users"], {"ours": [], "best": [], "off": []})
+        for number, best in enumerate(cell["best_by_round"]):
+            for name, arm in (("ours", "ours"), ("best", best), ("off", "off")):
+                speeds[name].append(cell["rounds"][arm][number]["tokens_per_second"])
+    return found
+
+
 def promise_by_users(runs: Sequence[Run], part: str) -> str:
     """Ours beside the best other arm, over all rounds of all classes of prompts."""
     rows = []
-    cells = [cell for cell in cells_of(runs) if cell["part"] == part]
-    for users in sorted({cell["users"] for cell in cells}):
-        pairs = [
-            [cell["rounds"][arm][number]["tokens_per_second"] for arm in ("ours", best, "off")]
-            for cell in cells
-            if cell["users"] == users
-            for number, best in enumerate(cell["best_by_round"])
-        ]
-        ours, best, off = zip(*pairs, strict=True)
-        ratios = [interval(vars(ratio_interval(ours, other))) for other in (best, off)]
-        rows.append([str(users), str(len(pairs)), *ratios])
+    for users, speeds in speeds_by_users(runs, part).items():
+        ratios = [interval(vars(ratio_interval(speeds["ours"], speeds[other]))) for other in ("best", "off")]
+        rows.append([str(users), str(len(speeds["ours"])), *ratios])
     return table(["users", "rounds of all prompts", "ours / best*", "ours / off"], rows)
 
 
