@@ -152,9 +152,16 @@ class Cell:
 
 
 class Engine:
-    """One engine in this process, whose policy, draft budget and drafter are replaced at each start."""
+    """One engine in this process, whose policy, draft budget and drafter are replaced at each start.
 
-    def __init__(self, drafter: str, folder: Path) -> None:
+    Args:
+        drafter: one of ``DRAFTERS``.
+        folder: for its deployment file.
+        arguments: further arguments of ``vllm.LLM``.
+
+    """
+
+    def __init__(self, drafter: str, folder: Path, **arguments: Any) -> None:
         from vllm import LLM
 
         pair = assets.prepare()
@@ -171,7 +178,7 @@ class Engine:
                 else ""
             )
         )
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(arguments)
         if drafter in ("hopeless", "oracle"):
             options["speculative_config"] = {
                 "method": "custom_class",

@@ -108,6 +108,22 @@ def cold_start(runs: Sequence[Run]) -> str:
     return table(headings, rows)
 
 
+def seeds(runs: Sequence[Run]) -> str:
+    """Accepted drafts of seeded and unseeded requests, and seeded answers beside those without drafts."""
+    rows = [
+        [
+            cell["prompts"],
+            f"temperature {cell['temperature']}, top-p {cell['top_p']}",
+            *(interval(cell["accepted_per_draft"][arm]) for arm in ("unseeded", "seeded")),
+            interval(cell["kept"]),
+            f"{cell['equal_answers']} of {cell['requests']}",
+        ]
+        for cell in cells_of(runs)
+    ]
+    headings = ["prompts", "sampling", "accepted per draft, unseeded", "seeded", "seeded / unseeded"]
+    return table([*headings, "seeded answers equal to those without drafts"], rows)
+
+
 def pace_bound(runs: Sequence[Run]) -> str:
     """Total speed, pace by class and time between tokens at several bounds, relative to no drafts."""
     columns = {
@@ -316,6 +332,7 @@ TABLES: dict[str, tuple[str, Show]] = {
     "regret": ("regret", regret),
     "cold_start": ("cold_start", cold_start),
     "pace_bound": ("pace_bound", pace_bound),
+    "seeds": ("seeds", seeds),
     "drafters": ("drafters", drafters),
     "samplers_acceptance": ("samplers", samplers_acceptance),
     "samplers_time": ("samplers", samplers_time),
