@@ -79,13 +79,19 @@ def _accepted(
     """Float ``[batch, positions]``: 1 where the token and all before it are accepted."""
     context = tokens.shape[1]
     proposals = []
+    # Only the last logits: with a large vocabulary those of a whole context cost more than the model.
+    unread, cache = tokens, None
     for _ in range(positions):
-        q = _distribution(draft(input_ids=tokens).logits[:, -1], temperature)
+        output = draft(input_ids=unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        q = _distribution(output.logits[:, -1], temperature)
         token = q.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(q.cpu(), 1, generator=generator)
         token = token.to(tokens.device)
         proposals.append(q.gather(-1, token))
         tokens = torch.cat([tokens, token], 1)
-    p = _distribution(target(input_ids=tokens).logits[:, context - 1 : -1], temperature)
+        cache = getattr(output, "past_key_values", None)
+        unread = tokens if cache is None else token
+    logits = target(input_ids=tokens, use_cache=False, logits_to_keep=positions + 1).logits
+    p = _distribution(logits[:, -positions - 1 : -1], temperature)
     proposed = tokens[:, context:]
     ratio = p.gather(-1, proposed[..., None])[..., 0] / torch.cat(proposals, 1)
     uniform = torch.rand(ratio.shape, generator=generator).to(ratio.device)

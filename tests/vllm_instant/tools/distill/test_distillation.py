@@ -1,5 +1,6 @@
 """Objectives against autograd, windows, shapes, text, acceptance, and a whole run on a tiny pair."""
 
+import copy
 import json
 
 import pytest
@@ -188,12 +189,34 @@ class TestAcceptance:
             assert found.mean_length == pytest.approx(4.0)
             assert found.places == 20
 
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_a_cache_of_the_draft_changes_nothing(self, temperature):
+        """The draft model without its cache reads all tokens again for each proposal."""
+        target = _tiny(0, tie_word_embeddings=False)
+        draft = copy.deepcopy(target)
+        with torch.no_grad():
+            for model in (target, draft):
+                model.lm_head.weight.mul_(8)  # sharp distributions: another token would be noticed
+            draft.lm_head.weight.add_(0.1 * torch.randn_like(draft.lm_head.weight))
+        stream = torch.randint(0, 80, (400,))
+
+        def forgetful(input_ids, **options):
+            output = draft(input_ids=input_ids, **options)
+            output.past_key_values = None
+            return output
+
+        forgetful.device = torch.device("cpu")
+        shape = {"positions": 5, "places": 60, "context": 16}
+        found = measure(target, draft, stream, "x", temperature, **shape)
+        assert found == measure(target, forgetful, stream, "x", temperature, **shape)
+        assert 0 < found.mean_length < 5
+
     def test_the_first_position_is_the_overlap_of_the_distributions(self):
         """Two models with fixed, different distributions: acceptance is the sum of minima (Leviathan et al.)."""
         p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
 
         def model(distribution):
-            def answer(input_ids):
+            def answer(input_ids, **options):
                 return SimpleOutput(distribution.log().expand(*input_ids.shape, 3))
 
             answer.device = torch.device("cpu")
