@@ -38,7 +38,7 @@ def measure(
     name: str,
     temperature: float,
     positions: int = 8,
-    places: int = 256,
+    places: int = 128,
     context: int = 128,
     batch: int = 32,
     seed: int = 0,
