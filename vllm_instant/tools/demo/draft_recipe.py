@@ -8,6 +8,7 @@ repository.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,10 +48,14 @@ def prepare(run: Callable[[Sequence[str]], None], output: Path | None = None) ->
     target = real_model.prepare()
 
     def make(to: Path) -> None:
+        from vllm_instant.tools.distill.distill import CHECKPOINT  # imports torch
+
         to.mkdir(parents=True, exist_ok=True)
         prompts = to / "prompts.jsonl"
         prompt_sets.write(prompts, SETS, PROMPTS_PER_SET, PROMPT_SEED, "training")
         answers = ("--prompts", str(prompts), "--answer-tokens", str(ANSWER_TOKENS))
         run([str(target), str(to), *answers, *OPTIONS])
+        # Five times as large as the model, and of use to an interrupted run only.
+        shutil.rmtree(to / CHECKPOINT, ignore_errors=True)
 
     return made_once(chosen, folder().name, make)

@@ -1,6 +1,7 @@
 """The draft model of the public model: its prompts, its command, and that it is made once."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +19,14 @@ def cache(monkeypatch, tmp_path):
 
 def test_it_is_distilled_once_from_prompts_of_the_training_half(cache):
     runs = []
-    folder = draft_recipe.prepare(runs.append)
+
+    def run(words):
+        runs.append(words)
+        (Path(words[1]) / "checkpoint").mkdir()
+
+    folder = draft_recipe.prepare(run)
     [words] = runs
+    assert not (folder / "checkpoint").exists()
     assert words[:2] == [str(cache / "target"), str(folder)]
     prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     assert {prompt["class"] for prompt in prompts} == set(draft_recipe.SETS)
@@ -29,7 +36,7 @@ def test_it_is_distilled_once_from_prompts_of_the_training_half(cache):
         for prompt in prompt_sets.PROMPT_SETS[name].prompts(60, 1, "held out")
     }
     assert not asked & {prompt["prompt"] for prompt in prompts}
-    assert draft_recipe.prepare(runs.append) == folder == draft_recipe.made()
+    assert draft_recipe.prepare(run) == folder == draft_recipe.made()
     assert len(runs) == 1
 
 
