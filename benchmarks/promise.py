@@ -4,11 +4,11 @@
     .venv/bin/python benchmarks/promise.py --part cold        # 8 minutes
     .venv/bin/python benchmarks/promise.py --part first --loads 1,8 --rounds 40        # 6 minutes
 
-Arms: a vLLM server without this package; one with a fixed number of ``suffix`` drafts, at several lengths (``--fixed
-'suffix,draft model'``: one with the drafts of ``vllm-instant demo draft`` as well); and ours, the default deployment
-(``goodput``, ``suffix``). In a round every arm gets the same new prompts, one burst per arm in random order: as many
-requests as users (two or three in turn for a single user), which end where the model ends them, at most ``--tokens``
-tokens.
+Arms: a vLLM server without this package; one with a fixed number of ``suffix`` drafts, at several lengths; and ours,
+the default deployment (``goodput``, ``suffix``). With ``--fixed 'suffix,draft model'`` also fixed numbers of drafts of
+``vllm-instant demo draft``, and ours with that draft model beside the lookups (``hybrid``). In a round every arm gets
+the same new prompts, one burst per arm in random order: as many requests as users (two or three in turn for a single
+user), which end where the model ends them, at most ``--tokens`` tokens.
 
 ``warm`` uses servers that have served a burst before, ours with the costs that it learned then (``--costs``). ``cold``
 starts a new server for each burst of ours and of vLLM without speculation, ours with an empty folder of learned costs;
@@ -16,8 +16,9 @@ the fixed lengths learn nothing and stay. ``first`` asks for one token, of ours 
 speculation, and compares the time to it.
 
 Speed is output tokens per second of the burst, until its last token. Ratios are medians over rounds, each of the two
-arms of one round. Which arm is the best for a cell is decided for each round by the *other* rounds (of new servers also
-by those of the warm ones): the fastest of several equal arms of one round would be fast by luck.
+arms of one round. What ours is compared with as the best is the fastest of no speculation and of fixed numbers of
+drafts that ours has as well, as the *other* rounds see it (of new servers the warm ones): the fastest of equal arms in
+one round is so by luck.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ from vllm_instant.tools.measure.sampling import ServerClient
 from vllm_instant.tools.measure.servers import Server, settle, stop_all, terminable
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
-OFF, AGAIN, SUFFIX, DRAFT, OURS = "off", "off again", "suffix", "draft model", "ours"
+OFF, AGAIN, SUFFIX, DRAFT = "off", "off again", "suffix", "draft model"
+OURS, HYBRID = "ours", "ours with the draft model"
+DRAFTS = {OURS: {SUFFIX}, HYBRID: {SUFFIX, DRAFT}}
+"""What each of our arms can draft with."""
 LENGTHS = {SUFFIX: (2, 8), DRAFT: (1, 3)}
 SERVED = "demo"
 CLASSES = ("edit", "extract", "story", "mixed")
@@ -96,16 +100,15 @@ class Arms:
         """The deployment file of an arm; none for vLLM alone."""
         if name in (OFF, AGAIN):
             return ""
-        if name == OURS:
-            costs = json.dumps(str(self._costs))
-            return f'[speculation]\ncosts_folder = {costs}\n[drafter]\nplugin = "suffix"\n'
+        draft = f"model = {json.dumps(str(self._model.draft()))}\n" if DRAFT in DRAFTS.get(name, {name}) else ""
+        if name in DRAFTS:
+            costs = json.dumps(str(self._costs / name))
+            plugin = 'plugin = "hybrid"\nnum_speculative_tokens = 8\n' if draft else 'plugin = "suffix"\n'
+            return f"[speculation]\ncosts_folder = {costs}\n[drafter]\n{plugin}{draft}"
         fixed = '[speculation]\nplugin = "fixed"\n[drafter]\n'
         if name == SUFFIX:
             return fixed + 'plugin = "suffix"\n'
-        draft = json.dumps(str(self._model.draft()))
-        return fixed + (
-            f'plugin = "model"\nmodel = {draft}\nnum_speculative_tokens = 8\ndraft_sample_method = "probabilistic"\n'
-        )
+        return f'{fixed}plugin = "model"\n{draft}num_speculative_tokens = 8\ndraft_sample_method = "probabilistic"\n'
 
     def start(self, names: Iterable[str]) -> None:
         """Start the servers that do not run yet, at the same time."""
@@ -157,19 +160,23 @@ Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
 """The bursts of a cell by arm, in the same order for every arm."""
 
 
-def best_by_round(rounds: Rounds, warm: Rounds) -> list[str]:
-    """For each round, the fastest arm but ours in all others and in ``warm``; in itself where there is no other."""
-    count = len(rounds[OURS])
+def best_by_round(arm: str, rounds: Rounds, warm: Rounds) -> list[str]:
+    """What one of our arms is compared with in each round.
+
+    The fastest of no speculation and fixed numbers of drafts that the arm has too, in all other rounds and in ``warm``;
+    in the round itself where there is no other.
+    """
+    count = len(rounds[arm])
+    others = [other for other in rounds if other in (OFF, AGAIN) or other.partition(",")[0] in DRAFTS[arm]]
     found = []
     for now in range(count):
         judged = [number for number in range(count) if number != now] or ([] if warm else [now])
         speeds = {
-            arm: [bursts[number]["tokens_per_second"] for number in judged]
-            + [burst["tokens_per_second"] for burst in warm.get(arm, ())]
-            for arm, bursts in rounds.items()
-            if arm != OURS
+            other: [rounds[other][number]["tokens_per_second"] for number in judged]
+            + [burst["tokens_per_second"] for burst in warm.get(other, ())]
+            for other in others
         }
-        found.append(max(speeds, key=lambda arm: float(np.median(speeds[arm] or [0.0]))))
+        found.append(max(speeds, key=lambda other: float(np.median(speeds[other] or [0.0]))))
     return found
 
 
@@ -179,20 +186,21 @@ def summary(part: str, cell: Cell, model: str, rounds: Rounds, warm: Rounds) -> 
     def values(arm: str, key: str) -> list[float]:
         return [burst[key] for burst in rounds[arm]]
 
-    others = [arm for arm in rounds if arm != OURS]
-    best = max(others, key=lambda arm: float(np.median(values(arm, "tokens_per_second"))))
-    by_round = best_by_round(rounds, warm)
-
-    def best_values(key: str) -> list[float]:
-        return [rounds[arm][number][key] for number, arm in enumerate(by_round)]
-
-    found: dict[str, Any] = {"part": part, "model": model, "prompts": cell.prompts, "users": cell.users, "best": best}
-    found["best_by_round"] = by_round
-    ours = values(OURS, "tokens_per_second")
-    found["ours_to_best"] = vars(ratio_interval(ours, best_values("tokens_per_second")))
-    found["ours_to_off"] = vars(ratio_interval(ours, values(OFF, "tokens_per_second")))
-    # Latency the other way round: above 1, ours is sooner.
-    found["latency_best_to_ours"] = vars(ratio_interval(best_values("latency_ms"), values(OURS, "latency_ms")))
+    found: dict[str, Any] = {"part": part, "model": model, "prompts": cell.prompts, "users": cell.users, "ours": {}}
+    for arm in (arm for arm in DRAFTS if arm in rounds):
+        by_round = best_by_round(arm, rounds, warm)
+        best = {
+            key: [rounds[other][number][key] for number, other in enumerate(by_round)]
+            for key in ("tokens_per_second", "latency_ms")
+        }
+        speeds = values(arm, "tokens_per_second")
+        found["ours"][arm] = {
+            "best_by_round": by_round,
+            "to_best": vars(ratio_interval(speeds, best["tokens_per_second"])),
+            "to_off": vars(ratio_interval(speeds, values(OFF, "tokens_per_second"))),
+            # The other way round: above 1, ours is sooner.
+            "latency_best_to_ours": vars(ratio_interval(best["latency_ms"], values(arm, "latency_ms"))),
+        }
     first = {arm: values(arm, "ttft_ms") for arm in rounds}
     found["ttft_to_off"] = {arm: vars(ratio_interval(first[arm], first[OFF])) for arm in rounds if arm != OFF}
     keys = ("tokens_per_second", "ttft_ms", "p50_itl_ms", "p99_itl_ms", "latency_ms")
@@ -212,7 +220,8 @@ def arms_of(part: str, fixed: Sequence[str]) -> list[str]:
     """All arms of a part, those of a fixed length by drafter."""
     if part == "first":
         return [OFF, AGAIN, OURS]
-    return [OFF, *(f"{name}, K={length}" for name in fixed for length in LENGTHS[name]), OURS]
+    ours = [OURS, HYBRID] if DRAFT in fixed else [OURS]
+    return [OFF, *(f"{name}, K={length}" for name in fixed for length in LENGTHS[name]), *ours]
 
 
 def main() -> None:
@@ -271,7 +280,7 @@ def measure(
         seed = zlib.crc32(f"{part}/{cell.prompts}/{cell.users}/{number}".encode())
         prompts = model.of_classes([cell.prompts], cell.requests, seed)[cell.prompts]
         if part == "cold":
-            arms.restart([OFF, OURS])
+            arms.restart([OFF, *(arm for arm in DRAFTS if arm in names)])
             arms.start(fixed)
         order = random.Random(seed).sample(names, len(names))
         found = {arm: arms.burst(arm, prompts, cell.users, tokens, seed) for arm in order}

@@ -45,11 +45,11 @@ def started(monkeypatch):
     return servers
 
 
-def _measure(tmp_path, part, cells, rounds):
+def _measure(tmp_path, part, cells, rounds, fixed="suffix"):
     asked = {"mixed": lambda count, seed: [PromptSpec(f"{seed} {i}", ignore_eos=False) for i in range(count)]}
     model = bench_models.BenchModel("x", tmp_path, lambda: tmp_path, asked)
     options = argparse.Namespace(
-        part=part, rounds=rounds, seconds=60, tokens=6, fixed="suffix", name="", output=tmp_path / "promise.json"
+        part=part, rounds=rounds, seconds=60, tokens=6, fixed=fixed, name="", output=tmp_path / "promise.json"
     )
     (tmp_path / "costs").mkdir(exist_ok=True)
     arms = promise.Arms(model, tmp_path, tmp_path / "costs")
@@ -81,7 +81,7 @@ def test_all_arms_get_the_same_prompts_and_rounds_add_up(started, tmp_path):
     assert {found["users"] for found in again} == {1, 4}
     for found in again:
         assert set(found["arms"]) == {"off", "suffix, K=2", "suffix, K=8", "ours"}
-        assert found["best"] != "ours"
+        assert set(found["ours"]["ours"]["best_by_round"]) <= {"off", "suffix, K=2", "suffix, K=8"}
         assert found["rounds"]["ours"][0]["tokens"] == 6 * max(found["users"], 3)
     assert not set(_prompts(started[3], skip=4)) & set(_prompts(off)), "each round has new prompts"
 
@@ -102,10 +102,10 @@ def _speeds(*values):
 def test_the_best_arm_of_a_round_is_chosen_by_the_other_rounds():
     lucky = {"off": _speeds(10, 30, 10), "suffix, K=2": _speeds(11, 11, 11), "ours": _speeds(99, 99, 99)}
     # In the second round "off" was fast by luck: in the other rounds that speaks for it, there it does not.
-    assert promise.best_by_round(lucky, {}) == ["off", "suffix, K=2", "off"]
+    assert promise.best_by_round("ours", lucky, {}) == ["off", "suffix, K=2", "off"]
     one = {arm: bursts[1:2] for arm, bursts in lucky.items()}
-    assert promise.best_by_round(one, {}) == ["off"]
-    assert promise.best_by_round(one, {arm: bursts[::2] for arm, bursts in lucky.items()}) == ["suffix, K=2"]
+    assert promise.best_by_round("ours", one, {}) == ["off"]
+    assert promise.best_by_round("ours", one, {arm: bursts[::2] for arm, bursts in lucky.items()}) == ["suffix, K=2"]
 
 
 def test_new_servers_are_compared_with_the_best_arm_of_warm_ones(started, tmp_path):
@@ -116,7 +116,7 @@ def test_new_servers_are_compared_with_the_best_arm_of_warm_ones(started, tmp_pa
         burst["tokens_per_second"] = 1e9
     (tmp_path / "promise.json").write_text(json.dumps(record))
     found = {found["part"]: found for found in _measure(tmp_path, "cold", [cell], 1)}
-    assert found["cold"]["best_by_round"] == ["suffix, K=8"]
+    assert found["cold"]["ours"]["ours"]["best_by_round"] == ["suffix, K=8"]
     assert found["warm"]["rounds"]["suffix, K=8"][0]["tokens_per_second"] == 1e9
 
 
@@ -125,3 +125,14 @@ def test_first_tokens_are_compared_with_those_of_two_servers_of_vllm(started, tm
     assert [server.name for server in started] == ["off", "off again", "ours"]
     assert {request["max_tokens"] for server in started for request in server.fake.requests[4:]} == {1}
     assert set(found["ttft_to_off"]) == {"off again", "ours"}
+
+
+def test_each_of_our_arms_is_compared_with_drafts_that_it_has(started, tmp_path):
+    [found] = _measure(tmp_path, "warm", [promise.Cell("mixed", 1)], 1, "suffix,draft model")
+    assert [server.name for server in started] == ["off", "suffix", "draft model", "ours", "ours with the draft model"]
+    deployments = {server.name: Path(server.words[-1]).read_text() for server in started if "--plugins" in server.words}
+    assert 'plugin = "hybrid"' in deployments["ours with the draft model"]
+    assert "model = " not in deployments["ours"]
+    rounds = {arm: _speeds(1.0) for arm in found["rounds"]} | {"draft model, K=3": _speeds(9.0), "off": _speeds(2.0)}
+    assert promise.best_by_round("ours", rounds, {}) == ["off"]
+    assert promise.best_by_round("ours with the draft model", rounds, {}) == ["draft model, K=3"]

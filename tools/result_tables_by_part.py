@@ -252,7 +252,8 @@ def demo_answers(runs: Sequence[Run]) -> str:
     return "\n\n".join(parts)
 
 
-ARMS = ("off", "suffix", "draft model", "ours")
+FIXED = ("off", "suffix", "draft model")
+OURS, OURS_WITH_DRAFT = "ours", "ours with the draft model"
 
 
 def promise(runs: Sequence[Run], part: str) -> str:
@@ -261,48 +262,53 @@ def promise(runs: Sequence[Run], part: str) -> str:
     found = [cell for cell in cells_of(runs) if cell["part"] == part]
     rows = []
     for cell in sorted(found, key=lambda cell: (cell["users"], order.index(cell["prompts"]))):
-        best, ours = cell["arms"][cell["best"]], cell["arms"]["ours"]
-        pairs = [
-            " → ".join(f"{arm[key]['median']:.0f}" for arm in (best, ours))
+        speeds = [_fastest(cell, name) for name in (*FIXED, OURS, OURS_WITH_DRAFT)]
+        ours = cell["ours"]
+        ratios = [interval(ours["ours"][key]) for key in ("to_off", "to_best", "latency_best_to_ours")]
+        with_draft = interval(ours[OURS_WITH_DRAFT]["to_best"]) if OURS_WITH_DRAFT in ours else ""
+        times = [
+            " → ".join(f"{cell['arms'][arm][key]['median']:.0f}" for arm in ("off", "ours"))
             for key in ("p50_itl_ms", "p99_itl_ms", "ttft_ms")
         ]
-        ratios = [interval(cell[key]) for key in ("ours_to_best", "ours_to_off", "latency_best_to_ours")]
-        speeds = [_fastest(cell, name) for name in ARMS]
-        rows.append([cell["prompts"], str(cell["users"]), str(len(cell["rounds"]["ours"])), *speeds, *ratios, *pairs])
+        case = [cell["prompts"], str(cell["users"]), str(len(cell["rounds"]["ours"]))]
+        rows.append([*case, *speeds, *ratios, with_draft, *times])
     headings = ["prompts", "users", "rounds", "off, tokens/s", "fixed `suffix`", "fixed draft model", "ours"]
-    ratios = ["ours / best*", "ours / off", "latency, best / ours"]
-    return table([*headings, *ratios, "p50 between tokens, ms, best → ours", "p99", "first token"], rows)
+    headings += ["ours with the draft model", "ours / off", "ours / best", "latency, best / ours"]
+    headings += ["ours with the draft model / best", "p50 between tokens, ms, off → ours", "p99", "first token"]
+    return table(headings, rows)
 
 
 def _fastest(cell: Cell, name: str) -> str:
-    """Speed and length of the fastest arm of a drafter, marked where no other arm but ours is faster."""
+    """Speed and length of the fastest arm of a drafter."""
     speeds = {arm: found["tokens_per_second"]["median"] for arm, found in cell["arms"].items()}
     same = [arm for arm in speeds if arm.partition(",")[0] == name]
     if not same:
         return ""
     fastest = max(same, key=speeds.__getitem__)
     length = fastest.partition(", ")[2]
-    return f"{speeds[fastest]:.0f}{f' ({length})' if length else ''}{'*' if fastest == cell['best'] else ''}"
+    return f"{speeds[fastest]:.0f}{f' ({length})' if length else ''}"
 
 
-def speeds_by_users(runs: Sequence[Run], part: str) -> dict[int, dict[str, list[float]]]:
-    """Tokens per second of ``ours``, the ``best`` other arm and ``off`` by users, a value per round."""
+def speeds_by_users(runs: Sequence[Run], part: str, arm: str = OURS) -> dict[int, dict[str, list[float]]]:
+    """Tokens per second of one of our arms (``ours``), of the ``best`` other and of ``off`` by users, by round."""
     found: dict[int, dict[str, list[float]]] = {}
-    for cell in sorted((cell for cell in cells_of(runs) if cell["part"] == part), key=lambda cell: cell["users"]):
+    cells = [cell for cell in cells_of(runs) if cell["part"] == part and arm in cell["ours"]]
+    for cell in sorted(cells, key=lambda cell: cell["users"]):
         speeds = found.setdefault(cell["users"], {"ours": [], "best": [], "off": []})
-        for number, best in enumerate(cell["best_by_round"]):
-            for name, arm in (("ours", "ours"), ("best", best), ("off", "off")):
-                speeds[name].append(cell["rounds"][arm][number]["tokens_per_second"])
+        for number, best in enumerate(cell["ours"][arm]["best_by_round"]):
+            for name, other in (("ours", arm), ("best", best), ("off", "off")):
+                speeds[name].append(cell["rounds"][other][number]["tokens_per_second"])
     return found
 
 
 def promise_by_users(runs: Sequence[Run], part: str) -> str:
     """Ours beside the best other arm, over all rounds of all classes of prompts."""
     rows = []
-    for users, speeds in speeds_by_users(runs, part).items():
-        ratios = [interval(vars(ratio_interval(speeds["ours"], speeds[other]))) for other in ("best", "off")]
-        rows.append([str(users), str(len(speeds["ours"])), *ratios])
-    return table(["users", "rounds of all prompts", "ours / best*", "ours / off"], rows)
+    for arm in (OURS, OURS_WITH_DRAFT):
+        for users, speeds in speeds_by_users(runs, part, arm).items():
+            ratios = [interval(vars(ratio_interval(speeds["ours"], speeds[other]))) for other in ("off", "best")]
+            rows.append([arm, str(users), str(len(speeds["ours"])), *ratios])
+    return table(["", "users", "rounds of all prompts", "/ off", "/ best"], rows)
 
 
 def promise_first(runs: Sequence[Run]) -> str:
