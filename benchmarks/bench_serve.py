@@ -4,12 +4,17 @@
 
 Two servers of one model, ours with the default deployment. In each pair the client sends the same chat prompts to both,
 the first server alternating; the prompts of a pair occur in no other one. Figures are those of the client's own file.
+
+The largest lengths of answers differ (``--spread``). With equal ones (``--spread 0``) all users of vLLM alone go in
+step: they begin and end together, and no prompt is ever read between two tokens of another user. Drafts end that, as
+different lengths do, and p99 between messages then holds prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -29,6 +34,7 @@ SERVED = "demo"
 VLLM, OURS = "vllm", "ours"
 FIGURES = ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms", "mean_tpot_ms")
 """Names in the client's result file."""
+KEYS = ("model", "prompts", "users", "spread")
 
 
 def client_command(server: Server, model: BenchModel, prompts: Path, result: Path, users: int, count: int) -> list[str]:
@@ -64,19 +70,25 @@ def ask(command: Sequence[str], result: Path) -> dict[str, float]:
     return {name: float(found[name]) for name in FIGURES}
 
 
-def write_prompts(path: Path, prompts: Sequence[PromptSpec], tokens: int) -> None:
-    """The client's form of prompts."""
-    path.write_text("".join(json.dumps({"prompt": p.text, "output_tokens": tokens}) + "\n" for p in prompts))
+def write_prompts(path: Path, prompts: Sequence[PromptSpec], tokens: int, spread: float) -> None:
+    """The client's form of prompts, with lengths up to ``spread`` of ``tokens`` shorter or longer."""
+    lengths = random.Random(path.name)
+    entries = [
+        {"prompt": prompt.text, "output_tokens": round(tokens * lengths.uniform(1 - spread, 1 + spread))}
+        for prompt in prompts
+    ]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
-def cell(model: str, prompts: str, users: int, requests: int, runs: Mapping[str, list[dict[str, float]]]) -> Any:
+def cell(model: str, options: argparse.Namespace, runs: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
     """What is written: medians over pairs, and ratios of the two servers of a pair."""
     values = {arm: {name: [run[name] for run in found] for name in FIGURES} for arm, found in runs.items()}
     return {
         "model": model,
-        "prompts": prompts,
-        "users": users,
-        "requests": requests,
+        "prompts": options.prompts,
+        "users": options.users,
+        "spread": options.spread,
+        "requests": options.requests,
         "pairs": len(runs[VLLM]),
         "arms": {arm: {n: vars(median_interval(v)) for n, v in found.items()} for arm, found in values.items()},
         "ratio": {name: vars(ratio_interval(values[OURS][name], values[VLLM][name])) for name in FIGURES},
@@ -93,7 +105,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--requests", type=int, default=12, help="requests of a run of the client")
-    parser.add_argument("--tokens", type=int, default=48, help="largest length of an answer")
+    parser.add_argument("--tokens", type=int, default=48, help="mean of the largest lengths of answers")
+    parser.add_argument("--spread", type=float, default=0.6, help="how much they differ, as a share of the mean")
     parser.add_argument("--name", default="", help="the conditions of this run, where they are not the usual ones")
     parser.add_argument("--output", type=Path, default=HERE / "results/bench_serve.json")
     options = parser.parse_args()
@@ -114,14 +127,15 @@ def main() -> None:
         with running(*servers.values()):
             for pair in range(options.pairs):
                 asked = folder / f"{pair}.jsonl"
-                write_prompts(asked, prompts[pair * options.requests :][: options.requests], options.tokens)
+                write_prompts(
+                    asked, prompts[pair * options.requests :][: options.requests], options.tokens, options.spread
+                )
                 for arm in (VLLM, OURS) if pair % 2 == 0 else (OURS, VLLM):
                     result = folder / f"{pair}{arm}.json"
                     words = client_command(servers[arm], model, asked, result, options.users, options.requests)
                     runs[arm].append(ask(words, result))
                     console.print(pair, arm, {key: round(value, 1) for key, value in runs[arm][-1].items()})
-                found = cell(model.name, options.prompts, options.users, options.requests, runs)
-                write(options.output, [found], options.name, ("model", "prompts", "users"))
+                write(options.output, [cell(model.name, options, runs)], options.name, KEYS)
 
 
 if __name__ == "__main__":

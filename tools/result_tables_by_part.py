@@ -336,11 +336,13 @@ def bench_serve(runs: Sequence[Run]) -> str:
     }
     rows = []
     for cell in cells_of(runs):
-        case = [cell["model"], cell["prompts"], str(cell["users"]), str(cell["pairs"])]
+        lengths = "different" if cell.get("spread") else "equal"
+        case = [cell["model"], cell["prompts"], lengths, str(cell["users"]), str(cell["pairs"])]
         for key, name in names.items():
             arms = [f"{cell['arms'][arm][key]['median']:.1f}" for arm in ("vllm", "ours")]
             rows.append([*case, name, *arms, interval(cell["ratio"][key])])
-    return table(["model", "prompts", "users", "pairs", "", "vLLM", "ours", "ours / vLLM"], rows)
+    headings = ["model", "prompts", "largest lengths of answers", "users", "pairs", "", "vLLM", "ours", "ours / vLLM"]
+    return table(headings, rows)
 
 
 TABLES: dict[str, tuple[str, Show]] = {
