@@ -43,7 +43,7 @@ def compare(is_embedded: bool = False, dtype: str = "") -> int:
             stock = Server(setup.model, setup.baseline_arguments(), log=Path(logs) / "stock.log")
             ours = Server(setup.model, setup.our_arguments(), log=Path(logs) / "instant.log")
             try:
-                _start(console, {"vLLM": stock, "with vllm-instant": ours})
+                _start(console, {"vLLM": stock, "vLLM with vllm-instant": ours})
                 results = converse(console, setup.tasks, stock, ours)
             finally:
                 with console.status("Stopping both servers …"):
