@@ -11,6 +11,7 @@ from vllm_instant.tools.cli import (
     demo,
     distill,
     doctor,
+    draft_server,
     experts,
     explain,
     loadtest,
@@ -34,6 +35,7 @@ app.command(name="plugins")(plugins.list_plugins)
 app.command(name="new-plugin")(new_plugin.new_plugin)
 app.command(name="try-drafter")(try_drafter.try_drafter)
 app.command(name="doctor")(doctor.doctor)
+app.command(name="draft-server")(draft_server.draft_server)
 app.command(name="distill")(distill.distill)
 app.command(name="explain")(explain.explain)
 app.command(name="calibrate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
