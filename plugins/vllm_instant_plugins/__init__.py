@@ -8,6 +8,7 @@ from vllm_instant import Deployment, Plugin, hookimpl
 from vllm_instant_plugins import baseline, drafters, speculation
 from vllm_instant_plugins.attention.plugin import PLUGINS as ATTENTION
 from vllm_instant_plugins.chunked import plugin as chunked
+from vllm_instant_plugins.escalation import plugin as escalation
 from vllm_instant_plugins.goodput.plugin import PLUGIN as GOODPUT
 from vllm_instant_plugins.guard import plugin as guard
 from vllm_instant_plugins.hybrid import plugin as hybrid
@@ -34,6 +35,7 @@ def instant_plugins() -> Iterable[Plugin]:
         *EXPERTS,
         *chunked.PLUGINS,
         *guard.PLUGINS,
+        *escalation.PLUGINS,
         *baseline.PLUGINS,
     ]
 
@@ -48,4 +50,5 @@ def instant_check(deployment: Deployment) -> Iterable[str]:
         *remote.validate(deployment),
         *chunked.validate(deployment),
         *guard.validate(deployment),
+        *escalation.validate(deployment),
     ]

@@ -160,7 +160,7 @@ def _is_timed(slot: str, context: PluginContext) -> bool:
 
 def _must_agree(slot: str, context: PluginContext) -> bool:
     """Whether several ranks run the plugin and must go on to do the same: a clock may not disable it on one of them."""
-    if slot in ("speculation", "batching", "streaming", "guard"):
+    if slot in ("speculation", "batching", "streaming", "guard", "escalation"):
         return False
     return set(context.identity.get("parallel", "1").split("x")) != {"1"}
 

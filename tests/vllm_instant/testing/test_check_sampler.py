@@ -64,7 +64,9 @@ class WritesDrafts(TokenSampler):
 
 
 class GreedyOutside(TokenSampler):
-    verify_greedy = Outside.verify
+    def verify_greedy(self, step):
+        num_kept, following = self.verify(step)
+        return num_kept, following + 1000
 
 
 @pytest.mark.parametrize(

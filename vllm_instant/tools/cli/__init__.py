@@ -12,6 +12,7 @@ from vllm_instant.tools.cli import (
     distill,
     doctor,
     draft_server,
+    escalation,
     experts,
     explain,
     loadtest,
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(config.app, name="config")
 app.add_typer(demo.app, name="demo")
+app.add_typer(escalation.app, name="escalation")
 app.add_typer(experts.app, name="experts")
 app.add_typer(loadtest.app, name="loadtest")
 app.command(name="plugins")(plugins.list_plugins)
