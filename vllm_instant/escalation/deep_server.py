@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +28,10 @@ _TEMPORARY = frozenset({408, 409, 425, 429})
 class UnavailableError(Exception):
     """The deep server gives no answer; nothing was passed on, so that the fast answer can be given."""
 
-    def __init__(self, kind: str, detail: str = "") -> None:
+    def __init__(self, kind: str, detail: str = "", is_known: bool = False) -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.is_known = is_known
+        """Whether an earlier request has found it out, and this one was not sent."""
         self.kind = kind
         """A few words for the client and the metrics: ``down``, ``slow``, ``wrong key``, ``status 500``, …"""
 
@@ -49,6 +50,8 @@ class DeepAnswer:
     """Its first part; all of it where it is not streamed."""
     rest: AsyncIterator[bytes]
     """Raises CutError where the answer is cut off."""
+    close: Callable[[], Awaitable[None]]
+    """To be called once nothing more of it is needed."""
 
 
 class DeepServer:
@@ -82,7 +85,7 @@ class DeepServer:
 
         """
         if not self.availability.admits():
-            raise UnavailableError("down", "left alone after failures")
+            raise UnavailableError("down", "left alone after failures", is_known=True)
         try:
             answer = await self._ask(path, body, request_id)
         except UnavailableError as error:
@@ -107,7 +110,7 @@ class DeepServer:
         is_streamed = bool(body.get("stream"))
         response: httpx.Response | None = None
         try:
-            async with asyncio.timeout(options.first_byte_seconds):
+            async with asyncio.timeout(options.first_byte_seconds if is_streamed else options.answer_seconds):
                 response = await self._client.send(request, stream=True)
                 if response.status_code >= 300:
                     raise _refusal(response.status_code)
@@ -124,33 +127,31 @@ class DeepServer:
                 await response.aclose()
             raise _unavailable(error) from None
         passed_on = {name: value for name, value in response.headers.items() if name in _PASSED_ON}
-        return DeepAnswer(
-            response.status_code, passed_on, first, self._rest(response, chunks, first if is_streamed else None)
-        )
+        rest = self._rest(chunks, first) if is_streamed else _nothing()
+        return DeepAnswer(response.status_code, passed_on, first, rest, response.aclose)
 
-    async def _rest(
-        self, response: httpx.Response, chunks: AsyncIterator[bytes], first: bytes | None
-    ) -> AsyncIterator[bytes]:
-        """The parts behind the first one; ``first`` is None where there are none."""
-        tail = first or b""
-        try:
-            while first is not None:
-                try:
-                    async with asyncio.timeout(self._options.idle_seconds):
-                        chunk = await anext(chunks)
-                except StopAsyncIteration:
-                    break
-                except (TimeoutError, httpx.HTTPError) as error:
-                    self.availability.failed()
-                    raise CutError(type(error).__name__) from None
-                tail = (tail + chunk)[-64:]
-                yield chunk
-            if first is not None and _END_OF_STREAM not in tail:
+    async def _rest(self, chunks: AsyncIterator[bytes], first: bytes) -> AsyncIterator[bytes]:
+        """The parts of a stream behind the first one."""
+        tail = first
+        while True:
+            try:
+                async with asyncio.timeout(self._options.idle_seconds):
+                    chunk = await anext(chunks)
+            except StopAsyncIteration:
+                break
+            except (TimeoutError, httpx.HTTPError) as error:
                 self.availability.failed()
-                raise CutError("no end of the stream")
-        finally:
-            with suppress(httpx.HTTPError, RuntimeError):
-                await response.aclose()
+                raise CutError(type(error).__name__) from None
+            tail = (tail + chunk)[-64:]
+            yield chunk
+        if _END_OF_STREAM not in tail:
+            self.availability.failed()
+            raise CutError("no end of the stream")
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    return
+    yield b""
 
 
 def _refusal(status: int) -> UnavailableError:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
 
@@ -154,18 +153,19 @@ class _Exchange:
 
     async def _pass_on(self, outcome: Outcome, answer: DeepAnswer) -> None:
         headers = [(name.encode(), value.encode("latin-1")) for name, value in answer.headers.items()]
-        async with aclosing(answer.rest) as rest:  # type: ignore[type-var]
+        try:
             await self._client.send(
                 {"type": "http.response.start", "status": answer.status, "headers": [*headers, *_marks(outcome)]}
             )
             await self._send_part(outcome, answer.first)
-            try:
-                while (part := await self._client.unless_gone(_next(rest))) is not None:
-                    await self._send_part(outcome, part)
-            except CutError:
-                # The client has read a part, which no other answer may contradict: it is told, as vLLM tells it.
-                self._service.cut(outcome)
-                await self._send_part(outcome, _CUT)
+            while (part := await self._client.unless_gone(_next(answer.rest))) is not None:
+                await self._send_part(outcome, part)
+        except CutError:
+            # The client has read a part, which no other answer may contradict: it is told, as vLLM tells it.
+            self._service.cut(outcome)
+            await self._send_part(outcome, _CUT)
+        finally:
+            await answer.close()
         await self._client.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_part(self, outcome: Outcome, part: bytes) -> None:

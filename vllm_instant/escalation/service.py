@@ -114,7 +114,8 @@ class EscalationService:
         """Note that the deep server does not answer, so that this one does."""
         outcome.failure, outcome.answered_by = error.kind, Depth.FAST
         self.metrics.failed(error.kind, self._is_down())
-        logger.warning("Escalation: the deep server does not answer (%s); the fast answer is given", error)
+        level = logging.DEBUG if error.is_known else logging.WARNING
+        logger.log(level, "Escalation: the deep server does not answer (%s); the fast answer is given", error)
 
     def cut(self, outcome: Outcome) -> None:
         """Note that the deep answer was cut off after the client had read a part of it."""

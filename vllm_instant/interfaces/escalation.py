@@ -38,7 +38,10 @@ class EscalationOptions(PluginOptions):
     fast_settings: dict[str, Any] = Field({}, description="The same for requests that are answered fast.")
     connect_seconds: float = Field(2.0, gt=0, le=60, description="Seconds to connect; then the fast answer is given.")
     first_byte_seconds: float = Field(
-        30.0, gt=0, le=3600, description="Seconds until the first part of the deep answer; then the fast one is given."
+        30.0, gt=0, le=3600, description="Seconds until the first part of a stream; then the fast answer is given."
+    )
+    answer_seconds: float = Field(
+        600.0, gt=0, le=36_000, description="Seconds until an answer that is not streamed; then the fast one is given."
     )
     idle_seconds: float = Field(
         60.0, gt=0, le=3600, description="Seconds between two parts of a deep answer, after which it counts as cut off."

@@ -87,7 +87,7 @@ async def test_other_requests_pass_untouched():
 async def test_without_a_deep_answer_the_fast_one_comes_marked(fault, kind, body, caplog):
     deep = FakeEnd("deep", fault)
     async with deep.served() as url:
-        ends = Ends(deep_url=url, first_byte_seconds=0.2)
+        ends = Ends(deep_url=url, first_byte_seconds=0.2, answer_seconds=0.2)
         status, headers, content = await ends.post(body)
     assert (status, content) == (200, b"".join(events("here")) if body.get("stream") else answer("here"))
     assert headers[BY] == "fast"
@@ -127,7 +127,7 @@ async def test_a_stream_that_is_cut_off_keeps_what_was_read_and_says_so(fault):
 
 
 @run
-async def test_a_server_that_is_down_is_left_alone_and_tried_again():
+async def test_a_server_that_is_down_is_left_alone_and_tried_again(caplog):
     deep = FakeEnd("deep")
     async with deep.served() as url:
         pass
@@ -145,6 +145,7 @@ async def test_a_server_that_is_down_is_left_alone_and_tried_again():
     server = await asyncio.start_server(count, "127.0.0.1", port)
     assert (await ends.post(CHAT))[1][WHY] == "deep server: down; always"
     assert not asked
+    assert len([record for record in caplog.records if "deep server" in record.getMessage()]) == 2
     ends.now = 10.0
     assert (await ends.post(CHAT))[1][BY] == "fast"  # it answers nothing
     assert len(asked) == 1

@@ -9,8 +9,16 @@ from typer.testing import CliRunner
 from vllm_instant.escalation.learned_rule import read_rule
 from vllm_instant.tools.cli import app
 from vllm_instant.tools.cli import escalation as command
+from vllm_instant.tools.escalation import report
 
 RUN = CliRunner()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "DRAWS", 200)
+        yield
 
 
 @pytest.fixture(scope="module")

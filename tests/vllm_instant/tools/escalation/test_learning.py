@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_instant.escalation.learned_rule import LearnedRule
+from vllm_instant.tools.escalation import report
 from vllm_instant.tools.escalation.ask import End, ask_both
 from vllm_instant.tools.escalation.examples import (
     Example,
@@ -36,6 +37,13 @@ def _examples(deep_is_better, count=160, seed=0, deep_cost=1.0):
         better = deep_is_better(prompt, dice) is not (dice.random() < 0.05)
         found.append(Example({"prompt": prompt}, 0.3, 0.9 if better else 0.3, 0.0, deep_cost))
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "DRAWS", 200)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +101,7 @@ def test_a_given_rule_is_judged_by_its_own_threshold():
     examples = _examples(lambda prompt, dice: "prove" in prompt, seed=3)
     good = judge(examples, "cost", 0.05, _rule_for("prove"))
     assert (good.reasons, good.threshold, good.share) == ((), 0.5, 0.5)
-    loses = judge(examples, "cost", 0.05, _rule_for("river"))
+    loses = judge(examples, "cost", 0.05, _rule_for("absent"))
     assert any("against always deep, more than 0.05" in reason for reason in loses.reasons)
 
 
