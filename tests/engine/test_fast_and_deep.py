@@ -61,19 +61,25 @@ def _sent(server, request, choice=None):
     return found, response.headers
 
 
+def _text(parts):
+    """The text of all parts and choices."""
+    choices = [choice for part in parts for choice in part["choices"]]
+    messages = [choice.get("message") or choice.get("delta") or {"content": choice.get("text")} for choice in choices]
+    return "".join(message.get("content") or "" for message in messages)
+
+
 @pytest.mark.parametrize("name", REQUESTS)
 def test_both_ends_answer_as_if_asked_directly(server, baseline, name):
     direct, _ = _sent(baseline, REQUESTS[name])
     deep, headers = _sent(server, REQUESTS[name], "deep")
     assert (headers[BY], headers[WHY]) == ("deep", "the client's choice")
-    assert deep == direct
     fast, headers = _sent(server, REQUESTS[name], "fast")
     assert headers[BY] == "fast"
-    if name == "streamed":  # drafts put several tokens into one event
-        fast, direct = ("".join(c["text"] for part in parts for c in part["choices"]) for parts in (fast, direct))
-        assert fast == direct
-    elif name in ("n", "schema"):  # greedy and seeded requests are exact under a cascade
-        assert [c["text"] for c in fast[0]["choices"]] == [c["text"] for c in direct[0]["choices"]]
+    if len(direct) == 1:
+        assert deep == direct
+    # vLLM puts several tokens into one event where they are there at once. Greedy and seeded requests are exact under
+    # a cascade as well.
+    assert _text(deep) == _text(direct) == _text(fast) != ""
 
 
 def test_the_model_itself_chooses_with_one_token_behind_the_same_prompt(server, prompts):

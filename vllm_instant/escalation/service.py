@@ -94,7 +94,7 @@ class EscalationService:
         if self.options.sticky and self.conversations.is_deep(request.tenant, request.body):
             return Decision(Depth.DEEP, STICKY)
         failed = Decision(Depth.FAST, FAILED)
-        found = self.guarded.call("decide", lambda plugin: _checked(plugin.decide(request, None)), failed)
+        found = self.guarded.call("decide", lambda plugin: _checked(plugin.decide(request, None)), _either(failed))
         if isinstance(found, Decision):
             return found
         answer: Mapping[str, Any] = {}
@@ -161,6 +161,10 @@ class EscalationService:
     def decisions(self, last: int) -> list[dict[str, Any]]:
         """Return the newest decisions, oldest first."""
         return list(self._decisions)[-last:]
+
+
+def _either(decision: Decision) -> Decision | Question:
+    return decision
 
 
 def _checked(found: object) -> Decision | Question:

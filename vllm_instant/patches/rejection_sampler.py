@@ -150,9 +150,11 @@ def sampler_class(base: Any, constrain: Any) -> Any:
             if not self._decides_greedy:
                 return greedy(pad_drafts(drafts, counts), target)
             step = VerificationBatch(drafts.clone(), list(counts), target.clone(), None)
-            return self.instant_plugin.call(
-                "verify_greedy", lambda plugin: checked(plugin.verify_greedy(step), counts, target), None
-            )
+
+            def verified(plugin: Any) -> Any:
+                return checked(plugin.verify_greedy(step), counts, target)
+
+            return self.instant_plugin.call("verify_greedy", verified, None)
 
         def _with_seed(self, drafts: list[int], target: Any, generator: Any) -> tuple[int, int]:
             """How many drafts equal the tokens sampled with the generator, and the sampled token after them."""

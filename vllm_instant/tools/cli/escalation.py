@@ -49,10 +49,12 @@ def ask(
     headers = authorization(api_key)
     try:
         lines = list(read_lines(prompts))
-        ends = []
-        for url in (fast, deep):
+
+        def end_at(url: str) -> End:
             info = read_server_info(url, headers)
-            ends.append(End(sync_client(info.url, timeout=600, headers=headers), info.name, max_tokens))
+            return End(sync_client(info.url, timeout=600, headers=headers), info.name, max_tokens)
+
+        ends = end_at(fast), end_at(deep)
         with working("Asking …") as status:
             count = ask_both(lines, *ends, answers, concurrency, lambda done: status.update(f"{done} of {len(lines)}"))
     except (RefusedError, ValueError) as error:

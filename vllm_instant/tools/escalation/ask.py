@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from vllm_instant.tools.escalation.examples import ENDS, REQUEST_KEYS
 from vllm_instant.tools.measure.sampling import RefusedError
 
 
@@ -35,7 +36,7 @@ class End:
 
     def answer(self, line: Mapping[str, Any]) -> tuple[str, float, int]:
         """Return the greedy answer to a prompt, its seconds and its number of tokens; raises RefusedError."""
-        body = {key: line[key] for key in ("messages", "prompt", "tools", "max_tokens") if key in line}
+        body: dict[str, Any] = {key: line[key] for key in REQUEST_KEYS if key in line}
         body = {"max_tokens": self._max_tokens, "temperature": 0, **body, "model": self._model}
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         began = self._clock()
@@ -59,7 +60,7 @@ def ask_both(
 
     def both(line: Mapping[str, Any]) -> dict[str, Any]:
         result = dict(line)
-        for name, end in (("fast", fast), ("deep", deep)):
+        for name, end in zip(ENDS, (fast, deep), strict=True):
             text, seconds, tokens = end.answer(line)
             result |= {name: text, f"{name}_seconds": round(seconds, 4), f"{name}_tokens": tokens}
         return result

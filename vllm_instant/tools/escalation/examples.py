@@ -16,6 +16,9 @@ from vllm_instant.tools.measure.http_client import base_url, sync_client
 
 Scorer = Callable[[Mapping[str, Any], str], float]
 """Returns how good an answer is, from 0 to 1, given the line of its prompt."""
+ENDS = ("fast", "deep")
+REQUEST_KEYS = ("messages", "prompt", "tools", "max_tokens")
+"""The keys of a line that belong to the request."""
 COSTS = ("cost", "seconds")
 """What answers may cost, in the order in which it is looked for: ``fast_cost``, then ``fast_seconds``."""
 
@@ -58,12 +61,9 @@ def read_examples(path: Path, scorer: Scorer | None = None) -> tuple[list[Exampl
             raise ValueError(f"{path}, line {number} has no {error}") from None
         if not 0 <= fast <= 1 or not 0 <= deep <= 1:
             raise ValueError(f"{path}, line {number}: scores must lie in 0..1, found {fast} and {deep}")
-        body = {key: line[key] for key in ("messages", "prompt", "tools", "max_tokens") if key in line}
+        body: dict[str, Any] = {key: line[key] for key in REQUEST_KEYS if key in line}
         examples.append(Example(body, fast, deep, *costs))
     return examples, cost or "share of deep answers"
-
-
-ENDS = ("fast", "deep")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
