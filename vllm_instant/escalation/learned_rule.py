@@ -36,7 +36,7 @@ class LearnedRule(BaseModel):
     threshold: float = Field(ge=0, le=1)
     """Requests with at least this probability go deep."""
     learned_from: dict[str, Any] = Field(default_factory=dict)
-    """Numbers about the prompts, and what the rule brought on those that were held out."""
+    """Numbers about the prompts, and what the rule brought on held-out ones."""
 
     @model_validator(mode="after")
     def _has_equal_lengths(self) -> LearnedRule:

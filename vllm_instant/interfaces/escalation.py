@@ -78,7 +78,7 @@ class EscalationRequest:
     prompt: str
     """The text of the prompt: of all messages of a chat, in order; empty for token ids and parts without text."""
     headers: Mapping[str, str] = field(default_factory=dict)
-    """By names in lower case, without those that carry keys."""
+    """By names in lower case; headers with keys are left out."""
     tenant: str = ""
     """A digest of the client's API key; empty without one."""
 

@@ -77,11 +77,13 @@ def validate(deployment: Deployment) -> Iterator[str]:
     if choice.plugin == "off":
         return
     options = choice.options
-    if choice.plugin == "rules":
-        try:
+    try:
+        if choice.plugin == "rules":
             build_rules(RulesOptions.model_validate(options))
-        except ValueError as error:
-            yield f"[escalation] {error}"
+        elif choice.plugin == "learned":
+            build_learned(LearnedOptions.model_validate(options))
+    except ValueError as error:
+        yield f"[escalation] {error}"
     if options.get("deep_url") is None and options.get("deep_settings") == options.get("fast_settings"):
         yield "[escalation] both ends are the same: set deep_url, or deep_settings that differ from fast_settings"
     has_guard = deployment.slots["guard"].plugin != "off"

@@ -93,7 +93,7 @@ class CascadeSampler(RejectionSampler):
         return block.verified(step.draft_token_ids, rows, target_probs, step.draft_probs)
 
     def bend(self, target_probs: torch.Tensor, draft_probs: torch.Tensor) -> None:
-        """Replace the target's distributions ``P`` by those that are served, ``P'``.
+        """Replace the target's distributions ``P`` by what is served, ``P'``.
 
         Args:
             target_probs: float32 ``[total, vocabulary]``; overwritten.

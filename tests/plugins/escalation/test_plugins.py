@@ -6,9 +6,11 @@ import pytest
 
 from vllm_instant.deployment.errors import DeploymentError
 from vllm_instant.deployment.settings import resolve
+from vllm_instant.escalation.features import FORM
+from vllm_instant.escalation.learned_rule import LearnedRule
 from vllm_instant.interfaces.escalation import Decision, Depth, EscalationRequest, Question
 from vllm_instant_plugins.escalation.label import Label
-from vllm_instant_plugins.escalation.plugin import RulesOptions, build_rules
+from vllm_instant_plugins.escalation.plugin import LearnedOptions, RulesOptions, build_learned, build_rules
 
 
 def _request(prompt="Hello", body=None, **headers):
@@ -156,6 +158,10 @@ def test_a_deployment_with_an_escalation(tmp_path):
         (RULES.replace("min_characters = 9", "pattern = '('") + 'deep_url = "http://d"', "RE2 cannot compile"),
         (RULES + 'deep_url = "http://d"\n[guard]\nplugin = "rules"\nwords = ["x"]', "do not pass this server's"),
         ('[escalation]\nplugin = "learned"\ndeep_url = "http://d"', "rule_file"),
+        (
+            '[escalation]\nplugin = "learned"\ndeep_url = "http://d"\nrule_file = "none.json"',
+            "none.json cannot be read",
+        ),
     ],
 )
 def test_mistakes_are_reported_before_a_model_is_loaded(tmp_path, text, message):
@@ -166,3 +172,26 @@ def test_mistakes_are_reported_before_a_model_is_loaded(tmp_path, text, message)
 def test_a_guarded_deep_server_is_allowed(tmp_path):
     text = RULES + 'deep_url = "http://d"\ndeep_is_guarded = true\n[guard]\nplugin = "rules"\nwords = ["x"]'
     assert _resolve(tmp_path, text).slots["escalation"].options["deep_is_guarded"]
+
+
+def test_a_learned_rule_decides_by_its_probability(tmp_path):
+    count = len(FORM) + 1
+    rule = LearnedRule(
+        vocabulary=("prove",),
+        mean=(0.0,) * count,
+        scale=(1.0,) * count,
+        coefficients=(*(0.0,) * (count - 1), 2.0),
+        intercept=-1.0,
+        slope=-1.0,
+        offset=0.0,
+        threshold=0.5,
+    )
+    path = tmp_path / "rule.json"
+    path.write_text(rule.model_dump_json())
+    plugin = build_learned(LearnedOptions(rule_file=str(path)))
+    deep = plugin.decide(_request("prove it"), None)
+    assert (deep.depth, deep.reason, deep.probability) == (Depth.DEEP, "learned", pytest.approx(1 / (1 + math.exp(-1))))
+    assert plugin.decide(_request("hello"), None).depth is Depth.FAST
+    strict = build_learned(LearnedOptions(rule_file=str(path), threshold=0.9))
+    assert strict.decide(_request("prove it"), None).depth is Depth.FAST
+    assert strict.decide(_request(""), None) == Decision(Depth.FAST, "learned: no text")

@@ -87,7 +87,7 @@ def _vocabulary(examples: Sequence[Example], better: npt.NDArray[np.int64]) -> t
 
 
 def folds(examples: Sequence[Example], seed: int = 0) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the examples to learn from and those that are held out; equal prompts are in the same fold."""
+    """Yield the examples to learn from and the held-out ones; equal prompts are in the same fold."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     groups = [hashlib.sha256(json.dumps(dict(example.body), sort_keys=True).encode()).digest() for example in examples]
