@@ -17,7 +17,9 @@ which drafts were sampled. Intervals are bootstraps over places. Nothing is time
 ``frontier``: the same for the lossy samplers ``relaxed`` and ``cascade``: expected accepted tokens per step against the
 quality of the next token after held-out text, which is exact as well: perplexity under the target of what is served,
 Kullback-Leibler divergence of it from the target, and total variation, whose highest value must not exceed the bound.
-``more_than_relaxed`` is the difference in accepted tokens from ``relaxed`` at the same divergence.
+``more_at_equal_divergence`` and ``more_at_equal_perplexity`` are the differences in accepted tokens from ``relaxed``
+with the bound at which it has the same value. Perplexity alone falls where a sampler favours
+likely tokens.
 
 ``served``: tokens per second of one user at temperature 1, and accepted tokens per step, in a server of each sampler on
 the demo's pair, of the target alone and of the draft model alone, one server after the other.
@@ -108,7 +110,7 @@ def kept_of(target_probs: torch.Tensor, draft_probs: torch.Tensor, drafts: torch
 
 def places(tokenizer: Any, kind: str, count: int) -> torch.Tensor:
     """int64 ``[count, CONTEXT]``: evenly spread over the held-out documents of a kind."""
-    text = "\n".join(document.text for document in documents() if document.held_out and document.kind == kind)
+    text = "\n".join(document.text for document in documents(held_out_only=True) if document.kind == kind)
     stream = torch.tensor(tokenizer(text)["input_ids"])
     starts = torch.linspace(0, len(stream) - CONTEXT - 1, count).long()
     return torch.stack([stream[start : start + CONTEXT] for start in starts])
@@ -251,16 +253,13 @@ def of_places(target: torch.Tensor, draft: torch.Tensor, drafts: torch.Tensor, b
 
 
 def cells_of(kind: str, columns: dict[tuple[str, float], np.ndarray]) -> list[dict[str, Any]]:
-    """The means of all arms on one class of text, and what they accept beyond ``relaxed`` at the same divergence."""
+    """The means of all arms on one class of text, and what they accept beyond ``relaxed`` at equal quality."""
     count = next(iter(columns.values())).shape[1]
     picks = np.random.default_rng(0).integers(0, count, (RESAMPLED, count))
-    grid = [columns["relaxed", bound] for bound in RELAXED_GRID]
-
-    def beyond(own: np.ndarray, rows: Any) -> float:
-        divergences = [float(of[2, rows].mean()) for of in grid]
-        accepted = [float(of[0, rows].mean()) for of in grid]
-        return float(own[0, rows].mean() - np.interp(own[2, rows].mean(), divergences, accepted))
-
+    # The first row is the sample itself; a row has the weight of each place.
+    weights = np.concatenate([np.ones((1, count)), [np.bincount(row, minlength=count) for row in picks]]) / count
+    means = {arm: own @ weights.T for arm, own in columns.items()}
+    grid = np.stack([means["relaxed", bound] for bound in RELAXED_GRID])
     cells = []
     for (arm, bound), own in columns.items():
         if arm == "relaxed" and bound not in (0.0, *BOUNDS):
@@ -268,29 +267,50 @@ def cells_of(kind: str, columns: dict[tuple[str, float], np.ndarray]) -> list[di
         highest = float(own[4].max())
         if highest > bound + 1e-5:
             raise SystemExit(f"{arm} with bound {bound} has a total variation of {highest}")
-        differences = [beyond(own, rows) for rows in picks]
-        low, high = np.quantile(differences, [0.025, 0.975])
+        found = means[arm, bound]
         cell = {
             "text": kind,
             "sampler": arm,
             "bound": bound,
             "places": count,
-            "accepted": float(own[0].mean()),
-            "perplexity": float(np.exp(own[1].mean())),
-            "divergence": float(own[2].mean()),
-            "variation": float(own[3].mean()),
+            "accepted": float(found[0, 0]),
+            "perplexity": float(np.exp(found[1, 0])),
+            "divergence": float(found[2, 0]),
+            "variation": float(found[3, 0]),
             "highest_variation": highest,
-            "more_than_relaxed": {"mean": beyond(own, np.arange(count)), "low": float(low), "high": float(high)},
+            "more_at_equal_perplexity": beyond(found, grid, 1),
+            "more_at_equal_divergence": beyond(found, grid, 2),
         }
         cells.append(cell)
-        gain = cell["more_than_relaxed"]
+        gains = [
+            f"{name} {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+            for name, gain in (
+                ("KL", cell["more_at_equal_divergence"]),
+                ("perplexity", cell["more_at_equal_perplexity"]),
+            )
+        ]
         print(
-            f"{kind:10} {arm:24} bound {bound:4}: {cell['accepted']:.3f} of {LENGTH} accepted, perplexity "
+            f"{kind:10} {arm:24} bound {bound:4}: {cell['accepted']:.3f} of {LENGTH}, perplexity "
             f"{cell['perplexity']:.3f}, KL {cell['divergence']:.4f}, highest variation {highest:.4f}; beyond relaxed "
-            f"at this KL {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]",
+            f"at equal {', '.join(gains)}",
             flush=True,
         )
     return cells
+
+
+def beyond(found: np.ndarray, grid: np.ndarray, quality: int) -> dict[str, float]:
+    """Accepted tokens beyond those of ``relaxed`` at the same quality, with a bootstrap interval.
+
+    Args:
+        found: ``[columns, samples]``; accepted tokens are column 0.
+        grid: the same of ``relaxed``, ``[bounds, columns, samples]``.
+        quality: the column that is equal.
+
+    """
+    samples = range(found.shape[1])
+    differences = [found[0, i] - np.interp(found[quality, i], grid[:, quality, i], grid[:, 0, i]) for i in samples]
+    low, high = np.quantile(differences[1:], [0.025, 0.975])
+    return {"mean": float(differences[0]), "low": float(low), "high": float(high)}
 
 
 def served_arms(draft: Path) -> dict[tuple[str, float], str]:

@@ -13,8 +13,8 @@ def samplers_cascade(runs: Sequence[Run]) -> str:
     rows = []
     for cell in cells_of(runs, "frontier"):
         served = speeds.get((cell["sampler"], cell["bound"]))
-        gain = cell["more_than_relaxed"]
-        is_same = cell["sampler"] == "relaxed"
+        gains = [cell[f"more_at_equal_{quality}"] for quality in ("perplexity", "divergence")]
+        shown = [f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]" for gain in gains]
         rows.append(
             [
                 cell["text"],
@@ -24,12 +24,13 @@ def samplers_cascade(runs: Sequence[Run]) -> str:
                 f"{cell['perplexity']:.2f}",
                 f"{cell['divergence']:.4f}",
                 f"{cell['variation']:.3f}, {cell['highest_variation']:.3f}",
-                "" if is_same else f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]",
+                *(["", ""] if cell["sampler"] == "relaxed" else shown),
                 "" if served is None else interval(served["tokens_per_second"], 1),
             ]
         )
     headings = ["text", "sampler", "bound", "accepted of 8", "perplexity", "KL, nats", "variation: mean, highest"]
-    return table([*headings, "accepted beyond `relaxed` at equal KL", "tokens/s"], rows)
+    beyond = [f"accepted beyond `relaxed` at equal {quality}" for quality in ("perplexity", "KL")]
+    return table([*headings, *beyond, "tokens/s"], rows)
 
 
 def escalation_decisions(runs: Sequence[Run]) -> str:
