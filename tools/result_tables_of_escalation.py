@@ -61,7 +61,6 @@ def escalation_routing(runs: Sequence[Run]) -> str:
 
 
 TABLES: dict[str, tuple[str, Show]] = {
-    "samplers_cascade": ("samplers", samplers_cascade),
     "escalation_decisions": ("escalation", escalation_decisions),
     "escalation_routing": ("escalation", escalation_routing),
 }
