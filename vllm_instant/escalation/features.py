@@ -14,7 +14,10 @@ from vllm_instant.escalation.requests import prompt_text
 
 _WORD = re.compile(r"[^\W\d_]{2,}|\d+")
 _CODE = re.compile(r"```|[{};]|\b(?:def|class|return|import|function|const|SELECT)\b|=>|==")
-_MATHS = frozenset("=+-*/^<>%√∑∫≤≥")
+# Counted in C: a loop over letters would take milliseconds of the event loop.
+_DIGIT = re.compile(r"\d")
+_UPPER_CASE = re.compile(r"[A-Z]")
+_MATHS = "=+-*/^<>%√∑∫≤≥"
 
 FORM = (
     "characters",
@@ -33,7 +36,7 @@ FORM = (
     "max_tokens",
 )
 """The names of the features of a request's form, in order."""
-MAX_CHARACTERS = 20_000
+MAX_CHARACTERS = 8_000
 """Characters of a prompt that are looked at, half of them at its beginning and half at its end."""
 
 
@@ -76,10 +79,10 @@ def _form(body: Mapping[str, Any], length: int, text: str, words: Sequence[str])
         math.log1p(length),
         math.log1p(len(words)),
         sum(map(len, words)) / max(1, len(words)),
-        sum(letter.isdigit() for letter in text) / size,
-        sum(letter.isupper() for letter in text) / size,
-        sum(not letter.isascii() for letter in text) / size,
-        sum(letter in _MATHS for letter in text) / size,
+        len(_DIGIT.findall(text)) / size,
+        len(_UPPER_CASE.findall(text)) / size,
+        (len(text) - len(text.encode("ascii", "ignore"))) / size,
+        sum(map(text.count, _MATHS)) / size,
         math.log1p(len(_CODE.findall(text))),
         math.log1p(text.count("?")),
         math.log1p(text.count("\n")),
