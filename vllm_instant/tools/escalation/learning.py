@@ -94,8 +94,9 @@ def folds(examples: Sequence[Example], seed: int = 0) -> Iterator[tuple[list[int
     splitter = StratifiedGroupKFold(NUM_FOLDS, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with few members, for which fit_rule has a sentence
-        for learned, held_out in splitter.split(examples, is_deep_better(examples), groups):
-            yield list(learned), list(held_out)
+        found = list(splitter.split(examples, is_deep_better(examples), groups))
+    for learned, held_out in found:
+        yield list(learned), list(held_out)
 
 
 def held_out_probabilities(examples: Sequence[Example], seed: int = 0) -> Floats:
