@@ -1,10 +1,14 @@
 """The escalation: what a decision costs, and what a learned rule brings on the demo's pair.
 
     .venv/bin/python benchmarks/escalation.py decisions [--rounds 300]
+    .venv/bin/python benchmarks/escalation.py label [--rounds 40]
     .venv/bin/python benchmarks/escalation.py routing [--prompts 240]
 
 ``decisions``: microseconds until the first part of an answer, through the middleware with ``rules`` and ``learned``,
 beyond the same application without it; no engine, prompts of three lengths, the arms take turns.
+
+``label``: time to the first token on the demo's target of one request at a time, with the model's own reading of the
+prompt before it and without (``instant_escalation = "fast"``), in turns; and the time of a decoding step beside it.
 
 ``routing``: the demo's draft model is the fast end and its target the deep one, two servers that are asked one prompt
 after the other. Prompts of four classes are beginnings of held-out text; a score is the share of the true continuation
@@ -141,6 +145,46 @@ def share_of_reference(line: Mapping[str, Any], answer: str) -> float:
     return sum(1 for _ in equal) / len(reference)
 
 
+def label(rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds to the first token with and without a question before, and of a step."""
+    pair = assets.prepare()
+    texts = [line["prompt"] for line in prompts(8 * rounds) if line["class"] in ("code", "structured")]
+    found: dict[str, list[float]] = {"fast": [], "auto": []}
+    steps: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="escalation-") as name:
+        file = Path(name) / "deploy.toml"
+        # Below any probability: the question is asked, and the answer comes from here.
+        file.write_text(
+            '[speculation]\nplugin = "off"\n[escalation]\nplugin = "label"\nthreshold = 1.0\n'
+            "[escalation.deep_settings]\nseed = 1\n"
+        )
+        words = ["--served-model-name", "demo", "--max-model-len", "1024", "--max-num-seqs", "2", "--enforce-eager"]
+        server = Server(
+            pair.target,
+            [*words, "--plugins", "vllm_instant", "--instant-config", str(file)],
+            log=Path(name) / "server.log",
+            environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+        )
+        with running(server), sync_client(server.url, timeout=60) as client:
+            for number, text in enumerate(texts[: 2 * rounds + 4]):
+                choice = ("fast", "auto")[number % 2]
+                body = {"model": "demo", "prompt": text, "max_tokens": 8, "stream": True, "ignore_eos": True}
+                body["vllm_xargs"] = {"instant_escalation": choice}
+                arrivals = [time.perf_counter()]
+                with client.stream("POST", "/v1/completions", json=body) as response:
+                    arrivals += [time.perf_counter() for line in response.iter_lines() if line.startswith("data: {")]
+                if number >= 4:
+                    found[choice].append(1e3 * (arrivals[1] - arrivals[0]))
+                    steps += [1e3 * (after - before) for before, after in itertools.pairwise(arrivals[1:])]
+    first = {choice: vars(median_interval(values)) for choice, values in found.items()}
+    step = vars(median_interval(steps))
+    added = first["auto"]["median"] - first["fast"]["median"]
+    print(
+        f"first token {first['fast']} ms, with a question before {first['auto']} ms: {added:+.1f} ms; a step {step} ms"
+    )
+    return [{"requests": rounds, "first_token_ms": first, "added_ms": added, "step_ms": step}]
+
+
 def routing(count: int) -> dict[str, Any]:
     """Ask both ends, and judge the rule that is learned from their answers."""
     pair = assets.prepare()
@@ -182,13 +226,15 @@ def routing(count: int) -> dict[str, Any]:
 def main() -> None:
     """Measure one part, print, write ``benchmarks/results/escalation.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("decisions", "routing"))
-    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("part", choices=("decisions", "label", "routing"))
+    parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--prompts", type=int, default=240)
     parser.add_argument("--output", type=Path, default=HERE / "results/escalation.json")
     options = parser.parse_args()
     if options.part == "decisions":
-        measured: list[dict[str, Any]] = decisions(options.rounds)
+        measured: list[dict[str, Any]] = decisions(options.rounds or 300)
+    elif options.part == "label":
+        measured = label(options.rounds or 40)
     else:
         measured = [routing(options.prompts)]
         print(json.dumps({key: value for key, value in measured[0].items() if key != "frontier"}, indent=1))

@@ -39,7 +39,11 @@ def escalation_decisions(runs: Sequence[Run]) -> str:
         [f"`{cell['plugin']}`", f"{cell['characters']:,}", interval(cell["microseconds"], 0)]
         for cell in cells_of(runs, "decisions")
     ]
-    return table(["plugin", "characters of the prompt", "added until the first part, µs"], rows)
+    for cell in cells_of(runs, "label"):
+        first, step = cell["first_token_ms"], interval(cell["step_ms"], 1)
+        case = f"first token {interval(first['fast'], 1)} → {interval(first['auto'], 1)} ms, a decoding step {step} ms"
+        rows.append(["`label`", case, f"{1e3 * cell['added_ms']:,.0f}"])
+    return table(["plugin", "characters of the prompt; case", "added until the first part, µs"], rows)
 
 
 def escalation_routing(runs: Sequence[Run]) -> str:
