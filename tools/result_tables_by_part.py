@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import result_tables
 import result_tables_of_capacity
+import result_tables_of_escalation
 import result_tables_of_faults
 import result_tables_of_guard
 from result_tables import Cell, Run, Show, cells_of, interval, table
@@ -369,6 +370,7 @@ ALL_TABLES = (
     result_tables.TABLES
     | TABLES
     | result_tables_of_capacity.TABLES
+    | result_tables_of_escalation.TABLES
     | result_tables_of_faults.TABLES
     | result_tables_of_guard.TABLES
 )

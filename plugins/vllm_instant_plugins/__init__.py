@@ -8,9 +8,11 @@ from vllm_instant import Deployment, Plugin, hookimpl
 from vllm_instant_plugins import baseline, drafters, speculation
 from vllm_instant_plugins.attention.plugin import PLUGINS as ATTENTION
 from vllm_instant_plugins.chunked import plugin as chunked
+from vllm_instant_plugins.escalation import plugin as escalation
 from vllm_instant_plugins.goodput.plugin import PLUGIN as GOODPUT
 from vllm_instant_plugins.guard import plugin as guard
 from vllm_instant_plugins.hybrid import plugin as hybrid
+from vllm_instant_plugins.remote import plugin as remote
 from vllm_instant_plugins.samplers.plugin import PLUGINS as SAMPLERS
 from vllm_instant_plugins.similarity.plugin import PLUGIN as SIMILARITY
 from vllm_instant_plugins.suffix.plugin import PLUGIN as SUFFIX
@@ -25,6 +27,7 @@ def instant_plugins() -> Iterable[Plugin]:
         *speculation.PLUGINS,
         SUFFIX,
         hybrid.PLUGIN,
+        remote.PLUGIN,
         *drafters.PLUGINS,
         *SAMPLERS,
         SIMILARITY,
@@ -32,6 +35,7 @@ def instant_plugins() -> Iterable[Plugin]:
         *EXPERTS,
         *chunked.PLUGINS,
         *guard.PLUGINS,
+        *escalation.PLUGINS,
         *baseline.PLUGINS,
     ]
 
@@ -43,6 +47,8 @@ def instant_check(deployment: Deployment) -> Iterable[str]:
         *speculation.validate(deployment),
         *drafters.validate(deployment),
         *hybrid.validate(deployment),
+        *remote.validate(deployment),
         *chunked.validate(deployment),
         *guard.validate(deployment),
+        *escalation.validate(deployment),
     ]

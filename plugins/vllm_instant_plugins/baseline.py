@@ -9,4 +9,5 @@ PLUGINS = (
     Plugin(slot="attention", name="native", summary="the attention backend and KV cache that vLLM chooses"),
     Plugin(slot="streaming", name="off", summary="prompts are read when they are complete"),
     Plugin(slot="guard", name="off", summary="answers are not judged"),
+    Plugin(slot="escalation", name="off", summary="every request is answered here, as it came"),
 )

@@ -5,6 +5,7 @@ A ``Slot`` drives a guarded plugin through all of its hooks as the engine does a
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
 import threading
@@ -23,10 +24,20 @@ from prometheus_client import CollectorRegistry
 from vllm_instant import Drafter, SchedulingPolicy, SpeculationPolicy
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
 from vllm_instant.deployment.watchdog import SIGNAL, Watchdog
+from vllm_instant.escalation.metrics import EscalationMetrics
+from vllm_instant.escalation.service import EscalationService
 from vllm_instant.guard.metrics import GuardMetrics
 from vllm_instant.guard.service import GuardService
 from vllm_instant.guard.window import Limits, Window
 from vllm_instant.interfaces.drafter import DraftAssignment, DraftRequest, HybridDrafter
+from vllm_instant.interfaces.escalation import (
+    Decision,
+    Depth,
+    Escalation,
+    EscalationOptions,
+    EscalationRequest,
+    Question,
+)
 from vllm_instant.interfaces.experts import ExpertLayer, ExpertRouter, Measurement, StepRows
 from vllm_instant.interfaces.guard import Guard, GuardOptions, Late, TextJudge, Verdict
 from vllm_instant.interfaces.requests import RequestState
@@ -245,6 +256,22 @@ def guard(guarded: GuardedPlugin[Any]) -> Any:
     return str(verdict.upto)
 
 
+def escalation(guarded: GuardedPlugin[Any]) -> Any:
+    metrics = EscalationMetrics("tested", CollectorRegistry())
+    service = EscalationService(guarded, EscalationOptions(), metrics, None)
+    asked: list[Any] = []
+
+    async def ask(body: Mapping[str, Any]) -> Mapping[str, Any]:
+        asked.append(body)
+        return {}
+
+    request = EscalationRequest(request_id="a", path="/v1/completions", body={"prompt": "x"}, prompt="x")
+    decision = asyncio.run(service.decide(request, None, ask))
+    assert type(decision) is Decision
+    assert decision.depth in tuple(Depth)
+    return str(decision.depth)
+
+
 # ------------------------------------------------------------------------------------------------ good answers
 
 
@@ -326,6 +353,11 @@ class GoodJudge(TextJudge):
         return Verdict(len(text))
 
 
+class GoodEscalation(Escalation):
+    def decide(self, request, answer):
+        return Question({"prompt": "?"}) if answer is None else Decision(Depth.DEEP, "hard")
+
+
 Drive = Callable[[GuardedPlugin[Any]], Any]
 
 SLOTS: Mapping[str, tuple[type, Drive, tuple[str, ...]]] = {
@@ -361,6 +393,7 @@ SLOTS: Mapping[str, tuple[type, Drive, tuple[str, ...]]] = {
         ("begin_step", "allowed", "measurement", "observe", "reference_pass", "metrics", "control", "fused_route"),
     ),
     "guard": (GoodGuard, guard, ("begin", "metrics")),
+    "escalation": (GoodEscalation, escalation, ("decide",)),
     "streaming": (
         GoodStreaming,
         streaming,

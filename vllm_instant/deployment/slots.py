@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vllm_instant.interfaces.attention import AttentionProvider
 from vllm_instant.interfaces.drafter import Drafter
+from vllm_instant.interfaces.escalation import Escalation
 from vllm_instant.interfaces.experts import ExpertRouter
 from vllm_instant.interfaces.guard import Guard
 from vllm_instant.interfaces.rejection_sampler import RejectionSampler
@@ -72,6 +73,7 @@ SLOTS: dict[str, Slot] = {
             StreamingPrefill,
         ),
         Slot("guard", "which text may reach the client", "API server", "off", Guard),
+        Slot("escalation", "which requests a deeper server or setting answers", "API server", "off", Escalation),
     )
 }
 """By name, in the order in which tables are written and printed."""

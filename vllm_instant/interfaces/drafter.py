@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ class DraftRequest:
     num_prompt_tokens: int
     """Number of leading ``token_ids`` that are the prompt."""
     max_draft_tokens: int
-    """Maximum number of draft tokens, at least 1."""
+    """Maximum number of draft tokens, at least 1; 0 only for a ``FollowingDrafter``."""
     cache_salt: str = ""
     """The request's ``cache_salt``; its text must not leak to requests with another one."""
     is_fixed: bool = False
@@ -58,6 +58,39 @@ class Drafter(Protocol):
     def forget(self, request_id: str) -> None:
         """Drop the state of a request that ended or was aborted. Optional."""
         return None
+
+
+class PushedTail(NamedTuple):
+    """Draft tokens that a client sends for its own request; positions count output tokens."""
+
+    branch: int
+    """Number of the branch that the tokens extend, increasing."""
+    base: int
+    """Number of output tokens that the branch continues."""
+    position: int
+    """Position of the first token: ``base`` for a new branch, otherwise where the branch ended so far."""
+    seen: int
+    """Number of output tokens that the client knew, at least ``base``."""
+    tokens: Sequence[int]
+    probabilities: bytes
+    """For each token the drafter's probability in steps of 1/255; empty where it states none."""
+
+
+@runtime_checkable
+class FollowingDrafter(Drafter, Protocol):
+    """A drafter that sees all tokens of all requests, also in steps after which nothing is drafted.
+
+    ``propose`` gets every request that sampled a token; those without drafts have ``max_draft_tokens`` 0. Its drafts
+    may depend on when something arrives, so that it needs an engine with one worker.
+    """
+
+    def enter(self, request: DraftRequest) -> None:
+        """A request's prompt is about to be read to its end; ``max_draft_tokens`` is 0."""
+        ...
+
+    def receive(self, pushed: Mapping[str, Sequence[PushedTail]]) -> None:
+        """Receive the drafts that clients sent since the last step, by request id, before ``propose``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 class VerificationBatch:
     """Draft tokens of one step's sampling requests, with the target's logits and the draft's probabilities.
 
-    Greedy requests and requests with a seed are excluded: their accepted tokens follow from the target alone
-    (``patches.rejection_sampler``). All tensors are on the model's device.
+    The results of greedy requests and of requests with a seed are ignored: their accepted tokens follow from the target
+    alone (``patches.rejection_sampler``), unless the sampler decides about them, too. All tensors are on the model's
+    device.
     """
 
     draft_token_ids: torch.Tensor
@@ -31,7 +32,14 @@ class VerificationBatch:
 
 @runtime_checkable
 class RejectionSampler(Protocol):
-    """Decides which draft tokens are accepted, and which token follows. Runs in every worker process."""
+    """Decides which draft tokens are accepted, and which token follows. Runs in every worker process.
+
+    Two members are optional, for lossy samplers whose users allow it:
+
+    - ``verify_greedy(step)``, as ``verify``, for greedy requests. ``step`` has the whole batch, at temperature 1 and
+      with ``draft_probs = None``; the results of other requests are ignored.
+    - ``keeps_seeds``, a bool: with ``False`` ``verify`` decides about requests with a seed as well.
+    """
 
     def verify(self, step: VerificationBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Verify the drafts of one step.

@@ -8,7 +8,7 @@ propose_draft_token_ids`` has both, so it is wrapped to lay them beside the draf
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ import numpy.typing as npt
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.deployment.plain import finite, whole_numbers
-from vllm_instant.interfaces.drafter import Draft, Drafter, DraftRequest
-from vllm_instant.patches.compat import HasSignature, References, VllmPatch
+from vllm_instant.interfaces.drafter import Draft, Drafter, DraftRequest, FollowingDrafter, PushedTail
+from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE
 from vllm_instant.patches.plugin_factory import build_guarded, context_of
 from vllm_instant.speculation.draft_plan import DraftPlan, trim_drafts
@@ -28,6 +28,9 @@ NO_PLAN = DraftPlan()
 
 class PluginDrafter:
     """What vLLM's ``custom_class`` method instantiates; asks the deployment's drafter plugin."""
+
+    follows = False
+    """Whether the plugin is a ``FollowingDrafter``."""
 
     def __init__(self, vllm_config: Any) -> None:
         deployment = deployment_env.get_deployment()
@@ -43,6 +46,7 @@ class PluginDrafter:
         self._request_ids: Sequence[str] = ()
         self._prompt_lengths: npt.NDArray[np.int32] = np.empty(0, np.int32)
         self._plan = DraftPlan()
+        self.follows = isinstance(contained.instance, FollowingDrafter)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to load: called because vLLM's CPU runner treats every drafter as a model."""
@@ -64,6 +68,17 @@ class PluginDrafter:
         self._request_ids = request_ids
         self._prompt_lengths = prompt_lengths
         self._plan = plan
+
+    def enter(self, requests: Iterable[tuple[str, Sequence[int] | None]], plan: DraftPlan) -> None:
+        """These requests, with their prompts, are new in a step with this plan.
+
+        The plan lists the requests that sample a token, with their cache salts; others are seen later.
+        """
+        for request_id, prompt in requests:
+            if prompt is not None and request_id in plan.num_draft_tokens:
+                tokens = read_only(np.array(prompt, np.int32))
+                request = DraftRequest(request_id, tokens, len(tokens), 0, plan.cache_salts.get(request_id, ""))
+                self.drafter.call("enter", functools.partial(_enter, request=request), None)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These requests ended."""
@@ -91,23 +106,25 @@ class PluginDrafter:
         rows: list[int] = []
         capacity = token_ids_cpu.shape[1]
         tokens_of_all = read_only(token_ids_cpu)
-        plan = self._plan
+        plan, follows = self._plan, self.follows
         for row, sampled in enumerate(sampled_token_ids):
             request_id = self._request_ids[row]
             num_tokens = int(num_tokens_no_spec[row])
             length = min(plan.num_draft_tokens.get(request_id, self.max_draft_tokens), capacity - num_tokens)
-            if sampled and length > 0:
+            if sampled and (length > 0 or follows):
                 wanted.append(
                     DraftRequest(
                         request_id,
                         tokens_of_all[row, :num_tokens],
                         int(self._prompt_lengths[row]),
-                        length,
+                        max(length, 0),
                         plan.cache_salts.get(request_id, ""),
                         request_id in plan.fixed,
                     )
                 )
                 rows.append(row)
+        if plan.pushed and follows:
+            self.drafter.call("receive", functools.partial(_receive, pushed=plan.pushed), None)
         if wanted:
             nothing: list[Sequence[int]] = [[] for _ in wanted]
             proposed = self.drafter.call("propose", lambda drafter: self._ask(drafter, wanted), nothing)
@@ -160,6 +177,14 @@ def _forget(drafter: Drafter, request_id: str) -> None:
     drafter.forget(request_id)
 
 
+def _enter(drafter: Any, request: DraftRequest) -> None:
+    drafter.enter(request)
+
+
+def _receive(drafter: Any, pushed: Mapping[str, Sequence[PushedTail]]) -> None:
+    drafter.receive(pushed)
+
+
 def _propose(propose: Any, runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
     """Lay what vLLM does not pass on beside the drafter, then let vLLM ask it."""
     if isinstance(runner.drafter, PluginDrafter):
@@ -175,6 +200,9 @@ def _update_states(update: Any, runner: Any, scheduler_output: Any) -> Any:
     if isinstance(drafter, PluginDrafter):
         # Sorted, because the order of a set differs between processes and the ranks must do the same.
         drafter.forget(sorted(scheduler_output.finished_req_ids))
+        if drafter.follows:
+            new = ((request.req_id, request.prompt_token_ids) for request in scheduler_output.scheduled_new_reqs)
+            drafter.enter(new, getattr(scheduler_output, PLAN_ATTRIBUTE, NO_PLAN))
     return update(scheduler_output)
 
 
@@ -195,6 +223,8 @@ PATCH = VllmPatch(
             ("drafter", "propose", "num_tokens_no_spec", "token_ids_cpu"),
         ),
         References("v1/worker/gpu_input_batch.py", "InputBatch", ("num_prompt_tokens", "req_ids")),
+        HasAttribute("v1/core/sched/output.py", "SchedulerOutput.scheduled_new_reqs"),
+        HasAttribute("v1/core/sched/output.py", "NewRequestData.prompt_token_ids"),
         HasSignature("v1/spec_decode/custom_class_proposer.py", "create_custom_proposer", ("vllm_config",)),
     ),
     slots=("drafter",),

@@ -9,6 +9,7 @@ from fastapi import Body, HTTPException, Query, Request
 
 from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.deployment.secrets import masked_deployment
+from vllm_instant.escalation.service import EscalationService
 from vllm_instant.guard.service import GuardService
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.patches.decision_ids import for_clients
@@ -116,7 +117,24 @@ async def show_guard(
     return {"engines": [{"engine": 0, "decisions": for_clients(judging.decisions(last), request_id)}]}
 
 
+async def show_escalation(
+    request: Request,
+    last: Annotated[int, Query(ge=1, le=2048)] = 20,
+    request_id: Annotated[str | None, Query()] = None,
+) -> dict[str, Any]:
+    """Where the newest requests of this API server were answered and why, oldest first.
+
+    Requests are named by digests of their ids.
+    """
+    await _turn(request)
+    escalating: EscalationService | None = getattr(request.app.state, "instant_escalation", None)
+    if escalating is None:
+        raise HTTPException(404, "this server has no escalation")
+    return {"engines": [{"engine": 0, "decisions": for_clients(escalating.decisions(last), request_id)}]}
+
+
 ROUTES = (
+    ("escalation", show_escalation, "GET"),
     ("guard", show_guard, "GET"),
     ("deployment", show_deployment, "GET"),
     ("decisions", show_decisions, "GET"),

@@ -17,7 +17,7 @@ from vllm_instant.deployment.resolved import is_default_drafter
 from vllm_instant.guard.service import GuardService
 from vllm_instant.interfaces.deployment import Deployment, SlotChoice
 from vllm_instant.metrics import InstantMetrics
-from vllm_instant.patches import guard, streaming
+from vllm_instant.patches import escalation, guard, streaming
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.engine_core import METHOD
 from vllm_instant.patches.plugin_factory import PluginStartError, uses_drafter_plugin
@@ -42,6 +42,7 @@ class InstantEndpoints:
         self._polling: asyncio.Task[None] | None = None
         self._app: FastAPI | None = None
         self._streaming: Any = None
+        self._escalation: Any = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, under ``/v1`` so that the API key protects them."""
@@ -52,6 +53,8 @@ class InstantEndpoints:
         self._app = app
         if streaming.is_served(deployment_env.get_deployment()):
             self._streaming = streaming.attach(app)
+        if escalation.is_served(deployment_env.get_deployment()):
+            self._escalation = escalation.attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Start to poll the engines; of several API servers only the first does, so that nothing is counted twice."""
@@ -72,10 +75,16 @@ class InstantEndpoints:
             reader = streaming.start(self._streaming, self._app, engine_client, state, deployment, args)
         judging = guard.service_of(engine_client)
         state.instant_guard = judging
+        escalating = None
+        if self._escalation is not None:
+            escalating = escalation.start(self._escalation, engine_client.vllm_config, deployment)
+        state.instant_escalation = escalating
         if engine_client.vllm_config.parallel_config._api_process_rank > 0:
             return
         metrics = InstantMetrics(deployment)
-        self._polling = asyncio.get_running_loop().create_task(_poll(engine_client, metrics, reader, judging))
+        self._polling = asyncio.get_running_loop().create_task(
+            _poll(engine_client, metrics, reader, judging, escalating.guarded if escalating is not None else None)
+        )
 
 
 def refuse_unguarded(root_path: str | None, keys: Sequence[str]) -> None:
@@ -111,6 +120,7 @@ async def _poll(
     metrics: InstantMetrics,
     reader: GuardedPlugin[Any] | None = None,
     judging: GuardService | None = None,
+    escalating: GuardedPlugin[Any] | None = None,
 ) -> None:
     client = engine_client.engine_core
     failures = 0
@@ -121,7 +131,7 @@ async def _poll(
                 metrics.update(str(engine), of_engine)
             if judging is not None:
                 judging.update_measures()
-            in_this_process = (reader, judging.guarded if judging is not None else None)
+            in_this_process = (reader, judging.guarded if judging is not None else None, escalating)
             metrics.update(API_SERVER, {"failures": failure_counts(*in_this_process)})
             failures = 0
         except asyncio.CancelledError:

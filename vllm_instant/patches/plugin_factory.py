@@ -43,6 +43,7 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
         and not drafts_on_device(speculative),
         full_graphs=full_graphs_of(vllm_config),
         itl_slo_ms=deployment.slots["speculation"].options.get("itl_slo_ms") if deployment is not None else None,
+        tokenizer="" if vllm_config.model_config.skip_tokenizer_init else vllm_config.model_config.tokenizer or "",
         identity=_identity(vllm_config, deployment if own_drafter else None),
     )
 
@@ -159,7 +160,7 @@ def _is_timed(slot: str, context: PluginContext) -> bool:
 
 def _must_agree(slot: str, context: PluginContext) -> bool:
     """Whether several ranks run the plugin and must go on to do the same: a clock may not disable it on one of them."""
-    if slot in ("speculation", "batching", "streaming", "guard"):
+    if slot in ("speculation", "batching", "streaming", "guard", "escalation"):
         return False
     return set(context.identity.get("parallel", "1").split("x")) != {"1"}
 
@@ -174,6 +175,8 @@ PATCH = VllmPatch(
         HasAttribute("config/model.py", "ModelConfig.max_model_len"),
         HasAttribute("config/model.py", "ModelConfig.get_vocab_size"),
         HasAttribute("config/model.py", "ModelConfig.enforce_eager"),
+        HasAttribute("config/model.py", "ModelConfig.tokenizer"),
+        HasAttribute("config/model.py", "ModelConfig.skip_tokenizer_init"),
         HasAttribute("config/model.py", "ModelConfig.quantization"),
         HasAttribute("config/cache.py", "CacheConfig.cache_dtype"),
         HasAttribute("config/parallel.py", "ParallelConfig.tensor_parallel_size"),

@@ -21,6 +21,7 @@ from vllm_instant.patches import (
     draft_model_skip,
     drafter,
     engine_core,
+    escalation,
     feed_forward,
     flags,
     full_graphs,
@@ -89,6 +90,7 @@ PATCHES: tuple[VllmPatch, ...] = tuple(
         streaming,
         guard,
         guard_whole,
+        escalation,
     )
 )
 

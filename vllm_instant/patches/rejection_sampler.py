@@ -9,6 +9,8 @@ drafts are accepted. Two kinds of requests are not left to the plugin, because t
   token (drafts are sampled with the same noise, see ``patches.shared_noise``). The same seed gives the same answer
   whatever was drafted; a rule that depends on the drafts cannot give that.
 
+A lossy plugin may decide about both, where its user says so (``verify_greedy`` and ``keeps_seeds`` of the interface).
+
 Requests with **structured output** lose drafts that their grammar forbids. If a draft that was sampled from a draft
 model's distribution is discarded because of its value and replaced by another sample, the distribution of the answer
 changes. Drafts of such requests are therefore verified with one-hot draft distributions, which is exact however the
@@ -59,8 +61,11 @@ def sampler_class(base: Any, constrain: Any) -> Any:
             # Greedy batches follow vLLM's rule; once the plugin is disabled vLLM verifies everything. A step without
             # drafts, which arrives here under asynchronous scheduling only, has no draft logits to index.
             no_drafts = not any(metadata.num_draft_tokens)
-            if sampling_metadata.all_greedy or self.instant_plugin.disabled or no_drafts:
+            is_vllms = sampling_metadata.all_greedy and not self._decides_greedy
+            if is_vllms or self.instant_plugin.disabled or no_drafts:
                 return super().forward(metadata, draft_probs, logits, sampling_metadata)
+            if not getattr(self.instant_plugin.instance, "keeps_seeds", True):
+                sampling_metadata = replace(sampling_metadata, generators={})
             wants_logprobs = sampling_metadata.max_num_logprobs is not None
             # Indexing copies, so that the following steps may overwrite it.
             target = logits[metadata.target_logits_indices].to(torch.float32)
@@ -106,6 +111,9 @@ def sampler_class(base: Any, constrain: Any) -> Any:
             counts = metadata.num_draft_tokens
             generators = sampling.generators
             plain = sampling.all_random and not generators
+            if sampling.all_greedy:
+                answer = self._of_greedy(drafts, counts, target)
+                return None if answer is None else (*answer, generators)
             # The plugin may overwrite its logits, which greedy and seeded requests still need below.
             step = VerificationBatch(drafts.clone(), list(counts), target if plain else target.clone(), draft_probs)
             answer = self.instant_plugin.call(
@@ -115,10 +123,12 @@ def sampler_class(base: Any, constrain: Any) -> Any:
                 return None if answer is None else (*answer, generators)
             num_kept, following = answer
             if not sampling.all_random:
+                of_greedy = self._of_greedy(drafts, counts, target)
+                if of_greedy is None:
+                    return None
                 is_greedy = sampling.temperature == 0
-                num_matched, first_choice = greedy(pad_drafts(drafts, counts), target)
-                num_kept = torch.where(is_greedy, num_matched, num_kept)
-                following = torch.where(is_greedy, first_choice, following)
+                num_kept = torch.where(is_greedy, of_greedy[0], num_kept)
+                following = torch.where(is_greedy, of_greedy[1], following)
             needed = dict(generators)
             start = 0
             for request, count in enumerate(counts):
@@ -130,6 +140,21 @@ def sampler_class(base: Any, constrain: Any) -> Any:
                         del needed[request]
                 start += count
             return num_kept, following, needed
+
+        @property
+        def _decides_greedy(self) -> bool:
+            return hasattr(self.instant_plugin.instance, "verify_greedy")
+
+        def _of_greedy(self, drafts: Any, counts: Any, target: Any) -> Any:
+            """As ``verify``, for the greedy requests of the batch; None when the plugin failed."""
+            if not self._decides_greedy:
+                return greedy(pad_drafts(drafts, counts), target)
+            step = VerificationBatch(drafts.clone(), list(counts), target.clone(), None)
+
+            def verified(plugin: Any) -> Any:
+                return checked(plugin.verify_greedy(step), counts, target)
+
+            return self.instant_plugin.call("verify_greedy", verified, None)
 
         def _with_seed(self, drafts: list[int], target: Any, generator: Any) -> tuple[int, int]:
             """How many drafts equal the tokens sampled with the generator, and the sampled token after them."""
@@ -234,7 +259,9 @@ def _install_sampler(runner: Any) -> None:
         # The object stays what vLLM's constructor made of it; only what it does is ours.
         original.__class__ = sampler_class(type(original), apply_sampling_constraints)
         setattr(original, SAMPLER_ATTRIBUTE, plugin)
-        share_noise(runner)
+        # Tokens that are sampled with other noise must not be verified against drafts of the generator's.
+        if getattr(plugin.instance, "keeps_seeds", True):
+            share_noise(runner)
 
 
 def _refuse_if_lossy(deployment: Deployment, reason: str) -> None:

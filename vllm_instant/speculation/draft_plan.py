@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_instant.interfaces.drafter import Draft
+from vllm_instant.interfaces.drafter import Draft, PushedTail
 from vllm_instant.interfaces.speculation import DraftCost
 
 FREE = DraftCost()
@@ -30,6 +30,8 @@ class DraftPlan:
     """Cache salt by request id, without the requests that have none."""
     draft_model_runs: bool = True
     """False where a draft model must not run, because a request waits for its first token."""
+    pushed: Mapping[str, Sequence[PushedTail]] = field(default_factory=dict)
+    """Drafts that clients sent for their own requests since the last step, by request id."""
 
 
 @dataclass(frozen=True, slots=True)

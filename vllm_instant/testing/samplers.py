@@ -44,6 +44,8 @@ def check_sampler(
         for certain in (False, True):
             for padding in (False, True):
                 _verified(build(), _batch(counts, certain, padding, device))
+                if certain and (of_greedy := getattr(build(), "verify_greedy", None)) is not None:
+                    _checked(of_greedy, _batch(counts, certain, padding, device))
     if lossless:
         for certain in (False, True):
             _check_distribution(build(), certain, device)
@@ -65,11 +67,17 @@ def _batch(counts: list[int], certain: bool, padding: bool, device: str) -> Veri
 
 def _verified(sampler: RejectionSampler, step: VerificationBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Ask a sampler about one step and check its answer."""
+    return _checked(sampler.verify, step)
+
+
+def _checked(
+    verify: Callable[[VerificationBatch], tuple[torch.Tensor, torch.Tensor]], step: VerificationBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     drafts, counts = step.draft_token_ids.clone(), list(step.num_draft_tokens)
     probs = None if step.draft_probs is None else step.draft_probs.clone()
-    answer = sampler.verify(step)
+    answer = verify(step)
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise ContractError("verify() must return a pair of tensors: numbers of kept drafts, and replacements")
     for name, tensor in zip(("the numbers of kept drafts", "the replacements"), answer, strict=True):

@@ -177,7 +177,7 @@ class LookupHybridDrafter(HybridDrafter):
             if draft is None:
                 continue
             new_tokens = request.token_ids[draft.position :]
-            num_compared, num_accepted = count_accepted(draft.token_ids, new_tokens)
+            num_compared, num_accepted = count_accepted(draft.token_ids.tolist(), new_tokens.tolist())
             if num_compared:
                 rows.append(index)
                 compared.append(num_compared)

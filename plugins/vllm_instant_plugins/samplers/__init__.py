@@ -1,1 +1,1 @@
-"""Rejection samplers: ``token``, ``block`` and ``relaxed``."""
+"""Rejection samplers: ``token``, ``block``, ``relaxed`` and ``cascade``."""

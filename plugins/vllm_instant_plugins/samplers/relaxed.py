@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 
 from vllm_instant import RejectionSampler, VerificationBatch
-from vllm_instant.speculation.verification import pad_drafts
+from vllm_instant.speculation.verification import PaddedDrafts, pad_drafts
 from vllm_instant_plugins.samplers import block
 from vllm_instant_plugins.samplers.draws import replacements
 from vllm_instant_plugins.samplers.residuals import move_towards
@@ -46,11 +46,25 @@ class RelaxedSampler(RejectionSampler):
         rows = pad_drafts(step.draft_token_ids, step.num_draft_tokens)
         target_probs = step.target_logits.softmax(-1, dtype=torch.float32)
         if step.draft_probs is None:
-            chances = ratios(rows, target_probs, None)
-            # The other tokens keep their proportions, so that the residual is the same as without relaxation.
-            relaxed = torch.where(chances > 0, (chances + self.epsilon).clamp(max=1.0), chances)
-            num_kept = kept_one_by_one(rows, relaxed)
-            return num_kept, replacements(rows, num_kept, None, target_probs, None)
+            return verified_certain(rows, target_probs, self.epsilon)
         if self.epsilon > 0:
             move_towards(target_probs, step.draft_probs, self.epsilon)
         return block.verified(step.draft_token_ids, rows, target_probs, step.draft_probs)
+
+
+def verified_certain(
+    rows: PaddedDrafts, target_probs: torch.Tensor, epsilon: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``RejectionSampler.verify`` of deterministic drafts.
+
+    Args:
+        rows: the drafts.
+        target_probs: float32 ``[total, vocabulary]``.
+        epsilon: total variation of all tokens or of each, float32 ``[batch, longest]``.
+
+    """
+    chances = ratios(rows, target_probs, None)
+    # The other tokens keep their proportions, so that the residual is the same as without relaxation.
+    relaxed = torch.where(chances > 0, (chances + epsilon).clamp(max=1.0), chances)
+    num_kept = kept_one_by_one(rows, relaxed)
+    return num_kept, replacements(rows, num_kept, None, target_probs, None)

@@ -34,7 +34,7 @@ def residual_masses(target_probs: torch.Tensor, draft_probs: torch.Tensor, weigh
     return masses
 
 
-def move_towards(target_probs: torch.Tensor, draft_probs: torch.Tensor, epsilon: float) -> None:
+def move_towards(target_probs: torch.Tensor, draft_probs: torch.Tensor, epsilon: float | torch.Tensor) -> None:
     """Move probability ``epsilon`` of each row from where ``P`` exceeds ``Q`` to where ``Q`` exceeds ``P``, in place.
 
     Less is moved where the total variation is smaller. Nothing is moved to tokens with ``P = 0``.
@@ -42,17 +42,18 @@ def move_towards(target_probs: torch.Tensor, draft_probs: torch.Tensor, epsilon:
     Args:
         target_probs: ``P``, float32 ``[total, vocabulary]``; overwritten.
         draft_probs: ``Q``, float32 ``[total, vocabulary]``.
-        epsilon: total variation, in 0..1.
+        epsilon: total variation, in 0..1, of all rows or of each, float32 ``[total]``. A CPU reads no row with 0.
 
     """
+    limit = torch.as_tensor(epsilon, dtype=torch.float32, device=target_probs.device).expand(len(target_probs))
     if target_probs.device.type == "cpu":
-        _move_towards(target_probs.numpy(), draft_probs.contiguous().numpy(), epsilon)
+        _move_towards(target_probs.numpy(), draft_probs.contiguous().numpy(), limit.contiguous().numpy())
         return
     difference = draft_probs - target_probs
     below = torch.where(target_probs > 0, difference, 0.0).clamp_min_(0)
     above = (-difference).clamp_min_(0)
     to_fill, to_take = below.sum(1, keepdim=True), above.sum(1, keepdim=True)
-    moved = torch.minimum(to_fill, to_take).clamp_(max=epsilon)
+    moved = torch.minimum(torch.minimum(to_fill, to_take), limit[:, None])
     target_probs += below * (moved / to_fill.clamp_min(1e-30)) - above * (moved / to_take.clamp_min(1e-30))
 
 
@@ -61,7 +62,7 @@ def compile_for(device: str) -> None:
     if device == "cpu":
         even = torch.full((1, 2), 0.5)
         residual_masses(even, even, torch.ones(1))
-        move_towards(even, even.clone(), 0.0)
+        move_towards(even, even.clone(), 1.0)
 
 
 # Slices that begin at 0, and conditional expressions in place of branches: only then does LLVM vectorize the loops,
@@ -87,9 +88,11 @@ def _residual_masses(target: Floats, draft: Floats, weight: Floats, masses: Floa
 
 
 @compiled_sums
-def _move_towards(target: Floats, draft: Floats, epsilon: float) -> None:
+def _move_towards(target: Floats, draft: Floats, epsilon: Floats) -> None:
     zero = np.float32(0.0)
     for row in range(len(target)):
+        if epsilon[row] <= zero:
+            continue
         to_fill, to_take = 0.0, 0.0
         for begin in range(0, target.shape[1], PIECE):
             p, q = target[row, begin : begin + PIECE], draft[row, begin : begin + PIECE]
@@ -101,7 +104,7 @@ def _move_towards(target: Floats, draft: Floats, epsilon: float) -> None:
                 take += rise - gap
             to_fill += float(fill)
             to_take += float(take)
-        moved = min(epsilon, to_fill, to_take)
+        moved = min(float(epsilon[row]), to_fill, to_take)
         if moved <= 0.0:
             continue
         up, down = np.float32(moved / to_fill), np.float32(moved / to_take)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_instant_plugins.jit import compiled
-from vllm_instant_plugins.suffix.index import MAX_MATCH, Match, Tokens
+from vllm_instant_plugins.suffix.index import MAX_MATCH, Match
 
 PRIOR_MATCH = 2.0
 """The prior confidence of a match of n tokens is n / (n + PRIOR_MATCH)."""
@@ -20,11 +21,10 @@ REQUEST_WEIGHT = 6.0
 REQUEST_MEMORY = 0.95
 
 
-def count_accepted(draft: Tokens, sampled: Tokens) -> tuple[int, int]:
+def count_accepted(draft: Sequence[int], sampled: Sequence[int]) -> tuple[int, int]:
     """The numbers of draft tokens that were compared with sampled ones, and that were right before any error."""
-    proposed, came = draft.tolist(), sampled.tolist()
     accepted = 0
-    for token, expected in zip(proposed, came, strict=False):
+    for token, expected in zip(draft, sampled, strict=False):
         if token != expected:
             return accepted + 1, accepted
         accepted += 1

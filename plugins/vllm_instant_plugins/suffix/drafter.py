@@ -88,7 +88,7 @@ class SuffixDrafter(Drafter):
         return Draft(live.match.tokens.tolist(), confidence)
 
     def _learn(self, live: _LiveRequest, new_tokens: Tokens) -> None:
-        num_compared, num_accepted = count_accepted(live.match.tokens, new_tokens)
+        num_compared, num_accepted = count_accepted(live.match.tokens.tolist(), new_tokens.tolist())
         if num_compared:
             calibrator = self._history_calibrator if live.from_history else self._own_calibrator
             calibrator.observe(live.match.matched[:num_compared], num_accepted)

@@ -21,6 +21,7 @@ def test_the_defaults_are_lossless_and_need_no_engine_arguments():
         "attention": "native",
         "streaming": "off",
         "guard": "off",
+        "escalation": "off",
     }
     assert not any(installed_plugin(deployment, slot).plugin.lossy for slot in deployment.slots)
     assert engine_arguments(deployment) == {}

@@ -8,8 +8,10 @@ from patch_harness import wrap
 
 from vllm_instant import Draft, DraftCost, Drafter
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
+from vllm_instant.interfaces.drafter import FollowingDrafter, PushedTail
+from vllm_instant.patches import drafter as drafter_patch
 from vllm_instant.patches.drafter import PATCH, PluginDrafter
-from vllm_instant.patches.names import MODEL_RUNNER
+from vllm_instant.patches.names import MODEL_RUNNER, PLAN_ATTRIBUTE
 from vllm_instant.patches.worker_reports import report_of
 from vllm_instant.speculation.draft_plan import DraftPlan
 
@@ -136,3 +138,52 @@ def test_the_plugin_learns_the_tenant_and_who_asked_for_the_length():
     adapter, _ = _adapter(lambda requests: seen.extend(requests) or [[]] * len(requests))
     _propose(adapter, [[1], [1], []], DraftPlan(fixed=frozenset("b"), cache_salts={"a": "tenant"}))
     assert [(r.cache_salt, r.is_fixed) for r in seen] == [("tenant", False), ("", True)]
+
+
+class Following(Recording, FollowingDrafter):
+    """A drafter that follows all requests."""
+
+    def enter(self, request):
+        self.asked.append(("enter", request.request_id, request.token_ids.tolist(), request.cache_salt))
+
+    def receive(self, pushed):
+        self.asked.append(("receive", pushed))
+
+
+def test_a_following_drafter_sees_requests_without_drafts_and_what_clients_sent():
+    adapter, _ = _adapter(None)
+    plugin = adapter.drafter.instance = Following(lambda requests: [[7] * r.max_draft_tokens for r in requests])
+    adapter.follows = True
+    pushed = {"a": [PushedTail(0, 0, 0, 0, [1], b"")]}
+    drafts = _propose(adapter, [[1], [], [2]], DraftPlan({"a": 2, "c": 0}, pushed=pushed))
+    assert drafts == [[7, 7], [], []]
+    assert plugin.asked == [("receive", pushed), [("a", [0, 1, 2, 3], 2, 2), ("c", [24, 25, 26, 27, 28, 29], 4, 0)]]
+
+
+def test_a_following_drafter_sees_new_prompts_of_requests_that_are_about_to_sample():
+    adapter, _ = _adapter(None)
+    plugin = adapter.drafter.instance = Following(lambda requests: [])
+    adapter.follows = True
+    runner_class = type("Runner", (), {"propose_draft_token_ids": print, "_update_states": lambda self, output: None})
+    wrap(PATCH, MODEL_RUNNER, GPUModelRunner=runner_class)
+    runner = runner_class()
+    runner.drafter = adapter
+    new = [
+        SimpleNamespace(req_id="a", prompt_token_ids=[1, 2]),
+        SimpleNamespace(req_id="reads on", prompt_token_ids=[1, 2]),
+        SimpleNamespace(req_id="c", prompt_token_ids=None),
+    ]
+    output = SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=new)
+    setattr(output, PLAN_ATTRIBUTE, DraftPlan({"a": 0, "c": 0}, cache_salts={"a": "tenant"}))
+    runner._update_states(output)
+    assert plugin.asked == [("enter", "a", [1, 2], "tenant")]
+
+
+def test_whether_a_drafter_follows_is_seen_when_it_is_built(monkeypatch):
+    context = SimpleNamespace(vocab_size=100, num_speculative_tokens=3)
+    monkeypatch.setattr(drafter_patch, "context_of", lambda *_: context)
+    monkeypatch.setattr(drafter_patch.deployment_env, "get_deployment", lambda: object())
+    for plugin in (Recording(None), Following(None)):
+        guarded = GuardedPlugin("drafter", "any", plugin)
+        monkeypatch.setattr(drafter_patch, "build_guarded", lambda *_, guarded=guarded: guarded)
+        assert PluginDrafter(None).follows is isinstance(plugin, Following)

@@ -12,6 +12,7 @@ from vllm_instant.deployment.settings import resolve
 from vllm_instant.patches import rejection_sampler as patch
 from vllm_instant.patches.names import V2_REJECTION_SAMPLER
 from vllm_instant_plugins.samplers.block import BlockSampler
+from vllm_instant_plugins.samplers.cascade import CascadeSampler, GreedyCascadeSampler
 from vllm_instant_plugins.samplers.token import TokenSampler
 
 pytestmark = pytest.mark.engine
@@ -60,6 +61,41 @@ def test_greedy_requests_get_what_vllm_gives_them(drafts, favour):
     for plugin in (TokenSampler(), BlockSampler()):
         said = _said(our_sampler(plugin)(metadata, None, logits, mixed))
         assert [said[i] for i in (0, 1, 3, 4)] == [expected[i] for i in (0, 1, 3, 4)]
+
+
+@pytest.mark.parametrize("temperatures", [[0.0] * 5, [0.0, 0.0, 1.0, 0.0, 0.0]], ids=["all", "mixed"])
+def test_greedy_requests_are_the_plugins_where_the_user_says_so(drafts, temperatures):
+    metadata, logits, sampling = drafts_metadata(drafts), _logits(drafts), sampling_metadata(temperatures)
+    exact = _said(our_sampler(CascadeSampler("opt", 0.1, 1.0))(metadata, None, logits, sampling))
+    loose = _said(our_sampler(GreedyCascadeSampler("opt", 0.1, 1.0))(metadata, None, logits, sampling))
+    for request in (0, 1, 3, 4):
+        real = [token for token in drafts[request] if token >= 0]
+        assert loose[request][: len(real)] == real
+        assert len(exact[request]) == 1
+
+
+def test_a_plugin_that_fails_at_greedy_requests_is_disabled(drafts):
+    class Failing(GreedyCascadeSampler):
+        def verify_greedy(self, step):
+            return torch.zeros(1), torch.zeros(1)
+
+    sampler = our_sampler(Failing("opt", 0.1, 1.0))
+    metadata, logits = drafts_metadata(drafts), _logits(drafts)
+    expected = _said(stock_sampler()(metadata, None, logits, sampling_metadata([0.0] * 5)))
+    assert _said(sampler(metadata, None, logits, sampling_metadata([0.0] * 5))) == expected
+    assert sampler.instant_plugin.disabled
+
+
+def test_seeds_are_ignored_where_the_user_says_so():
+    logits = _logits([[0, 1, 2, 3], [1]], 60.0)
+    for keeps_seeds in (True, False):
+        generator = torch.Generator().manual_seed(11)
+        before = generator.get_state()
+        sampling = sampling_metadata([1.0, 1.0], generators={0: generator})
+        plugin = CascadeSampler("opt", 0.1, 0.2, keeps_seeds=keeps_seeds)
+        said = _said(our_sampler(plugin)(drafts_metadata([[0, 1, 2, 3], [1]]), None, logits, sampling))
+        assert said[0][:4] == [0, 1, 2, 3]
+        assert torch.equal(generator.get_state(), before) is not keeps_seeds
 
 
 def _without_speculation(logits, seed, length):
@@ -216,9 +252,26 @@ def test_block_is_vllms_own_on_the_v2_runner(serving):
     assert not _v2_sampler("synthetic").use_block_verification
     serving("rejection_sampler.plugin=token")
     assert not _v2_sampler().use_block_verification
-    serving("rejection_sampler.plugin=relaxed", "rejection_sampler.epsilon=0.1")
-    with pytest.raises(patch.PluginStartError, match="relaxed of slot rejection_sampler needs vLLM's V1"):
-        _v2_sampler()
+    for plugin in ("relaxed", "cascade"):
+        serving(f"rejection_sampler.plugin={plugin}", "rejection_sampler.epsilon=0.1")
+        with pytest.raises(patch.PluginStartError, match=f"{plugin} of slot rejection_sampler needs vLLM's V1"):
+            _v2_sampler()
+
+
+@pytest.mark.parametrize("seeded", ["exact", "cascade"])
+def test_drafts_share_noise_only_where_seeds_are_kept(serving, monkeypatch, seeded):
+    runner = SimpleNamespace(
+        rejection_sampler=stock_sampler(),
+        speculative_config=SimpleNamespace(rejection_sample_method="standard"),
+        vllm_config=None,
+    )
+    shared = []
+    monkeypatch.setattr(patch, "context_of", lambda *_: SimpleNamespace(device="cpu", identity={}))
+    monkeypatch.setattr(patch, "share_noise", shared.append)
+    serving("rejection_sampler.plugin=cascade", "rejection_sampler.epsilon=0.1", f"rejection_sampler.seeded={seeded}")
+    patch._install_sampler(runner)
+    assert isinstance(getattr(runner.rejection_sampler, patch.SAMPLER_ATTRIBUTE).instance, CascadeSampler)
+    assert bool(shared) is (seeded == "exact")
 
 
 def test_a_method_of_vllms_that_was_asked_for_stays(serving):

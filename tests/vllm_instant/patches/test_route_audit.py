@@ -78,6 +78,7 @@ def test_the_audit_sees_all_routes(app):
         for name in (
             "deployment",
             "decisions",
+            "escalation",
             "experts",
             "guard",
             "session",

@@ -9,7 +9,16 @@ from vllm_instant.testing import ContractError, check_sampler
 from vllm_instant_plugins.samplers.token import TokenSampler
 
 
-@pytest.mark.parametrize(("name", "options"), [("token", {}), ("block", {}), ("relaxed", {"epsilon": 0.1})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("token", {}),
+        ("block", {}),
+        ("relaxed", {"epsilon": 0.1}),
+        ("cascade", {"epsilon": 0.1, "rule": "token"}),
+        ("cascade", {"epsilon": 0.1, "greedy": "cascade"}),
+    ],
+)
 def test_first_party_samplers_pass(name, options):
     plugin = plugin_manager().get("rejection_sampler", name).plugin
 
@@ -54,6 +63,12 @@ class WritesDrafts(TokenSampler):
         return answer
 
 
+class GreedyOutside(TokenSampler):
+    def verify_greedy(self, step):
+        num_kept, following = self.verify(step)
+        return num_kept, following + 1000
+
+
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
@@ -63,6 +78,7 @@ class WritesDrafts(TokenSampler):
         (KeepsPadding, "draft tokens . were kept"),
         (Outside, "a replacement must be a token id in 0..10"),
         (WritesDrafts, "changed draft_token_ids or draft_probs"),
+        (GreedyOutside, "a replacement must be a token id in 0..10"),
         (planted_samplers.AcceptAlways, "do not follow the target's distribution"),
         (planted_samplers.WrongResidual, "do not follow the target's distribution"),
         (planted_samplers.OffByOne, "do not follow the target's distribution"),

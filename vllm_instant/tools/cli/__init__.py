@@ -11,6 +11,8 @@ from vllm_instant.tools.cli import (
     demo,
     distill,
     doctor,
+    draft_server,
+    escalation,
     experts,
     explain,
     loadtest,
@@ -28,12 +30,14 @@ app = typer.Typer(
 )
 app.add_typer(config.app, name="config")
 app.add_typer(demo.app, name="demo")
+app.add_typer(escalation.app, name="escalation")
 app.add_typer(experts.app, name="experts")
 app.add_typer(loadtest.app, name="loadtest")
 app.command(name="plugins")(plugins.list_plugins)
 app.command(name="new-plugin")(new_plugin.new_plugin)
 app.command(name="try-drafter")(try_drafter.try_drafter)
 app.command(name="doctor")(doctor.doctor)
+app.command(name="draft-server")(draft_server.draft_server)
 app.command(name="distill")(distill.distill)
 app.command(name="explain")(explain.explain)
 app.command(name="calibrate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

@@ -102,7 +102,7 @@ def working(message: str) -> Status:
 
 def toml_value(value: Any) -> str:
     """A value in the syntax of a deployment file; TOML writes these like JSON."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return "{ " + ", ".join(f"{key} = {toml_value(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"

@@ -155,7 +155,7 @@ def _option(name: str, field: FieldInfo) -> str:
         shown = f"{name} is not set"
     else:
         shown = f"{name} = {toml_value(_plain(field.default))}"
-    return f"# {shown}".ljust(44) + (f"# {field.description}" if field.description else "")
+    return f"# {shown} ".ljust(44) + (f"# {field.description}" if field.description else "")
 
 
 def _plain(default: Any) -> Any:

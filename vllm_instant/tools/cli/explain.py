@@ -28,40 +28,44 @@ def explain(
     guard: Annotated[
         bool, typer.Option("--guard", help="Show what the guard stopped or replaced: by which rule, where, how late.")
     ] = False,
+    escalation: Annotated[
+        bool, typer.Option("--escalation", help="Show which end answered the requests, and why.")
+    ] = False,
     api_key: Annotated[
         str | None, typer.Option(help="API key of the server; the variable VLLM_API_KEY by default.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")] = False,
 ) -> None:
     """Show the newest decisions of a server's policies: what was expected, what was chosen, what the step then did."""
-    answer = _ask(url, last, request, queue, guard, api_key)
+    about = "guard" if guard else "escalation" if escalation else "decisions"
+    answer = _ask(url, last, request, queue, about, api_key)
     if as_json:
         print(json.dumps(answer, indent=2))
         return
     engines = [engine for engine in answer["engines"] if engine["decisions"]]
     if not engines:
         found = f"no decision about request {request}" if request else "no decisions"
-        policy = "guard" if guard else "policy"
+        policy = "policy" if about == "decisions" else about
         print(f"The server has {found}: its {policy} has decided nothing yet, or does not explain itself.")
         return
     for engine in engines:
         if len(answer["engines"]) > 1:
             print(f"engine {engine['engine']}")
         _print_table(engine["decisions"])
-        if request is None and not queue and not guard:
+        if request is None and not queue and about == "decisions":
             _print_speedup(engine["decisions"])
     decisions = [decision for engine in engines for decision in engine["decisions"]]
     for explanation in sorted({str(d["explanation"]) for d in decisions if d.get("explanation")}):
         print(explanation)
 
 
-def _ask(url: str, last: int, request: str | None, queue: bool, guard: bool, api_key: str | None) -> dict[str, Any]:
+def _ask(url: str, last: int, request: str | None, queue: bool, about: str, api_key: str | None) -> dict[str, Any]:
     """The server's answer; without one the command ends with one sentence."""
     parameters: dict[str, Any] = {"last": last}
     parameters |= {"request_id": request} if request else {}
     parameters |= {"queue": True} if queue else {}
     try:
-        return read_decisions(url, parameters, authorization(api_key), "guard" if guard else "decisions")
+        return read_decisions(url, parameters, authorization(api_key), about)
     except RefusedError as error:
         fail(str(error))
 

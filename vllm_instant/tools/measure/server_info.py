@@ -129,7 +129,7 @@ def read_decisions(
         url: of the server, with or without ``/v1``.
         parameters: of the query.
         headers: of the request.
-        route: ``decisions``, or ``guard`` for those of the guard.
+        route: ``decisions``, or ``guard`` or ``escalation`` for those of these slots.
 
     Raises:
         RefusedError: when there is no such answer; the message says what is there instead.
@@ -146,8 +146,8 @@ def read_decisions(
     if answer.status_code == 401:
         raise RefusedError(f"{url} wants an API key: give --api-key or set VLLM_API_KEY")
     if answer.status_code == 404:
-        if route == "guard" and "no guard" in answer.text:
-            raise RefusedError(f"{url} has no guard: choose a plugin in [guard] of its deployment file")
+        if route != "decisions" and f"no {route}" in answer.text:
+            raise RefusedError(f"{url} has no {route}: choose a plugin in [{route}] of its deployment file")
         raise RefusedError(f"{url} runs without vllm-instant: start it with --plugins vllm_instant")
     if answer.status_code != 200:
         raise RefusedError(f"{url} answers HTTP {answer.status_code}: {answer.text[:200]}")

@@ -113,3 +113,14 @@ def test_a_server_that_does_not_explain_gets_one_sentence(explain, answer, messa
 def test_nothing_decided_yet(explain):
     assert "The server has no decisions: its policy has decided nothing yet" in explain(_engines([])).output
     assert "no decision about request r:" in explain(_engines([]), "--request", "r").output
+
+
+@pytest.mark.parametrize("slot", ["guard", "escalation"])
+def test_decisions_of_other_slots_have_routes_of_their_own(explain, slot):
+    result = explain(_engines([{"request_id": "r", "reason": "label"}]), f"--{slot}")
+    assert explain.asked["url"].endswith(f"/v1/instant/{slot}")
+    assert "label" in result.output
+    nothing = explain(_engines([]), f"--{slot}").output
+    assert f"its {slot} has decided nothing yet" in nothing
+    refused = explain(httpx.Response(404, text=f"this server has no {slot}"), f"--{slot}")
+    assert f"has no {slot}: choose a plugin in [{slot}] of its deployment file" in refused.stderr

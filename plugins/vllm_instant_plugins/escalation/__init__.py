@@ -1,0 +1,1 @@
+"""Which end answers a request: ``rules``, ``label`` and ``learned``."""

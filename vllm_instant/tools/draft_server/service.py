@@ -1,0 +1,285 @@
+"""The draft server: engines connect, and one model drafts for all of their requests in turn.
+
+The request with the fewest tokens ahead of its engine comes first. A call of the model drafts a few tokens, in a thread
+of its own, while the event loop takes what the engines commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import websockets
+from websockets.asyncio.server import ServerConnection
+
+from vllm_instant.remote import protocol
+from vllm_instant.remote.protocol import Close, Committed, Declined, Hello, Message, Open, ProtocolError
+from vllm_instant.tools.draft_server.drafting import DraftedRequest, Path
+from vllm_instant.tools.draft_server.metrics import DraftServerMetrics
+from vllm_instant.tools.draft_server.model import DraftModel
+
+logger = logging.getLogger("vllm.instant.draft_server")
+
+HELLO_SECONDS = 10.0
+"""Seconds within which an engine must send its first message."""
+MAX_OUTGOING = 256
+"""Maximum number of messages that wait for an engine that does not read them."""
+
+
+@dataclass(frozen=True)
+class DraftServerLimits:
+    """Limits of a draft server."""
+
+    max_clients: int = 16
+    """Maximum number of connections."""
+    max_requests: int = 256
+    """Maximum number of live requests."""
+    max_requests_per_client: int = 64
+    """Maximum number of live requests per connection."""
+    max_messages_per_second: float = 5000.0
+    """Maximum number of messages per second and connection, over two seconds."""
+    burst_tokens: int = 4
+    """Maximum number of tokens that are drafted for one request before another one has its turn."""
+
+
+@dataclass(eq=False)
+class _Client:
+    """One connected engine."""
+
+    socket: ServerConnection
+    owner: str
+    """Hash of its token: caches are shared between its connections, by tenant."""
+    vocab_size: int
+    requests: dict[int, _Job] = field(default_factory=dict)
+    outgoing: asyncio.Queue[Message] = field(default_factory=lambda: asyncio.Queue(MAX_OUTGOING))
+
+
+@dataclass(eq=False)
+class _Job:
+    """A live request."""
+
+    key: int
+    client: _Client
+    tenant: str
+    drafted: DraftedRequest
+    served: int = 0
+    """Number of the model's call that served it last."""
+
+
+class DraftService:
+    """Serves the connections of engines.
+
+    Args:
+        model: What drafts.
+        hello: What must agree at both ends.
+        limits: Of clients and requests.
+        clock: Monotonic time in seconds.
+
+    """
+
+    def __init__(
+        self,
+        model: DraftModel,
+        hello: Hello,
+        limits: DraftServerLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.metrics = DraftServerMetrics()
+        self._model = model
+        self._hello = hello
+        self._limits = limits or DraftServerLimits()
+        self._clock = clock
+        self._clients: set[_Client] = set()
+        self._jobs: dict[int, _Job] = {}
+        self._keys = count()
+        self._calls = count(1)
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft-model")
+
+    # -------------------------------------------------------------------------------------------- connections
+
+    async def serve(self, socket: ServerConnection) -> None:
+        """Serve one engine until its connection closes."""
+        if len(self._clients) >= self._limits.max_clients:
+            self.metrics.refused.labels("clients").inc()
+            await socket.close(protocol.OVERLOADED, f"at most {self._limits.max_clients} engines may connect")
+            return
+        client: _Client | None = None
+        try:
+            client = await self._welcome(socket)
+            if client is not None:
+                await self._follow(client)
+        except ProtocolError as error:
+            await socket.close(protocol.VIOLATION, str(error)[:120])
+        except (websockets.ConnectionClosed, TimeoutError):
+            pass
+        finally:
+            if client is not None:
+                self._leave(client)
+
+    async def _welcome(self, socket: ServerConnection) -> _Client | None:
+        """Exchange the first messages; returns None, with the connection closed, if the ends do not agree."""
+        async with asyncio.timeout(HELLO_SECONDS):
+            first = protocol.read_from_engine(await socket.recv())
+        if not first or not isinstance(first[0], Hello):
+            raise ProtocolError("the first message must be a hello")
+        await socket.send(protocol.encode([self._hello]))
+        reason = protocol.disagreement(self._hello, first[0])
+        if reason is not None:
+            self.metrics.refused.labels("disagreement").inc()
+            await socket.close(protocol.MISMATCH, reason[:120])
+            return None
+        credential = socket.request.headers.get("Authorization", "") if socket.request is not None else ""
+        client = _Client(socket, hashlib.sha256(credential.encode()).hexdigest(), first[0].vocab_size)
+        self._clients.add(client)
+        self.metrics.clients.set(len(self._clients))
+        return client
+
+    def _leave(self, client: _Client) -> None:
+        for number in list(client.requests):
+            self._close(client, number)
+        self._clients.discard(client)
+        self.metrics.clients.set(len(self._clients))
+
+    async def _follow(self, client: _Client) -> None:
+        sender = asyncio.create_task(self._send(client))
+        limit = self._limits.max_messages_per_second
+        budget, refilled = 2 * limit, self._clock()
+        try:
+            async for frame in client.socket:
+                now = self._clock()
+                budget = min(2 * limit, budget + (now - refilled) * limit)
+                refilled = now
+                messages = protocol.read_from_engine(frame)
+                budget -= max(1, len(messages))
+                if budget < 0:
+                    raise ProtocolError(f"at most {limit:g} messages per second are allowed")
+                for message in messages:
+                    self._take(client, message)
+                self._wake.set()
+        finally:
+            sender.cancel()
+
+    async def _send(self, client: _Client) -> None:
+        while True:
+            messages = [await client.outgoing.get()]
+            while not client.outgoing.empty() and len(messages) < protocol.MAX_MESSAGES:
+                messages.append(client.outgoing.get_nowait())
+            await client.socket.send(protocol.encode(messages))
+
+    def _queue(self, client: _Client, message: Message) -> None:
+        try:
+            client.outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            # It does not read. Its drafts are worthless by now.
+            client.socket.transport.abort()
+
+    # ----------------------------------------------------------------------------------------------- requests
+
+    def _take(self, client: _Client, message: Any) -> None:
+        if isinstance(message, Open):
+            self._open(client, message)
+        elif isinstance(message, Committed):
+            job = client.requests.get(message.request)
+            if job is not None:
+                self._commit(client, job, message)
+        elif isinstance(message, Close):
+            self._close(client, message.request)
+        else:
+            raise ProtocolError("a hello comes first only")
+
+    def _open(self, client: _Client, message: Open) -> None:
+        reason = None
+        if message.request in client.requests:
+            raise ProtocolError("a request is opened twice")
+        if not message.tokens or len(message.tokens) >= self._model.max_tokens:
+            reason = f"requests have 1 to {self._model.max_tokens - 1} tokens"
+        elif len(client.requests) >= self._limits.max_requests_per_client:
+            reason = f"at most {self._limits.max_requests_per_client} requests per engine"
+        elif len(self._jobs) >= self._limits.max_requests:
+            reason = f"at most {self._limits.max_requests} requests"
+        if reason is not None:
+            self.metrics.refused.labels("requests").inc()
+            self._queue(client, Declined(message.request, reason))
+            return
+        drafted = DraftedRequest(message.request, message.tokens, message.ahead)
+        job = _Job(next(self._keys), client, message.tenant, drafted)
+        client.requests[message.request] = self._jobs[job.key] = job
+        self.metrics.requests.set(len(self._jobs))
+
+    def _commit(self, client: _Client, job: _Job, message: Committed) -> None:
+        drafted = job.drafted
+        if len(drafted.committed) + len(message.tokens) >= self._model.max_tokens:
+            self._close(client, message.request)
+            self._queue(client, Declined(message.request, f"requests have at most {self._model.max_tokens} tokens"))
+            return
+        accepted, restarts = drafted.num_accepted, drafted.num_restarts
+        drafted.commit(message.position, message.tokens, message.ahead)
+        self.metrics.committed.inc(len(message.tokens))
+        self.metrics.accepted.inc(drafted.num_accepted - accepted)
+        self.metrics.restarts.inc(drafted.num_restarts - restarts)
+
+    def _close(self, client: _Client, number: int) -> None:
+        job = client.requests.pop(number, None)
+        if job is not None:
+            del self._jobs[job.key]
+            self.metrics.requests.set(len(self._jobs))
+            self._thread.submit(self._model.release, job.key)
+
+    # --------------------------------------------------------------------------------------------- the model
+
+    async def run(self) -> None:
+        """Draft until cancelled."""
+        try:
+            while True:
+                found = self._next_job()
+                if found is None:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                await self._draft(*found)
+        finally:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _next_job(self) -> tuple[_Job, Path] | None:
+        """The request with the fewest tokens ahead that needs more; another likely outcome if none does."""
+
+        def in_order(idle: bool) -> Iterator[tuple[_Job, Path]]:
+            for job in sorted(self._jobs.values(), key=lambda job: (job.drafted.num_ahead, job.served)):
+                path = job.drafted.next_work(idle)
+                if path is not None:
+                    yield job, path
+
+        return next(in_order(False), None) or next(in_order(True), None)
+
+    async def _draft(self, job: _Job, path: Path) -> None:
+        job.served = next(self._calls)
+        drafted, client = job.drafted, job.client
+        length = min(self._limits.burst_tokens, drafted.room(path))
+        sequence = drafted.sequence(path)
+        began = self._clock()
+        guesses = await asyncio.get_running_loop().run_in_executor(
+            self._thread,
+            self._model.draft,
+            job.key,
+            (client.owner, job.tenant),
+            sequence,
+            length,
+            client.vocab_size,
+        )
+        self.metrics.model_seconds.inc(max(0.0, self._clock() - began))
+        if job.key not in self._jobs:
+            # It ended meanwhile: its cache was released before this call wrote it again.
+            self._thread.submit(self._model.release, job.key)
+            return
+        tail = drafted.extend(path, guesses)
+        if tail is not None:
+            self.metrics.drafted.inc(len(tail.tokens))
+            self._queue(client, tail)
