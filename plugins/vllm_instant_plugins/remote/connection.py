@@ -94,6 +94,7 @@ class DraftServerConnection:
         self._outgoing: list[Message] = []
         self._wake = asyncio.Event()
         self._is_open = False
+        self._socket: ClientConnection | None = None
         self._first_attempt = threading.Event()
         self._mismatch: str | None = None
         self._budget = 0.0
@@ -147,13 +148,13 @@ class DraftServerConnection:
             try:
                 await self._connect_once()
                 found = "it closed the connection"
-            except (OSError, TimeoutError, ProtocolError, websockets.WebSocketException, ValueError) as error:
-                found = f"{type(error).__name__}: {error}"
+            except Exception as error:  # of the network, of the protocol, of what comes from there
+                found = protocol.one_line(f"{type(error).__name__}: {error}")
             finally:
                 self._lose_connection()
             if found != problem and self._mismatch is None:
                 problem = found
-                logger.warning("The draft server %s gives no drafts (%s); trying again", self._where, found[:300])
+                logger.warning("The draft server %s gives no drafts (%s); trying again", self._where, found)
             if time.monotonic() - began > STEADY_SECONDS:
                 backoff = self._address.min_backoff
             await asyncio.sleep(backoff * random.uniform(0.75, 1.25))
@@ -197,7 +198,7 @@ class DraftServerConnection:
             return
         logger.info("Connected to the draft server %s", self._where)
         self.num_connections += 1
-        self._is_open = True
+        self._is_open, self._socket = True, socket
         for request in self._requests.values():
             self._open(request)
         sender = asyncio.create_task(self._send(socket))
@@ -231,13 +232,13 @@ class DraftServerConnection:
 
     def _refuse(self, reason: str) -> None:
         """The server can never be used."""
-        self._mismatch = reason
+        self._mismatch = reason = protocol.one_line(reason)
         if self._first_attempt.is_set():
             logger.error("The draft server %s is not used any more: %s", self._where, reason)
         self._first_attempt.set()
 
     def _lose_connection(self) -> None:
-        self._is_open = False
+        self._is_open, self._socket = False, None
         self._outgoing.clear()
         self._ids.clear()
         self.published.clear()
@@ -280,6 +281,9 @@ class DraftServerConnection:
         self._queue(Open(request.number, request.branches.tokens.tolist(), ahead, request.tenant))
 
     def _queue(self, message: Message) -> None:
+        if len(self._outgoing) >= MAX_OUTGOING and self._socket is not None:
+            # It does not read. What waits is dropped with the connection.
+            self._socket.transport.abort()
         self._outgoing.append(message)
         self._wake.set()
 
@@ -315,8 +319,6 @@ class DraftServerConnection:
             wrong += sum(not self._take(message) for message in messages)
             if wrong > MAX_WRONG_MESSAGES:
                 raise ProtocolError(f"more than {MAX_WRONG_MESSAGES} of its tails continue nothing")
-            if len(self._outgoing) > MAX_OUTGOING:
-                raise ProtocolError("it does not read what it is sent")
 
     def _max_budget(self) -> float:
         return BURST_SECONDS * (MESSAGES_PER_SECOND + MESSAGES_PER_REQUEST * len(self._requests))

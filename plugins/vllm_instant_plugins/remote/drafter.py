@@ -115,7 +115,13 @@ class RemoteDrafter(FollowingDrafter):
             live = self._live.get(request.request_id)
             if live is None:
                 live = self._live[request.request_id] = _Live()
-            if self._source is not None and len(request.token_ids) > live.num_told:
+            if self._source is None:
+                continue
+            if len(request.token_ids) < live.num_told:
+                # A streaming session replaced its text.
+                self._source.advance((), (request.request_id,))
+                live.num_told = 0
+            if len(request.token_ids) > live.num_told:
                 tokens = request.token_ids[live.num_told :].tolist()
                 news.append(NewTokens(request.request_id, request.cache_salt, live.num_told, tokens))
                 live.num_told = len(request.token_ids)
@@ -167,7 +173,9 @@ class RemoteDrafter(FollowingDrafter):
         rates, factor = calibrator.rates, live.record.factor
         survival, confidence = 1.0, []
         for cell in cells:
-            rate = min(1.0, rates[cell] * factor)
+            rate = rates[cell] * factor
+            if rate > 1.0:
+                rate = 1.0
             survival *= rate
             if survival < MIN_SURVIVAL:
                 break

@@ -1,5 +1,6 @@
 """A draft server may do what it likes: what has arrived is used, and nothing waits."""
 
+import asyncio
 import http
 import logging
 import threading
@@ -205,6 +206,30 @@ def test_declined_requests_have_no_drafts(connect):
         wait_until(lambda: frames)
     # Of the declined request the server hears no more.
     assert [type(message) for message in protocol.read_from_engine(frames[0])] == [Open]
+
+
+def test_a_server_that_does_not_read_is_left(connect, monkeypatch):
+    monkeypatch.setattr(module, "MAX_OUTGOING", 8)
+
+    async def read_nothing(socket):
+        await hello(socket)
+        socket.transport.pause_reading()
+        await asyncio.sleep(20)
+
+    with ServerThread(read_nothing) as server:
+        connection = connect(server.url)
+        connection.advance([NewTokens("a", "", 0, [1])], ())
+        position = 1
+        while server.num_connections == 1:
+            connection.advance([NewTokens("a", "", position, [99] * 20_000)], ())
+            position += 20_000
+            threading.Event().wait(0.001)
+            assert position < 10**8
+        assert len(connection._outgoing) <= 9
+
+
+def test_what_a_server_writes_is_one_printable_line():
+    assert protocol.one_line("a\nb\x1b[31m" + "c" * 999) == "a b [31m" + "c" * 292
 
 
 def test_frames_are_limited():

@@ -59,6 +59,13 @@ def test_the_server_is_told_of_every_token_once_also_without_drafts(drafter, sou
     assert source.ended == ["a"]
 
 
+def test_a_session_that_replaced_its_text_is_opened_anew(drafter, source):
+    drafter.propose([request("a", [1, 2, 3, 4])])
+    drafter.propose([request("a", [1, 9])])
+    assert source.ended == ["a"]
+    assert source.news[-1] == ("a", "", 0, [1, 9])
+
+
 def test_only_a_draft_that_fits_is_proposed(drafter, source):
     source.arrives("a", 3, [4, 5, 6, 7, 8, 9])
     assert drafter.propose([request("a", [1, 2, 3])])[0].token_ids == (4, 5, 6, 7)
@@ -84,7 +91,7 @@ def test_without_budget_nothing_is_proposed_and_the_rates_are_learned_all_the_sa
 def test_rates_are_learned_by_age_and_stated_probability():
     calibrator = AgeCalibrator()
     young, old = calibrator.cells([0, 9], [NO_PROBABILITY] * 2)
-    sure, unsure = calibrator.cells([0, 0], [0.99, 0.05])
+    sure, unsure = calibrator.cells([0, 0], [7, 0])
     assert calibrator.rates[young] == calibrator.rates[old] == PRIOR
     assert calibrator.rates[sure] > 0.9 > 0.1 > calibrator.rates[unsure]
     for _ in range(100):
@@ -94,14 +101,14 @@ def test_rates_are_learned_by_age_and_stated_probability():
     assert calibrator.rates[young] > 0.95
     assert calibrator.rates[old] < 0.1
     assert calibrator.rates[unsure] > 0.9
-    assert calibrator.cells([10**6], [1.0]) == [calibrator.cells([200], [1.0])[0]]
+    assert calibrator.cells([10**6], [7]) == calibrator.cells([200], [7])
 
 
 def test_a_drafter_that_is_always_wrong_is_believed_less_and_less(drafter, source):
     tokens = [1, 2, 3]
     expected = []
     for _ in range(60):
-        source.arrives("a", len(tokens), [7, 7, 7, 7], probability=1.0)
+        source.arrives("a", len(tokens), [7, 7, 7, 7], probability=7)
         [draft] = drafter.propose([request("a", tokens)])
         expected.append(sum(np.cumprod(draft.confidence)))
         tokens.append(1)
@@ -116,7 +123,7 @@ def test_the_lookup_is_used_where_it_expects_more(source):
     nothing, found = drafter.propose([request("a", [9, 8, 7]), request("b", repetitive)])
     assert list(nothing.token_ids) == []
     assert list(found.token_ids) == [4, 5, 1, 2]
-    source.arrives("b", len(repetitive), [50, 51, 52, 53], probability=1.0)
+    source.arrives("b", len(repetitive), [50, 51, 52, 53], probability=7)
     assert drafter.propose([request("b", repetitive)])[0].token_ids == (50, 51, 52, 53)
     drafter.forget("b")
     assert lookup._live.keys() == {"a"}
