@@ -157,7 +157,9 @@ class DelayedLink:
 async def run(recorded: Sequence[dict[str, Any]], vocab_size: int) -> None:
     """Serve until standard input ends."""
     model = ReplayModel(recorded)
-    service = DraftService(model, Hello(VERSION, "", vocab_size), DraftServerLimits(max_messages_per_second=1e6, burst_tokens=8))
+    service = DraftService(
+        model, Hello(VERSION, "", vocab_size), DraftServerLimits(max_messages_per_second=1e6, burst_tokens=8)
+    )
     ended, loop = asyncio.Event(), asyncio.get_running_loop()
     async with serving(Endpoint(port=0), service) as server:
         proxy = DelayedLink(server.sockets[0].getsockname()[1])

@@ -35,7 +35,7 @@ MAX_ENGINE_FRAME = 8 << 20
 PROBABILITY_STEPS = 255
 """A probability travels as one byte: 0 for 0, 255 for 1. So there is none that is no number."""
 
-MISMATCH, UNAUTHORIZED, VIOLATION, OVERLOADED = 4400, 4401, 4402, 4429
+MISMATCH, VIOLATION, OVERLOADED = 4400, 4402, 4429
 """Codes with which a server closes a connection."""
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]

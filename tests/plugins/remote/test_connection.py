@@ -240,7 +240,8 @@ def test_frames_are_limited():
     assert frames_of([]) == []
 
 
-def test_two_hundred_faults_change_no_answer_and_end_no_thread(connect):
+@pytest.mark.parametrize("faults", [200, pytest.param(1000, marks=pytest.mark.perf)])
+def test_faults_change_no_answer_and_end_no_thread(connect, faults):
     """Greedy verification of whatever is proposed, as the engine does it."""
     counts: dict[str, int] = {}
     answer = np.random.default_rng(0).integers(0, 100, 4000).tolist()
@@ -249,7 +250,7 @@ def test_two_hundred_faults_change_no_answer_and_end_no_thread(connect):
         drafter = RemoteDrafter(connection, 100, 4)
         done, number = 0, 0
         tokens = [1, 2]
-        while sum(counts.values()) < 200:
+        while sum(counts.values()) < faults:
             [draft] = drafter.propose([DraftRequest(f"r{number}", np.array(tokens, np.int32), 2, 4)])
             assert len(draft.token_ids) == len(draft.confidence) <= 4
             expected = answer[done : done + 5]
