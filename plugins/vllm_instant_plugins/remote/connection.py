@@ -260,15 +260,21 @@ class DraftServerConnection:
                 continue
             ahead = request.branches.ahead(self._max_draft_tokens)
             request.branches.commit(new.tokens, ahead)
+            if request.open and len(request.branches.tokens) > protocol.MAX_CONTEXT:
+                self._close_request(request)
             if request.open:
                 self._publish(new.request_id, request)
                 self._queue(Committed(request.number, new.position, new.tokens, ahead))
         for request_id in ended:
             ended_request = self._requests.pop(request_id, None)
-            self.published.pop(request_id, None)
             if ended_request is not None and ended_request.open:
-                self._ids.pop(ended_request.number, None)
-                self._queue(Close(ended_request.number))
+                self._close_request(ended_request)
+
+    def _close_request(self, request: _Request) -> None:
+        request.open = False
+        self.published.pop(request.request_id, None)
+        self._ids.pop(request.number, None)
+        self._queue(Close(request.number))
 
     def _open(self, request: _Request) -> None:
         if len(request.branches.tokens) > protocol.MAX_CONTEXT:

@@ -208,6 +208,19 @@ def test_declined_requests_have_no_drafts(connect):
     assert [type(message) for message in protocol.read_from_engine(frames[0])] == [Open]
 
 
+def test_a_request_with_more_tokens_than_the_protocol_has_is_closed(connect, monkeypatch):
+    heard = []
+    with ServerThread(answering(counting, heard)) as server:
+        connection = connect(server.url)
+        monkeypatch.setattr(protocol, "MAX_CONTEXT", 3)
+        connection.advance([NewTokens("a", "", 0, [1, 2]), NewTokens("long", "", 0, [1] * 4)], ())
+        wait_until(lambda: tokens_of(connection))
+        connection.advance([NewTokens("a", "", 2, [3, 4])], ())
+        wait_until(lambda: len(heard) == 2)
+        assert heard == [Open(heard[0].request, [1, 2], 9), Close(heard[0].request)]
+        assert connection.published == {}
+
+
 def test_a_server_that_does_not_read_is_left(connect, monkeypatch):
     monkeypatch.setattr(module, "MAX_OUTGOING", 8)
 
