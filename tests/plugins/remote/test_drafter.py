@@ -43,11 +43,11 @@ def drafter(source):
     return RemoteDrafter(source, 100, 4)
 
 
-def test_the_server_is_told_of_every_token_once_also_without_drafts(drafter, source):
+def test_the_server_is_told_of_every_token_once(drafter, source):
     assert isinstance(drafter, FollowingDrafter)
     drafter.enter(request("a", [1, 2], 0, salt="tenant"))
     drafter.propose([request("a", [1, 2, 3], salt="tenant"), request("b", [9, 8])])
-    drafter.propose([request("a", [1, 2, 3, 4, 5], 0, salt="tenant"), request("b", [9, 8])])
+    drafter.propose([request("a", [1, 2, 3, 4, 5], salt="tenant"), request("b", [9, 8])])
     assert source.news == [
         ("a", "tenant", 0, [1, 2]),
         ("a", "tenant", 2, [3]),
@@ -57,6 +57,28 @@ def test_the_server_is_told_of_every_token_once_also_without_drafts(drafter, sou
     drafter.forget("a")
     drafter.forget("a request that never was")
     assert source.ended == ["a"]
+
+
+def told(drafter, source, steps, limit):
+    """The numbers of tokens that the server is told of, step by step."""
+    tokens, found = [1, 2], []
+    drafter.propose([request("a", tokens, limit)])
+    for _ in range(steps):
+        source.news.clear()
+        tokens.append(9)
+        drafter.propose([request("a", tokens, limit)])
+        found.append(sum(len(new[3]) for new in source.news))
+    return found
+
+
+def test_without_a_budget_the_server_is_told_of_several_tokens_at_once(drafter, source):
+    assert told(drafter, source, 16, limit=0) == [0] * 7 + [8] + [0] * 7 + [8]
+
+
+def test_drafts_that_never_fit_are_asked_for_less_often_until_one_does(drafter, source):
+    assert told(drafter, source, 40, limit=4) == [1] * 31 + [0] * 7 + [8, 0]
+    source.arrives("a", 43, [9, 9, 9, 9])
+    assert told(drafter, source, 43, limit=4)[-1] == 1
 
 
 def test_a_session_that_replaced_its_text_is_opened_anew(drafter, source):
