@@ -13,7 +13,7 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -135,8 +135,8 @@ class DraftServerConnection:
         return self._address.url.rpartition("@")[2]
 
     def _run(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(self._main())
+        with contextlib.suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(self._main())
 
     async def _main(self) -> None:
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
@@ -351,6 +351,15 @@ class DraftServerConnection:
             self.published[request_id] = request.branches.published
         else:
             self.published.pop(request_id, None)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """The factory of uvloop, which vLLM brings: it takes less of the engine's time than asyncio's own loop."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def frames_of(messages: Sequence[Message]) -> list[bytes]:
