@@ -252,7 +252,7 @@ def test_frames_are_limited():
     assert frames_of([]) == []
 
 
-@pytest.mark.parametrize("faults", [200, pytest.param(1000, marks=pytest.mark.perf)])
+@pytest.mark.parametrize("faults", [100, pytest.param(1000, marks=pytest.mark.perf)])
 def test_faults_change_no_answer_and_end_no_thread(connect, faults):
     """Greedy verification of whatever is proposed, as the engine does it."""
     counts: dict[str, int] = {}

@@ -1,6 +1,8 @@
 """A draft server with a given model, asked by the drafter's own connection and by engines that misbehave."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -259,6 +261,29 @@ def test_token_files_and_addresses(tmp_path):
     assert read_tokens(file) == ["abc", "def"]
     assert all(map(is_loopback, ("localhost", "127.0.0.2", "::1")))
     assert not any(map(is_loopback, ("", "10.0.0.1", "example.com")))
+
+
+def test_the_command_drafts_until_it_is_told_to_end(demo_pair):
+    fingerprint = protocol.tokenizer_fingerprint(str(demo_pair.target))
+    command = [sys.executable, "-m", "vllm_instant.tools.cli", "draft-server", str(demo_pair.draft), "--port", "0"]
+    environment = {**os.environ, protocol.TOKEN_VARIABLE: "of the environment"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        try:
+            url = server.stdout.readline().split()[-1]
+            address = ServerAddress(url, "of the environment")
+            connection = DraftServerConnection(address, Hello(protocol.VERSION, fingerprint, 4096), 4)
+            assert connection.start(10) is None
+            drafter = RemoteDrafter(connection, 4096, 4)
+            drafter.propose([request("a", [5, 6, 7])])
+            wait_until(lambda: connection.published)
+            connection.close()
+        finally:
+            server.send_signal(signal.SIGTERM)
+            _, errors = server.communicate(timeout=20)
+    assert server.returncode == 0
+    assert "Traceback" not in errors
 
 
 def test_an_open_port_needs_a_token():
