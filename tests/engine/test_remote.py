@@ -44,7 +44,7 @@ def server(launch, drafting):
 
 def test_fifty_greedy_answers_are_the_same_with_a_draft_server_that_lies(server, prompts, expected, counts):
     assert ask_all(server, prompts) == expected
-    # Few are verified: the drafter is soon believed no more.
+    # Few are verified: their confidence falls soon.
     totals = metrics_when(server, lambda now: now.get(PROPOSED, 0) > 20)
     assert totals[PROPOSED] > 20
     assert "vllm_instant:plugin_failures_total" not in totals

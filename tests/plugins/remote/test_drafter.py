@@ -126,7 +126,7 @@ def test_rates_are_learned_by_age_and_stated_probability():
     assert calibrator.cells([10**6], [7]) == calibrator.cells([200], [7])
 
 
-def test_a_drafter_that_is_always_wrong_is_believed_less_and_less(drafter, source):
+def test_the_confidence_in_a_drafter_that_is_always_wrong_falls(drafter, source):
     tokens = [1, 2, 3]
     expected = []
     for _ in range(60):
@@ -167,7 +167,7 @@ def test_a_client_drafts_for_its_own_request_by_output_positions():
     assert drafter.propose([request("c", [1, 2, 3, 4])])[0].token_ids == (5, 6)
 
 
-def test_what_one_client_sends_does_not_change_what_another_is_believed():
+def test_what_one_client_sends_does_not_change_the_confidence_of_another():
     drafter = RemoteDrafter(None, 100, 4)
     hostile, honest = [1, 2, 3], [1, 2, 3]
 
