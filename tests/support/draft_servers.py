@@ -39,11 +39,11 @@ class ServerThread:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
 
     async def _main(self) -> None:
-        self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
         async with serve(self._serve, "127.0.0.1", 0, **self._options) as server:
             self.url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
             self._started.set()
-            await self._ended.wait()
+            await self.ended.wait()
 
     async def _serve(self, socket: ServerConnection) -> None:
         self.num_connections += 1
@@ -61,7 +61,7 @@ class ServerThread:
         return self
 
     def __exit__(self, *error):
-        self._loop.call_soon_threadsafe(self._ended.set)
+        self._loop.call_soon_threadsafe(self.ended.set)
         self._thread.join(10)
 
 

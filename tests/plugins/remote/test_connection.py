@@ -1,6 +1,5 @@
 """A draft server may do what it likes: what has arrived is used, and nothing waits."""
 
-import asyncio
 import http
 import logging
 import threading
@@ -227,7 +226,7 @@ def test_a_server_that_does_not_read_is_left(connect, monkeypatch):
     async def read_nothing(socket):
         await hello(socket)
         socket.transport.pause_reading()
-        await asyncio.sleep(20)
+        await server.ended.wait()
 
     with ServerThread(read_nothing) as server:
         connection = connect(server.url)
