@@ -10,6 +10,7 @@ import result_tables_of_capacity
 import result_tables_of_escalation
 import result_tables_of_faults
 import result_tables_of_guard
+import result_tables_of_remote
 from result_tables import Cell, Run, Show, cells_of, interval, table
 
 from vllm_instant.tools.measure.statistics import ratio_interval
@@ -378,4 +379,5 @@ ALL_TABLES = (
     | result_tables_of_escalation.TABLES
     | result_tables_of_faults.TABLES
     | result_tables_of_guard.TABLES
+    | result_tables_of_remote.TABLES
 )

@@ -24,8 +24,8 @@ def samplers_cascade(runs: Sequence[Run]) -> str:
                 f"{cell['perplexity']:.2f}",
                 f"{cell['divergence']:.4f}",
                 f"{cell['variation']:.3f}, {cell['highest_variation']:.3f}",
-                *(["", ""] if cell["sampler"] == "relaxed" else shown),
-                "" if served is None else interval(served["tokens_per_second"], 1),
+                *(shown if "cascade" in cell["sampler"] else ["–", "–"]),
+                "–" if served is None else interval(served["tokens_per_second"], 1),
             ]
         )
     headings = ["text", "sampler", "bound", "accepted of 8", "perplexity", "KL, nats", "variation: mean, highest"]
@@ -65,6 +65,7 @@ def escalation_routing(runs: Sequence[Run]) -> str:
 
 
 TABLES: dict[str, tuple[str, Show]] = {
+    "samplers_cascade": ("samplers", samplers_cascade),
     "escalation_decisions": ("escalation", escalation_decisions),
     "escalation_routing": ("escalation", escalation_routing),
 }

@@ -39,11 +39,11 @@ class ServerThread:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
 
     async def _main(self) -> None:
-        self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
         async with serve(self._serve, "127.0.0.1", 0, **self._options) as server:
             self.url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
             self._started.set()
-            await self._ended.wait()
+            await self.ended.wait()
 
     async def _serve(self, socket: ServerConnection) -> None:
         self.num_connections += 1
@@ -61,7 +61,7 @@ class ServerThread:
         return self
 
     def __exit__(self, *error):
-        self._loop.call_soon_threadsafe(self._ended.set)
+        self._loop.call_soon_threadsafe(self.ended.set)
         self._thread.join(10)
 
 
@@ -200,3 +200,37 @@ def wait_until(holds: Callable[[], object], seconds: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.002)
+
+
+def lying(vocabulary: int, counts: dict[str, int], seed: int = 0) -> Handler:
+    """Answer everything that is committed with sure random tokens, and now and then with something invalid."""
+    chance = random.Random(seed)
+
+    def count(name: str) -> None:
+        counts[name] = counts.get(name, 0) + 1
+
+    async def serve(socket: ServerConnection) -> None:
+        await hello(socket)
+        known: dict[int, int] = {}
+        branches = iter(range(10**9))
+        invalid = 0
+        async for frame in socket:
+            for message in protocol.read_from_engine(frame):
+                if not isinstance(message, Open | Committed):
+                    known.pop(message.request, None)
+                    continue
+                known[message.request] = known.get(message.request, 0) + len(message.tokens)
+                at, request = known[message.request], message.request
+                tokens = [chance.randrange(vocabulary) for _ in range(chance.randrange(1, 1 + message.ahead))]
+                tails = [Tail(request, next(branches), at, at, at, tokens, bytes([255] * len(tokens)))]
+                count("lie")
+                if invalid < 60 and chance.random() < 0.05:
+                    invalid += 1
+                    count("invalid")
+                    tails.append(Tail(request, next(branches), at + 1, at + 1, at + 1, [vocabulary + 5]))
+                await socket.send(protocol.encode(tails))
+                if chance.random() < 0.002:
+                    count("abort")
+                    socket.transport.abort()
+
+    return serve

@@ -64,10 +64,10 @@ class PluginContext:
     """The decoding steps that run as one CUDA graph; None where the device has no such graphs."""
     itl_slo_ms: float | None = None
     """SLO for the inter-token latency in milliseconds, if the deployment's speculation policy has one."""
-    tokenizer: str = ""
-    """Name or path of the tokenizer; empty where there is none."""
     identity: Mapping[str, str] = field(default_factory=dict)
     """Properties on which measured times depend: device name, model, dtype, vLLM version, drafter, parallelism."""
+    tokenizer: str = ""
+    """Name or path of the tokenizer; empty where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Methods of the engine core that the API server calls: metrics, decisions and pinned prefixes."""
+"""Methods of the engine core that the API server calls: metrics, decisions, pinned prefixes and drafts of clients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ METHOD = "instant_totals"
 DECISIONS_METHOD = "instant_decisions"
 HOLD_METHOD = "instant_hold"
 LET_GO_METHOD = "instant_let_go"
+PUSH_METHOD = "instant_push_drafts"
 
 
 def instant_totals(self: Any) -> dict[str, Any]:
@@ -42,12 +43,20 @@ def instant_let_go(self: Any, name: str) -> None:
         unpin(name)
 
 
+def instant_push_drafts(self: Any, pushed: dict[str, Any]) -> None:
+    """Take drafts that clients send for their own requests, by key (``patches.client_drafts``)."""
+    push = getattr(self.scheduler, "instant_push_drafts", None)
+    if push is not None:
+        push(pushed)
+
+
 def _extend(module: Any) -> None:
     """Add the methods that the API server calls."""
     setattr(module.EngineCore, METHOD, instant_totals)
     setattr(module.EngineCore, DECISIONS_METHOD, instant_decisions)
     setattr(module.EngineCore, HOLD_METHOD, instant_hold)
     setattr(module.EngineCore, LET_GO_METHOD, instant_let_go)
+    setattr(module.EngineCore, PUSH_METHOD, instant_push_drafts)
 
 
 def _post_step(post_step: Any, core: Any, model_executed: bool) -> None:

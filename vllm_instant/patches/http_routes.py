@@ -17,7 +17,7 @@ from vllm_instant.deployment.resolved import is_default_drafter
 from vllm_instant.guard.service import GuardService
 from vllm_instant.interfaces.deployment import Deployment, SlotChoice
 from vllm_instant.metrics import InstantMetrics
-from vllm_instant.patches import escalation, guard, streaming
+from vllm_instant.patches import client_drafts, escalation, guard, streaming
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.engine_core import METHOD
 from vllm_instant.patches.plugin_factory import PluginStartError, uses_drafter_plugin
@@ -43,6 +43,7 @@ class InstantEndpoints:
         self._app: FastAPI | None = None
         self._streaming: Any = None
         self._escalation: Any = None
+        self._client_drafts: Any = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, under ``/v1`` so that the API key protects them."""
@@ -55,6 +56,8 @@ class InstantEndpoints:
             self._streaming = streaming.attach(app)
         if escalation.is_served(deployment_env.get_deployment()):
             self._escalation = escalation.attach(app)
+        if client_drafts.are_served(deployment_env.get_deployment()):
+            self._client_drafts = client_drafts.attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Start to poll the engines; of several API servers only the first does, so that nothing is counted twice."""
@@ -73,6 +76,9 @@ class InstantEndpoints:
         reader = None
         if self._app is not None and self._streaming is not None:
             reader = streaming.start(self._streaming, self._app, engine_client, state, deployment, args)
+        if self._app is not None and self._client_drafts is not None:
+            policy = streaming.connection_policy(self._app, args)
+            await client_drafts.start(self._client_drafts, engine_client, policy)
         judging = guard.service_of(engine_client)
         state.instant_guard = judging
         escalating = None

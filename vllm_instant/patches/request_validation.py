@@ -8,6 +8,7 @@ from vllm_instant.patches.compat import HasAttribute, HasSignature, VllmPatch
 from vllm_instant.patches.names import INPUT_PROCESSOR
 from vllm_instant.scheduling.request_registry import hinted_output_tokens
 from vllm_instant.speculation.draft_budget import requested_num_draft_tokens
+from vllm_instant.speculation.pushed_drafts import draft_key_of
 
 
 def _process_inputs(
@@ -17,6 +18,7 @@ def _process_inputs(
         extra_args = getattr(params, "extra_args", None)
         requested_num_draft_tokens(extra_args)
         hinted_output_tokens(extra_args)
+        draft_key_of(extra_args)
     except ValueError as error:
         from vllm.exceptions import VLLMValidationError
 

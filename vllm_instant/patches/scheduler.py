@@ -25,6 +25,7 @@ from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.interfaces.requests import RequestState
 from vllm_instant.interfaces.speculation import StepOutcome
 from vllm_instant.patches.admission import BatchingMixin, forbids_drafts
+from vllm_instant.patches.client_drafts import ClientDraftsMixin
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.deployment_check import Finding, findings_of, summary_of
 from vllm_instant.patches.draft_lengths import UnpaddedLookup, fixed_length_reason
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.instant")
 
 
-class InstantMixin(BatchingMixin, PinningMixin):
-    """Serves ``speculation``, ``batching`` and pinned prefixes; precedes vLLM's scheduler in the bases."""
+class InstantMixin(ClientDraftsMixin, BatchingMixin, PinningMixin):
+    """Serves ``speculation``, ``batching``, pinned prefixes and drafts of clients; precedes vLLM's scheduler."""
 
     # Attributes of the vLLM base class that BatchingMixin does not already declare.
     num_spec_tokens: int
@@ -156,7 +157,7 @@ class InstantMixin(BatchingMixin, PinningMixin):
         maximum = max(plan.num_draft_tokens.values(), default=0)
         if not self._instant_fixed_length:
             scheduler_output.num_spec_tokens_to_schedule = maximum
-        setattr(scheduler_output, PLAN_ATTRIBUTE, plan)
+        setattr(scheduler_output, PLAN_ATTRIBUTE, self.instant_with_pushed(plan))
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
         if self._asynchronous:
             for request_id, length in plan.num_draft_tokens.items():

@@ -30,6 +30,8 @@ from vllm_instant.streaming.engine import ChatRequest, CommitFlag, Prompt, Reque
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from vllm_instant.streaming.connections import ConnectionPolicy
+
 logger = logging.getLogger("vllm.instant")
 
 PREFILL_PREFIX = "instant-prefill-"
@@ -214,7 +216,6 @@ def start(
     streaming: Any, app: FastAPI, engine_client: Any, state: Any, deployment: Deployment, args: Any = None
 ) -> GuardedPlugin[StreamingPrefill] | None:
     """Start to serve; returns the plugin. Raises PluginStartError if the server cannot."""
-    from vllm_instant.streaming.connections import ConnectionPolicy
     from vllm_instant.streaming.metrics import StreamingMetrics
     from vllm_instant.streaming.session_manager import SessionManager
 
@@ -233,11 +234,18 @@ def start(
             f"plugin {plugin.plugin} of slot streaming cannot start: this model has no /v1/chat/completions"
         )
     keys = checked_keys(app)
-    policy = ConnectionPolicy(bool(keys), tuple(getattr(args, "allowed_origins", None) or ()))
-    streaming.start(SessionManager(VllmStreamingEngine(engine_client, chat), plugin, StreamingMetrics()), policy)
+    manager = SessionManager(VllmStreamingEngine(engine_client, chat), plugin, StreamingMetrics())
+    streaming.start(manager, connection_policy(app, args))
     if keys:
         _accept_session_tokens(app, streaming, keys)
     return plugin
+
+
+def connection_policy(app: FastAPI, args: Any) -> ConnectionPolicy:
+    """How an API server tells clients apart, and which connections web pages may open."""
+    from vllm_instant.streaming.connections import ConnectionPolicy
+
+    return ConnectionPolicy(bool(checked_keys(app)), tuple(getattr(args, "allowed_origins", None) or ()))
 
 
 def checked_keys(app: FastAPI) -> list[str]:

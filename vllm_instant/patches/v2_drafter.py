@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
+from vllm_instant.deployment.errors import DeploymentError, Problem
 from vllm_instant.deployment.resolved import PLUGIN_DRAFTER, installed_plugin
 from vllm_instant.interfaces.drafter import DeviceDraftBatch, DeviceDrafter, DeviceRequest
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
@@ -164,15 +165,26 @@ def unsupported_reason(arguments: Any) -> str | None:
 def _create_speculative_config(create: Any, arguments: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a drafter plugin draft on the device where ``VLLM_USE_V2_MODEL_RUNNER=1`` chooses the V2 model runner."""
     config = arguments.speculative_config
-    if (
-        isinstance(config, dict)
-        and config.get("method") == "custom_class"
-        and config.get("model") == PLUGIN_DRAFTER
-        and unsupported_reason(arguments) is None
-    ):
-        bounds = {"prompt_lookup_min": 1, "prompt_lookup_max": 1}
-        arguments.speculative_config = {**config, "method": DEVICE_METHOD, **bounds}
+    if isinstance(config, dict) and config.get("method") == "custom_class" and config.get("model") == PLUGIN_DRAFTER:
+        _refuse_host_drafter()
+        if unsupported_reason(arguments) is None:
+            bounds = {"prompt_lookup_min": 1, "prompt_lookup_max": 1}
+            arguments.speculative_config = {**config, "method": DEVICE_METHOD, **bounds}
     return create(*args, **kwargs)
+
+
+def _refuse_host_drafter() -> None:
+    """Refuse ``VLLM_USE_V2_MODEL_RUNNER=1`` for a drafter that drafts on the host only, in one sentence."""
+    import vllm.envs as envs
+
+    deployment = deployment_env.get_deployment()
+    if deployment is None or not envs.VLLM_USE_V2_MODEL_RUNNER:
+        return
+    plugin = installed_plugin(deployment, "drafter").plugin
+    if plugin.build is not None and plugin.build_on_device is None:
+        source = deployment.origins.get("drafter.plugin", deployment.file or "deployment")
+        sentence = f"{plugin.name} needs the V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0"
+        raise DeploymentError([Problem(source, "[drafter]", sentence)])
 
 
 def _init_speculator(initialize: Any, vllm_config: Any, device: Any, request_state: Any) -> Any:

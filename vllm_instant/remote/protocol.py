@@ -7,6 +7,7 @@ travel, about two bytes each. Whatever one end does, the other end only drops th
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, TypeVar
 
@@ -34,7 +35,7 @@ MAX_ENGINE_FRAME = 8 << 20
 PROBABILITY_STEPS = 255
 """A probability travels as one byte: 0 for 0, 255 for 1. So there is none that is no number."""
 
-MISMATCH, UNAUTHORIZED, VIOLATION, OVERLOADED = 4400, 4401, 4402, 4429
+MISMATCH, VIOLATION, OVERLOADED = 4400, 4402, 4429
 """Codes with which a server closes a connection."""
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
@@ -118,13 +119,24 @@ class Declined(Message, tag=6):
     reason: Reason
 
 
+class Claim(Message, tag=7):
+    """Client of an engine's API server: its drafts under this number are for the request with this key."""
+
+    request: RequestNumber
+    key: Name
+    """``instant_draft_key`` of the request's ``vllm_xargs``."""
+
+
 FromEngine = Hello | Open | Committed | Close
 FromServer = Hello | Tail | Declined
+FromClient = Hello | Claim | Tail | Close
 Kind = TypeVar("Kind")
 
+_TENANT_KEY = secrets.token_bytes(16)
 _encoder = msgspec.msgpack.Encoder()
 _from_engine = msgspec.msgpack.Decoder(Annotated[list[FromEngine], Meta(max_length=MAX_MESSAGES)])
 _from_server = msgspec.msgpack.Decoder(Annotated[list[FromServer], Meta(max_length=MAX_MESSAGES)])
+_from_client = msgspec.msgpack.Decoder(Annotated[list[FromClient], Meta(max_length=MAX_MESSAGES)])
 
 
 class ProtocolError(Exception):
@@ -144,6 +156,11 @@ def read_from_engine(frame: bytes | str) -> list[FromEngine]:
 def read_from_server(frame: bytes | str) -> list[FromServer]:
     """Return the messages of a server's frame; raises ProtocolError."""
     return _read(_from_server, frame)
+
+
+def read_from_client(frame: bytes | str) -> list[FromClient]:
+    """Return the messages of a frame of an API server's client; raises ProtocolError."""
+    return _read(_from_client, frame)
 
 
 def _read(decoder: msgspec.msgpack.Decoder[list[Kind]], frame: bytes | str) -> list[Kind]:
@@ -190,8 +207,13 @@ def tokenizer_fingerprint(tokenizer: str) -> str:
 
 
 def tenant_of(cache_salt: str) -> str:
-    """Return the name under which a draft server knows a ``cache_salt``, which may be a secret."""
-    return hashlib.sha256(cache_salt.encode()).hexdigest()[:16] if cache_salt else ""
+    """Return the name under which a draft server knows a ``cache_salt``, which may be a secret; new in each process."""
+    return hashlib.blake2b(cache_salt.encode(), digest_size=8, key=_TENANT_KEY).hexdigest() if cache_salt else ""
+
+
+def one_line(text: str) -> str:
+    """Return what the other end wrote, for a log: printable and short."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:300])
 
 
 def to_bytes(probabilities: Sequence[float]) -> bytes:

@@ -22,7 +22,7 @@ SUBPROTOCOL = "instant-token."
 """Prefix of the WebSocket subprotocol in which a browser sends its token."""
 GRANT = "instant_grant"
 """Key of a connection's scope: the ``Grant`` of its session token."""
-SESSION_PATHS = ("/v1/instant/session", "/v1/instant/sessions")
+SESSION_PATHS = ("/v1/instant/session", "/v1/instant/sessions", "/v1/instant/draft")
 """The paths that session tokens open, with all paths below the second."""
 MAX_TOKENS = 10_000
 """Maximum number of valid tokens per process."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_instant.remote.protocol import MAX_AHEAD, PROBABILITY_STEPS, Tail
+from vllm_instant.remote.protocol import MAX_AHEAD, Tail
 
 MAX_BRANCHES = 4
 """Maximum number of branches per request, the newest ones."""
@@ -22,7 +22,10 @@ LAG_MEMORY = 0.9
 """Factor, per tail, of the largest lag seen."""
 LAG_MARGIN = 1.5
 """A draft server works this many lags ahead, since round trips vary."""
-NO_PROBABILITY = -1.0
+PROBABILITIES = 8
+"""Number of classes of stated probabilities, each of the same width."""
+NO_PROBABILITY = PROBABILITIES
+"""The class of a token whose drafter states none."""
 
 
 class Branch(NamedTuple):
@@ -34,8 +37,8 @@ class Branch(NamedTuple):
     start: int
     """Position of the first of ``tokens``, at least ``base``; its tokens between are committed ones."""
     tokens: tuple[int, ...]
-    probabilities: tuple[float, ...]
-    """For each token the drafter's probability, or ``NO_PROBABILITY``."""
+    probabilities: tuple[int, ...]
+    """For each token the class of the drafter's probability, or ``NO_PROBABILITY``."""
     seen: tuple[int, ...]
     """For each token the number of committed tokens that were known when it was drafted."""
 
@@ -49,7 +52,8 @@ class Continuation(NamedTuple):
     """The part of a branch behind the committed tokens."""
 
     tokens: Sequence[int]
-    probabilities: Sequence[float]
+    probabilities: Sequence[int]
+    """For each token the class of the drafter's probability, or ``NO_PROBABILITY``."""
     ages: Sequence[int]
     """For each token the number of tokens between the newest one that its drafter knew and itself."""
 
@@ -135,7 +139,7 @@ class RequestBranches:
 
 def _extended(branch: Branch, tail: Tail) -> Branch:
     count = len(tail.tokens)
-    probabilities = tuple(step / PROBABILITY_STEPS for step in tail.probabilities) or (NO_PROBABILITY,) * count
+    probabilities = tuple(step * PROBABILITIES >> 8 for step in tail.probabilities) or (NO_PROBABILITY,) * count
     return branch._replace(
         tokens=branch.tokens + tuple(tail.tokens),
         probabilities=branch.probabilities + probabilities,

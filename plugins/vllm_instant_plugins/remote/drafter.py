@@ -21,6 +21,10 @@ from vllm_instant_plugins.suffix.drafter import SuffixDrafter
 
 MIN_SURVIVAL = 0.05
 """A draft ends before the probability that all of it is accepted falls below this."""
+MAX_MISSES = 32
+"""Steps in a row without a draft that fits, or a step without a budget, after which the server is told of new tokens"""
+MAX_UNTOLD = 8
+"""only when a request has this number of them: messages of every step are worth their time only if drafts are used."""
 NOTHING = Draft([], [])
 
 
@@ -62,6 +66,8 @@ class _Live:
 
     num_told: int = 0
     """Number of tokens that the draft server was told of."""
+    num_misses: int = 0
+    """Number of steps in a row without a draft that fits."""
     record: RequestRecord = field(default_factory=RequestRecord)
     compared: _Compared | None = None
     arrived: Sequence[PushedTail] = ()
@@ -115,7 +121,15 @@ class RemoteDrafter(FollowingDrafter):
             live = self._live.get(request.request_id)
             if live is None:
                 live = self._live[request.request_id] = _Live()
-            if self._source is not None and len(request.token_ids) > live.num_told:
+            if self._source is None:
+                continue
+            if len(request.token_ids) < live.num_told:
+                # A streaming session replaced its text.
+                self._source.advance((), (request.request_id,))
+                live.num_told = 0
+            untold = len(request.token_ids) - live.num_told
+            is_used = request.max_draft_tokens and live.num_misses < MAX_MISSES
+            if untold and (is_used or untold >= MAX_UNTOLD or not live.num_told):
                 tokens = request.token_ids[live.num_told :].tolist()
                 news.append(NewTokens(request.request_id, request.cache_salt, live.num_told, tokens))
                 live.num_told = len(request.token_ids)
@@ -137,6 +151,7 @@ class RemoteDrafter(FollowingDrafter):
         if self._source is not None:
             of_server = continuation(self._source.published.get(request.request_id, ()), request.token_ids, limit)
             found = None if of_server is None else (of_server, self._of_server)
+            live.num_misses = 0 if found is not None else live.num_misses + 1
         if live.arrived or live.pushed is not None:
             of_client = self._from_client(live, request, limit)
             if of_client is not None and (found is None or len(of_client.tokens) > len(found[0].tokens)):
@@ -167,7 +182,9 @@ class RemoteDrafter(FollowingDrafter):
         rates, factor = calibrator.rates, live.record.factor
         survival, confidence = 1.0, []
         for cell in cells:
-            rate = min(1.0, rates[cell] * factor)
+            rate = rates[cell] * factor
+            if rate > 1.0:
+                rate = 1.0
             survival *= rate
             if survival < MIN_SURVIVAL:
                 break

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_instant.remote.protocol import MAX_AHEAD, Tail
-from vllm_instant_plugins.remote.branches import MAX_BRANCHES, RequestBranches, continuation
+from vllm_instant_plugins.remote.branches import MAX_BRANCHES, NO_PROBABILITY, RequestBranches, continuation
 
 VOCABULARY = 3
 """Few tokens, so that wrong branches often fit for a while."""
@@ -170,7 +170,7 @@ def test_ages_count_from_the_newest_token_that_the_drafter_knew():
     branches.add(tail(0, 2, 4, 3, [9]))
     found = continuation(branches.published, array([5, 6, 7]), 8)
     assert found.ages == [1, 1]
-    assert found.probabilities == (0.0, -1.0)
+    assert found.probabilities == (0, NO_PROBABILITY)
 
 
 def test_more_is_drafted_ahead_where_tails_arrive_late():

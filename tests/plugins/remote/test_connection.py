@@ -207,6 +207,42 @@ def test_declined_requests_have_no_drafts(connect):
     assert [type(message) for message in protocol.read_from_engine(frames[0])] == [Open]
 
 
+def test_a_request_with_more_tokens_than_the_protocol_has_is_closed(connect, monkeypatch):
+    heard = []
+    with ServerThread(answering(counting, heard)) as server:
+        connection = connect(server.url)
+        monkeypatch.setattr(protocol, "MAX_CONTEXT", 3)
+        connection.advance([NewTokens("a", "", 0, [1, 2]), NewTokens("long", "", 0, [1] * 4)], ())
+        wait_until(lambda: tokens_of(connection))
+        connection.advance([NewTokens("a", "", 2, [3, 4])], ())
+        wait_until(lambda: len(heard) == 2)
+        assert heard == [Open(heard[0].request, [1, 2], 9), Close(heard[0].request)]
+        assert connection.published == {}
+
+
+def test_a_server_that_does_not_read_is_left(connect, monkeypatch):
+    monkeypatch.setattr(module, "MAX_OUTGOING", 8)
+
+    async def read_nothing(socket):
+        await hello(socket)
+        socket.transport.pause_reading()
+        await server.ended.wait()
+
+    with ServerThread(read_nothing) as server:
+        connection = connect(server.url)
+        number = 0
+        while server.num_connections == 1:
+            # 100 kB each, until the buffers of both ends are full.
+            connection.advance([NewTokens(f"r{number}", "", 0, [2**31 - 1] * 20_000)], ())
+            number += 1
+            threading.Event().wait(0.002)
+            assert number < 2000
+
+
+def test_what_a_server_writes_is_one_printable_line():
+    assert protocol.one_line("a\nb\x1b[31m" + "c" * 999) == "a b [31m" + "c" * 292
+
+
 def test_frames_are_limited():
     messages = [Committed(1, 0, [1], 0)] * (protocol.MAX_MESSAGES + 5) + [Open(2, [2**31 - 1] * 900_000, 0)]
     frames = frames_of(messages)
@@ -215,7 +251,8 @@ def test_frames_are_limited():
     assert frames_of([]) == []
 
 
-def test_two_hundred_faults_change_no_answer_and_end_no_thread(connect):
+@pytest.mark.parametrize("faults", [100, pytest.param(1000, marks=pytest.mark.perf)])
+def test_faults_change_no_answer_and_end_no_thread(connect, faults):
     """Greedy verification of whatever is proposed, as the engine does it."""
     counts: dict[str, int] = {}
     answer = np.random.default_rng(0).integers(0, 100, 4000).tolist()
@@ -224,7 +261,7 @@ def test_two_hundred_faults_change_no_answer_and_end_no_thread(connect):
         drafter = RemoteDrafter(connection, 100, 4)
         done, number = 0, 0
         tokens = [1, 2]
-        while sum(counts.values()) < 200:
+        while sum(counts.values()) < faults:
             [draft] = drafter.propose([DraftRequest(f"r{number}", np.array(tokens, np.int32), 2, 4)])
             assert len(draft.token_ids) == len(draft.confidence) <= 4
             expected = answer[done : done + 5]

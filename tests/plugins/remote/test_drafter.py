@@ -43,11 +43,11 @@ def drafter(source):
     return RemoteDrafter(source, 100, 4)
 
 
-def test_the_server_is_told_of_every_token_once_also_without_drafts(drafter, source):
+def test_the_server_is_told_of_every_token_once(drafter, source):
     assert isinstance(drafter, FollowingDrafter)
     drafter.enter(request("a", [1, 2], 0, salt="tenant"))
     drafter.propose([request("a", [1, 2, 3], salt="tenant"), request("b", [9, 8])])
-    drafter.propose([request("a", [1, 2, 3, 4, 5], 0, salt="tenant"), request("b", [9, 8])])
+    drafter.propose([request("a", [1, 2, 3, 4, 5], salt="tenant"), request("b", [9, 8])])
     assert source.news == [
         ("a", "tenant", 0, [1, 2]),
         ("a", "tenant", 2, [3]),
@@ -57,6 +57,35 @@ def test_the_server_is_told_of_every_token_once_also_without_drafts(drafter, sou
     drafter.forget("a")
     drafter.forget("a request that never was")
     assert source.ended == ["a"]
+
+
+def told(drafter, source, steps, limit):
+    """The numbers of tokens that the server is told of, step by step."""
+    tokens, found = [1, 2], []
+    drafter.propose([request("a", tokens, limit)])
+    for _ in range(steps):
+        source.news.clear()
+        tokens.append(9)
+        drafter.propose([request("a", tokens, limit)])
+        found.append(sum(len(new[3]) for new in source.news))
+    return found
+
+
+def test_without_a_budget_the_server_is_told_of_several_tokens_at_once(drafter, source):
+    assert told(drafter, source, 16, limit=0) == [0] * 7 + [8] + [0] * 7 + [8]
+
+
+def test_drafts_that_never_fit_are_asked_for_less_often_until_one_does(drafter, source):
+    assert told(drafter, source, 40, limit=4) == [1] * 31 + [0] * 7 + [8, 0]
+    source.arrives("a", 43, [9, 9, 9, 9])
+    assert told(drafter, source, 43, limit=4)[-1] == 1
+
+
+def test_a_session_that_replaced_its_text_is_opened_anew(drafter, source):
+    drafter.propose([request("a", [1, 2, 3, 4])])
+    drafter.propose([request("a", [1, 9])])
+    assert source.ended == ["a"]
+    assert source.news[-1] == ("a", "", 0, [1, 9])
 
 
 def test_only_a_draft_that_fits_is_proposed(drafter, source):
@@ -84,7 +113,7 @@ def test_without_budget_nothing_is_proposed_and_the_rates_are_learned_all_the_sa
 def test_rates_are_learned_by_age_and_stated_probability():
     calibrator = AgeCalibrator()
     young, old = calibrator.cells([0, 9], [NO_PROBABILITY] * 2)
-    sure, unsure = calibrator.cells([0, 0], [0.99, 0.05])
+    sure, unsure = calibrator.cells([0, 0], [7, 0])
     assert calibrator.rates[young] == calibrator.rates[old] == PRIOR
     assert calibrator.rates[sure] > 0.9 > 0.1 > calibrator.rates[unsure]
     for _ in range(100):
@@ -94,14 +123,14 @@ def test_rates_are_learned_by_age_and_stated_probability():
     assert calibrator.rates[young] > 0.95
     assert calibrator.rates[old] < 0.1
     assert calibrator.rates[unsure] > 0.9
-    assert calibrator.cells([10**6], [1.0]) == [calibrator.cells([200], [1.0])[0]]
+    assert calibrator.cells([10**6], [7]) == calibrator.cells([200], [7])
 
 
-def test_a_drafter_that_is_always_wrong_is_believed_less_and_less(drafter, source):
+def test_the_confidence_in_a_drafter_that_is_always_wrong_falls(drafter, source):
     tokens = [1, 2, 3]
     expected = []
     for _ in range(60):
-        source.arrives("a", len(tokens), [7, 7, 7, 7], probability=1.0)
+        source.arrives("a", len(tokens), [7, 7, 7, 7], probability=7)
         [draft] = drafter.propose([request("a", tokens)])
         expected.append(sum(np.cumprod(draft.confidence)))
         tokens.append(1)
@@ -116,7 +145,7 @@ def test_the_lookup_is_used_where_it_expects_more(source):
     nothing, found = drafter.propose([request("a", [9, 8, 7]), request("b", repetitive)])
     assert list(nothing.token_ids) == []
     assert list(found.token_ids) == [4, 5, 1, 2]
-    source.arrives("b", len(repetitive), [50, 51, 52, 53], probability=1.0)
+    source.arrives("b", len(repetitive), [50, 51, 52, 53], probability=7)
     assert drafter.propose([request("b", repetitive)])[0].token_ids == (50, 51, 52, 53)
     drafter.forget("b")
     assert lookup._live.keys() == {"a"}
@@ -138,7 +167,7 @@ def test_a_client_drafts_for_its_own_request_by_output_positions():
     assert drafter.propose([request("c", [1, 2, 3, 4])])[0].token_ids == (5, 6)
 
 
-def test_what_one_client_sends_does_not_change_what_another_is_believed():
+def test_what_one_client_sends_does_not_change_the_confidence_of_another():
     drafter = RemoteDrafter(None, 100, 4)
     hostile, honest = [1, 2, 3], [1, 2, 3]
 

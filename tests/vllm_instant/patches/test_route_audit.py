@@ -46,7 +46,8 @@ class Core:
 def app(write_file, monkeypatch):
     """The routes of a server with all kinds of secrets in its deployment, behind vLLM's own check of keys."""
     file = write_file(
-        f'[streaming]\nplugin = "chunked"\n[experts]\nplugin = "observed"\n'
+        '[streaming]\nplugin = "chunked"\n[experts]\nplugin = "observed"\n'
+        '[drafter]\nplugin = "remote"\nclient_drafts = true\n'
         f'[vllm]\napi_key = ["{CANARY}"]\nhf_token = "{CANARY}"\nssl_keyfile = "{CANARY}"\n'
     )
     deployment_env.set_deployment(resolve(file))
@@ -86,6 +87,7 @@ def test_the_audit_sees_all_routes(app):
             "sessions/sess_1_x",
             "tokens",
             "demo",
+            "draft",
         )
     }
 

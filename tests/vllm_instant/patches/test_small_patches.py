@@ -102,6 +102,8 @@ def _vllm_config(**changed):
     parts = {
         "model_config": {
             "model": "m",
+            "tokenizer": "t",
+            "skip_tokenizer_init": False,
             "max_model_len": 10,
             "dtype": "torch.bfloat16",
             "quantization": None,
@@ -152,6 +154,14 @@ def test_costs_of_steps_are_kept_apart_by_whatever_they_depend_on(changed):
     usual, other = (plugin_factory.context_of(config).identity for config in (_vllm_config(), _vllm_config(**changed)))
     assert usual == plugin_factory.context_of(_vllm_config()).identity
     assert usual != other
+
+
+@pytest.mark.parametrize(
+    ("changed", "tokenizer"),
+    [({}, "t"), ({"model_config__skip_tokenizer_init": True}, ""), ({"model_config__tokenizer": None}, "")],
+)
+def test_a_plugin_learns_which_tokenizer_there_is(changed, tokenizer):
+    assert plugin_factory.context_of(_vllm_config(**changed)).tokenizer == tokenizer
 
 
 @pytest.mark.parametrize(("changed", "expected"), [({}, False), ({"parallel_config__data_parallel_size": 2}, True)])

@@ -8,6 +8,7 @@ import torch
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
+from vllm_instant.deployment.errors import DeploymentError
 from vllm_instant.deployment.resolved import PLUGIN_DRAFTER
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.patches import v2_drafter
@@ -75,6 +76,14 @@ def test_without_triton_or_with_the_v1_runner_the_drafter_stays_on_the_host(depl
         assert _configured(HOST) == HOST
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", False)
+    assert _configured(HOST) == HOST
+
+
+def test_a_drafter_for_the_host_alone_is_one_sentence_on_the_v2_runner(deploy, monkeypatch):
+    deploy("drafter.plugin=remote", "drafter.client_drafts=true")
+    with pytest.raises(DeploymentError, match="remote needs the V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0"):
+        _configured(HOST)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     assert _configured(HOST) == HOST
 
 

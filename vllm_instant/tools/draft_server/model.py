@@ -23,6 +23,8 @@ class DraftModel(Protocol):
 
     max_tokens: int
     """Maximum number of tokens of a request."""
+    vocab_size: int
+    """Number of token ids."""
 
     def draft(self, request: Hashable, owner: Hashable, sequence: Tokens, count: int, vocab_size: int) -> list[Guess]:
         """Return up to ``count`` tokens that follow ``sequence``; none while the model still reads it.

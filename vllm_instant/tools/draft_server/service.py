@@ -7,6 +7,7 @@ of its own, while the event loop takes what the engines commit.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
@@ -130,6 +131,8 @@ class DraftService:
             first = protocol.read_from_engine(await socket.recv())
         if not first or not isinstance(first[0], Hello):
             raise ProtocolError("the first message must be a hello")
+        if first[0].vocab_size < 2:
+            raise ProtocolError("the vocabulary has at least two tokens")
         await socket.send(protocol.encode([self._hello]))
         reason = protocol.disagreement(self._hello, first[0])
         if reason is not None:
@@ -166,6 +169,8 @@ class DraftService:
                 self._wake.set()
         finally:
             sender.cancel()
+            with contextlib.suppress(asyncio.CancelledError, websockets.ConnectionClosed):
+                await sender
 
     async def _send(self, client: _Client) -> None:
         while True:
@@ -201,6 +206,8 @@ class DraftService:
             raise ProtocolError("a request is opened twice")
         if not message.tokens or len(message.tokens) >= self._model.max_tokens:
             reason = f"requests have 1 to {self._model.max_tokens - 1} tokens"
+        elif max(message.tokens) >= self._model.vocab_size:
+            reason = f"token ids must be below {self._model.vocab_size}"
         elif len(client.requests) >= self._limits.max_requests_per_client:
             reason = f"at most {self._limits.max_requests_per_client} requests per engine"
         elif len(self._jobs) >= self._limits.max_requests:
@@ -217,8 +224,10 @@ class DraftService:
     def _commit(self, client: _Client, job: _Job, message: Committed) -> None:
         drafted = job.drafted
         if len(drafted.committed) + len(message.tokens) >= self._model.max_tokens:
-            self._close(client, message.request)
-            self._queue(client, Declined(message.request, f"requests have at most {self._model.max_tokens} tokens"))
+            self._decline(job, f"requests have at most {self._model.max_tokens} tokens")
+            return
+        if max(message.tokens, default=0) >= self._model.vocab_size:
+            self._decline(job, f"token ids must be below {self._model.vocab_size}")
             return
         accepted, restarts = drafted.num_accepted, drafted.num_restarts
         drafted.commit(message.position, message.tokens, message.ahead)
@@ -231,7 +240,17 @@ class DraftService:
         if job is not None:
             del self._jobs[job.key]
             self.metrics.requests.set(len(self._jobs))
-            self._thread.submit(self._model.release, job.key)
+            self._release(job.key)
+
+    def _decline(self, job: _Job, reason: str) -> None:
+        """Draft no more for a live request."""
+        self.metrics.refused.labels("requests").inc()
+        self._close(job.client, job.drafted.number)
+        self._queue(job.client, Declined(job.drafted.number, reason))
+
+    def _release(self, key: int) -> None:
+        with contextlib.suppress(RuntimeError):  # the server ends
+            self._thread.submit(self._model.release, key)
 
     # --------------------------------------------------------------------------------------------- the model
 
@@ -265,19 +284,18 @@ class DraftService:
         length = min(self._limits.burst_tokens, drafted.room(path))
         sequence = drafted.sequence(path)
         began = self._clock()
-        guesses = await asyncio.get_running_loop().run_in_executor(
-            self._thread,
-            self._model.draft,
-            job.key,
-            (client.owner, job.tenant),
-            sequence,
-            length,
-            client.vocab_size,
-        )
+        arguments = (job.key, (client.owner, job.tenant), sequence, length, client.vocab_size)
+        try:
+            guesses = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.draft, *arguments)
+        except Exception:  # of one request; the others must be served
+            logger.exception("The model failed for a request")
+            self._decline(job, "the model failed")
+            self._release(job.key)
+            return
         self.metrics.model_seconds.inc(max(0.0, self._clock() - began))
         if job.key not in self._jobs:
             # It ended meanwhile: its cache was released before this call wrote it again.
-            self._thread.submit(self._model.release, job.key)
+            self._release(job.key)
             return
         tail = drafted.extend(path, guesses)
         if tail is not None:

@@ -1,6 +1,8 @@
 """A draft server with a given model, asked by the drafter's own connection and by engines that misbehave."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,7 +30,7 @@ OWN = Hello(protocol.VERSION, "aa", 100)
 class Counting:
     """A model that counts up."""
 
-    max_tokens = 50
+    max_tokens, vocab_size = 50, 100
 
     def __init__(self):
         self.released = []
@@ -130,6 +132,7 @@ async def ask(address, *messages, answers=1, **options):
     [
         ([b"\xc1"], protocol.VIOLATION),
         ([Open(1, [1], 4)], protocol.VIOLATION),
+        ([Hello(protocol.VERSION, "aa", 1)], protocol.VIOLATION),
         ([Hello(9, "aa", 100)], protocol.MISMATCH),
         ([Hello(protocol.VERSION, "bb", 100)], protocol.MISMATCH),
         ([OWN, OWN], protocol.VIOLATION),
@@ -142,6 +145,7 @@ async def ask(address, *messages, answers=1, **options):
     ids=[
         "garbage",
         "no hello",
+        "no vocabulary",
         "another version",
         "another tokenizer",
         "two hellos",
@@ -162,6 +166,31 @@ def test_an_engine_that_breaks_the_protocol_is_left_alone(messages, code):
         wait_until(lambda: value(service, "requests") == 0)
 
 
+def test_a_model_that_fails_for_one_request_serves_the_others():
+    class Failing(Counting):
+        def draft(self, request, owner, sequence, *arguments):
+            if sequence[0] == 66:
+                raise IndexError("no such token")
+            return super().draft(request, owner, sequence, *arguments)
+
+    with running(Failing()) as (service, address):
+        answers, _ = asyncio.run(ask(address, OWN, Open(1, [66], 4)))
+        assert [(one.request, one.reason) for one in answers] == [(1, "the model failed")]
+        wait_until(lambda: value(service, "requests") == 0)
+        [tail], _ = asyncio.run(ask(address, OWN, Open(1, [5], 2)))
+        assert tail.tokens == [6, 7]
+
+
+def test_it_ends_with_live_requests(caplog):
+    with running() as (service, address):
+        connection = DraftServerConnection(ServerAddress(f"ws://{address}"), OWN, 4)
+        assert connection.start(10) is None
+        RemoteDrafter(connection, 100, 4).propose([request("a", [1, 2])])
+        wait_until(lambda: value(service, "requests") == 1)
+    connection.close()
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
 def test_limits_refuse_what_is_too_much():
     with running(max_requests_per_client=1) as (service, address):
         answers, _ = asyncio.run(ask(address, OWN, Open(1, [1], 0), Open(2, [1], 4)))
@@ -170,7 +199,12 @@ def test_limits_refuse_what_is_too_much():
         assert [(one.request, one.reason) for one in answers] == [(1, "requests have 1 to 49 tokens")]
         answers, _ = asyncio.run(ask(address, OWN, Open(1, [1] * 40, 0), Committed(1, 40, [1] * 10, 4)))
         assert [(one.request, one.reason) for one in answers] == [(1, "requests have at most 50 tokens")]
-        assert value(service, "refused_total", limit="requests") == 2
+        below = "token ids must be below 100"
+        answers, _ = asyncio.run(ask(address, OWN, Open(1, [100], 4)))
+        assert [(one.request, one.reason) for one in answers] == [(1, below)]
+        answers, _ = asyncio.run(ask(address, OWN, Open(1, [1], 0), Committed(1, 1, [100], 4)))
+        assert [(one.request, one.reason) for one in answers] == [(1, below)]
+        assert value(service, "refused_total", limit="requests") == 5
     with running(max_requests=0) as (_, address):
         assert asyncio.run(ask(address, OWN, Open(1, [1], 0)))[0][0].reason == "at most 0 requests"
     with running(max_clients=0) as (service, address):
@@ -227,6 +261,29 @@ def test_token_files_and_addresses(tmp_path):
     assert read_tokens(file) == ["abc", "def"]
     assert all(map(is_loopback, ("localhost", "127.0.0.2", "::1")))
     assert not any(map(is_loopback, ("", "10.0.0.1", "example.com")))
+
+
+def test_the_command_drafts_until_it_is_told_to_end(demo_pair):
+    fingerprint = protocol.tokenizer_fingerprint(str(demo_pair.target))
+    command = [sys.executable, "-m", "vllm_instant.tools.cli", "draft-server", str(demo_pair.draft), "--port", "0"]
+    environment = {**os.environ, protocol.TOKEN_VARIABLE: "of the environment"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        try:
+            url = server.stdout.readline().split()[-1]
+            address = ServerAddress(url, "of the environment")
+            connection = DraftServerConnection(address, Hello(protocol.VERSION, fingerprint, 4096), 4)
+            assert connection.start(10) is None
+            drafter = RemoteDrafter(connection, 4096, 4)
+            drafter.propose([request("a", [5, 6, 7])])
+            wait_until(lambda: connection.published)
+            connection.close()
+        finally:
+            server.send_signal(signal.SIGTERM)
+            _, errors = server.communicate(timeout=20)
+    assert server.returncode == 0
+    assert "Traceback" not in errors
 
 
 def test_an_open_port_needs_a_token():
