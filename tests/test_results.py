@@ -119,7 +119,9 @@ def test_the_promise_names_the_fastest_length_and_compares_with_the_best_arm_of_
     [row] = tables.promise_by_users(runs, "warm").splitlines()[2:]
     assert row == "| ours | 4 | 2 | 3.15 [3.00, 3.30] | 1.85 [1.50, 2.20] |"
     once = {arm: found[:1] for arm, found in speeds.items()}
-    [row] = tables.promise([{"name": "", "measured": [_promise_cell(4, ["off"], **once)]}], "warm").splitlines()[2:]
+    [row] = tables.promise(
+        [{"name": "", "device": "", "measured": [_promise_cell(4, ["off"], **once)]}], "warm"
+    ).splitlines()[2:]
     assert row.startswith("| edit | 4 | 1 | 10 | 20 (K=2) | | 30 | | 1.00 | 1.00 | 1.00 |"), "one round has no interval"
 
 
