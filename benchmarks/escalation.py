@@ -29,8 +29,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deep_server import Always, Ends
 from results import HERE, write
+from scripted_deep_server import Always, Ends
 
 from vllm_instant.escalation.features import FORM
 from vllm_instant.escalation.learned_rule import LearnedRule

@@ -6,7 +6,7 @@ import logging
 from functools import wraps
 
 import pytest
-from deep_server import Always, Ends, FakeEnd, answer, events
+from scripted_deep_server import Always, Ends, FakeEnd, answer, events
 
 from vllm_instant.escalation.deep_server import FORWARDED
 from vllm_instant.interfaces.escalation import Decision, Depth, Question

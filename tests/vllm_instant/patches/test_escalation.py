@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from deep_server import Always
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
+from scripted_deep_server import Always
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
