@@ -122,7 +122,8 @@ def test_the_promise_names_the_fastest_length_and_compares_with_the_best_arm_of_
     [row] = tables.promise(
         [{"name": "", "device": "", "measured": [_promise_cell(4, ["off"], **once)]}], "warm"
     ).splitlines()[2:]
-    assert row.startswith("| edit | 4 | 1 | 10 | 20 (K=2) | | 30 | | 1.00 | 1.00 | 1.00 |"), "one round has no interval"
+    assert row.startswith("| edit | 4 | 1 | 10 | 20 (K=2) | | 30 | | 1.00 [0.90, 1.10] |")
+    assert tables.interval({"median": 1.5, "low": 1.5, "high": 1.5}) == "1.50", "one round has no interval"
 
 
 def test_an_unknown_table_is_refused():

@@ -43,11 +43,13 @@ def cells_of(runs: Sequence[Run], name: str | None = None) -> Iterator[Cell]:
 
 
 def interval(value: Mapping[str, float] | None, digits: int = 2, scale: float = 1.0) -> str:
-    """A median and its interval."""
+    """A median and its interval; the median alone where one round was measured, which has no interval."""
     if value is None:
         return ""
     middle = value["median"] if "median" in value else value.get("mean", value.get("ratio"))
     assert middle is not None
+    if value["low"] == middle == value["high"] and middle:
+        return f"{scale * middle:.{digits}f}"
     return f"{scale * middle:.{digits}f} [{scale * value['low']:.{digits}f}, {scale * value['high']:.{digits}f}]"
 
 

@@ -266,8 +266,8 @@ def promise(runs: Sequence[Run], part: str) -> str:
     for cell in sorted(found, key=lambda cell: (cell["users"], order.index(cell["prompts"]))):
         speeds = [_fastest(cell, name) for name in (*FIXED, OURS, OURS_WITH_DRAFT)]
         ours = cell["ours"]
-        ratios = [_of_rounds(ours["ours"], key) for key in ("to_off", "to_best", "latency_best_to_ours")]
-        with_draft = _of_rounds(ours[OURS_WITH_DRAFT], "to_best") if OURS_WITH_DRAFT in ours else ""
+        ratios = [interval(ours["ours"][key]) for key in ("to_off", "to_best", "latency_best_to_ours")]
+        with_draft = interval(ours[OURS_WITH_DRAFT]["to_best"]) if OURS_WITH_DRAFT in ours else ""
         times = [
             " → ".join(f"{cell['arms'][arm][key]['median']:.0f}" for arm in ("off", "ours"))
             for key in ("p50_itl_ms", "p99_itl_ms", "ttft_ms")
@@ -278,11 +278,6 @@ def promise(runs: Sequence[Run], part: str) -> str:
     headings += ["ours with the draft model", "ours / off", "ours / best", "latency, best / ours"]
     headings += ["ours with the draft model / best", "p50 between tokens, ms, off → ours", "p99", "first token"]
     return table(headings, rows)
-
-
-def _of_rounds(ours: Cell, key: str) -> str:
-    """A ratio; with its interval where there is more than one round."""
-    return interval(ours[key]) if len(ours["best_by_round"]) > 1 else f"{ours[key]['median']:.2f}"
 
 
 def _fastest(cell: Cell, name: str) -> str:
