@@ -1,6 +1,6 @@
 """vLLM's own client, ``vllm bench serve``, against vLLM alone and against ours, in turn.
 
-    .venv/bin/python benchmarks/bench_serve.py [--pairs 5] [--prompts mixed] [--users 4]        # 5 minutes
+    .venv/bin/python benchmarks/bench_serve.py [--pairs 5] [--prompts mixed] [--users 4]        # 6 minutes
 
 Two servers of one model, ours with the default deployment. In each pair the client sends the same chat prompts to both,
 the first server alternating; the prompts of a pair occur in no other one. Figures are those of the client's own file.

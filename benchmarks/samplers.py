@@ -157,14 +157,19 @@ def timed(rounds: int) -> list[dict[str, Any]]:
     return cells
 
 
-def accepted(count: int, temperature: float = 1.0) -> list[dict[str, Any]]:
-    """Expected accepted tokens of both rules by class of text and draft length."""
-    torch.manual_seed(0)
+def demo_models() -> tuple[Any, Any, Any]:
+    """The demo's tokenizer, smallest target and draft model, in float32."""
     pair = assets.prepare(size=widen_model.SMALL, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(pair.target)
     target, draft = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (pair.target, pair.draft)
     )
+    return AutoTokenizer.from_pretrained(pair.target), target, draft
+
+
+def accepted(count: int, temperature: float = 1.0) -> list[dict[str, Any]]:
+    """Expected accepted tokens of both rules by class of text and draft length."""
+    torch.manual_seed(0)
+    tokenizer, target, draft = demo_models()
     cells = []
     for kind in ("structured", "code"):
         both: dict[int, list[tuple[Any, Any]]] = {length: [] for length in LENGTHS}
@@ -214,11 +219,7 @@ def lossy_arms() -> dict[tuple[str, float], Bend]:
 def frontier(count: int) -> list[dict[str, Any]]:
     """Accepted tokens and quality of the lossy samplers, by class of text."""
     torch.manual_seed(0)
-    pair = assets.prepare(size=widen_model.SMALL, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(pair.target)
-    target, draft = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (pair.target, pair.draft)
-    )
+    tokenizer, target, draft = demo_models()
     cells = []
     for kind in ("structured", "code"):
         found: dict[tuple[str, float], list[np.ndarray]] = {}

@@ -164,15 +164,18 @@ def verdicts(runs: Sequence[Run]) -> str:
 
 
 def distill(runs: Sequence[Run]) -> str:
-    """Acceptance of the first draft token of distilled draft models."""
+    """Acceptance of distilled draft models on held-out text, by class."""
     rows = []
     for run in runs:
         made = run["measured"]
-        first = {row["text"]: f"{row['by_position'][0]:.2f}" for row in made["acceptance"] if row["temperature"] == 1.0}
+        by_temperature = {t: [row for row in made["acceptance"] if row["temperature"] == t] for t in (0.0, 1.0)}
+        first = ", ".join(f"{row['text']} {row['by_position'][0]:.2f}" for row in by_temperature[1.0])
+        of_all = ", ".join(f"{row['text']} {row['mean_length']:.2f}" for row in by_temperature[0.0])
         size = f"{made['draft_parameters'] / 1e6:.2f}M of {made['target_parameters'] / 1e6:.2f}M"
         training = f"{made['training']['steps']:,} steps, {made['seconds']:.0f} s"
-        rows.append([run["name"], size, training, first["code"], first["structured"]])
-    return table(["draft", "parameters", "training", "code", "structured text"], rows)
+        rows.append([run["name"], size, training, first, of_all])
+    headings = ["draft", "parameters", "training", "first draft token accepted, temperature 1"]
+    return table([*headings, "accepted of 8 draft tokens, greedy"], rows)
 
 
 def quality(runs: Sequence[Run]) -> str:
