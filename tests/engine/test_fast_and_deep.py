@@ -22,6 +22,12 @@ alpha = 1.0
 plugin = "label"
 threshold = 0.0
 deep_url = "DEEP"
+deep_is_guarded = true
+escalate_stopped = true
+
+[guard]
+plugin = "rules"
+words = ["zebra"]
 """
 )
 BY, WHY = "x-instant-answered-by", "x-instant-escalation"
@@ -80,6 +86,15 @@ def test_both_ends_answer_as_if_asked_directly(server, baseline, name):
     # vLLM puts several tokens into one event where they are there at once. Greedy and seeded requests are exact under
     # a cascade as well.
     assert _text(deep) == _text(direct) == _text(fast) != ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_guard_stops_unread_is_answered_by_the_deep_end(server, baseline, stream):
+    request = {"prompt": "def zebra():", "max_tokens": 8, "stream": stream}
+    direct, _ = _sent(baseline, request)
+    sent, headers = _sent(server, request, "fast")
+    assert (headers[BY], headers[WHY]) == ("deep", "the guard stopped the fast answer")
+    assert _text(sent) == _text(direct) != ""
 
 
 def test_the_model_itself_chooses_with_one_token_behind_the_same_prompt(server, prompts):

@@ -116,6 +116,8 @@ class HereApp:
         self.contents: list[bytes] = []
         self.headers: list[dict[str, str]] = []
         self.next_answers: list[dict[str, Any]] = []
+        self.next_streams: list[list[bytes]] = []
+        """Events of streamed answers, before those that it gives otherwise."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
@@ -129,7 +131,10 @@ class HereApp:
         parts = events("here") if body.get("stream") else [answer("here", body.get("n", 1))]
         if self.next_answers:
             parts = [json.dumps(self.next_answers.pop(0)).encode()]
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        kind = b"application/json"
+        if self.next_streams:
+            kind, parts = b"text/event-stream; charset=utf-8", self.next_streams.pop(0)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
         for part in parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -14,12 +14,12 @@ from typing import Any
 from uuid import uuid4
 
 from vllm_instant.escalation.client import App, Client, DisconnectError, Message, Receive, Scope, Send, ask, with_body
-from vllm_instant.escalation.deep_server import FORWARDED, CutError, DeepAnswer, UnavailableError
-from vllm_instant.escalation.requests import CHOICE, PATHS, client_choice, prompt_text, with_settings
+from vllm_instant.escalation.deep_server import FORWARDED, CutError, DeepAnswer, DeepServer, UnavailableError
+from vllm_instant.escalation.requests import ANSWERED_BY, CHOICE, PATHS, client_choice, prompt_text, with_settings
 from vllm_instant.escalation.service import EscalationService, Outcome
+from vllm_instant.escalation.withheld import WithheldAnswer
 from vllm_instant.interfaces.escalation import Depth, EscalationRequest
 
-ANSWERED_BY = "x-instant-answered-by"
 REASON = "x-instant-escalation"
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 _WITH_KEYS = frozenset({"authorization", "cookie", "proxy-authorization", "x-api-key", "api-key"})
@@ -115,16 +115,12 @@ class _Exchange:
         settings = options.deep_settings if is_deep else options.fast_settings
         try:
             if is_deep and service.deep is not None:
-                body = with_settings(self._body(), settings)
-                try:
-                    answer = await self._client.unless_gone(service.deep.ask(self._request.path, body, self._id))
-                except UnavailableError as error:
-                    service.fall_back(outcome, error)
-                    await self._answer_here(outcome, options.fast_settings)
-                else:
-                    await self._pass_on(outcome, answer)
+                if not await self._answer_there(outcome, service.deep):
+                    await self._answer_here(outcome, options.fast_settings, self._client.send)
+            elif is_deep or not options.escalate_stopped:
+                await self._answer_here(outcome, settings, self._client.send)
             else:
-                await self._answer_here(outcome, settings)
+                await self._answer_fast_or_deep(outcome)
         finally:
             service.end(outcome, self._request, _usage(self._tail))
 
@@ -136,20 +132,53 @@ class _Exchange:
     async def _ask_here(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         return await ask(self._app, self._scope, {**body, "stream": False}, f"{self._id}-escalation")
 
-    async def _answer_here(self, outcome: Outcome, settings: Mapping[str, Any]) -> None:
+    async def _answer_there(self, outcome: Outcome, deep: DeepServer) -> bool:
+        """Let the deep server answer; returns False where it does not."""
+        body = with_settings(self._body(), self._service.options.deep_settings)
+        try:
+            answer = await self._client.unless_gone(deep.ask(self._request.path, body, self._id))
+        except UnavailableError as error:
+            self._service.fall_back(outcome, error)
+            return False
+        await self._pass_on(outcome, answer)
+        return True
+
+    async def _answer_fast_or_deep(self, outcome: Outcome) -> None:
+        """Answer fast; where the guard stops that before the client has read anything, let the deep end answer."""
+        service, options = self._service, self._service.options
+
+        async def send_marked(message: Message) -> None:
+            await self._send_marked(outcome, message, self._client.send)
+
+        withheld = WithheldAnswer(send_marked)
+        await self._answer_here(outcome, options.fast_settings, withheld.send, is_marked=False)
+        if not withheld.is_stopped:
+            return
+        service.escalate_stopped(outcome)
+        if service.deep is None:
+            await self._answer_here(outcome, options.deep_settings, self._client.send)
+        elif not await self._answer_there(outcome, service.deep):
+            await withheld.release()
+
+    async def _answer_here(
+        self, outcome: Outcome, settings: Mapping[str, Any], send: Send, is_marked: bool = True
+    ) -> None:
         content = self._content
         if settings or CHOICE in (self._request.body.get("vllm_xargs") or ()):
             content = json.dumps(with_settings(self._body(), settings)).encode()
         scope = with_body(self._scope, content, {"x-request-id": self._id})
 
-        async def send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *_marks(outcome)]}
-            elif message["type"] == "http.response.body" and message.get("body"):
-                self._note(outcome, message["body"])
-            await self._client.send(message)
+        async def send_marked(message: Message) -> None:
+            await self._send_marked(outcome, message, send)
 
-        await self._app(scope, self._client.replay(content), send)
+        await self._app(scope, self._client.replay(content), send_marked if is_marked else send)
+
+    async def _send_marked(self, outcome: Outcome, message: Message, send: Send) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *_marks(outcome)]}
+        elif message["type"] == "http.response.body" and message.get("body"):
+            self._note(outcome, message["body"])
+        await send(message)
 
     async def _pass_on(self, outcome: Outcome, answer: DeepAnswer) -> None:
         headers = [(name.encode(), value.encode("latin-1")) for name, value in answer.headers.items()]

@@ -9,6 +9,8 @@ from vllm_instant.interfaces.escalation import Depth
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 """The paths that are escalated. Answers of the others may refer to state that only one server has."""
+ANSWERED_BY = "x-instant-answered-by"
+"""Header of answers: the end that answered, a ``Depth``."""
 CHOICE = "instant_escalation"
 """The key of ``vllm_xargs`` with which a request chooses."""
 CHOICES = (*Depth, "auto")

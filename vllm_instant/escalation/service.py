@@ -31,6 +31,7 @@ MAX_REASON = 100
 CLIENTS_CHOICE = "the client's choice"
 STICKY = "the conversation is deep"
 FAILED = "the plugin has failed"
+GUARDED = "the guard stopped the fast answer"
 
 Ask = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 """Sends a request to this server; returns its answer, empty where it had none."""
@@ -116,6 +117,10 @@ class EscalationService:
         self.metrics.failed(error.kind, self._is_down())
         level = logging.DEBUG if error.is_known else logging.WARNING
         logger.log(level, "Escalation: the deep server does not answer (%s); the fast answer is given", error)
+
+    def escalate_stopped(self, outcome: Outcome) -> None:
+        """Note that the guard has stopped the fast answer, of which the client has read nothing."""
+        outcome.decision, outcome.answered_by = Decision(Depth.DEEP, GUARDED), Depth.DEEP
 
     def cut(self, outcome: Outcome) -> None:
         """Note that the deep answer was cut off after the client had read a part of it."""

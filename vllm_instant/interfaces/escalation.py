@@ -54,6 +54,11 @@ class EscalationOptions(PluginOptions):
     client_choice: bool = Field(
         True, description="Whether requests may choose with instant_escalation; otherwise that is refused."
     )
+    escalate_stopped: bool = Field(
+        False,
+        description="Whether the deep end answers where the guard stops a fast answer before the client has read "
+        "anything of it.",
+    )
     deep_is_guarded: bool = Field(
         False, description="Says that deep_url has a guard of its own, where this server has one."
     )

@@ -87,6 +87,8 @@ def validate(deployment: Deployment) -> Iterator[str]:
     if options.get("deep_url") is None and options.get("deep_settings") == options.get("fast_settings"):
         yield "[escalation] both ends are the same: set deep_url, or deep_settings that differ from fast_settings"
     has_guard = deployment.slots["guard"].plugin != "off"
+    if options.get("escalate_stopped") and not has_guard:
+        yield "[escalation] escalate_stopped is about answers that a [guard] stops: choose one, or remove it"
     if has_guard and options.get("deep_url") is not None and not options.get("deep_is_guarded"):
         yield (
             "[escalation] answers of deep_url do not pass this server's [guard]: give the deep server its own and set "

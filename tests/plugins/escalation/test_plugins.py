@@ -157,6 +157,7 @@ def test_a_deployment_with_an_escalation(tmp_path):
         (RULES.replace("9", '"x"') + 'deep_url = "http://d"', "rule 1: min_characters"),
         (RULES.replace("min_characters = 9", "pattern = '('") + 'deep_url = "http://d"', "RE2 cannot compile"),
         (RULES + 'deep_url = "http://d"\n[guard]\nplugin = "rules"\nwords = ["x"]', "do not pass this server's"),
+        (RULES + 'deep_url = "http://d"\nescalate_stopped = true', "escalate_stopped is about"),
         ('[escalation]\nplugin = "learned"\ndeep_url = "http://d"', "rule_file"),
         (
             '[escalation]\nplugin = "learned"\ndeep_url = "http://d"\nrule_file = "none.json"',

@@ -324,3 +324,94 @@ async def test_reasons_are_safe_in_headers():
     assert headers[WHY].startswith("???x-evil: 1yyy")
     assert len(headers[WHY]) == 100
     assert "x-evil" not in headers
+
+
+def choices(*given):
+    """An event, or a whole answer, with these choices."""
+    return {"choices": [{"index": number, **one} for number, one in enumerate(given)]}
+
+
+def event(*given):
+    return b"data: " + json.dumps(choices(*given)).encode() + b"\n\n"
+
+
+ROLE = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+WORD = {"delta": {"content": "Well"}, "finish_reason": None}
+STOP = {"delta": {"content": "I must not."}, "finish_reason": "content_filter"}
+ENDED = {"delta": {}, "finish_reason": "stop"}
+DONE = b"data: [DONE]\n\n"
+FILTERED = {"message": {"content": "Well, I must not."}, "finish_reason": "content_filter"}
+
+
+@run
+async def test_what_the_guard_stops_unread_is_answered_by_the_deep_end():
+    deep = FakeEnd("deep")
+    async with deep.served() as url:
+        ends = Ends(Always(Depth.FAST), deep_url=url, escalate_stopped=True)
+        ends.here.next_answers = [choices(FILTERED)]
+        _, headers, content = await ends.post(CHAT)
+        assert (headers[BY], headers[WHY]) == ("deep", "the guard stopped the fast answer")
+        assert content == answer("deep")
+        ends.here.next_streams = [[event(ROLE), event(STOP)[:20], event(STOP)[20:], DONE]]
+        _, headers, content = await ends.post(STREAM)
+        assert headers[BY] == "deep"
+        assert content == b"".join(events("deep", " said", " it"))
+        text = {"text": "", "finish_reason": "content_filter"}
+        ends.here.next_streams = [[event(text) + DONE]]
+        assert (await ends.post({"prompt": "Why?", "stream": True}, "/v1/completions"))[1][BY] == "deep"
+    assert ends.value("requests_total", plugin="tested", chosen="deep", answered_by="deep") == 3
+    assert [one["reason"] for one in ends.service.decisions(3)] == ["the guard stopped the fast answer"] * 3
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [event(ROLE), event(WORD), event(STOP), DONE],
+        [event(ROLE, ROLE), event(STOP, WORD), event({**ROLE}, STOP), DONE],
+        [event(ROLE), event({"delta": {"tool_calls": [{"index": 0}]}, "finish_reason": None}), event(STOP), DONE],
+        [event(ROLE), event(ENDED), DONE],
+        [b'data: {"error": {"message": "no"}}\n\n', DONE],
+        [event(ROLE)],
+        [],
+    ],
+    ids=["read", "one of two", "tool", "empty", "error", "cut", "nothing"],
+)
+@run
+async def test_a_stream_with_something_to_read_stays_as_it_is(parts):
+    ends = Ends(Always(Depth.FAST), deep_url="http://127.0.0.1:9", escalate_stopped=True)
+    ends.here.next_streams = [parts]
+    _, headers, content = await ends.post(STREAM)
+    assert (headers[BY], headers[WHY]) == ("fast", "always")
+    assert content == b"".join(parts)
+
+
+@run
+async def test_a_stream_passes_from_its_first_word_on():
+    ends = Ends(Always(Depth.FAST), deep_url="http://127.0.0.1:9", escalate_stopped=True)
+    ends.here.next_streams = [[event(ROLE), event(WORD), event(WORD), event(ENDED), DONE]]
+    bodies = [m["body"] async for m in ends.messages(STREAM) if m["type"] == "http.response.body" and m["body"]]
+    assert bodies == [event(ROLE), event(WORD), event(WORD), event(ENDED), DONE]
+
+
+@run
+async def test_without_the_deep_end_the_stopped_answer_is_given():
+    ends = Ends(Always(Depth.FAST), deep_url="http://127.0.0.1:9", escalate_stopped=True)
+    ends.here.next_streams = [[event(ROLE), event(STOP), DONE]]
+    _, headers, content = await ends.post(STREAM)
+    assert content == event(ROLE) + event(STOP) + DONE
+    assert (headers[BY], headers[WHY]) == ("fast", "deep server: down; the guard stopped the fast answer")
+    ends = Ends(Always(Depth.FAST), deep_url="http://127.0.0.1:9")
+    ends.here.next_answers = [choices(FILTERED)]
+    _, headers, content = await ends.post(CHAT)
+    assert json.loads(content) == choices(FILTERED)
+    assert headers[WHY] == "always"
+
+
+@run
+async def test_this_server_answers_deep_what_its_guard_stopped():
+    ends = Ends(Always(Depth.FAST), deep_settings={"temperature": 0}, escalate_stopped=True)
+    ends.here.next_answers = [choices(FILTERED)]
+    _, headers, content = await ends.post(CHAT)
+    assert content == answer("here")
+    assert headers[BY] == "deep"
+    assert ends.here.bodies == [CHAT, {**CHAT, "temperature": 0}]
