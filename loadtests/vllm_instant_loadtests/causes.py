@@ -17,6 +17,7 @@ import numpy as np
 from vllm_instant.tools.measure import server_metrics as m
 from vllm_instant_loadtests import host_causes
 from vllm_instant_loadtests.cause_finding import CauseFinding
+from vllm_instant_loadtests.escalation_cause import ESCALATION, escalation
 from vllm_instant_loadtests.host_causes import HOST_CAUSES, NEIGHBOUR, PAGING, QUOTA, STEAL
 from vllm_instant_loadtests.metric_series import TimeSpan
 from vllm_instant_loadtests.spike_context import AROUND, SpikeContext, explained, reached
@@ -32,7 +33,10 @@ CLIENT = "client side"
 STOPPED = "server stopped"
 DISCONNECTS = "disconnects"
 UNKNOWN = "unknown"
-CAUSES = (ACCEPTANCE, BATCH, PREFILL, MEMORY, COMPILE, QUEUEING, CLIENT, STOPPED, DISCONNECTS, *HOST_CAUSES)
+CAUSES = (
+    *(ACCEPTANCE, BATCH, PREFILL, MEMORY, COMPILE, QUEUEING, CLIENT, STOPPED, DISCONNECTS, ESCALATION),
+    *HOST_CAUSES,
+)
 
 MIN_SCORE = 0.25
 """Where no cause has this score, the cause is unknown."""
@@ -346,6 +350,7 @@ _JUDGES: tuple[Callable[[SpikeContext], CauseFinding], ...] = (
     queueing,
     batch,
     disconnects,
+    escalation,
     host_causes.quota,
     host_causes.steal,
     host_causes.paging,
@@ -378,6 +383,8 @@ _EXPLAINS = (
     (QUEUEING, BATCH, 0.3),
     (DISCONNECTS, BATCH, 0.9),
     (DISCONNECTS, QUEUEING, 0.7),
+    # Answers of another server take no steps of this one, but they are in progress.
+    *((ESCALATION, sign, 0.8) for sign in (BATCH, QUEUEING, PREFILL)),
     (ACCEPTANCE, BATCH, 0.5),
     (ACCEPTANCE, QUEUEING, 0.8),
 )

@@ -164,6 +164,7 @@ class LoadDriver:
             accepted=answer.accepted,
             answer_at=None if answer.answer_at is None else round(answer.answer_at - self._clock, 6),
             thinking_tokens=answer.thinking_tokens,
+            answered_by=answer.answered_by,
         )
 
     def _clients_of(self, servers: Mapping[str, Mapping[str, Any]]) -> dict[str, StreamingClient]:

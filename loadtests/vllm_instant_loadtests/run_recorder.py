@@ -69,6 +69,8 @@ class RecordedRequest:
     """When the first token after the thinking ones arrived; None where the server reports no thinking."""
     thinking_tokens: int = 0
     """Number of tokens before that one."""
+    answered_by: str = ""
+    """``fast`` or ``deep``: the end that answered, where the server says so."""
 
     @property
     def answer_ttft(self) -> float:

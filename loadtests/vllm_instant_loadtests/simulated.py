@@ -20,6 +20,7 @@ import numpy as np
 from vllm_instant.tools.measure import server_metrics as m
 from vllm_instant_loadtests import causes, host_causes
 from vllm_instant_loadtests import host_evidence as host
+from vllm_instant_loadtests.escalation_cause import ESCALATION
 from vllm_instant_loadtests.run_recorder import (
     Disturbance,
     GeneratorSample,
@@ -30,6 +31,8 @@ from vllm_instant_loadtests.run_recorder import (
 
 SERVER = "simulated"
 CORES = 2.0
+DEEP_SHARE, DEEP_TTFT, DEEP_ITL = 0.6, 1.2, 0.06
+"""Share of the requests that are escalated in a disturbance, and the seconds of their first token and further ones."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class _Live:
     answer: int
     kind: str
     leave: int | None
+    deep: bool = False
+    """Answered by another server: it takes no part in the steps of this one."""
     read: int = 0
     tokens: int = 0
     started: float | None = None
@@ -135,9 +140,16 @@ class _Simulation:
         next_sample = 0.5
         while coming or self.waiting or self.running:
             while coming and coming[0].due <= self.now:
-                self.waiting.append(coming.popleft())
+                live = coming.popleft()
+                if live.deep:
+                    self._answer_elsewhere(live)
+                else:
+                    self.waiting.append(live)
             if not self.waiting and not self.running:
+                if not coming:
+                    break
                 self.now = coming[0].due
+                continue
             before = self.now
             self._admit()
             self._step()
@@ -156,6 +168,8 @@ class _Simulation:
         slots = np.arange(round(self.load.rate * seconds))
         times = (slots + self.random.random(len(slots))) / self.load.rate
         lives = [self._live(at, "steady") for at in times]
+        for live in lives:
+            live.deep = self._in(ESCALATION, live.due) and self.random.random() < DEEP_SHARE
         for event in self.events:
             lives += self._injected(event)
         return lives
@@ -289,10 +303,20 @@ class _Simulation:
         else:
             live.arrivals.append((seen, live.tokens))
 
+    def _answer_elsewhere(self, live: _Live) -> None:
+        first = live.due + DEEP_TTFT * self._luck()
+        live.arrivals = [(first + DEEP_ITL * token, 1 + token) for token in range(live.answer)]
+        self._record(live, live.arrivals[-1][0], left=False)
+
     def _finish(self, live: _Live, seen: float) -> bool:
         left = live.leave is not None and live.tokens >= live.leave
         if not left and live.tokens < live.answer:
             return False
+        self._record(live, seen, left)
+        return True
+
+    def _record(self, live: _Live, seen: float, left: bool) -> None:
+        escalates = any(event.cause == ESCALATION for event in self.events)
         self.ended.append(
             RecordedRequest(
                 id=f"{len(self.ended)}",
@@ -305,9 +329,9 @@ class _Simulation:
                 ended=seen,
                 prompt_tokens=live.prompt,
                 left=left,
+                answered_by=("deep" if live.deep else "fast") if escalates else "",
             )
         )
-        return True
 
     def _seen(self, at: float) -> float:
         """When a load generator that sleeps during disturbances of the client notices."""

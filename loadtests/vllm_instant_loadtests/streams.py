@@ -21,6 +21,7 @@ import gevent
 from geventhttpclient.connectionpool import ConnectionPool, SSLConnectionPool
 from geventhttpclient.response import HTTPParseError, HTTPResponse
 
+from vllm_instant.escalation.requests import ANSWERED_BY
 from vllm_instant.tools.measure.token_stream import StreamedAnswer, StreamError, TokenStream
 from vllm_instant_loadtests.scheduled_request import ScheduledRequest
 
@@ -170,6 +171,7 @@ class StreamingClient:
                     break
                 self._read(sock, response)
             self._check(response)
+            answer.answered_by = response.get(ANSWERED_BY, "")
             stream.end()
         finally:
             self._release(sock, response)

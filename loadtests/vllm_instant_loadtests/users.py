@@ -100,6 +100,7 @@ class StreamingUser(User):  # type: ignore[misc]
             accepted=answer.accepted,
             answer_at=answer.answer_at,
             thinking_tokens=answer.thinking_tokens,
+            answered_by=answer.answered_by,
         )
         locust_stats.report(self.environment, request)
         return request, answer.text

@@ -7,6 +7,7 @@ import pytest
 from vllm_instant.tools.measure import server_metrics as m
 from vllm_instant_loadtests import causes, host_causes
 from vllm_instant_loadtests.analysis import analyse_run
+from vllm_instant_loadtests.escalation_cause import ESCALATION
 from vllm_instant_loadtests.metric_series import MetricSeries
 from vllm_instant_loadtests.run_recorder import DecisionSample, Disturbance, MetricsSample, RecordedRun
 from vllm_instant_loadtests.simulated import SERVER, SimulatedEngine, SimulatedTraffic, simulate_run
@@ -29,6 +30,7 @@ CASES = {
     causes.STOPPED: (1.6, {}, "no request received a token for"),
     causes.DISCONNECTS: (4.0, {}, "new clients hung up"),
     causes.COMPILE: (1.6, {}, "for the first time"),
+    ESCALATION: (4.0, {}, "the deep end answered"),
 }
 
 

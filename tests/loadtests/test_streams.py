@@ -106,6 +106,13 @@ def test_without_counts_an_event_with_text_is_a_token() -> None:
     assert answer.arrivals[-1][1] == 2
 
 
+def test_the_end_that_answered_is_known() -> None:
+    head = HEAD.replace(b"\r\n\r\n", b"\r\nX-Instant-Answered-By: deep\r\n\r\n")
+    for sent, expected in ((head, "deep"), (HEAD, "")):
+        with sending(sent + chunked(event(1), DONE)) as client:
+            assert client.ask(DUE).answered_by == expected
+
+
 def test_the_client_hangs_up_after_the_requested_number_of_tokens() -> None:
     with sending(HEAD, chunked(event(1), event(3), end=False), 0.2, chunked(event(9), DONE)) as client:
         answer = client.ask(ScheduledRequest(0, 0.0, "a", "completions", {"prompt": "p"}, leave_after=2))

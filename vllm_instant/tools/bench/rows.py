@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
+from vllm_instant.interfaces.escalation import Depth
 from vllm_instant.tools.bench.checkpoint import BenchCheckpoint
 from vllm_instant.tools.bench.metrics import BenchMetric, acceptance_length, round_metrics
 from vllm_instant.tools.bench.plan import BASELINE, BASELINE_AGAIN, OURS, BenchPlan, HourlyPrice, deployed
@@ -28,7 +29,7 @@ from vllm_instant.tools.measure.significance import (
 from vllm_instant.tools.measure.statistics import Estimate, estimate
 
 CAPACITY_MARGIN = 0.01
-KV_CACHE, QUALITY = "KV cache", "quality"
+KV_CACHE, ESCALATION, QUALITY = "KV cache", "escalation", "quality"
 """Groups of rows that are not measured in rounds."""
 AGREEMENT = "greedy answers equal to vLLM's"
 PERPLEXITY = "perplexity divided by vLLM's"
@@ -94,6 +95,7 @@ def bench_rows(
     stated = margin_for(plan.starts) if margin is None else margin
     found = [one.row(stated, judged, len(plan.stage_ends)) for one in made]
     found += _capacity(state)
+    found += _escalation(state, rounds or plan.rounds)
     if state.quality is not None:
         found += _quality(state.quality, FALSE_ALARMS / judged)
     return found
@@ -185,6 +187,35 @@ def _capacity(state: BenchCheckpoint) -> list[BenchRow]:
             row.missing = "a server's metrics lack it"
         found.append(row)
     return found
+
+
+def _escalation(state: BenchCheckpoint, rounds: int) -> list[BenchRow]:
+    """What the deep end did, of deployments that escalate requests; its answers are in all other rows as well."""
+    rows = [
+        BenchRow(ESCALATION, "answers of the deep end", "share"),
+        BenchRow(ESCALATION, "TTFT p50, deep end", "ms"),
+        BenchRow(ESCALATION, "TTFT p50, fast end", "ms"),
+    ]
+    for arm in deployed(state.arms):
+        answers = [
+            [answer for (number, _), arms in state.arm_rounds.items() if number == this for answer in arms[arm].answers]
+            for this in range(rounds)
+        ]
+        if not any(answer.answered_by for of_round in answers for answer in of_round):
+            continue
+        ends = [
+            [[1e3 * answer.ttft for answer in of_round if answer.answered_by == end] for of_round in answers]
+            for end in (Depth.DEEP, Depth.FAST)
+        ]
+        shares = np.array([[len(deep), len(every)] for deep, every in zip(ends[0], answers, strict=True)], float)
+        rows[0].values[arm] = estimate(shares, lambda sums: sums[:, 0] / sums[:, 1])
+        for row, of_end in zip(rows[1:], ends, strict=True):
+            samples = [np.array(of_round) for of_round in of_end if of_round]
+            if samples:
+                found = resample_rounds(samples, lambda times: float(np.median(times)))
+                low, high = np.quantile(found.draws, [FALSE_ALARMS / 2, 1 - FALSE_ALARMS / 2])
+                row.values[arm] = Estimate(found.value, float(low), float(high))
+    return [row for row in rows if row.values]
 
 
 def _quality(measured: Mapping[str, Any], probability: float) -> list[BenchRow]:

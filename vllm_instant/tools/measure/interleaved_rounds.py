@@ -39,7 +39,12 @@ class ArmRound:
     def plain(self) -> dict[str, Any]:
         """The round as JSON types, times to a hundredth of a millisecond."""
         answers = [
-            [answer.kind, answer.accepted, [[round(when, 5), tokens] for when, tokens in answer.arrivals]]
+            [
+                answer.kind,
+                answer.accepted,
+                [[round(when, 5), tokens] for when, tokens in answer.arrivals],
+                *([answer.answered_by] if answer.answered_by else []),
+            ]
             for answer in self.answers
         ]
         return {"seconds": self.seconds, "joules": self.joules, "answers": answers}
@@ -48,8 +53,10 @@ class ArmRound:
     def read(cls, plain: dict[str, Any]) -> Self:
         """The round that ``plain`` describes."""
         answers = [
-            StreamedAnswer(kind, [(when, tokens) for when, tokens in arrivals], accepted)
-            for kind, accepted, arrivals in plain["answers"]
+            StreamedAnswer(
+                kind, [(when, tokens) for when, tokens in arrivals], accepted, answered_by=by[0] if by else ""
+            )
+            for kind, accepted, arrivals, *by in plain["answers"]
         ]
         return cls(plain["seconds"], answers, plain["joules"])
 

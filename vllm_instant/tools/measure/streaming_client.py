@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from vllm_instant.escalation.requests import ANSWERED_BY
 from vllm_instant.tools.measure.http_client import async_client
 from vllm_instant.tools.measure.token_stream import StreamedAnswer, StreamError, TokenStream, completion_body
 
@@ -53,6 +54,7 @@ async def follow(
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")
                 raise StreamError(f"HTTP {response.status_code}: {text[:300]}")
+            answer.answered_by = response.headers.get(ANSWERED_BY, "")
             async for chunk in response.aiter_raw():
                 tokens = stream.feed(chunk, time.perf_counter())
                 if leave_after is not None and tokens >= leave_after:

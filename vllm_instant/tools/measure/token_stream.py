@@ -61,6 +61,8 @@ class StreamedAnswer:
     """When the first text after thinking arrived; None where the server reported no thinking."""
     thinking_tokens: int = 0
     """Tokens before that text."""
+    answered_by: str = ""
+    """``fast`` or ``deep``: the end that answered, where a deployment escalates requests (``escalation``)."""
 
     @property
     def tokens(self) -> int:

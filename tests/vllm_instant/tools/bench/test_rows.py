@@ -130,6 +130,22 @@ class TestRows:
         row = next(row for row in bench_rows(PLAN, state, None, None) if row.group == "speculation")
         assert "--per-request-spec-decode-metrics summary" in row.missing
 
+    def test_answers_of_the_deep_end_have_rows_where_requests_are_escalated(self, tmp_path):
+        def escalating(number):
+            fast, deep = _answer(first=0.1), _answer(first=0.5)
+            fast.answered_by, deep.answered_by = "fast", "deep"
+            return ArmRound.read(ArmRound(2.0, [fast, fast, fast, deep]).plain())
+
+        arms = {BASELINE: _noisy(1, 1), BASELINE_AGAIN: _noisy(1, 2), OURS: escalating}
+        found = {row.name: row for row in bench_rows(PLAN, _state(tmp_path, PLAN, arms), None, None)}
+        assert found["answers of the deep end"].values[OURS].mean == 0.25
+        assert found["TTFT p50, deep end"].values[OURS].mean == pytest.approx(500)
+        assert found["TTFT p50, fast end"].values[OURS].mean == pytest.approx(100)
+        arms[OURS] = _noisy(1, 3)
+        (tmp_path / "other").mkdir()
+        found = bench_rows(PLAN, _state(tmp_path / "other", PLAN, arms), None, None)
+        assert not [row for row in found if row.group == "escalation"]
+
     def test_a_row_survives_json(self, tmp_path):
         state = _state(tmp_path, PLAN, {BASELINE: _noisy(1, 1), BASELINE_AGAIN: _noisy(1, 2), OURS: _noisy(0.5, 3)})
         for row in bench_rows(PLAN, state, None, None):
