@@ -59,6 +59,7 @@ class ReplayModel:
     """
 
     max_tokens = vocab_size = 1 << 20
+    max_parallel = 1
 
     def __init__(self, recorded: Sequence[dict[str, Any]]) -> None:
         self.link = Link()

@@ -5,11 +5,13 @@ import json
 import threading
 
 import httpx
+import numpy as np
 import pytest
 from asking import ask, ask_all, metrics_when
 from draft_servers import ServerThread, answering, lying, wait_until
 
 from vllm_instant.remote.client import DraftPusher, new_key
+from vllm_instant.tools.draft_server.served_model import ServedModel
 
 DEPLOYMENT = """
 [speculation]
@@ -115,3 +117,13 @@ def test_a_key_that_is_too_short_is_refused(server):
     response = httpx.post(f"{server.url}/v1/completions", json=body)
     assert response.status_code == 400
     assert "must be a string of 16 to 128 characters" in response.text
+
+
+def test_a_model_that_vllm_serves_drafts_what_it_would_say(baseline, prompts):
+    model = ServedModel(baseline.url, VOCABULARY)
+    for prompt in prompts[:3]:
+        [known] = ask(baseline, prompt, max_tokens=6, return_token_ids=True)
+        guesses = model.draft("r", "a", np.array(known["prompt_token_ids"], np.int32), 6, VOCABULARY)
+        assert [guess.token for guess in guesses] == known["token_ids"]
+        assert all(0 <= guess.other_probability <= guess.probability + 1e-6 <= 1.00001 for guess in guesses)
+        assert all(guess.other != guess.token for guess in guesses)

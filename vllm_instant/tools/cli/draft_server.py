@@ -14,10 +14,16 @@ import typer
 from vllm_instant.remote.protocol import TOKEN_VARIABLE, VERSION, Hello, tokenizer_fingerprint
 from vllm_instant.tools.cli.common import fail, require, working
 
+KEY_VARIABLE = "VLLM_API_KEY"
+"""Environment variable that vLLM itself reads as the key of its API."""
+MAX_CALLS = 64
+"""Maximum number of calls of a served model at the same time."""
+
 if TYPE_CHECKING:
     from websockets.asyncio.server import Server
 
-    from vllm_instant.tools.draft_server.model import TransformersModel
+    from vllm_instant.tools.draft_server.model import DraftModel, TransformersModel
+    from vllm_instant.tools.draft_server.served_model import ServedModel
 
 
 def draft_server(
@@ -32,6 +38,12 @@ def draft_server(
     private_key: Annotated[Path | None, typer.Option(help="PEM file with its key.")] = None,
     dtype: Annotated[str, typer.Option(help="Arithmetic of the model, as torch names it; `auto` as stored.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads of the model.")] = None,
+    vllm: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Address of a vLLM server with this model, which then drafts; its key is in {KEY_VARIABLE}."
+        ),
+    ] = None,
     max_cached_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in all KV caches.")] = 65_536,
     max_clients: Annotated[int, typer.Option(min=1, help="Maximum number of connected engines.")] = 16,
     max_requests: Annotated[int, typer.Option(min=1, help="Maximum number of requests.")] = 256,
@@ -59,7 +71,9 @@ def draft_server(
         fail(f"draft-server: --host {host} needs --token-file or the variable {TOKEN_VARIABLE}")
     if tokens and context is None and not is_loopback(host):
         fail(f"draft-server: --host {host} needs --certificate and --private-key, or a proxy that adds TLS on loopback")
-    drafting = _load(model, dtype, threads, max_cached_tokens)
+    drafting: DraftModel = (
+        _load(model, dtype, threads, max_cached_tokens) if vllm is None else _connect(model, vllm, max_requests)
+    )
     service = DraftService(
         drafting,
         Hello(VERSION, tokenizer_fingerprint(model), drafting.vocab_size),
@@ -75,6 +89,21 @@ def draft_server(
         asyncio.run(run(Endpoint(host, port, tokens, context), service, ready))
     except OSError as error:
         fail(f"draft-server: cannot listen on {host}:{port}: {error}")
+
+
+def _connect(model: str, url: str, max_parallel: int) -> ServedModel:
+    from transformers import AutoConfig
+
+    from vllm_instant.tools.draft_server.model import ModelError
+    from vllm_instant.tools.draft_server.served_model import ServedModel
+
+    try:
+        vocab_size = int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
+        return ServedModel(url, vocab_size, os.environ.get(KEY_VARIABLE), min(MAX_CALLS, max_parallel))
+    except ModelError as error:
+        fail(f"draft-server: {error}")
+    except (OSError, ValueError) as error:
+        fail(f"draft-server: {model} has no configuration: {' '.join(str(error).split())[:300]}")
 
 
 def _load(model: str, dtype: str, threads: int | None, max_cached_tokens: int) -> TransformersModel:

@@ -18,9 +18,15 @@ PREFILL_TOKENS = 256
 """Maximum number of tokens that are read in one call, so that a long prompt does not keep other requests waiting."""
 
 
-class DraftModel(Protocol):
-    """What drafts; called from one thread."""
+class ModelError(Exception):
+    """The model cannot draft for a request; the message is one sentence."""
 
+
+class DraftModel(Protocol):
+    """What drafts."""
+
+    max_parallel: int
+    """Maximum number of calls at the same time, each from a thread of its own and of another request."""
     max_tokens: int
     """Maximum number of tokens of a request."""
     vocab_size: int
@@ -28,6 +34,9 @@ class DraftModel(Protocol):
 
     def draft(self, request: Hashable, owner: Hashable, sequence: Tokens, count: int, vocab_size: int) -> list[Guess]:
         """Return up to ``count`` tokens that follow ``sequence``; none while the model still reads it.
+
+        Raises:
+            ModelError: It cannot draft for this request.
 
         Args:
             request: Its key.
@@ -120,6 +129,8 @@ class TransformersModel:
         ValueError: The model cannot be loaded, or its cache cannot be cut, as where layers are recurrent.
 
     """
+
+    max_parallel = 1
 
     def __init__(self, model: str, dtype: str = "auto", max_cached_tokens: int = 65_536) -> None:
         import torch

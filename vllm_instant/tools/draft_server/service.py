@@ -1,13 +1,14 @@
 """The draft server: engines connect, and one model drafts for all of their requests in turn.
 
 The request with the fewest tokens ahead of its engine comes first. A call of the model drafts a few tokens, in a thread
-of its own, while the event loop takes what the engines commit.
+of its own, while the event loop takes what the engines commit; a model that batches calls gets several at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import time
@@ -24,7 +25,7 @@ from vllm_instant.remote import protocol
 from vllm_instant.remote.protocol import Close, Committed, Declined, Hello, Message, Open, ProtocolError
 from vllm_instant.tools.draft_server.drafting import DraftedRequest, Path
 from vllm_instant.tools.draft_server.metrics import DraftServerMetrics
-from vllm_instant.tools.draft_server.model import DraftModel
+from vllm_instant.tools.draft_server.model import DraftModel, ModelError
 
 logger = logging.getLogger("vllm.instant.draft_server")
 
@@ -32,6 +33,9 @@ HELLO_SECONDS = 10.0
 """Seconds within which an engine must send its first message."""
 MAX_OUTGOING = 256
 """Maximum number of messages that wait for an engine that does not read them."""
+GATHER_SECONDS = 0.002
+"""Drafts of other requests that are made meanwhile travel in one frame: a frame costs the engine's processor far more
+than a message in it."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,9 @@ class DraftService:
         self._keys = count()
         self._calls = count(1)
         self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft-model")
+        self._calling: dict[int, asyncio.Task[None]] = {}
+        """Calls of the model by request."""
+        self._threads = ThreadPoolExecutor(model.max_parallel, thread_name_prefix="draft-model")
 
     # -------------------------------------------------------------------------------------------- connections
 
@@ -175,6 +181,7 @@ class DraftService:
     async def _send(self, client: _Client) -> None:
         while True:
             messages = [await client.outgoing.get()]
+            await asyncio.sleep(GATHER_SECONDS)
             while not client.outgoing.empty() and len(messages) < protocol.MAX_MESSAGES:
                 messages.append(client.outgoing.get_nowait())
             await client.socket.send(protocol.encode(messages))
@@ -250,7 +257,7 @@ class DraftService:
 
     def _release(self, key: int) -> None:
         with contextlib.suppress(RuntimeError):  # the server ends
-            self._thread.submit(self._model.release, key)
+            self._threads.submit(self._model.release, key)
 
     # --------------------------------------------------------------------------------------------- the model
 
@@ -258,20 +265,32 @@ class DraftService:
         """Draft until cancelled."""
         try:
             while True:
-                found = self._next_job()
+                found = self._next_job() if len(self._calling) < self._model.max_parallel else None
                 if found is None:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
-                await self._draft(*found)
+                job, path = found
+                job.served = next(self._calls)
+                task = self._calling[job.key] = asyncio.create_task(self._draft(job, path))
+                task.add_done_callback(functools.partial(self._called, job.key))
         finally:
-            self._thread.shutdown(wait=True, cancel_futures=True)
+            for task in self._calling.values():
+                task.cancel()
+            self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _called(self, key: int, task: asyncio.Task[None]) -> None:
+        del self._calling[key]
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("A call of the model was lost", exc_info=task.exception())
+        self._wake.set()
 
     def _next_job(self) -> tuple[_Job, Path] | None:
         """The request with the fewest tokens ahead that needs more; another likely outcome if none does."""
 
         def in_order(idle: bool) -> Iterator[tuple[_Job, Path]]:
-            for job in sorted(self._jobs.values(), key=lambda job: (job.drafted.num_ahead, job.served)):
+            waiting = (job for job in self._jobs.values() if job.key not in self._calling)
+            for job in sorted(waiting, key=lambda job: (job.drafted.num_ahead, job.served)):
                 path = job.drafted.next_work(idle)
                 if path is not None:
                     yield job, path
@@ -279,17 +298,20 @@ class DraftService:
         return next(in_order(False), None) or next(in_order(True), None)
 
     async def _draft(self, job: _Job, path: Path) -> None:
-        job.served = next(self._calls)
         drafted, client = job.drafted, job.client
         length = min(self._limits.burst_tokens, drafted.room(path))
         sequence = drafted.sequence(path)
         began = self._clock()
         arguments = (job.key, (client.owner, job.tenant), sequence, length, client.vocab_size)
         try:
-            guesses = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.draft, *arguments)
-        except Exception:  # of one request; the others must be served
-            logger.exception("The model failed for a request")
-            self._decline(job, "the model failed")
+            guesses = await asyncio.get_running_loop().run_in_executor(self._threads, self._model.draft, *arguments)
+        except Exception as error:  # of one request; the others must be served
+            if isinstance(error, ModelError):
+                logger.warning("A request gets no drafts: %s", error)
+            else:
+                logger.exception("The model failed for a request")
+            if job.key in self._jobs:
+                self._decline(job, "the model failed")
             self._release(job.key)
             return
         self.metrics.model_seconds.inc(max(0.0, self._clock() - began))

@@ -30,7 +30,7 @@ OWN = Hello(protocol.VERSION, "aa", 100)
 class Counting:
     """A model that counts up."""
 
-    max_tokens, vocab_size = 50, 100
+    max_tokens, vocab_size, max_parallel = 50, 100, 1
 
     def __init__(self):
         self.released = []
@@ -181,6 +181,44 @@ def test_a_model_that_fails_for_one_request_serves_the_others():
         assert tail.tokens == [6, 7]
 
 
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_a_model_that_batches_gets_several_requests_at_once(parallel):
+    class Batching(Counting):
+        max_parallel = parallel
+        running, most = 0, 0
+        lock = threading.Lock()
+
+        def draft(self, *arguments):
+            with self.lock:
+                self.running += 1
+                self.most = max(self.most, self.running)
+            try:
+                return super().draft(*arguments)
+            finally:
+                with self.lock:
+                    self.running -= 1
+
+    model = Batching()
+    model.gate.clear()
+
+    async def open_all(address):
+        async with connect(f"ws://{address}{protocol.PATH}", subprotocols=[protocol.SUBPROTOCOL]) as socket:
+            await socket.send(protocol.encode([OWN]))
+            await socket.send(protocol.encode([Open(number, [number], 4) for number in range(1, 6)]))
+            await asyncio.to_thread(wait_until, lambda: model.running == parallel)
+            model.gate.set()
+            tails = []
+            async with asyncio.timeout(10):
+                while {tail.request for tail in tails} != {1, 2, 3, 4, 5}:
+                    tails += [m for m in protocol.read_from_server(await socket.recv()) if isinstance(m, Tail)]
+            return tails
+
+    with running(model) as (_, address):
+        tails = asyncio.run(open_all(address))
+    assert all(tail.tokens[0] == tail.request + 1 for tail in tails if tail.position == 1)
+    assert model.most == parallel
+
+
 def test_it_ends_with_live_requests(caplog):
     with running() as (service, address):
         connection = DraftServerConnection(ServerAddress(f"ws://{address}"), OWN, 4)
@@ -248,6 +286,22 @@ def test_a_draft_that_is_ready_after_its_request_has_ended_is_not_sent():
 
         asyncio.run(leave())
         assert value(service, "drafted_tokens_total") == 0
+
+
+def test_drafts_of_several_requests_travel_in_one_frame(monkeypatch):
+    monkeypatch.setattr("vllm_instant.tools.draft_server.service.GATHER_SECONDS", 0.5)
+
+    async def first_frame(address):
+        async with connect(f"ws://{address}{protocol.PATH}", subprotocols=[protocol.SUBPROTOCOL]) as socket:
+            await socket.send(protocol.encode([OWN]))
+            await socket.recv()
+            await socket.send(protocol.encode([Open(number, [5], 4) for number in (1, 2, 3)]))
+            async with asyncio.timeout(10):
+                return protocol.read_from_server(await socket.recv())
+
+    with running() as (_, address):
+        tails = asyncio.run(first_frame(address))
+    assert {tail.request for tail in tails} == {1, 2, 3}
 
 
 def test_token_files_and_addresses(tmp_path):
