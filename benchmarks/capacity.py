@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/capacity.py sweep SCENARIO --rates R1,R2,… [--servers vllm,ours] [--folder FOLDER]
     .venv/bin/python benchmarks/capacity.py simulated [--runs 100]
 
-``search``: `vllm-instant loadtest capacity` on the demo's models with servers in turn: vLLM, vLLM again (A/A), the
-demo's deployment. A call ends after some minutes; the next one continues with new server processes in the same folder.
+``search``: `vllm-instant loadtest capacity` on the demo's models, or SmolLM2 (``facts as JSON``), with servers in
+turn: vLLM, vLLM again (A/A), ours. A call ends after some minutes; the next one continues with new server processes in
+the same folder.
 ``sweep``: the check, a plain sweep over fixed rates; its capacity is where the measured shares cross the goals (linear
 between rates). ``simulated``: queues with a known capacity (M/M/1): how often the interval contains it, and how
 often two equal servers are called different.
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from queue_servers import exact_capacity, probe
 from vllm_instant.tools.measure.servers import stop_all
 from vllm_instant_loadtests.capacity import CapacityPlan, search_capacity
 from vllm_instant_loadtests.capacity_search import CapacitySearch, compare_capacity
-from vllm_instant_loadtests.launcher import scenario_servers
+from vllm_instant_loadtests.launcher import DEMO, SMOLLM2, scenario_servers
 from vllm_instant_loadtests.scenario import load
 
 SIMULATED, MEASURED = HERE / "results/capacity.json", HERE / "results/capacity_servers.json"
@@ -41,28 +43,48 @@ SERVERS = {
     "ours": '[[servers]]\nname = "ours"\ninstant = true\n',
 }
 ENGINE = "[vllm]\nmax_num_seqs = 32\nmax_model_len = 1024\nenforce_eager = true\n"
+
+
+@dataclass(frozen=True)
+class CarriedTraffic:
+    """One kind of traffic and its goals."""
+
+    prompts: str
+    rate: float
+    """Requests, or sessions, per second of the first probe."""
+    traffic: str
+    """Further keys of the scenario's traffic."""
+    goals: Sequence[str]
+    model: str = DEMO
+    probe_seconds: float = 8.0
+
+
 SCENARIOS = {
-    "short answers": ("structured", 4.0, "max_tokens = [12, 24]", ["ttft_p95_ms=500", "itl_p99_ms=80"]),
-    "chat": ("code", 1.5, "max_tokens = [48, 80]", ["ttft_p95_ms=500", "itl_p99_ms=80"]),
-    "conversations": (
+    "short answers": CarriedTraffic("structured", 4.0, "max_tokens = [12, 24]", ("ttft_p95_ms=500", "itl_p99_ms=80")),
+    "chat": CarriedTraffic("code", 1.5, "max_tokens = [48, 80]", ("ttft_p95_ms=500", "itl_p99_ms=80")),
+    "conversations": CarriedTraffic(
         "free",
         1.0,
         "max_tokens = [12, 24]\n[traffic.session]\nturns = [2, 4]\nthink_seconds = [0.5, 1.5]",
-        ["ttft_p95_ms=500", "itl_p99_ms=80"],
+        ("ttft_p95_ms=500", "itl_p99_ms=80"),
+    ),
+    "facts as JSON": CarriedTraffic(
+        "extract", 0.6, "max_tokens = [16, 32]", ("ttft_p95_ms=1500", "itl_p99_ms=400"), SMOLLM2, 20.0
     ),
 }
-"""By name: prompts, rate of the first probe, further keys of the traffic, goals."""
-PROBE_SECONDS = 8
+"""By name."""
 
 
 def scenario_file(name: str, names: Sequence[str], folder: Path) -> Path:
     """The scenario as a file."""
-    prompts, rate, more, _ = SCENARIOS[name]
+    carried = SCENARIOS[name]
     file = folder / f"{name.replace(' ', '-')}.toml"
     file.parent.mkdir(parents=True, exist_ok=True)
     head = f'title = "{name.capitalize()}"\nseconds = 60\nwarm_up_seconds = 4\n\n[[traffic]]\nkind = "{name}"\n'
     servers = "".join(SERVERS[server] for server in names)
-    file.write_text(f'{head}prompts = "{prompts}"\nrate = {rate}\n{more}\n\n{servers}{ENGINE}')
+    file.write_text(
+        f'{head}prompts = "{carried.prompts}"\nrate = {carried.rate}\n{carried.traffic}\n\n{servers}{ENGINE}'
+    )
     return file
 
 
@@ -71,15 +93,22 @@ def run(name: str, names: Sequence[str], folder: Path, minutes: float, rates: st
     output = folder / "-".join([*name.split(), *names, *(["sweep"] if rates else [])])
     file = scenario_file(name, names, folder)
     began = time.monotonic()
-    servers, _ = scenario_servers(load(file), "demo", None, [], output / "logs")
+    servers, _ = scenario_servers(load(file), SCENARIOS[name].model, None, [], output / "logs")
     try:
         for server in servers.values():
             server.launch()
         for server in servers.values():
             server.wait()
-        words = [f"--goal={goal}" for goal in SCENARIOS[name][3]]
+        words = [f"--goal={goal}" for goal in SCENARIOS[name].goals]
         words += [word for server in names for word in ("--url", f"{server}={servers[server].url}")]
-        words += ["--probe-seconds", str(PROBE_SECONDS), "--max-minutes", str(minutes), "--output", str(output)]
+        words += [
+            "--probe-seconds",
+            str(SCENARIOS[name].probe_seconds),
+            "--max-minutes",
+            str(minutes),
+            "--output",
+            str(output),
+        ]
         words += ["--sweep", rates] if rates else []
         cli = [sys.executable, "-m", "vllm_instant.tools.cli", "loadtest", "capacity"]
         done = subprocess.run([*cli, str(file), *words], check=False)
@@ -111,6 +140,7 @@ def cell(name: str, found: dict[str, Any], way: str) -> dict[str, Any]:
     """A row of the result file."""
     return {
         "scenario": name,
+        "model": SCENARIOS[name].model,
         "way": way,
         "pair": ",".join(server["server"] for server in found["servers"]),
         "goals": found["plan"]["goals"],

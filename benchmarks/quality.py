@@ -166,6 +166,13 @@ class Session:
         return {"quality": report.plain()}
 
 
+def earlier(path: Path, model: str, arm: str) -> dict[str, Any] | None:
+    """What a result file has about an arm."""
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    cells = [cell for run in runs for cell in run["measured"] if (cell["model"], cell["arm"]) == (model, arm)]
+    return cells[-1] if cells else None
+
+
 def _reason(error: ServerError) -> str:
     """The message of the error that ended a server, without its traceback."""
     lines = [line for line in error.log.splitlines() if "Error: " in line or "vllm-instant: " in line]
@@ -184,7 +191,11 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, help="folder for logs and answers, so that an interrupted call can be resumed"
     )
-    parser.add_argument("--answers-only", action="store_true", help="no perplexity, which needs both servers at once")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--answers-only", action="store_true", help="no perplexity, which needs both servers at once")
+    parts.add_argument(
+        "--distributions-only", action="store_true", help="only perplexity, beside the answers that the output has"
+    )
     parser.add_argument("--output", type=Path, default=HERE / "results/quality.json")
     options = parser.parse_args()
     if options.model == "mixture" and options.mixture is None:
@@ -202,7 +213,10 @@ def main() -> None:
                 cell: dict[str, Any] = {"model": name, "prompts": prompts_of(asked), "arm": arm.name}
                 cell |= {"settings": list(arm.settings), "temperature": arm.temperature, "in_flight": options.in_flight}
                 try:
-                    cell |= session.answers(arm)
+                    if options.distributions_only:
+                        cell = earlier(options.output, name, arm.name) or cell
+                    else:
+                        cell |= session.answers(arm)
                     if not options.answers_only:
                         cell |= session.distributions(arm)
                 except ServerError as error:
@@ -216,13 +230,13 @@ def show(cell: dict[str, Any]) -> None:
     print(f"{cell['model']}, {cell['arm']}: {cell.get('refused', '')}", flush=True)
     if "refused" in cell:
         return
-    for row in cell["tasks"]["marks"]:
+    for row in cell["tasks"]["marks"] if "tasks" in cell else ():
         change = row["difference"]
         print(
             f"  {row['task']}, {row['mark']}: {row['baseline']:.3f} -> {row['ours']:.3f} "
             f"({change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}])"
         )
-    for row in cell["tasks"]["equality"]:
+    for row in cell["tasks"]["equality"] if "tasks" in cell else ():
         print(f"  {row['task']}: equal {row['equal']['mean']:.3f}, shared prefix {row['shared_prefix']:.3f}")
     for key in ("perplexity_ratio", "divergence", "answer_gap") if "quality" in cell else ():
         value = cell["quality"][key]
