@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-unit perf regret lint docs env clean
+.PHONY: help demo serve test test-unit nightly perf regret lint docs env clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -18,10 +18,13 @@ serve: env  ## the demo server alone, until Ctrl-C (PORT=8000)
 
 # Two processes: one for the tests with engines, one for all others (see tests/conftest.py).
 test: lint  ## lint and all tests; real vLLM engines on the CPU included
-	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=25
 
 test-unit: env  ## the tests without an engine
 	$(BIN)/pytest -m unit
+
+nightly: env  ## the slow tests with real engines, which `make test` leaves out
+	$(BIN)/pytest -m nightly
 
 perf: env  ## the tests that assert wall-clock time; wants a quiet machine
 	$(BIN)/pytest -m perf

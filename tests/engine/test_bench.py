@@ -11,6 +11,7 @@ from vllm_instant.tools.cli import app
 pytestmark = pytest.mark.engine
 
 
+@pytest.mark.nightly
 def test_a_drafting_server_beside_the_baseline(baseline, launch, tmp_path):
     """Every row is measured; which server is faster depends on the machine's load and is not asserted."""
     output = tmp_path / "bench"

@@ -98,6 +98,7 @@ def test_changes_are_logged(server):
     assert "drafting begins" in server.log_text()
 
 
+@pytest.mark.nightly
 def test_learned_costs_are_saved_when_the_server_stops(launch, tmp_path):
     with launch(GOODPUT + COSTS.format(folder=tmp_path)) as server:
         _complete(server, "def main():")
@@ -108,6 +109,7 @@ def test_learned_costs_are_saved_when_the_server_stops(launch, tmp_path):
     assert stored["costs"]["observations"] >= 20
 
 
+@pytest.mark.nightly
 def test_a_skipped_draft_model_catches_up_and_drafts_as_well_as_before(launch, prompts):
     """Drafts depend on the context alone, provided that the draft model has processed all of it."""
     with launch(BURSTS) as server:
@@ -123,6 +125,7 @@ def test_a_skipped_draft_model_catches_up_and_drafts_as_well_as_before(launch, p
         assert share_in_bursts > share - 0.12
 
 
+@pytest.mark.nightly
 def test_calibrate_learns_costs_before_the_server_starts(demo_pair, tmp_path):
     file = tmp_path / "deploy.toml"
     file.write_text(GOODPUT.replace("DRAFT", str(demo_pair.draft)) + COSTS.format(folder=tmp_path / "costs"))

@@ -56,6 +56,7 @@ def test_a_seed_gives_the_answer_that_it_gives_without_speculation(server, seede
     assert _proposed(server) > before
 
 
+@pytest.mark.nightly
 def test_verify_agrees(server, baseline, tmp_path):
     file = tmp_path / "report.json"
     words = ["--stock", baseline.url, "--ours", server.url, "--draws", "100", "--tokens", "3", "--json", str(file)]

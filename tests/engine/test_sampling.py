@@ -80,6 +80,7 @@ def _p_value(server, exact):
     return float(chisquare(observed, [w * scale for w in wanted]).pvalue)
 
 
+@pytest.mark.nightly
 def test_our_server_samples_the_models_distribution(launch, exact):
     with launch(DRAFT_MODEL) as server:
         assert _p_value(server, exact) > SIGNIFICANCE
@@ -87,6 +88,7 @@ def test_our_server_samples_the_models_distribution(launch, exact):
         assert before > 0, "without drafts this would test nothing"
 
 
+@pytest.mark.nightly
 def test_vllms_own_speculation_is_wrong_exactly_where_the_probes_detect_it(demo_pair, exact, tmp_path):
     speculation = {"method": "draft_model", "model": str(demo_pair.draft), "num_speculative_tokens": 5}
     words = [
