@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/promise.py --part warm        # 12 minutes; repeated, it adds rounds to earlier ones
     .venv/bin/python benchmarks/promise.py --part cold        # 8 minutes
     .venv/bin/python benchmarks/promise.py --part first --loads 1,8 --rounds 40        # 6 minutes
+    .venv/bin/python benchmarks/promise.py --part pinned --prompts story,mixed --loads 4 --rounds 12      # 10 minutes
 
 Arms: a vLLM server without this package; one with a fixed number of ``suffix`` drafts, at several lengths; and ours,
 the default deployment (``goodput``, ``suffix``). With ``--fixed 'suffix,draft model'`` also fixed numbers of drafts of
@@ -13,7 +14,8 @@ user), which end where the model ends them, at most ``--tokens`` tokens.
 ``warm`` uses servers that have served a burst before, ours with the costs that it learned then (``--costs``). ``cold``
 starts a new server for each burst of ours and of vLLM without speculation, ours with an empty folder of learned costs;
 the fixed lengths learn nothing and stay. ``first`` asks for one token, of ours and of two vLLM servers without
-speculation, and compares the time to it.
+speculation, and compares the time to it. ``pinned`` has three arms and so more rounds: vLLM, ours, and the same server
+of ours with every request pinned to no drafts, which tells what the decisions cost from what the package does.
 
 Speed is output tokens per second of the burst, until its last token. Ratios are medians over rounds, each of the two
 arms of one round. What ours is compared with as the best is the fastest of no speculation and of fixed numbers of
@@ -48,12 +50,13 @@ from vllm_instant.tools.measure.statistics import median_interval, ratio_interva
 
 OFF, AGAIN, SUFFIX, DRAFT = "off", "off again", "suffix", "draft model"
 OURS, HYBRID = "ours", "ours with the draft model"
+PINNED = f"{OURS}, K=0"
 DRAFTS = {OURS: {SUFFIX}, HYBRID: {SUFFIX, DRAFT}}
 """What each of our arms can draft with."""
 LENGTHS = {SUFFIX: (2, 8), DRAFT: (1, 3)}
 SERVED = "demo"
 CLASSES = ("edit", "extract", "story", "mixed")
-SECONDS = {"warm": 660.0, "cold": 410.0, "first": 360.0}
+SECONDS = {"warm": 660.0, "cold": 410.0, "first": 360.0, "pinned": 600.0}
 """Time after which no round begins."""
 KEYS = ("part", "prompts", "users")
 OUTPUT = HERE / "results/promise.json"
@@ -220,6 +223,8 @@ def arms_of(part: str, fixed: Sequence[str]) -> list[str]:
     """All arms of a part, those of a fixed length by drafter."""
     if part == "first":
         return [OFF, AGAIN, OURS]
+    if part == "pinned":
+        return [OFF, PINNED, OURS]
     ours = [OURS, HYBRID] if DRAFT in fixed else [OURS]
     return [OFF, *(f"{name}, K={length}" for name in fixed for length in LENGTHS[name]), *ours]
 
@@ -261,7 +266,7 @@ def measure(
     part = options.part
     rounds = earlier(options.output, part)
     warm = earlier(options.output, "warm") if part == "cold" else {}
-    fixed = [name for name in options.fixed.split(",") if name and part != "first"]
+    fixed = [name for name in options.fixed.split(",") if name and part not in ("first", "pinned")]
     names = arms_of(part, fixed)
     tokens = 1 if part == "first" else options.tokens
 

@@ -127,6 +127,15 @@ def test_first_tokens_are_compared_with_those_of_two_servers_of_vllm(started, tm
     assert set(found["ttft_to_off"]) == {"off again", "ours"}
 
 
+def test_the_same_server_is_asked_with_and_without_drafts(started, tmp_path):
+    [found] = _measure(tmp_path, "pinned", [promise.Cell("mixed", 2)], 2)
+    assert [server.name for server in started] == ["off", "ours"]
+    pins = [request.get("vllm_xargs") for request in started[1].fake.requests[8:]]
+    assert pins.count({"instant_speculation": 0}) == pins.count(None) == 2 * 3
+    assert found["ours"]["ours"]["best_by_round"] == ["off", "off"]
+    assert set(found["rounds"]) == {"off", "ours, K=0", "ours"}
+
+
 def test_each_of_our_arms_is_compared_with_drafts_that_it_has(started, tmp_path):
     [found] = _measure(tmp_path, "warm", [promise.Cell("mixed", 1)], 1, "suffix,draft model")
     assert [server.name for server in started] == ["off", "suffix", "draft model", "ours", "ours with the draft model"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Sequence
 
 import result_tables
@@ -329,6 +330,25 @@ def promise_first(runs: Sequence[Run]) -> str:
     )
 
 
+def promise_pinned(runs: Sequence[Run]) -> str:
+    """Ours, and the same server without drafts, beside vLLM."""
+    rows = []
+    for cell in cells_of(runs):
+        if cell["part"] == "pinned":
+            arms = ("off", "ours, K=0", "ours")
+            speeds = {arm: [burst["tokens_per_second"] for burst in cell["rounds"][arm]] for arm in arms}
+            ratios = [
+                interval(vars(ratio_interval(speeds[one], speeds[other])))
+                for one, other in (("ours", "off"), ("ours, K=0", "off"), ("ours", "ours, K=0"))
+            ]
+            case = [cell["prompts"], str(cell["users"]), str(len(speeds["ours"]))]
+            times = [" → ".join(f"{cell['arms'][arm]['p99_itl_ms']['median']:.0f}" for arm in ("off", "ours"))]
+            rows.append([*case, *(f"{statistics.median(speeds[arm]):.0f}" for arm in arms), *ratios, *times])
+    headings = ["prompts", "users", "rounds", "vLLM, tokens/s", "ours, pinned to no drafts", "ours", "ours / vLLM"]
+    headings += ["pinned / vLLM", "ours / pinned", "p99 between tokens, ms, vLLM → ours"]
+    return table(headings, rows)
+
+
 def bench_serve(runs: Sequence[Run]) -> str:
     """What vLLM's own client measures of vLLM alone and of ours."""
     names = {
@@ -360,6 +380,7 @@ TABLES: dict[str, tuple[str, Show]] = {
     "promise_cold": ("promise", functools.partial(promise, part="cold")),
     "promise_cold_by_users": ("promise", functools.partial(promise_by_users, part="cold")),
     "promise_first": ("promise", promise_first),
+    "promise_pinned": ("promise", promise_pinned),
     "bench_serve": ("bench_serve", bench_serve),
     "streaming": ("streaming", streaming),
     "experts": ("experts", experts),
