@@ -540,6 +540,34 @@ def test_a_price_is_asked_once_costs_are_known():
     assert not GoodputPolicy(8, 16).draft_cost().verify_cost_curve
 
 
+@pytest.mark.parametrize("users", [1, 16])
+def test_an_exploration_verifies_no_more_than_its_loss_was_computed_for(users):
+    explored = []
+
+    class Watched(GoodputPolicy):
+        def get_num_draft_tokens(self, step):
+            granted = super().get_num_draft_tokens(step)
+            if self.log.newest_decision.reason in ("costs", "trial"):
+                free = [count for count, cost in self.draft_cost().verify_cost_curve if cost == 0.0]
+                explored.append((max(free), sum(granted)))
+            return granted
+
+    rarely = _lookup(0.2, 0.6, 0.3)
+    for seed in range(4):
+        _serve(
+            rarely,
+            TWO_CORES,
+            users,
+            lambda clock: Watched(16, 128, clock=clock, confident_drafts=True),
+            seed=seed,
+            max_draft_tokens=16,
+        )
+    assert explored
+    assert all(4 <= limit <= max(4, granted) for limit, granted in explored)
+    if users > 1:
+        assert sum(limit < granted for limit, granted in explored) > len(explored) / 2
+
+
 def test_a_step_without_a_drafter_is_planned_without_drafts_and_its_prompts_are_read_later():
     policy = GoodputPolicy(8, 4)
     states = [
