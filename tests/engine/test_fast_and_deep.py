@@ -7,6 +7,7 @@ import pytest
 from asking import ask, metrics_when
 from deployments import DRAFT_MODEL
 
+from vllm_instant.escalation.deep_server import FORWARDED
 from vllm_instant.tools.measure.server_info import read_decisions
 
 DEPLOYMENT = (
@@ -95,6 +96,21 @@ def test_what_the_guard_stops_unread_is_answered_by_the_deep_end(server, baselin
     sent, headers = _sent(server, request, "fast")
     assert (headers[BY], headers[WHY]) == ("deep", "the guard stopped the fast answer")
     assert _text(sent) == _text(direct) != ""
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [{"prompt": "def zebra():"}, {"messages": [{"role": "user", "content": "A zebra?"}]}],
+    ids=["completion", "chat"],
+)
+def test_a_stream_that_is_stopped_before_its_first_token_says_so(server, request_):
+    path = "chat/completions" if "messages" in request_ else "completions"
+    body = {"model": "demo", "max_tokens": 8, "stream": True, **request_}
+    # As a request that another server has escalated, it is answered here in any case.
+    response = httpx.post(f"{server.url}/v1/{path}", json=body, headers={FORWARDED: "1"}, timeout=300)
+    events = [json.loads(part.removeprefix("data: ")) for part in response.text.split("\n\n") if "{" in part]
+    assert _text(events) == ""
+    assert events[-1]["choices"][0]["finish_reason"] == "content_filter"
 
 
 def test_the_model_itself_chooses_with_one_token_behind_the_same_prompt(server, prompts):

@@ -7,7 +7,7 @@ import threading
 import httpx
 import numpy as np
 import pytest
-from asking import ask, ask_all, metrics_when
+from asking import ask, ask_all, settled_metrics
 from draft_servers import ServerThread, answering, lying, wait_until
 
 from vllm_instant.remote.client import DraftPusher, new_key
@@ -66,7 +66,7 @@ def test_drafts_that_begin_right_and_end_wrong(server, drafting, prompts, expect
     drafting.lose_connections()
     wait_until(lambda: drafting.num_connections > connections)
     assert ask_all(server, prompts[:6], vllm_xargs={"instant_speculation": 6}) == expected[:6]
-    totals = metrics_when(server, lambda now: now.get(PROPOSED, 0) >= before.get(PROPOSED, 0) + 20)
+    totals = settled_metrics(server)  # vLLM's counters and ours are not of the same moment while answers are generated
     proposed, accepted = (totals[name] - before.get(name, 0) for name in (PROPOSED, VLLM_ACCEPTED))
     assert proposed >= 20
     assert accepted < proposed

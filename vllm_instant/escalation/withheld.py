@@ -28,9 +28,7 @@ class WithheldAnswer:
         self._passes = False
         self._is_stream = False
         self._rest = b""
-        self._stopped: set[int] = set()
-        """Choices that the guard has stopped."""
-        self._begun: set[int] = set()
+        self._is_complete = False
         self.is_stopped = False
         """Whether a guard has stopped the answer, and the client has read nothing of it."""
 
@@ -65,24 +63,23 @@ class WithheldAnswer:
         *events, self._rest = self._rest.split(b"\n\n")
         for event in events:
             data = event.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                self._is_complete = True
             if data == b"[DONE]" or not data:
                 continue
             choices = list(_choices(data))
-            if not choices and not self._begun:
+            if not choices and b'"usage"' not in data:
                 return True  # an error, or nothing that is known here
             for choice in choices:
-                number = int(choice.get("index") or 0)
-                self._begun.add(number)
-                if choice.get("finish_reason") == STOPPED:
-                    self._stopped.add(number)
-                elif choice.get("finish_reason") is not None or _has_text(choice):
+                reason = choice.get("finish_reason")
+                if reason not in (None, STOPPED) or (reason is None and _has_text(choice)):
                     return True
         return False
 
     def _has_stopped(self) -> bool:
-        """Whether the guard has stopped all choices of an answer that has ended."""
+        """Whether the guard has stopped all choices of an answer that has ended with nothing readable."""
         if self._is_stream:
-            return bool(self._stopped) and self._stopped == self._begun
+            return self._is_complete  # with nothing readable: only a guard ends an answer so
         reasons = [choice.get("finish_reason") for choice in _choices(self._rest)]
         return bool(reasons) and all(reason == STOPPED for reason in reasons)
 

@@ -17,6 +17,19 @@ POLL_SECONDS = 0.001
 """How often a verdict is asked for where no event loop can be woken (vLLM's ``LLM``)."""
 
 
+class ShownEmptyText(str):
+    """The empty text of a stopped answer.
+
+    vLLM's API server sends no event for an output without text and tokens, which it takes for a part of a prefill; the
+    client would not learn that its answer was stopped.
+    """
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return True
+
+
 class RequestOwner(Protocol):
     """What a request knows of the guard of its output processor."""
 
@@ -241,6 +254,8 @@ class GuardedRequest:
             self._masks = output.sampling_mask.token_ids if output.sampling_mask is not None else []
         elif output.sampling_mask is not None:
             self._masks += output.sampling_mask.token_ids
+        if is_stopped and not text:
+            text = ShownEmptyText()
         output.text = text
         output.token_ids = [self._token_ids[i] for i in tokens]
         if output.logprobs is not None:

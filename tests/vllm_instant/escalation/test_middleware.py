@@ -356,11 +356,14 @@ async def test_what_the_guard_stops_unread_is_answered_by_the_deep_end():
         _, headers, content = await ends.post(STREAM)
         assert headers[BY] == "deep"
         assert content == b"".join(events("deep", " said", " it"))
+        usage = b'data: {"choices": [], "usage": {"completion_tokens": 0}}\n\n'
+        ends.here.next_streams = [[usage, DONE]]
+        assert (await ends.post(STREAM))[1][BY] == "deep"
         text = {"text": "", "finish_reason": "content_filter"}
         ends.here.next_streams = [[event(text) + DONE]]
         assert (await ends.post({"prompt": "Why?", "stream": True}, "/v1/completions"))[1][BY] == "deep"
-    assert ends.value("requests_total", plugin="tested", chosen="deep", answered_by="deep") == 3
-    assert [one["reason"] for one in ends.service.decisions(3)] == ["the guard stopped the fast answer"] * 3
+    assert ends.value("requests_total", plugin="tested", chosen="deep", answered_by="deep") == 4
+    assert [one["reason"] for one in ends.service.decisions(4)] == ["the guard stopped the fast answer"] * 4
 
 
 @pytest.mark.parametrize(
@@ -371,10 +374,12 @@ async def test_what_the_guard_stops_unread_is_answered_by_the_deep_end():
         [event(ROLE), event({"delta": {"tool_calls": [{"index": 0}]}, "finish_reason": None}), event(STOP), DONE],
         [event(ROLE), event(ENDED), DONE],
         [b'data: {"error": {"message": "no"}}\n\n', DONE],
+        [event(ROLE), event(STOP), b'data: {"error": {"message": "no"}}\n\n', DONE],
         [event(ROLE)],
+        [event(ROLE), event(STOP)],
         [],
     ],
-    ids=["read", "one of two", "tool", "empty", "error", "cut", "nothing"],
+    ids=["read", "one of two", "tool", "empty", "error", "late error", "cut", "cut after the stop", "nothing"],
 )
 @run
 async def test_a_stream_with_something_to_read_stays_as_it_is(parts):
