@@ -117,7 +117,7 @@ class HereApp:
         self.headers: list[dict[str, str]] = []
         self.next_answers: list[dict[str, Any]] = []
         self.next_streams: list[list[bytes]] = []
-        """Events of streamed answers, before those that it gives otherwise."""
+        """Events of streamed answers, which it gives first."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()

@@ -23,7 +23,7 @@ _MEMORY = 0.95
 
 
 def free_up_to(num_draft_tokens: int) -> DraftCost:
-    """Return a cost of 0 for so many draft tokens of all requests together, and one that nothing is worth for more."""
+    """Return a cost of 0 for this number of draft tokens of all requests together, and a prohibitive one for more."""
     num_draft_tokens = max(1, num_draft_tokens)
     free = [(count, 0.0) for count in sorted({1, num_draft_tokens})]
     return DraftCost(verify_cost_curve=(*free, (num_draft_tokens + 1, UNAFFORDABLE)))
