@@ -116,9 +116,9 @@ class _Exchange:
         try:
             if is_deep and service.deep is not None:
                 if not await self._answer_there(outcome, service.deep):
-                    await self._answer_here(outcome, options.fast_settings, self._client.send)
+                    await self._answer_here(options.fast_settings, self._marked(outcome))
             elif is_deep or not options.escalate_stopped:
-                await self._answer_here(outcome, settings, self._client.send)
+                await self._answer_here(settings, self._marked(outcome))
             else:
                 await self._answer_fast_or_deep(outcome)
         finally:
@@ -146,39 +146,34 @@ class _Exchange:
     async def _answer_fast_or_deep(self, outcome: Outcome) -> None:
         """Answer fast; where the guard stops that before the client has read anything, let the deep end answer."""
         service, options = self._service, self._service.options
-
-        async def send_marked(message: Message) -> None:
-            await self._send_marked(outcome, message, self._client.send)
-
-        withheld = WithheldAnswer(send_marked)
-        await self._answer_here(outcome, options.fast_settings, withheld.send, is_marked=False)
+        withheld = WithheldAnswer(self._marked(outcome))
+        await self._answer_here(options.fast_settings, withheld.send)
         if not withheld.is_stopped:
             return
         service.escalate_stopped(outcome)
         if service.deep is None:
-            await self._answer_here(outcome, options.deep_settings, self._client.send)
+            await self._answer_here(options.deep_settings, self._marked(outcome))
         elif not await self._answer_there(outcome, service.deep):
             await withheld.release()
 
-    async def _answer_here(
-        self, outcome: Outcome, settings: Mapping[str, Any], send: Send, is_marked: bool = True
-    ) -> None:
+    async def _answer_here(self, settings: Mapping[str, Any], send: Send) -> None:
         content = self._content
         if settings or CHOICE in (self._request.body.get("vllm_xargs") or ()):
             content = json.dumps(with_settings(self._body(), settings)).encode()
         scope = with_body(self._scope, content, {"x-request-id": self._id})
+        await self._app(scope, self._client.replay(content), send)
 
-        async def send_marked(message: Message) -> None:
-            await self._send_marked(outcome, message, send)
+    def _marked(self, outcome: Outcome) -> Send:
+        """The client's ``send`` for an answer of this server, whose headers say who answered and why."""
 
-        await self._app(scope, self._client.replay(content), send_marked if is_marked else send)
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *_marks(outcome)]}
+            elif message["type"] == "http.response.body" and message.get("body"):
+                self._note(outcome, message["body"])
+            await self._client.send(message)
 
-    async def _send_marked(self, outcome: Outcome, message: Message, send: Send) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), *_marks(outcome)]}
-        elif message["type"] == "http.response.body" and message.get("body"):
-            self._note(outcome, message["body"])
-        await send(message)
+        return send
 
     async def _pass_on(self, outcome: Outcome, answer: DeepAnswer) -> None:
         headers = [(name.encode(), value.encode("latin-1")) for name, value in answer.headers.items()]
