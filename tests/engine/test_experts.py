@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +123,17 @@ def test_a_budget_means_fewer_distinct_experts_and_the_gate_leaves_bad_clusters(
     servers: dict[str, Server], texts: list[str]
 ) -> None:
     server = servers["super_expert"]
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(_batch, server, texts, 200)
-        _control(server, budget=0.25)
-        waiting.result()
-    log = server.log_text()
-    steps = [int(step) for step in re.findall(r"super_expert loosened its budget .* at step (\d+)", log)]
-    assert steps, log[-2000:]
+    _control(server, budget=0.25)
+    # The first divergences are measured every few steps; one batch may end before the gate has enough of them.
+    for _ in range(4):
+        _batch(server, texts, 200)
+        log = server.log_text()
+        if steps := [int(step) for step in re.findall(r"super_expert loosened its budget .* at step (\d+)", log)]:
+            break
+    else:
+        pytest.fail(log[-2000:])
     measures = _control(server)["measures"]
     assert measures["budget"] > 0.25
-    # Counted from the change of the budget, which happened in the first steps of this batch.
     assert steps[-1] - steps[0] < 200
     # A level whose divergence is near the limit needs more measurements before the gate decides.
     for _ in range(4):
