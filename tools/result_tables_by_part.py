@@ -11,6 +11,7 @@ import result_tables_of_capacity
 import result_tables_of_escalation
 import result_tables_of_faults
 import result_tables_of_guard
+import result_tables_of_lookup
 import result_tables_of_remote
 from result_tables import Cell, Run, Show, cells_of, interval, table
 
@@ -398,5 +399,6 @@ ALL_TABLES = (
     | result_tables_of_escalation.TABLES
     | result_tables_of_faults.TABLES
     | result_tables_of_guard.TABLES
+    | result_tables_of_lookup.TABLES
     | result_tables_of_remote.TABLES
 )

@@ -38,12 +38,11 @@ def calls(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def servers(launch, calls):
-    """Our kernels interpreted, also with fused RoPE; the reference, also with our feed-forward; vLLM's own FP8."""
+    """Our kernels interpreted; the reference, also with our feed-forward; vLLM's own FP8."""
     with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
 
-        def start(plugin, *more, **environment):
-            words = ["--max-num-seqs", "4", *more]
-            return stack.enter_context(launch(DEPLOYMENT.format(plugin), *words, **environment))
+        def start(plugin, **environment):
+            return stack.enter_context(launch(DEPLOYMENT.format(plugin), "--max-num-seqs", "4", **environment))
 
         def start_watched():
             # Compiled by Dynamo without Inductor, which is slow on a CPU.
@@ -54,10 +53,6 @@ def servers(launch, calls):
         starting = {
             "fp8_fused": pool.submit(start, "fp8_fused", TRITON_INTERPRET="1"),
             "plain": pool.submit(start, "plain"),
-            # Compiled without Inductor, which is slow on two cores.
-            "sole_rotation": pool.submit(
-                start, "sole_rotation", "--no-enforce-eager", TRITON_INTERPRET="1", VLLM_CPU_CI_ENV="1"
-            ),
             "fp8": pool.submit(start, "fp8"),
             "watched": pool.submit(start_watched),
         }
@@ -110,12 +105,15 @@ def test_the_second_half_of_layers_in_three_launches(servers, calls, demo_pair):
     assert "raised in" not in log
 
 
-def test_rotation_and_write_are_one_launch(servers, reference_tokens):
+@pytest.mark.nightly
+def test_rotation_and_write_are_one_launch(launch, reference_tokens):
     """No other code may rotate or write; the compiled model's layers also end with our feed-forward."""
-    server = servers["sole_rotation"]
-    # The feed-forward is slow in the interpreter.
-    assert _said(server, 3) == [tokens[:3] for tokens in reference_tokens]
-    log = server.log_text()
+    # Compiled without Inductor, which is slow on two cores.
+    words = ["--max-num-seqs", "4", "--no-enforce-eager"]
+    with launch(DEPLOYMENT.format("sole_rotation"), *words, TRITON_INTERPRET="1", VLLM_CPU_CI_ENV="1") as server:
+        # The feed-forward is slow in the interpreter.
+        assert _said(server, 3) == [tokens[:3] for tokens in reference_tokens]
+        log = server.log_text()
     assert re.search(r"rotates in (\d+) of \1 layers", log)
     assert "in batches of up to 16 tokens" in log
     assert re.search(r"SoleRotation: \d+ tokens were rotated and written", log)

@@ -29,9 +29,10 @@ def test_failing_plugins_are_disabled_and_no_request_fails(launch, prompts, expe
 @pytest.mark.parametrize(
     ("policy", "sentence"),
     [
-        (
+        pytest.param(
             "cannot_start",
             "plugin cannot_start of slot speculation cannot start: OSError: the model of this policy is not there",
+            marks=pytest.mark.nightly,
         ),
         ("incomplete", "plugin incomplete of slot speculation cannot start: its object has no get_num_draft_tokens"),
     ],

@@ -35,7 +35,14 @@ RECORD = {
 TIGHT = ("--max-num-batched-tokens", "96", "--block-size", "32", "--num-gpu-blocks-override", "40")
 
 
-@pytest.fixture(scope="module", params=DEPLOYMENTS)
+# `hybrid` drafts with vLLM's draft model and with a lookup as well.
+NIGHTLY = ("draft_model", "ngram")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.nightly if name in NIGHTLY else ()) for name in DEPLOYMENTS],
+)
 def server(request, launch):
     with launch(DEPLOYMENTS[request.param], *TIGHT) as running:
         yield running

@@ -98,7 +98,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("processes", ["0", "1"])
+@pytest.mark.parametrize("processes", [pytest.param("0", marks=pytest.mark.nightly), "1"])
 def test_offline(processes, demo_pair, tmp_path, plugin_folder, prompts, expected):
     script, file = tmp_path / "offline.py", tmp_path / "deploy.toml"
     script.write_text(OFFLINE)

@@ -1,13 +1,11 @@
-"""The lookup on the device, against brute force and against the index on the host."""
+"""The lookup on the device, against brute force."""
 
 import ahead_of_time
-import numpy as np
 import pytest
 from interpreting import interpreted
 from suffix_lookup_cases import by_brute_force, filled, launches_of_lookup, looked_up
 
 import vllm_instant_kernels.suffix_lookup as module
-from vllm_instant_plugins.suffix.index import TokenIndex
 
 DRAFTS = 5
 
@@ -37,17 +35,6 @@ def test_own_tokens_are_searched_as_by_brute_force(numbers):
         for tokens, draft in zip(requests, found, strict=True):
             expected, _ = by_brute_force(tokens, tokens, True, DRAFTS)
             assert draft == filled(expected, tokens[-1], DRAFTS)
-
-
-def test_drafts_are_those_of_the_index_on_the_host(numbers):
-    # With at most 24 earlier positions the hash chain visits all of them, so that the candidates are the same.
-    for _ in range(6):
-        tokens = _random_tokens(numbers, 26, 3)
-        index = TokenIndex(64, growing=True)
-        index.append(np.array(tokens, np.int32))
-        lengths = np.arange(64)
-        match = index.propose(np.array(tokens[-32:], np.int32), DRAFTS, lengths / (lengths + 2.0), 0.0)
-        assert _drafts([tokens], [1], DRAFTS) == [filled(match.tokens.tolist(), tokens[-1], DRAFTS)]
 
 
 def test_a_request_that_sampled_nothing_gets_no_lookup():

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_instant_plugins.jit import compiled
-from vllm_instant_plugins.suffix.index import MAX_MATCH, Match
+from vllm_instant_plugins.suffix.vote import KINDS, SHORTEST, SOURCES
 
 PRIOR_MATCH = 2.0
-"""The prior confidence of a match of n tokens is n / (n + PRIOR_MATCH)."""
-PRIOR_WEIGHT = 8.0
-MEMORY = 0.998
-LEARNED_LENGTHS = MAX_MATCH + 129
-REQUEST_WEIGHT = 6.0
+PRIORS = (0.6, 0.8, 1.0, 0.75, 0.5, 0.25)
+"""The prior confidence after a match of n tokens is n / (n + PRIOR_MATCH), times this for each class of agreement."""
+PRIOR_WEIGHT = 5.0
+MEMORY = 0.99
+REQUEST_WEIGHT = 40.0
 """Weight of the assumption that a request is like the others, in expected hits."""
 REQUEST_MEMORY = 0.95
 
@@ -32,45 +32,48 @@ def count_accepted(draft: Sequence[int], sampled: Sequence[int]) -> tuple[int, i
 
 
 class ConfidenceCalibrator:
-    """Rate at which the token after a match is right, by the match's length."""
+    """Rates at which draft tokens of each kind are right: beta-Bernoulli with exponential forgetting."""
 
     def __init__(self) -> None:
-        length = np.arange(LEARNED_LENGTHS)
-        self._prior = length / (length + PRIOR_MATCH)
-        self._hits = np.zeros(LEARNED_LENGTHS)
-        self._trials = np.zeros(LEARNED_LENGTHS)
-        self.rates: npt.NDArray[np.float64] = self._prior.copy()
+        length = np.array(SHORTEST)
+        prior = np.outer(PRIORS, length / (length + PRIOR_MATCH))
+        self.table: npt.NDArray[np.float64] = np.zeros((4, KINDS))
+        """float64 ``[4, KINDS]``: rates, prior rates, and the hits and trials that are remembered."""
+        self.table[:2] = np.tile(prior.ravel(), SOURCES)
 
-    def observe(self, matched: npt.NDArray[np.int64], num_accepted: int) -> None:
-        """Learn from compared tokens that followed matches of these lengths; the first ``num_accepted`` were right."""
-        learn_rates(matched, num_accepted, self._prior, self._hits, self._trials, self.rates)
+    @property
+    def rates(self) -> npt.NDArray[np.float64]:
+        """float64 ``[KINDS]``."""
+        rates: npt.NDArray[np.float64] = self.table[0]
+        return rates
+
+
+def new_request_weights() -> npt.NDArray[np.float64]:
+    """What ``learn`` knows of a new request: float64 ``[2]``, expected and accepted tokens, remembered."""
+    return np.full(2, REQUEST_WEIGHT)
 
 
 @compiled
-def learn_rates(matched: Any, num_accepted: int, prior: Any, hits: Any, trials: Any, rates: Any) -> None:
-    """``ConfidenceCalibrator.observe``: beta-Bernoulli rates with exponential forgetting, by length of the match."""
-    for position in range(len(matched)):
-        at = min(matched[position], len(rates) - 1)
-        trials[at] = trials[at] * MEMORY + 1.0
-        hits[at] = hits[at] * MEMORY + (1.0 if position < num_accepted else 0.0)
-        rates[at] = (hits[at] + PRIOR_WEIGHT * prior[at]) / (trials[at] + PRIOR_WEIGHT)
+def learn(kinds: Any, confidence: Any, num_compared: int, num_accepted: int, table: Any, request_weights: Any) -> None:
+    """Learn from a draft's first ``num_compared`` tokens, of which ``num_accepted`` were right.
 
+    Args:
+        kinds: int64 ``[any]``, of each draft token.
+        confidence: float64 ``[any]``: the rate of each, given that those before it are right.
+        num_compared: see above; at most one more than ``num_accepted``.
+        num_accepted: see above.
+        table: ``ConfidenceCalibrator.table``.
+        request_weights: float64 ``[2]``; the second one by the first one is the factor of the request's confidences.
 
-class RequestCalibration:
-    """Accepted tokens of one request per expected one."""
-
-    def __init__(self) -> None:
-        self._expected = self._accepted = REQUEST_WEIGHT
-
-    @property
-    def factor(self) -> float:
-        """The factor of the request's confidences."""
-        return self._accepted / self._expected
-
-    def observe(self, match: Match, num_compared: int, num_accepted: int) -> None:
-        """Learn from a draft whose ``match`` has the confidence of any request."""
-        prior = (1.0 - REQUEST_MEMORY) * REQUEST_WEIGHT
-        # Confidences are conditional on the earlier tokens being right, as comparison is.
-        expected = float(match.confidence[:num_compared].sum())
-        self._expected = REQUEST_MEMORY * self._expected + prior + expected
-        self._accepted = REQUEST_MEMORY * self._accepted + prior + num_accepted
+    """
+    expected = 0.0
+    for position in range(num_compared):
+        kind = kinds[position]
+        hits = table[2, kind] * MEMORY + (1.0 if position < num_accepted else 0.0)
+        trials = table[3, kind] * MEMORY + 1.0
+        table[0, kind] = (hits + PRIOR_WEIGHT * table[1, kind]) / (trials + PRIOR_WEIGHT)
+        table[2, kind], table[3, kind] = hits, trials
+        expected += confidence[position]
+    prior = (1.0 - REQUEST_MEMORY) * REQUEST_WEIGHT
+    request_weights[0] = REQUEST_MEMORY * request_weights[0] + prior + expected
+    request_weights[1] = REQUEST_MEMORY * request_weights[1] + prior + num_accepted

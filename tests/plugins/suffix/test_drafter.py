@@ -7,9 +7,8 @@ import pytest
 
 from vllm_instant import DraftRequest
 from vllm_instant_plugins.suffix.cache_salt_groups import MAX_GROUPS
-from vllm_instant_plugins.suffix.calibration import ConfidenceCalibrator, RequestCalibration, count_accepted
+from vllm_instant_plugins.suffix.calibration import count_accepted
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
-from vllm_instant_plugins.suffix.index import Match
 from vllm_instant_plugins.suffix.plugin import SuffixOptions
 
 
@@ -97,10 +96,10 @@ def test_confidence_is_the_acceptance_rate():
     drafter = SuffixDrafter(4096, 0)
     tokens = list(range(8))
     said = kept = 0.0
-    for step in range(1500):
+    for step in range(3000):
         draft = drafter.propose([_request("a", tokens, most=1, prompt=8)])[0]
         token = int(random.integers(0, 1000)) + 8 if random.random() < 0.5 else tokens[-7]
-        if len(draft.token_ids) and step > 500:
+        if len(draft.token_ids) and step > 1500:
             said += draft.confidence[0]
             kept += draft.token_ids[0] == token
         tokens.append(token)
@@ -113,26 +112,6 @@ def test_confidence_is_the_acceptance_rate():
 )
 def test_only_what_can_be_compared_counts(proposed, came, expected):
     assert count_accepted(np.array(proposed, np.int32), np.array(came, np.int32)) == expected
-
-
-def test_rates_are_learned_by_length_of_the_match():
-    rates = ConfidenceCalibrator()
-    for _ in range(300):
-        rates.observe(np.array([2, 3]), 0)
-        rates.observe(np.array([10]), 1)
-    assert rates.rates[2] < 0.1
-    assert rates.rates[10] > 0.9
-    assert rates.rates[20] == pytest.approx(20 / 22)
-
-
-def test_an_unpredictable_request_has_lower_confidence():
-    found = Match(np.array([1, 2], np.int32), np.array([0.8, 0.8]), np.array([4, 5]), 1.44)
-    one, other = RequestCalibration(), RequestCalibration()
-    assert one.factor == 1.0
-    for _ in range(20):
-        one.observe(found, 1, 0)
-        other.observe(found, 2, 2)
-    assert one.factor < 0.5 < 1.0 < other.factor
 
 
 @pytest.mark.perf

@@ -74,7 +74,7 @@ FILES = {
     ),
 }
 
-# Only vLLM's own parser knows these.
+# Only vLLM's own parser knows these, which takes long to load.
 ENGINE_ARGUMENTS = {
     "unknown engine argument": ("[vllm]\nmax_num_seq = 3\n", ["[vllm] max_num_seq", "did you mean max_num_seqs"]),
     "engine argument of the wrong type": ('[vllm]\nmax_num_seqs = "many"\n', ["[vllm] max_num_seqs", "many"]),
@@ -116,7 +116,11 @@ def _assert_one_clear_error(result: subprocess.CompletedProcess[str], file: Path
         assert word in sentences[0]
 
 
-@pytest.mark.parametrize("name", [*FILES, *(pytest.param(name, marks=pytest.mark.engine) for name in ENGINE_ARGUMENTS)])
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.engine, *([] if name == "unknown engine argument" else [pytest.mark.nightly])]
+
+
+@pytest.mark.parametrize("name", [*FILES, *(pytest.param(name, marks=_marks(name)) for name in ENGINE_ARGUMENTS)])
 def test_one_clear_error(name, tmp_path, folder_with_broken_plugin):
     content, words = {**FILES, **ENGINE_ARGUMENTS}[name]
     file = tmp_path / "deploy.toml"

@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ class Replay:
     drafted: int = 0
     generated: int = 0
     """Tokens of all answers."""
-    seconds: float = 0.0
-    """Time spent in the drafter."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Time spent in the drafter, by step."""
 
     @property
     def accepted_per_step(self) -> float:
@@ -92,7 +92,7 @@ def replay(
             asked = DraftRequest(str(number), tokens[:end], len(request.prompt), max_draft_tokens)
             started = time.perf_counter()
             answer = drafter.propose([asked])
-            found.seconds += time.perf_counter() - started
+            found.step_seconds.append(time.perf_counter() - started)
             if len(answer) != 1:
                 raise ContractError(f"propose() must return one draft per request: 1 request, found {len(answer)}")
             end += found.count(checked_draft(answer[0], asked, vocab_size), tokens[end:].tolist()) + 1

@@ -158,5 +158,5 @@ def _columns(found: Replay) -> list[str]:
         f"{found.drafted / found.steps:.2f}",
         f"{found.accepted_per_step:.2f}",
         f"{1 + found.accepted_per_step:.2f}",
-        f"{found.seconds / found.steps * 1e6:.0f}",
+        f"{sum(found.step_seconds) / found.steps * 1e6:.0f}",
     ]
