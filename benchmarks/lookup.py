@@ -220,8 +220,8 @@ def arms(max_model_len: int) -> dict[tuple[str, float], Callable[[], Cut | Arcti
 def main() -> None:
     """Replay, print, write ``benchmarks/results/lookup.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=15_000, help="tokens to generate per class")
-    parser.add_argument("--passes", type=int, default=3, help="how often everything is replayed, for the times")
+    parser.add_argument("--tokens", type=int, default=45_000, help="tokens to generate per class")
+    parser.add_argument("--passes", type=int, default=2, help="how often everything is replayed, for the times")
     parser.add_argument("--output", type=Path, default=HERE / "results/lookup.json")
     options = parser.parse_args()
     requests = streams(options.tokens)
