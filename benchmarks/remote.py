@@ -32,6 +32,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 from remote_replay import ORACLE, TRAINED, Link, settings
 from results import HERE, python_path, write
 
@@ -89,6 +90,11 @@ class Replay:
         self._process.stdin.write(settings(link))
         self._process.stdin.flush()
         return sum(self._read().values())
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the process so far, which it takes from the engine's cores."""
+        used = psutil.Process(self._process.pid).cpu_times()
+        return float(used.user + used.system)
 
     def stop(self) -> None:
         """End the process."""
@@ -229,10 +235,11 @@ def one_round(
             found[arm] = burst(arms[arm], prompts, tokens)
             continue
         for link in order.sample(links, len(links)):
-            before = replay.use(link)
+            before, cpu, began = replay.use(link), replay.cpu_seconds(), time.perf_counter()
             speed = burst(arms[REMOTE], prompts, tokens)
-            passed = replay.use(link) - before
-            found[name_of(link) + link.drafts] = {REMOTE: speed, "bytes_per_token": passed / (users * tokens)}
+            share = (replay.cpu_seconds() - cpu) / (time.perf_counter() - began)
+            passed = (replay.use(link) - before) / (users * tokens)
+            found[name_of(link) + link.drafts] = {REMOTE: speed, "bytes_per_token": passed, "cores_of_replay": share}
     return found
 
 
@@ -253,6 +260,7 @@ def cell_of(
         "remote_to_local": vars(ratio_interval(speeds[REMOTE], speeds[LOCAL])),
         "tokens_per_second": {arm: vars(median_interval(found)) for arm, found in speeds.items()},
         "bytes_per_token": float(np.median([row["bytes_per_token"] for row in rounds])),
+        "cores_of_replay": float(np.median([row["cores_of_replay"] for row in rounds])),
         "rounds": [dict(row) for row in rounds],
     }
 

@@ -19,11 +19,13 @@ def speed(runs: Sequence[Run]) -> str:
             interval(cell["remote_to_off"]),
             interval(cell["remote_to_local"]),
             f"{cell['bytes_per_token']:.0f}",
+            f"{cell['cores_of_replay']:.0%}" if "cores_of_replay" in cell else "",
         ]
         for cell in cells
     ]
     head = ["drafts", "delay each way", "users", "no speculation, tokens/s", "draft model here, tokens/s"]
     head += ["remote, tokens/s", "remote / no speculation", "remote / draft model here", "bytes per token"]
+    head += ["core taken by the stand-in for the network and the draft server"]
     made = table(head, rows)
     for cell in cells_of(runs, "speed"):
         if cell["part"] == "answers":

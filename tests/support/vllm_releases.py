@@ -1,9 +1,12 @@
-"""The Python sources of vLLM releases that are not installed, downloaded once into the user's cache folder."""
+"""Sources and tests of vLLM releases, downloaded once into the user's cache folder."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -31,3 +34,28 @@ def sources(version: str) -> Path:
         wheel.unlink()
         marker.touch()
     return package
+
+
+def own_tests(version: str) -> Path | None:
+    """A folder with the package ``tests`` of a release's source distribution; None where it cannot be fetched."""
+    cache = Path(platformdirs.user_cache_dir("vllm-instant")) / f"vllm-{version}-tests"
+    if not (cache / "complete").exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            # pip unpacks a source distribution to read its metadata, which needs build tools that may be missing: what
+            # it has unpacked by then is all that is wanted.
+            options = ["-q", "--no-clean", "--no-deps", "--no-binary=vllm", "--no-build-isolation", "-d", folder]
+            subprocess.run(
+                [sys.executable, "-m", "pip", "download", *options, f"vllm=={version}"],
+                check=False,
+                capture_output=True,
+                timeout=300,
+                env={**os.environ, "TMPDIR": folder, "VLLM_TARGET_DEVICE": "empty"},
+            )
+            found = next(Path(folder).glob("pip-download-*/vllm_*/tests"), None)
+            if found is None:
+                return None
+            shutil.rmtree(cache / "tests", ignore_errors=True)
+            shutil.move(found, cache / "tests")
+        (cache / "complete").touch()
+    return cache
