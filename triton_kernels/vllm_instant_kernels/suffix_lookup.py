@@ -1,8 +1,8 @@
 """Lookup of the newest tokens among earlier ones, on the device and without synchronisation with the host.
 
 The newest ``MAX_CANDIDATES`` earlier occurrences of the last two tokens vote, weighted by the square of the length of
-their match. Where the host follows a hash chain (``vllm_instant_plugins.suffix.index``), the device scans all positions in
-parallel:
+their match. Where the host follows a hash chain (``vllm_instant_plugins.suffix.index``), the device scans all positions
+in parallel:
 
 * ``_find``, one program per request and block of positions: the newest occurrences in that block.
 * ``_vote``, one program per request: the newest occurrences of all blocks, the lengths of their matches, and the vote.
