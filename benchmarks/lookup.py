@@ -49,7 +49,7 @@ Texts = Iterator[tuple[str, str]]
 def code_edits() -> Texts:
     """A module of the standard library in which one name is changed."""
     for name, source in _modules():
-        old, new = _most_used(source), "renamed"
+        old, new = _frequent_name(source), "renamed"
         yield f"Rename `{old}` to `{new}` in {name} and repeat it:\n{source}\n", _renamed(source, old, new)
 
 
@@ -79,7 +79,7 @@ def records() -> Texts:
 def agent_turns() -> Texts:
     """An agent that reads a module and renames a name in it line by line; each of its turns is a request."""
     for name, source in _modules():
-        old, new = _most_used(source), "renamed"
+        old, new = _frequent_name(source), "renamed"
         said = f"user: Rename `{old}` to `{new}` in {name}.\n"
         lines = [line for line in dict.fromkeys(source.splitlines()) if re.search(rf"\b{old}\b", line)][:8]
         turns = [({"tool": "read_file", "arguments": {"path": name}}, source)]
@@ -109,11 +109,11 @@ def _modules() -> Iterator[tuple[str, str]]:
             yield found.name, found.text[:MAX_CHARACTERS].rpartition("\n")[0]
 
 
-def _most_used(source: str) -> str:
+def _frequent_name(source: str) -> str:
     """The name that occurs most often."""
     names = Counter(re.findall(r"\b[A-Za-z_]{4,}\b", source))
     known = {*keyword.kwlist, *dir(builtins)}
-    return next(name for name, _ in names.most_common() if name not in known)
+    return next(name for name, _ in sorted(names.items(), key=lambda found: -found[1]) if name not in known)
 
 
 def _renamed(text: str, old: str, new: str) -> str:

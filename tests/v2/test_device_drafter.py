@@ -20,17 +20,28 @@ ALWAYS = (
     f'[speculation]\nplugin = "fixed"\nnum_draft_tokens = {DRAFTS}\n'
     f'[drafter]\nplugin = "suffix"\nnum_speculative_tokens = {DRAFTS}\nhistory_tokens = 512\n'
 )
+BESIDE_A_MODEL = ALWAYS.replace('"suffix"', '"hybrid"\nmodel = "DRAFT"\ndraft_sample_method = "probabilistic"')
 
 
 @pytest.fixture(scope="module")
 def results(generated, demo_pair):
     job = Job(str(demo_pair.target), PROMPTS, max_tokens=14, cache_salt="tenant")
-    return generated({"alone": job, "always": replace(job, deployment=ALWAYS)})
+    hybrid = BESIDE_A_MODEL.replace("DRAFT", str(demo_pair.draft))
+    return generated(
+        {"alone": job, "always": replace(job, deployment=ALWAYS), "hybrid": replace(job, deployment=hybrid)}
+    )
 
 
-@pytest.fixture(scope="module")
-def always(results):
-    return results["always"]
+@pytest.fixture(scope="module", params=["always", "hybrid"])
+def always(request, results):
+    return results[request.param]
+
+
+def test_beside_a_draft_model_both_draft(results):
+    found = results["hybrid"]
+    assert found["draft_model_calls"] > 0
+    assert 0 < found["used_own"] < found["asked_own"]
+    assert found["accepted"] >= results["always"]["accepted"]
 
 
 def test_it_runs_on_the_v2_runner_under_asynchronous_scheduling(always):

@@ -162,10 +162,11 @@ def _vote(
 
     num_written = NUM_DRAFTS
     if IS_RING:
-        num_written = tl.where(expected > tl.load(expected_ptr + request), NUM_DRAFTS, 0)
+        expected_own = tl.load(expected_ptr + request)
+        num_written = tl.where(expected > expected_own, NUM_DRAFTS, 0)
+        expected = tl.maximum(expected, expected_own)
     tl.store(drafts_ptr + request * NUM_DRAFTS + position_of, drafts, mask=position_of < num_written)
-    if not IS_RING:
-        tl.store(expected_ptr + request, expected)
+    tl.store(expected_ptr + request, expected)
 
 
 @triton.jit(do_not_specialize=["row", "num_prompt_tokens", "group", "capacity"])
@@ -252,7 +253,8 @@ class SuffixLookup:
         cells = (max_num_seqs, self._max_blocks)
         self._places = torch.zeros((*cells, MAX_CANDIDATES.value), dtype=torch.int64, device=device)
         self._counts = torch.zeros(cells, dtype=torch.int32, device=device)
-        self._expected = torch.zeros(max_num_seqs, dtype=torch.float32, device=device)
+        self.expected = torch.zeros(max_num_seqs, dtype=torch.float32, device=device)
+        """float32 ``[max_num_seqs]``: expected accepted tokens of the last drafts; 0 where nothing was found."""
         self.drafts = torch.zeros((max_num_seqs, num_drafts), dtype=torch.int64, device=device)
 
     def propose(self, batch: LookupBatch, groups: torch.Tensor | None = None) -> torch.Tensor:
@@ -301,7 +303,7 @@ class SuffixLookup:
             self._places,
             self._counts,
             self.drafts,
-            self._expected,
+            self.expected,
             stride,
             capacity,
             num_blocks,

@@ -176,3 +176,18 @@ class DeviceDrafter(Protocol):
     def forget_on_device(self, request: DeviceRequest) -> None:
         """Drop the state of a request that ended or was aborted. Optional."""
         return None
+
+
+@runtime_checkable
+class HybridDeviceDrafter(DeviceDrafter, Protocol):
+    """A ``DeviceDrafter`` beside a draft model that vLLM runs in every step with drafts.
+
+    Its plugin has both ``build_on_device`` and ``engine_arguments``, which configure the draft model.
+    """
+
+    def prefers_own(self, batch: DeviceDraftBatch) -> torch.Tensor:
+        """Return bool ``[requests]`` on the device: whose drafts of ``propose_on_device`` replace the model's.
+
+        Called after ``propose_on_device`` with the same batch.
+        """
+        ...

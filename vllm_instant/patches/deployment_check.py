@@ -128,8 +128,12 @@ def _hybrid(vllm_config: Any, deployment: Deployment) -> Iterator[tuple[str, str
     brings_model = plugin.build is not None and plugin.engine_arguments is not None
     if speculative is None or not brings_model or not uses_drafter_plugin(deployment, speculative):
         return
-    if vllm_config.use_v2_model_runner:
+    if not vllm_config.use_v2_model_runner:
+        return
+    if plugin.build_on_device is None:
         yield REFUSED, f"needs the V1 model runner: {V1_HINT}"
+    else:
+        yield LIMITED, "the draft model runs in every step with drafts, also where the other source drafts"
 
 
 def _sampler(vllm_config: Any, deployment: Deployment) -> Iterator[tuple[str, str]]:

@@ -245,7 +245,7 @@ def _init_v2_runner(initialize: Any, runner: Any, vllm_config: Any, *args: Any, 
     deployment, speculative = deployment_env.get_deployment(), vllm_config.speculative_config
     if deployment is not None and speculative is not None:
         plugin = installed_plugin(deployment, "drafter").plugin
-        is_hybrid = plugin.build is not None and plugin.engine_arguments is not None
+        is_hybrid = plugin.build is not None and plugin.engine_arguments is not None and plugin.build_on_device is None
         if is_hybrid and uses_drafter_plugin(deployment, speculative):
             raise PluginStartError(
                 f"plugin {plugin.name} of slot drafter needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0"

@@ -40,7 +40,7 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
         and deployment is not None
         and installed_plugin(deployment, "drafter").plugin.confident
         # The number of tokens to verify is fixed before a drafter on the device has proposed any.
-        and not drafts_on_device(speculative),
+        and not (drafts_on_device(speculative) or vllm_config.use_v2_model_runner),
         full_graphs=full_graphs_of(vllm_config),
         itl_slo_ms=deployment.slots["speculation"].options.get("itl_slo_ms") if deployment is not None else None,
         tokenizer="" if vllm_config.model_config.skip_tokenizer_init else vllm_config.model_config.tokenizer or "",

@@ -44,6 +44,7 @@ from vllm_instant.patches import (
     streaming,
     v2_draft_model,
     v2_drafter,
+    v2_hybrid,
     worker_reports,
 )
 from vllm_instant.patches.compat import VllmPatch, forget_sources, installed_vllm
@@ -65,6 +66,7 @@ PATCHES: tuple[VllmPatch, ...] = tuple(
         draft_model_skip,
         v2_draft_model,
         v2_drafter,
+        v2_hybrid,
         hybrid_drafting,
         full_graphs,
         worker_reports,

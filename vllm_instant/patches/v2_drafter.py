@@ -18,12 +18,16 @@ from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.deployment.errors import DeploymentError, Problem
 from vllm_instant.deployment.resolved import PLUGIN_DRAFTER, installed_plugin
-from vllm_instant.interfaces.drafter import DeviceDraftBatch, DeviceDrafter, DeviceRequest
+from vllm_instant.interfaces.deployment import Deployment
+from vllm_instant.interfaces.drafter import DeviceDraftBatch, DeviceDrafter, DeviceRequest, HybridDeviceDrafter
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.draft_lengths import DEVICE_METHOD, drafts_on_device
 from vllm_instant.patches.names import ENGINE_ARGUMENTS, MODEL_RUNNER, PLAN_ATTRIBUTE, V2_MODEL_RUNNER
-from vllm_instant.patches.plugin_factory import PluginStartError, build_guarded, context_of
+from vllm_instant.patches.plugin_factory import PluginStartError, build_guarded, context_of, uses_drafter_plugin
 from vllm_instant.speculation.draft_plan import DraftPlan
+
+OWN_ATTRIBUTE = "instant_own_drafts"
+"""Attribute of vLLM's speculator with the ``PluginSpeculator`` beside it."""
 
 
 class PluginSpeculator:
@@ -110,13 +114,24 @@ class PluginSpeculator:
     ) -> Any:
         """Draft tokens, int64 ``[num_reqs, max_draft_tokens]``; arguments as of vLLM's ``BaseSpeculator.propose``."""
         drafts = self.drafts[: input_batch.num_reqs]
+        batch = self.batch_of(input_batch, num_sampled, num_speculative_tokens, dummy_run)
+        if batch is None:
+            return drafts
+        answer = self.ask(batch)
+        # vLLM writes -1 behind the planned tokens of earlier steps, which must not reach the model.
+        return drafts.zero_() if answer is None else answer
+
+    def batch_of(
+        self, input_batch: Any, num_sampled: Any, num_speculative_tokens: int | None, dummy_run: bool
+    ) -> DeviceDraftBatch | None:
+        """What the plugin gets of a step; None where nothing is drafted."""
         most = self.drafts.shape[1]
         planned = most if num_speculative_tokens is None else num_speculative_tokens
         if dummy_run or planned == 0:
-            return drafts
+            return None
         state = self.request_state
         upper_bound = int((input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens).max()) + 1
-        batch = DeviceDraftBatch(
+        return DeviceDraftBatch(
             input_batch.req_ids,
             self._plan.cache_salts,
             planned,
@@ -126,9 +141,10 @@ class PluginSpeculator:
             num_sampled,
             min(upper_bound, state.max_model_len),
         )
-        answer = self.drafter.call("propose_on_device", functools.partial(self._ask, batch=batch), None)
-        # vLLM writes -1 behind the planned tokens of earlier steps, which must not reach the model.
-        return drafts.zero_() if answer is None else answer
+
+    def ask(self, batch: DeviceDraftBatch) -> Any:
+        """The plugin's drafts, int64 ``[num_reqs, max_draft_tokens]``; None after a failure."""
+        return self.drafter.call("propose_on_device", functools.partial(self._ask, batch=batch), None)
 
     def _ask(self, drafter: DeviceDrafter, batch: DeviceDraftBatch) -> Any:
         """The drafter's answer, in a tensor of our own in which every entry is a token of the vocabulary."""
@@ -139,6 +155,23 @@ class PluginSpeculator:
                 f"int64 drafts of shape {list(drafts.shape)} were due, found {answer.dtype} {list(answer.shape)}"
             )
         return drafts.copy_(answer).clamp_(0, self.vocab_size - 1)
+
+
+def own_drafts(speculator: Any) -> PluginSpeculator | None:
+    """The plugin's part of the V2 runner's speculator; None where it has none."""
+    found = speculator if isinstance(speculator, PluginSpeculator) else getattr(speculator, OWN_ATTRIBUTE, None)
+    return found if isinstance(found, PluginSpeculator) else None
+
+
+def brings_draft_model(deployment: Deployment, speculative_config: Any) -> bool:
+    """Whether the server drafts with a plugin that drafts on the device beside a draft model of vLLM."""
+    plugin = installed_plugin(deployment, "drafter").plugin
+    return bool(
+        speculative_config is not None
+        and plugin.build_on_device is not None
+        and plugin.engine_arguments is not None
+        and uses_drafter_plugin(deployment, speculative_config)
+    )
 
 
 def _forget(drafter: DeviceDrafter, request: DeviceRequest) -> None:
@@ -188,14 +221,25 @@ def _refuse_host_drafter() -> None:
 
 
 def _init_speculator(initialize: Any, vllm_config: Any, device: Any, request_state: Any) -> Any:
-    deployment = deployment_env.get_deployment()
-    if deployment is None or not drafts_on_device(vllm_config.speculative_config):
+    deployment, speculative = deployment_env.get_deployment(), vllm_config.speculative_config
+    alone = drafts_on_device(speculative)
+    if deployment is None or not (alone or brings_draft_model(deployment, speculative)):
         return initialize(vllm_config, device, request_state)
     context = context_of(vllm_config, deployment)
     drafter = build_guarded("drafter", deployment, context, on_device=True)
     if drafter is None:
         raise PluginStartError("the plugin of slot drafter has no build_on_device, which the V2 model runner needs")
-    return PluginSpeculator(drafter, request_state, context.num_speculative_tokens, context.vocab_size, device)
+    own = PluginSpeculator(drafter, request_state, context.num_speculative_tokens, context.vocab_size, device)
+    if alone:
+        return own
+    if not isinstance(drafter.instance, HybridDeviceDrafter):
+        raise PluginStartError(
+            f"plugin {drafter.plugin} of slot drafter cannot start: it brings a draft model, so that its "
+            f"{type(drafter.instance).__name__} must be a vllm_instant.interfaces.drafter.HybridDeviceDrafter"
+        )
+    speculator = initialize(vllm_config, device, request_state)
+    setattr(speculator, OWN_ATTRIBUTE, own)
+    return speculator
 
 
 def _init_v1_runner(initialize: Any, runner: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -210,8 +254,8 @@ def _init_v1_runner(initialize: Any, runner: Any, vllm_config: Any, *args: Any, 
 
 def _finish_requests(finish: Any, runner: Any, scheduler_output: Any) -> Any:
     """Every step begins with this; ended requests still have their rows."""
-    speculator = runner.speculator
-    if isinstance(speculator, PluginSpeculator):
+    speculator = own_drafts(runner.speculator)
+    if speculator is not None:
         speculator.begin_step(getattr(scheduler_output, PLAN_ATTRIBUTE, None) or DraftPlan())
         # Sorted, because the order of a set differs between processes and the ranks must do the same.
         for request_id in sorted(scheduler_output.finished_req_ids):

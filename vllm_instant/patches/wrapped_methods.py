@@ -30,6 +30,7 @@ from vllm_instant.patches import (
     streaming,
     v2_draft_model,
     v2_drafter,
+    v2_hybrid,
     worker_reports,
 )
 from vllm_instant.patches.compat import VllmPatch
@@ -75,7 +76,9 @@ METHODS: dict[str, tuple[VllmPatch, ...]] = {
     f"{_V2}.finish_requests": (v2_drafter.PATCH,),
     f"{names.V2_MODEL_RUNNER}:init_speculator": (v2_drafter.PATCH,),
     f"{names.V2_REJECTION_SAMPLER}:RejectionSampler.__init__": (rejection_sampler.PATCH,),
-    f"{names.V2_DRAFT_MODEL}:StandaloneARSpeculator.propose": (v2_draft_model.PATCH,),
+    # The plugin's drafts may replace what the draft model has made, of as many as were planned.
+    f"{names.V2_DRAFT_MODEL}:StandaloneARSpeculator.propose": (v2_hybrid.PATCH, v2_draft_model.PATCH),
+    f"{names.V2_STATES}:RequestState.__init__": (v2_hybrid.PATCH,),
     f"{names.V2_NGRAM}:NgramGPUSpeculator.propose": (v2_draft_model.PATCH,),
     # The engine core: drafts that came with the tokens are used before the engine core decides whether to fetch any.
     f"{_CORE}.post_step": (single_rpc.PATCH, engine_core.PATCH),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from vllm_instant import Deployment, Plugin, PluginContext
 from vllm_instant_plugins import draft_folder
 from vllm_instant_plugins.hybrid.drafter import LookupHybridDrafter
-from vllm_instant_plugins.suffix.plugin import SuffixOptions
+from vllm_instant_plugins.suffix.cache_salt_groups import CacheSaltGroups
+from vllm_instant_plugins.suffix.plugin import SuffixOptions, device_lookup
 from vllm_instant_plugins.suffix.plugin import build as build_lookup
+
+if TYPE_CHECKING:
+    from vllm_instant_plugins.hybrid.device_drafter import LookupHybridDeviceDrafter
 
 
 class HybridOptions(SuffixOptions):
@@ -34,12 +39,28 @@ def _engine_arguments(options: HybridOptions) -> Mapping[str, Any]:
     }
     if options.draft_sample_method is not None:
         speculative["draft_sample_method"] = options.draft_sample_method
-    # The lookup needs each step's tokens on the host before the next one begins.
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        return {"speculative_config": speculative}
+    # A lookup on the host needs each step's tokens before the next one begins.
     return {"speculative_config": speculative, "async_scheduling": False}
 
 
 def _build(options: HybridOptions, context: PluginContext) -> LookupHybridDrafter:
     return LookupHybridDrafter(build_lookup(options, context), context.num_speculative_tokens)
+
+
+def _build_on_device(options: HybridOptions, context: PluginContext) -> LookupHybridDeviceDrafter:
+    """The lookup on the device, with its kernels compiled."""
+    from vllm_instant_plugins.hybrid.device_drafter import LookupHybridDeviceDrafter
+
+    drafter = LookupHybridDeviceDrafter(
+        device_lookup(options, context),
+        CacheSaltGroups(options.share_across_cache_salts),
+        context.device,
+        context.num_speculative_tokens,
+    )
+    drafter.warm_up()
+    return drafter
 
 
 def validate(deployment: Deployment) -> Iterable[str]:
@@ -55,6 +76,7 @@ PLUGIN = Plugin(
     summary="lookup or draft model, for each request and step whichever is expected to gain more",
     options=HybridOptions,
     build=_build,
+    build_on_device=_build_on_device,
     engine_arguments=_engine_arguments,
     confident=True,
 )

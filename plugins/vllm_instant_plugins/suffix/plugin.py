@@ -11,6 +11,7 @@ from vllm_instant_plugins.suffix.cache_salt_groups import CacheSaltGroups
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
 
 if TYPE_CHECKING:
+    from vllm_instant_kernels.suffix_lookup import SuffixLookup
     from vllm_instant_plugins.suffix.device_drafter import SuffixDeviceDrafter
 
 
@@ -38,19 +39,25 @@ def build(options: SuffixOptions, context: PluginContext) -> SuffixDrafter:
     return drafter
 
 
-def build_on_device(options: SuffixOptions, context: PluginContext) -> SuffixDeviceDrafter:
-    """The drafter on the device, with its kernels compiled."""
+def device_lookup(options: SuffixOptions, context: PluginContext) -> SuffixLookup:
+    """The kernels of a lookup on the device, with their workspace."""
     from vllm_instant_kernels.suffix_lookup import SuffixLookup
-    from vllm_instant_plugins.suffix.device_drafter import SuffixDeviceDrafter
 
-    lookup = SuffixLookup(
+    return SuffixLookup(
         context.max_num_seqs,
         context.max_model_len,
         context.num_speculative_tokens,
         options.history_tokens,
         context.device,
     )
-    drafter = SuffixDeviceDrafter(lookup, CacheSaltGroups(options.share_across_cache_salts), context.device)
+
+
+def build_on_device(options: SuffixOptions, context: PluginContext) -> SuffixDeviceDrafter:
+    """The drafter on the device, with its kernels compiled."""
+    from vllm_instant_plugins.suffix.device_drafter import SuffixDeviceDrafter
+
+    groups = CacheSaltGroups(options.share_across_cache_salts)
+    drafter = SuffixDeviceDrafter(device_lookup(options, context), groups, context.device)
     drafter.warm_up()
     return drafter
 

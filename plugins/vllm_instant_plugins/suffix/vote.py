@@ -1,8 +1,8 @@
 """Drafts from earlier occurrences: at each position the token for which most of them vote.
 
 The occurrences come from a request's own tokens, from the outputs of other requests, and from where a longer copy of
-the request's own tokens was left: edited text goes on there, once the edit has passed. A draft token is as confident as
-such tokens were right before (``ConfidenceCalibrator``), by source, by length of the match and by agreement.
+the request's own tokens was left: edited text continues there, once the edit has passed. A draft token is as confident
+as such tokens were right before (``ConfidenceCalibrator``), by source, by length of the match and by agreement.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RESUMED_LENGTH, RESUMED_MATCH_LENGTH = 1, 2
 
 @compiled
 def resumed(own: Any, stop: int, newest: Any, left_at: int) -> tuple[int, int]:
-    """Where a copy goes on that was left at ``left_at``, whose token was wrong: position and length of the match.
+    """Where a copy continues that was left at ``left_at``, whose token was wrong: position and length of the match.
 
     The token may have been replaced, something may have been put before it, or some tokens may be left out: the place
     before which most of the newest tokens stand, in this order.
@@ -94,7 +94,7 @@ def vote(
 ) -> int:
     """Continue occurrences by a vote at each position, weighted by the fourth power of their match's length.
 
-    Those that disagree with the chosen token say nothing about the tokens behind it, and drop out.
+    Occurrences that disagree with the chosen token say nothing about the tokens behind it, and drop out.
 
     Args:
         own: int32 ``[capacity]``, the request's tokens; ``own_stop`` of them count.

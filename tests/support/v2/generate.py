@@ -73,6 +73,10 @@ class Result:
     preempted: int = 0
     host_syncs: list[str] = field(default_factory=list)
     """Operations of this package that would wait for the device in a step."""
+    asked_own: int = 0
+    """Drafts that a plugin was asked for beside a draft model."""
+    used_own: int = 0
+    """Those of them that replaced the model's."""
     drafts: str = ""
     """Digest of all drafts that a plugin on the device proposed."""
 
@@ -122,6 +126,8 @@ def _keep_asynchronous_scheduling(asynchronous: bool) -> None:
 def _generate(job: Job) -> Result:
     from vllm import LLM
 
+    from vllm_instant.patches.v2_drafter import own_drafts
+
     arguments: dict[str, Any] = {"max_num_seqs": job.max_num_seqs}
     if job.kv_blocks is not None:
         arguments |= {"num_gpu_blocks_override": job.kv_blocks, "block_size": 32}
@@ -145,8 +151,10 @@ def _generate(job: Job) -> Result:
     _record_steps(core.scheduler, result)
     runner = core.model_executor.driver_worker.worker.model_runner
     _record_host_syncs(runner, result)
+    _count_own_drafts(result)
     digest = _record_drafts(runner)
-    drafter = getattr(getattr(runner, "speculator", None), "drafter", None)
+    own = own_drafts(getattr(runner, "speculator", None))
+    drafter = own.drafter if own is not None else None
     if drafter is not None:
         drafter.is_timed = False  # calls in Triton's interpreter, beside other tests, are slow
     result.token_ids = _answers(llm.llm_engine, job)
@@ -223,6 +231,19 @@ def _record_drafts(runner: Any) -> Any:
 
         speculator.propose = recorded
     return digest
+
+
+def _count_own_drafts(result: Result) -> None:
+    from vllm_instant.patches import v2_hybrid
+
+    mixed = v2_hybrid.mixed
+
+    def counted(drafts: Any, own: Any, chosen: Any, *arguments: Any) -> Any:
+        result.asked_own += len(chosen)
+        result.used_own += int(chosen.numpy().sum())
+        return mixed(drafts, own, chosen, *arguments)
+
+    v2_hybrid.mixed = counted
 
 
 def _failures_of_samplers(runner: Any) -> int:

@@ -1,11 +1,14 @@
 """What each slot can do, by rules over a resolved configuration."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from vllm_instant.deployment.settings import resolve
+from vllm_instant.patches import deployment_check
 from vllm_instant.patches.deployment_check import findings_of, summary_of
+from vllm_instant_plugins.hybrid import plugin as hybrid
 
 Mode = pytest.importorskip("vllm.config.compilation").CUDAGraphMode
 EVERY = [(1, 60, 4), (61, 61, 2), (62, 62, 1), (63, 64, 0)]
@@ -91,10 +94,15 @@ def test_a_default_drafter_that_is_left_out_is_a_limit_and_no_speculation_is_non
     assert findings_of(_config(method=None), resolve(None, ("speculation.plugin=off",))) == []
 
 
-def test_a_hybrid_drafter_is_refused_on_the_v2_runner():
+def test_a_hybrid_drafter_is_limited_on_the_v2_runner_and_refused_where_it_drafts_on_the_host_alone(monkeypatch):
     chosen = ("drafter.plugin=hybrid", "drafter.model=org/draft")
     deployment = resolve(None, ("rejection_sampler.plugin=native", *chosen))
-    assert [(f.slot, f.verdict) for f in findings_of(_config(), deployment)] == [("drafter", "refused")]
+    assert [(f.slot, f.verdict) for f in findings_of(_config(), deployment)] == [("drafter", "limited")]
+    plugin = replace(hybrid.PLUGIN, build_on_device=None)
+    monkeypatch.setattr(deployment_check, "installed_plugin", lambda *_: SimpleNamespace(plugin=plugin))
+    [(verdict, _)] = deployment_check._hybrid(_config(), deployment)
+    assert verdict == "refused"
+    monkeypatch.undo()
     assert [f.slot for f in findings_of(_config(v2=False, asynchronous=False, mode="NONE"), deployment)] == []
 
 

@@ -1,5 +1,6 @@
 """Drafting by a plugin beside a draft model, with a runner made of arrays."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from patch_harness import wrap
 
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.deployment.resolved import drafter_arguments
+from vllm_instant.deployment.resolved import drafter_arguments, installed_plugin
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.interfaces.drafter import DraftAssignment, HybridDrafter
 from vllm_instant.interfaces.speculation import UNAFFORDABLE
@@ -193,10 +194,15 @@ def test_a_plugin_that_fails_leaves_the_model_alone(assignments):
     assert hybrid.drafter.disabled
 
 
-@pytest.mark.parametrize(("drafter", "refused"), [("hybrid", True), ("suffix", False)])
-def test_the_v2_runner_is_refused_because_it_would_ignore_the_plugin(monkeypatch, drafter, refused):
-    deployment = resolve(None, [f"drafter.plugin={drafter}", *(["drafter.model=m"] if refused else [])])
+@pytest.mark.parametrize(
+    ("drafter", "on_device", "refused"), [("hybrid", False, True), ("hybrid", True, False), ("suffix", True, False)]
+)
+def test_the_v2_runner_is_refused_where_it_would_ignore_the_plugin(monkeypatch, drafter, on_device, refused):
+    deployment = resolve(None, [f"drafter.plugin={drafter}", *(["drafter.model=m"] if drafter == "hybrid" else [])])
     monkeypatch.setattr(hybrid_drafting.deployment_env, "get_deployment", lambda: deployment)
+    found = installed_plugin(deployment, "drafter").plugin
+    plugin = replace(found, build_on_device=found.build_on_device if on_device else None)
+    monkeypatch.setattr(hybrid_drafting, "installed_plugin", lambda *_: SimpleNamespace(plugin=plugin))
     chosen = drafter_arguments(deployment)["speculative_config"]
     built = []
 

@@ -49,6 +49,7 @@ def _order(method):
         ("GPUModelRunner._sample", ("cpu_generator_offset", "skip_rejection_sampler")),
         ("CPUModelRunner.sample_tokens", ("cpu_single_rpc",)),
         ("GPUModelRunner.sample_tokens", ("experts",)),
+        ("StandaloneARSpeculator.propose", ("v2_hybrid", "v2_draft_model")),
         ("EngineCore.post_step", ("cpu_single_rpc", "engine_core")),
         ("Scheduler.update_from_output", ("cpu_single_rpc", "moe_reports")),
         ("InputProcessor.__init__", ("min_p_logit_bias",)),
