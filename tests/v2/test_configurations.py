@@ -47,5 +47,10 @@ def test_a_draft_model_gets_graphs_of_every_tier_but_with_data_parallelism(chose
 
 def test_what_will_not_start_is_refused_beforehand(chosen):
     _, found = chosen
-    assert "drafter refused" in found["hybrid, 1 GPU"]
     assert "rejection_sampler refused" in found["model, relaxed sampler, 1 GPU"]
+
+
+def test_a_hybrid_drafter_gets_the_v2_runner_with_a_limit(chosen):
+    _, found = chosen
+    assert found["hybrid, 1 GPU"].startswith("V2")
+    assert "drafter limited" in found["hybrid, 1 GPU"]
