@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import importlib
+import importlib.util
 import itertools
 import json
 import keyword
@@ -153,9 +155,9 @@ class Arctic(Drafter):
     """``SuffixDecodingCache`` of Arctic Inference, used as vLLM's ``suffix`` uses it."""
 
     def __init__(self, max_spec_factor: float) -> None:
-        from arctic_inference.suffix_decoding import SuffixDecodingCache
-
-        self.cache = SuffixDecodingCache(max_tree_depth=MAX_TREE_DEPTH, max_cached_requests=10_000)
+        # Not among this project's dependencies: see above.
+        arctic = importlib.import_module("arctic_inference.suffix_decoding")
+        self.cache = arctic.SuffixDecodingCache(max_tree_depth=MAX_TREE_DEPTH, max_cached_requests=10_000)
         self._factor = max_spec_factor
         self._seen: dict[str, int] = {}
 
@@ -224,6 +226,8 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=2, help="how often everything is replayed, for the times")
     parser.add_argument("--output", type=Path, default=HERE / "results/lookup.json")
     options = parser.parse_args()
+    if importlib.util.find_spec("arctic_inference") is None:
+        parser.error("arctic-inference is not installed: pip install --no-deps arctic-inference==0.3.0")
     requests = streams(options.tokens)
     vocab = 1 + max(t for found in requests.values() for r in found for t in (*r.prompt, *r.answer))
     length = max(len(r.prompt) + len(r.answer) for found in requests.values() for r in found) + MAX_DRAFT_TOKENS
