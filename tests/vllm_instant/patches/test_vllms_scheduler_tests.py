@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vllms_schedulers import write_model
 pytestmark = [pytest.mark.engine, pytest.mark.nightly]
 
 SUPPORT = Path(__file__).parents[2] / "support"
+# Without spec_decode/test_dynamic_sd.py, which says how many drafts vLLM would choose.
 FILES = (
     "v1/core/test_scheduler.py",
     "v1/core/test_async_scheduler.py",
@@ -24,7 +26,6 @@ FILES = (
     "v1/core/test_prefix_replay.py",
     "v1/core/test_swa_inflight_window_free.py",
     "v1/streaming_input/test_scheduler_streaming.py",
-    "v1/spec_decode/test_dynamic_sd.py",
     "v1/spec_decode/test_dflash_lookahead.py",
 )
 
@@ -60,7 +61,19 @@ def passed(tmp_path_factory):
     return run
 
 
+OTHERWISE_ON_PURPOSE = {
+    "test_spec_decode_padding_*": "requests are not padded to the largest number of drafts",
+    "test_abort_request_when_structured_output_fsm_cannot_advance": "makes a scheduler without its constructor",
+}
+
+
 def test_what_passes_on_vllms_schedulers_passes_on_ours(passed):
     stock, ours = passed(""), passed("1")
     assert len(stock) > 200
-    assert "\n".join(sorted(stock - ours)) == ""
+    failing = [name for name in sorted(stock - ours) if not _on_purpose(name)]
+    if failing:
+        pytest.fail("\n".join(failing))
+
+
+def _on_purpose(name: str) -> bool:
+    return any(fnmatch(name, f"*.{known}") for known in OTHERWISE_ON_PURPOSE)
