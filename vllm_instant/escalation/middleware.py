@@ -6,7 +6,6 @@ It is inside of the check of API keys. Answers pass through unchanged: the heade
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import re
@@ -16,7 +15,6 @@ from uuid import uuid4
 
 from vllm_instant.escalation.client import App, Client, DisconnectError, Message, Receive, Scope, Send, ask, with_body
 from vllm_instant.escalation.deep_server import FORWARDED, CutError, DeepAnswer, DeepServer, UnavailableError
-from vllm_instant.escalation.early import EarlyAnswer
 from vllm_instant.escalation.requests import ANSWERED_BY, CHOICE, PATHS, client_choice, prompt_text, with_settings
 from vllm_instant.escalation.service import EscalationService, Outcome
 from vllm_instant.escalation.withheld import WithheldAnswer
@@ -102,35 +100,25 @@ class _Exchange:
             tenant=hashlib.sha256(key.encode()).hexdigest()[:16] if key else "",
         )
         self._tail = b""
-        self._early: EarlyAnswer | None = None
 
     async def run(self) -> None:
+        service, options = self._service, self._service.options
+        began = service.clock()
         try:
-            choice = client_choice(self._request.body, self._service.options.client_choice)
+            choice = client_choice(self._request.body, options.client_choice)
         except ValueError as error:
             await self._refuse(str(error))
             return
-        try:
-            await self._decide_and_answer(choice)
-        finally:
-            await self._drop_early()
-
-    async def _decide_and_answer(self, choice: Depth | None) -> None:
-        service, options = self._service, self._service.options
-        began = service.clock()
         decision = await self._client.unless_gone(service.decide(self._request, choice, self._ask_here))
         outcome = service.begin(_PREFIXES[self._request.path] + self._id, decision, began)
         is_deep = decision.depth is Depth.DEEP
-        if is_deep:
-            await self._drop_early()
+        settings = options.deep_settings if is_deep else options.fast_settings
         try:
             if is_deep and service.deep is not None:
                 if not await self._answer_there(outcome, service.deep):
                     await self._answer_here(options.fast_settings, self._marked(outcome))
-            elif is_deep:
-                await self._answer_here(options.deep_settings, self._marked(outcome))
-            elif not options.escalate_stopped:
-                await self._answer_fast(self._marked(outcome))
+            elif is_deep or not options.escalate_stopped:
+                await self._answer_here(settings, self._marked(outcome))
             else:
                 await self._answer_fast_or_deep(outcome)
         finally:
@@ -142,11 +130,6 @@ class _Exchange:
         return body
 
     async def _ask_here(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self._service.options.answer_early:
-            # Both read the prompt in one step, and one of them from the prefix cache.
-            fast_settings = self._service.options.fast_settings
-            self._early = EarlyAnswer(lambda send: self._answer_here(fast_settings, send))
-            await asyncio.sleep(0)  # it comes first
         return await ask(self._app, self._scope, {**body, "stream": False}, f"{self._id}-escalation")
 
     async def _answer_there(self, outcome: Outcome, deep: DeepServer) -> bool:
@@ -160,23 +143,11 @@ class _Exchange:
         await self._pass_on(outcome, answer)
         return True
 
-    async def _answer_fast(self, send: Send) -> None:
-        """Answer fast, with what has begun already where something has."""
-        if self._early is not None:
-            await self._early.pass_to(send)
-        else:
-            await self._answer_here(self._service.options.fast_settings, send)
-
-    async def _drop_early(self) -> None:
-        early, self._early = self._early, None
-        if early is not None:
-            await early.drop()
-
     async def _answer_fast_or_deep(self, outcome: Outcome) -> None:
         """Answer fast; where the guard stops that before the client has read anything, let the deep end answer."""
         service, options = self._service, self._service.options
         withheld = WithheldAnswer(self._marked(outcome))
-        await self._answer_fast(withheld.send)
+        await self._answer_here(options.fast_settings, withheld.send)
         if not withheld.is_stopped:
             return
         service.escalate_stopped(outcome)

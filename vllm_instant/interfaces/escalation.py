@@ -54,11 +54,6 @@ class EscalationOptions(PluginOptions):
     client_choice: bool = Field(
         True, description="Whether requests may choose with instant_escalation; otherwise that is refused."
     )
-    answer_early: bool = Field(
-        True,
-        description="Whether the fast answer begins while this server is asked for a decision; it is withheld, and "
-        "dropped where the request goes deep.",
-    )
     escalate_stopped: bool = Field(
         False,
         description="Whether the deep end answers where the guard stops a fast answer before the client has read "

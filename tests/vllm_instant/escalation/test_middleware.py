@@ -260,20 +260,20 @@ async def test_this_server_can_be_both_ends():
 
 
 class Asking(Always):
-    def __init__(self, question, depth=Depth.DEEP):
-        self.question, self.answers, self.depth = question, [], depth
+    def __init__(self, question):
+        self.question, self.answers = question, []
 
     def decide(self, request, answer):
         if answer is None:
             return self.question
         self.answers.append(answer)
-        return Decision(self.depth, "asked", 0.75)
+        return Decision(Depth.DEEP, "asked", 0.75)
 
 
 @run
 async def test_a_plugin_can_ask_this_server():
     plugin = Asking(Question({"model": "small", "prompt": "?", "stream": True}))
-    ends = Ends(plugin, deep_settings={"seed": 1}, answer_early=False)
+    ends = Ends(plugin, deep_settings={"seed": 1})
     ends.here.next_answers.append({"choices": [1]})
     _, headers, _ = await ends.post(CHAT, headers={"x-request-id": "abc"})
     assert plugin.answers == [{"choices": [1]}]
@@ -281,112 +281,6 @@ async def test_a_plugin_can_ask_this_server():
     assert ends.here.headers[0]["x-request-id"] == "abc-escalation"
     assert headers[WHY] == "asked; probability 0.75"
     assert ends.service.decisions(1)[0]["probability"] == 0.75
-
-
-class Deciding:
-    """Ends whose plugin asks a question, which is answered when the test says so.
-
-    Args:
-        depth: What is decided then.
-        options: Of the escalation.
-
-    """
-
-    def __init__(self, depth, **options):
-        self.ends = Ends(Asking(Question({}, timeout_seconds=20), depth), **options)
-        self.here, self.ends.app._app = self.ends.app._app, self
-        self.is_asked, self.may_decide, self.was_cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self.order = []
-        self.more = None
-        """An event for which answers wait after their first message."""
-
-    async def __call__(self, scope, receive, send):
-        is_question = dict(scope["headers"])[b"x-request-id"].endswith(b"-escalation")
-        self.order.append("question" if is_question else "answer")
-        if is_question:
-            self.is_asked.set()
-            await self.may_decide.wait()
-
-        async def slowly(message):
-            await send(message)
-            if self.more is not None and not is_question:
-                await self.more.wait()
-
-        try:
-            await self.here(scope, receive, slowly)
-        except asyncio.CancelledError:
-            self.was_cancelled.set()
-            raise
-
-
-@pytest.mark.parametrize("body", [CHAT, STREAM])
-@run
-async def test_the_fast_answer_begins_before_the_decision_and_passes_whole_behind_it(body):
-    deciding = Deciding(Depth.FAST, deep_url="http://127.0.0.1:9", fast_settings={"seed": 3})
-    posted = asyncio.ensure_future(deciding.ends.post(body))
-    await deciding.is_asked.wait()
-    await asyncio.sleep(0.01)
-    assert deciding.order == ["answer", "question"]
-    assert deciding.ends.here.bodies == [{**body, "seed": 3}]
-    assert not posted.done()
-    deciding.may_decide.set()
-    status, headers, content = await posted
-    assert (status, headers[BY], headers[WHY]) == (200, "fast", "asked; probability 0.75")
-    assert content == (b"".join(events("here")) if body is STREAM else answer("here"))
-    assert deciding.order == ["answer", "question"]
-
-
-@run
-async def test_an_answer_that_is_not_ready_continues_behind_the_decision():
-    deciding = Deciding(Depth.FAST, deep_url="http://127.0.0.1:9")
-    deciding.more = asyncio.Event()
-    posted = asyncio.ensure_future(deciding.ends.post(STREAM))
-    await deciding.is_asked.wait()
-    deciding.may_decide.set()
-    await asyncio.sleep(0.01)
-    assert not posted.done()
-    deciding.more.set()
-    assert (await posted)[2] == b"".join(events("here"))
-
-
-@run
-async def test_an_answer_that_began_early_is_dropped_where_the_request_goes_deep():
-    deep = FakeEnd("deep")
-    async with deep.served() as url:
-        deciding = Deciding(Depth.DEEP, deep_url=url)
-        deciding.more = asyncio.Event()
-        posted = asyncio.ensure_future(deciding.ends.post(STREAM))
-        await deciding.is_asked.wait()
-        deciding.may_decide.set()
-        status, headers, content = await posted
-    assert deciding.was_cancelled.is_set()
-    assert (status, headers[BY], content) == (200, "deep", b"".join(events("deep", " said", " it")))
-
-
-@run
-async def test_an_answer_that_began_early_ends_with_its_client():
-    deciding = Deciding(Depth.FAST, deep_url="http://127.0.0.1:9")
-    deciding.more, left = asyncio.Event(), asyncio.Event()
-
-    async def read():
-        return [message async for message in deciding.ends.messages(STREAM, left=left)]
-
-    reading = asyncio.ensure_future(read())
-    await deciding.is_asked.wait()
-    left.set()
-    await deciding.was_cancelled.wait()
-    assert await reading == []
-
-
-@run
-async def test_without_answer_early_nothing_is_answered_before_the_decision():
-    deciding = Deciding(Depth.FAST, deep_url="http://127.0.0.1:9", answer_early=False)
-    posted = asyncio.ensure_future(deciding.ends.post(CHAT))
-    await deciding.is_asked.wait()
-    await asyncio.sleep(0.01)
-    assert deciding.order == ["question"]
-    deciding.may_decide.set()
-    assert (await posted)[2] == answer("here")
 
 
 @run
