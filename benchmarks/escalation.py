@@ -52,6 +52,8 @@ RULES = tuple({"pattern": rf"\bword{number}\b"} for number in range(20))
 """Of which none applies, so that all are tried."""
 CLASSES = ("code", "structured", "repetitive", "math-like")
 CONTINUATION = 60
+BLOCK_SIZES = (128, 32)
+"""Tokens per KV cache block: the CPU's default, and the smallest there; GPUs have 16."""
 MAX_TOKENS = 24
 
 
@@ -146,6 +148,11 @@ def share_of_reference(line: Mapping[str, Any], answer: str) -> float:
 
 
 def label(rounds: int) -> list[dict[str, Any]]:
+    """The cells of both sizes of KV cache blocks; only full blocks are shared by question and answer."""
+    return [label_with(rounds, block_size) for block_size in BLOCK_SIZES]
+
+
+def label_with(rounds: int, block_size: int) -> dict[str, Any]:
     """Milliseconds to the first token with and without a question before, and of a step."""
     pair = assets.prepare()
     texts = [line["prompt"] for line in prompts(8 * rounds) if line["class"] in ("code", "structured")]
@@ -159,6 +166,7 @@ def label(rounds: int) -> list[dict[str, Any]]:
             "[escalation.deep_settings]\nseed = 1\n"
         )
         words = ["--served-model-name", "demo", "--max-model-len", "1024", "--max-num-seqs", "2", "--enforce-eager"]
+        words += ["--block-size", str(block_size)]
         server = Server(
             pair.target,
             [*words, "--plugins", "vllm_instant", "--instant-config", str(file)],
@@ -180,9 +188,16 @@ def label(rounds: int) -> list[dict[str, Any]]:
     step = vars(median_interval(steps))
     added = first["auto"]["median"] - first["fast"]["median"]
     print(
-        f"first token {first['fast']} ms, with a question before {first['auto']} ms: {added:+.1f} ms; a step {step} ms"
+        f"blocks of {block_size}: first token {first['fast']} ms, with a question {first['auto']} ms: {added:+.1f} ms; "
+        f"a step {step} ms"
     )
-    return [{"requests": rounds, "first_token_ms": first, "added_ms": added, "step_ms": step}]
+    return {
+        "requests": rounds,
+        "block_size": block_size,
+        "first_token_ms": first,
+        "added_ms": added,
+        "step_ms": step,
+    }
 
 
 def routing(count: int) -> dict[str, Any]:

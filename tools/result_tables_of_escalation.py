@@ -42,6 +42,7 @@ def escalation_decisions(runs: Sequence[Run]) -> str:
     for cell in cells_of(runs, "label"):
         first, step = cell["first_token_ms"], interval(cell["step_ms"], 1)
         case = f"first token {interval(first['fast'], 1)} → {interval(first['auto'], 1)} ms, a decoding step {step} ms"
+        case += f", blocks of {cell['block_size']} tokens"
         rows.append(["`label`", case, f"{1e3 * cell['added_ms']:,.0f}"])
     return table(["plugin", "characters of the prompt; case", "added until the first part, µs"], rows)
 
