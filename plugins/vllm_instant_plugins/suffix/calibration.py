@@ -11,9 +11,10 @@ import numpy.typing as npt
 from vllm_instant_plugins.jit import compiled
 from vllm_instant_plugins.suffix.vote import KINDS, SHORTEST, SOURCES
 
-PRIOR_MATCH = 2.0
+PRIOR_HITS, PRIOR_MATCH = 0.5, 2.0
 PRIORS = (0.6, 0.8, 1.0, 0.75, 0.5, 0.25)
-"""The prior confidence after a match of n tokens is n / (n + PRIOR_MATCH), times this for each class of agreement."""
+"""The prior confidence after a match of n tokens is (n - PRIOR_HITS) / (n + PRIOR_MATCH), times this for each class of
+agreement. It may be low: drafts that are not verified are compared with what comes as well."""
 PRIOR_WEIGHT = 5.0
 MEMORY = 0.99
 REQUEST_WEIGHT = 40.0
@@ -36,7 +37,7 @@ class ConfidenceCalibrator:
 
     def __init__(self) -> None:
         length = np.array(SHORTEST)
-        prior = np.outer(PRIORS, length / (length + PRIOR_MATCH))
+        prior = np.outer(PRIORS, (length - PRIOR_HITS) / (length + PRIOR_MATCH))
         self.table: npt.NDArray[np.float64] = np.zeros((4, KINDS))
         """float64 ``[4, KINDS]``: rates, prior rates, and the hits and trials that are remembered."""
         self.table[:2] = np.tile(prior.ravel(), SOURCES)

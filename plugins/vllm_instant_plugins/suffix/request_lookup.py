@@ -13,7 +13,7 @@ from vllm_instant_plugins.suffix.calibration import ConfidenceCalibrator, learn,
 from vllm_instant_plugins.suffix.index import MAX_CANDIDATES, MAX_MATCH, TokenIndex, Tokens, append, find
 from vllm_instant_plugins.suffix.vote import RESUMED, RESUMED_LENGTH, RESUMED_MATCH_LENGTH, SHARED, resumed, vote
 
-MIN_SURVIVAL = 0.01
+MIN_SURVIVAL = 0.003
 """A draft ends before the probability that all of it is accepted falls below this."""
 LONG_COPY = 9
 """Match length, earlier draft tokens included, from which a copy is resumed after a wrong token."""
