@@ -93,7 +93,7 @@ def test_agreement_has_classes_with_confidences_of_their_own(tokens, agreement):
 
 
 def test_a_proposal_ends_where_it_becomes_unlikely():
-    assert len(_tokens([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], most=7, rates=0.2)) == 2
+    assert len(_tokens([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], most=7, rates=0.2)) == 3
 
 
 def test_only_outputs_of_the_own_group_are_proposed():
