@@ -165,13 +165,17 @@ def own_drafts(speculator: Any) -> PluginSpeculator | None:
 
 def brings_draft_model(deployment: Deployment, speculative_config: Any) -> bool:
     """Whether the server drafts with a plugin that drafts on the device beside a draft model of vLLM."""
-    plugin = installed_plugin(deployment, "drafter").plugin
-    return bool(
+    return (
         speculative_config is not None
-        and plugin.build_on_device is not None
-        and plugin.engine_arguments is not None
+        and is_hybrid_on_device(deployment)
         and uses_drafter_plugin(deployment, speculative_config)
     )
+
+
+def is_hybrid_on_device(deployment: Deployment) -> bool:
+    """Whether the deployment's drafter drafts on the device and brings a draft model."""
+    plugin = installed_plugin(deployment, "drafter").plugin
+    return plugin.build_on_device is not None and plugin.engine_arguments is not None
 
 
 def _forget(drafter: DeviceDrafter, request: DeviceRequest) -> None:

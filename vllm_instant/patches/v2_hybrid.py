@@ -10,11 +10,10 @@ from typing import Any
 
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError
-from vllm_instant.deployment.resolved import installed_plugin
 from vllm_instant.interfaces.drafter import DeviceDraftBatch
 from vllm_instant.patches.compat import HasSignature, References, VllmPatch
 from vllm_instant.patches.names import V2_DRAFT_MODEL, V2_STATES
-from vllm_instant.patches.v2_drafter import OWN_ATTRIBUTE, PluginSpeculator
+from vllm_instant.patches.v2_drafter import OWN_ATTRIBUTE, PluginSpeculator, is_hybrid_on_device
 
 CERTAIN = 1e4
 """Logit beside which all others have probability 0, at temperatures up to 100; all dtypes of logits have it."""
@@ -74,8 +73,7 @@ def mixed(drafts: Any, own: Any, chosen: Any, draft_logits: Any, rows: Any) -> A
 def _init_request_state(initialize: Any, state: Any, *args: Any, **kwargs: Any) -> None:
     """Keep all tokens of all requests on the device, as for vLLM's own lookup; otherwise they are on the host."""
     deployment = deployment_env.get_deployment()
-    plugin = installed_plugin(deployment, "drafter").plugin if deployment is not None else None
-    if plugin is not None and plugin.build_on_device is not None and plugin.engine_arguments is not None:
+    if deployment is not None and is_hybrid_on_device(deployment):
         kwargs["use_dense_all_token_ids"] = True
     initialize(*args, **kwargs)
 
