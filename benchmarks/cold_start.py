@@ -237,6 +237,7 @@ class Engine:
             None if costs is None else Store(costs),  # type: ignore[arg-type]
             calibrating=calibrating,
             confident_drafts=self.confident,
+            self_calibrating=self.confident,
             slowest_request=SLOWEST_REQUEST,
         )
 

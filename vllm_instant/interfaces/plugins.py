@@ -60,6 +60,8 @@ class PluginContext:
     """Device type: ``cpu``, ``cuda``, …"""
     confident_drafts: bool = False
     """Whether the drafter reports a confidence for each token, so that ``DraftCost`` trims its drafts."""
+    self_calibrating_drafts: bool = False
+    """Whether such a drafter is ``Plugin.self_calibrating``."""
     full_graphs: FullGraphs | None = None
     """The decoding steps that run as one CUDA graph; None where the device has no such graphs."""
     itl_slo_ms: float | None = None
@@ -93,6 +95,9 @@ class Plugin:
     command line and the ``[vllm]`` table override them."""
     confident: bool = False
     """For drafters: whether drafts have a confidence (``Draft.confidence``)."""
+    self_calibrating: bool = False
+    """For confident drafters on the host: whether drafting takes next to no time (some 20 µs a request), and drafts that
+    are not verified teach the drafter as well as those that are. Policies then need not verify drafts to learn about it."""
     calibration_options: Callable[[Any], Mapping[str, Any]] | None = None
     """Function of the deployment's options that returns the options to set while ``vllm-instant calibrate`` loads a
     server, so that the plugin measures and stores its costs. Raises ValueError, with one sentence, where nothing would

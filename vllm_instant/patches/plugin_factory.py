@@ -29,6 +29,9 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
     """The context of plugins from vLLM's ``VllmConfig`` and the deployment."""
     speculative = vllm_config.speculative_config
     own_drafter = deployment is not None and speculative is not None and uses_drafter_plugin(deployment, speculative)
+    drafter = installed_plugin(deployment, "drafter").plugin if deployment is not None and own_drafter else None
+    # The number of tokens to verify is fixed before a drafter on the device has proposed any.
+    on_host = not (drafts_on_device(speculative) or vllm_config.use_v2_model_runner)
     return PluginContext(
         model=vllm_config.model_config.model,
         max_model_len=vllm_config.model_config.max_model_len,
@@ -36,11 +39,8 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
         vocab_size=vllm_config.model_config.get_vocab_size(),
         num_speculative_tokens=speculative.num_speculative_tokens if speculative is not None else 0,
         device=str(vllm_config.device_config.device_type),
-        confident_drafts=own_drafter
-        and deployment is not None
-        and installed_plugin(deployment, "drafter").plugin.confident
-        # The number of tokens to verify is fixed before a drafter on the device has proposed any.
-        and not (drafts_on_device(speculative) or vllm_config.use_v2_model_runner),
+        confident_drafts=drafter is not None and drafter.confident and on_host,
+        self_calibrating_drafts=drafter is not None and drafter.self_calibrating and on_host,
         full_graphs=full_graphs_of(vllm_config),
         itl_slo_ms=deployment.slots["speculation"].options.get("itl_slo_ms") if deployment is not None else None,
         tokenizer="" if vllm_config.model_config.skip_tokenizer_init else vllm_config.model_config.tokenizer or "",

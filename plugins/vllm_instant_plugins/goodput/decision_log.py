@@ -25,6 +25,7 @@ EXPLANATIONS = {
     "draft+probe": "as draft, and one request without drafts tries one token, in case it has become predictable",
     "reference": "one step without drafts, to measure what drafting is compared with",
     "off": "no drafting: the best plan would yield fewer tokens per second",
+    "listen": "drafting does not pay on average, but it is free: drafts are verified where they are likely enough",
     "probe": "off, but one request tries the drafter, in case it has become better",
     "follow-up": "the last probe was accepted more often than expected: more of it at once",
     "costs": "the time of a step with this many drafts is uncertain, and it may be the best plan: tried to learn it",

@@ -106,6 +106,10 @@ class ExplorationBudget:
         self.balance = max(self.balance - max(0.0, loss), -MAX_BUDGET)
         self._steps_since[kind] = 0
 
+    def settle(self, loss: float) -> None:
+        """Account for what a step has lost, which was not known before; negative for a gain."""
+        self.balance = min(max(self.balance - loss, -MAX_BUDGET), MAX_BUDGET)
+
     def postpone(self, kind: str) -> None:
         """Ask again after ``MIN_INTERVAL`` steps."""
         self.spend(kind, 0.0)
@@ -214,13 +218,19 @@ class Explorer:
             probe = self._probe_beside(now)
             if probe is not None:
                 return probe, "draft+probe"
+        if self.is_reference_due(now):
+            return np.zeros_like(now.plan.num_draft_tokens), "reference"
+        return now.plan.num_draft_tokens, "draft"
+
+    def is_reference_due(self, now: StepContext) -> bool:
+        """Whether this step should run without drafts for comparison; if so, it is counted as done."""
         interval = MIN_REFERENCE_INTERVAL
         if self._costs.recent_measurements(now.plan.num_requests + now.more_rows) < MIN_REFERENCES:
             interval = INITIAL_REFERENCE_INTERVAL
         if now.number - self._last_reference >= interval and self._reference_pays(now):
             self._last_reference = now.number
-            return np.zeros_like(now.plan.num_draft_tokens), "reference"
-        return now.plan.num_draft_tokens, "draft"
+            return True
+        return False
 
     def _probe_beside(self, now: StepContext) -> Indices | None:
         """The best plan with one token for a request that gets none, so that it can show that it is predictable."""

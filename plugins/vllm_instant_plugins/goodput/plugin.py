@@ -68,6 +68,7 @@ def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:
         calibrating=options.calibrating,
         log_changes=options.log_decisions,
         confident_drafts=context.confident_drafts,
+        self_calibrating=context.self_calibrating_drafts,
         slowest_request=options.slowest_request,
         graphs=context.full_graphs,
     )

@@ -70,4 +70,5 @@ PLUGIN = Plugin(
     build=build,
     build_on_device=build_on_device,
     confident=True,
+    self_calibrating=True,
 )
