@@ -22,6 +22,7 @@ from vllm_instant_plugins.goodput.decision_log import NOT_ESTIMATED, Decision, D
 from vllm_instant_plugins.goodput.draft_cost import FREE, DraftCostEstimator, free_up_to
 from vllm_instant_plugins.goodput.exploration import Explorer, StepContext
 from vllm_instant_plugins.goodput.latency_slo import LatencySlo
+from vllm_instant_plugins.goodput.listening import Listener
 from vllm_instant_plugins.goodput.planner import StepPlan, max_step_seconds, no_drafts
 from vllm_instant_plugins.goodput.request_table import Batch, RequestTable, to_indices
 from vllm_instant_plugins.state_store import PersistentState
@@ -51,14 +52,6 @@ The limit follows from what each request gets on average. A drafter that is rare
 that were all, its best drafts would never be verified and their value never be learned. So rare a step is outside of a
 p99. A request alone delays no other, and never has the limit.
 """
-MAX_LISTENED = 8
-"""Limit of the draft tokens of all requests in a step where drafts do not pay on average, or none was accepted yet."""
-MAX_STEPS_BETWEEN_REFERENCES = 3
-"""Steps in sequence that verify such drafts; then one without drafts shows what they are compared with."""
-MAX_LISTENING_SHARE = 0.01
-"""Share of a step that asking every request's lookup may take, where drafts that are not verified teach as well,"""
-LISTENING_SECONDS, LISTENING_SECONDS_PER_REQUEST = 1e-4, 2e-5
-"""which takes this long: measured for ``suffix``."""
 SAVE_SECONDS = 60.0
 SAVE_OBSERVATIONS = 200
 FIRST_OBSERVATIONS = 20
@@ -78,8 +71,8 @@ class GoodputPolicy(SpeculationPolicy):
         log_changes: log when drafting starts or stops to pay.
         confident_drafts: the drafter states confidences, and its drafts are trimmed by ``draft_cost``: then it is asked
             for as much as it can deliver as soon as that earns its cost, however rarely it delivers anything.
-        self_calibrating: they take next to no time, and the drafter compares those that are not verified with what comes,
-            too: then it is asked in every step, and no drafts are verified for the sake of learning about it.
+        self_calibrating: such drafts take next to no time, and the drafter compares those that are not verified with
+            what comes, too: without latency goals it is asked in every step, and no drafts are verified to judge it.
         slowest_request: lower bound on the speed of each request, relative to no drafts.
         graphs: decoding steps that run as one CUDA graph; all others take longer. None: there is no such difference.
         clock: seconds, monotonic.
@@ -115,9 +108,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._calibrating = calibrating
         self._log_changes = log_changes
         self._confident = confident_drafts
-        self._self_calibrating = confident_drafts and self_calibrating
-        self._listening = False
-        """Whether the drafter is asked in every step, in next to no time."""
+        listens = confident_drafts and self_calibrating and slo is None
+        self._listener = Listener(self.costs, self.explorer) if listens else None
         self._slowest_request = slowest_request
         self._graphs = graphs
         self._draft_cost = FREE
@@ -135,8 +127,6 @@ class GoodputPolicy(SpeculationPolicy):
         self._newest_step = 0
         self._undelivered = 0
         """Steps since a granted draft was last delivered."""
-        self._undrafted_since = 0
-        """Steps since the last one without drafts."""
         self._max_length = INITIAL_DRAFT_TOKENS
         if store is not None:
             saved = store.load()
@@ -250,13 +240,15 @@ class GoodputPolicy(SpeculationPolicy):
         if self._calibrating:
             return now.plan, self._random_lengths(now), "calibrating"
         drafting = self._update_drafting(now)
-        uncertain = self.explorer.uncertain_cost(now, drafting)
+        listener = self._listener
+        listens = listener is not None and listener.is_affordable(now.plan)
+        # What more drafts would cost matters only once they are known to be accepted, if that is learned for nothing.
+        uncertain = self.explorer.uncertain_cost(now, drafting) if drafting or not listens else None
         if uncertain is not None:
             self._limit_exploration(now, uncertain)
             return uncertain, uncertain.num_draft_tokens, "costs"
-        self._listening = self._can_listen(now)
-        if self._listening:
-            return (now.plan, *self._listen(now, drafting, max_seconds))
+        if listener is not None and listens:
+            return (now.plan, *self._listen(listener, now, drafting, max_seconds))
         if drafting:
             num_draft_tokens, reason = self.explorer.while_drafting(now)
             if self._confident and reason != "reference":
@@ -269,32 +261,17 @@ class GoodputPolicy(SpeculationPolicy):
             return trial, trial.num_draft_tokens, "trial"
         return (now.plan, *self.explorer.while_off(now))
 
-    def _can_listen(self, now: StepContext) -> bool:
-        """Whether every request's lookup may be asked, whatever is expected of it."""
-        seconds = LISTENING_SECONDS + LISTENING_SECONDS_PER_REQUEST * now.plan.num_requests
-        return self._self_calibrating and seconds <= MAX_LISTENING_SHARE * now.plan.baseline_seconds
-
-    def _listen(self, now: StepContext, drafting: bool, max_seconds: float) -> tuple[Indices, str]:
-        """Ask for all that is found, and let its confidence decide; the draft tokens of this step and the reason.
-
-        Where drafts do not pay on average, those that are verified all the same must pay for themselves: their losses
-        are taken from the budget of explorations.
-        """
-        none = np.zeros(now.plan.num_requests, np.intp)
-        drafting = drafting and self._max_length > INITIAL_DRAFT_TOKENS
-        if drafting and self.explorer.is_reference_due(now):
-            return none, "reference"
+    def _listen(self, listener: Listener, now: StepContext, drafting: bool, max_seconds: float) -> tuple[Indices, str]:
+        """Ask for all that is found and let its confidence decide, or for nothing; and the reason."""
+        num_draft_tokens = np.zeros(now.plan.num_requests, np.intp)
         if not drafting:
             self._regain_confidence()
-            if self.explorer.budget.balance < 0.0:
-                return none, "off"
-            if self._undrafted_since >= MAX_STEPS_BETWEEN_REFERENCES:
-                return none, "reference"
-            now.max_rows = min(now.max_rows, now.plan.num_requests + now.more_rows + MAX_LISTENED)
-        planned = self._price(now, now.plan.num_draft_tokens, max_seconds)
-        if self._slo is None:
-            planned = none + now.max_draft_tokens
-        return planned, "draft" if drafting else "listen"
+        # The estimated acceptance of a new server is an assumption, which confidence makes unnecessary.
+        reason = listener.reason(now, pays=drafting and self._max_length > INITIAL_DRAFT_TOKENS)
+        if reason in ("draft", "listen"):
+            num_draft_tokens += now.max_draft_tokens
+            self._price(now, num_draft_tokens, max_seconds)
+        return num_draft_tokens, reason
 
     def _regain_confidence(self) -> None:
         """While nothing is drafted, confidence in the estimates returns slowly."""
@@ -416,7 +393,6 @@ class GoodputPolicy(SpeculationPolicy):
         if self._slo is not None:
             self._slo.observe(batch.indices, accepted + 1)
         self._draft_costs.observe(total)
-        self._undrafted_since = self._undrafted_since + 1 if total else 0
         self._max_length = max(self._max_length, GROWTH * int(accepted.max()))
         decision = self.log.of_step(outcome.number - 1)
         if decision is not None:
@@ -433,8 +409,8 @@ class GoodputPolicy(SpeculationPolicy):
         else:
             self.table.drafter_skipped(planned.batch, planned.num_draft_tokens)
         self._observe_costs(outcome, planned, context, total)
-        if decision is not None and decision.reason == "listen" and total:
-            self.explorer.budget.settle(self._loss(decision.plan, total, num_accepted, context))
+        if self._listener is not None and decision is not None:
+            self._listener.observe(decision.reason, decision.plan, total, num_accepted, context)
 
     def _observe_costs(self, outcome: StepOutcome, planned: Decision | None, context: float, total: int) -> None:
         if outcome.experts is not None:
@@ -448,17 +424,10 @@ class GoodputPolicy(SpeculationPolicy):
         uncached_tokens = assumed if outcome.uncached_tokens is None else outcome.uncached_tokens
         piecewise = self._graphs is not None and not self._graphs.cover(outcome.drafted)
         # Of steps that all draft it could not be told how long drafting takes.
-        draft_steps = 0 if self._listening else outcome.draft_steps
+        draft_steps = 0 if self._listener is not None and self._listener.active else outcome.draft_steps
         features = self.costs.features(rows, context, total, draft_steps, count, uncached_tokens, piecewise)
         self.costs.observe(features, outcome.seconds)
         self._save_sometimes()
-
-    def _loss(self, plan: StepPlan, num_drafts: int, num_accepted: int, context: float) -> float:
-        """What verifying these drafts has cost, net of the accepted ones, in steps."""
-        count = plan.num_requests
-        rows = np.array([0.0, num_drafts]) + count
-        without, seconds = self.costs.target_seconds(rows, context, count).tolist()
-        return max(seconds + self.costs.verify_seconds() - without, 0.0) / without - num_accepted / count
 
     def _compare(self, decision: Decision, batch: Batch, drafted: Indices, accepted: Indices) -> None:
         """Compare the outcome with what was expected."""
