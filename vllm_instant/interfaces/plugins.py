@@ -96,8 +96,8 @@ class Plugin:
     confident: bool = False
     """For drafters: whether drafts have a confidence (``Draft.confidence``)."""
     self_calibrating: bool = False
-    """For confident drafters on the host: whether drafting takes next to no time (some 20 µs a request), and drafts that
-    are not verified teach the drafter as well as those that are. Policies then need not verify drafts to learn about it."""
+    """For confident drafters on the host: whether drafting takes next to no time (some 20 µs per request), and drafts
+    that are not verified teach the drafter, too. Policies then need not verify drafts to learn about it."""
     calibration_options: Callable[[Any], Mapping[str, Any]] | None = None
     """Function of the deployment's options that returns the options to set while ``vllm-instant calibrate`` loads a
     server, so that the plugin measures and stores its costs. Raises ValueError, with one sentence, where nothing would

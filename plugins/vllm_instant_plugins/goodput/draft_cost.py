@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,17 @@ def free_up_to(num_draft_tokens: int) -> DraftCost:
     num_draft_tokens = max(1, num_draft_tokens)
     free = [(count, 0.0) for count in sorted({1, num_draft_tokens})]
     return DraftCost(verify_cost_curve=(*free, (num_draft_tokens + 1, UNAFFORDABLE)))
+
+
+def scaled(draft_cost: DraftCost, factor: float) -> DraftCost:
+    """Return a cost with ``factor`` times the cost of verification; what is unaffordable remains so."""
+    curve = [(n, cost if cost >= UNAFFORDABLE else factor * cost) for n, cost in draft_cost.verify_cost_curve]
+    return replace(
+        draft_cost,
+        verify_cost_curve=tuple(curve),
+        per_token=factor * draft_cost.per_token,
+        verify_fixed=factor * draft_cost.verify_fixed,
+    )
 
 
 class DraftCostEstimator:

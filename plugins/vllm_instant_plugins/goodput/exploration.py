@@ -81,7 +81,7 @@ class ExplorationBudget:
 
     def is_due(self, kind: str) -> bool:
         """Whether ``kind`` was not explored for so long that it must be now."""
-        return self._steps_since.get(kind, MIN_INTERVAL) >= MAX_INTERVAL
+        return self._steps_since.setdefault(kind, MIN_INTERVAL) >= MAX_INTERVAL
 
     def try_spend(self, kind: str, loss: float, must: bool = False, saving: bool = False) -> bool:
         """Whether to explore now at an expected loss of ``loss`` steps; if so, the loss is spent.

@@ -18,6 +18,8 @@ MAX_LISTENED = 8
 """Limit of the draft tokens of all requests in a step where drafts do not pay on average."""
 MAX_DRAFTED_STEPS = 3
 """Steps in sequence that verify such drafts; then one without drafts shows what they are compared with."""
+CURIOUS_COST = 0.25
+"""Once in a while verification is assumed to take this share of its estimate, which only verified drafts correct."""
 MAX_SHARE = 0.01
 """Share of a step that asking may take,"""
 SECONDS, SECONDS_PER_REQUEST = 1e-4, 2e-5
@@ -41,6 +43,11 @@ class Listener:
         self.active = False
         """Whether the drafter was asked in the newest step whatever was expected of it."""
 
+    @property
+    def heard_nothing(self) -> bool:
+        """Whether the newest step that was observed verified no drafts: then nothing has changed since its plan."""
+        return self._drafted_steps == 0
+
     def is_affordable(self, plan: StepPlan) -> bool:
         """Whether asking takes next to no time relative to this step; then the listener is ``active``."""
         seconds = SECONDS + SECONDS_PER_REQUEST * plan.num_requests
@@ -63,6 +70,14 @@ class Listener:
             return "reference"
         now.max_rows = min(now.max_rows, now.plan.num_requests + now.more_rows + MAX_LISTENED)
         return "listen"
+
+    def is_curious(self) -> bool:
+        """Whether drafts that seem too expensive should be verified in this step; if so, it is counted as done."""
+        budget = self._explorer.budget
+        due = budget.is_due("costs")
+        if due:
+            budget.postpone("costs")
+        return due
 
     def observe(self, reason: str, plan: StepPlan, num_drafts: int, num_accepted: int, context: float) -> None:
         """Learn from a step, and account for what its drafts have lost.

@@ -19,10 +19,10 @@ from vllm_instant import DraftCost, FullGraphs, RequestState, SpeculationPolicy,
 from vllm_instant_plugins.acceptance import AcceptanceModel
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.decision_log import NOT_ESTIMATED, Decision, DecisionLog
-from vllm_instant_plugins.goodput.draft_cost import FREE, DraftCostEstimator, free_up_to
+from vllm_instant_plugins.goodput.draft_cost import FREE, DraftCostEstimator, free_up_to, scaled
 from vllm_instant_plugins.goodput.exploration import Explorer, StepContext
 from vllm_instant_plugins.goodput.latency_slo import LatencySlo
-from vllm_instant_plugins.goodput.listening import Listener
+from vllm_instant_plugins.goodput.listening import CURIOUS_COST, Listener
 from vllm_instant_plugins.goodput.planner import StepPlan, max_step_seconds, no_drafts
 from vllm_instant_plugins.goodput.request_table import Batch, RequestTable, to_indices
 from vllm_instant_plugins.state_store import PersistentState
@@ -188,6 +188,7 @@ class GoodputPolicy(SpeculationPolicy):
             last is not None
             and step.number < self._backoff_until
             and not self.explorer.follow_up
+            and (self._listener is None or self._listener.heard_nothing)
             and (last.batch is batch or np.array_equal(last.batch.indices, batch.indices))
         ):
             self._draft_cost = self._backoff_cost
@@ -271,6 +272,8 @@ class GoodputPolicy(SpeculationPolicy):
         if reason in ("draft", "listen"):
             num_draft_tokens += now.max_draft_tokens
             self._price(now, num_draft_tokens, max_seconds)
+            if reason == "listen" and listener.is_curious():
+                self._draft_cost = scaled(self._draft_cost, CURIOUS_COST)
         return num_draft_tokens, reason
 
     def _regain_confidence(self) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cold_starts import relative_speeds
+from cold_starts import Store, relative_speeds
 
 from vllm_instant.tools.measure.simulator import HostNoise, RequestClass, StepCost, roofline, simulate, steady
 from vllm_instant_plugins.goodput.latency_slo import LatencySlo
@@ -99,7 +99,7 @@ def test_a_lookup_that_is_sure_and_always_wrong_has_a_budget(curve, users):
         return GoodputPolicy(8, 16, clock=clock, confident_drafts=True, self_calibrating=True, slowest_request=0.95)
 
     speeds, _ = relative_speeds(policy, curve, "hopeless", users, range({1: 24, 4: 8, 16: 4}[users]), stated=0.5)
-    assert np.median(speeds) >= 0.965
+    assert np.median(speeds) >= 0.95
     assert speeds.min() >= 0.93
 
 
@@ -128,3 +128,24 @@ def test_a_new_server_does_not_assume_that_drafts_are_accepted():
     policy, _ = _watch([RequestClass(steady(0.0), stated=0.6)], 16, requests=16)
     assert "draft" not in policy.reasons
     assert max(drafts for _, drafts in policy.verified) <= max(MAX_LISTENED, 8)
+
+
+def test_a_wrong_cost_of_verification_is_corrected_once_drafts_are_promising():
+    """The stored costs say that the verification of any draft takes two steps."""
+    state = _calibrated()
+    state["weights"][len(state["knots"]) + 1] += 0.12
+    lookup = [RequestClass(steady(0.9), stated=0.6)]
+    _, report = _watch(lookup, 1, store=Store(state), requests=10)
+    assert report.tokens_per_second > 1.5 * _speed_without(lookup, 1, requests=10)
+
+
+def _calibrated():
+    store = Store()
+    simulate(
+        lambda clock: GoodputPolicy(8, 16, clock=clock, calibrating=True, store=store),
+        [RequestClass(steady(0.5))],
+        SLOW,
+        concurrency=2,
+        requests=12,
+    )
+    return store.state

@@ -12,6 +12,7 @@ from patch_harness import wrap
 from vllm.config.compilation import CUDAGraphMode
 
 from vllm_instant import Plugin, PluginContext
+from vllm_instant.deployment.resolved import drafter_arguments
 from vllm_instant.deployment.settings import resolve
 from vllm_instant.patches import module_names, plugin_factory, skip_rejection_sampler
 from vllm_instant.patches.cpu import numba_scan, sampling
@@ -162,6 +163,26 @@ def test_costs_of_steps_are_kept_apart_by_whatever_they_depend_on(changed):
 )
 def test_a_plugin_learns_which_tokenizer_there_is(changed, tokenizer):
     assert plugin_factory.context_of(_vllm_config(**changed)).tokenizer == tokenizer
+
+
+@pytest.mark.parametrize(
+    ("changed", "plugin", "confident", "self_calibrating"),
+    [
+        ({}, "suffix", True, True),
+        ({}, "hybrid", True, False),
+        ({"use_v2_model_runner": True}, "suffix", False, False),
+        ({"speculative_config__method": "ngram", "speculative_config__model": None}, "suffix", False, False),
+    ],
+)
+def test_a_policy_learns_whether_drafts_state_a_confidence_that_needs_no_probes(
+    changed, plugin, confident, self_calibrating
+):
+    model = ["drafter.model=d"] if plugin == "hybrid" else []
+    deployment = resolve(overrides=[f"drafter.plugin={plugin}", *model])
+    arguments = drafter_arguments(deployment)["speculative_config"]
+    usual = {f"speculative_config__{name}": arguments[name] for name in ("method", "model")}
+    context = plugin_factory.context_of(_vllm_config(**usual | changed), deployment)
+    assert (context.confident_drafts, context.self_calibrating_drafts) == (confident, self_calibrating)
 
 
 @pytest.mark.parametrize(("changed", "expected"), [({}, False), ({"parallel_config__data_parallel_size": 2}, True)])
