@@ -1,11 +1,16 @@
-"""Lookups on the device, and the same by brute force on lists."""
+"""Lookups on the device, and the same on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+
+from vllm_instant_plugins.suffix.calibration import ConfidenceCalibrator
+from vllm_instant_plugins.suffix.index import TokenIndex
+from vllm_instant_plugins.suffix.request_lookup import RequestLookup
 
 PROMPT = 2
 """Prompt tokens of an ended request in these cases."""
@@ -42,39 +47,50 @@ def looked_up(
     return (found.clone(),)
 
 
-def by_brute_force(
-    newest: Sequence[int], tokens: Sequence[int], own: bool, num_drafts: int, candidates: int = 24
-) -> tuple[list[int], float]:
-    """The draft of a lookup of ``newest`` in ``tokens`` (-1 ends a sequence), and its expected accepted tokens."""
-    found: list[tuple[int, int]] = []
-    for place in range(len(tokens) - 1, 1, -1):
-        length = 0
-        while (
-            length < min(len(newest), 32)
-            and place - 1 - length >= 0
-            and tokens[place - 1 - length] == newest[len(newest) - 1 - length]
-        ):
-            length += 1
-        if length >= 2 and len(found) < candidates and (not own or place < len(tokens)):
-            found.append((place, length))
-    draft: list[int] = []
-    survival, expected = 1.0, 0.0
-    for position in range(num_drafts):
-        found = [(p, n) for p, n in found if p + position < len(tokens) and tokens[p + position] >= 0]
-        if not found:
-            break
-        votes: dict[int, int] = {}
-        for place, length in found:
-            token = tokens[place + position]
-            votes[token] = votes.get(token, 0) + (length + position) ** 2
-        chosen = max(votes, key=lambda token: votes[token])  # the first, hence the newest, of equal ones
-        total = sum(votes.values())
-        found = [(p, n) for p, n in found if tokens[p + position] == chosen]
-        longest = max(n for _, n in found) + position
-        survival *= votes[chosen] / total * longest / (longest + 2.0)
-        expected += survival
-        draft.append(chosen)
-    return draft, expected
+def streamed(
+    requests: Sequence[Sequence[int]], lengths: Sequence[int], num_drafts: int, block: int = 16
+) -> tuple[torch.Tensor, ...]:
+    """Drafts after each of ``lengths`` tokens of every request, int64 ``[steps, requests, num_drafts]``."""
+    from vllm_instant_kernels.suffix_lookup import LookupBatch, SuffixLookup
+
+    rows, width = len(requests), max(map(len, requests))
+    lookup = SuffixLookup(rows, width, num_drafts, 0, "cpu", block)
+    token_ids, num_tokens = torch.zeros(rows, width, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    found = []
+    for length in lengths:
+        for row, tokens in enumerate(requests):
+            token_ids[row, :length] = torch.tensor(tokens[:length])
+        num_tokens.fill_(length)
+        batch = LookupBatch(token_ids, num_tokens, torch.arange(rows), torch.ones(rows, dtype=torch.int32), width)
+        found.append(lookup.propose(batch).clone())
+    return (torch.stack(found),)
+
+
+def streamed_on_host(tokens: Sequence[int], lengths: Sequence[int], num_drafts: int) -> list[list[int]]:
+    """The drafts of the lookup on the host after each of ``lengths`` tokens."""
+    lookup, calibrator = RequestLookup(len(tokens)), ConfidenceCalibrator()
+    stream = np.array(tokens, np.int32)
+    stream.flags.writeable = False
+    return [list(lookup.propose(stream[:length], num_drafts, calibrator).token_ids) for length in lengths]
+
+
+def on_host(
+    tokens: Sequence[int],
+    num_drafts: int,
+    history: Sequence[tuple[int, Sequence[int]]] = (),
+    group: int = -1,
+    history_tokens: int = 1,
+) -> list[int]:
+    """The draft of the lookup on the host, after outputs ``(group, tokens)`` were appended."""
+    shared = TokenIndex(max(history_tokens, 1))
+    for of_group, output in history:
+        if output:
+            shared.append(np.array(output, np.int32), of_group)
+            shared.end_sequence(of_group)
+    newest = np.array(tokens, np.int32)
+    newest.flags.writeable = False
+    lookup = RequestLookup(len(tokens))
+    return list(lookup.propose(newest, num_drafts, ConfidenceCalibrator(), shared, group).token_ids)
 
 
 def filled(draft: Sequence[int], newest: int, num_drafts: int) -> list[int]:

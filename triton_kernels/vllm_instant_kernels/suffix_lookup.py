@@ -1,15 +1,8 @@
 """Lookup of the newest tokens among earlier ones, on the device and without synchronisation with the host.
 
-The newest ``MAX_CANDIDATES`` earlier occurrences of the last two tokens vote, weighted by the square of the length of
-their match. Where the host follows a hash chain (``vllm_instant_plugins.suffix.index``), the device scans all positions
-in parallel:
-
-* ``_find``, one program per request and block of positions: the newest occurrences in that block.
-* ``_vote``, one program per request: the newest occurrences of all blocks, the lengths of their matches, and the vote.
-
-The tokens are either a request's own or a ring of outputs of requests that have ended, where each token has the
-number of its group and only occurrences in the request's group count; ``append_output`` writes it. All sums have a
-fixed order: tensor-parallel workers propose the same tokens.
+Earlier occurrences of the newest tokens vote on what follows (``suffix_vote``). The tokens are a request's own and
+those of a ring of outputs of requests that have ended, where each token has the number of its group and only
+occurrences in the request's group count; ``append_output`` writes it.
 """
 
 from __future__ import annotations
@@ -20,153 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_CANDIDATES = tl.constexpr(24)
-"""Limit of the occurrences that vote, the newest first."""
-LANES = tl.constexpr(32)
-"""``MAX_CANDIDATES`` rounded up to a power of two."""
-MAX_MATCH = tl.constexpr(32)
-"""Limit of the length of a match."""
-PRIOR_MATCH = tl.constexpr(2.0)
-"""The confidence of a match of n tokens is n / (n + PRIOR_MATCH)."""
+from vllm_instant_kernels.suffix_vote import MAX_CANDIDATES, NUM_STATE, ORDERS, find, vote
+
 END = -1
 """Marks the end of an output in the ring."""
+MAX_BLOCKS = 256
+"""Blocks of positions that one program adds up."""
 NO_GROUP = -1
 """Group of a request that does not search the ring."""
-
-
-@triton.jit(do_not_specialize=["capacity"])
-def _find(
-    tokens_ptr,
-    groups_ptr,
-    stop_ptr,
-    own_ptr,
-    num_tokens_ptr,
-    rows_ptr,
-    request_groups_ptr,
-    num_sampled_ptr,
-    places_ptr,
-    counts_ptr,
-    own_stride,
-    capacity,
-    max_blocks,
-    IS_RING: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid ``[requests, blocks]``; block 0 holds the newest positions. Writes the newest places and their number."""
-    request, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = tl.load(rows_ptr + request)
-    length = tl.load(num_tokens_ptr + row).to(tl.int64)
-    own = own_ptr + row * own_stride
-    if IS_RING:
-        tokens, stop, group = tokens_ptr, tl.load(stop_ptr), tl.load(request_groups_ptr + request)
-    else:
-        tokens, stop, group = own, length, 0
-    # A place is behind an occurrence and has a token itself. Requests that do not search have none.
-    lowest = tl.maximum(stop - capacity, 0) + 2
-    lowest = tl.where(tl.load(num_sampled_ptr + request) > 0, lowest, stop)
-    lowest = tl.where(length >= 2, lowest, stop)
-    lowest = tl.where(group >= 0, lowest, stop)
-    place = stop - 1 - block * BLOCK - tl.arange(0, BLOCK)
-    is_place = place >= lowest
-    last = tl.load(own + tl.maximum(length - 1, 0))
-    before_last = tl.load(own + tl.maximum(length - 2, 0))
-    is_match = is_place & (tl.load(tokens + (place - 1) % capacity, mask=is_place, other=-2) == last)
-    is_match = is_match & (tl.load(tokens + (place - 2) % capacity, mask=is_match, other=-2) == before_last)
-    if IS_RING:
-        is_match = is_match & (tl.load(groups_ptr + place % capacity, mask=is_match, other=-2) == group)
-    found = is_match.to(tl.int32)
-    rank = tl.cumsum(found, axis=0) - 1
-    cell = request * max_blocks + block
-    tl.store(places_ptr + cell * MAX_CANDIDATES + rank, place, mask=is_match & (rank < MAX_CANDIDATES))
-    tl.store(counts_ptr + cell, tl.minimum(tl.sum(found, axis=0), MAX_CANDIDATES))
-
-
-@triton.jit(do_not_specialize=["capacity", "num_blocks"])
-def _vote(
-    tokens_ptr,
-    stop_ptr,
-    own_ptr,
-    num_tokens_ptr,
-    rows_ptr,
-    places_ptr,
-    counts_ptr,
-    drafts_ptr,
-    expected_ptr,
-    own_stride,
-    capacity,
-    num_blocks,
-    max_blocks,
-    IS_RING: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    NUM_DRAFTS: tl.constexpr,
-    NUM_DRAFTS_PADDED: tl.constexpr,
-):
-    """Grid ``[requests]``. Writes the drafts and the expected number of accepted ones.
-
-    Over the ring, where a request's own tokens are expected to bring as many, its drafts are left as they are.
-    """
-    request = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows_ptr + request)
-    length = tl.load(num_tokens_ptr + row).to(tl.int64)
-    own = own_ptr + row * own_stride
-    if IS_RING:
-        tokens, stop = tokens_ptr, tl.load(stop_ptr)
-    else:
-        tokens, stop = own, length
-    oldest = tl.maximum(stop - capacity, 0)
-
-    # Candidate c is in the block whose candidates and all newer ones are more than c first.
-    lane = tl.arange(0, LANES)
-    block = tl.arange(0, BLOCKS)
-    in_block = tl.load(counts_ptr + request * max_blocks + block, mask=block < num_blocks, other=0)
-    before = tl.cumsum(in_block, axis=0) - in_block
-    holds = (before[None, :] <= lane[:, None]) & (lane[:, None] < (before + in_block)[None, :])
-    active = (lane < tl.sum(in_block, axis=0)) & (lane < MAX_CANDIDATES)
-    its_block = tl.sum(tl.where(holds, block[None, :], 0), axis=1)
-    its_rank = lane - tl.sum(tl.where(holds, before[None, :], 0), axis=1)
-    cell = (request * max_blocks + its_block) * MAX_CANDIDATES + its_rank
-    place = tl.load(places_ptr + cell, mask=active, other=0)
-
-    matched = tl.full([LANES], 2, tl.int32)
-    max_back = tl.minimum(place - 1 - oldest, length - 1)
-    same = active
-    for back in range(2, MAX_MATCH):
-        same = same & (max_back >= back)
-        wanted = tl.load(own + tl.maximum(length - 1 - back, 0))
-        same = same & (tl.load(tokens + (place - 1 - back) % capacity, mask=same, other=-2) == wanted)
-        matched += same.to(tl.int32)
-
-    # What no candidate proposes is verified all the same: its rows are scheduled before the lookup.
-    filler = tl.load(own + tl.maximum(length - 1, 0)).to(tl.int64)
-    position_of = tl.arange(0, NUM_DRAFTS_PADDED)
-    drafts = tl.full([NUM_DRAFTS_PADDED], 0, tl.int64) + filler
-    survival = tl.full((), 1.0, tl.float32)
-    expected = tl.full((), 0.0, tl.float32)
-    for position in range(NUM_DRAFTS):
-        active = active & (place + position < stop)
-        token = tl.load(tokens + (place + position) % capacity, mask=active, other=-1)
-        active = active & (token >= 0)
-        weight = tl.where(active, (matched + position) * (matched + position), 0)
-        agrees = (token[None, :] == token[:, None]) & active[None, :] & active[:, None]
-        votes = tl.sum(tl.where(agrees, weight[None, :], 0), axis=1)
-        total, most = tl.sum(weight, axis=0), tl.max(votes, axis=0)
-        # Of tokens with equal votes, the one of the newest occurrence.
-        winner = tl.min(tl.where(active & (votes == most), lane, LANES), axis=0)
-        chosen = tl.sum(tl.where(lane == winner, token, 0), axis=0)
-        active = active & (token == chosen)
-        longest = tl.max(tl.where(active, matched + position, 0), axis=0).to(tl.float32)
-        share = most.to(tl.float32) / tl.maximum(total, 1).to(tl.float32)
-        survival *= share * longest / (longest + PRIOR_MATCH)
-        expected += survival
-        drafts = tl.where((position_of == position) & (total > 0), chosen.to(tl.int64), drafts)
-
-    num_written = NUM_DRAFTS
-    if IS_RING:
-        expected_own = tl.load(expected_ptr + request)
-        num_written = tl.where(expected > expected_own, NUM_DRAFTS, 0)
-        expected = tl.maximum(expected, expected_own)
-    tl.store(drafts_ptr + request * NUM_DRAFTS + position_of, drafts, mask=position_of < num_written)
-    tl.store(expected_ptr + request, expected)
 
 
 @triton.jit(do_not_specialize=["row", "num_prompt_tokens", "group", "capacity"])
@@ -217,6 +71,25 @@ class LookupBatch:
     """An upper bound of ``num_tokens`` of these requests."""
 
 
+class _Found:
+    """Workspace of ``find``: the newest occurrences of every block.
+
+    Args:
+        max_num_seqs: Maximum number of requests.
+        max_blocks: Maximum number of blocks of positions.
+        device: Device of the tensors.
+
+    """
+
+    def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device | str) -> None:
+        self.max_blocks = max_blocks
+        cells = (max_num_seqs, max_blocks, ORDERS.value)
+        self.distances = torch.zeros((*cells, MAX_CANDIDATES.value), dtype=torch.int32, device=device)
+        """int32 ``[max_num_seqs, max_blocks, ORDERS, MAX_CANDIDATES]``: tokens between the place and the end."""
+        self.counts = torch.zeros(cells, dtype=torch.int32, device=device)
+        """int32 ``[max_num_seqs, max_blocks, ORDERS]``."""
+
+
 class SuffixLookup:
     """The ring of ended requests' outputs, and the workspace of lookups.
 
@@ -244,15 +117,20 @@ class SuffixLookup:
         self._capacity = history_tokens
         self._block = block
         # Few enough blocks for one program to add up their counts.
-        self._ring_block = max(block, triton.next_power_of_2(max(1, history_tokens // 256)))
-        self._max_blocks = max(triton.cdiv(max_model_len, block), triton.cdiv(history_tokens, self._ring_block))
+        self._ring_block = max(block, triton.next_power_of_2(max(1, history_tokens // MAX_BLOCKS)))
+        self._own_block = max(block, triton.next_power_of_2(max(1, max_model_len // MAX_BLOCKS)))
         self._ring = torch.full((history_tokens,), END, dtype=torch.int32, device=device)
         self._groups = torch.full((history_tokens,), NO_GROUP, dtype=torch.int32, device=device)
         self._stop = torch.zeros(1, dtype=torch.int64, device=device)
         self._used = 0
-        cells = (max_num_seqs, self._max_blocks)
-        self._places = torch.zeros((*cells, MAX_CANDIDATES.value), dtype=torch.int64, device=device)
-        self._counts = torch.zeros(cells, dtype=torch.int32, device=device)
+        self._own_found = _Found(max_num_seqs, triton.cdiv(max_model_len, self._own_block), device)
+        self._ring_found = _Found(max_num_seqs, max(1, triton.cdiv(history_tokens, self._ring_block)), device)
+        numbers = {"dtype": torch.int32, "device": device}
+        self._state = torch.full((max_num_seqs, NUM_STATE.value), -1, **numbers)
+        """int32 ``[max_num_seqs, NUM_STATE]``: what is known of each row's last draft; see ``suffix_vote``."""
+        self._drafted = torch.zeros((max_num_seqs, num_drafts), **numbers)
+        self._origins = torch.zeros((max_num_seqs, num_drafts), **numbers)
+        self._matched = torch.zeros((max_num_seqs, num_drafts), **numbers)
         self.expected = torch.zeros(max_num_seqs, dtype=torch.float32, device=device)
         """float32 ``[max_num_seqs]``: expected accepted tokens of the last drafts; 0 where nothing was found."""
         self.drafts = torch.zeros((max_num_seqs, num_drafts), dtype=torch.int64, device=device)
@@ -268,16 +146,55 @@ class SuffixLookup:
             int64 ``[requests, num_drafts]``, valid until the next call; a shorter draft is filled up.
 
         """
-        self._look_up(batch, batch.token_ids.shape[1], batch.max_num_tokens, self._block, None)
+        num_requests, stride = len(batch.rows), batch.token_ids.stride(0)
+        num_own = self._find(batch, self._own_found, self._own_block, batch.token_ids.shape[1], batch.max_num_tokens)
+        num_ring = 0
         if groups is not None and self._used:
-            self._look_up(batch, self._capacity, min(self._used, self._capacity), self._ring_block, groups)
+            used = min(self._used, self._capacity)
+            num_ring = self._find(batch, self._ring_found, self._ring_block, self._capacity, used, groups)
+        vote[(num_requests,)](
+            self._ring,
+            self._stop,
+            batch.token_ids,
+            batch.num_tokens,
+            batch.rows,
+            batch.num_sampled,
+            self._own_found.distances,
+            self._own_found.counts,
+            self._ring_found.distances,
+            self._ring_found.counts,
+            self._state,
+            self._drafted,
+            self._origins,
+            self._matched,
+            self.drafts,
+            self.expected,
+            stride,
+            max(self._capacity, 1),
+            num_own,
+            num_ring,
+            self._own_found.max_blocks,
+            self._ring_found.max_blocks,
+            OWN_BLOCKS=triton.next_power_of_2(self._own_found.max_blocks),
+            RING_BLOCKS=triton.next_power_of_2(self._ring_found.max_blocks),
+            NUM_DRAFTS=self._num_drafts,
+            PADDED=triton.next_power_of_2(self._num_drafts),
+        )
         return self.drafts[: len(batch.rows)]
 
-    def _look_up(self, batch: LookupBatch, capacity: int, used: int, block: int, groups: torch.Tensor | None) -> None:
+    def _find(
+        self,
+        batch: LookupBatch,
+        found: _Found,
+        block: int,
+        capacity: int,
+        used: int,
+        groups: torch.Tensor | None = None,
+    ) -> int:
+        """Find occurrences in the requests' own tokens, or with ``groups`` in the ring; returns the blocks searched."""
         is_ring = groups is not None
-        stride = batch.token_ids.stride(0)
-        num_requests, num_blocks = len(batch.rows), max(1, min(triton.cdiv(used, block), self._max_blocks))
-        _find[(num_requests, num_blocks)](
+        num_blocks = max(1, min(triton.cdiv(used, block), found.max_blocks))
+        find[(len(batch.rows), num_blocks)](
             self._ring if is_ring else batch.token_ids,
             self._groups,
             self._stop,
@@ -286,33 +203,19 @@ class SuffixLookup:
             batch.rows,
             groups if is_ring else batch.num_sampled,
             batch.num_sampled,
-            self._places,
-            self._counts,
-            stride,
+            found.distances,
+            found.counts,
+            batch.token_ids.stride(0),
             capacity,
-            self._max_blocks,
+            found.max_blocks,
             IS_RING=is_ring,
             BLOCK=block,
         )
-        _vote[(num_requests,)](
-            self._ring if is_ring else batch.token_ids,
-            self._stop,
-            batch.token_ids,
-            batch.num_tokens,
-            batch.rows,
-            self._places,
-            self._counts,
-            self.drafts,
-            self.expected,
-            stride,
-            capacity,
-            num_blocks,
-            self._max_blocks,
-            IS_RING=is_ring,
-            BLOCKS=triton.next_power_of_2(self._max_blocks),
-            NUM_DRAFTS=self._num_drafts,
-            NUM_DRAFTS_PADDED=triton.next_power_of_2(self._num_drafts),
-        )
+        return num_blocks
+
+    def forget(self, row: int) -> None:
+        """Another request takes this row: nothing that is known of its last draft counts any more."""
+        self._state[row].fill_(-1)
 
     def append_output(
         self,

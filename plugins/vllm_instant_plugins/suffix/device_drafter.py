@@ -1,8 +1,8 @@
 """``suffix`` on the device: the same lookup, without the request's newest tokens on the host.
 
-Two things differ from ``SuffixDrafter``. A draft is as long as was planned, since its rows are verified in any case.
-And the confidence of a match follows its length alone: without the sampled tokens the host cannot learn how often
-matches were right. It decides only which of the two sources is used.
+Drafts are those of ``SuffixDrafter``, except that they are as long as was planned, since their rows are verified in any
+case, and that their confidence is the one that the host begins with: it only decides whether a ``hybrid`` drafter
+uses its model.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class SuffixDeviceDrafter(DeviceDrafter):
     def forget_on_device(self, request: DeviceRequest) -> None:
         """Move the output of a request that has ended into the history."""
         group = self._group_of.pop(request.request_id, None)
+        self._lookup.forget(request.row)
         if group is not None:
             self._lookup.append_output(
                 request.token_ids,
