@@ -71,7 +71,8 @@ def serve(engine: Engine, prompts: Sequence[tuple[str, PromptSpec]], drafts: str
         parameters = SamplingParams(
             temperature=prompt.temperature, max_tokens=tokens, ignore_eos=True, extra_args={CLIENT_KEY: drafts}
         )
-        answers[loop.add_request(str(number), prompt.text, parameters)] = Answer(kind, [], [])
+        loop.add_request(str(number), prompt.text, parameters)
+        answers[str(number)] = Answer(kind, [], [])
     while loop.has_unfinished_requests():
         outputs = loop.step()
         now = time.perf_counter()
