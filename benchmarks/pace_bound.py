@@ -8,23 +8,29 @@ the only difference: each bound has its own ``goodput`` policy, which keeps what
 round every arm serves the same new prompts, in random order; the first round is not counted. ``off`` and ``off again``
 have clients that ask for no drafts; their ratio is the noise floor.
 
+All but ``total as measured`` are at usual step times: every step takes the median of all steps of its shape (requests,
+rows, draft tokens that its drafter made). So decisions are compared, without what a shared machine did meanwhile.
+
 ``pace`` is a request's tokens per second after its first token, relative to the same request's without drafts; by
-class, and of the slowest request. ``p95`` and ``p99`` are those of the time between the pieces of an answer, which hold
-one or several tokens. All are relative to ``off`` in the same round; medians over rounds with intervals.
+class, and of the slowest request. ``total`` is the sum of all paces. ``p95`` and ``p99`` are those of the time between
+the pieces of an answer, which hold one or several tokens. All are relative to ``off`` in the same round; medians over
+rounds with intervals.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import tempfile
-import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from cold_start import AGAIN, CLIENT_KEY, MAX_USERS, OFF, Engine, in_serving_environment
+import numpy.typing as npt
+from cold_start import AGAIN, CLIENT_KEY, MAX_USERS, OFF, Engine, Shape, in_serving_environment
 from results import HERE, write
 
 from vllm_instant.speculation.draft_budget import DraftBudgetManager
@@ -33,6 +39,8 @@ from vllm_instant.tools.measure.prompts import free, snippets
 from vllm_instant.tools.measure.statistics import median_interval
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 
+Array = npt.NDArray[np.float64]
+
 BOUNDS = (1.0, 0.95, 0.9, 0.8, 0.5, 0.0)
 CLASSES = ("free", "code", "structured")
 PERCENTILES = (95, 99)
@@ -40,16 +48,28 @@ PERCENTILES = (95, 99)
 
 @dataclass
 class Answer:
-    """When the pieces of one answer came, in seconds, and how many tokens it had by then."""
+    """After which step of its arm the pieces of one answer came, and how many tokens it had by then."""
 
     kind: str
-    times: list[float]
+    steps: list[int]
     tokens: list[int]
 
-    @property
-    def pace(self) -> float:
-        """Tokens per second after the first piece."""
-        return (self.tokens[-1] - self.tokens[0]) / (self.times[-1] - self.times[0])
+    def pace(self, clock: Array) -> float:
+        """Tokens per second after the first piece; ``clock``: seconds at the end of each step."""
+        return (self.tokens[-1] - self.tokens[0]) / float(clock[self.steps[-1]] - clock[self.steps[0]])
+
+
+@dataclass
+class Served:
+    """One arm of one round."""
+
+    answers: list[Answer]
+    steps: list[tuple[Shape, float]]
+    """Shape and seconds of each step."""
+
+    def clock(self, usual: Mapping[Shape, float] | None = None) -> Array:
+        """Seconds at the end of each step, as measured or with the ``usual`` time of each shape."""
+        return np.cumsum([usual[shape] if usual else seconds for shape, seconds in self.steps])
 
 
 def traffic(users: int, number: int) -> list[tuple[str, PromptSpec]]:
@@ -61,12 +81,13 @@ def traffic(users: int, number: int) -> list[tuple[str, PromptSpec]]:
     return [*open_ended, *code, *structured]
 
 
-def serve(engine: Engine, prompts: Sequence[tuple[str, PromptSpec]], drafts: str, tokens: int) -> list[Answer]:
+def serve(engine: Engine, prompts: Sequence[tuple[str, PromptSpec]], drafts: str, tokens: int) -> Served:
     """All prompts at once."""
     from vllm import SamplingParams
 
     loop = engine.llm.llm_engine
     answers = {}
+    engine.steps = []
     for number, (kind, prompt) in enumerate(prompts):
         parameters = SamplingParams(
             temperature=prompt.temperature, max_tokens=tokens, ignore_eos=True, extra_args={CLIENT_KEY: drafts}
@@ -74,30 +95,40 @@ def serve(engine: Engine, prompts: Sequence[tuple[str, PromptSpec]], drafts: str
         loop.add_request(str(number), prompt.text, parameters)
         answers[str(number)] = Answer(kind, [], [])
     while loop.has_unfinished_requests():
-        outputs = loop.step()
-        now = time.perf_counter()
-        for output in outputs:
+        for output in loop.step():
             answer, count = answers[output.request_id], len(output.outputs[0].token_ids)
             if not answer.tokens or count > answer.tokens[-1]:
-                answer.times.append(now)
+                answer.steps.append(len(engine.steps) - 1)
                 answer.tokens.append(count)
-    return list(answers.values())
+    return Served(list(answers.values()), engine.steps)
 
 
-def figures(answers: Sequence[Answer], alone: Sequence[Answer]) -> dict[str, float]:
+def usual_times(served: Iterable[Served]) -> dict[Shape, float]:
+    """The median time of all steps of each shape."""
+    times = defaultdict(list)
+    for one in served:
+        for shape, seconds in one.steps:
+            times[shape].append(seconds)
+    return {shape: statistics.median(found) for shape, found in times.items()}
+
+
+def figures(ours: Served, alone: Served, usual: Mapping[Shape, float]) -> dict[str, float]:
     """One arm of one round relative to no drafts."""
-    paces = [(ours.kind, ours.pace / theirs.pace) for ours, theirs in zip(answers, alone, strict=True)]
-    found = {f"pace, {kind}": float(np.mean([pace for of, pace in paces if of == kind])) for kind in CLASSES}
-    found["pace, slowest request"] = min(pace for _, pace in paces)
-    ends = [
-        max(answer.times[-1] for answer in arm) - min(answer.times[0] for answer in arm) for arm in (alone, answers)
+    clocks = ours.clock(usual), alone.clock(usual)
+    paces = [[answer.pace(clock) for answer in arm.answers] for arm, clock in zip((ours, alone), clocks, strict=True)]
+    ratios = [(answer.kind, one / other) for answer, one, other in zip(ours.answers, *paces, strict=True)]
+    found = {f"pace, {kind}": float(np.mean([ratio for of, ratio in ratios if of == kind])) for kind in CLASSES}
+    found["pace, slowest request"] = min(ratio for _, ratio in ratios)
+    found["total"] = sum(paces[0]) / sum(paces[1])
+    measured = [sum(answer.pace(arm.clock()) for answer in arm.answers) for arm in (ours, alone)]
+    found["total as measured"] = measured[0] / measured[1]
+    between = [
+        np.concatenate([np.diff(clock[answer.steps]) for answer in arm.answers])
+        for arm, clock in zip((ours, alone), clocks, strict=True)
     ]
-    found["total until the last token"] = ends[0] / ends[1]
-    found["total"] = sum(answer.pace for answer in answers) / sum(answer.pace for answer in alone)
-    between = [np.concatenate([np.diff(answer.times) for answer in arm]) for arm in (answers, alone)]
     for percent in PERCENTILES:
-        ours, theirs = (float(np.percentile(times, percent)) for times in between)
-        found[f"p{percent} between pieces"] = ours / theirs
+        of_ours, theirs = (float(np.percentile(times, percent)) for times in between)
+        found[f"p{percent} between pieces"] = of_ours / theirs
     return found
 
 
@@ -110,7 +141,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results/pace_bound.json")
     options = parser.parse_args()
     in_serving_environment()
-    found: dict[str, list[dict[str, float]]] = {}
+    rounds: list[dict[str, Served]] = []
     with tempfile.TemporaryDirectory(prefix="pace-bound-") as name:
         engine = Engine("trained", Path(name))
         budgets: dict[str, DraftBudgetManager | None] = {OFF: None, AGAIN: None}
@@ -121,18 +152,19 @@ def main() -> None:
             prompts = traffic(options.users, number)
             order = list(budgets)
             random.Random(number).shuffle(order)
-            answers = {}
+            served = {}
             for arm in order:
                 engine.scheduler.instant_budget = budgets[arm] or budgets["none"]
-                answers[arm] = serve(engine, prompts, "auto" if budgets[arm] else "off", options.tokens)
+                served[arm] = serve(engine, prompts, "auto" if budgets[arm] else "off", options.tokens)
             if number:
-                for arm in budgets:
-                    found.setdefault(arm, []).append(figures(answers[arm], answers[OFF]))
+                rounds.append(served)
+    usual = usual_times(one for served in rounds for one in served.values())
     cells = []
-    for arm, rounds in found.items():
+    for arm in budgets:
         if arm != OFF:
-            values = {key: vars(median_interval([one[key] for one in rounds])) for key in rounds[0]}
-            cells.append({"users": options.users, "bound": arm, "rounds": len(rounds), **values})
+            found = [figures(served[arm], served[OFF], usual) for served in rounds]
+            values = {key: vars(median_interval([one[key] for one in found])) for key in found[0]}
+            cells.append({"users": options.users, "bound": arm, "rounds": len(found), **values})
             print(arm, ", ".join(f"{key} {value['median']:.3f}" for key, value in values.items()), flush=True)
     write(options.output, cells, "", ("users", "bound"))
 

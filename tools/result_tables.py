@@ -129,7 +129,8 @@ def seeds(runs: Sequence[Run]) -> str:
 def pace_bound(runs: Sequence[Run]) -> str:
     """Total speed, pace by class and time between tokens at several bounds, relative to no drafts."""
     columns = {
-        "total": "total speed",
+        "total as measured": "total speed as measured",
+        "total": "at usual step times",
         "pace, free": "pace of free text",
         "pace, code": "of code",
         "pace, structured": "of structured text",
