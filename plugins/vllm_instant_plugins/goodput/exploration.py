@@ -28,6 +28,11 @@ MIN_INTERVAL = 12
 MAX_INTERVAL = 40
 """Steps between two explorations of one kind."""
 
+LONG_STEP = 1.05
+"""An exploration that makes the step of several requests this many times as long, or longer, delays all of them:"""
+LONG_INTERVAL = 128
+"""such steps come less than once in a hundred, so that the 99th percentile of the time between tokens has none."""
+
 CURIOUS_SIGMAS = 2.0
 """A step whose cost is uncertain is tried when drafting so much would be best at this many standard deviations less,"""
 CURIOUS_GAIN = 1.02
@@ -110,6 +115,14 @@ class ExplorationBudget:
         """Account for what a step has lost, which was not known before; negative for a gain."""
         self.balance = min(max(self.balance - loss, -MAX_BUDGET), MAX_BUDGET)
 
+    def may_be_long(self) -> bool:
+        """Whether the last exploration with a long step was long enough ago."""
+        return self._steps_since.get("long", LONG_INTERVAL) >= LONG_INTERVAL
+
+    def was_long(self) -> None:
+        """Count an exploration with a long step."""
+        self._steps_since["long"] = 0
+
     def postpone(self, kind: str) -> None:
         """Ask again after ``MIN_INTERVAL`` steps."""
         self.spend(kind, 0.0)
@@ -141,6 +154,8 @@ class StepContext:
     """Whether the drafter's time is part of the costs; False where it weighs that itself."""
     graphs: FullGraphs | None = None
     """Steps that run as one CUDA graph; None: there is no such difference."""
+    bounds_delay: bool = False
+    """Whether requests are to keep their pace, and not total speed alone counts."""
     plan: StepPlan = field(init=False)
     """The best plan, once it was found."""
 
@@ -210,7 +225,12 @@ class Explorer:
         seconds += now.piecewise(hopeful.num_draft_tokens) * self._costs.piecewise_seconds()
         hopeful = replace(hopeful, seconds=seconds)
         loss = max(0.0, 1.0 - hopeful.gain / plan.gain)
-        return hopeful if self.budget.try_spend("costs", loss) else None
+        is_long = self._is_long(hopeful.seconds / plan.seconds, now)
+        if (is_long and not self.budget.may_be_long()) or not self.budget.try_spend("costs", loss):
+            return None
+        if is_long:
+            self.budget.was_long()
+        return hopeful
 
     def while_drafting(self, now: StepContext) -> tuple[Indices, str]:
         """The best plan's draft tokens, or one request more, or none at all for comparison; and the reason."""
@@ -295,6 +315,9 @@ class Explorer:
         loss_of_probe = probe_seconds / plan.baseline_seconds - 1.0
         shown = int(drafting.sum())
         self._saving = shown > 1 and loss <= MAX_TRIAL_LOSS and loss < shown / probed * loss_of_probe
+        is_long = self._is_long(plan.seconds / plan.baseline_seconds, now)
+        if is_long and not self.budget.may_be_long():
+            self._saving = False
         if not self._saving:
             self.budget.postpone("trial")
             return None
@@ -303,6 +326,8 @@ class Explorer:
         elif not self.budget.try_spend("trial", loss):
             return None
         self.budget.postpone("drafter")
+        if is_long:
+            self.budget.was_long()
         return plan
 
     def while_off(self, now: StepContext) -> tuple[Indices, str]:
@@ -336,12 +361,22 @@ class Explorer:
         probed = self._table.without_recent_drafts(now.batch, adaptive, num_probed)
         catch_up = self._catch_up_seconds(now.batch, probed)
         loss = max(0.0, (float(seconds[cheap]) + catch_up) / baseline_seconds - 1.0)
+        is_long = self._is_long(1.0 + loss, now)
         if follow_up:
             self.budget.spend("drafter", loss)
-        elif not self.budget.try_spend("drafter", loss, must=True, saving=self._saving):
+        elif (is_long and not self.budget.may_be_long()) or not self.budget.try_spend(
+            "drafter", loss, must=True, saving=self._saving
+        ):
             return num_draft_tokens, "off"
+        if is_long:
+            self.budget.was_long()
         num_draft_tokens[probed] = lengths[cheap]
         return num_draft_tokens, "follow-up" if follow_up else "probe"
+
+    @staticmethod
+    def _is_long(times: float, now: StepContext) -> bool:
+        """Whether a step that takes this many times as long would delay several requests."""
+        return now.bounds_delay and len(now.batch.requests) > 1 and times >= LONG_STEP
 
     def _catch_up_seconds(self, batch: Batch, positions: Indices) -> float:
         """Seconds that the drafter takes to read what it missed of these requests."""

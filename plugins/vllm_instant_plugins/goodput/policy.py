@@ -38,6 +38,11 @@ STEADY_STEPS = 48
 """For this many steps after drafting started or stopped,"""
 STEADY_GAIN = 0.05
 """this much of a difference is needed to change it back."""
+MIN_RETURN_ON_DELAY = 0.2
+"""Where requests are to keep their pace and drafts make the steps of several of them longer by some share, drafting
+must bring at least this share of it,"""
+MAX_DELAY_GAIN = 0.1
+"""or this much more speed: equal speed on average is not worth unequal times between tokens."""
 BACKOFF_STEPS = 4
 INITIAL_DRAFT_TOKENS = 2
 """Limit of a request's draft tokens on a new server;"""
@@ -219,6 +224,7 @@ class GoodputPolicy(SpeculationPolicy):
             more_rows,
             drafting_counts=not self._confident,
             graphs=self._graphs,
+            bounds_delay=self._slowest_request > 0.0,
         )
 
     def _plan(self, now: StepContext) -> float:
@@ -289,7 +295,11 @@ class GoodputPolicy(SpeculationPolicy):
             gain = plan.return_on_drafts(float(delivered))
         else:
             gain = plan.gain
-        drafting = plan.draft_steps > 0 and gain >= self._min_gain(now.number)
+        min_gain = self._min_gain(now.number)
+        if now.bounds_delay and len(now.batch.requests) > 1 and self._max_length > INITIAL_DRAFT_TOKENS:
+            longer = plan.seconds / plan.baseline_seconds - 1.0
+            min_gain += MIN_RETURN_ON_DELAY if self._confident else min(MIN_RETURN_ON_DELAY * longer, MAX_DELAY_GAIN)
+        drafting = plan.draft_steps > 0 and gain >= min_gain
         if drafting != self.drafting:
             self.drafting = drafting
             self.switches += 1
@@ -322,6 +332,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._draft_cost = self._draft_costs.draft_cost(
             now.plan, now.context, now.more_rows, max_draft_tokens, now.max_rows, max_seconds, self._graphs is not None
         )
+        if now.bounds_delay and len(now.batch.requests) > 1:
+            self._draft_cost = scaled(self._draft_cost, 1.0 + MIN_RETURN_ON_DELAY)
         if self._slo is not None or now.even_lengths:
             return num_draft_tokens
         earns_cost = (num_draft_tokens > 0) & (now.survival[:, 0] >= self._draft_cost.per_token)
