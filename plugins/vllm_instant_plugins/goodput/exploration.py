@@ -68,10 +68,13 @@ class ExplorationBudget:
         self.balance = 0.0
         self._steps_since: dict[str, int] = {}
         """Steps since the last exploration of each kind."""
+        self._long_debt = 0
+        """Steps until the explorations with long steps were few enough."""
 
     def step(self) -> None:
         """Add the share of another planned step."""
         self.balance = min(self.balance + BUDGET_PER_STEP, MAX_BUDGET)
+        self._long_debt = max(self._long_debt - 1, 0)
         for kind in self._steps_since:
             self._steps_since[kind] += 1
 
@@ -115,13 +118,13 @@ class ExplorationBudget:
         """Account for what a step has lost, which was not known before; negative for a gain."""
         self.balance = min(max(self.balance - loss, -MAX_BUDGET), MAX_BUDGET)
 
-    def may_be_long(self) -> bool:
-        """Whether the last exploration with a long step was long enough ago."""
-        return self._steps_since.get("long", LONG_INTERVAL) >= LONG_INTERVAL
+    def may_be_long(self, follow_up: bool = False) -> bool:
+        """Whether there were few explorations with long steps lately; one may be followed up at once."""
+        return self._long_debt <= (LONG_INTERVAL if follow_up else 0)
 
     def was_long(self) -> None:
         """Count an exploration with a long step."""
-        self._steps_since["long"] = 0
+        self._long_debt += LONG_INTERVAL
 
     def postpone(self, kind: str) -> None:
         """Ask again after ``MIN_INTERVAL`` steps."""
@@ -362,11 +365,11 @@ class Explorer:
         catch_up = self._catch_up_seconds(now.batch, probed)
         loss = max(0.0, (float(seconds[cheap]) + catch_up) / baseline_seconds - 1.0)
         is_long = self._is_long(1.0 + loss, now)
+        if is_long and not self.budget.may_be_long(follow_up > 0):
+            return num_draft_tokens, "off"
         if follow_up:
             self.budget.spend("drafter", loss)
-        elif (is_long and not self.budget.may_be_long()) or not self.budget.try_spend(
-            "drafter", loss, must=True, saving=self._saving
-        ):
+        elif not self.budget.try_spend("drafter", loss, must=True, saving=self._saving):
             return num_draft_tokens, "off"
         if is_long:
             self.budget.was_long()

@@ -11,6 +11,7 @@ from vllm_instant import FullGraphs, RequestState
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.exploration import (
     BUDGET_PER_STEP,
+    LONG_INTERVAL,
     MAX_BUDGET,
     MAX_INTERVAL,
     MIN_INTERVAL,
@@ -239,3 +240,18 @@ class TestWithGraphs:
         for graphs in (FullGraphs((0,), 64), FullGraphs((0, 2, 4), 8)):
             probe, _ = self._off(graphs)
             assert np.count_nonzero(probe) == 1
+
+
+def test_a_long_exploration_may_be_followed_up_once():
+    budget = ExplorationBudget()
+    assert budget.may_be_long()
+    budget.was_long()
+    assert not budget.may_be_long()
+    assert budget.may_be_long(follow_up=True)
+    budget.was_long()
+    assert not budget.may_be_long(follow_up=True)
+    for _ in range(2 * LONG_INTERVAL - 1):
+        budget.step()
+    assert not budget.may_be_long()
+    budget.step()
+    assert budget.may_be_long()
