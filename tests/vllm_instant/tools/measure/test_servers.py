@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -191,3 +193,22 @@ def _all_end(pids):
             return True
         time.sleep(0.1)
     return False
+
+
+def test_ports_are_none_that_the_system_gives_to_connections(tmp_path):
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    ports = {Server("model", log=tmp_path / "log").port for _ in range(50)}
+    taken.close()
+    assert len(ports) > 40
+    if first > servers.PORTS.stop:
+        assert not any(first <= port <= last for port in ports)
+
+
+def test_a_port_that_is_taken_is_not_chosen(monkeypatch, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(servers, "PORTS", range(port, port + 51))
+        assert port not in {Server("model", log=tmp_path / "log").port for _ in range(20)}
