@@ -180,6 +180,11 @@ class StepContext:
         )
 
     @property
+    def delays_others(self) -> bool:
+        """Whether a longer step delays requests that are to keep their pace."""
+        return self.bounds_delay and len(self.batch.requests) > 1
+
+    @property
     def even_lengths(self) -> list[int]:
         """Numbers of draft tokens with which a step of these requests runs as one CUDA graph, without 0."""
         if self.graphs is None or not self.batch.all_adaptive:
@@ -378,8 +383,11 @@ class Explorer:
 
     @staticmethod
     def _is_long(times: float, now: StepContext) -> bool:
-        """Whether a step that takes this many times as long would delay several requests."""
-        return now.bounds_delay and len(now.batch.requests) > 1 and times >= LONG_STEP
+        """Whether a step that takes this many times as long would delay several requests.
+
+        Drafters with confidences deliver drafts in some steps only: there, rare explorations would find nothing.
+        """
+        return now.delays_others and now.drafting_counts and times >= LONG_STEP
 
     def _catch_up_seconds(self, batch: Batch, positions: Indices) -> float:
         """Seconds that the drafter takes to read what it missed of these requests."""

@@ -296,9 +296,9 @@ class GoodputPolicy(SpeculationPolicy):
         else:
             gain = plan.gain
         min_gain = self._min_gain(now.number)
-        if now.bounds_delay and len(now.batch.requests) > 1 and self._max_length > INITIAL_DRAFT_TOKENS:
+        if now.delays_others and not self._confident and self._max_length > INITIAL_DRAFT_TOKENS:
             longer = plan.seconds / plan.baseline_seconds - 1.0
-            min_gain += MIN_RETURN_ON_DELAY if self._confident else min(MIN_RETURN_ON_DELAY * longer, MAX_DELAY_GAIN)
+            min_gain += min(MIN_RETURN_ON_DELAY * longer, MAX_DELAY_GAIN)
         drafting = plan.draft_steps > 0 and gain >= min_gain
         if drafting != self.drafting:
             self.drafting = drafting
@@ -332,7 +332,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._draft_cost = self._draft_costs.draft_cost(
             now.plan, now.context, now.more_rows, max_draft_tokens, now.max_rows, max_seconds, self._graphs is not None
         )
-        if now.bounds_delay and len(now.batch.requests) > 1:
+        if now.delays_others:
             self._draft_cost = scaled(self._draft_cost, 1.0 + MIN_RETURN_ON_DELAY)
         if self._slo is not None or now.even_lengths:
             return num_draft_tokens
