@@ -21,7 +21,7 @@ ORDERS = tl.constexpr(2)
 MAX_CANDIDATES = tl.constexpr(24)
 """Limit of the occurrences of one order in one source, the newest first."""
 ENOUGH = tl.constexpr(8)
-"""So many occurrences of two tokens leave those of one out."""
+"""From this number on, occurrences of two tokens leave those of one out."""
 SOURCE_LANES = tl.constexpr(31)
 """``MAX_CANDIDATES + ENOUGH - 1``: lanes of a source's candidates."""
 LANES = tl.constexpr(64)

@@ -76,8 +76,8 @@ class GoodputPolicy(SpeculationPolicy):
         log_changes: log when drafting starts or stops to pay.
         confident_drafts: the drafter states confidences, and its drafts are trimmed by ``draft_cost``: then it is asked
             for as much as it can deliver as soon as that earns its cost, however rarely it delivers anything.
-        self_calibrating: such drafts take next to no time, and the drafter compares those that are not verified with
-            what comes, too: without latency goals it is asked in every step, and no drafts are verified to judge it.
+        self_calibrating: such drafts take next to no time, and the drafter compares unverified drafts as well with what
+            comes: without latency goals it is asked in every step, and no drafts are verified to judge it.
         slowest_request: lower bound on the speed of each request, relative to no drafts.
         graphs: decoding steps that run as one CUDA graph; all others take longer. None: there is no such difference.
         clock: seconds, monotonic.

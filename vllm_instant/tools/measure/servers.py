@@ -32,7 +32,7 @@ START_TIMEOUT = 600.0
 SAY_SECONDS = 10.0
 """Time between two reports on what a start is waiting for."""
 PORTS = range(20_000, 32_000)
-"""Ports of servers, below those that Linux gives to connections."""
+"""Ports of servers: below the range that Linux gives to connections."""
 SETTLE_SECONDS = 1.3
 CORES_PER_START = 8
 """With fewer cores per server, starts would slow each other down and are made one after the other."""
