@@ -27,7 +27,7 @@ def _drafts(*arguments):
 
 
 def _is_that_of_the_host(draft, of_host, newest):
-    """The host ends a draft where it becomes unlikely; the device continues, and fills up what no candidate proposes."""
+    """The host ends a draft where it becomes unlikely; the device continues, and fills up what none proposes."""
     return draft[: len(of_host)] == of_host and (of_host != [] or draft == filled([], newest, DRAFTS))
 
 
