@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,15 @@ Shape = tuple[int, int, int]
 """Of a step: requests, rows of the model, and draft tokens that were made for the next step."""
 
 
+def usual_times(served: Iterable[Sequence[tuple[Shape, float]]]) -> dict[Shape, float]:
+    """The median time of all steps of each shape, from the shapes and seconds of several series of steps."""
+    times = defaultdict(list)
+    for steps in served:
+        for shape, seconds in steps:
+            times[shape].append(seconds)
+    return {shape: statistics.median(found) for shape, found in times.items()}
+
+
 @dataclass
 class Turn:
     """One arm of one start."""
@@ -110,12 +119,7 @@ class Cell:
 
     def usual(self, arm: str, to: str) -> list[float]:
         """The same, with every step at the median time of its shape in this cell."""
-        times = defaultdict(list)
-        for start in self.starts:
-            for turn in start.values():
-                for shape, seconds in turn.steps:
-                    times[shape].append(seconds)
-        medians = {shape: statistics.median(found) for shape, found in times.items()}
+        medians = usual_times(turn.steps for start in self.starts for turn in start.values())
         sums = [{name: sum(medians[shape] for shape, _ in turn.steps) for name, turn in s.items()} for s in self.starts]
         return [start[to] / start[arm] for start in sums]
 

@@ -21,16 +21,14 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from cold_start import AGAIN, CLIENT_KEY, MAX_USERS, OFF, Engine, Shape, in_serving_environment
+from cold_start import AGAIN, CLIENT_KEY, MAX_USERS, OFF, Engine, Shape, in_serving_environment, usual_times
 from results import HERE, write
 
 from vllm_instant.speculation.draft_budget import DraftBudgetManager
@@ -103,15 +101,6 @@ def serve(engine: Engine, prompts: Sequence[tuple[str, PromptSpec]], drafts: str
     return Served(list(answers.values()), engine.steps)
 
 
-def usual_times(served: Iterable[Served]) -> dict[Shape, float]:
-    """The median time of all steps of each shape."""
-    times = defaultdict(list)
-    for one in served:
-        for shape, seconds in one.steps:
-            times[shape].append(seconds)
-    return {shape: statistics.median(found) for shape, found in times.items()}
-
-
 def figures(ours: Served, alone: Served, usual: Mapping[Shape, float]) -> dict[str, float]:
     """One arm of one round relative to no drafts."""
     clocks = ours.clock(usual), alone.clock(usual)
@@ -158,7 +147,7 @@ def main() -> None:
                 served[arm] = serve(engine, prompts, "auto" if budgets[arm] else "off", options.tokens)
             if number:
                 rounds.append(served)
-    usual = usual_times(one for served in rounds for one in served.values())
+    usual = usual_times(one.steps for served in rounds for one in served.values())
     cells = []
     for arm in budgets:
         if arm != OFF:

@@ -96,7 +96,7 @@ class Plugin:
     confident: bool = False
     """For drafters: whether drafts have a confidence (``Draft.confidence``)."""
     self_calibrating: bool = False
-    """For confident drafters on the host: whether drafting takes next to no time (some 20 µs per request), and drafts
+    """For confident drafters on the host: whether drafting takes next to no time (20 µs per request), and drafts
     that are not verified teach the drafter, too. Policies then need not verify drafts to learn about it."""
     calibration_options: Callable[[Any], Mapping[str, Any]] | None = None
     """Function of the deployment's options that returns the options to set while ``vllm-instant calibrate`` loads a

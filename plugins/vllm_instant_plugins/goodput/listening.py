@@ -23,7 +23,7 @@ CURIOUS_COST = 0.25
 MAX_SHARE = 0.01
 """Share of a step that asking may take,"""
 SECONDS, SECONDS_PER_REQUEST = 1e-4, 2e-5
-"""which takes this long: measured for ``suffix``."""
+"""which is assumed to take this long, checks and the call of the drafter included."""
 
 
 class Listener:

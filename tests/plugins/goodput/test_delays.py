@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vllm_instant import RequestState, StepOutcome, UpcomingStep
 from vllm_instant.tools.measure.simulator import HostNoise, RequestClass, StepCost, simulate, steady
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 
@@ -47,6 +48,24 @@ def test_a_request_alone_is_explored_as_often_as_ever():
 def test_a_small_gain_is_not_worth_longer_steps(floor, drafts):
     report = _serve(SMALL_GAIN, slowest_request=floor)
     assert (np.count_nonzero(report.step_drafted) > 0.3 * report.steps) == drafts
+
+
+def _cost_of_a_draft(users, **options):
+    policy = GoodputPolicy(4, 16, confident_drafts=True, **options)
+    states = [RequestState(str(number), 100, 100, 0.0, index=number) for number in range(users)]
+    for state in states:
+        policy.enter(state)
+    for number in range(1, 40):
+        lengths = policy.get_num_draft_tokens(UpcomingStep(states, 4, number=number))
+        rows = users + sum(lengths)
+        policy.observe(StepOutcome(states, lengths, lengths, rows, 0.01 + 0.002 * rows, users, number, max(lengths)))
+    return policy.draft_cost().per_token
+
+
+def test_drafts_with_a_confidence_that_delay_others_cost_a_fifth_more():
+    bounded, unbounded = (_cost_of_a_draft(2, slowest_request=floor) for floor in (0.01, 0.0))
+    assert bounded == pytest.approx(1.2 * unbounded)
+    assert _cost_of_a_draft(1, slowest_request=0.01) == _cost_of_a_draft(1, slowest_request=0.0)
 
 
 def test_a_clear_gain_is_worth_longer_steps():

@@ -1,12 +1,14 @@
 """Lookups that calibrate themselves are asked in every step, and no draft is verified for the sake of learning."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from cold_starts import Store, relative_speeds
 
 from vllm_instant.tools.measure.simulator import HostNoise, RequestClass, StepCost, roofline, simulate, steady
 from vllm_instant_plugins.goodput.latency_slo import LatencySlo
-from vllm_instant_plugins.goodput.listening import MAX_DRAFTED_STEPS, MAX_LISTENED
+from vllm_instant_plugins.goodput.listening import MAX_DRAFTED_STEPS, MAX_LISTENED, Listener
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 from vllm_instant_plugins.speculation import Fixed
 
@@ -122,6 +124,15 @@ def test_drafts_that_do_not_pay_on_average_are_few_and_leave_steps_to_compare_wi
         longest = max(longest, streak)
     # A decision may be repeated, and the next one is made before the outcome of the last one is known.
     assert longest <= MAX_DRAFTED_STEPS + 5
+
+
+@pytest.mark.parametrize(("pays", "reason", "max_rows"), [(False, "listen", 20 + MAX_LISTENED), (True, "draft", 500)])
+def test_the_limit_holds_while_drafts_do_not_pay(pays, reason, max_rows):
+    budget = SimpleNamespace(balance=0.0)
+    explorer = SimpleNamespace(budget=budget, is_reference_due=lambda now: False)
+    now = SimpleNamespace(plan=SimpleNamespace(num_requests=16), more_rows=4.0, max_rows=500)
+    assert Listener(None, explorer).reason(now, pays) == reason
+    assert now.max_rows == max_rows
 
 
 def test_a_new_server_does_not_assume_that_drafts_are_accepted():

@@ -1,13 +1,16 @@
 """The lookup drafter: sources, tenants, learning, cost."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from vllm_instant import DraftRequest
-from vllm_instant_plugins.suffix.cache_salt_groups import MAX_GROUPS
+from vllm_instant.interfaces.drafter import DeviceRequest
+from vllm_instant_plugins.suffix.cache_salt_groups import MAX_GROUPS, CacheSaltGroups
 from vllm_instant_plugins.suffix.calibration import count_accepted
+from vllm_instant_plugins.suffix.device_drafter import SuffixDeviceDrafter
 from vllm_instant_plugins.suffix.drafter import SuffixDrafter
 from vllm_instant_plugins.suffix.plugin import SuffixOptions
 
@@ -134,3 +137,11 @@ def test_a_lookup_costs_little_at_long_context():
 def test_the_history_is_shared_across_cache_salts_by_either_option_key(key):
     assert SuffixOptions.model_validate({key: True}).share_across_cache_salts
     assert not SuffixOptions.model_validate({}).share_across_cache_salts
+
+
+def test_on_the_device_nothing_is_resumed_for_the_next_request_of_a_row():
+    forgotten = []
+    lookup = SimpleNamespace(forget=forgotten.append)
+    drafter = SuffixDeviceDrafter(lookup, CacheSaltGroups(False), "cpu")
+    drafter.forget_on_device(DeviceRequest("a", 3, 2, 10, None, None))
+    assert forgotten == [3]
