@@ -1,11 +1,14 @@
 """The lookup on the device: the same drafts as on the host."""
 
 import ahead_of_time
+import numpy as np
 import pytest
 from interpreting import interpreted
 from suffix_lookup_cases import filled, launches_of_lookup, looked_up, on_host, streamed, streamed_on_host
 
 import vllm_instant_kernels.suffix_lookup as module
+from vllm_instant_plugins.suffix.calibration import ConfidenceCalibrator
+from vllm_instant_plugins.suffix.request_lookup import RequestLookup
 
 DRAFTS = 5
 
@@ -38,6 +41,16 @@ def test_own_tokens_are_searched_as_on_the_host(numbers):
         ]
         for tokens, draft in zip(requests, _drafts(requests, [1] * 4, DRAFTS), strict=True):
             assert _is_that_of_the_host(draft, on_host(tokens, DRAFTS), tokens[-1])
+
+
+def test_its_expectation_is_the_one_that_the_host_begins_with():
+    requests = [[1, 2, 3, 4, 1, 2], [7, 8, 5, 7, 8, 6, 7, 8], [4, 9, 4, 9, 4, 9, 4]]
+    _, expected = interpreted(looked_up, requests, [1] * 3, 3)
+    for tokens, found in zip(requests, expected.tolist(), strict=True):
+        newest = np.array(tokens, np.int32)
+        newest.flags.writeable = False
+        draft = RequestLookup(len(tokens)).propose(newest, 3, ConfidenceCalibrator())
+        assert found == pytest.approx(np.cumprod(draft.confidence).sum(), abs=0.01)
 
 
 def _edited(numbers, length):

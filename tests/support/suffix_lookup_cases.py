@@ -25,7 +25,10 @@ def looked_up(
     history_tokens: int = 0,
     block: int = 16,
 ) -> tuple[torch.Tensor, ...]:
-    """Drafts of ``requests`` after outputs ``(group, tokens)`` were appended; to be called through ``interpreted``."""
+    """Drafts of ``requests`` after outputs ``(group, tokens)`` were appended, and the expected accepted tokens of each.
+
+    To be called through ``interpreted``.
+    """
     from vllm_instant_kernels.suffix_lookup import LookupBatch, SuffixLookup
 
     rows = max(len(requests), 1)
@@ -44,7 +47,7 @@ def looked_up(
         num_tokens[row] = len(tokens)
     batch = LookupBatch(token_ids, num_tokens, torch.tensor(order), torch.tensor(num_sampled, dtype=torch.int32), width)
     found = lookup.propose(batch, None if groups is None else torch.tensor(groups, dtype=torch.int32))
-    return (found.clone(),)
+    return found.clone(), lookup.expected[:rows].clone()
 
 
 def streamed(
