@@ -62,6 +62,7 @@ def arms_of(options: argparse.Namespace) -> dict[str, list[str]]:
         arms["adaptive verification"] = ["-sc", json.dumps(adaptive)]
         ours = ["-sc", json.dumps(model | {"num_speculative_tokens": longest})]
         arms[OURS] = ["--plugins", "vllm_instant", *ours]
+        arms[f"{OURS}, adaptive verification"] = ["--plugins", "vllm_instant", *arms["adaptive verification"]]
     return arms
 
 

@@ -64,6 +64,9 @@ class PluginContext:
     """Whether such a drafter is ``Plugin.self_calibrating``."""
     full_graphs: FullGraphs | None = None
     """The decoding steps that run as one CUDA graph; None where the device has no such graphs."""
+    adaptive_verification: bool = False
+    """Whether vLLM trims the drafts of a step before it verifies them (``enable_adaptive_verification``); a policy
+    decides for each step whether it may (``SpeculationPolicy.trims_verification``)."""
     itl_slo_ms: float | None = None
     """SLO for the inter-token latency in milliseconds, if the deployment's speculation policy has one."""
     identity: Mapping[str, str] = field(default_factory=dict)

@@ -56,6 +56,9 @@ class StepOutcome:
     uncached_tokens: int | None = None
     """Number of tokens that a draft model prefilled before it drafted, because it was skipped when they were computed;
     None where it is unknown."""
+    trimmed: bool = False
+    """Whether vLLM's adaptive verification could trim the drafts of this step. Then ``drafted`` is what was proposed; how
+    many of these tokens were verified is not known."""
 
 
 UNAFFORDABLE = 1e6
@@ -105,6 +108,11 @@ class SpeculationPolicy(Protocol):
     def draft_cost(self) -> DraftCost:
         """Return the cost of drafts in the step of the last ``get_num_draft_tokens``. Optional; free by default."""
         return DraftCost()
+
+    def trims_verification(self) -> bool:
+        """Return whether vLLM's adaptive verification may trim the drafts of the step of the last
+        ``get_num_draft_tokens``, where it is enabled. Optional; True by default."""
+        return True
 
     def enter(self, request: RequestState) -> None:
         """A request entered the engine; it may wait before its first step. Optional."""

@@ -47,6 +47,8 @@ def full_graphs_of(vllm_config: Any) -> FullGraphs | None:
     mode, max_rows = compilation.cudagraph_mode, compilation.max_cudagraph_capture_size
     if speculative is None or mode is None or not (mode.has_full_cudagraphs() and mode.separate_routine()):
         return None
+    if verifies_adaptively(vllm_config):
+        return None  # captured for any number of tokens, so that trimmed steps are graphs
     maximum = speculative.num_speculative_tokens
     lengths = {maximum}
     if vllm_config.use_v2_model_runner:
@@ -59,6 +61,12 @@ def full_graphs_of(vllm_config: Any) -> FullGraphs | None:
     elif speculative.method == HOST_DRAFTER:
         lengths = {0}
     return FullGraphs(tuple(sorted(lengths)), max_rows or 0)
+
+
+def verifies_adaptively(vllm_config: Any) -> bool:
+    """Whether vLLM's V2 model runner trims the drafts of a step before it verifies them."""
+    speculative = vllm_config.speculative_config
+    return bool(speculative is not None and speculative.enable_adaptive_verification and vllm_config.use_v2_model_runner)
 
 
 def _disable_for_data_parallel(disable: Any, vllm_config: Any) -> None:
@@ -78,6 +86,7 @@ def _names_tiers(vllm_config: Any) -> bool:
         deployment is not None
         and speculative is not None
         and not speculative.num_speculative_tokens_per_batch_size
+        and not speculative.enable_adaptive_verification
         and vllm_config.scheduler_config.scheduler_cls == QUALIFIED_NAME
         and installed_plugin(deployment, "speculation").plugin.build is not None
         and mode is not None
@@ -110,6 +119,7 @@ PATCH = VllmPatch(
             ("_maybe_disable_dynamic_sd_for_data_parallel", "_set_cudagraph_sizes"),
         ),
         HasAttribute("config/speculative.py", "SpeculativeConfig.num_speculative_tokens_per_batch_size"),
+        HasAttribute("config/speculative.py", "SpeculativeConfig.enable_adaptive_verification"),
         HasAttribute("config/compilation.py", "CompilationConfig.max_cudagraph_capture_size"),
         HasSignature(
             "v1/spec_decode/dynamic/utils.py",

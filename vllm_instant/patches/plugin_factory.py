@@ -18,7 +18,7 @@ from vllm_instant.interfaces.drafter import DeviceDrafter
 from vllm_instant.interfaces.plugins import PluginContext
 from vllm_instant.patches.compat import HasAttribute, VllmPatch
 from vllm_instant.patches.draft_lengths import drafts_on_device
-from vllm_instant.patches.full_graphs import full_graphs_of
+from vllm_instant.patches.full_graphs import full_graphs_of, verifies_adaptively
 
 
 class PluginStartError(Exception):
@@ -42,6 +42,7 @@ def context_of(vllm_config: Any, deployment: Deployment | None = None) -> Plugin
         confident_drafts=drafter is not None and drafter.confident and on_host,
         self_calibrating_drafts=drafter is not None and drafter.self_calibrating and on_host,
         full_graphs=full_graphs_of(vllm_config),
+        adaptive_verification=verifies_adaptively(vllm_config),
         itl_slo_ms=deployment.slots["speculation"].options.get("itl_slo_ms") if deployment is not None else None,
         tokenizer="" if vllm_config.model_config.skip_tokenizer_init else vllm_config.model_config.tokenizer or "",
         identity=_identity(vllm_config, deployment if own_drafter else None),

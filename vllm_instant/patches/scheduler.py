@@ -95,7 +95,11 @@ class InstantMixin(ClientDraftsMixin, BatchingMixin, PinningMixin):
             policy = build_guarded("speculation", deployment, context)
             if policy is not None:
                 self.instant_budget = DraftBudgetManager(
-                    policy, self.num_spec_tokens, requests=self.instant_requests, graphs=context.full_graphs
+                    policy,
+                    self.num_spec_tokens,
+                    requests=self.instant_requests,
+                    graphs=context.full_graphs,
+                    adaptive_verification=context.adaptive_verification,
                 )
                 self._instant_fixed_length = fixed_length_reason(self.vllm_config) is not None
                 if self.spec_decode_metrics_level == "none" and os.environ.get(deployment_env.REPORT_DRAFTS):

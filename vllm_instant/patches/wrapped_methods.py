@@ -28,6 +28,7 @@ from vllm_instant.patches import (
     shared_noise,
     skip_rejection_sampler,
     streaming,
+    v2_adaptive_verification,
     v2_draft_model,
     v2_drafter,
     v2_hybrid,
@@ -73,6 +74,7 @@ METHODS: dict[str, tuple[VllmPatch, ...]] = {
     f"{_CPU}.sample_tokens": (single_rpc.PATCH,),
     # The V2 model runner.
     f"{_V2}.__init__": (moe.PATCH, hybrid_drafting.PATCH),
+    f"{_V2}.execute_model": (v2_adaptive_verification.PATCH,),
     f"{_V2}.finish_requests": (v2_drafter.PATCH,),
     f"{names.V2_MODEL_RUNNER}:init_speculator": (v2_drafter.PATCH,),
     f"{names.V2_REJECTION_SAMPLER}:RejectionSampler.__init__": (rejection_sampler.PATCH,),
@@ -80,6 +82,7 @@ METHODS: dict[str, tuple[VllmPatch, ...]] = {
     f"{names.V2_DRAFT_MODEL}:StandaloneARSpeculator.propose": (v2_hybrid.PATCH, v2_draft_model.PATCH),
     f"{names.V2_STATES}:RequestState.__init__": (v2_hybrid.PATCH,),
     f"{names.V2_NGRAM}:NgramGPUSpeculator.propose": (v2_draft_model.PATCH,),
+    f"{names.V2_ADAPTIVE_VERIFICATION}:AdaptiveVerificationManager.get_num_tokens": (v2_adaptive_verification.PATCH,),
     # The engine core: drafts that came with the tokens are used before the engine core decides whether to fetch any.
     f"{_CORE}.post_step": (single_rpc.PATCH, engine_core.PATCH),
     f"{_CORE}.shutdown": (engine_core.PATCH,),

@@ -98,6 +98,7 @@ class DraftBudgetManager:
         clock: Monotonic time in seconds.
         requests: The registry of live requests, if another owner admits and forgets them; by default an own one.
         graphs: The decoding steps that run as one CUDA graph; None where the device has no such graphs.
+        adaptive_verification: Whether vLLM may trim drafts before it verifies them.
 
     """
 
@@ -108,6 +109,7 @@ class DraftBudgetManager:
         clock: Callable[[], float] = time.perf_counter,
         requests: RequestRegistry | None = None,
         graphs: FullGraphs | None = None,
+        adaptive_verification: bool = False,
     ) -> None:
         self.policy = policy
         self.max_draft_tokens = max_draft_tokens
@@ -125,8 +127,8 @@ class DraftBudgetManager:
         self._fixed: dict[RequestState, int] = {}
         """Numbers of draft tokens of the live requests whose clients fixed them."""
         self._number = 0
-        self._began: dict[int, tuple[float, int]] = {}
-        """Start time and number of each running step."""
+        self._began: dict[int, tuple[float, int, bool]] = {}
+        """Start time and number of each running step, and whether its drafts may be trimmed."""
         self._latest_begin = 0.0
         self._busy_since: float | None = None
         self._outcomes: deque[StepOutcome] = deque()
@@ -142,6 +144,13 @@ class DraftBudgetManager:
         self._draft_cost = _FREE
         self._given_cost: tuple[DraftCost, DraftCost] = (_FREE, _FREE)
         """The latest cost of drafts as the policy gave it, and as it was checked."""
+        self._adaptive_verification = adaptive_verification
+        self._may_trim = adaptive_verification
+        """Whether the drafts of the step that the policy was asked about last may be trimmed before verification,"""
+        self._may_trim_next = adaptive_verification
+        """those that the latest planned step makes,"""
+        self._may_trim_now = adaptive_verification
+        """and those that it verifies."""
         self._held_share = 0.0
         """Share of recent steps in which a draft model waited for first tokens."""
         self._waiting: tuple[int, float] = (0, 0.0)
@@ -196,6 +205,7 @@ class DraftBudgetManager:
         limits this step; the manager's maximum by default.
         """
         self._number += 1
+        self._may_trim_now = self._may_trim_next
         self._planned, self._all_alive, self._waiting = states, True, (num_waiting, max_wait)
         limit = self.max_draft_tokens if max_draft_tokens is None else max_draft_tokens
         budgets = self._planned_ahead(states) if limit == self.max_draft_tokens else None
@@ -203,6 +213,7 @@ class DraftBudgetManager:
             self._ahead = None
             self._show_outcomes()
             budgets = self._ask(states, self._number, limit)
+        self._may_trim_next = self._may_trim
         if self._fixed and limit:
             budgets = [self._fixed.get(state, budget) for state, budget in zip(states, budgets, strict=True)]
         self.counters.steps += 1
@@ -260,6 +271,7 @@ class DraftBudgetManager:
             else _NO_REQUESTS,
             {self._id_of[state]: self._salts[state] for state in states if state in self._salts} if self._salts else {},
             not held,
+            trims_verification=self._may_trim_now,
         )
 
     def on_model_executing(self) -> None:
@@ -296,6 +308,8 @@ class DraftBudgetManager:
             return []
         budgets = self.policy.call("get_num_draft_tokens", ask, [limit] * len(states))
         self._draft_cost = self.policy.call("draft_cost", self._checked_cost, _FREE)
+        if self._adaptive_verification:
+            self._may_trim = self.policy.call("trims_verification", lambda policy: policy.trims_verification(), True)
         return budgets
 
     def _checked_cost(self, policy: SpeculationPolicy) -> DraftCost:
@@ -307,7 +321,7 @@ class DraftBudgetManager:
 
     def step_scheduled(self, step: int) -> None:
         """The step that began last is sent to the workers; ``step`` is any number, repeated in ``step_finished``."""
-        self._began[step] = (self._latest_begin, self._number)
+        self._began[step] = (self._latest_begin, self._number, self._may_trim_now)
 
     def step_finished(
         self,
@@ -323,7 +337,7 @@ class DraftBudgetManager:
     ) -> None:
         """Count a finished step; the policy observes it while the next model run is in progress."""
         now = self._clock()
-        began, number = self._began.pop(step, (now, 0))
+        began, number, trimmed = self._began.pop(step, (now, 0, False))
         seconds = now - (began if self._busy_since is None else self._busy_since)
         self._busy_since = now
         total = sum(drafted)
@@ -344,6 +358,7 @@ class DraftBudgetManager:
                 number,
                 draft_steps,
                 experts,
+                trimmed=trimmed and total > 0,
             )
         )
 

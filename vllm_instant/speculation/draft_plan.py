@@ -32,6 +32,8 @@ class DraftPlan:
     """False where a draft model must not run, because a request waits for its first token."""
     pushed: Mapping[str, Sequence[PushedTail]] = field(default_factory=dict)
     """Drafts that clients sent for their own requests since the last step, by request id."""
+    trims_verification: bool = True
+    """Whether vLLM's adaptive verification may trim the drafts that this step verifies, which an earlier plan granted."""
 
 
 @dataclass(frozen=True, slots=True)

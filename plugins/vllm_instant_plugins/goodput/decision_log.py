@@ -31,6 +31,8 @@ EXPLANATIONS = {
     "costs": "the time of a step with this many drafts is uncertain, and it may be the best plan: tried to learn it",
     "pinned": "all requests have draft lengths that their clients asked for",
     "trial": "off, but drafting is so nearly as good that a whole step of it is tried",
+    "trimmed": "all draft the maximum and vLLM's adaptive verification trims, which brings more at this load",
+    "trim trial": "a few steps in which vLLM's adaptive verification trims, to compare it with this policy's own plans",
     "calibrating": "random draft lengths, to learn how long steps take",
 }
 

@@ -71,6 +71,7 @@ def _build(options: GoodputOptions, context: PluginContext) -> GoodputPolicy:
         self_calibrating=context.self_calibrating_drafts,
         slowest_request=options.slowest_request,
         graphs=context.full_graphs,
+        adaptive_verification=context.adaptive_verification,
     )
 
 

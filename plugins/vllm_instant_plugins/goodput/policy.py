@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from vllm_instant import DraftCost, FullGraphs, RequestState, SpeculationPolicy, StepOutcome, UpcomingStep
 from vllm_instant_plugins.acceptance import AcceptanceModel
+from vllm_instant_plugins.goodput.adaptive_verification import VerificationChoice
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.decision_log import NOT_ESTIMATED, Decision, DecisionLog
 from vllm_instant_plugins.goodput.draft_cost import FREE, DraftCostEstimator, free_up_to, scaled
@@ -80,6 +81,8 @@ class GoodputPolicy(SpeculationPolicy):
             comes: without latency goals it is asked in every step, and no drafts are verified to judge it.
         slowest_request: lower bound on the speed of each request, relative to no drafts.
         graphs: decoding steps that run as one CUDA graph; all others take longer. None: there is no such difference.
+        adaptive_verification: vLLM can trim drafts before it verifies them; without latency goals it does where that
+            brings more.
         clock: seconds, monotonic.
 
     """
@@ -97,6 +100,7 @@ class GoodputPolicy(SpeculationPolicy):
         slowest_request: float = 0.0,
         graphs: FullGraphs | None = None,
         self_calibrating: bool = False,
+        adaptive_verification: bool = False,
     ) -> None:
         self.acceptance = AcceptanceModel(max(1, max_draft_tokens))
         self.costs = StepCosts(max_requests * (max_draft_tokens + 1))
@@ -115,6 +119,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._confident = confident_drafts
         listens = confident_drafts and self_calibrating and slo is None
         self._listener = Listener(self.costs, self.explorer) if listens else None
+        chooses = adaptive_verification and slo is None and not calibrating
+        self._verification = VerificationChoice(self.explorer.budget, slowest_request) if chooses else None
         self._slowest_request = slowest_request
         self._graphs = graphs
         self._draft_cost = FREE
@@ -157,6 +163,8 @@ class GoodputPolicy(SpeculationPolicy):
         if not step.requests:
             return []
         self.explorer.budget.step()
+        if self._verification is not None:
+            self._verification.trims = False
         # Probes are not trimmed by the estimates that they are meant to correct.
         self._draft_cost = FREE
         batch = self.table.batch(step.requests)
@@ -179,6 +187,10 @@ class GoodputPolicy(SpeculationPolicy):
             plan = no_drafts(len(batch.requests))
             return self._record(step.number, batch, now.first_acceptance, plan, plan.num_draft_tokens, "learning")
         max_seconds = self._plan(now)
+        trimmed = self._verification.decide(now) if self._verification is not None else ""
+        if trimmed:
+            most = np.full(len(batch.requests), step.max_draft_tokens)
+            return self._record(step.number, batch, now.first_acceptance, now.plan, most, trimmed)
         plan, num_draft_tokens, reason = self._explore_or_follow(now, max_seconds)
         result = self._record(step.number, batch, now.first_acceptance, plan, num_draft_tokens, reason)
         if reason in ("off", "listen") and self._slo is None and batch.all_adaptive:
@@ -347,6 +359,15 @@ class GoodputPolicy(SpeculationPolicy):
         """Cost of drafts in the step that was planned last."""
         return self._draft_cost
 
+    def trims_verification(self) -> bool:
+        """Whether vLLM may trim the drafts of the step that was planned last."""
+        return self._verification is not None and self._verification.trims
+
+    def forget(self, request_id: str) -> None:
+        """A request ended."""
+        if self._verification is not None:
+            self._verification.forget(request_id)
+
     def _log_change(self, plan: StepPlan, first_acceptance: Array) -> None:
         logger.info(
             "step %d, %d requests: %s. Estimated acceptance of a first draft token %.0f %%; the best plan yields "
@@ -407,17 +428,22 @@ class GoodputPolicy(SpeculationPolicy):
         context, total, num_accepted = self.table.advance(batch, drafted, accepted)
         if self._slo is not None:
             self._slo.observe(batch.indices, accepted + 1)
-        self._draft_costs.observe(total)
+        if not outcome.trimmed:
+            self._draft_costs.observe(total)
         self._max_length = max(self._max_length, GROWTH * int(accepted.max()))
         decision = self.log.of_step(outcome.number - 1)
         if decision is not None:
             decision.set_outcome(outcome, total, num_accepted)
             if total and not decision.prompt_tokens and decision.reason not in NOT_ESTIMATED:
                 self.table.save(batch, accepted, outcome.seconds, decision.plan.baseline_seconds)
+            if self._verification is not None and not decision.prompt_tokens and decision.reason not in NOT_ESTIMATED:
+                self._verification.observe(outcome, decision.plan)
             if total or decision.granted:
                 self._undelivered = 0 if total else self._undelivered + 1
-                self._compare(decision, batch, drafted, accepted)
-        self.acceptance.observe(batch.indices, drafted, accepted)
+                if not outcome.trimmed:
+                    self._compare(decision, batch, drafted, accepted)
+        if not outcome.trimmed:  # what was not verified was not refused
+            self.acceptance.observe(batch.indices, drafted, accepted)
         planned = self.log.of_step(outcome.number)
         if planned is None or not planned.granted:
             self.table.drafter_was_off(batch, accepted)
@@ -432,6 +458,8 @@ class GoodputPolicy(SpeculationPolicy):
             self.costs.experts.observe(outcome.experts)
         count = len(outcome.requests)
         rows = count + total
+        if outcome.trimmed:
+            return  # its rows are not known
         if outcome.num_scheduled_tokens != rows or outcome.seconds <= 0:
             return  # it read prompts, too, whose cost is not modelled
         # A hybrid drafter may have left its model out, or read more than was assumed, or less.

@@ -16,7 +16,7 @@ CUDAGraphMode = pytest.importorskip("vllm.config.compilation").CUDAGraphMode
 [NAME_TIERS, INIT_RUNNER] = PATCH.wraps.values()
 
 
-def _config(mode="FULL_AND_PIECEWISE", v2=True, method="draft_model", table=None, data_parallel=1, moe=False):
+def _config(mode="FULL_AND_PIECEWISE", v2=True, method="draft_model", table=None, data_parallel=1, moe=False, trims=False):
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
             method=method,
@@ -24,6 +24,7 @@ def _config(mode="FULL_AND_PIECEWISE", v2=True, method="draft_model", table=None
             num_speculative_tokens_per_batch_size=table,
             parallel_drafting=False,
             draft_model_config=None,
+            enable_adaptive_verification=trims,
         ),
         model_config=SimpleNamespace(is_moe=moe),
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode], max_cudagraph_capture_size=512),
@@ -117,3 +118,12 @@ def test_on_the_v1_runner_drafters_on_the_host_get_the_graphs_of_steps_without_d
 
     INIT_RUNNER(init, runner)
     assert runner.uniform_decode_query_len == runner.cudagraph_dispatcher.uniform_decode_query_len == query
+
+
+@pytest.mark.usefixtures("deployment")
+def test_with_adaptive_verification_vllm_captures_steps_of_any_number_of_tokens():
+    config = _config(trims=True)
+    NAME_TIERS(lambda: None, config)
+    assert config.speculative_config.num_speculative_tokens_per_batch_size is None
+    assert full_graphs_of(config) is None
+    assert full_graphs_of(_config(trims=False)) is not None

@@ -334,3 +334,39 @@ def test_decoding_steps_are_counted_by_whether_they_ran_as_one_cuda_graph():
     assert budget.counters.full_graph_steps == 2
     # Numbers without a graph, numbers that differ, and more rows than any graph; a step with prompts is neither.
     assert budget.counters.piecewise_steps == 3
+
+
+class TrimsOddSteps(UpToTheLimit):
+    """Lets vLLM trim the drafts that steps with odd numbers make."""
+
+    def get_num_draft_tokens(self, step):
+        self.number = step.number
+        return super().get_num_draft_tokens(step)
+
+    def trims_verification(self):
+        return self.number % 2 == 1
+
+    def observe(self, outcome):
+        self.outcomes.append((outcome.number, outcome.trimmed))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_step_that_verifies_drafts_is_trimmed_as_decided_when_they_were_planned(enabled, ahead):
+    policy = TrimsOddSteps()
+    policy.outcomes = []
+    guarded = GuardedPlugin("speculation", "scripted", policy)
+    budget = DraftBudgetManager(guarded, 4, adaptive_verification=enabled)
+    states = _states(2)
+    trims = []
+    for step in range(1, 7):
+        plan = budget.plan_drafts(states)
+        trims.append(plan.trims_verification)
+        budget.step_scheduled(step)
+        if ahead:
+            budget.on_model_executing()
+        budget.step_finished(step, states, [4, 4], [0, 0], num_scheduled_tokens=10)
+    budget.on_model_executing()
+    odd_before = [step % 2 == 0 for step in range(2, 7)]
+    assert trims[1:] == (odd_before if enabled else [False] * 5)
+    assert policy.outcomes[1:] == list(zip(range(2, 7), trims[1:], strict=True))
