@@ -4,7 +4,8 @@
 policy with a circuit breaker, applies the numbers that clients fixed, measures the steps, and counts.
 
 A policy may need hundreds of microseconds. While the model runs the engine core is idle, so that is when the policy
-learns from outcomes and plans the next step. The policy is called during scheduling only if a request is new.
+learns from outcomes and plans the next step. The policy is called during scheduling only if a request is new, and in
+the first steps of a server.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from vllm_instant.speculation.draft_plan import DraftPlan, DraftReport
 CLIENT_KEY = "instant_speculation"
 """Key of a client's ``vllm_xargs``: ``"off"``, ``"auto"`` or a number of draft tokens."""
 
+FIRST_STEPS = 16
+"""The first steps of a server are planned when they are scheduled, with the outcome of the step before: each of the
+first outcomes changes the plans, and one that is known a step later costs a step."""
 _NO_REQUESTS: frozenset[str] = frozenset()
 MAX_HELD_SHARE = 0.25
 """Share of the steps in which a draft model waits for first tokens at most: a busy server reads prompts in each."""
@@ -280,7 +284,7 @@ class DraftBudgetManager:
         alive = list(self._planned)
         if not self._all_alive:
             alive = [state for state in alive if state in self._id_of]
-        if alive:
+        if alive and self._number >= FIRST_STEPS:
             self._ahead = alive, self._ask(alive, self._number + 1)
 
     def _show_outcomes(self) -> None:

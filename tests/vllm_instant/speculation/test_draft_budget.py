@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 
 from vllm_instant import FullGraphs, RequestState, SpeculationPolicy
 from vllm_instant.deployment.circuit_breaker import GuardedPlugin
-from vllm_instant.speculation.draft_budget import MAX_HELD_SHARE, DraftBudgetManager, requested_num_draft_tokens
+from vllm_instant.speculation.draft_budget import (
+    FIRST_STEPS,
+    MAX_HELD_SHARE,
+    DraftBudgetManager,
+    requested_num_draft_tokens,
+)
 from vllm_instant.speculation.draft_plan import DraftReport
 
 
@@ -156,8 +161,15 @@ def _asked(budget):
     return questions
 
 
+def _served(budget):
+    """The budget after the first steps of a server, which are not planned ahead."""
+    for _ in range(FIRST_STEPS):
+        budget.plan([])
+    return budget
+
+
 def test_the_next_plan_is_made_while_the_model_runs():
-    budget, _ = _budget(lambda n: [3] * n)
+    budget = _served(_budget(lambda n: [3] * n)[0])
     states = _states(2)
     for state in states:
         budget.admit(state)
@@ -169,8 +181,20 @@ def test_the_next_plan_is_made_while_the_model_runs():
     assert len(questions) == 2, "the plan was there already"
 
 
+def test_a_new_server_is_planned_with_the_outcome_of_the_step_before_and_later_one_step_ahead():
+    budget, policy = _budget(lambda n: [len(policy.outcomes)] * n, most=100)
+    states = _states(1)
+    plans = []
+    for step in range(FIRST_STEPS + 4):
+        plans += budget.plan(states)
+        budget.step_scheduled(step)
+        budget.on_model_executing()
+        budget.step_finished(step, states, [0], [0], num_scheduled_tokens=1)
+    assert plans == [*range(FIRST_STEPS), *range(FIRST_STEPS - 1, FIRST_STEPS + 3)]
+
+
 def test_a_request_that_ended_does_not_spoil_the_plan_and_a_new_one_makes_a_new_plan():
-    budget, _ = _budget(lambda n: [n] * n)
+    budget = _served(_budget(lambda n: [n] * n)[0])
     first, second, third = _states(3)
     for state in (first, second):
         budget.admit(state)
@@ -252,7 +276,7 @@ def test_the_plan_has_cache_salts_only_of_requests_with_one():
 
 
 def test_a_list_that_its_owner_changes_is_read_again():
-    budget, _ = _budget(lambda n: [n] * n)
+    budget = _served(_budget(lambda n: [n] * n)[0])
     states = _states(3)
     for state in states:
         budget.admit(state)
@@ -280,20 +304,21 @@ def _granting():
 
 def test_a_draft_model_waits_for_first_tokens_and_the_policy_knows():
     budget, policy = _granting()
+    _served(budget)
     states = _states(2)
     states[1].fixed_num_draft_tokens = 3
     plan = budget.plan_drafts(states, hold_model=True, only_model=True)
     assert plan.num_draft_tokens == {"r0": 0, "r1": 0}
     assert not plan.draft_model_runs
     budget.on_model_executing()
-    assert policy.asked == [(1, 0), (2, 4)]
+    assert policy.asked == [(FIRST_STEPS + 1, 0), (FIRST_STEPS + 2, 4)]
     plan = budget.plan_drafts(states)
     assert plan.num_draft_tokens["r0"] == 4
     assert plan.draft_model_runs
     budget.on_model_executing()
     # What was planned ahead holds for no step that reads a prompt.
     assert budget.plan_drafts(states, hold_model=True, only_model=True).num_draft_tokens == {"r0": 0, "r1": 0}
-    assert policy.asked[-2:] == [(3, 4), (3, 0)]
+    assert policy.asked[-2:] == [(FIRST_STEPS + 3, 4), (FIRST_STEPS + 3, 0)]
     assert not budget.policy.disabled
 
 
