@@ -12,9 +12,9 @@ All but ``total as measured`` are at usual step times: every step takes the medi
 rows, draft tokens that its drafter made). So decisions are compared, without what a shared machine did meanwhile.
 
 ``pace`` is a request's tokens per second after its first token, relative to the same request's without drafts; by
-class, and of the slowest request. ``total`` is the sum of all paces. ``p95`` and ``p99`` are those of the time between
-the pieces of an answer, which hold one or several tokens. All are relative to ``off`` in the same round; medians over
-rounds with intervals.
+class, and of the slowest request. ``total`` is the sum of all paces. These are relative to ``off`` in the same round;
+medians over rounds with intervals. ``p95`` and ``p99`` are those of the time between the pieces of an answer, which
+hold one or several tokens, over the pieces of all rounds and relative to ``off``; intervals are bootstrapped by round.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,7 @@ Array = npt.NDArray[np.float64]
 BOUNDS = (1.0, 0.95, 0.9, 0.8, 0.5, 0.0)
 CLASSES = ("free", "code", "structured")
 PERCENTILES = (95, 99)
+BOOTSTRAPS = 400
 
 
 @dataclass
@@ -111,13 +113,29 @@ def figures(ours: Served, alone: Served, usual: Mapping[Shape, float]) -> dict[s
     found["total"] = sum(paces[0]) / sum(paces[1])
     measured = [sum(answer.pace(arm.clock()) for answer in arm.answers) for arm in (ours, alone)]
     found["total as measured"] = measured[0] / measured[1]
-    between = [
-        np.concatenate([np.diff(clock[answer.steps]) for answer in arm.answers])
-        for arm, clock in zip((ours, alone), clocks, strict=True)
-    ]
+    return found
+
+
+def percentiles(rounds: Sequence[Mapping[str, Served]], arm: str, usual: Mapping[Shape, float]) -> dict[str, Any]:
+    """``PERCENTILES`` of the time between pieces relative to no drafts, over all rounds, with intervals of 95 %."""
+    random_rounds = np.random.default_rng(0).integers(0, len(rounds), (BOOTSTRAPS, len(rounds)))
+    between = {}
+    for name in (arm, OFF):
+        clocks = [served[name].clock(usual) for served in rounds]
+        between[name] = [
+            np.concatenate([np.diff(clock[answer.steps]) for answer in served[name].answers])
+            for served, clock in zip(rounds, clocks, strict=True)
+        ]
+    found = {}
     for percent in PERCENTILES:
-        of_ours, theirs = (float(np.percentile(times, percent)) for times in between)
-        found[f"p{percent} between pieces"] = of_ours / theirs
+
+        def ratio(numbers: Iterable[int], percent: int = percent) -> float:
+            ours, theirs = (np.concatenate([between[name][number] for number in numbers]) for name in (arm, OFF))
+            return float(np.percentile(ours, percent) / np.percentile(theirs, percent))
+
+        low, high = np.percentile([ratio(numbers) for numbers in random_rounds], (2.5, 97.5))
+        all_rounds = ratio(range(len(rounds)))
+        found[f"p{percent} between pieces"] = {"median": all_rounds, "low": float(low), "high": float(high)}
     return found
 
 
@@ -153,6 +171,7 @@ def main() -> None:
         if arm != OFF:
             found = [figures(served[arm], served[OFF], usual) for served in rounds]
             values = {key: vars(median_interval([one[key] for one in found])) for key in found[0]}
+            values |= percentiles(rounds, arm, usual)
             cells.append({"users": options.users, "bound": arm, "rounds": len(found), **values})
             print(arm, ", ".join(f"{key} {value['median']:.3f}" for key, value in values.items()), flush=True)
     write(options.output, cells, "", ("users", "bound"))

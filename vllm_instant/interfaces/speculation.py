@@ -57,8 +57,8 @@ class StepOutcome:
     """Number of tokens that a draft model prefilled before it drafted, because it was skipped when they were computed;
     None where it is unknown."""
     trimmed: bool = False
-    """Whether vLLM's adaptive verification could trim the drafts of this step. Then ``drafted`` is what was proposed; how
-    many of these tokens were verified is not known."""
+    """Whether vLLM's adaptive verification could trim the drafts of this step. Then ``drafted`` is what was proposed;
+    how many of these tokens were verified is not known."""
 
 
 UNAFFORDABLE = 1e6
@@ -110,8 +110,10 @@ class SpeculationPolicy(Protocol):
         return DraftCost()
 
     def trims_verification(self) -> bool:
-        """Return whether vLLM's adaptive verification may trim the drafts of the step of the last
-        ``get_num_draft_tokens``, where it is enabled. Optional; True by default."""
+        """Return whether vLLM's adaptive verification, where enabled, may trim drafts. Optional; True by default.
+
+        Concerns the drafts of the step of the last ``get_num_draft_tokens``.
+        """
         return True
 
     def enter(self, request: RequestState) -> None:

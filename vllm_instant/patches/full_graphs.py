@@ -66,7 +66,9 @@ def full_graphs_of(vllm_config: Any) -> FullGraphs | None:
 def verifies_adaptively(vllm_config: Any) -> bool:
     """Whether vLLM's V2 model runner trims the drafts of a step before it verifies them."""
     speculative = vllm_config.speculative_config
-    return bool(speculative is not None and speculative.enable_adaptive_verification and vllm_config.use_v2_model_runner)
+    return bool(
+        speculative is not None and speculative.enable_adaptive_verification and vllm_config.use_v2_model_runner
+    )
 
 
 def _disable_for_data_parallel(disable: Any, vllm_config: Any) -> None:

@@ -1,8 +1,9 @@
 """vLLM's adaptive verification trims only the steps whose drafts the speculation policy lets it trim.
 
 ``AdaptiveVerificationManager`` (V2 model runner, ``enable_adaptive_verification``) verifies the draft tokens with the
-highest survival probability, as many as its cost curve suggests. In steps that may not be trimmed it is given its budget:
-all drafts that were scheduled. Not so where their logits do not fit into one chunk, which trimming alone can prevent.
+highest survival probability, as many as its cost curve suggests. In steps that may not be trimmed it is given its
+budget: all drafts that were scheduled. Not so where their logits do not fit into one chunk, which only trimming can
+prevent.
 """
 
 from __future__ import annotations
@@ -49,9 +50,7 @@ PATCH = VllmPatch(
     requirements=(
         HasSignature(_RUNNER, "GPUModelRunner.execute_model", ("self", "scheduler_output")),
         References(_RUNNER, "GPUModelRunner.__init__", ("adaptive_verification",)),
-        HasSignature(
-            _FILE, f"{_CLASS}.get_num_tokens", ("self", "num_tokens_per_req", "draft_tokens"), exact=True
-        ),
+        HasSignature(_FILE, f"{_CLASS}.get_num_tokens", ("self", "num_tokens_per_req", "draft_tokens"), exact=True),
         References(_FILE, f"{_CLASS}.__init__", ("_max_total_logits", "num_bonus_tokens", "_batch_budget")),
         References(_FILE, f"{_CLASS}.reallocate_drafts", ("_batch_budget",)),
         References(_FILE, f"{_CLASS}.compact_batch", ("_batch_budget",)),

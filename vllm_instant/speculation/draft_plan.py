@@ -33,7 +33,7 @@ class DraftPlan:
     pushed: Mapping[str, Sequence[PushedTail]] = field(default_factory=dict)
     """Drafts that clients sent for their own requests since the last step, by request id."""
     trims_verification: bool = True
-    """Whether vLLM's adaptive verification may trim the drafts that this step verifies, which an earlier plan granted."""
+    """Whether vLLM's adaptive verification may trim the drafts that this step verifies (granted by an earlier plan)."""
 
 
 @dataclass(frozen=True, slots=True)

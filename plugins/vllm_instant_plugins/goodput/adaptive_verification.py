@@ -3,7 +3,7 @@
 With ``enable_adaptive_verification`` vLLM drafts the maximum for every request and verifies the tokens with the highest
 survival probability, by the draft model's confidence. That is better informed than a plan made before drafting, but
 drafts in full: published measurements (vLLM pull requests 52228 and 52362) show +50 % of the tokens per second at 256
-clients, and 5 to 20 % less than a fixed number at 4 to 32. So which of the two is better is measured here, at each load.
+clients, and 5 to 20 % less than a fixed number at 4 to 32. So which of both is better is measured here, at each load.
 """
 
 from __future__ import annotations

@@ -30,8 +30,9 @@ MAX_INTERVAL = 40
 
 LONG_STEP = 1.05
 """An exploration that makes the step of several requests this many times as long, or longer, delays all of them:"""
-LONG_INTERVAL = 128
-"""such steps come less than once in a hundred, so that the 99th percentile of the time between tokens has none."""
+LONG_INTERVAL = 256
+"""such explorations, each of which is two steps, the one that drafts and the one that verifies, come so rarely that the
+99th percentile of the time between tokens has none of them."""
 
 CURIOUS_SIGMAS = 2.0
 """A step whose cost is uncertain is tried when drafting so much would be best at this many standard deviations less,"""

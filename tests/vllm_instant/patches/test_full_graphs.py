@@ -16,7 +16,9 @@ CUDAGraphMode = pytest.importorskip("vllm.config.compilation").CUDAGraphMode
 [NAME_TIERS, INIT_RUNNER] = PATCH.wraps.values()
 
 
-def _config(mode="FULL_AND_PIECEWISE", v2=True, method="draft_model", table=None, data_parallel=1, moe=False, trims=False):
+def _config(
+    mode="FULL_AND_PIECEWISE", v2=True, method="draft_model", table=None, data_parallel=1, moe=False, trims=False
+):
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
             method=method,
