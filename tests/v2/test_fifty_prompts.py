@@ -19,6 +19,10 @@ VARYING = (
     '[speculation]\nplugin = "cycling"\n[drafter]\nplugin = "model"\nmodel = "{draft}"\nnum_speculative_tokens = 3\n'
 )
 DECIDED = '[speculation]\nkeep_costs = false\n[drafter]\nplugin = "suffix"\nnum_speculative_tokens = 4\n'
+LOOKUP = '[speculation]\nplugin = "fixed"\n[drafter]\nplugin = "suffix"\nnum_speculative_tokens = 4\n'
+HYBRID = (
+    '[speculation]\nplugin = "fixed"\n[drafter]\nplugin = "hybrid"\nmodel = "{draft}"\nnum_speculative_tokens = 4\n'
+)
 RUNS = {
     "varying lengths, V2": (VARYING, "V2"),
     "varying lengths, V1": (VARYING, "V1"),
@@ -27,11 +31,17 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def results(generated, demo_pair):
-    def job(deployment=None, runner="V2"):
+def job(demo_pair):
+    def make(deployment=None, runner="V2", **options):
         text = None if deployment is None else deployment.format(draft=demo_pair.draft)
-        return Job(str(demo_pair.target), PROMPTS, runner=runner, deployment=text, max_tokens=12, max_num_seqs=16)
+        options = {"max_tokens": 12, "max_num_seqs": 16, **options}
+        return Job(str(demo_pair.target), PROMPTS, runner=runner, deployment=text, **options)
 
+    return make
+
+
+@pytest.fixture(scope="module")
+def results(generated, job):
     return generated({"alone": job()} | {name: job(*run) for name, run in RUNS.items()})
 
 
@@ -45,3 +55,21 @@ def test_greedy_answers_are_those_without_speculation(results, name):
     totals = found["totals"]["speculation"]
     assert totals["proposed"] == found["proposed"] > 0
     assert totals["accepted"] == found["accepted"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("deployment", [LOOKUP, HYBRID], ids=["suffix", "hybrid"])
+def test_as_much_is_accepted_as_on_the_host(generated, job, deployment):
+    """The V2 runner, asynchronous, and the V1 runner, synchronous: accepted draft tokens in the same greedy answers."""
+    found = generated(
+        {
+            "V2": job(deployment, max_tokens=24),
+            "V1": job(deployment, "V1", asynchronous=False, max_tokens=24),
+        }
+    )
+    device, host = found["V2"], found["V1"]
+    assert device["asynchronous"]
+    assert not host["asynchronous"]
+    assert device["token_ids"] == host["token_ids"]
+    print(f"accepted: {device['accepted']} on the device, {host['accepted']} on the host")
+    assert device["accepted"] >= 0.97 * host["accepted"] > 0

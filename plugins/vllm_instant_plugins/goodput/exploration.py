@@ -180,6 +180,11 @@ class StepContext:
             graphs=self.graphs,
         )
 
+    def delivered(self, plan: StepPlan) -> float:
+        """Draft tokens of a plan that the drafter is expected to deliver."""
+        granted = plan.num_draft_tokens
+        return float(granted.sum() if self.delivery_rate is None else granted @ self.delivery_rate)
+
     @property
     def delays_others(self) -> bool:
         """Whether a longer step delays requests that are to keep their pace."""

@@ -6,7 +6,6 @@ asynchronous schedulers, the simulator and the tests.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,29 +20,18 @@ from vllm_instant_plugins.goodput.adaptive_verification import VerificationChoic
 from vllm_instant_plugins.goodput.costs import StepCosts
 from vllm_instant_plugins.goodput.decision_log import NOT_ESTIMATED, Decision, DecisionLog
 from vllm_instant_plugins.goodput.draft_cost import FREE, DraftCostEstimator, free_up_to, scaled
+from vllm_instant_plugins.goodput.drafting_switch import MIN_RETURN_ON_DELAY, DraftingSwitch
 from vllm_instant_plugins.goodput.exploration import Explorer, StepContext
 from vllm_instant_plugins.goodput.latency_slo import LatencySlo
 from vllm_instant_plugins.goodput.listening import CURIOUS_COST, Listener
 from vllm_instant_plugins.goodput.planner import StepPlan, max_step_seconds, no_drafts
 from vllm_instant_plugins.goodput.request_table import Batch, RequestTable, to_indices
+from vllm_instant_plugins.goodput.saved_costs import SavedCosts
 from vllm_instant_plugins.state_store import PersistentState
-
-logger = logging.getLogger("vllm.instant")
 
 Indices = npt.NDArray[np.intp]
 Array = npt.NDArray[np.float64]
 
-SWITCH_ON_GAIN = 0.02
-"""Drafting starts when this much more is expected than without; it stops when less than without is expected."""
-STEADY_STEPS = 48
-"""For this many steps after drafting started or stopped,"""
-STEADY_GAIN = 0.05
-"""this much of a difference is needed to change it back."""
-MIN_RETURN_ON_DELAY = 0.2
-"""Where requests are to keep their pace and drafts make the steps of several of them longer by some share, drafting
-must bring at least this share of it,"""
-MAX_DELAY_GAIN = 0.1
-"""or this much more speed: equal speed on average is not worth unequal times between tokens."""
 BACKOFF_STEPS = 4
 INITIAL_DRAFT_TOKENS = 2
 """Limit of a request's draft tokens on a new server;"""
@@ -58,10 +46,6 @@ The limit follows from what each request gets on average. A drafter that is rare
 that were all, its best drafts would never be verified and their value never be learned. So rare a step is outside of a
 p99. A request alone delays no other, and never has the limit.
 """
-SAVE_SECONDS = 60.0
-SAVE_OBSERVATIONS = 200
-FIRST_OBSERVATIONS = 20
-"""Costs are first saved after this many observations, so that a server that is killed early leaves something, too."""
 _MEMORY = 0.97
 
 
@@ -107,15 +91,9 @@ class GoodputPolicy(SpeculationPolicy):
         self.table = RequestTable()
         self.explorer = Explorer(self.costs, self.table)
         self.log = DecisionLog()
-        self.drafting = False
-        """Whether drafting pays at present; changes with hysteresis."""
-        self._switched_at = -STEADY_STEPS
-        self.switches = 0
-        """Number of changes of ``drafting``."""
+        self.drafting = DraftingSwitch(confident_drafts, log_changes)
         self._slo = slo
-        self._store = store
         self._calibrating = calibrating
-        self._log_changes = log_changes
         self._confident = confident_drafts
         listens = confident_drafts and self_calibrating and slo is None
         self._listener = Listener(self.costs, self.explorer) if listens else None
@@ -126,9 +104,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._draft_cost = FREE
         self._draft_costs = DraftCostEstimator(self.costs)
         self._random = np.random.default_rng(0)
-        self._clock = clock
-        self._saved_at = clock()
-        self._saved_observations = 0
+        self._saved = SavedCosts(self.costs, store, clock) if store is not None else None
         self._expected, self._accepted = 10.0, 10.0
         """Accepted tokens that were expected and that were observed; older steps fade."""
         self._backoff: Decision | None = None
@@ -139,17 +115,13 @@ class GoodputPolicy(SpeculationPolicy):
         self._undelivered = 0
         """Steps since a granted draft was last delivered."""
         self._max_length = INITIAL_DRAFT_TOKENS
-        if store is not None:
-            saved = store.load()
-            if saved is not None:
-                self.costs.restore(saved)
 
     # ---------------------------------------------------------------------------------------------- requests
 
     def enter(self, request: RequestState) -> None:
         """Add a request to its acceptance class."""
         index = request.index
-        self.table.enter(request, self._newest_step, 0.0 if self.drafting else request.num_prompt_tokens)
+        self.table.enter(request, self._newest_step, 0.0 if self.drafting.on else request.num_prompt_tokens)
         kind = (min(round(request.temperature * 2), 4), request.structured_output)
         self.acceptance.enter(index, kind, request.prompt_group)
         if self._slo is not None:
@@ -258,7 +230,7 @@ class GoodputPolicy(SpeculationPolicy):
         """The plan that counts, the draft tokens of this step and the reason: an exploration, or what seems best."""
         if self._calibrating:
             return now.plan, self._random_lengths(now), "calibrating"
-        drafting = self._update_drafting(now)
+        drafting = self.drafting.update(now, settled=self._max_length > INITIAL_DRAFT_TOKENS)
         listener = self._listener
         listens = listener is not None and listener.is_affordable(now.plan)
         # What more drafts would cost matters only once they are known to be accepted, if that is learned for nothing.
@@ -298,35 +270,6 @@ class GoodputPolicy(SpeculationPolicy):
         """While nothing is drafted, confidence in the estimates returns slowly."""
         self._expected, self._accepted = 0.1 + 0.99 * self._expected, 0.1 + 0.99 * self._accepted
 
-    def _update_drafting(self, now: StepContext) -> bool:
-        """Whether drafting pays now: harder to reach when it is off, harder to leave when it is on."""
-        plan = now.plan
-        if self._confident:
-            granted = plan.num_draft_tokens
-            delivered = granted.sum() if now.delivery_rate is None else granted @ now.delivery_rate
-            gain = plan.return_on_drafts(float(delivered))
-        else:
-            gain = plan.gain
-        min_gain = self._min_gain(now.number)
-        if now.delays_others and not self._confident and self._max_length > INITIAL_DRAFT_TOKENS:
-            longer = plan.seconds / plan.baseline_seconds - 1.0
-            min_gain += min(MIN_RETURN_ON_DELAY * longer, MAX_DELAY_GAIN)
-        drafting = plan.draft_steps > 0 and gain >= min_gain
-        if drafting != self.drafting:
-            self.drafting = drafting
-            self.switches += 1
-            self._switched_at = now.number
-            if self._log_changes:
-                self._log_change(plan, now.first_acceptance)
-        return drafting
-
-    def _min_gain(self, number: int) -> float:
-        """The gain from which drafting pays; for some steps after a change only a clear difference changes it back."""
-        recent = number - self._switched_at < STEADY_STEPS
-        if self.drafting:
-            return 1.0 - (STEADY_GAIN if recent else 0.0)
-        return 1.0 + (STEADY_GAIN if recent else SWITCH_ON_GAIN)
-
     def _limit_exploration(self, now: StepContext, plan: StepPlan) -> None:
         """Let a drafter with confidences deliver what the loss of an exploration was computed for, and no more.
 
@@ -334,9 +277,7 @@ class GoodputPolicy(SpeculationPolicy):
         is granted may do so for once: at 16 requests on two cores such steps took four times as long as others.
         """
         if self._confident:
-            granted = plan.num_draft_tokens
-            delivered = granted.sum() if now.delivery_rate is None else granted @ now.delivery_rate
-            self._draft_cost = free_up_to(max(MIN_EXPLORED, math.ceil(float(delivered) + now.more_rows)))
+            self._draft_cost = free_up_to(max(MIN_EXPLORED, math.ceil(now.delivered(plan) + now.more_rows)))
 
     def _price(self, now: StepContext, num_draft_tokens: Indices, max_seconds: float) -> Indices:
         """Set the cost by which a drafter with confidences trims its drafts, and ask it for all that it can deliver."""
@@ -367,21 +308,6 @@ class GoodputPolicy(SpeculationPolicy):
         """A request ended."""
         if self._verification is not None:
             self._verification.forget(request_id)
-
-    def _log_change(self, plan: StepPlan, first_acceptance: Array) -> None:
-        logger.info(
-            "step %d, %d requests: %s. Estimated acceptance of a first draft token %.0f %%; the best plan yields "
-            "%.2f times the tokens per second of no drafts (%.1f tokens in %.1f ms against %d in %.1f ms)",
-            self._newest_step,
-            plan.num_requests,
-            "drafting begins" if self.drafting else "drafting ends",
-            100 * float(first_acceptance.mean()),
-            plan.gain,
-            plan.tokens,
-            1e3 * plan.seconds,
-            plan.num_requests,
-            1e3 * plan.baseline_seconds,
-        )
 
     def _calibration_factor(self) -> float:
         """Accepted tokens per expected one: whichever estimates look best are too high on average."""
@@ -470,7 +396,8 @@ class GoodputPolicy(SpeculationPolicy):
         draft_steps = 0 if self._listener is not None and self._listener.active else outcome.draft_steps
         features = self.costs.features(rows, context, total, draft_steps, count, uncached_tokens, piecewise)
         self.costs.observe(features, outcome.seconds)
-        self._save_sometimes()
+        if self._saved is not None:
+            self._saved.save_sometimes()
 
     def _compare(self, decision: Decision, batch: Batch, drafted: Indices, accepted: Indices) -> None:
         """Compare the outcome with what was expected."""
@@ -486,20 +413,10 @@ class GoodputPolicy(SpeculationPolicy):
             if int(accepted.sum()) > expected + 0.5:
                 self.explorer.follow_up = min(2 * int((drafted > 0).sum()), len(drafted))
 
-    def _save_sometimes(self) -> None:
-        if self._store is None:
-            return
-        now = self._clock()
-        unsaved = self.costs.observations - self._saved_observations
-        due = unsaved >= SAVE_OBSERVATIONS and now - self._saved_at >= SAVE_SECONDS
-        if due or (not self._saved_observations and unsaved >= FIRST_OBSERVATIONS):
-            self._saved_at, self._saved_observations = now, self.costs.observations
-            self._store.save_in_background(self.costs.state())
-
     def close(self) -> None:
         """Save the costs."""
-        if self._store is not None and self.costs.observations > self._saved_observations:
-            self._store.save(self.costs.state())
+        if self._saved is not None:
+            self._saved.close()
 
     # ----------------------------------------------------------------------------------------------- explaining
 

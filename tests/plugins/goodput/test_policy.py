@@ -143,7 +143,7 @@ def test_it_does_not_flap_where_both_are_about_equal():
         return policies[0]
 
     run = _serve([RequestClass(steady(0.2, 0.5))], cost, 4, make, requests=60)
-    assert policies[0].switches <= run.steps / 25
+    assert policies[0].drafting.changes <= run.steps / 25
 
 
 def test_probing_costs_less_than_one_percent():
@@ -339,16 +339,16 @@ def test_a_client_s_own_length_is_kept_and_does_not_mislead_the_policy():
         assert lengths[2:] == [0, 3]
         # All of ours is accepted, nothing of theirs.
         _tell(policy, free + pinned, number + 1, lengths, [*lengths[:2], 0, 0], 0.02, max(lengths))
-    assert policy.drafting
+    assert policy.drafting.on
     assert min(lengths[:2]) >= 4
     assert policy._calibration_factor() > 0.9
-    switches = policy.switches
+    switches = policy.drafting.changes
     for _ in range(60):
         number += 1
         assert _ask(policy, pinned, number) == [0, 3]
         _tell(policy, pinned, number + 1, [0, 3], [0, 0], 0.02, 3)
-    assert policy.drafting
-    assert policy.switches == switches
+    assert policy.drafting.on
+    assert policy.drafting.changes == switches
     assert policy.decisions(1)[0]["reason"] == "pinned"
     assert policy._calibration_factor() > 0.9
 
