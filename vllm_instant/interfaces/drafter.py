@@ -142,6 +142,8 @@ class DeviceDraftBatch:
     """int32 ``[requests]``: number of tokens that each request sampled in this step; 0 while it reads its prompt."""
     max_num_tokens: int
     """Upper bound of ``num_tokens`` of these requests, known on the host."""
+    num_rejected: torch.Tensor
+    """int32 ``[requests]``: draft tokens that were rejected in this step. ``num_sampled - 1`` were accepted."""
 
 
 @dataclass(frozen=True, slots=True)

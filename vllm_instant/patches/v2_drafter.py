@@ -114,7 +114,7 @@ class PluginSpeculator:
     ) -> Any:
         """Draft tokens, int64 ``[num_reqs, max_draft_tokens]``; arguments as of vLLM's ``BaseSpeculator.propose``."""
         drafts = self.drafts[: input_batch.num_reqs]
-        batch = self.batch_of(input_batch, num_sampled, num_speculative_tokens, dummy_run)
+        batch = self.batch_of(input_batch, num_sampled, num_rejected, num_speculative_tokens, dummy_run)
         if batch is None:
             return drafts
         answer = self.ask(batch)
@@ -122,7 +122,7 @@ class PluginSpeculator:
         return drafts.zero_() if answer is None else answer
 
     def batch_of(
-        self, input_batch: Any, num_sampled: Any, num_speculative_tokens: int | None, dummy_run: bool
+        self, input_batch: Any, num_sampled: Any, num_rejected: Any, num_speculative_tokens: int | None, dummy_run: bool
     ) -> DeviceDraftBatch | None:
         """What the plugin gets of a step; None where nothing is drafted."""
         most = self.drafts.shape[1]
@@ -140,6 +140,7 @@ class PluginSpeculator:
             input_batch.idx_mapping,
             num_sampled,
             min(upper_bound, state.max_model_len),
+            num_rejected,
         )
 
     def ask(self, batch: DeviceDraftBatch) -> Any:

@@ -25,10 +25,11 @@ def _propose(propose: Any, speculator: Any, input_batch: Any, *args: Any, **kwar
     own: PluginSpeculator | None = getattr(speculator, OWN_ATTRIBUTE, None)
     if own is None:
         return drafts
-    # Of the arguments behind ``input_batch``, the fifth one.
+    # Of the arguments behind ``input_batch``, the fifth and the sixth one.
     num_sampled = kwargs["num_sampled"] if "num_sampled" in kwargs else args[4]
+    num_rejected = kwargs["num_rejected"] if "num_rejected" in kwargs else args[5]
     planned, is_dummy = kwargs.get("num_speculative_tokens"), bool(kwargs.get("dummy_run"))
-    batch = own.batch_of(input_batch, num_sampled, planned, is_dummy)
+    batch = own.batch_of(input_batch, num_sampled, num_rejected, planned, is_dummy)
     found = own.ask(batch) if batch is not None else None
     if batch is None or found is None:
         return drafts
@@ -97,6 +98,7 @@ PATCH = VllmPatch(
                 "last_hidden_states",
                 "aux_hidden_states",
                 "num_sampled",
+                "num_rejected",
             ),
         ),
         References(_FILE, f"{_CLASS}.propose", ("draft_tokens",)),

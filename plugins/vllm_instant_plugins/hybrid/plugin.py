@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from vllm_instant_plugins.hybrid.device_drafter import LookupHybridDeviceDrafter
 
 
+MODEL_ACCEPTANCE = 0.7
+"""Assumed probability that a token of the draft model is accepted if those before it are, until some were verified."""
+
+
 class HybridOptions(SuffixOptions):
     """Options of ``hybrid``."""
 
@@ -51,13 +55,14 @@ def _build(options: HybridOptions, context: PluginContext) -> LookupHybridDrafte
 
 def _build_on_device(options: HybridOptions, context: PluginContext) -> LookupHybridDeviceDrafter:
     """The lookup on the device, with its kernels compiled."""
+    from vllm_instant_kernels.draft_source import DraftSource
     from vllm_instant_plugins.hybrid.device_drafter import LookupHybridDeviceDrafter
 
     drafter = LookupHybridDeviceDrafter(
         device_lookup(options, context),
         CacheSaltGroups(options.share_across_cache_salts),
         context.device,
-        context.num_speculative_tokens,
+        DraftSource(context.max_num_seqs, context.num_speculative_tokens, MODEL_ACCEPTANCE, context.device),
     )
     drafter.warm_up()
     return drafter

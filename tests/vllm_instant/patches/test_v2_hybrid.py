@@ -51,10 +51,17 @@ def _propose(speculator, planned=DRAFTS, **options):
         num_computed_tokens_np=np.array([8, 8, 8]),
         num_scheduled_tokens=np.array([1, 1, 1]),
     )
-    num_sampled = torch.ones(REQUESTS, dtype=torch.int32)
+    num_sampled, num_rejected = torch.ones(2, REQUESTS, dtype=torch.int32)
     model = torch.full((REQUESTS, DRAFTS), 7)
     return v2_hybrid._propose(
-        lambda *_, **__: model, speculator, batch, *[None] * 4, num_sampled, num_speculative_tokens=planned, **options
+        lambda *_, **__: model,
+        speculator,
+        batch,
+        *[None] * 4,
+        num_sampled,
+        num_rejected,
+        num_speculative_tokens=planned,
+        **options,
     )
 
 
@@ -138,8 +145,13 @@ def test_the_runner_gets_the_draft_model_with_the_plugin_beside_it(monkeypatch):
         v2_drafter._init_speculator(lambda *_: model, config, "cpu", state)
 
 
-def test_a_lookup_is_preferred_where_it_expects_more_than_the_model():
-    lookup = SimpleNamespace(expected=torch.tensor([0.0, 1.2, 1.1, 9.0]))
-    drafter = LookupHybridDeviceDrafter(lookup, None, "cpu", DRAFTS)  # 0.7 + 0.49 for two draft tokens
-    batch = SimpleNamespace(request_ids=["a", "b", "c"])
-    assert drafter.prefers_own(batch).tolist() == [False, True, False]
+def test_the_lookups_expectation_and_what_became_of_the_last_drafts_decide():
+    asked, forgotten = [], []
+    source = SimpleNamespace(prefers_lookup=lambda *given: asked.append(given), forget=forgotten.append)
+    lookup = SimpleNamespace(expected=object(), forget=lambda row: None)
+    drafter = LookupHybridDeviceDrafter(lookup, None, "cpu", source)
+    batch = SimpleNamespace(rows=object(), num_sampled=object(), num_rejected=object())
+    drafter.prefers_own(batch)
+    assert asked == [(batch.rows, batch.num_sampled, batch.num_rejected, lookup.expected)]
+    drafter.forget_on_device(SimpleNamespace(request_id="a", row=3))
+    assert forgotten == [3]
