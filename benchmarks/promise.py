@@ -7,7 +7,8 @@
 
 Arms: a vLLM server without this package; one with a fixed number of ``suffix`` drafts, at several lengths; and ours,
 the default deployment (``goodput``, ``suffix``). With ``--fixed 'suffix,draft model'`` also fixed numbers of drafts of
-``vllm-instant demo draft``, and ours with that draft model beside the lookups (``hybrid``). In a round every arm gets
+``vllm-instant demo draft``, and ours with that draft model beside the lookups (``hybrid``); these are a part of their
+own in the results. In a round every arm gets
 the same new prompts, one burst per arm in random order: as many requests as users (two or three in turn for a single
 user), which end where the model ends them, at most ``--tokens`` tokens.
 
@@ -264,9 +265,10 @@ def measure(
     """Rounds of all cells, those with the fewest rounds first."""
     began = time.monotonic()
     part = options.part
-    rounds = earlier(options.output, part)
-    warm = earlier(options.output, "warm") if part == "cold" else {}
     fixed = [name for name in options.fixed.split(",") if name and part not in ("first", "pinned")]
+    stored_as = f"{part}, {DRAFT}" if DRAFT in fixed else part
+    rounds = earlier(options.output, stored_as)
+    warm = earlier(options.output, stored_as.replace(part, "warm")) if part == "cold" else {}
     names = arms_of(part, fixed)
     tokens = 1 if part == "first" else options.tokens
 
@@ -297,7 +299,7 @@ def measure(
         console.print(
             f"[{time.monotonic() - began:.0f} s] {part}, {cell.prompts}, {cell.users} users: {line}", soft_wrap=True
         )
-        measured = [summary(part, of, model.name, by_arm, warm.get(of, {})) for of, by_arm in rounds.items()]
+        measured = [summary(stored_as, of, model.name, by_arm, warm.get(of, {})) for of, by_arm in rounds.items()]
         write(options.output, measured, options.name, KEYS)
 
 

@@ -311,7 +311,8 @@ def speeds_by_users(runs: Sequence[Run], part: str, arm: str = OURS) -> dict[int
 def promise_by_users(runs: Sequence[Run], part: str) -> str:
     """Ours beside the best other arm, over all rounds of all classes of prompts."""
     rows = []
-    for arm in (OURS, OURS_WITH_DRAFT):
+    with_draft = ", " in part
+    for arm in (OURS, OURS_WITH_DRAFT) if with_draft else (OURS,):
         for users, speeds in speeds_by_users(runs, part, arm).items():
             ratios = [interval(vars(ratio_interval(speeds["ours"], speeds[other]))) for other in ("off", "best")]
             rows.append([arm, str(users), str(len(speeds["ours"])), *ratios])
@@ -378,6 +379,8 @@ TABLES: dict[str, tuple[str, Show]] = {
     "demo_answers": ("demo", demo_answers),
     "promise_warm": ("promise", functools.partial(promise, part="warm")),
     "promise_by_users": ("promise", functools.partial(promise_by_users, part="warm")),
+    "promise_draft": ("promise", functools.partial(promise, part="warm, draft model")),
+    "promise_draft_by_users": ("promise", functools.partial(promise_by_users, part="warm, draft model")),
     "promise_cold": ("promise", functools.partial(promise, part="cold")),
     "promise_cold_by_users": ("promise", functools.partial(promise_by_users, part="cold")),
     "promise_first": ("promise", promise_first),
