@@ -16,18 +16,18 @@ def _chosen(rows, steps, ended=()):
 
 def _by_arithmetic(steps):
     """The same for one request."""
-    tried, kept, foretold, found, last = 4.0, 4.0 * ACCEPTANCE, 4.0, 4.0, 0.0
+    tried, kept, predicted, found, last = 4.0, 4.0 * ACCEPTANCE, 4.0, 4.0, 0.0
     chosen = []
     for [sampled], [rejected], [expected] in steps:
         accepted, refused = max(sampled - 1, 0), min(rejected, 1)
-        tried, kept, foretold, found = (0.97 * value for value in (tried, kept, foretold, found))
+        tried, kept, predicted, found = (0.97 * value for value in (tried, kept, predicted, found))
         if last < 0:
             tried, kept = tried + accepted + refused, kept + accepted
         elif accepted + refused:
-            foretold, found = foretold + last, found + accepted
+            predicted, found = predicted + last, found + accepted
         acceptance = kept / tried
         of_model = sum(acceptance**position for position in range(1, NUM_DRAFTS + 1))
-        chosen.append([int(expected * found / foretold > of_model)])
+        chosen.append([int(expected * found / predicted > of_model)])
         last = expected if chosen[-1][0] else -1.0
     return chosen
 

@@ -16,12 +16,13 @@ MEMORY = tl.constexpr(0.97)
 """What a step leaves of the earlier ones."""
 TRIED = tl.constexpr(0)
 KEPT = tl.constexpr(1)
-FORETOLD = tl.constexpr(2)
+PREDICTED = tl.constexpr(2)
 FOUND = tl.constexpr(3)
 LAST = tl.constexpr(4)
 NUM_STATE = tl.constexpr(5)
-"""A row's numbers: the model's tokens that were compared and those that were accepted; the accepted tokens that the
-lookup expected and those that came; and what it expected of the last drafts, if these were its own, otherwise -1."""
+"""A row's numbers: the model's tokens that were compared, and how many of them were accepted; the accepted tokens that
+the lookup expected, and how many there were; and what it expected of the last drafts, if these were its own, otherwise
+-1."""
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def choose(
     by_lookup = (1.0 - by_model) * tl.minimum(accepted + refused, 1.0)
     tried = MEMORY * tl.load(state + TRIED) + by_model * (accepted + refused)
     kept = MEMORY * tl.load(state + KEPT) + by_model * accepted
-    foretold = MEMORY * tl.load(state + FORETOLD) + by_lookup * last
+    predicted = MEMORY * tl.load(state + PREDICTED) + by_lookup * last
     found = MEMORY * tl.load(state + FOUND) + by_lookup * accepted
     acceptance = kept / tried
     survival = 1.0
@@ -55,10 +56,10 @@ def choose(
         survival *= acceptance
         expected_of_model += survival
     expected = tl.load(expected_ptr + request)
-    chosen = expected * found / foretold > expected_of_model
+    chosen = expected * found / predicted > expected_of_model
     tl.store(state + TRIED, tried)
     tl.store(state + KEPT, kept)
-    tl.store(state + FORETOLD, foretold)
+    tl.store(state + PREDICTED, predicted)
     tl.store(state + FOUND, found)
     tl.store(state + LAST, tl.where(chosen, expected, -1.0))
     tl.store(chosen_ptr + request, chosen.to(tl.int8))
@@ -101,7 +102,7 @@ class DraftSource:
 
     def forget(self, row: int) -> None:
         """Another request takes this row; both sources are assumed to be for it what they were for all rows lately."""
-        tried, kept, foretold, found, _ = self._state.sum(0)
+        tried, kept, predicted, found, _ = self._state.sum(0)
         self._state[row].copy_(self._new)
         self._state[row, KEPT.value] = PRIOR_TOKENS * kept / tried
-        self._state[row, FOUND.value] = PRIOR_TOKENS * found / foretold
+        self._state[row, FOUND.value] = PRIOR_TOKENS * found / predicted

@@ -92,6 +92,8 @@ def _identity(vllm_config: Any, drafting: Deployment | None) -> dict[str, str]:
         if drafting is not None:
             identity["drafter"] += f" {drafting.slots['drafter'].plugin}"
         identity["draft_tokens"] = str(speculative.num_speculative_tokens)
+        if verifies_adaptively(vllm_config):
+            identity["verification"] = "adaptive"
     return identity
 
 

@@ -152,9 +152,9 @@ class DraftBudgetManager:
         self._may_trim = adaptive_verification
         """Whether the drafts of the step that the policy was asked about last may be trimmed before verification,"""
         self._may_trim_next = adaptive_verification
-        """those that the latest planned step makes,"""
+        """the drafts that the latest planned step makes,"""
         self._may_trim_now = adaptive_verification
-        """and those that it verifies."""
+        """and the drafts that it verifies."""
         self._held_share = 0.0
         """Share of recent steps in which a draft model waited for first tokens."""
         self._waiting: tuple[int, float] = (0, 0.0)

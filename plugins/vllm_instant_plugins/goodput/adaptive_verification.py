@@ -53,7 +53,7 @@ class _Average:
         return self.total / self.weight
 
     def upper(self, sigmas: float) -> float:
-        """The mean and so many standard errors more."""
+        """The mean and this number of standard errors more."""
         variance = max(0.0, self.squares / self.weight - self.mean**2)
         return self.mean + sigmas * math.sqrt(variance / self.weight)
 

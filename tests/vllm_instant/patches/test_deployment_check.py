@@ -31,6 +31,7 @@ def _config(
         num_speculative_tokens_per_batch_size=table,
         parallel_drafting=False,
         draft_model_config=None,
+        enable_adaptive_verification=False,
     )
     sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "enable_dbo": False}
     return SimpleNamespace(

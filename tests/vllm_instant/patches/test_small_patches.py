@@ -93,7 +93,7 @@ class TestBuilding:
     def test_an_object_that_does_not_follow_the_contract_is_refused(self):
         with pytest.raises(
             plugin_factory.PluginStartError,
-            match="has no get_num_draft_tokens, draft_cost, enter, observe, forget, decisions, close",
+            match="has no get_num_draft_tokens, draft_cost, trims_verification, enter, observe, forget, decisions",
         ):
             self._build("incomplete")
 
@@ -119,7 +119,12 @@ def _vllm_config(**changed):
             "enable_expert_parallel": False,
         },
         "scheduler_config": {"max_num_seqs": 2, "async_scheduling": False},
-        "speculative_config": {"method": "draft_model", "model": "d", "num_speculative_tokens": 3},
+        "speculative_config": {
+            "method": "draft_model",
+            "model": "d",
+            "num_speculative_tokens": 3,
+            "enable_adaptive_verification": False,
+        },
         "device_config": {"device_type": "cpu"},
         "cache_config": {"cache_dtype": "auto"},
         "attention_config": {"backend": None},
@@ -155,6 +160,16 @@ def test_costs_of_steps_are_kept_apart_by_whatever_they_depend_on(changed):
     usual, other = (plugin_factory.context_of(config).identity for config in (_vllm_config(), _vllm_config(**changed)))
     assert usual == plugin_factory.context_of(_vllm_config()).identity
     assert usual != other
+
+
+def test_costs_with_adaptive_verification_are_kept_apart_and_the_policy_learns_of_it():
+    trims = {"speculative_config__enable_adaptive_verification": True}
+    on_v1, usual, other = (
+        plugin_factory.context_of(_vllm_config(**options))
+        for options in (trims, {"use_v2_model_runner": True}, {"use_v2_model_runner": True, **trims})
+    )
+    assert [context.adaptive_verification for context in (on_v1, usual, other)] == [False, False, True]
+    assert usual.identity != other.identity
 
 
 @pytest.mark.parametrize(
