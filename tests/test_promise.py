@@ -138,6 +138,7 @@ def test_the_same_server_is_asked_with_and_without_drafts(started, tmp_path):
 
 def test_each_of_our_arms_is_compared_with_drafts_that_it_has(started, tmp_path):
     [found] = _measure(tmp_path, "warm", [promise.Cell("mixed", 1)], 1, "suffix,draft model")
+    assert found["part"] == "warm, draft model"
     assert [server.name for server in started] == ["off", "suffix", "draft model", "ours", "ours with the draft model"]
     deployments = {server.name: Path(server.words[-1]).read_text() for server in started if "--plugins" in server.words}
     assert 'plugin = "hybrid"' in deployments["ours with the draft model"]

@@ -76,8 +76,8 @@ class VerificationChoice:
         """The better way at each load."""
         self._speeds: dict[tuple[int, str], _Average] = {}
         """Tokens per second of both ways relative to no drafts, by load."""
-        self._paces: dict[RequestState, _Average] = {}
-        """Of requests in trimmed steps, relative to no drafts."""
+        self._paces: dict[str, _Average] = {}
+        """Of requests in trimmed steps, relative to no drafts, by id."""
         self._trial_steps = 0
         """Steps that the running trial still takes."""
         self._last_trial = -TRIAL_INTERVAL
@@ -113,12 +113,11 @@ class VerificationChoice:
         self._speeds.setdefault((_load(plan), TRIMMED if outcome.trimmed else OWN), _Average()).add(speed)
         if outcome.trimmed:
             for request, number in zip(outcome.requests, outcome.accepted, strict=True):
-                self._paces.setdefault(request, _Average()).add((1.0 + number) / times)
+                self._paces.setdefault(request.request_id, _Average()).add((1.0 + number) / times)
 
     def forget(self, request_id: str) -> None:
         """A request ended."""
-        for request in [request for request in self._paces if request.request_id == request_id]:
-            del self._paces[request]
+        self._paces.pop(request_id, None)
 
     def _better(self, load: int, requests: Sequence[RequestState]) -> str:
         chosen = self._chosen.get(load, OWN)
@@ -137,7 +136,7 @@ class VerificationChoice:
         """Whether some request is certainly slower than its bound where vLLM trims."""
         if not self._floor:
             return False
-        known = (self._paces.get(request) for request in requests)
+        known = (self._paces.get(request.request_id) for request in requests)
         return any(
             pace is not None and pace.weight >= MIN_STEPS * _MEMORY**MIN_STEPS and pace.upper(SIGMAS) < self._floor
             for pace in known

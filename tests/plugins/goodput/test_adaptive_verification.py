@@ -7,6 +7,7 @@ import pytest
 
 from vllm_instant import RequestState, StepOutcome, UpcomingStep
 from vllm_instant_plugins.goodput.adaptive_verification import MIN_REQUESTS
+from vllm_instant_plugins.goodput.latency_slo import LatencySlo
 from vllm_instant_plugins.goodput.policy import GoodputPolicy
 
 MAXIMUM = 4
@@ -57,7 +58,7 @@ def _serve(policy, states, world, steps, number=1, seed=0, refused=()):
 
 
 def _policy(states, **options):
-    policy = GoodputPolicy(MAXIMUM, 256, adaptive_verification=True, **{"slowest_request": 0.0, **options})
+    policy = GoodputPolicy(MAXIMUM, 256, **{"adaptive_verification": True, "slowest_request": 0.0, **options})
     for state in states:
         policy.enter(state)
     return policy
@@ -129,13 +130,12 @@ def test_drafts_that_may_not_have_been_verified_teach_nothing_about_acceptance_a
     assert policy.costs.observations == other.costs.observations
 
 
-@pytest.mark.parametrize("options", [{"adaptive_verification": False}, {"calibrating": True}])
-def test_without_the_option_of_vllm_nothing_is_trimmed(options):
+@pytest.mark.parametrize(
+    "options", [{"adaptive_verification": False}, {"calibrating": True}, {"slo": LatencySlo(1.0, None)}]
+)
+def test_nothing_is_trimmed_without_the_option_of_vllm_while_calibrating_and_with_latency_goals(options):
     states = _states(64)
-    policy = GoodputPolicy(MAXIMUM, 256, **options)
-    for state in states:
-        policy.enter(state)
-    assert not any(_serve(policy, states, BETTER, 200))
+    assert not any(_serve(_policy(states, **options), states, BETTER, 400))
 
 
 def test_its_reasons_are_explained():

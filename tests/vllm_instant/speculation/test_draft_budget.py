@@ -381,10 +381,11 @@ def test_the_step_that_verifies_drafts_is_trimmed_as_decided_when_they_were_plan
     policy = TrimsOddSteps()
     policy.outcomes = []
     guarded = GuardedPlugin("speculation", "scripted", policy)
-    budget = DraftBudgetManager(guarded, 4, adaptive_verification=enabled)
+    budget = _served(DraftBudgetManager(guarded, 4, adaptive_verification=enabled))
     states = _states(2)
     trims = []
-    for step in range(1, 7):
+    steps = range(FIRST_STEPS + 1, FIRST_STEPS + 7)
+    for step in steps:
         plan = budget.plan_drafts(states)
         trims.append(plan.trims_verification)
         budget.step_scheduled(step)
@@ -392,6 +393,6 @@ def test_the_step_that_verifies_drafts_is_trimmed_as_decided_when_they_were_plan
             budget.on_model_executing()
         budget.step_finished(step, states, [4, 4], [0, 0], num_scheduled_tokens=10)
     budget.on_model_executing()
-    odd_before = [step % 2 == 0 for step in range(2, 7)]
-    assert trims[1:] == (odd_before if enabled else [False] * 5)
-    assert policy.outcomes[1:] == list(zip(range(2, 7), trims[1:], strict=True))
+    after_odd_steps = [step % 2 == 0 for step in steps]
+    assert trims[1:] == (after_odd_steps[1:] if enabled else [False] * 5)
+    assert policy.outcomes[1:] == list(zip(steps[1:], trims[1:], strict=True))
