@@ -113,7 +113,8 @@ def test_no_request_is_slowed_down_for_others(floor):
     with_it = _serve(policy, states, BETTER, 600, refused=states[:1])
     assert (np.mean(with_it[300:]) > 0.9) == (not floor)
     policy.forget(states[0].request_id)
-    assert np.mean(_serve(policy, states[1:], BETTER, 600, number=601)[300:]) > 0.9
+    # Another request may have the same id.
+    assert np.mean(_serve(policy, states, BETTER, 600, number=601)[300:]) > 0.9
 
 
 def test_drafts_that_may_not_have_been_verified_teach_nothing_about_acceptance_and_costs():
