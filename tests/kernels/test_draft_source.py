@@ -71,7 +71,7 @@ def test_rows_are_independent_and_a_new_request_begins_with_what_all_rows_had():
     between = ([1, 1], [0, 0], [1.0, 1.0])
     assert _chosen([0, 1], [*steps, between])[-1] == [0, 1]
     assert _chosen([0, 1], [*steps, between], ended=[(29, 1)])[-1] == [0, 0]
-    both_good = [([4, 4], [0, 0], [0.0, 0.0])] * 30
+    both_good = [([1, 1], [0, 0], [0.0, 0.0])] + [([4, 4], [0, 0], [0.0, 0.0])] * 29
     more_than_assumed = ([1, 1], [0, 0], [ASSUMED + 0.2, ASSUMED + 0.2])
     # Six idle rows, with what is assumed at first, are among "all".
     assert _chosen([0, 1], [*both_good, more_than_assumed], ended=[(29, 1)])[-1] == [0, 0]
