@@ -39,7 +39,7 @@ from vllm_instant_plugins.suffix.request_lookup import MIN_SURVIVAL
 MAX_DRAFT_TOKENS = 16
 MAX_CHARACTERS = 6000
 HISTORY_TOKENS = 1_000_000
-SURVIVALS = (MIN_SURVIVAL, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+SURVIVALS = (MIN_SURVIVAL, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 FACTORS = (1.0, 2.0, 4.0)
 MAX_TREE_DEPTH, MIN_TOKEN_PROB = 24, 0.1
 """vLLM's defaults of ``suffix_decoding_max_tree_depth`` and ``suffix_decoding_min_token_prob``."""
