@@ -52,5 +52,11 @@ def test_what_will_not_start_is_refused_beforehand(chosen):
 
 def test_a_hybrid_drafter_gets_the_v2_runner_with_a_limit(chosen):
     _, found = chosen
-    assert found["hybrid, 1 GPU"].startswith("V2")
+    assert found["hybrid, 1 GPU"].startswith("V2, async")
     assert "drafter limited" in found["hybrid, 1 GPU"]
+
+
+def test_lookups_are_drafted_on_the_device_without_a_limit(chosen):
+    _, found = chosen
+    assert found["suffix, 1 GPU"].startswith("V2, async, FULL_AND_PIECEWISE, ngram_gpu, scheduled lengths")
+    assert "drafter limited" not in found["suffix, 1 GPU"]

@@ -112,7 +112,11 @@ def _pipeline(vllm_config: Any, deployment: Deployment) -> Iterator[tuple[str, s
 def _default_drafter(vllm_config: Any, deployment: Deployment) -> Iterator[tuple[str, str]]:
     off = installed_plugin(deployment, "speculation").plugin.build is None
     if is_default_drafter(deployment) and vllm_config.speculative_config is None and not off:
-        yield LIMITED, "no drafts: none is named, and the default is left out with this device, model or option"
+        yield (
+            LIMITED,
+            "no drafts: none is named, and the default is left out with this device, model or option; "
+            '[drafter] plugin = "suffix" names it',
+        )
 
 
 def _host_drafter(vllm_config: Any, deployment: Deployment) -> Iterator[tuple[str, str]]:

@@ -302,12 +302,15 @@ def _init_v2_sampler(initialize: Any, instance: Any, sampler: Any, spec_config: 
     chosen = deployment.slots["rejection_sampler"].plugin
     if chosen == "block" and spec_config.rejection_sample_method == "standard":
         instance.use_block_verification = True
-    elif chosen not in ("block", "token", "native"):
+    elif chosen not in V2_SAMPLERS:
         raise PluginStartError(
             f"plugin {chosen} of slot rejection_sampler needs vLLM's V1 model runner: "
             "set VLLM_USE_V2_MODEL_RUNNER=0, or choose block or token"
         )
 
+
+V2_SAMPLERS = frozenset({"block", "token", "native"})
+"""Plugins of slot rejection_sampler that the V2 runner's own kernels stand for."""
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
 _SAMPLER = "v1/sample/rejection_sampler.py"

@@ -17,13 +17,14 @@ from typing import Any
 from vllm_instant.deployment import deployment_env
 from vllm_instant.deployment.circuit_breaker import ContractError, GuardedPlugin
 from vllm_instant.deployment.errors import DeploymentError, Problem
-from vllm_instant.deployment.resolved import PLUGIN_DRAFTER, installed_plugin
+from vllm_instant.deployment.resolved import PLUGIN_DRAFTER, drafter_arguments, installed_plugin
 from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.interfaces.drafter import DeviceDraftBatch, DeviceDrafter, DeviceRequest, HybridDeviceDrafter
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.draft_lengths import DEVICE_METHOD, drafts_on_device
 from vllm_instant.patches.names import ENGINE_ARGUMENTS, MODEL_RUNNER, PLAN_ATTRIBUTE, V2_MODEL_RUNNER
 from vllm_instant.patches.plugin_factory import PluginStartError, build_guarded, context_of, uses_drafter_plugin
+from vllm_instant.patches.rejection_sampler import V2_SAMPLERS
 from vllm_instant.speculation.draft_plan import DraftPlan
 
 OWN_ATTRIBUTE = "instant_own_drafts"
@@ -193,22 +194,44 @@ def unsupported_reason(arguments: Any) -> str | None:
         return "the drafter has no build_on_device"
     if not HAS_TRITON:
         return "Triton is not usable here"
-    if not envs.VLLM_USE_V2_MODEL_RUNNER:
-        return "VLLM_USE_V2_MODEL_RUNNER=1 is not set"
+    if envs.VLLM_USE_V2_MODEL_RUNNER is False:
+        return "VLLM_USE_V2_MODEL_RUNNER=0 is set"
+    if envs.VLLM_USE_V2_MODEL_RUNNER is None and _other_slot_needs_v1(deployment):
+        return "a plugin of another slot needs the V1 model runner"
     if arguments.enable_dbo or arguments.distributed_executor_backend == "external_launcher":
         return "the V2 model runner does not support these parallel options"
     return None
 
 
+def _other_slot_needs_v1(deployment: Deployment) -> bool:
+    """Whether a sampler or an experts plugin was chosen that only the V1 model runner has."""
+    slots = deployment.slots
+    return slots["rejection_sampler"].plugin not in V2_SAMPLERS or slots["experts"].plugin != "native"
+
+
 def _create_speculative_config(create: Any, arguments: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let a drafter plugin draft on the device where ``VLLM_USE_V2_MODEL_RUNNER=1`` chooses the V2 model runner."""
+    """Let a drafter plugin draft on the device where vLLM can serve with its V2 model runner."""
     config = arguments.speculative_config
     if isinstance(config, dict) and config.get("method") == "custom_class" and config.get("model") == PLUGIN_DRAFTER:
         _refuse_host_drafter()
         if unsupported_reason(arguments) is None:
             bounds = {"prompt_lookup_min": 1, "prompt_lookup_max": 1}
             arguments.speculative_config = {**config, "method": DEVICE_METHOD, **bounds}
+    elif _is_hybrid_on_host(arguments) and arguments.async_scheduling is None:
+        # The host needs each step's tokens before the next step begins. Left open, vLLM would schedule ahead.
+        arguments.async_scheduling = False
     return create(*args, **kwargs)
+
+
+def _is_hybrid_on_host(arguments: Any) -> bool:
+    """Whether parsed options configure a draft model beside which a drafter plugin drafts on the host."""
+    deployment, config = deployment_env.get_deployment(), arguments.speculative_config
+    if deployment is None or not isinstance(config, dict):
+        return False
+    plugin = installed_plugin(deployment, "drafter").plugin
+    brings_model = plugin.build is not None and plugin.engine_arguments is not None
+    method = drafter_arguments(deployment).get("speculative_config", {}).get("method")
+    return brings_model and config.get("method") == method and unsupported_reason(arguments) is not None
 
 
 def _refuse_host_drafter() -> None:
@@ -320,6 +343,7 @@ PATCH = VllmPatch(
         References("config/vllm.py", "VllmConfig.__post_init__", ("NgramGPUTypes",)),
         HasSignature("engine/arg_utils.py", "EngineArgs.create_speculative_config", ("self", "target_model_config")),
         HasSignature("v1/worker/gpu_model_runner.py", "GPUModelRunner.__init__", ("self", "vllm_config")),
+        HasAttribute("engine/arg_utils.py", "EngineArgs.async_scheduling"),
         HasAttribute("engine/arg_utils.py", "EngineArgs.enable_dbo"),
         HasAttribute("engine/arg_utils.py", "EngineArgs.distributed_executor_backend"),
     ),

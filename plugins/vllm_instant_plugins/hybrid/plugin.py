@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,10 +42,7 @@ def _engine_arguments(options: HybridOptions) -> Mapping[str, Any]:
     }
     if options.draft_sample_method is not None:
         speculative["draft_sample_method"] = options.draft_sample_method
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        return {"speculative_config": speculative}
-    # A lookup on the host needs each step's tokens before the next one begins.
-    return {"speculative_config": speculative, "async_scheduling": False}
+    return {"speculative_config": speculative}
 
 
 def _build(options: HybridOptions, context: PluginContext) -> LookupHybridDrafter:

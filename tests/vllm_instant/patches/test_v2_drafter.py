@@ -65,18 +65,63 @@ def test_options_without_a_v2_runner_keep_the_drafter_on_the_host(deploy, option
     assert _configured(HOST, **options) == HOST
 
 
+def test_vllms_own_choice_of_the_v2_runner_is_enough(deploy, monkeypatch):
+    deploy("drafter.plugin=suffix")
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    assert _configured(HOST)["method"] == DEVICE_METHOD
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [["rejection_sampler.plugin=relaxed", "rejection_sampler.epsilon=0.1"], ["experts.plugin=observed"]],
+)
+def test_a_plugin_that_needs_the_v1_runner_keeps_lookups_on_the_host(deploy, monkeypatch, chosen):
+    deploy("drafter.plugin=suffix", *chosen)
+    assert _configured(HOST)["method"] == DEVICE_METHOD, "the V2 runner was asked for: it says what is wrong"
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    assert _configured(HOST) == HOST
+
+
 def test_without_triton_or_with_the_v1_runner_the_drafter_stays_on_the_host(deploy, monkeypatch):
     import vllm.triton_utils
 
     deploy("drafter.plugin=suffix")
-    for value in ("0", None):
-        monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
-        if value is not None:
-            monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", value)
-        assert _configured(HOST) == HOST
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert _configured(HOST) == HOST
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
     monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", False)
     assert _configured(HOST) == HOST
+
+
+@pytest.mark.parametrize(
+    ("runner", "asked", "expected"),
+    [(None, None, None), ("1", None, None), ("0", None, False), ("0", True, True), (None, False, False)],
+)
+def test_a_lookup_beside_a_draft_model_is_synchronous_on_the_host_alone(deploy, monkeypatch, runner, asked, expected):
+    """None leaves it to vLLM, which schedules ahead beside a draft model."""
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    if runner is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    deploy("drafter.plugin=hybrid", "drafter.model=draft")
+    assert _scheduling({"method": "draft_model", "model": "draft"}, asked) is expected
+
+
+def test_other_drafters_leave_the_scheduling_to_vllm(deploy, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    deploy("drafter.plugin=hybrid", "drafter.model=draft")
+    assert _scheduling({"method": "ngram"}, None) is None
+    assert _scheduling(None, None) is None
+    deploy("drafter.plugin=model", "drafter.model=draft")
+    assert _scheduling({"method": "draft_model", "model": "draft"}, None) is None
+
+
+def _scheduling(config, asked):
+    """``async_scheduling`` that vLLM reads after the drafter was configured."""
+    arguments = SimpleNamespace(
+        speculative_config=config, async_scheduling=asked, enable_dbo=False, distributed_executor_backend=None
+    )
+    v2_drafter._create_speculative_config(lambda: None, arguments)
+    return arguments.async_scheduling
 
 
 def test_a_drafter_for_the_host_alone_is_one_sentence_on_the_v2_runner(deploy, monkeypatch):
