@@ -3,7 +3,8 @@
 For each request and draft position j the probability that token j is accepted, given that the tokens before it were, is
 a beta-Bernoulli estimate with exponential forgetting. The priors form a hierarchy: a request's prior is the estimate of
 similar requests (same kind of sampling, same beginning of the prompt), theirs is the estimate of the same kind of
-sampling, and that one's is the estimate of all requests. Acceptance falls with the position, so that where a class has
+sampling, and that one's is the estimate of all requests. How much a class tells of its requests is learned, too: two
+weights of the prior predict every draft token beforehand, and count by how well they did. Acceptance falls with the position, so that where a class has
 not drafted that far yet, its estimate continues with its parent's ratio from one position to the next.
 
 A class has a long and a short memory. When the short one contradicts the long one by more than chance explains, the
@@ -36,9 +37,11 @@ SHORT_MEMORY = 0.75
 """Factor of a memory per further observation; about 1 / (1 - factor) observations count."""
 IDLE_MEMORY = 0.97
 """The same per step in which a request drafts nothing: bad luck must not exclude it forever."""
-REQUEST_PRIOR = 8.0
+REQUEST_PRIOR, ALIKE_PRIOR = 8.0, 64.0
 CLASS_PRIOR = 2.0
-"""Weight of a prior, in observations."""
+"""Weight of a prior, in observations; of a class whose requests are alike ``ALIKE_PRIOR`` for each of them."""
+ALIKE_MEMORY, MAX_ALIKE = 0.995, 4.0
+"""Factor of the log odds that requests of a class are alike per further observation, and their limit."""
 OPTIMISM = 0.7
 """Acceptance of the first draft token before anything was observed: high, so that drafting is tried."""
 CHANGE_SIGMAS = 3.0
@@ -89,6 +92,8 @@ class AcceptanceModel:
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         """Beginnings of prompts that were seen once: they become a class when they are seen again."""
         self._class_estimate: Array = np.full((rows, positions), OPTIMISM)
+        self._class_alike: Array = np.zeros(rows)
+        """Log odds that a request accepts as its class does, rather than at a rate of its own."""
         self._stale: Indices = np.zeros(rows, np.intp)
         """Order in which out-of-date class estimates are refreshed, the lowest first; 0: up to date."""
         self._changed: Indices = np.zeros(rows, np.intp)
@@ -139,6 +144,7 @@ class AcceptanceModel:
         self._parent[row] = kind_row
         for array in (self._classes.trials, self._classes.hits, self._short_trials, self._short_hits):
             array[row] = 0.0
+        self._class_alike[row] = self._class_alike[kind_row]
         self._refresh(row)
         return row
 
@@ -149,7 +155,15 @@ class AcceptanceModel:
         level = self._requests
         survival: Array = np.empty((len(indices), self.positions))
         estimate_survival(
-            indices, level.hits, level.trials, self._class_of, self._class_estimate, REQUEST_PRIOR, survival
+            indices,
+            level.hits,
+            level.trials,
+            self._class_of,
+            self._class_estimate,
+            self._class_alike,
+            REQUEST_PRIOR,
+            ALIKE_PRIOR,
+            survival,
         )
         return survival
 
@@ -168,11 +182,17 @@ class AcceptanceModel:
             REQUEST_MEMORY,
             IDLE_MEMORY,
             self._class_of,
+            self._class_estimate,
+            ALIKE_MEMORY,
+            MAX_ALIKE,
+            REQUEST_PRIOR,
+            ALIKE_PRIOR,
             requests.trials,
             requests.hits,
             count,
             news.trials,
             news.hits,
+            self._class_alike,
         )
         if not drafting:
             return

@@ -11,17 +11,29 @@ from vllm_instant_plugins.jit import compiled
 
 @compiled
 def estimate_survival(
-    indices: Any, hits: Any, trials: Any, class_of: Any, class_estimate: Any, prior_weight: float, survival: Any
+    indices: Any,
+    hits: Any,
+    trials: Any,
+    class_of: Any,
+    class_estimate: Any,
+    class_alike: Any,
+    weak_prior: float,
+    strong_prior: float,
+    survival: Any,
 ) -> None:
     """Probability that each draft token and all before it are accepted, by request."""
     for i in range(len(indices)):
         index = indices[i]
+        row = class_of[index]
+        alike = 1.0 / (1.0 + np.exp(-class_alike[row]))
         chance = 1.0
         for j in range(survival.shape[1]):
-            prior = class_estimate[class_of[index], j]
-            # Posterior mean of a Bernoulli rate under a Beta prior that is worth ``prior_weight`` observations;
-            # survival of position j is the product of the conditional rates up to j.
-            chance *= (hits[index, j] + prior_weight * prior) / (trials[index, j] + prior_weight)
+            hit, tried, prior = hits[index, j], trials[index, j], class_estimate[row, j]
+            # Posterior mean of a Bernoulli rate under a Beta prior that is worth so many observations, averaged over
+            # the two priors; survival of position j is the product of the conditional rates up to j.
+            own = (hit + weak_prior * prior) / (tried + weak_prior)
+            shared = (hit + strong_prior * prior) / (tried + strong_prior)
+            chance *= own + alike * (shared - own)
             survival[i, j] = chance
 
 
@@ -33,13 +45,23 @@ def learn_requests(
     memory: float,
     idle_memory: float,
     class_of: Any,
+    class_estimate: Any,
+    alike_memory: float,
+    max_alike: float,
+    weak_prior: float,
+    strong_prior: float,
     trials: Any,
     hits: Any,
     count: Any,
     class_trials: Any,
     class_hits: Any,
+    class_alike: Any,
 ) -> int:
-    """Add one step's observations to the requests, and sum them by class; returns how many requests drafted."""
+    """Add one step's observations to the requests, and sum them by class; returns how many requests drafted.
+
+    ``class_alike`` gets the log odds, of the observations so far, that the strong prior predicts the requests of a
+    class better than the weak one; older observations fade.
+    """
     positions = trials.shape[1]
     count[:], class_trials[:], class_hits[:] = 0.0, 0.0, 0.0
     drafting = 0
@@ -56,12 +78,22 @@ def learn_requests(
         # The token after the accepted ones was tried and rejected; the tokens behind it were never compared.
         tried = min(drafted[i], kept + 1)
         count[row] += 1.0
+        odds = alike_memory * class_alike[row]
         for j in range(positions):
             was_tried, was_hit = 1.0 if j < tried else 0.0, 1.0 if j < kept else 0.0
+            if j < tried:
+                hit, before, prior = hits[index, j], trials[index, j], class_estimate[row, j]
+                own = (hit + weak_prior * prior) / (before + weak_prior)
+                shared = (hit + strong_prior * prior) / (before + strong_prior)
+                if j < kept:
+                    odds += np.log(max(shared, 1e-3) / max(own, 1e-3))
+                else:
+                    odds += np.log(max(1.0 - shared, 1e-3) / max(1.0 - own, 1e-3))
             trials[index, j] = trials[index, j] * memory + was_tried
             hits[index, j] = hits[index, j] * memory + was_hit
             class_trials[row, j] += was_tried
             class_hits[row, j] += was_hit
+        class_alike[row] = min(max(odds, -max_alike), max_alike)
     return drafting
 
 

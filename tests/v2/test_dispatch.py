@@ -8,8 +8,6 @@ import pytest
 RECORDED = Path(__file__).parent / "dispatch.json"
 FULL_SHARE = 0.95
 MAX_REGRET = 0.03
-NEAR_BREAK_EVEN = "1 request, acceptance 0.2"
-"""One request's estimate is too noisy for this load: with graphs or without, drafts are on half of the time."""
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +24,4 @@ def test_the_policys_plans_run_in_full_graphs(dispatched):
 
 
 def test_the_policy_is_nearly_as_fast_as_the_best_fixed_length_where_pieces_take_longer(dispatched):
-    regret = dispatched["regret"]
-    assert regret.pop(NEAR_BREAK_EVEN) <= 0.06
-    assert max(regret.values()) <= MAX_REGRET, regret
+    assert max(dispatched["regret"].values()) <= MAX_REGRET, dispatched["regret"]

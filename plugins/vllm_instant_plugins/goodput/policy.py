@@ -47,6 +47,8 @@ that were all, its best drafts would never be verified and their value never be 
 p99. A request alone delays no other, and never has the limit.
 """
 _MEMORY = 0.97
+CALIBRATION_PRIOR = 8.0
+"""Accepted tokens, as many as expected, that are assumed beside those observed: of few tokens the ratio is chance."""
 
 
 class GoodputPolicy(SpeculationPolicy):
@@ -311,7 +313,7 @@ class GoodputPolicy(SpeculationPolicy):
 
     def _calibration_factor(self) -> float:
         """Accepted tokens per expected one: whichever estimates look best are too high on average."""
-        return min(max(self._accepted / self._expected, 0.6), 1.2)
+        return min(max((self._accepted + CALIBRATION_PRIOR) / (self._expected + CALIBRATION_PRIOR), 0.6), 1.2)
 
     def _random_lengths(self, now: StepContext) -> Indices:
         """Random lengths: the same for all, or each request its own, or none."""

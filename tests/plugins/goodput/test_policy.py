@@ -92,7 +92,7 @@ def test_regret_is_small(cost, traffic, users, delay):
 def test_mixed_traffic_is_served_at_least_as_well_as_by_every_fixed_length(cost, users, delay):
     ours = _serve(MIXED, COSTS[cost], users, feedback_delay=delay, requests=20 * users, noise=HostNoise())
     # Where rows are free up to a knee, the best fixed length is as good; exploring costs the difference.
-    least = 0.965 if cost == "gpu" else 1.0
+    least = 0.96 if cost == "gpu" else 1.0
     assert ours.tokens_per_second > least * _best_fixed_there("mixed", cost, users, 20 * users)
 
 
