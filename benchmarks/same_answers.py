@@ -7,6 +7,7 @@ Each row of the table is a pair of servers, vLLM alone and ours, with the same f
 choice of our slots (``tests/support/server_flags.py``), in ``pairs`` many at once, so that any two of them occur
 together. Both get the same requests: each option of a request alone, and completions in which any two options occur
 together (``tests/support/request_features.py``). Ours gets them twice, the second time with eight pinned draft tokens.
+vLLM gets them twice as well: what it answers otherwise the second time is compared with nothing, and counted.
 The model is the demo's draft model in float32, where rounding does not choose tokens.
 
 Rows that the result file has already are skipped; ``--again`` measures those again whose answers differ. The exit code
@@ -22,13 +23,13 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import results
 from feature_answers import answers, difference
-from request_features import pairs_of_features, single_features
+from request_features import Feature, pairs_of_features, single_features
 from server_flags import Row, pair_rows, prepare, serve, single_rows
 
 from vllm_instant.tools.demo import assets
@@ -40,7 +41,8 @@ DRAFTS = 8
 
 def refusal(error: ServerError) -> dict[str, Any]:
     """Why a server did not start: its last words, and whether they are a sentence instead of a traceback."""
-    lines = [re.sub(r"^\([^)]*\)\s*", "", line).strip() for line in error.log.splitlines() if line.strip()]
+    prefix = r"^\([^)]*\)\s*([A-Z]+ [\d-]+ [\d:]+ \[\S+\])?"
+    lines = [re.sub(prefix, "", line).strip() for line in error.log.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b|vllm: error|.*: error: ", line)]
     return {"said": (named or lines or ["nothing"])[-1][:400], "sentence": "Traceback" not in error.log}
 
@@ -60,19 +62,22 @@ class Table:
         self._kept = kept
         kept.mkdir(parents=True, exist_ok=True)
 
-    def _file(self, row: Row) -> Path:
-        asked = json.dumps([row.words, [[feature.path, feature.body] for feature in self._features]])
+    def _file(self, row: Row, features: Sequence[Feature]) -> Path:
+        asked = json.dumps([row.words, [[feature.path, feature.body] for feature in features], "twice"])
         return self._kept / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
 
-    def _theirs(self, row: Row) -> Any:
-        file = self._file(row)
+    def _theirs(self, row: Row, features: Sequence[Feature]) -> Any:
+        """vLLM's answers, and the requests that it answers otherwise when it is asked a second time."""
+        file = self._file(row, features)
         if not file.exists():
             found: Any
             try:
                 with serve(row, False, self._paths) as server:
-                    found = answers(server.url, self._features)
+                    first, again = (answers(server.url, features) for _ in range(2))
                     if not server.healthy():
                         raise ServerError("vLLM's own engine died while it answered", server)
+                varying = [name for name in first if difference(again[name], first[name]) is not None]
+                found = {"answers": first, "varying": varying}
             except ServerError as error:
                 found = {"refused": refusal(error)}
             file.write_text(json.dumps(found))
@@ -87,28 +92,31 @@ class Table:
 
         """
         cell: dict[str, Any] = {"row": row.name, "words": [*row.words], "ours": [*row.ours]}
-        theirs = self._theirs(row)
-        if "refused" in theirs:
-            return cell | {"vllm_refused": theirs["refused"]}
+        features = [feature for feature in self._features if row.survives(feature)]
+        kept = self._theirs(row, features)
+        if "refused" in kept:
+            return cell | {"vllm_refused": kept["refused"]}
+        theirs = {name: one for name, one in kept["answers"].items() if name not in kept["varying"]}
         if time.monotonic() > until:
             return None
         try:
             with serve(row, True, self._paths) as server:
-                found = [answers(server.url, self._features, drafts) for drafts in (None, DRAFTS)]
+                found = [answers(server.url, features, drafts) for drafts in (None, DRAFTS)]
                 alive = server.healthy()
                 metrics = server.metrics()
         except ServerError as error:
             return cell | {"refused": refusal(error)}
         different = []
         for pinned, mine in zip((False, True), found, strict=True):
-            for name, one in mine.items():
-                where = difference(one, theirs[name])
+            for name, one in theirs.items():
+                where = difference(mine[name], one)
                 if where is not None:
                     different.append({"feature": name, "pinned": pinned, "where": where})
         return cell | {
-            "requests": 2 * len(self._features),
-            "equal": 2 * len(self._features) - len(different),
+            "requests": 2 * len(theirs),
+            "equal": 2 * len(theirs) - len(different),
             "different": different,
+            "varying": kept["varying"],
             "refused_by_both": sum(one["status"] != 200 for one in theirs.values()),
             "drafts": metrics.get("vllm_instant:draft_tokens_proposed_total", 0.0),
             "switched_off": metrics.get("vllm_instant:plugin_failures_total", 0.0),

@@ -23,12 +23,14 @@ def same_answers(runs: Sequence[Run]) -> str:
                 f"{sum(cell['refused']['sentence'] for cell in refused)} of {len(refused)}",
                 f"{sum(cell['requests'] for cell in served):,}",
                 f"{sum(cell['equal'] for cell in served):,}",
+                str(sum(len(cell["varying"]) for cell in served)),
                 f"{sum(cell['drafts'] for cell in served):,.0f}",
                 str(sum(not cell["alive"] for cell in served)),
             ]
         )
     headings = ["servers with", "pairs of servers", "refused by vLLM itself", "refused by ours, in a sentence"]
-    return table([*headings, "requests", "equal answers", "draft tokens", "died"], rows)
+    headings += ["requests", "equal answers", "not compared: vLLM's own vary", "draft tokens", "died"]
+    return table(headings, rows)
 
 
 def same_answers_differences(runs: Sequence[Run]) -> str:

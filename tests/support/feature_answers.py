@@ -52,9 +52,12 @@ def _error(response: httpx.Response) -> str:
 
 def answers(url: str, features: Sequence[Feature], drafts: int | None = None) -> Answers:
     """All answers of a server, by the names of the features, a few at a time."""
+    together = [feature for feature in features if not feature.is_alone]
     with sync_client(url, timeout=TIMEOUT) as client, ThreadPoolExecutor(CLIENTS) as pool:
-        found = pool.map(lambda feature: answer(client, feature, drafts), features)
-        return {feature.name: one for feature, one in zip(features, found, strict=True)}
+        answered = pool.map(lambda feature: answer(client, feature, drafts), together)
+        found = {feature.name: one for feature, one in zip(together, answered, strict=True)}
+        found |= {feature.name: answer(client, feature, drafts) for feature in features if feature.is_alone}
+    return found
 
 
 VOLATILE = {"id", "created", "created_at", "metrics", "system_fingerprint", "request_id", "prompt_tokens_details"}

@@ -149,6 +149,16 @@ class Feature:
     path: str
     body: Options
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is sent beside no other: vLLM gives all requests of a batch the tokens that one asks for."""
+        return "logprob_token_ids" in self.body
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether it asks for log-probabilities of the prompt."""
+        return "prompt_logprobs" in self.body or bool(self.body.get("echo") and "logprobs" in self.body)
+
     def request(self, model: str, drafts: int | None = None) -> dict[str, Any]:
         """The body for a model, with a pinned number of draft tokens if wished, where the route takes them."""
         body = {"model": model, **self.body}

@@ -11,6 +11,7 @@ from typing import Any
 
 import covertable
 import numpy as np
+from request_features import Feature
 from safetensors.numpy import save_file
 
 from vllm_instant.tools.measure.servers import Server
@@ -199,6 +200,10 @@ class Row:
     name: str
     words: tuple[str, ...]
     ours: tuple[str, ...] = ()
+
+    def survives(self, feature: Feature) -> bool:
+        """Whether vLLM's own engine survives the request: with adapters, on CPUs, not one that scores its prompt."""
+        return not ("--enable-lora" in self.words and feature.scores_prompt)
 
 
 def single_rows() -> list[Row]:
