@@ -40,11 +40,12 @@ DRAFTS = 8
 
 
 def refusal(error: ServerError) -> dict[str, Any]:
-    """Why a server did not start: its last words, and whether they are a sentence instead of a traceback."""
+    """Why a server did not start: its first error, and whether it is a sentence instead of a traceback."""
     prefix = r"^\([^)]*\)\s*([A-Z]+ [\d-]+ [\d:]+ \[\S+\])?"
     lines = [re.sub(prefix, "", line).strip() for line in error.log.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b|vllm: error|.*: error: ", line)]
-    return {"said": (named or lines or ["nothing"])[-1][:400], "sentence": "Traceback" not in error.log}
+    said = named[0] if named else (lines or ["nothing"])[-1]
+    return {"said": said[:400], "sentence": "Traceback" not in error.log}
 
 
 class Table:
@@ -67,7 +68,7 @@ class Table:
         return self._kept / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
 
     def _theirs(self, row: Row, features: Sequence[Feature]) -> Any:
-        """vLLM's answers, and the requests that it answers otherwise when it is asked a second time."""
+        """What vLLM answers, and the requests that it answers otherwise when it is asked a second time."""
         file = self._file(row, features)
         if not file.exists():
             found: Any

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import request_features
 import server_flags
-from feature_answers import difference, joined
+from feature_answers import difference, joined, plain
 
 pytestmark = pytest.mark.unit
 
@@ -63,6 +63,22 @@ def test_a_streamed_answer_is_put_together():
     assert found["choices"]["0"]["tools"]["0"] == {"name": "add", "arguments": '{"a": 1}'}
     assert found["choices"]["0"]["finish_reason"] == "stop"
     assert found["usage"] == {"completion_tokens": 2}
+
+
+def test_tokens_that_are_not_allowed_are_not_compared():
+    masked = {"a": 0.0, "b": -9999.0}
+    chat = [{"token": "a", "logprob": 0.0}, {"token": "b", "logprob": -9999.0}]
+    found = plain({"id": "x", "top_logprobs": [masked, chat]})
+    assert found == {"top_logprobs": [{"a": 0.0}, chat[:1]]}
+
+
+def test_requests_that_end_vllms_own_engine_are_left_out_of_their_rows_alone():
+    features = {feature.name: feature for feature in request_features.single_features()}
+    adapters, drafts = server_flags.row_of("adapters: lora"), server_flags.row_of("steps: ngram")
+    survived = {name: [row.survives(one) for row in (adapters, drafts)] for name, one in features.items()}
+    assert survived["prompt_logprobs"] == [False, True]
+    assert survived["top_k 1"] == [True, False]
+    assert survived["echo"] == survived["greedy"] == [True, True]
 
 
 @pytest.mark.parametrize(

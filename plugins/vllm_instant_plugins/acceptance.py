@@ -4,8 +4,9 @@ For each request and draft position j the probability that token j is accepted, 
 a beta-Bernoulli estimate with exponential forgetting. The priors form a hierarchy: a request's prior is the estimate of
 similar requests (same kind of sampling, same beginning of the prompt), theirs is the estimate of the same kind of
 sampling, and that one's is the estimate of all requests. How much a class tells of its requests is learned, too: two
-weights of the prior predict every draft token beforehand, and count by how well they did. Acceptance falls with the position, so that where a class has
-not drafted that far yet, its estimate continues with its parent's ratio from one position to the next.
+weights of the prior predict every draft token beforehand, and count by how well they did. Acceptance falls with the
+position, so that where a class has not drafted that far yet, its estimate continues with its parent's ratio from one
+position to the next.
 
 A class has a long and a short memory. When the short one contradicts the long one by more than chance explains, the
 drafter has changed (or the text that it drafts): the long memory is cut down to the short one for the whole class, so

@@ -64,11 +64,17 @@ VOLATILE = {"id", "created", "created_at", "metrics", "system_fingerprint", "req
 VOLATILE |= {"input_tokens_details", "completed_at", "item_id", "call_id", "kv_transfer_params"}
 
 
+EXCLUDED = -9999.0
+"""VLLM's log-probability of a token that is not allowed. Which of these is named is chance."""
+
+
 def plain(answer: Any) -> Any:
     """An answer without what differs between two equal requests."""
     if isinstance(answer, Mapping):
-        return {key: plain(value) for key, value in answer.items() if key not in VOLATILE}
-    return [plain(item) for item in answer] if isinstance(answer, list) else answer
+        return {key: plain(value) for key, value in answer.items() if key not in VOLATILE and value != EXCLUDED}
+    if isinstance(answer, list):
+        return [plain(item) for item in answer if not (isinstance(item, Mapping) and item.get("logprob") == EXCLUDED)]
+    return answer
 
 
 def joined(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

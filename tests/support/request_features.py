@@ -44,14 +44,14 @@ FACTORS: dict[str, dict[str, Options]] = {
     "allowed": {
         "all": PLAIN,
         "logit_bias": {"logit_bias": {"17": 4.0, "300": -100.0}},
-        "allowed_token_ids": {"allowed_token_ids": list(range(40, 900))},
+        "allowed_token_ids": {"allowed_token_ids": list(range(900))},
         "bad_words": {"bad_words": ["alpha", "return"]},
     },
     "form": {
         "free": PLAIN,
         "regex": {"structured_outputs": {"regex": "[a-z_]{3,9}\\([a-z]*\\)"}},
         "json": {"structured_outputs": {"json": SCHEMA}},
-        "choice": {"structured_outputs": {"choice": ["alpha = 1", "beta", "alpha = 7"]}},
+        "choice": {"structured_outputs": {"choice": ["alpha = 1", "beta = 2", "alpha = 7"]}},
         "grammar": {"structured_outputs": {"grammar": GRAMMAR}},
         "json_object": {"response_format": {"type": "json_object"}},
         "structural_tag": {"response_format": TAGS},
@@ -62,7 +62,7 @@ FACTORS: dict[str, dict[str, Options]] = {
         "stop": {"stop": ["\n\n", "gamma"]},
         "stop included": {"stop": ["="], "include_stop_str_in_output": True},
         "stop token": {"stop_token_ids": list(range(100, 200))},
-        "min_tokens": {"min_tokens": 12},
+        "min_tokens": {"min_tokens": 3},
         "ignore_eos": {"ignore_eos": True},
         "repetition_detection": {
             "repetition_detection": {"max_pattern_size": 4, "min_pattern_size": 1, "min_count": 3}
@@ -105,7 +105,10 @@ FACTORS: dict[str, dict[str, Options]] = {
         "user": {"user": "a user"},
     },
 }
-"""Options of completions by what they are about; the first of each is the default."""
+"""Options of completions by what they are about; the first of each is the default.
+
+Any two leave a token that is allowed: where none is, the sampled one is chance.
+"""
 
 _SAID = [{"role": "user", "content": CODE}]
 _BEGUN = [*_SAID, {"role": "assistant", "content": "def mul(a, b):\n"}]
@@ -153,6 +156,11 @@ class Feature:
     def is_alone(self) -> bool:
         """Whether it is sent beside no other: vLLM gives all requests of a batch the tokens that one asks for."""
         return "logprob_token_ids" in self.body
+
+    @property
+    def cuts_vocabulary(self) -> bool:
+        """Whether it is sampled among the likeliest tokens."""
+        return "top_k" in self.body or "top_p" in self.body
 
     @property
     def scores_prompt(self) -> bool:

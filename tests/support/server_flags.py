@@ -202,8 +202,9 @@ class Row:
     ours: tuple[str, ...] = ()
 
     def survives(self, feature: Feature) -> bool:
-        """Whether vLLM's own engine survives the request: with adapters, on CPUs, not one that scores its prompt."""
-        return not ("--enable-lora" in self.words and feature.scores_prompt)
+        """Whether vLLM's own engine survives the request: some end it on CPUs, with adapters or drafts of vLLM."""
+        ends_adapters = "--enable-lora" in self.words and feature.scores_prompt
+        return not (ends_adapters or ("--speculative-config" in self.words and feature.cuts_vocabulary))
 
 
 def single_rows() -> list[Row]:
