@@ -74,7 +74,7 @@ class Table:
             found: Any
             try:
                 with serve(row, False, self._paths) as server:
-                    first, again = (answers(server.url, features) for _ in range(2))
+                    first, again = (answers(server.url, features, clients=row.clients) for _ in range(2))
                     if not server.healthy():
                         raise ServerError("vLLM's own engine died while it answered", server)
                 varying = [name for name in first if difference(again[name], first[name]) is not None]
@@ -102,7 +102,7 @@ class Table:
             return None
         try:
             with serve(row, True, self._paths) as server:
-                found = [answers(server.url, features, drafts) for drafts in (None, DRAFTS)]
+                found = [answers(server.url, features, drafts, row.clients) for drafts in (None, DRAFTS)]
                 alive = server.healthy()
                 metrics = server.metrics()
         except ServerError as error:

@@ -50,10 +50,10 @@ def _error(response: httpx.Response) -> str:
     return re.sub(r"[0-9a-f]{16,}", "ID", response.text)[:300]
 
 
-def answers(url: str, features: Sequence[Feature], drafts: int | None = None) -> Answers:
+def answers(url: str, features: Sequence[Feature], drafts: int | None = None, clients: int = CLIENTS) -> Answers:
     """All answers of a server, by the names of the features, a few at a time."""
     together = [feature for feature in features if not feature.is_alone]
-    with sync_client(url, timeout=TIMEOUT) as client, ThreadPoolExecutor(CLIENTS) as pool:
+    with sync_client(url, timeout=TIMEOUT) as client, ThreadPoolExecutor(clients) as pool:
         answered = pool.map(lambda feature: answer(client, feature, drafts), together)
         found = {feature.name: one for feature, one in zip(together, answered, strict=True)}
         found |= {feature.name: answer(client, feature, drafts) for feature in features if feature.is_alone}

@@ -11,6 +11,7 @@ from typing import Any
 
 import covertable
 import numpy as np
+from feature_answers import CLIENTS
 from request_features import Feature
 from safetensors.numpy import save_file
 
@@ -200,6 +201,11 @@ class Row:
     name: str
     words: tuple[str, ...]
     ours: tuple[str, ...] = ()
+
+    @property
+    def clients(self) -> int:
+        """How many requests are asked at a time: on CPUs vLLM's engine ends where some of a batch have an adapter."""
+        return 1 if "--enable-lora" in self.words else CLIENTS
 
     def survives(self, feature: Feature) -> bool:
         """Whether vLLM's own engine survives the request: some end it on CPUs, with adapters or drafts of vLLM."""
