@@ -3,7 +3,7 @@
     python benchmarks/same_answers.py pairs --seconds 3600
     python benchmarks/same_answers.py single --seconds 3600
 
-Each row of the table is a pair of servers, vLLM alone and ours, with the same flags: in ``single`` one flag or one
+Each row of the table is a pair of servers, vLLM alone and ours, with the same flags (but vLLM's never drafts): in ``single`` one flag or one
 choice of our slots (``tests/support/server_flags.py``), in ``pairs`` many at once, so that any two of them occur
 together. Both get the same requests: each option of a request alone, and completions in which any two options occur
 together (``tests/support/request_features.py``). Ours gets them twice, the second time with eight pinned draft tokens.
@@ -64,7 +64,7 @@ class Table:
         kept.mkdir(parents=True, exist_ok=True)
 
     def _file(self, row: Row, features: Sequence[Feature]) -> Path:
-        asked = json.dumps([row.words, [[feature.path, feature.body] for feature in features], "twice"])
+        asked = json.dumps([row.words_of_vllm, [[feature.path, feature.body] for feature in features], "twice"])
         return self._kept / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
 
     def _theirs(self, row: Row, features: Sequence[Feature]) -> Any:

@@ -74,11 +74,16 @@ def test_tokens_that_are_not_allowed_are_not_compared():
 
 def test_requests_that_end_vllms_own_engine_are_left_out_of_their_rows_alone():
     features = {feature.name: feature for feature in request_features.single_features()}
-    adapters, drafts = server_flags.row_of("adapters: lora"), server_flags.row_of("steps: ngram")
-    survived = {name: [row.survives(one) for row in (adapters, drafts)] for name, one in features.items()}
-    assert survived["prompt_logprobs"] == [False, True]
-    assert survived["top_k 1"] == [True, False]
-    assert survived["echo"] == survived["greedy"] == [True, True]
+    rows = server_flags.row_of("adapters: lora"), server_flags.Row("no flag", ())
+    assert [row.survives(features["prompt_logprobs"]) for row in rows] == [False, True]
+    assert [row.survives(features["echo"]) for row in rows] == [True, True]
+
+
+def test_vllm_answers_without_drafts():
+    drafting = server_flags.row_of("places: one", "steps: ngram", "order: priority")
+    assert drafting.words_of_vllm == ("--max-num-seqs", "1", "--scheduling-policy", "priority")
+    other = server_flags.row_of("places: one")
+    assert other.words_of_vllm == other.words
 
 
 @pytest.mark.parametrize(

@@ -158,11 +158,6 @@ class Feature:
         return "logprob_token_ids" in self.body
 
     @property
-    def cuts_vocabulary(self) -> bool:
-        """Whether it is sampled among the likeliest tokens."""
-        return "top_k" in self.body or "top_p" in self.body
-
-    @property
     def scores_prompt(self) -> bool:
         """Whether it asks for log-probabilities of the prompt."""
         return "prompt_logprobs" in self.body or bool(self.body.get("echo") and "logprobs" in self.body)

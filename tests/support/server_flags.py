@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from vllm_instant.tools.measure.servers import Server
 
+SPECULATION = "--speculative-config"
 WORDS = ["--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}answer:"
 PROCESSOR = '''"""Allows even tokens only."""
@@ -49,7 +50,7 @@ FLAGS: dict[str, dict[str, Sequence[str]]] = {
         "default": (),
         "async": ("--async-scheduling",),
         "sync": ("--no-async-scheduling",),
-        "ngram": ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'),
+        "ngram": (SPECULATION, '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'),
     },
     "prefix cache": {
         "default": (),
@@ -208,9 +209,16 @@ class Row:
         return 1 if "--enable-lora" in self.words else CLIENTS
 
     def survives(self, feature: Feature) -> bool:
-        """Whether vLLM's own engine survives the request: some end it on CPUs, with adapters or drafts of vLLM."""
-        ends_adapters = "--enable-lora" in self.words and feature.scores_prompt
-        return not (ends_adapters or ("--speculative-config" in self.words and feature.cuts_vocabulary))
+        """Whether vLLM's own engine survives the request: with adapters, on CPUs, not one that scores its prompt."""
+        return not ("--enable-lora" in self.words and feature.scores_prompt)
+
+    @property
+    def words_of_vllm(self) -> tuple[str, ...]:
+        """The flags of vLLM's server: without drafts, since what they may change in its answers is not to be met."""
+        if SPECULATION not in self.words:
+            return self.words
+        place = self.words.index(SPECULATION)
+        return self.words[:place] + self.words[place + 2 :]
 
 
 def single_rows() -> list[Row]:
@@ -262,7 +270,7 @@ def with_paths(words: Sequence[str], paths: Mapping[str, str]) -> list[str]:
 def serve(row: Row, ours: bool, paths: Mapping[str, str]) -> Server:
     """A server of the row that is not started yet, with ``prepare``'s files."""
     folder = Path(paths["FOLDER"])
-    words = [*WORDS, *with_paths(row.words, paths)]
+    words = [*WORDS, *with_paths(row.words if ours else row.words_of_vllm, paths)]
     words += [] if "--max-num-seqs" in row.words else ["--max-num-seqs", "8"]
     if ours:
         words += ["--plugins", "vllm_instant", *with_paths(row.ours, paths)]
