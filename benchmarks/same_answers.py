@@ -3,11 +3,12 @@
     python benchmarks/same_answers.py pairs --seconds 3600
     python benchmarks/same_answers.py single --seconds 3600
 
-Each row of the table is a pair of servers, vLLM alone and ours, with the same flags (but vLLM's never drafts): in ``single`` one flag or one
-choice of our slots (``tests/support/server_flags.py``), in ``pairs`` many at once, so that any two of them occur
-together. Both get the same requests: each option of a request alone, and completions in which any two options occur
-together (``tests/support/request_features.py``). Ours gets them twice, the second time with eight pinned draft tokens.
-vLLM gets them twice as well: what it answers otherwise the second time is compared with nothing, and counted.
+Each row of the table is a pair of servers, vLLM alone and ours, with the same flags (but vLLM's never drafts): in
+``single`` one flag or one choice of our slots (``tests/support/server_flags.py``), in ``pairs`` many at once, so that
+any two of them occur together. Both get the same requests: each option of a request alone, and completions in which any
+two options occur together (``tests/support/request_features.py``). Ours gets them twice, the second time with eight
+pinned draft tokens. vLLM gets them twice as well: what it answers otherwise the second time is compared with nothing,
+and counted.
 The model is the demo's draft model in float32, where rounding does not choose tokens.
 
 Rows that the result file has already are skipped; ``--again`` measures those again whose answers differ. The exit code

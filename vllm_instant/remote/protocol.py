@@ -44,6 +44,7 @@ RequestNumber = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Ahead = Annotated[int, Meta(ge=0, le=MAX_AHEAD)]
 Prefix = Annotated[list[TokenId], Meta(max_length=MAX_CONTEXT)]
 Drafted = Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_AHEAD)]
+PrefixHash = Annotated[bytes, Meta(max_length=64)]
 Probabilities = Annotated[bytes, Meta(max_length=MAX_AHEAD)]
 Name = Annotated[str, Meta(max_length=128)]
 Reason = Annotated[str, Meta(max_length=300)]
@@ -74,6 +75,8 @@ class Open(Message, tag=2):
     """Number of tokens to draft beyond the committed ones."""
     tenant: Name = ""
     """Hash of the request's ``cache_salt``; caches must not be shared between tenants."""
+    prefix: PrefixHash = b""
+    """Hash of a prefix that was sent before (``prefixes.block_hashes``); ``tokens`` are those behind it."""
 
 
 class Committed(Message, tag=3):
@@ -119,6 +122,12 @@ class Declined(Message, tag=6):
     reason: Reason
 
 
+class Missing(Message, tag=8):
+    """Server: it does not know the prefix with which this request was opened; open it with all of its tokens."""
+
+    request: RequestNumber
+
+
 class Claim(Message, tag=7):
     """Client of an engine's API server: its drafts under this number are for the request with this key."""
 
@@ -128,7 +137,7 @@ class Claim(Message, tag=7):
 
 
 FromEngine = Hello | Open | Committed | Close
-FromServer = Hello | Tail | Declined
+FromServer = Hello | Tail | Declined | Missing
 FromClient = Hello | Claim | Tail | Close
 Kind = TypeVar("Kind")
 

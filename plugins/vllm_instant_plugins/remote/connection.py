@@ -22,7 +22,18 @@ import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
 from vllm_instant.remote import protocol
-from vllm_instant.remote.protocol import Close, Committed, Declined, Hello, Message, Open, ProtocolError, Tail
+from vllm_instant.remote.prefixes import BLOCK_TOKENS, KnownPrefixes, block_hashes
+from vllm_instant.remote.protocol import (
+    Close,
+    Committed,
+    Declined,
+    Hello,
+    Message,
+    Missing,
+    Open,
+    ProtocolError,
+    Tail,
+)
 from vllm_instant_plugins.remote.branches import Branch, RequestBranches
 from vllm_instant_plugins.remote.drafter import NewTokens
 
@@ -37,6 +48,8 @@ MAX_OUTGOING = 4096
 MESSAGES_PER_SECOND, MESSAGES_PER_REQUEST = 200.0, 100.0
 """Messages that a server may send, per second, and more of them per second and live request."""
 BURST_SECONDS = 2.0
+MAX_PREFIXES = 1 << 14
+"""Maximum number of blocks of tokens that the server may remember; one that it has forgotten costs a round trip."""
 MAX_WRONG_MESSAGES = 64
 """Number of useless or wrong tails after which a connection is closed."""
 
@@ -66,6 +79,8 @@ class _Request:
     """Its number on this connection."""
     open: bool = False
     """Whether the server knows it."""
+    prefixed: bool = False
+    """Whether it was opened with a prefix that the server was sent earlier."""
 
 
 class DraftServerConnection:
@@ -91,6 +106,7 @@ class DraftServerConnection:
         self._ids: dict[int, str] = {}
         """Request by its number on the connection."""
         self._numbers = count()
+        self._prefixes = KnownPrefixes(MAX_PREFIXES)
         self._outgoing: list[Message] = []
         self._wake = asyncio.Event()
         self._is_open = False
@@ -272,6 +288,7 @@ class DraftServerConnection:
 
     def _close_request(self, request: _Request) -> None:
         request.open = False
+        self._prefixes.add(block_hashes(request.branches.tokens, request.tenant))
         self.published.pop(request.request_id, None)
         self._ids.pop(request.number, None)
         self._queue(Close(request.number))
@@ -284,7 +301,12 @@ class DraftServerConnection:
         request.branches = RequestBranches(request.branches.tokens, ahead, self._hello.vocab_size)
         request.open = True
         self._ids[request.number] = request.request_id
-        self._queue(Open(request.number, request.branches.tokens.tolist(), ahead, request.tenant))
+        tokens, hashes = request.branches.tokens, block_hashes(request.branches.tokens, request.tenant)
+        known = self._prefixes.longest(hashes)
+        self._prefixes.add(hashes)
+        request.prefixed = known > 0
+        prefix = hashes[known - 1] if known else b""
+        self._queue(Open(request.number, tokens[known * BLOCK_TOKENS :].tolist(), ahead, request.tenant, prefix))
 
     def _queue(self, message: Message) -> None:
         if len(self._outgoing) >= MAX_OUTGOING and self._socket is not None:
@@ -340,6 +362,14 @@ class DraftServerConnection:
         if isinstance(message, Declined):
             request.open = False
             self._ids.pop(message.request)
+            return True
+        if isinstance(message, Missing):
+            if not request.prefixed:
+                return False
+            # It was restarted, or has forgotten it.
+            self._ids.pop(message.request)
+            self._prefixes.clear()
+            self._open(request)
             return True
         if not isinstance(message, Tail) or not request.branches.add(message):
             return False

@@ -11,7 +11,8 @@ from websockets.http11 import Response
 
 from vllm_instant import DraftRequest
 from vllm_instant.remote import protocol
-from vllm_instant.remote.protocol import Close, Committed, Hello, Open, Tail
+from vllm_instant.remote.prefixes import BLOCK_TOKENS, block_hashes
+from vllm_instant.remote.protocol import Close, Committed, Hello, Missing, Open, Tail
 from vllm_instant_plugins.remote import connection as module
 from vllm_instant_plugins.remote.connection import DraftServerConnection, ServerAddress, frames_of
 from vllm_instant_plugins.remote.drafter import NewTokens, RemoteDrafter
@@ -220,6 +221,70 @@ def test_a_request_with_more_tokens_than_the_protocol_has_is_closed(connect, mon
         assert connection.published == {}
 
 
+def opened(heard):
+    return [message for message in heard if isinstance(message, Open)]
+
+
+def test_the_next_turn_of_a_conversation_sends_its_new_tokens(connect):
+    heard, turn, answer, more = [], list(range(150)), list(range(40)), [7] * 20
+    with ServerThread(answering(counting, heard)) as server:
+        connection = connect(server.url)
+        connection.advance([NewTokens("a", "salt", 0, turn)], ())
+        connection.advance([NewTokens("a", "salt", len(turn), answer)], ())
+        connection.advance((), ("a",))
+        connection.advance([NewTokens("b", "salt", 0, turn + answer + more)], ())
+        connection.advance([NewTokens("c", "other", 0, turn + answer + more)], ())
+        wait_until(lambda: len(opened(heard)) == 3)
+        server.lose_connections()
+        wait_until(lambda: len(opened(heard)) == 5)
+    whole, again, of_other, *reopened = opened(heard)
+    hashes = block_hashes(turn + answer + more, protocol.tenant_of("salt"))
+    assert (whole.prefix, whole.tokens) == (b"", turn)
+    assert (again.prefix, again.tokens) == (hashes[1], (turn + answer + more)[2 * BLOCK_TOKENS :])
+    assert (of_other.prefix, of_other.tokens) == (b"", turn + answer + more)
+    # The server may have kept them beyond the connection.
+    assert {message.prefix for message in reopened} == {
+        block_hashes(turn + answer + more, protocol.tenant_of(salt))[-1] for salt in ("salt", "other")
+    }
+
+
+def test_a_prefix_that_the_server_does_not_have_is_sent_once_more(connect):
+    heard = []
+
+    async def forgetful(socket):
+        await hello(socket)
+        async for frame in socket:
+            for message in protocol.read_from_engine(frame):
+                heard.append(message)
+                if isinstance(message, Open) and message.prefix:
+                    await socket.send(protocol.encode([Missing(message.request)]))
+
+    tokens = list(range(100))
+    with ServerThread(forgetful) as server:
+        connection = connect(server.url)
+        connection.advance([NewTokens("a", "", 0, tokens)], ("a",))
+        connection.advance([NewTokens("b", "", 0, tokens)], ())
+        wait_until(lambda: len(opened(heard)) == 3)
+    first, named, whole = opened(heard)
+    assert (first.tokens, named.tokens, whole.tokens) == (tokens, tokens[BLOCK_TOKENS:], tokens)
+    assert first.request < named.request < whole.request
+    assert (named.prefix, whole.prefix) == (block_hashes(tokens, "")[0], b"")
+
+
+def test_a_server_that_misses_what_it_was_sent_is_left(connect):
+    async def lying(socket):
+        await hello(socket)
+        async for frame in socket:
+            for message in protocol.read_from_engine(frame):
+                if isinstance(message, Open):
+                    await socket.send(protocol.encode([Missing(message.request)] * 65))
+
+    with ServerThread(lying) as server:
+        connection = connect(server.url)
+        connection.advance([NewTokens("a", "", 0, list(range(100)))], ())
+        wait_until(lambda: connection.num_connections > 1)
+
+
 def test_a_server_that_does_not_read_is_left(connect, monkeypatch):
     monkeypatch.setattr(module, "MAX_OUTGOING", 8)
 
@@ -233,7 +298,7 @@ def test_a_server_that_does_not_read_is_left(connect, monkeypatch):
         number = 0
         while server.num_connections == 1:
             # 100 kB each, until the buffers of both ends are full.
-            connection.advance([NewTokens(f"r{number}", "", 0, [2**31 - 1] * 20_000)], ())
+            connection.advance([NewTokens(f"r{number}", "", 0, [2**31 - 1 - number] * 20_000)], ())
             number += 1
             threading.Event().wait(0.002)
             assert number < 2000

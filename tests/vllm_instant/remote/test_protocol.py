@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_instant.remote import protocol
-from vllm_instant.remote.protocol import Close, Committed, Declined, Hello, Open, ProtocolError, Tail
+from vllm_instant.remote.protocol import Close, Committed, Declined, Hello, Missing, Open, ProtocolError, Tail
 
 TOKENS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9)
 COUNTS = st.integers(0, protocol.MAX_CONTEXT)
@@ -17,7 +17,7 @@ AHEAD = st.integers(0, protocol.MAX_AHEAD)
 HELLOS = st.builds(Hello, st.integers(0, 9), st.text(max_size=20), st.integers(0, 2**20))
 OF_ENGINES = (
     HELLOS
-    | st.builds(Open, NUMBERS, TOKENS, AHEAD, st.text(max_size=16))
+    | st.builds(Open, NUMBERS, TOKENS, AHEAD, st.text(max_size=16), st.binary(max_size=16))
     | st.builds(Committed, NUMBERS, COUNTS, TOKENS, AHEAD)
     | st.builds(Close, NUMBERS)
 )
@@ -25,6 +25,7 @@ OF_SERVERS = (
     HELLOS
     | st.builds(Tail, NUMBERS, NUMBERS, COUNTS, COUNTS, COUNTS, TOKENS, st.binary(max_size=9))
     | st.builds(Declined, NUMBERS, st.text(max_size=40))
+    | st.builds(Missing, NUMBERS)
 )
 
 

@@ -22,7 +22,8 @@ import websockets
 from websockets.asyncio.server import ServerConnection
 
 from vllm_instant.remote import protocol
-from vllm_instant.remote.protocol import Close, Committed, Declined, Hello, Message, Open, ProtocolError
+from vllm_instant.remote.prefixes import PrefixStore
+from vllm_instant.remote.protocol import Close, Committed, Declined, Hello, Message, Missing, Open, ProtocolError
 from vllm_instant.tools.draft_server.drafting import DraftedRequest, Path
 from vllm_instant.tools.draft_server.metrics import DraftServerMetrics
 from vllm_instant.tools.draft_server.model import DraftModel, ModelError
@@ -50,6 +51,8 @@ class DraftServerLimits:
     """Maximum number of live requests per connection."""
     max_messages_per_second: float = 5000.0
     """Maximum number of messages per second and connection, over two seconds."""
+    max_prefix_tokens: int = 1 << 20
+    """Maximum number of tokens of earlier requests that are kept, so that later ones need not send them again."""
     burst_tokens: int = 4
     """Maximum number of tokens that are drafted for one request before another one has its turn."""
 
@@ -101,6 +104,7 @@ class DraftService:
         self._hello = hello
         self._limits = limits or DraftServerLimits()
         self._clock = clock
+        self._prefixes = PrefixStore(self._limits.max_prefix_tokens)
         self._clients: set[_Client] = set()
         self._jobs: dict[int, _Job] = {}
         self._keys = count()
@@ -211,9 +215,14 @@ class DraftService:
         reason = None
         if message.request in client.requests:
             raise ProtocolError("a request is opened twice")
-        if not message.tokens or len(message.tokens) >= self._model.max_tokens:
+        prefix = self._prefixes.tokens_of(client.owner, message.prefix)
+        if prefix is None:
+            self._queue(client, Missing(message.request))
+            return
+        tokens = prefix + message.tokens
+        if not tokens or len(tokens) >= self._model.max_tokens:
             reason = f"requests have 1 to {self._model.max_tokens - 1} tokens"
-        elif max(message.tokens) >= self._model.vocab_size:
+        elif max(message.tokens, default=0) >= self._model.vocab_size:
             reason = f"token ids must be below {self._model.vocab_size}"
         elif len(client.requests) >= self._limits.max_requests_per_client:
             reason = f"at most {self._limits.max_requests_per_client} requests per engine"
@@ -223,7 +232,8 @@ class DraftService:
             self.metrics.refused.labels("requests").inc()
             self._queue(client, Declined(message.request, reason))
             return
-        drafted = DraftedRequest(message.request, message.tokens, message.ahead)
+        self._prefixes.add(client.owner, message.tenant, tokens)
+        drafted = DraftedRequest(message.request, tokens, message.ahead)
         job = _Job(next(self._keys), client, message.tenant, drafted)
         client.requests[message.request] = self._jobs[job.key] = job
         self.metrics.requests.set(len(self._jobs))
@@ -246,6 +256,7 @@ class DraftService:
         job = client.requests.pop(number, None)
         if job is not None:
             del self._jobs[job.key]
+            self._prefixes.add(client.owner, job.tenant, job.drafted.committed)
             self.metrics.requests.set(len(self._jobs))
             self._release(job.key)
 

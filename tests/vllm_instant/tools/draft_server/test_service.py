@@ -17,7 +17,8 @@ from websockets.asyncio.client import connect
 
 from vllm_instant import DraftRequest
 from vllm_instant.remote import protocol
-from vllm_instant.remote.protocol import Committed, Hello, Open, Tail
+from vllm_instant.remote.prefixes import block_hashes
+from vllm_instant.remote.protocol import Close, Committed, Hello, Missing, Open, Tail
 from vllm_instant.tools.draft_server.drafting import Guess
 from vllm_instant.tools.draft_server.server import Endpoint, is_loopback, read_tokens, serving
 from vllm_instant.tools.draft_server.service import DraftServerLimits, DraftService
@@ -164,6 +165,34 @@ def test_an_engine_that_breaks_the_protocol_is_left_alone(messages, code):
         [tail], found = asyncio.run(ask(address, OWN, Open(1, [5], 2)))
         assert (tail.tokens, found) == ([6, 7], None)
         wait_until(lambda: value(service, "requests") == 0)
+
+
+def test_a_prefix_that_was_sent_before_need_not_be_sent_again():
+    class Long(Counting):
+        max_tokens = 1000
+
+    tokens = [5] * 130
+    name, second = block_hashes(tokens, "t")[1], block_hashes([5] * 128 + [9] * 64, "t")[-1]
+    with running(Long(), ["one", "two"]) as (service, address):
+
+        def of(token, *messages, answers=1):
+            headers = {"Authorization": f"Bearer {token}"}
+            return asyncio.run(ask(address, OWN, *messages, answers=answers, additional_headers=headers))
+
+        [tail], _ = of("one", Open(1, tokens, 2, "t"))
+        assert (tail.base, tail.tokens) == (130, [6, 7])
+        [tail], _ = of("one", Open(1, [8], 2, "t", name))
+        assert (tail.base, tail.tokens) == (129, [9, 10])
+        # What was committed meanwhile belongs to the next turn's prefix as well.
+        of("one", Open(1, [], 0, "t", name), Committed(1, 128, [9] * 64, 0), Close(1), answers=0)
+        wait_until(lambda: value(service, "requests") == 0)
+        [tail], _ = of("one", Open(1, [8], 2, "t", second))
+        assert (tail.base, tail.tokens) == (193, [9, 10])
+        # Neither another engine's tokens nor unknown ones are found.
+        for token, prefix in (("two", name), ("one", b"x" * 16)):
+            [missing], _ = of(token, Open(3, [8], 2, "t", prefix))
+            assert missing == Missing(3)
+        assert value(service, "requests") == 0
 
 
 def test_a_model_that_fails_for_one_request_serves_the_others():
