@@ -29,7 +29,7 @@ def estimate_survival(
         chance = 1.0
         for j in range(survival.shape[1]):
             hit, tried, prior = hits[index, j], trials[index, j], class_estimate[row, j]
-            # Posterior mean of a Bernoulli rate under a Beta prior with the weight of a number of observations, averaged
+            # Posterior mean of a Bernoulli rate under a Beta prior that counts as a number of observations, averaged
             # over the two priors; survival of position j is the product of the conditional rates up to j.
             own = (hit + weak_prior * prior) / (tried + weak_prior)
             shared = (hit + strong_prior * prior) / (tried + strong_prior)

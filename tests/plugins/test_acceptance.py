@@ -205,3 +205,32 @@ def test_many_classes_that_learn_in_one_step_take_turns():
         now = model._class_estimate[acceptance.MAX_KINDS + 1 :, 0]
         fresh.append(int((now[:40] != before[:40]).sum()))
     assert fresh[:5] == [8, 16, 24, 32, 40]
+
+
+def _served(rates, seed, requests=60, tokens=100):
+    """A model that has served one request after the other, each with one draft token per step."""
+    model, random = _model(), np.random.default_rng(seed)
+    for number in range(requests):
+        model.enter(0, "greedy", "alike")
+        for _ in range(tokens):
+            _observe(model, 0, 1, int(random.random() < rates[number % len(rates)]))
+    model.enter(0, "greedy", "alike")
+    return model
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_of_refusals_says_little_of_a_request_whose_class_is_alike(seed):
+    model = _served([0.2], seed)
+    before = model.survival(ONE)[0, 0]
+    _observe(model, 0, 1, 0, times=10)
+    assert 0.1 < before < 0.32
+    # In one of nine such places ten refusals come in a row. With the weak prior alone it is 0.47 of what it was.
+    assert model.survival(ONE)[0, 0] > 0.57 * before
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_and_much_where_requests_differ(seed):
+    model = _served([0.9, 0.05], seed)
+    before = model.survival(ONE)[0, 0]
+    _observe(model, 0, 1, 0, times=10)
+    assert model.survival(ONE)[0, 0] < 0.55 * before

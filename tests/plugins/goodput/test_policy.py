@@ -87,6 +87,17 @@ def test_regret_is_small(cost, traffic, users, delay):
     assert np.mean(speeds) >= 0.96
 
 
+def test_one_request_keeps_drafts_that_pay_a_little():
+    """One of five is accepted, one of nine would pay: chance must not switch drafts off for most of the time."""
+    classes, options = [RequestClass(steady(0.2))], {"requests": 24, "noise": HostNoise()}
+    ratios = [
+        _serve(classes, COSTS["gpu"], 1, seed=seed, **options).tokens_per_second
+        / _best_fixed(classes, COSTS["gpu"], 1, seed=seed, **options)
+        for seed in range(6)
+    ]
+    assert np.mean(ratios) > 0.98
+
+
 @pytest.mark.parametrize("delay", [0, 1], ids=["synchronous", "asynchronous"])
 @pytest.mark.parametrize(("cost", "users"), [("cpu", 4), ("cpu", 16), ("cpu+model", 4), ("gpu", 64)])
 def test_mixed_traffic_is_served_at_least_as_well_as_by_every_fixed_length(cost, users, delay):
