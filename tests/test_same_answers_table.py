@@ -77,6 +77,8 @@ def test_requests_that_end_vllms_own_engine_are_left_out_of_their_rows_alone():
     rows = server_flags.row_of("adapters: lora"), server_flags.Row("no flag", ())
     assert [row.survives(features["prompt_logprobs"]) for row in rows] == [False, True]
     assert [row.survives(features["echo"]) for row in rows] == [True, True]
+    parts = server_flags.row_of("prefill: 16 tokens")
+    assert [parts.survives(features[name]) for name in ("seeded", "greedy")] == [False, True]
 
 
 def test_vllm_answers_without_drafts():

@@ -195,6 +195,10 @@ OURS: dict[str, dict[str, Sequence[str]]] = {
 """Choices of our slots: words that only our server gets."""
 
 
+IN_PARTS = {"--max-num-batched-tokens", "--long-prefill-token-threshold", "--max-num-scheduled-tokens"}
+"""Flags with which prompts of the table are read in parts."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One pair of servers: the flags of both, and what only ours gets."""
@@ -209,8 +213,13 @@ class Row:
         return 1 if "--enable-lora" in self.words else CLIENTS
 
     def survives(self, feature: Feature) -> bool:
-        """Whether vLLM's own engine survives the request: with adapters, on CPUs, not one that scores its prompt."""
-        return not ("--enable-lora" in self.words and feature.scores_prompt)
+        """Whether vLLM's own engine survives the request on a CPU.
+
+        With adapters it ends at a request that scores its prompt, and at a seed where a prompt is read in parts.
+        """
+        if "--enable-lora" in self.words and feature.scores_prompt:
+            return False
+        return not (IN_PARTS.intersection(self.words) and "seed" in feature.body)
 
     @property
     def words_of_vllm(self) -> tuple[str, ...]:
