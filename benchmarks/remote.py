@@ -11,7 +11,8 @@ one burst per arm with as many requests as users; one server serves all links in
 prompt is asked once more and the answers are compared with those of vLLM alone.
 
 ``engine``: the drafter without an engine, which is told of new tokens in steps of ``--step-ms``: the time that a step
-spends in the drafter, and the CPU time of the whole process, network thread included, per step and request.
+spends in the drafter, and the CPU time of that and of the network thread, per step and request. Beside it one message
+each way over a plain socket after the same pause: what no drafter can do without that talks to its server in each step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -304,21 +306,24 @@ def steps_of(url: str, requests: Sequence[dict[str, Any]], options: argparse.Nam
     done = [1] * len(requests)
     tokens = [np.array(one["prompt"] + one["answer"], np.int32) for one in requests]
     in_step: list[float] = []
-    drafted = 0
-    cpu = time.process_time()
+    drafted, cpu = 0, 0.0
+    [thread] = (one for one in threading.enumerate() if one.name == "remote-drafter")
+    thread_clock = time.pthread_getcpuclockid(int(thread.ident or 0))
+    thread_cpu = time.clock_gettime(thread_clock)
     for _ in range(options.steps):
         batch = [
             DraftRequest(f"r{place}", tokens[place][: 100 + done[place]], 100, DRAFT_TOKENS)
             for place in range(len(requests))
         ]
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.thread_time()
         drafts = drafter.propose(batch)
         in_step.append(time.perf_counter() - began)
+        cpu += time.thread_time() - used
         for place, draft in enumerate(drafts):
             drafted += len(draft.token_ids)
             done[place] = min(done[place] + 1 + len(draft.token_ids), 1900)
         threading.Event().wait(1e-3 * options.step_ms)
-    cpu = time.process_time() - cpu
+    cpu += time.clock_gettime(thread_clock) - thread_cpu
     committed = sum(done)
     connection.close()
     per = 1e6 / len(requests)
@@ -333,9 +338,36 @@ def steps_of(url: str, requests: Sequence[dict[str, Any]], options: argparse.Nam
             "p99": per * float(np.percentile(in_step, 99)),
         },
         "cpu_us_per_request": per * cpu / options.steps,
+        "plain_exchange_us_per_request": per * plain_exchange(options),
         "drafted_per_step": drafted / (options.steps * len(requests)),
         "bytes_per_token": (connection.bytes_sent + connection.bytes_received) / committed,
     }
+
+
+ECHO = """
+import socket, sys
+connection = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+while piece := connection.recv(65536):
+    connection.send(piece)
+"""
+
+
+def plain_exchange(options: argparse.Namespace) -> float:
+    """CPU seconds of a thread that sends 64 bytes after each pause and receives the echo of another process."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        echo = subprocess.Popen([sys.executable, "-c", ECHO, str(listener.getsockname()[1])])
+        connection, _ = listener.accept()
+        with connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            began = time.thread_time()
+            for _ in range(options.steps):
+                connection.send(bytes(64))
+                connection.recv(65536)
+                time.sleep(1e-3 * options.step_ms)
+            used = time.thread_time() - began
+    echo.wait(10)
+    return used / options.steps
 
 
 def main() -> None:

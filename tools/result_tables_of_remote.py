@@ -42,13 +42,15 @@ def engine(runs: Sequence[Run]) -> str:
             f"{cell['in_step_us_per_request']['median']:.0f}",
             f"{cell['in_step_us_per_request']['p99']:.0f}",
             f"{cell['cpu_us_per_request']:.0f}",
+            f"{cell['plain_exchange_us_per_request']:.0f}" if "plain_exchange_us_per_request" in cell else "",
             f"{cell['drafted_per_step']:.1f}",
             f"{cell['bytes_per_token']:.1f}",
         ]
         for cell in cells_of(runs, "engine")
     ]
     head = ["requests", "delay each way", "µs per request in a step, median", "99th percentile"]
-    head += ["CPU µs per request and step, with the thread", "draft tokens per request and step", "bytes per token"]
+    head += ["CPU µs per request and step, with the thread", "the same of one message each way over a plain socket"]
+    head += ["draft tokens per request and step", "bytes per token"]
     return table(head, rows)
 
 
