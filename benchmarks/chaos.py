@@ -1,6 +1,7 @@
 """Faults beside eight steady streams: the engine must stay alive, all other answers the same, and nothing be left.
 
     python benchmarks/chaos.py faults --count 500
+    python benchmarks/chaos.py faults --count 100 --layout "two workers"
     python benchmarks/chaos.py kills
     python benchmarks/chaos.py soak --minutes 120
 
@@ -35,7 +36,7 @@ import httpx
 import psutil
 import results
 from chaos_faults import FAULTS, PATIENCE, UnacceptableError
-from chaos_server import HEADERS, Target, server_of
+from chaos_server import HEADERS, LAYOUTS, Target, server_of
 
 from vllm_instant.tools.measure.http_client import async_client
 from vllm_instant.tools.measure.prompts import snippets
@@ -130,6 +131,7 @@ async def inject(target: Target, count: int, seconds: float, choose: random.Rand
     """Inject faults until the count or the time is reached."""
     expected = await expected_of(target.client, target.prompts)
     before, seen = footprint(target), Others()
+    engines = len(target.engine)
     streams = [asyncio.create_task(steady(target.client, expected, number, seen)) for number in range(STREAMS)]
     done: Counter[str] = Counter()
     wrong: list[str] = []
@@ -145,7 +147,7 @@ async def inject(target: Target, count: int, seconds: float, choose: random.Rand
         others = f"{seen.equal} equal, {seen.changed} changed, {seen.failed} failed"
         print(f"{time.monotonic() - began:.0f} s {name}; others {others}", flush=True)
         memory.append(footprint(target)["memory_mib"])
-        if not target.engine:
+        if len(target.engine) < engines:
             wrong.append(f"the engine died at: {name}")
             break
         await asyncio.sleep(choose.uniform(0, 0.3))
@@ -159,7 +161,7 @@ async def inject(target: Target, count: int, seconds: float, choose: random.Rand
         "faults": sum(done.values()),
         "by_kind": dict(sorted(done.items())),
         "seconds": round(time.monotonic() - began),
-        "engine_alive": bool(target.engine),
+        "engine_alive": len(target.engine) == engines,
         "unacceptable": wrong,
         "others_equal": seen.equal,
         "others_changed": seen.changed,
@@ -174,7 +176,7 @@ async def inject(target: Target, count: int, seconds: float, choose: random.Rand
 
 async def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One server and its faults."""
-    server = server_of(folder)
+    server = server_of(folder, layout=options.layout)
     prompts = [prompt.text[:400] for prompt in snippets("structured", 0.0, 16, "chaos")]
     with server:
         async with async_client(server.url, headers=HEADERS, limits=httpx.Limits(max_connections=100)) as client:
@@ -261,6 +263,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600.0, help="limit for the last fault, the start included")
     parser.add_argument("--minutes", type=float, default=120.0, help="length of the soak")
     parser.add_argument("--seed", default="1", help="of the faults; runs with other seeds stay in the result file")
+    parser.add_argument("--layout", choices=LAYOUTS, default="one engine", help="of the server that gets the faults")
     parser.add_argument("--output", type=Path, help="by default chaos.json or soak.json in benchmarks/results")
     options = parser.parse_args()
     options.began = time.monotonic()
@@ -271,7 +274,9 @@ def main() -> None:
         found = asyncio.run((faults if options.part == "faults" else kills)(options, Path(folder)))
     if options.part == "faults":
         print(found)
-    name = f"faults, seed {options.seed}" if options.part == "faults" else options.part
+    name = options.part
+    if options.part == "faults":
+        name = f"faults, seed {options.seed}" + f", {options.layout}" * (options.layout != "one engine")
     results.write(options.output or RESULTS / "chaos.json", [found], name=name)
 
 

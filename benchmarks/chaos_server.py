@@ -1,4 +1,8 @@
-"""The server of ``chaos.py``: the demo's small draft model, which drafts for itself, with most slots in use."""
+"""The servers of ``chaos.py``, with most slots in use.
+
+One engine, or two with data parallelism, serve the demo's small draft model, which drafts for itself. Its attention
+heads cannot be divided: two tensor-parallel workers serve the demo's target, with lookups.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,20 @@ from vllm_instant.tools.measure.servers import Server
 
 KEY = "chaos"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-DEPLOYMENT = """
+HYBRID = """
 [drafter]
 plugin = "hybrid"
 model = "{draft}"
 num_speculative_tokens = 4
 history_tokens = 20_000
+"""
+SUFFIX = """
+[drafter]
+plugin = "suffix"
+num_speculative_tokens = 4
+history_tokens = 20_000
+"""
+DEPLOYMENT = """
 [batching]
 plugin = "similarity"
 [streaming]
@@ -36,12 +48,23 @@ WORDS += ["--served-model-name", "demo", "--api-key", KEY, "--plugins", "vllm_in
 WORDS += ["--num-gpu-blocks-override", "600"]  # a cache that is soon used whole, and evicts
 
 
-def server_of(folder: Path, *words: str) -> Server:
+LAYOUTS = {
+    "one engine": (HYBRID, (), {}),
+    "two engines": (HYBRID, ("--data-parallel-size", "2"), {}),
+    "two workers": (SUFFIX, ("--tensor-parallel-size", "2"), {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+}
+"""By name the drafter, and words and environment of the server."""
+
+
+def server_of(folder: Path, *words: str, layout: str = "one engine") -> Server:
     """A server that is not started yet; its files are in ``folder``."""
-    model, file = assets.prepare().draft, folder / "deploy.toml"
-    file.write_text(DEPLOYMENT.format(draft=model, state=folder / "state"))
+    pair, file = assets.prepare(), folder / "deploy.toml"
+    drafter, layout_words, layout_environment = LAYOUTS[layout]
+    model = pair.target if layout == "two workers" else pair.draft
+    file.write_text((drafter + DEPLOYMENT).format(draft=pair.draft, state=folder / "state"))
     environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": results.python_path(str(results.HERE))}
-    words = (*WORDS, "--instant-config", str(file), *words)
+    environment |= layout_environment
+    words = (*WORDS, "--instant-config", str(file), *layout_words, *words)
     return Server(model, words, log=folder / "server.log", environment=environment)
 
 

@@ -45,19 +45,21 @@ def same_answers_differences(runs: Sequence[Run]) -> str:
 
 
 def faults(runs: Sequence[Run]) -> str:
-    """Faults of each kind, and what the steady streams beside them saw, over all runs."""
-    cells = [cell for cell in cells_of(runs) if "by_kind" in cell]
+    """Faults of each kind over all runs, and what the steady streams beside them saw in each."""
     kinds: Counter[str] = Counter()
-    for cell in cells:
-        kinds.update(cell["by_kind"])
-    rows = [[kind, str(count), "", "", "", ""] for kind, count in sorted(kinds.items())]
-    keys = ("others_equal", "others_changed", "others_failed")
-    seen = [f"{sum(cell[key] for cell in cells):,}" for key in keys]
-    wrong = str(sum(len(cell["unacceptable"]) for cell in cells))
-    alive = f"all; {sum(cell['engine_alive'] for cell in cells)} of {len(cells)} engines alive"
-    rows.append([alive, str(sum(kinds.values())), wrong, *seen])
-    headings = ["fault", "number", "unacceptable reactions", "answers to others: equal", "changed"]
-    return table([*headings, "failed"], rows)
+    rows = []
+    for run in runs:
+        for cell in cells_of([run]):
+            if "by_kind" not in cell:
+                continue
+            kinds.update(cell["by_kind"])
+            name = f"{run['name']}: {'alive' if cell['engine_alive'] else 'an engine died'}"
+            numbers = (cell["faults"], len(cell["unacceptable"]))
+            seen = (cell[key] for key in ("others_equal", "others_changed", "others_failed"))
+            rows.append([name, *(f"{number:,}" for number in (*numbers, *seen))])
+    headings = ["run, engines", "faults", "unacceptable reactions", "answers to others: equal", "changed", "failed"]
+    by_kind = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    return f"{table(headings, rows)}\n\nBy kind: {by_kind}."
 
 
 def kills(runs: Sequence[Run]) -> str:
