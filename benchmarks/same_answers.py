@@ -72,17 +72,15 @@ class Table:
         """What vLLM answers, and the requests that it answers otherwise when it is asked a second time."""
         file = self._file(row, features)
         if not file.exists():
-            found: Any
             try:
                 with serve(row, False, self._paths) as server:
                     first, again = (answers(server.url, features, clients=row.clients) for _ in range(2))
                     if not server.healthy():
                         raise ServerError("vLLM's own engine died while it answered", server)
                 varying = [name for name in first if difference(again[name], first[name]) is not None]
-                found = {"answers": first, "varying": varying}
+                file.write_text(json.dumps({"answers": first, "varying": varying}))
             except ServerError as error:
-                found = {"refused": refusal(error)}
-            file.write_text(json.dumps(found))
+                return {"refused": refusal(error)}
         return json.loads(file.read_text())
 
     def measure(self, row: Row, until: float) -> dict[str, Any] | None:
