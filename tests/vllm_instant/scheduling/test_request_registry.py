@@ -12,7 +12,7 @@ USERS, WAVES = 8, 40
 
 
 class Sent(dict):
-    """What a client sent, and whether anybody still has it."""
+    """What a client sent."""
 
 
 def test_what_clients_sent_goes_with_the_request_whatever_a_policy_keeps():
