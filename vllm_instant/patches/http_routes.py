@@ -20,6 +20,7 @@ from vllm_instant.metrics import InstantMetrics
 from vllm_instant.patches import client_drafts, escalation, guard, streaming
 from vllm_instant.patches.compat import HasAttribute, HasSignature, References, VllmPatch
 from vllm_instant.patches.engine_core import METHOD
+from vllm_instant.patches.orphaned_processes import watch_parent
 from vllm_instant.patches.plugin_factory import PluginStartError, uses_drafter_plugin
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class InstantEndpoints:
         state.instant_deployment = deployment
         if engine_client is None:
             return
+        watch_parent()
         chosen = ", ".join(f"{slot}={choice.plugin}" for slot, choice in deployment.slots.items())
         logger.info("Serving with vllm-instant: %s (from %s)", chosen, deployment.file or "defaults")
         reader = None
