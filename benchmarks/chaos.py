@@ -73,7 +73,10 @@ async def answer(client: httpx.AsyncClient, prompt: str) -> str:
     body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
     response = await client.post("/v1/completions", json=body, timeout=PATIENCE)
     response.raise_for_status()
-    text: str = response.json()["choices"][0]["text"]
+    [choice] = response.json()["choices"]
+    if choice["finish_reason"] == "abort":
+        raise httpx.RemoteProtocolError("the server ends and says that the answer was aborted")
+    text: str = choice["text"]
     return text
 
 
@@ -267,6 +270,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="by default chaos.json or soak.json in benchmarks/results")
     options = parser.parse_args()
     options.began = time.monotonic()
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        # A background job or nohup ignores them, and its servers would as well.
+        signal.signal(number, signal.SIG_DFL)
     with terminable(), tempfile.TemporaryDirectory() as folder:
         if options.part == "soak":
             asyncio.run(soak(options, Path(folder)))

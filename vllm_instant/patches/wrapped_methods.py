@@ -23,6 +23,7 @@ from vllm_instant.patches import (
     moe,
     moe_reports,
     names,
+    orphaned_processes,
     rejection_sampler,
     request_validation,
     shared_noise,
@@ -87,6 +88,8 @@ METHODS: dict[str, tuple[VllmPatch, ...]] = {
     f"{_CORE}.post_step": (single_rpc.PATCH, engine_core.PATCH),
     f"{_CORE}.shutdown": (engine_core.PATCH,),
     f"{names.ENGINE_CORE}:EngineCoreProc._handle_shutdown": (engine_core.PATCH,),
+    f"{names.ENGINE_CORE}:EngineCoreProc.run_busy_loop": (orphaned_processes.PATCH,),
+    f"{names.ENGINE_CORE}:DPEngineCoreProc.run_busy_loop": (orphaned_processes.PATCH,),
     f"{names.SCHEDULER}:Scheduler.update_from_output": (single_rpc.PATCH, moe_reports.PATCH),
     # The front end.
     f"{_INPUT}.__init__": (min_p_logit_bias.PATCH,),
