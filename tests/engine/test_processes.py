@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 from asking import ask_all, metrics_when
 from deployments import DRAFT_MODEL, EXAMPLE
@@ -119,6 +120,19 @@ def test_offline(processes, demo_pair, tmp_path, plugin_folder, prompts, expecte
     answer = json.loads([line for line in result.stdout.splitlines() if line.startswith('{"texts"')][-1])
     assert answer["texts"] == expected[:12]
     assert answer["totals"]["speculation"]["proposed"] > 0
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("words", [(), ("--api-server-count", "2")], ids=["one", "two API servers"])
+def test_nothing_is_left_of_a_server_whose_front_end_was_killed(launch, words):
+    """Of vLLM's own the engine core and the workers stay."""
+    with launch("", *words) as server:
+        front = psutil.Process(server.pid)
+        family = [front, *front.children(recursive=True)]
+        assert len(family) > 2 + 2 * bool(words)
+        front.kill()
+        _, left = psutil.wait_procs(family, timeout=20)
+    assert left == []
 
 
 def test_a_server_without_the_plugin_selected_is_plain_vllm(baseline):
