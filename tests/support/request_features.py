@@ -158,6 +158,11 @@ class Feature:
         return "logprob_token_ids" in self.body
 
     @property
+    def has_form(self) -> bool:
+        """Whether a grammar says which tokens may come."""
+        return "structured_outputs" in self.body or "response_format" in self.body
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether it asks for log-probabilities of the prompt."""
         return "prompt_logprobs" in self.body or bool(self.body.get("echo") and "logprobs" in self.body)

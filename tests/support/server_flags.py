@@ -213,12 +213,14 @@ class Row:
         return 1 if "--enable-lora" in self.words else CLIENTS
 
     def survives(self, feature: Feature) -> bool:
-        """Whether vLLM's own engine survives the request on a CPU.
+        """Whether vLLM's own engine survives the request on a CPU, and the answer is not chance.
 
         With adapters it ends at a request that scores its prompt, and at a seed where a prompt is read in parts.
         """
         if "--enable-lora" in self.words and feature.scores_prompt:
             return False
+        if "--logits-processors" in self.words and feature.has_form:
+            return False  # it may leave no token that is allowed
         return not (IN_PARTS.intersection(self.words) and "seed" in feature.body)
 
     @property
