@@ -3,7 +3,7 @@
 import ssl
 
 import pytest
-from draft_servers import ServerThread, answering, hello
+from draft_servers import ServerThread, answering, hello, wait_until
 
 from vllm_instant import PluginContext
 from vllm_instant.deployment.deployment_env import get_deployment
@@ -92,5 +92,5 @@ def test_a_draft_server_with_another_tokenizer_stops_the_start(demo_pair):
         build(RemoteOptions(url=server.url), context(tokenizer=tokenizer))
     with ServerThread(answering(lambda tokens: [])) as server:
         drafter = build(RemoteOptions(url=server.url), context(tokenizer=tokenizer))
-        assert drafter._source.num_connections == 1
+        wait_until(lambda: drafter._source.num_connections == 1)
         drafter._source.close()
