@@ -75,11 +75,13 @@ class AcceptanceModel:
 
     Args:
         positions: limit of a request's draft tokens.
+        alike_prior: weight of the prior of a request whose class is alike; ``REQUEST_PRIOR``: classes count the same.
 
     """
 
-    def __init__(self, positions: int) -> None:
+    def __init__(self, positions: int, alike_prior: float = ALIKE_PRIOR) -> None:
         self.positions = positions
+        self._alike_prior = alike_prior
         self._requests = _Level(64, positions)
         self._class_of: Indices = np.zeros(64, np.intp)
         # Row 0 is all requests; then come the kinds of sampling, then the classes of similar prompts.
@@ -163,7 +165,7 @@ class AcceptanceModel:
             self._class_estimate,
             self._class_alike,
             REQUEST_PRIOR,
-            ALIKE_PRIOR,
+            self._alike_prior,
             survival,
         )
         return survival
@@ -187,7 +189,7 @@ class AcceptanceModel:
             ALIKE_MEMORY,
             MAX_ALIKE,
             REQUEST_PRIOR,
-            ALIKE_PRIOR,
+            self._alike_prior,
             requests.trials,
             requests.hits,
             count,

@@ -19,7 +19,7 @@ from vllm_instant.interfaces.drafter import DraftAssignment, HybridDrafter
 from vllm_instant.interfaces.speculation import UNAFFORDABLE
 from vllm_instant.scheduling.request_registry import prompt_group
 from vllm_instant.speculation.draft_plan import trim_drafts
-from vllm_instant_plugins.acceptance import AcceptanceModel
+from vllm_instant_plugins.acceptance import REQUEST_PRIOR, AcceptanceModel
 from vllm_instant_plugins.hybrid.draft_steps import CatchUp, Lookups, best_draft_steps, rows_cost
 from vllm_instant_plugins.hybrid.lookup_miss_streaks import MIN_GAIN, LookupMissStreaks
 from vllm_instant_plugins.suffix.calibration import count_accepted
@@ -59,7 +59,8 @@ class LookupHybridDrafter(HybridDrafter):
 
     def __init__(self, lookup: SuffixDrafter, max_draft_tokens: int) -> None:
         self._lookup = lookup
-        self.model = AcceptanceModel(max_draft_tokens)
+        # Its sources are compared within a request, whose own text counts.
+        self.model = AcceptanceModel(max_draft_tokens, alike_prior=REQUEST_PRIOR)
         """Acceptance of the draft model's tokens."""
         self._max_draft_tokens = max_draft_tokens
         self._indices: dict[str, int] = {}
