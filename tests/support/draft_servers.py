@@ -14,7 +14,7 @@ import websockets
 from websockets.asyncio.server import ServerConnection, serve
 
 from vllm_instant.remote import protocol
-from vllm_instant.remote.protocol import Committed, Hello, Open, Tail
+from vllm_instant.remote.protocol import Committed, Hello, Missing, Open, Tail
 
 Handler = Callable[[ServerConnection], Awaitable[None]]
 HELLO = Hello(protocol.VERSION, "", 1 << 30)
@@ -72,8 +72,13 @@ async def hello(socket: ServerConnection, own: Hello = HELLO) -> Hello:
     return other
 
 
-def answering(next_tokens: Callable[[list[int]], Sequence[int]], heard: list | None = None) -> Handler:
-    """Serve with drafts that ``next_tokens`` knows for each sequence of tokens."""
+def answering(
+    next_tokens: Callable[[list[int]], Sequence[int]], heard: list | None = None, knows_prefixes: bool = False
+) -> Handler:
+    """Serve with drafts that ``next_tokens`` knows for each sequence of tokens.
+
+    With ``knows_prefixes`` what is behind a prefix is taken for all.
+    """
 
     async def serve(socket: ServerConnection) -> None:
         await hello(socket)
@@ -84,8 +89,13 @@ def answering(next_tokens: Callable[[list[int]], Sequence[int]], heard: list | N
                 if heard is not None:
                     heard.append(message)
                 if isinstance(message, Open):
+                    if message.prefix and not knows_prefixes:
+                        await socket.send(protocol.encode([Missing(message.request)]))
+                        continue
                     requests[message.request] = list(message.tokens)
                 elif isinstance(message, Committed):
+                    if message.request not in requests:
+                        continue  # it was sent before the engine heard that the prefix is missing
                     assert message.position == len(requests[message.request])
                     requests[message.request] += message.tokens
                 else:

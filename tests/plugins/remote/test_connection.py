@@ -227,7 +227,7 @@ def opened(heard):
 
 def test_the_next_turn_of_a_conversation_sends_its_new_tokens(connect):
     heard, turn, answer, more = [], list(range(150)), list(range(40)), [7] * 20
-    with ServerThread(answering(counting, heard)) as server:
+    with ServerThread(answering(counting, heard, knows_prefixes=True)) as server:
         connection = connect(server.url)
         connection.advance([NewTokens("a", "salt", 0, turn)], ())
         connection.advance([NewTokens("a", "salt", len(turn), answer)], ())
