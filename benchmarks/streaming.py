@@ -43,6 +43,7 @@ from transformers import AutoTokenizer
 from vllm_instant.streaming.client import StreamingSession
 from vllm_instant.tools.demo import assets, real_model, widen_model
 from vllm_instant.tools.measure.closed_loop import ClosedLoopResult, PromptSpec, run_closed_loop
+from vllm_instant.tools.measure.http_client import async_client
 from vllm_instant.tools.measure.servers import Server, running
 from vllm_instant.tools.measure.statistics import median_interval, ratio_interval
 
@@ -87,7 +88,7 @@ async def typed_part(url: str, prompts: Prompts, rounds: int, count: Callable[[s
     arms: dict[str, list[Answer]] = {"whole": [], "typed, committed at once": [], "typed, committed after a pause": []}
     pauses = {"typed, committed at once": 0.0, "typed, committed after a pause": PAUSE}
     tokens: list[int] = []
-    async with httpx.AsyncClient() as client:
+    async with async_client(url) as client:
         for number in range(rounds):
             for arm in random.Random(number).sample(list(arms), len(arms)):
                 text = prompts.new(LONG)
@@ -126,7 +127,7 @@ async def short_part(server: Server, prompts: Prompts, rounds: int) -> dict[str,
     in_engine: dict[str, dict[str, list[float]]] = {arm: {span: [] for span in spans} for arm in pauses}
     whole_ttft: list[float] = []
     steps: list[float] = []
-    async with httpx.AsyncClient() as client:
+    async with async_client(url) as client:
         for number in range(rounds):
             found: list[float] = []
             for arm in random.Random(number).sample(list(pauses), len(pauses)):
@@ -158,7 +159,7 @@ async def neighbour_part(url: str, prompts: Prompts, rounds: int) -> dict[str, A
     """Another client's request while a speculative answer is decoded that will be discarded."""
     request = {"model": MODEL, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     ttft: dict[str, list[float]] = {"alone": [], "beside an early answer": []}
-    async with httpx.AsyncClient() as client:
+    async with async_client(url) as client:
         for number in range(rounds):
             for arm in random.Random(number).sample(list(ttft), 2):
                 async with StreamingSession(url, **request | {"max_tokens": 400}) as session:
@@ -229,7 +230,7 @@ async def _with_typists(url: str, prompts: Prompts, arm: str, seconds: float) ->
                 url, MODEL, asked, concurrency=DECODERS, seconds=seconds, warm_up=2.5, max_tokens=(940, 960)
             ),
         )
-        async with httpx.AsyncClient() as client:
+        async with async_client(url) as client:
             typists = [asyncio.create_task(type_on(i, client)) for i in range(TYPISTS if arm != "no typists" else 0)]
             measured = await load
             for typist in typists:

@@ -137,7 +137,8 @@ class Whole:
         self._request = {**request_for(model), "stream": True}
 
     async def open(self) -> None:
-        self._client = httpx.AsyncClient(timeout=120)
+        # vLLM closes an idle connection after 5 seconds, httpx leaves it after 5: a wish of that moment would be lost.
+        self._client = httpx.AsyncClient(timeout=120, limits=httpx.Limits(keepalive_expiry=1))
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -13,6 +13,7 @@ import numpy as np
 from streaming_harness import MODEL, drop_at_random, pieces, summary, typed, typing, whole
 
 from vllm_instant.streaming.client import StreamingError, StreamingSession
+from vllm_instant.tools.measure.http_client import async_client, limits
 from vllm_instant.tools.measure.servers import Server
 
 
@@ -34,7 +35,7 @@ async def identity_part(url: str, count: int = 50, key: str = "none") -> dict[st
             if answer.text != expected.text:
                 print(f"differs: {text!r}: {answer.text!r} instead of {expected.text!r}")
 
-    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}) as client:
+    async with async_client(url, headers={"Authorization": f"Bearer {key}"}) as client:
         texts = [pieces(choose.randrange(20, 1500), 1, 1000 + i, odd=True)[0] for i in range(count)]
         await asyncio.gather(*(one(client, number, text) for number, text in enumerate(texts)))
     return {"part": "identity", "prompts": count, "identical": same}
@@ -71,7 +72,7 @@ async def abuse_part(server: Server, sessions: int = 200, key: str = "none") -> 
             moment = await drop_at_random(url, texts, choose, MODEL, headers)
             moments[moment] = moments.get(moment, 0) + 1
 
-    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64), headers=headers) as client:
+    async with async_client(url, limits=limits(64), headers=headers) as client:
         await whole(client, url, "warm", **request)
         usage_before = await _settled_usage(client, server)
         users = [asyncio.create_task(user(client, number)) for number in range(2)]

@@ -71,7 +71,9 @@ class DeepServer:
         self.availability = Availability(options.max_failures, options.retry_seconds, clock)
         base = str(options.deep_url).rstrip("/").removesuffix("/v1")
         timeout = httpx.Timeout(None, connect=options.connect_seconds)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        # Servers close idle connections after 2 seconds (gunicorn) or 5 (vLLM, and httpx by default): a request sent at
+        # that moment would fail, though its server is well.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=1.0)
         self._client = httpx.AsyncClient(base_url=base, timeout=timeout, limits=limits, transport=transport)
 
     async def close(self) -> None:

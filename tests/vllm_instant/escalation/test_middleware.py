@@ -6,6 +6,7 @@ import logging
 from functools import wraps
 
 import pytest
+from closing_server import closing_server
 from scripted_deep_server import Always, Ends, FakeEnd, answer, events
 
 from vllm_instant.escalation.deep_server import FORWARDED
@@ -160,6 +161,16 @@ async def test_a_server_that_is_down_is_left_alone_and_tried_again(caplog):
         assert (await ends.post(CHAT))[1][BY] == "deep"
         assert (await ends.post(CHAT))[1][BY] == "deep"
     assert ends.value("deep_down") == 0
+
+
+@run
+async def test_a_pause_between_requests_is_no_failure():
+    async with closing_server() as url:
+        ends = Ends(deep_url=url)
+        for _ in range(2):
+            _, headers, _ = await ends.post(CHAT)
+            assert headers[BY] == "deep"
+            await asyncio.sleep(1.1)
 
 
 @run

@@ -12,6 +12,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
+KEEP_ALIVE_SECONDS = 1.0
+"""Time after which an idle connection is not used again.
+
+vLLM's server closes it after 5 seconds (``VLLM_HTTP_TIMEOUT_KEEP_ALIVE``), httpx by default leaves it after 5 seconds:
+a request sent at that moment would fail, though its server is well.
+"""
+
 
 def base_url(url: str) -> str:
     """The address of a server without a trailing slash and without ``/v1``, which clients of OpenAI's API append."""
@@ -27,14 +34,21 @@ def is_local(url: str) -> bool:
         return host == "localhost"
 
 
+def limits(max_connections: int | None = 100, max_idle: int = 20) -> httpx.Limits:
+    """Limits of a client's connections; None: as many as there are requests."""
+    return httpx.Limits(
+        max_connections=max_connections, max_keepalive_connections=max_idle, keepalive_expiry=KEEP_ALIVE_SECONDS
+    )
+
+
 def sync_client(url: str, **options: Any) -> httpx.Client:
     """A client with ``url`` as its base; ``options`` are httpx's."""
-    return httpx.Client(base_url=url, trust_env=not is_local(url), **options)
+    return httpx.Client(base_url=url, trust_env=not is_local(url), **{"limits": limits(), **options})
 
 
 def async_client(url: str, **options: Any) -> httpx.AsyncClient:
     """An asynchronous client with ``url`` as its base; ``options`` are httpx's."""
-    return httpx.AsyncClient(base_url=url, trust_env=not is_local(url), **options)
+    return httpx.AsyncClient(base_url=url, trust_env=not is_local(url), **{"limits": limits(), **options})
 
 
 def get(url: str, path: str, timeout: float = 10, **options: Any) -> httpx.Response:
