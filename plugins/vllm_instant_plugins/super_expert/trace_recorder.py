@@ -18,6 +18,9 @@ logger = logging.getLogger("vllm.instant")
 COUNT_EVERY = 8
 UNNAMED = "unnamed"
 """Prompt class of requests whose clients name none."""
+MAX_CLASSES = 1000
+OTHER = "other"
+"""Prompt class of further classes: clients choose their names, and a trace numbers them in 16 bits."""
 
 
 class TraceRecorder(ExpertRouter):
@@ -100,9 +103,10 @@ class TraceRecorder(ExpertRouter):
         number = self._number_of_request.get(request_id)
         if number is None:
             number = self._number_of_request[request_id] = len(self._number_of_request)
-            self._class_of_request.append(
-                self._number_of_class.setdefault(prompt_class or UNNAMED, len(self._number_of_class))
-            )
+            name, known = prompt_class or UNNAMED, len(self._number_of_class)
+            if known >= MAX_CLASSES and name not in self._number_of_class:
+                name = OTHER
+            self._class_of_request.append(self._number_of_class.setdefault(name, known))
         return number
 
     def allowed(self, layer: ExpertLayer, step: RouterStep) -> torch.Tensor | None:

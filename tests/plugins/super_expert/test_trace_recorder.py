@@ -83,6 +83,17 @@ def test_the_configured_fractions_are_sampled():
     assert prefill.sum() == pytest.approx(100, rel=0.3)
 
 
+def test_clients_that_name_more_classes_than_a_trace_can_number_share_one():
+    recorder = TraceRecorder(Path("unused.npz"), 40_000, 1.0, 1.0, "toy")
+    model = Model(recorder)
+    for first in range(0, 33_000, 60):
+        model.step(*((f"r{number}", f"class {number}", 1, True) for number in range(first, first + 60)))
+    model.step(("again", "class 3", 1, True), ("late", "class 40000", 1, True))
+    trace = recorder.trace()
+    assert len(trace.classes) == 1001
+    assert [trace.classes[code] for code in trace.class_of_request[-2:]] == ["class 3", "other"]
+
+
 def test_without_a_file_nothing_is_recorded():
     recorder = TraceRecorder(None, 1000, 1.0, 1.0, "toy")
     model = Model(recorder)

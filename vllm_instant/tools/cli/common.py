@@ -53,9 +53,14 @@ def missing_models_reported() -> Iterator[None]:
         fail(str(error))
 
 
+def printable(text: str) -> str:
+    """What a server wrote, without characters that a terminal would obey."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else " " for letter in text)
+
+
 def fail(message: str, exit_code: int = EXIT_CODE) -> NoReturn:
     """Print one sentence that says what is wrong, and end the command."""
-    print(f"vllm-instant: {message}", file=sys.stderr)
+    print(f"vllm-instant: {printable(message)}", file=sys.stderr)
     raise typer.Exit(exit_code) from None
 
 
@@ -113,9 +118,9 @@ def print_columns(headings: Sequence[str], rows: Iterable[Sequence[str | Text]])
     """Print aligned columns without markup, one line per row whatever its length."""
     table = Table(box=None, pad_edge=False)
     for heading in headings:
-        table.add_column(heading, no_wrap=True)
+        table.add_column(Text(printable(heading)), no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+        table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
     console = Console()
     Console(
         width=max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_instant.tools.cli.common import fail, print_columns
+from vllm_instant.tools.cli.common import fail, print_columns, printable
 from vllm_instant.tools.measure.sampling import RefusedError
 from vllm_instant.tools.measure.server_info import authorization, read_decisions
 from vllm_instant.tools.measure.speedup_estimate import estimate_speedup
@@ -56,7 +56,7 @@ def explain(
             _print_speedup(engine["decisions"])
     decisions = [decision for engine in engines for decision in engine["decisions"]]
     for explanation in sorted({str(d["explanation"]) for d in decisions if d.get("explanation")}):
-        print(explanation)
+        print(printable(explanation))
 
 
 def _ask(url: str, last: int, request: str | None, queue: bool, about: str, api_key: str | None) -> dict[str, Any]:

@@ -110,6 +110,16 @@ def test_a_server_that_does_not_explain_gets_one_sentence(explain, answer, messa
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("code", ["\x1b[2J", "\x9b31m", "\x07", "\u202e"])
+def test_a_server_cannot_command_the_terminal(explain, code):
+    decision = {"summary": {f"head{code}": f"text{code}"}, "explanation": f"because{code}"}
+    for answer in (_engines([decision]), httpx.Response(500, text=f"oops{code}")):
+        result = explain(answer)
+        shown = result.output + result.stderr
+        assert "because" in shown or "oops" in shown
+        assert not any(letter in shown for letter in code if not letter.isprintable())
+
+
 def test_nothing_decided_yet(explain):
     assert "The server has no decisions: its policy has decided nothing yet" in explain(_engines([])).output
     assert "no decision about request r:" in explain(_engines([]), "--request", "r").output
