@@ -12,6 +12,7 @@ memory per hour, and half a descriptor, thread or task per hour.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import re
 import statistics
@@ -37,7 +38,7 @@ from vllm_instant.tools.measure.server_metrics import metric_totals
 ROUND_SECONDS, READING_SECONDS, WARM_UP_SECONDS, REST_SECONDS = 30.0, 300.0, 900.0, 15.0
 MEMORY_LIMIT, COUNT_LIMIT = 0.01, 0.5
 """Per hour: share of the memory, and number."""
-TOKENS, SHAPES = 24, 200
+TOKENS, SHAPES, WORDS = 24, 200, 12_000
 PATTERNS = ["[a-z]{3,6}[0-9]", "(yes|no|maybe)", "[A-Z][a-z]{2,8} [0-9]{2}", '\\{"a": [0-9]{1,4}\\}']
 ROLES = {"vllm": "API server", "VLLM::EngineCore": "engine core", "VLLM::Worker": "worker", "python": "process guard"}
 ABUSES = (
@@ -158,6 +159,16 @@ async def every_shape(soak: Soak) -> None:
         await soak.post("/v1/completions", {"model": "demo", "prompt": prompt, "max_tokens": 1})
 
 
+async def every_word(soak: Soak) -> None:
+    """More words than the tokenizer keeps: it remembers the tokens of the first 10,000 that it meets.
+
+    Random prompts would meet as many over hours, and the API server's memory would grow as long, as it does without us.
+    """
+    words = ["".join(letters) for letters in itertools.product("aeioubdgklmnprst", repeat=4)][:WORDS]
+    for first in range(0, WORDS, 200):
+        await soak.complete(" ".join(words[first : first + 200]), max_tokens=1)
+
+
 ACTIVITIES = (
     known_answer,
     known_answer,
@@ -255,6 +266,7 @@ async def run(target: Target, minutes: float, save: Callable[[dict[str, Any]], N
     for prompt in target.prompts:
         soak.expected[prompt] = await soak.complete(prompt)
     await every_shape(soak)
+    await every_word(soak)
     readings: list[dict[str, float]] = []
     began, used = time.monotonic(), _cpu_seconds(target)
     while True:

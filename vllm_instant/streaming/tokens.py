@@ -26,6 +26,8 @@ SESSION_PATHS = ("/v1/instant/session", "/v1/instant/sessions", "/v1/instant/dra
 """The paths that session tokens open, with all paths below the second."""
 MAX_TOKENS = 10_000
 """Maximum number of valid tokens per process."""
+SWEEP_SECONDS = 60.0
+"""Time after which a new token has the expired ones removed."""
 
 
 @dataclass
@@ -70,6 +72,8 @@ class SessionTokens:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._grants: dict[bytes, Grant] = {}
+        self._swept = clock()
+        """When expired grants were last removed."""
 
     def make(self, client: str | None, seconds: float, key: str | None = None, **scope: Any) -> str:
         """Return a token that is valid for ``seconds``.
@@ -85,7 +89,9 @@ class SessionTokens:
 
         """
         now = self._clock()
-        if len(self._grants) >= MAX_TOKENS:
+        # A token that nobody shows again is not looked up, and would stay.
+        if len(self._grants) >= MAX_TOKENS or now - self._swept >= SWEEP_SECONDS:
+            self._swept = now
             self._grants = {digest: grant for digest, grant in self._grants.items() if grant.expires > now}
         if len(self._grants) >= MAX_TOKENS:
             raise TooManyTokensError

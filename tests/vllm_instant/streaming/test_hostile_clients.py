@@ -322,6 +322,17 @@ def test_the_number_of_valid_tokens_is_limited(monkeypatch):
     assert made.grant_of(made.make(None, 10)) is not None
 
 
+def test_tokens_that_nobody_shows_again_do_not_stay():
+    now = [0.0]
+    made = SessionTokens(lambda: now[0])
+    lasting = made.make(None, 10_000)
+    for _ in range(1000):
+        now[0] += 5
+        made.make(None, 20)
+    assert len(made._grants) <= 20
+    assert made.grant_of(lasting) is not None
+
+
 # ------------------------------------------------------------------------------------------------- renderings
 
 
