@@ -89,7 +89,7 @@ class SessionTokens:
 
         """
         now = self._clock()
-        # A token that nobody shows again is not looked up, and would stay.
+        # A token that is not shown again is not looked up, and would stay.
         if len(self._grants) >= MAX_TOKENS or now - self._swept >= SWEEP_SECONDS:
             self._swept = now
             self._grants = {digest: grant for digest, grant in self._grants.items() if grant.expires > now}
