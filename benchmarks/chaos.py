@@ -182,7 +182,7 @@ async def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     server = server_of(folder, layout=options.layout)
     prompts = [prompt.text[:400] for prompt in snippets("structured", 0.0, 16, "chaos")]
     with server:
-        async with async_client(server.url, headers=HEADERS, limits=httpx.Limits(max_connections=100)) as client:
+        async with async_client(server.url, headers=HEADERS) as client:
             target = Target(server.url, client, psutil.Process(server.pid), folder / "state", prompts)
             seconds = options.began + options.seconds - time.monotonic()
             return await inject(target, options.count, seconds, random.Random(options.seed))

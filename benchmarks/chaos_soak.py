@@ -287,5 +287,5 @@ async def soak(minutes: float, folder: Path, save: Callable[[dict[str, Any]], No
     """One server, whose API server also counts its tasks."""
     prompts = [prompt.text[:300] for prompt in snippets("structured", 0.0, 16, "soak")]
     with server_of(folder, "--middleware", "task_count.TaskCount") as server:
-        async with async_client(server.url, headers=HEADERS, limits=httpx.Limits(max_connections=100)) as client:
+        async with async_client(server.url, headers=HEADERS) as client:
             await run(Target(server.url, client, psutil.Process(server.pid), folder / "state", prompts), minutes, save)

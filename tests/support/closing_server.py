@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+HEAD = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
 
 
 @asynccontextmanager
-async def closing_server(idle_seconds: float = 1.0) -> AsyncIterator[str]:
+async def closing_server(answer: str = "{}", idle_seconds: float = 1.0) -> AsyncIterator[str]:
     """Yields its address; a request that comes ``idle_seconds`` after the one before it gets no answer."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -20,7 +20,7 @@ async def closing_server(idle_seconds: float = 1.0) -> AsyncIterator[str]:
             if clock() - answered >= idle_seconds:
                 break
             if head.startswith((b"GET", b"POST")):
-                writer.write(ANSWER)
+                writer.write((HEAD.format(len(answer)) + answer).encode())
                 answered = clock()
         writer.close()
 

@@ -13,7 +13,7 @@ import numpy as np
 from streaming_harness import MODEL, drop_at_random, pieces, summary, typed, typing, whole
 
 from vllm_instant.streaming.client import StreamingError, StreamingSession
-from vllm_instant.tools.measure.http_client import async_client, limits
+from vllm_instant.tools.measure.http_client import async_client
 from vllm_instant.tools.measure.servers import Server
 
 
@@ -72,7 +72,7 @@ async def abuse_part(server: Server, sessions: int = 200, key: str = "none") -> 
             moment = await drop_at_random(url, texts, choose, MODEL, headers)
             moments[moment] = moments.get(moment, 0) + 1
 
-    async with async_client(url, limits=limits(64), headers=headers) as client:
+    async with async_client(url, max_connections=64, headers=headers) as client:
         await whole(client, url, "warm", **request)
         usage_before = await _settled_usage(client, server)
         users = [asyncio.create_task(user(client, number)) for number in range(2)]

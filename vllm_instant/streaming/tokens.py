@@ -72,8 +72,8 @@ class SessionTokens:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._grants: dict[bytes, Grant] = {}
+        # When expired grants were last removed.
         self._swept = clock()
-        """When expired grants were last removed."""
 
     def make(self, client: str | None, seconds: float, key: str | None = None, **scope: Any) -> str:
         """Return a token that is valid for ``seconds``.

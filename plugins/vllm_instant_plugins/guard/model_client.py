@@ -42,7 +42,10 @@ class ModelClient:
         self._body = {"model": model, "max_tokens": 16, "temperature": 0}
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         base = url.rstrip("/").removesuffix("/v1")
-        self._client = httpx.Client(base_url=base, headers=headers, timeout=timeout)
+        # vLLM closes idle connections after 5 seconds, as httpx does by default: a text of that moment would have to be
+        # sent again.
+        limits = httpx.Limits(keepalive_expiry=1.0)
+        self._client = httpx.Client(base_url=base, headers=headers, timeout=timeout, limits=limits)
         self._pool = ThreadPoolExecutor(max_requests, thread_name_prefix="guard-model")
         self._closed = threading.Event()
         self.num_restarts = 0

@@ -1,10 +1,12 @@
 """A guard model at a URL: its answers become verdicts, and a request that fails is sent again."""
 
+import asyncio
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from closing_server import closing_server
 
 from vllm_instant.interfaces.guard import Action, GuardRequest
 from vllm_instant_plugins.guard import model_client
@@ -67,6 +69,24 @@ def test_a_request_that_fails_is_sent_again(server, monkeypatch):
     verdict, guard = judged(server, "a bomb")
     assert verdict.action is Action.STOP
     assert guard.metrics()["restarts"] == 2
+
+
+def test_a_pause_between_texts_is_no_failure(monkeypatch):
+    monkeypatch.setattr(model_client, "RETRY_SECONDS", 0.01)
+
+    async def run():
+        awake = asyncio.get_running_loop().call_soon_threadsafe
+        async with closing_server('{"choices": [{"message": {"content": "safe"}}]}') as url:
+            client = model_client.ModelClient(url, "guard", "unsafe", None, 5.0, 1)
+            for _ in range(2):
+                scored = asyncio.Event()
+                client.submit("a text", lambda score, seconds, done=scored.set: awake(done))
+                await asyncio.wait_for(scored.wait(), 10)
+                await asyncio.sleep(1.1)
+            assert client.num_restarts == 0
+            client.close()
+
+    asyncio.run(run())
 
 
 def test_a_pattern_that_is_not_valid_is_a_sentence():

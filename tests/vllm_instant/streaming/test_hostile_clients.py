@@ -322,7 +322,7 @@ def test_the_number_of_valid_tokens_is_limited(monkeypatch):
     assert made.grant_of(made.make(None, 10)) is not None
 
 
-def test_tokens_that_nobody_shows_again_do_not_stay():
+def test_tokens_that_are_not_shown_again_do_not_stay():
     now = [0.0]
     made = SessionTokens(lambda: now[0])
     lasting = made.make(None, 10_000)

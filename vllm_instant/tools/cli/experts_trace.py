@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from vllm_instant.tools.cli.common import fail, require_vllm
+from vllm_instant.tools.measure.http_client import base_url, get
 from vllm_instant.tools.measure.servers import Server, ServerError, terminable
 
 
@@ -47,10 +48,8 @@ def trace(
             server = None
             try:
                 if attached:
-                    import httpx
-
-                    url = model.rstrip("/")
-                    name = str(httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"])
+                    url = base_url(model)
+                    name = str(get(url, "/v1/models").json()["data"][0]["id"])
                 else:
                     server = Server(
                         model,

@@ -50,7 +50,7 @@ def explain(
         return
     for engine in engines:
         if len(answer["engines"]) > 1:
-            print(f"engine {engine['engine']}")
+            print(printable(f"engine {engine['engine']}"))
         _print_table(engine["decisions"])
         if request is None and not queue and about == "decisions":
             _print_speedup(engine["decisions"])

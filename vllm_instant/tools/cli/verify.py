@@ -22,6 +22,7 @@ from vllm_instant.interfaces.deployment import Deployment
 from vllm_instant.tools.cli.common import Overrides, fail, print_columns, problems_reported, require_vllm, working
 from vllm_instant.tools.cli.verify_guard import verify_guard
 from vllm_instant.tools.measure import quality, tasks, verify
+from vllm_instant.tools.measure.http_client import get
 from vllm_instant.tools.measure.human_eval import SandboxError
 from vllm_instant.tools.measure.prompts import held_out_texts
 from vllm_instant.tools.measure.sampling import PROMPTS, RefusedError, ServerClient
@@ -150,9 +151,9 @@ def _running(
     arms = [read_server_info(url, headers).arm(headers) for url in (stock, ours)]
     # The server says what it serves: its plugins need not be installed here.
     try:
-        answer = httpx.get(f"{arms[1].url}/v1/instant/deployment", timeout=10, headers=headers)
+        answer = get(arms[1].url, "/v1/instant/deployment", headers=headers)
         drafter = answer.json()["slots"]["drafter"]["options"] if answer.status_code == 200 else None
-        metrics = httpx.get(f"{arms[1].url}/metrics", timeout=10, headers=headers).text.splitlines()
+        metrics = get(arms[1].url, "/metrics", headers=headers).text.splitlines()
     except (httpx.HTTPError, ValueError, KeyError):
         raise RefusedError(f"{ours} does not say what it serves") from None
     lossy = any(line.startswith("vllm_instant:plugin_info") and 'lossy="yes"' in line for line in metrics)

@@ -34,21 +34,29 @@ def is_local(url: str) -> bool:
         return host == "localhost"
 
 
-def limits(max_connections: int | None = 100, max_idle: int = 20) -> httpx.Limits:
-    """Limits of a client's connections; None: as many as there are requests."""
+def sync_client(url: str, *, max_connections: int | None = 100, **options: Any) -> httpx.Client:
+    """A client with ``url`` as its base.
+
+    Args:
+        url: of the server.
+        max_connections: None: as many as there are requests.
+        options: of httpx, but its limits.
+
+    """
+    return httpx.Client(base_url=url, trust_env=not is_local(url), limits=_limits(max_connections), **options)
+
+
+def async_client(url: str, *, max_connections: int | None = 100, **options: Any) -> httpx.AsyncClient:
+    """As ``sync_client``, asynchronous."""
+    return httpx.AsyncClient(base_url=url, trust_env=not is_local(url), limits=_limits(max_connections), **options)
+
+
+def _limits(max_connections: int | None) -> httpx.Limits:
     return httpx.Limits(
-        max_connections=max_connections, max_keepalive_connections=max_idle, keepalive_expiry=KEEP_ALIVE_SECONDS
+        max_connections=max_connections,
+        max_keepalive_connections=max_connections or 64,
+        keepalive_expiry=KEEP_ALIVE_SECONDS,
     )
-
-
-def sync_client(url: str, **options: Any) -> httpx.Client:
-    """A client with ``url`` as its base; ``options`` are httpx's."""
-    return httpx.Client(base_url=url, trust_env=not is_local(url), **{"limits": limits(), **options})
-
-
-def async_client(url: str, **options: Any) -> httpx.AsyncClient:
-    """An asynchronous client with ``url`` as its base; ``options`` are httpx's."""
-    return httpx.AsyncClient(base_url=url, trust_env=not is_local(url), **{"limits": limits(), **options})
 
 
 def get(url: str, path: str, timeout: float = 10, **options: Any) -> httpx.Response:

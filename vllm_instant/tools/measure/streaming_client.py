@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from vllm_instant.escalation.requests import ANSWERED_BY
-from vllm_instant.tools.measure.http_client import async_client, limits
+from vllm_instant.tools.measure.http_client import async_client
 from vllm_instant.tools.measure.token_stream import StreamedAnswer, StreamError, TokenStream, completion_body
 
 TIMEOUT_SECONDS = 600.0
@@ -23,8 +23,7 @@ def open_client(
     headers: Mapping[str, str] | None = None,
 ) -> httpx.AsyncClient:
     """A client for streams; without ``max_connections`` no request waits for another one's connection."""
-    connections = limits(max_connections, max_idle=max_connections or 64)
-    return async_client(url, timeout=timeout, limits=connections, headers=dict(headers or {}))
+    return async_client(url, max_connections=max_connections, timeout=timeout, headers=dict(headers or {}))
 
 
 async def follow(

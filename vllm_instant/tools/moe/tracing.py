@@ -11,6 +11,7 @@ import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from vllm_instant.tools.measure.closed_loop import PromptSpec
+from vllm_instant.tools.measure.http_client import sync_client
 from vllm_instant.tools.measure.prompts import BUILT_IN
 
 ROUTE = "/v1/instant/experts"
@@ -71,7 +72,8 @@ def built_in_prompts(seed: int = 0, each: int = 32) -> Iterator[PromptSpec]:
 
 def recorded_tokens(url: str) -> int | None:
     """Number of tokens that the server has recorded; None if it records no trace."""
-    answer = httpx.post(f"{url}{ROUTE}", json={}, timeout=30)
+    with sync_client(url, timeout=30) as client:
+        answer = client.post(ROUTE, json={})
     if answer.status_code != 200:
         return None
     found = answer.json()["measures"].get("recorded_tokens")
@@ -121,11 +123,11 @@ def record(
             "temperature": prompt.temperature,
             "vllm_xargs": {CLASS_KEY: prompt.kind},
         }
-        answer = client.post(f"{url}/v1/completions", json=body)
+        answer = client.post("/v1/completions", json=body)
         if answer.status_code != 200:
             raise TracingError(f"the server refused a prompt: {answer.text[:200]}")
 
-    with httpx.Client(timeout=600) as client, ThreadPoolExecutor(concurrency) as pool:
+    with sync_client(url, timeout=600) as client, ThreadPoolExecutor(concurrency) as pool:
         while True:
             batch = [prompt for _, prompt in zip(range(2 * concurrency), waiting, strict=False)]
             list(pool.map(lambda prompt: send(client, prompt), batch))
@@ -133,7 +135,7 @@ def record(
             progress(recorded)
             if recorded >= tokens or len(batch) < 2 * concurrency:
                 break
-        answer = client.post(f"{url}{ROUTE}", json={"write": True})
+        answer = client.post(ROUTE, json={"write": True})
     if answer.status_code != 200:
         told = answer.json()
         message = told["error"]["message"] if "error" in told else told.get("detail", answer.text[:200])

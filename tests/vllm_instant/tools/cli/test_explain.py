@@ -113,7 +113,8 @@ def test_a_server_that_does_not_explain_gets_one_sentence(explain, answer, messa
 @pytest.mark.parametrize("code", ["\x1b[2J", "\x9b31m", "\x07", "\u202e"])
 def test_a_server_cannot_command_the_terminal(explain, code):
     decision = {"summary": {f"head{code}": f"text{code}"}, "explanation": f"because{code}"}
-    for answer in (_engines([decision]), httpx.Response(500, text=f"oops{code}")):
+    several = httpx.Response(200, json={"engines": [{"engine": f"0{code}", "decisions": [decision]}] * 2})
+    for answer in (_engines([decision]), several, httpx.Response(500, text=f"oops{code}")):
         result = explain(answer)
         shown = result.output + result.stderr
         assert "because" in shown or "oops" in shown
